@@ -1,0 +1,1 @@
+"""MixKABRN: distributed training of Mixtures of Kolmogorov-Arnold Bit Retentive Networks."""
