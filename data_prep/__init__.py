@@ -1,0 +1,1 @@
+"""Turns texts into tokenised shards: `python -m data_prep --help`."""

@@ -1,0 +1,201 @@
+"""The manifest: which files a checkpoint has, and where the pieces of each logical tensor lie in them.
+
+A manifest may come from a stranger. Everything here is checked, against itself and against the sizes
+on disk, before memory is taken for what it describes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from kabrn_dist.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_BYTES_LIMIT = 256 * 2**20
+HASH_CHUNK_BYTES = 4 * 2**20
+
+# Codes of the safetensors format.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# Larger than any disk, smaller than what overflows an int64 product with an item size.
+Count = Annotated[int, Field(ge=0, le=2**50)]
+# A plain name: nothing in a manifest can point outside its own folder.
+FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """What all parts of a manifest share: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileRecord(Record):
+    """One file of the checkpoint."""
+
+    name: FileName
+    bytes: Count
+    sha256: Sha256
+
+
+class Piece(Record):
+    """Elements [offset, offset + count) of a flattened logical tensor: all of tensor `key` in `file`."""
+
+    file: FileName
+    key: str
+    offset: Count
+    count: Annotated[int, Field(ge=1, le=2**50)]
+
+
+class TensorRecord(Record):
+    """A logical tensor: `pieces`, ordered by offset, cover it exactly once."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], Field(max_length=16)]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def total(self) -> int:
+        """Elements of the whole tensor."""
+        return prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype].itemsize
+
+    @model_validator(mode="after")
+    def _check_coverage(self) -> TensorRecord:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        end = 0
+        for piece in self.pieces:
+            if piece.offset > end:
+                raise ValueError(f"elements {end} to {piece.offset} are in no piece")
+            if piece.offset < end:
+                raise ValueError(f"element {piece.offset} is in two pieces")
+            end += piece.count
+        if end != self.total:
+            raise ValueError(f"pieces hold {end} elements, shape {self.shape} has {self.total}")
+        return self
+
+
+class Manifest(Record):
+    """Everything a checkpoint says about itself.
+
+    state: the caller's JSON (data cursor, schedule, config, tokenizer hash …), returned as it was given.
+    """
+
+    format_version: Literal[1] = 1
+    step: Count
+    world_size: Annotated[int, Field(ge=1)]
+    files: tuple[FileRecord, ...]
+    tensors: dict[str, TensorRecord]
+    state: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Manifest:
+        room = {file.name: file.bytes for file in self.files}
+        if len(room) != len(self.files):
+            raise ValueError("a file is listed twice")
+        for name, tensor in self.tensors.items():
+            for piece in tensor.pieces:
+                if piece.file not in room:
+                    raise ValueError(f"{name}: piece in {piece.file}, which is not among the files")
+                room[piece.file] -= piece.count * tensor.item_bytes
+                if room[piece.file] < 0:
+                    raise ValueError(f"{name}: {piece.file} is too small for its pieces")
+        return self
+
+
+class SealedManifest(Record):
+    """manifest.json: the manifest and the sha256 of its canonical JSON, as a flipped digit still parses."""
+
+    sha256: Sha256
+    manifest: Manifest
+
+
+def first_error(error: ValidationError) -> str:
+    """One line for the first thing wrong: where, what, and the value found."""
+    detail = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in detail["loc"]) or "manifest"
+    found = detail["input"]
+    shown = "" if isinstance(found, dict | bytes) else f" (found {str(found)[:80]!r})"
+    return f"{where}: {detail['msg']}{shown}"
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The sealed JSON to write. Raises ValueError for NaN or infinity in the state, which JSON lacks."""
+    body = manifest.model_dump()
+    return json.dumps({"sha256": _seal(manifest), "manifest": body}, allow_nan=False, indent=1).encode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint directory `path`, consistent and with all files at their sizes.
+
+    Contents of the files are not read: see `verify_files`. Raises UserError for a manifest that is
+    missing, malformed, edited or absurd, and for files that are missing or of another size.
+    """
+    source = path / MANIFEST_NAME
+    remedy = "use another checkpoint"
+    try:
+        if source.stat().st_size > MANIFEST_BYTES_LIMIT:
+            raise UserError(f"{source}: larger than {MANIFEST_BYTES_LIMIT} bytes; {remedy}")
+        sealed = SealedManifest.model_validate_json(source.read_bytes())
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror}); {remedy}") from error
+    except ValidationError as error:
+        raise UserError(f"{source}: {first_error(error)}; {remedy}") from error
+    if _seal(sealed.manifest) != sealed.sha256:
+        raise UserError(f"{source}: damaged or edited, its sha256 is not {sealed.sha256}; {remedy}")
+    for file in sealed.manifest.files:
+        _check_size(path / file.name, file.bytes)
+    return sealed.manifest
+
+
+def verify_files(path: Path, files: tuple[FileRecord, ...]) -> None:
+    """Read `files` whole; UserError for the first whose sha256 is not the recorded one."""
+    for file in files:
+        _check_size(path / file.name, file.bytes)
+        digest = hashlib.sha256()
+        with open(path / file.name, "rb", buffering=0) as stream:
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+        if digest.hexdigest() != file.sha256:
+            raise UserError(
+                f"{path / file.name}: damaged, its sha256 is {digest.hexdigest()} and the manifest says "
+                f"{file.sha256}; use another checkpoint"
+            )
+
+
+def _seal(manifest: Manifest) -> str:
+    canonical = json.dumps(manifest.model_dump(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check_size(file: Path, expected: int) -> None:
+    try:
+        found = os.stat(file).st_size
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from error
+    if found != expected:
+        raise UserError(f"{file}: has {found} bytes, the manifest says {expected}; use another checkpoint")

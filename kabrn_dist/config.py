@@ -1,0 +1,319 @@
+"""The YAML: one frozen model per component, unknown keys refused, every field documented.
+
+Nothing here imports torch, so a mistake is reported before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from kabrn_dist.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Run(Section):
+    folder: Path = Field(
+        description="Where config.yaml, log.jsonl, tensorboard/ and checkpoints/ are written."
+    )
+    seed: int = Field(1, ge=0, description="Seeds the initial weights and the order of the data.")
+
+
+class Data(Section):
+    path: Path = Field(description="Folder of shards and index.json, made by `python -m data_prep`.")
+    sequence_length: int = Field(ge=2, description="Tokens in one training sequence.")
+
+
+class Retention(Section):
+    """Multi-scale retention (RetNet, arXiv 2307.08621)."""
+
+    heads: PositiveInt = Field(description="Heads, each with a decay of its own.")
+    key_width: int = Field(ge=2, multiple_of=2, description="Query and key width of a head (even: rotary).")
+    value_width: PositiveInt = Field(description="Value width of a head.")
+    decay: Literal["exponent", "linspace"] | tuple[float, float] = Field(
+        "exponent",
+        description="Decays of the heads, evenly spaced in -log2(1-γ): `exponent` 5…4+heads (RetNet's "
+        "formula), `linspace` 5…9 (RetNet's code), or [fastest, slowest], e.g. [1.5, 7] for short contexts.",
+    )
+    chunk: PositiveInt = Field(64, description="Tokens of a chunk of the chunkwise form; changes speed only.")
+
+    @model_validator(mode="after")
+    def _decay_range(self) -> Retention:
+        if not isinstance(self.decay, str) and not 0 < self.decay[0] <= self.decay[1]:
+            raise ValueError(
+                f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest"
+            )
+        return self
+
+
+class Experts(Section):
+    """Mixture of KAN experts (DeepSeekMoE, arXiv 2401.06066; KAT, arXiv 2409.10594)."""
+
+    form: Literal["rational", "swiglu"] = Field(
+        "rational", description="The expert: `rational` is a Kolmogorov-Arnold network, `swiglu` the control."
+    )
+    routed: PositiveInt = Field(description="Routed experts of a layer; a token visits top_k of them.")
+    shared: int = Field(1, ge=0, description="Experts that every token visits.")
+    top_k: PositiveInt = Field(description="Routed experts a token visits.")
+    hidden: PositiveInt = Field(description="Hidden width of an expert.")
+    groups: PositiveInt = Field(4, description="Groups of channels that share one rational function.")
+    score: Literal["sigmoid", "softmax"] = Field("sigmoid", description="The router's score of an expert.")
+    balance_weight: float = Field(
+        1e-2, ge=0, description="Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437)."
+    )
+    router_z_weight: float = Field(
+        1e-3, ge=0, description="Weight of the router z-loss (ST-MoE, 2202.08906)."
+    )
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Experts:
+        if self.top_k > self.routed:
+            raise ValueError(
+                f"top_k {self.top_k} exceeds the {self.routed} routed experts; set top_k <= {self.routed}"
+            )
+        return self
+
+
+class Model(Section):
+    vocabulary: PositiveInt = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
+    width: PositiveInt = Field(description="Width of the residual stream.")
+    layers: PositiveInt = Field(description="Blocks, each a retention and a mixture of experts.")
+    retention: Retention
+    experts: Experts
+    quantise: bool = Field(
+        True, description="Ternary weights and int8 activations (BitNet b1.58); false trains plain matrices."
+    )
+    activations: Literal["keep", "recompute", "offload"] = Field(
+        "keep",
+        description="For backward: keep activations, recompute them layer by layer, or recompute with the "
+        "layers' inputs offloaded to host memory (fairscale).",
+    )
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Model:
+        for name, width in (("model.width", self.width), ("model.experts.hidden", self.experts.hidden)):
+            if self.experts.form == "rational" and width % self.experts.groups:
+                near = _nearest_multiple(width, self.experts.groups)
+                raise ValueError(
+                    f"model.experts.groups {self.experts.groups} does not divide {name} {width}; "
+                    f"set {name} to {near} or another number of groups"
+                )
+        return self
+
+
+class Parallel(Section):
+    expert: PositiveInt = Field(
+        1, description="Expert parallelism: ranks that share one set of routed experts."
+    )
+    experts_per_rank: tuple[PositiveInt, ...] | None = Field(
+        None, description="Experts on each rank of an expert group, uneven allowed; default: equal shares."
+    )
+    zero: Literal[0, 1, 2, 3] = Field(
+        1, description="ZeRO stage: what the ranks share out instead of copying."
+    )
+    bucket: PositiveInt = Field(
+        50_000_000, description="Elements of a ZeRO reduce, gather or prefetch bucket."
+    )
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    final: float = Field(
+        0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak."
+    )
+    warmup: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Weight decay of matrices (never of KAN coefficients)."
+    )
+    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+
+
+class Training(Section):
+    steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    batch: PositiveInt = Field(description="Sequences of one optimizer step, over all ranks.")
+    micro_batch: PositiveInt = Field(description="Sequences of one forward pass on one rank.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Working copy of weights and activations; masters are fp32. fp16 scales the loss."
+    )
+    log_every: PositiveInt = Field(
+        1, description="Steps between lines of the console, log.jsonl and TensorBoard."
+    )
+
+
+class Validation(Section):
+    every: int = Field(100, ge=0, description="Steps between validations; 0 validates at the end only.")
+    sequences: PositiveInt = Field(256, description="Sequences of the validation split that are scored.")
+
+
+class Checkpoint(Section):
+    every: int = Field(
+        500, ge=0, description="Steps between checkpoints; 0 saves at the end and when stopped only."
+    )
+    keep: int = Field(2, ge=2, description="Newest checkpoints kept.")
+    keep_every: int = Field(
+        0, ge=0, description="Also keep each checkpoint whose step this divides; 0: none."
+    )
+
+
+class Config(Section):
+    run: Run
+    data: Data
+    model: Model
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer
+    training: Training
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.training.batch // (self.training.micro_batch * world)
+
+    def placement(self) -> tuple[int, ...]:
+        """Routed experts on each rank of an expert group."""
+        if self.parallel.experts_per_rank is not None:
+            return self.parallel.experts_per_rank
+        return (self.model.experts.routed // self.parallel.expert,) * self.parallel.expert
+
+    def check_world(self, world: int) -> None:
+        """Refuse combinations that cannot run on `world` processes.
+
+        Raises:
+            UserError: naming the numbers and the nearest that work.
+        """
+        expert, routed, counts = (
+            self.parallel.expert,
+            self.model.experts.routed,
+            self.parallel.experts_per_rank,
+        )
+        if world % expert:
+            raise UserError(
+                f"parallel.expert {expert} does not divide the {world} processes; "
+                f"it can be {_join(_divisors(world))}, or start a multiple of {expert} processes"
+            )
+        if counts is None and routed % expert:
+            fits = [e for e in _divisors(world) if routed % e == 0]
+            raise UserError(
+                f"parallel.expert {expert} does not divide model.experts.routed {routed}; set it to "
+                f"{_join(fits)}, or name the shares in parallel.experts_per_rank"
+            )
+        if counts is not None and (len(counts) != expert or sum(counts) != routed):
+            raise UserError(
+                f"parallel.experts_per_rank {list(counts)} has {len(counts)} entries that sum to {sum(counts)}; "
+                f"it needs parallel.expert = {expert} entries that sum to model.experts.routed = {routed}"
+            )
+        if counts is not None and len(set(counts)) > 1 and self.parallel.zero > 1:
+            raise UserError(
+                f"parallel.experts_per_rank {list(counts)} is uneven, which is proven for ZeRO 0 and 1 only, "
+                f"and parallel.zero is {self.parallel.zero}; set parallel.zero to 1"
+            )
+        step = self.training.micro_batch * world
+        if self.training.batch % step:
+            near = _nearest_multiple(self.training.batch, step)
+            raise UserError(
+                f"training.batch {self.training.batch} is not a multiple of training.micro_batch "
+                f"{self.training.micro_batch} × {world} processes = {step}; set training.batch to {near}"
+            )
+
+
+def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides and validate.
+
+    Raises:
+        UserError: for a missing file, bad YAML, an unknown key (with the nearest known one) or a wrong value.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; configs/tiny.yaml is a place to start") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{path}: expected a mapping of sections such as `model:`, found {type(tree).__name__}"
+        )
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the sections."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: expected section.key=value, e.g. training.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is a value, not a section")
+    tree[last] = value
+
+
+def _explain(detail: Any) -> str:
+    place = [str(part) for part in detail["loc"] if part not in ("function-after", "tuple[float, float]")]
+    key = ".".join(place)
+    if detail["type"] == "extra_forbidden":
+        known = _keys(place[:-1])
+        close = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if detail["type"] == "missing":
+        return f"{key} is missing; add it"
+    message = detail["msg"].removeprefix("Value error, ")
+    return (
+        f"{key}: {message}"
+        if detail["type"] == "value_error"
+        else f"{key}: {message}, found {detail['input']!r}"
+    )
+
+
+def _keys(place: list[str]) -> list[str]:
+    section: Any = Config
+    for name in place:
+        section = section.model_fields[name].annotation
+        if isinstance(section, types.UnionType):
+            section = next(part for part in typing.get_args(section) if isinstance(part, type))
+    return list(section.model_fields)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _nearest_multiple(value: int, step: int) -> int:
+    return max(step, round(value / step) * step)
+
+
+def _join(values: list[int]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,1 @@
+"""Shards on disk, the order they are read in, and the batches a model sees."""

@@ -1,0 +1,183 @@
+"""Text ↔ token ids: byte-level BPE from a `tokenizer.json`, or the bare bytes."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+
+from kabrn_dist.data.files import write_whole
+from kabrn_dist.data.index import TOKENIZER_NAME, Index
+from kabrn_dist.errors import UserError
+
+DOCUMENT = "<|document|>"
+
+_BYTES_CONTENT = b'{"kind": "bytes"}\n'
+# What careless tokenizers change: composed letters, blanks, line ends, NUL, text that spells a special token.
+_PROBE = f"a  b\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT} "
+
+
+class Tokenizer:
+    """Turns any text into ids and back without loss.
+
+    Attributes: `kind` ("bytes" or "bpe"), `vocabulary` (ids are below it), `document_token` (the id that
+    begins each document; no text encodes to it), `content` (the bytes of `tokenizer.json`) and its `sha256`.
+
+    Raises UserError, naming `origin`, when `content` is not a tokenizer this framework can use.
+    """
+
+    def __init__(self, content: bytes, origin: str = TOKENIZER_NAME) -> None:
+        self.content = content
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._pieces: list[bytes]
+        self._bpe: tokenizers.Tokenizer | None = None
+        self.kind: Literal["bytes", "bpe"] = "bytes" if _is_bytes(content, origin) else "bpe"
+        if self.kind == "bytes":
+            self._pieces = [bytes([value]) for value in range(256)] + [DOCUMENT.encode()]
+            self.document_token = 256
+            self._special = {256}
+        else:
+            self._bpe = _parse(content, origin)
+            self.document_token = next(
+                n for n, token in _added(self._bpe).items() if token.content == DOCUMENT
+            )
+            self._special = {n for n, token in _added(self._bpe).items() if token.special}
+            self._pieces = _pieces(self._bpe, origin)
+        self.vocabulary = len(self._pieces)
+        ids = self.encode(_PROBE)
+        if self.decode(ids) != _PROBE or self.document_token in ids:
+            raise UserError(
+                f"{origin}: text does not come back unchanged (a normalizer, a prefix space, or ordinary "
+                f"text that becomes {DOCUMENT}). Use a plain byte-level BPE, or let data_prep train one."
+            )
+
+    @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """Return the tokenizer whose ids are the 256 byte values and 256 for the document token."""
+        return cls(_BYTES_CONTENT)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a `tokenizer.json`. Raises UserError when it cannot be read or used."""
+        try:
+            return cls(path.read_bytes(), str(path))
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}. Give a tokenizer.json that holds the special token {DOCUMENT}."
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`, byte for byte what was loaded. Raises UserError when the disk refuses."""
+        write_whole(path, self.content)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, which is all ordinary text: no document token is added or recognised."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text; BPE works on several at once, one a processor."""
+        if self._bpe is None:
+            return [list(text.encode()) for text in texts]
+        return [found.ids for found in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
+        return b"".join(self._pieces[n] for n in ids).decode("utf-8", "replace")
+
+    def piece(self, id: int) -> bytes:
+        """Return the bytes one id stands for, which may be part of a character."""
+        return self._pieces[id]
+
+    def bytes_per_token(self) -> np.ndarray:
+        """Return the UTF-8 bytes of text each id stands for, int64 [vocabulary]; 0 for special tokens."""
+        lengths = [0 if n in self._special else len(piece) for n, piece in enumerate(self._pieces)]
+        return np.array(lengths, np.int64)
+
+
+class StreamDecoder:
+    """Decodes ids one by one and gives out only complete characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """Take one id; return the characters it completes, possibly none."""
+        return self._utf8.decode(self._tokenizer.piece(id))
+
+    def finish(self) -> str:
+        """Return what is left: U+FFFD when the last character never became complete, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(folder: Path, index: Index) -> Tokenizer:
+    """Read the tokenizer of a shard folder. Raises UserError when it is not the one that made the shards."""
+    path = folder / TOKENIZER_NAME
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.sha256 != index.tokenizer.sha256:
+        raise UserError(
+            f"{path}: sha256 is {tokenizer.sha256[:12]}…, the index says {index.tokenizer.sha256[:12]}…: "
+            "this is not the tokenizer that made the shards. Copy it again, or prepare the data again."
+        )
+    return tokenizer
+
+
+def _is_bytes(content: bytes, origin: str) -> bool:
+    try:
+        return bool(json.loads(content) == {"kind": "bytes"})
+    except ValueError as error:
+        raise UserError(f"{origin}: not JSON ({error}). Give a tokenizer.json.") from error
+
+
+def _parse(content: bytes, origin: str) -> tokenizers.Tokenizer:
+    try:
+        bpe = tokenizers.Tokenizer.from_str(content.decode())
+    # The library raises bare Exception for everything it cannot parse.
+    except Exception as error:
+        raise UserError(f"{origin}: not a tokenizer.json of Hugging Face tokenizers ({error}).") from error
+    if not any(token.special and token.content == DOCUMENT for token in _added(bpe).values()):
+        raise UserError(
+            f"{origin}: no special token {DOCUMENT}. Add it to the tokenizer, or let data_prep train one."
+        )
+    bpe.no_truncation()
+    bpe.no_padding()
+    # Text that spells a special token stays text.
+    bpe.encode_special_tokens = True
+    return bpe
+
+
+def _added(bpe: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:
+    return dict(bpe.get_added_tokens_decoder())
+
+
+def _pieces(bpe: tokenizers.Tokenizer, origin: str) -> list[bytes]:
+    added = {number: token.content.encode() for number, token in _added(bpe).items()}
+    value_of = _byte_level_alphabet()
+    pieces: list[bytes] = [b""] * (max(bpe.get_vocab(with_added_tokens=True).values()) + 1)
+    for token, number in bpe.get_vocab(with_added_tokens=True).items():
+        if number in added:
+            pieces[number] = added[number]
+        elif all(letter in value_of for letter in token):
+            pieces[number] = bytes(value_of[letter] for letter in token)
+        else:
+            raise UserError(f"{origin}: token {token!r} is not byte-level. Use a byte-level BPE tokenizer.")
+    missing = 256 - len({piece for piece in pieces if len(piece) == 1})
+    if missing:
+        raise UserError(
+            f"{origin}: {missing} of the 256 bytes have no token. Use a complete byte-level BPE tokenizer."
+        )
+    return pieces
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte of each letter of byte-level BPE: printable Latin-1 itself, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in set(printable)]
+    letters = {chr(value): value for value in printable}
+    return letters | {chr(0x100 + place): value for place, value in enumerate(others)}

@@ -1,0 +1,94 @@
+"""Text from a trained model: recurrent decoding with a state of fixed size, whatever the length.
+
+Shapes: C vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.checkpoint.store import CheckpointStore
+from kabrn_dist.checkpoint.fragment import Fragment
+from kabrn_dist.config import Config, load_config
+from kabrn_dist.data.index import read_index
+from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from kabrn_dist.errors import UserError
+from kabrn_dist.mesh import alone
+from kabrn_dist.model.mixkabrn import MixKABRN, build_model
+
+
+def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN, Tokenizer, int]:
+    """Model, tokenizer and step of a run's newest intact checkpoint, in one process, at any training layout.
+
+    Raises:
+        UserError: where the folder holds no run, no intact checkpoint, or not the tokenizer it was trained with.
+    """
+    config = load_config(folder / "config.yaml")
+    store = CheckpointStore(folder / "checkpoints")
+    path = store.find()
+    if path is None:
+        raise UserError(f"{folder}/checkpoints: no intact checkpoint; train with --config first")
+    model = build_model(_single(config), alone(device))
+    weights = [
+        Fragment(f"{name}/master", tuple(p.shape), 0, p.detach().view(-1), owned=True)
+        for name, p in model.named_parameters()
+    ]
+    manifest = store.load(path, weights)
+    tokenizer = load_tokenizer(config.data.path, read_index(config.data.path))
+    if tokenizer.sha256 != manifest.state["tokenizer_sha256"]:
+        raise UserError(
+            f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
+            "restore the shards' folder or point data.path in config.yaml to it"
+        )
+    return model.eval(), tokenizer, int(str(manifest.state["step"]))
+
+
+def _single(config: Config) -> Config:
+    return config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"expert": 1, "experts_per_rank": None})}
+    )
+
+
+def generate(
+    model: MixKABRN,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Stream the continuation of `prompt`, piece by piece, up to `tokens` tokens or the end of the document.
+
+    Args:
+        temperature: 0 takes the likeliest token always.
+        top_k: draw among so many likeliest tokens; 0 among all.
+        seed: of the draw.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = [tokenizer.document_token, *tokenizer.encode(prompt)]
+    length = len(ids)
+    read = torch.tensor([ids], device=device)
+    positions = torch.arange(length, device=device)[None]
+    logits, states = model.read(read, torch.zeros_like(read), positions, None)
+    decoder = StreamDecoder(tokenizer)
+    one = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for position in range(length, length + tokens):
+        chosen = _draw(logits[0, : tokenizer.vocabulary].cpu(), temperature, top_k, generator)
+        if chosen == tokenizer.document_token:
+            break
+        yield decoder.push(chosen)
+        logits, states = model.read(one + chosen, one, one + position, states)
+    yield decoder.finish()
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    values, ids = logits.topk(min(top_k or len(logits), len(logits)))
+    return int(ids[torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)])

@@ -1,0 +1,165 @@
+"""Ranks and process groups: who shares what with whom. The only file that makes process groups.
+
+Layout: ranks of one expert group are contiguous, so it lies inside a node where it can; ranks that hold the same
+experts are `expert` apart. ZeRO's data-parallel world is the whole world.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kabrn_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that were started, read from the launcher's variables."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def find_place() -> Place:
+    """Read the launcher's variables (deepspeed, torchrun), ask MPI under mpirun, or stand alone.
+
+    Under mpirun the processes agree through mpi4py on the address where they will meet.
+    """
+    if "RANK" not in os.environ and any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+        _ask_mpi()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+    return Place(rank, world, int(os.environ.get("LOCAL_RANK", 0)), local_world)
+
+
+def _ask_mpi() -> None:
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError("started by mpirun, but mpi4py is not installed; pip install mpi4py mpich") from None
+    everyone = MPI.COMM_WORLD
+    neighbours = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    meeting = (socket.gethostbyname(socket.gethostname()), free_port()) if everyone.rank == 0 else None
+    address, port = everyone.bcast(meeting)
+    os.environ.update(
+        RANK=str(everyone.rank),
+        WORLD_SIZE=str(everyone.size),
+        LOCAL_RANK=str(neighbours.rank),
+        LOCAL_WORLD_SIZE=str(neighbours.size),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+
+
+def free_port() -> int:
+    """A TCP port that is free now on this machine."""
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return int(sock.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's rank, device and groups.
+
+    Attributes:
+        expert: ranks that share one set of routed experts (they exchange tokens by all-to-all).
+        expert_group: the group of those ranks; None where `expert` is 1.
+        expert_data_group: ranks that hold the same experts as this one (they average expert gradients).
+    """
+
+    rank: int
+    world: int
+    expert: int
+    device: torch.device
+    expert_group: dist.ProcessGroup | None
+    expert_data_group: dist.ProcessGroup | None
+
+    @property
+    def expert_rank(self) -> int:
+        """This rank's place in its expert group."""
+        return self.rank % self.expert
+
+    @property
+    def first(self) -> bool:
+        """True on the one rank that writes logs."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks; `values` is left as it is."""
+        total = values.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks where it is true on one: the way to decide anything together."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
+
+
+def alone(device: torch.device | str = "cpu") -> Mesh:
+    """The mesh of a single process that needs no process group (generation, export, tests)."""
+    return Mesh(0, 1, 1, torch.device(device), None, None)
+
+
+@contextmanager
+def join_processes(place: Place) -> Iterator[torch.device]:
+    """Meet the other processes, and leave them at the end. Yields this process's device."""
+    device = _choose_device(place)
+    if place.world == 1:
+        # A process that was started plainly; DeepSpeed reads these variables too.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timedelta(minutes=10))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(place: Place, device: torch.device, expert: int) -> Mesh:
+    """Make the groups. Collective.
+
+    Args:
+        expert: expert-parallel degree; divides `place.world` (checked by `Config.check_world`).
+    """
+    data_ranks = [list(range(e, place.world, expert)) for e in range(expert)]
+    expert_ranks = [list(range(a, a + expert)) for a in range(0, place.world, expert)]
+    return Mesh(
+        place.rank,
+        place.world,
+        expert,
+        device,
+        expert_group=_own_group(expert_ranks, place.rank),
+        expert_data_group=_own_group(data_ranks, place.rank),
+    )
+
+
+def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    # Every rank must take part in making every group, also those it is not in.
+    groups = [(ranks, dist.new_group(ranks)) for ranks in partition]
+    return next(group for ranks, group in groups if rank in ranks)
+
+
+def _choose_device(place: Place) -> torch.device:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+    return torch.device("cpu")

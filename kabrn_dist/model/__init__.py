@@ -1,0 +1,1 @@
+"""The network: retention, KAN experts, ternary matrices."""

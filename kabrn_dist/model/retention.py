@@ -1,0 +1,212 @@
+"""Multi-scale retention (RetNet, arXiv 2307.08621) in three forms that agree, for packed documents.
+
+S_n = γ·S_{n−1} + k_nᵀ v_n,  o_n = q_n S_n, with S = 0 where a document starts. Scores are not normalised: normalisers
+do not compose across chunks. Only differences of positions inside a chunk are exponentiated, so no length overflows.
+
+Shapes: B batch, H heads, T time, K key width of a head, V value width of a head, C chunk, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kabrn_dist.config import Retention as Settings
+from kabrn_dist.model.bitlinear import BitLinear, quantise, rms_norm, widen
+
+
+# A document's first tokens can retain almost nothing (q·k ≈ 0); a usual epsilon would let the norm blow that up to
+# unit size, and its gradient by a thousand: measured as spikes of the gradient's norm from 0.8 to 9.
+HEAD_EPSILON = 1e-2
+
+
+def log_decays(schedule: str | tuple[float, float], heads: int) -> list[float]:
+    """log γ of each head, evenly spaced in −log₂(1−γ).
+
+    Args:
+        schedule: "exponent" (γ = 1 − 2^(−5−h), eq. 8 of the paper), "linspace" (5…9, the authors' code) or
+            [fastest, slowest] exponents.
+    """
+    named = {"exponent": (5.0, 4.0 + heads), "linspace": (5.0, 9.0)}
+    fastest, slowest = named[schedule] if isinstance(schedule, str) else schedule
+    step = (slowest - fastest) / max(1, heads - 1)
+    return [math.log1p(-(2.0 ** -(fastest + h * step))) for h in range(heads)]
+
+
+def retention_naive(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence by definition, one token at a time. Arguments and results as `retention_chunk`."""
+    batch, heads, time, key = q.shape
+    s = q.new_zeros(batch, heads, key, v.shape[-1]) if state is None else state.to(q.dtype)
+    decay = log_decay.to(q.dtype).exp()[:, None, None]
+    out = []
+    for t in range(time):
+        if t > 0:
+            s = s * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
+        s = decay * s + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, None, :] @ s)[:, :, 0])
+    return torch.stack(out, 2), s
+
+
+def retention_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of decoding.
+
+    Args:
+        q, k: [B,H,K]; v: [B,H,V].
+        log_decay: [H] fp32.
+        state: [B,H,K,V] fp32.
+        starts: [B] bool, true where this token begins a document.
+
+    Returns:
+        out [B,H,V] in the dtype of v, and the new state [B,H,K,V] fp32.
+    """
+    kept = state * ~starts[:, None, None, None] * log_decay.to(state.dtype).exp()[:, None, None]
+    new = kept + k.to(state.dtype)[..., :, None] * v.to(state.dtype)[..., None, :]
+    return torch.einsum("bhk,bhkv->bhv", q.to(state.dtype), new).to(v.dtype), new
+
+
+def retention_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    documents: Tensor,
+    state: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The chunkwise form (eq. 7 of the paper): all chunks at once, then a short scan over their states.
+
+    Args:
+        q, k: [B,H,T,K]; v: [B,H,T,V], one dtype.
+        log_decay: [H] log γ, fp32 (fp64 for fp64 inputs).
+        documents: [B,T] int64, never falling along a row.
+        state: [B,H,K,V] fp32, the state before the first token, of that token's document; None for zeros.
+        chunk: tokens of a chunk; any number.
+
+    Returns:
+        out [B,H,T,V] in the dtype of v, and the state after the last token [B,H,K,V] in fp32 (fp64 for fp64).
+    """
+    batch, heads, time, key = q.shape
+    if state is None:
+        state = q.new_zeros(batch, heads, key, v.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    whole = time - time % chunk
+    outs = []
+    for start, stop, size in ((0, whole, chunk), (whole, time, time - whole)):
+        if stop > start:
+            part = (x[:, :, start:stop] for x in (q, k, v))
+            before = documents[:, max(0, start - 1)]
+            out, state = _whole_chunks(*part, log_decay, documents[:, start:stop], before, state, size)
+            outs.append(out)
+    return torch.cat(outs, 2) if len(outs) > 1 else outs[0], state
+
+
+def _whole_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    documents: Tensor,
+    before: Tensor,
+    state: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """`before` [B] is the document of the token in front of the first; `size` divides T."""
+    batch, heads, time, key = q.shape
+    chunks = time // size
+    q, k, v = (x.reshape(batch, heads, chunks, size, -1) for x in (q, k, v))
+    ids = documents.reshape(batch, chunks, size)
+    last = ids[:, :, -1]
+    previous = torch.cat([before[:, None], last[:, :-1]], 1)
+    place = torch.arange(size, device=q.device)
+    log_decay = log_decay[:, None]
+
+    # A token sees its own chunk's earlier tokens of its document, decayed by their distance …
+    distance = (place[:, None] - place).clamp(min=0)
+    within = (distance * log_decay[:, :, None]).exp().tril().to(q.dtype)
+    same = ids[:, :, :, None] == ids[:, :, None, :]
+    scores = (q @ k.transpose(-1, -2)) * within[:, None] * same[:, None]
+    # … and the state before the chunk, where no document has begun since.
+    entering = ((place + 1) * log_decay).exp()[:, None] * (ids == previous[:, :, None])[:, None]
+    leaving = ((size - 1 - place) * log_decay).exp()[:, None] * (ids == last[:, :, None])[:, None]
+    added = ((k * leaving[..., None]).to(k.dtype).transpose(-1, -2) @ v).to(state.dtype)
+    kept = (size * log_decay).exp().to(state.dtype) * (last == previous)[:, None]
+
+    states = []
+    for n in range(chunks):
+        states.append(state)
+        state = kept[:, :, n, None, None] * state + added[:, :, n]
+    out = scores @ v + (q * entering[..., None]).to(q.dtype) @ torch.stack(states, 2).to(q.dtype)
+    return out.view(batch, heads, time, -1), state
+
+
+class Place(NamedTuple):
+    """What all layers need to know about a batch's tokens, computed once per forward pass.
+
+    Attributes:
+        documents: [B,T] int64; starts: [B,T] bool, true at a document's first token.
+        cos, sin: [B,1,T,K/2] fp32 rotary angles of the positions within documents.
+        log_decay: [H] fp32. Made anew each time, so that no cast of the model can round it: γ is 1 in bf16.
+    """
+
+    documents: Tensor
+    starts: Tensor
+    cos: Tensor
+    sin: Tensor
+    log_decay: Tensor
+
+
+def find_place(documents: Tensor, positions: Tensor, settings: Settings) -> Place:
+    """Rotary angles (RoFormer, arXiv 2104.09864, base 10,000) and decays for [B,T] documents and positions."""
+    half = settings.key_width // 2
+    speeds = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angles = positions[:, None, :, None].float() * speeds
+    decays = torch.tensor(log_decays(settings.decay, settings.heads), device=positions.device)
+    return Place(documents, positions == 0, angles.cos(), angles.sin(), decays)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (first half, second half) of [B,H,T,K] by its angle, in fp32; same dtype out."""
+    left, right = widen(x).chunk(2, -1)
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], -1).to(x.dtype)
+
+
+class Retention(nn.Module):
+    """The layer: one quantised input for q, k, v and gate; heads normalised; swish gate; output matrix."""
+
+    def __init__(self, width: int, settings: Settings, quantised: bool, gain: float) -> None:
+        super().__init__()
+        self.settings, self.quantised = settings, quantised
+        keys, values = settings.heads * settings.key_width, settings.heads * settings.value_width
+        self.query = BitLinear(width, keys, enabled=quantised)
+        self.key = BitLinear(width, keys, enabled=quantised)
+        self.value = BitLinear(width, values, enabled=quantised)
+        self.gate = BitLinear(width, values, enabled=quantised)
+        self.out = BitLinear(values, width, gain, enabled=quantised)
+
+    def forward(self, x: Tensor, place: Place, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B,T,D] → [B,T,D] and the state [B,H,K,V] after the last token; `state` continues an earlier call."""
+        shared = quantise(rms_norm(x), self.quantised)
+        q, k, v = (self._heads(matrix(shared)) for matrix in (self.query, self.key, self.value))
+        q = rotate(q, place.cos, place.sin) * self.settings.key_width**-0.5
+        k = rotate(k, place.cos, place.sin)
+        if state is not None and x.shape[1] == 1:
+            out, state = retention_step(
+                q[:, :, 0], k[:, :, 0], v[:, :, 0], place.log_decay, state, place.starts[:, 0]
+            )
+            out = out[:, :, None]
+        else:
+            out, state = retention_chunk(
+                q, k, v, place.log_decay, place.documents, state, self.settings.chunk
+            )
+        out = rms_norm(out, HEAD_EPSILON).transpose(1, 2).flatten(2) * F.silu(self.gate(shared))
+        return self.out(quantise(rms_norm(out), self.quantised)), state
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2)

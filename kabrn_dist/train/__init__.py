@@ -1,0 +1,1 @@
+"""Training: losses, the DeepSpeed engine, metrics and the loop."""

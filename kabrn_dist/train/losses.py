@@ -1,0 +1,52 @@
+"""From sums over batches to losses: means over the *global* step, however its tokens are spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kabrn_dist.config import Experts
+from kabrn_dist.model.mixkabrn import Sums
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one optimizer step holds over all ranks and micro-batches.
+
+    Attributes:
+        targets: tokens that carry loss; tokens: all tokens; sequences: rows.
+        ranks: DeepSpeed divides gradients by this; each rank's share of a loss is multiplied by it.
+    """
+
+    targets: int
+    tokens: int
+    sequences: int
+    ranks: int
+
+
+class Losses(NamedTuple):
+    """Scalars. The mean over ranks of the sum over micro-batches is the step's loss.
+
+    Attributes:
+        total: what is differentiated.
+        language: nats per target.
+        balance: mean over layers and sequences, unweighted; 1 is a perfect balance of softmax scores.
+        router_z: mean over layers and tokens of logsumexp², unweighted.
+    """
+
+    total: Tensor
+    language: Tensor
+    balance: Tensor
+    router_z: Tensor
+
+
+def compute_losses(sums: Sums, totals: Totals, settings: Experts) -> Losses:
+    """One rank's share of a step's losses, from its micro-batch's sums."""
+    layers = len(sums.load)
+    language = sums.language * (totals.ranks / totals.targets)
+    balance = sums.balance * (totals.ranks / (totals.sequences * layers))
+    router_z = sums.z * (totals.ranks / (totals.tokens * layers))
+    total = language + settings.balance_weight * balance + settings.router_z_weight * router_z
+    return Losses(total, language, balance, router_z)

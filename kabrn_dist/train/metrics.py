@@ -1,0 +1,122 @@
+"""What a run says of itself: a console line and a bar for people, log.jsonl and TensorBoard for later."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """Writes on the first rank only; on the others every call does nothing.
+
+    Args:
+        folder: the run's folder.
+        active: True on the rank that writes.
+        step: first step of this session; what TensorBoard holds from there on (an earlier session's lost steps) is
+            hidden.
+        steps: last step of the run.
+    """
+
+    def __init__(self, folder: Path, active: bool, step: int, steps: int) -> None:
+        self.active = active
+        if not active:
+            return
+        _truncate_log(folder / "log.jsonl", step)
+        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        # A pipe or a file gets whole lines; only a terminal is folded to its width and gets the bar.
+        self._console = Console(width=None if Console().is_terminal else 200, highlight=False)
+        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("step", total=steps, completed=step)
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.active:
+            self._console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self.active:
+            self._progress.update(self._task, completed=step)
+
+    def write(self, step: int, values: dict[str, float], line: str) -> None:
+        """One object in log.jsonl, one scalar a value in TensorBoard, one console line."""
+        if not self.active:
+            return
+        self._log.write(json.dumps({"step": step, "time": round(time.time(), 3)} | values) + "\n")
+        self._log.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self.say(line)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Text in TensorBoard."""
+        if self.active:
+            self._board.add_text(name, f"```\n{text}\n```", 0)
+
+    def close(self) -> None:
+        if self.active:
+            self._progress.stop()
+            self._log.close()
+            self._board.close()
+
+
+def expert_values(load: Tensor, entropy: Tensor, tokens: int, ternary: Tensor) -> dict[str, float]:
+    """Scalars of each layer's experts and ternary weights.
+
+    Args:
+        load: [L,E] copies sent to each expert by all ranks.
+        entropy: [L] Σ of the routers' entropy over all ranks' tokens.
+        tokens: number of those tokens.
+        ternary: [L,3] share of −1, 0 and +1.
+    """
+    share = load / load.mean(1, keepdim=True)
+    values: dict[str, float] = {}
+    for layer in range(len(load)):
+        values[f"experts/load_max/layer_{layer}"] = share[layer].max().item()
+        values[f"experts/load_min/layer_{layer}"] = share[layer].min().item()
+        values[f"experts/router_entropy/layer_{layer}"] = entropy[layer].item() / tokens
+        for name, part in zip(("minus", "zero", "plus"), ternary[layer].tolist(), strict=True):
+            values[f"ternary/{name}/layer_{layer}"] = part
+        for expert, part in enumerate(share[layer].tolist()):
+            values[f"experts/load/layer_{layer}/expert_{expert}"] = part
+    return values
+
+
+def memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: on its card, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = (
+        Path("/proc/self/status").read_text(encoding="ascii") if Path("/proc/self/status").exists() else ""
+    )
+    kib = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), "0")
+    return int(kib) / 2**20
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop what a lost session logged beyond the checkpoint that this one starts from."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _logged_step(line: str) -> float:
+    try:
+        entry: Any = json.loads(line)
+        return float(entry["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,100 @@
+"""Train a MixKABRN. Start it with deepspeed, torchrun or mpirun for several processes, or plainly for one."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kabrn_dist.config import load_config
+from kabrn_dist.errors import UserError
+
+EXAMPLES = """examples:
+  deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml
+  torchrun --nproc_per_node 2 launch/train.py --config configs/tiny.yaml
+  mpirun -n 2 python launch/train.py --config configs/tiny.yaml
+  python launch/train.py --config configs/tiny.yaml --set training.steps=50 --set run.folder=runs/short
+  python launch/train.py --config configs/big.yaml --dry-run --world 64
+
+To stop a run cleanly, create the file STOP in its folder or send SIGTERM: it saves, and the same command resumes.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        config = load_config(options.config, options.set)
+        if options.dry_run:
+            return dry_run(config, options.world or int(os.environ.get("WORLD_SIZE", 1)))
+        # DeepSpeed and torch take seconds to import: a mistake in the configuration has been reported by now.
+        from kabrn_dist.mesh import find_place
+        from kabrn_dist.train.loop import train
+
+        place = find_place()
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        train(config, place, options.resume, options.stop_after)
+    except UserError as error:
+        return report(error)
+    return 0
+
+
+def dry_run(config: "Config", world: int) -> int:  # noqa: F821
+    from kabrn_dist.estimate import describe
+    from kabrn_dist.train.splits import open_splits
+
+    config.check_world(world)
+    print(describe(config, world))
+    splits = open_splits(config)
+    index = splits.train.index
+    epochs = config.training.steps * config.training.batch / splits.train.sequences
+    print(
+        f"data                 {index.train.tokens:,} training tokens = {splits.train.sequences:,} sequences, "
+        f"{epochs:.2f} passes over them; {index.validation.tokens:,} validation tokens"
+    )
+    print("nothing was started or written (--dry-run)")
+    return 0
+
+
+def report(error: UserError) -> int:
+    """The same message would come from every process of a machine; one of them prints it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, help="the YAML file; its fields are described in README.md"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="override one value; may be repeated"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|must|never|PATH",
+        help="auto (default): from the newest intact checkpoint of run.folder if any; must: fail without one; never: "
+        "fail with one; or a checkpoint's folder",
+    )
+    parser.add_argument(
+        "--stop-after", type=int, metavar="N", help="train N steps, save and end; the same command goes on"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print layout and parameters, and end"
+    )
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="with --dry-run: the number of processes to plan for"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
