@@ -91,9 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     if options.tokenizer is not None and options.vocabulary is not None:
-        raise UserError(
-            f"--vocabulary {options.vocabulary}: --tokenizer {options.tokenizer} brings its own; drop one."
-        )
+        raise UserError(f"--vocabulary {options.vocabulary}: --tokenizer {options.tokenizer} brings its own; drop one.")
     source, documents = _source(options)
     plan = Plan(
         out=options.out,

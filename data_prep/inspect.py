@@ -26,10 +26,7 @@ def inspect(folder: Path, documents: int) -> None:
     total = sum(shard.bytes for shard in (*index.train.shards, *index.validation.shards))
     with Meter("verify", total) as meter:
         verify_shards(folder, index, lambda read: meter.advance(0, read))
-    print(
-        f"{index.source.name}, {index.tokenizer.kind} tokenizer, vocabulary {index.vocabulary:,}, "
-        f"{index.dtype}"
-    )
+    print(f"{index.source.name}, {index.tokenizer.kind} tokenizer, vocabulary {index.vocabulary:,}, {index.dtype}")
     print(_totals(index))
     for number, text in enumerate(sample_documents(folder, index, tokenizer, documents)):
         print(f"--- train document {number}\n{text.rstrip()}")
@@ -75,6 +72,4 @@ def _totals(index: Index) -> str:
 
 
 def _gzip9_bits_per_byte(split: Split) -> str:
-    return (
-        f"{8 * split.gzip9_bytes / split.text_bytes:.4f}" if split.gzip9_bytes and split.text_bytes else "–"
-    )
+    return f"{8 * split.gzip9_bytes / split.text_bytes:.4f}" if split.gzip9_bytes and split.text_bytes else "–"

@@ -69,9 +69,7 @@ def check_plan(plan: Plan) -> None:
     if plan.out.exists() and not plan.out.is_dir():
         raise UserError(f"--out {plan.out}: is a file. Give a folder.")
     if plan.out.is_dir() and any(plan.out.iterdir()) and not plan.force:
-        raise UserError(
-            f"--out {plan.out}: is not empty. Choose another folder, or add --force to replace its data."
-        )
+        raise UserError(f"--out {plan.out}: is not empty. Choose another folder, or add --force to replace its data.")
 
 
 def collect(documents: Iterable[Document], validation_share: float) -> Corpus:

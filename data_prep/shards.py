@@ -67,9 +67,7 @@ def _write_shard(path: Path, blocks: Sequence[list[np.ndarray]], dtype: Dtype) -
 
 def _describe(path: Path, documents: int, itemsize: int) -> Shard:
     with tarfile.open(path, "r:") as tar:
-        blocks = tuple(
-            (member.offset_data, member.size // itemsize) for member in tar if member.name.endswith(".tok")
-        )
+        blocks = tuple((member.offset_data, member.size // itemsize) for member in tar if member.name.endswith(".tok"))
     return Shard(
         name=path.name,
         bytes=path.stat().st_size,

@@ -24,9 +24,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    folder: Path = Field(
-        description="Where config.yaml, log.jsonl, tensorboard/ and checkpoints/ are written."
-    )
+    folder: Path = Field(description="Where config.yaml, log.jsonl, tensorboard/ and checkpoints/ are written.")
     seed: int = Field(1, ge=0, description="Seeds the initial weights and the order of the data.")
 
 
@@ -51,9 +49,7 @@ class Retention(Section):
     @model_validator(mode="after")
     def _decay_range(self) -> Retention:
         if not isinstance(self.decay, str) and not 0 < self.decay[0] <= self.decay[1]:
-            raise ValueError(
-                f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest"
-            )
+            raise ValueError(f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest")
         return self
 
 
@@ -72,16 +68,12 @@ class Experts(Section):
     balance_weight: float = Field(
         1e-2, ge=0, description="Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437)."
     )
-    router_z_weight: float = Field(
-        1e-3, ge=0, description="Weight of the router z-loss (ST-MoE, 2202.08906)."
-    )
+    router_z_weight: float = Field(1e-3, ge=0, description="Weight of the router z-loss (ST-MoE, 2202.08906).")
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Experts:
         if self.top_k > self.routed:
-            raise ValueError(
-                f"top_k {self.top_k} exceeds the {self.routed} routed experts; set top_k <= {self.routed}"
-            )
+            raise ValueError(f"top_k {self.top_k} exceeds the {self.routed} routed experts; set top_k <= {self.routed}")
         return self
 
 
@@ -113,33 +105,23 @@ class Model(Section):
 
 
 class Parallel(Section):
-    expert: PositiveInt = Field(
-        1, description="Expert parallelism: ranks that share one set of routed experts."
-    )
+    expert: PositiveInt = Field(1, description="Expert parallelism: ranks that share one set of routed experts.")
     experts_per_rank: tuple[PositiveInt, ...] | None = Field(
         None, description="Experts on each rank of an expert group, uneven allowed; default: equal shares."
     )
-    zero: Literal[0, 1, 2, 3] = Field(
-        1, description="ZeRO stage: what the ranks share out instead of copying."
-    )
-    bucket: PositiveInt = Field(
-        50_000_000, description="Elements of a ZeRO reduce, gather or prefetch bucket."
-    )
+    zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: what the ranks share out instead of copying.")
+    bucket: PositiveInt = Field(50_000_000, description="Elements of a ZeRO reduce, gather or prefetch bucket.")
 
 
 class Optimizer(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    final: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak."
-    )
+    final: float = Field(0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays.")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(
-        0.1, ge=0, description="Weight decay of matrices (never of KAN coefficients)."
-    )
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices (never of KAN coefficients).")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
 
 
@@ -150,9 +132,7 @@ class Training(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Working copy of weights and activations; masters are fp32. fp16 scales the loss."
     )
-    log_every: PositiveInt = Field(
-        1, description="Steps between lines of the console, log.jsonl and TensorBoard."
-    )
+    log_every: PositiveInt = Field(1, description="Steps between lines of the console, log.jsonl and TensorBoard.")
 
 
 class Validation(Section):
@@ -161,13 +141,9 @@ class Validation(Section):
 
 
 class Checkpoint(Section):
-    every: int = Field(
-        500, ge=0, description="Steps between checkpoints; 0 saves at the end and when stopped only."
-    )
+    every: int = Field(500, ge=0, description="Steps between checkpoints; 0 saves at the end and when stopped only.")
     keep: int = Field(2, ge=2, description="Newest checkpoints kept.")
-    keep_every: int = Field(
-        0, ge=0, description="Also keep each checkpoint whose step this divides; 0: none."
-    )
+    keep_every: int = Field(0, ge=0, description="Also keep each checkpoint whose step this divides; 0: none.")
 
 
 class Config(Section):
@@ -246,9 +222,7 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Confi
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{path}: expected a mapping of sections such as `model:`, found {type(tree).__name__}"
-        )
+        raise UserError(f"{path}: expected a mapping of sections such as `model:`, found {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
     try:
@@ -291,11 +265,7 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{key} is missing; add it"
     message = detail["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {message}"
-        if detail["type"] == "value_error"
-        else f"{key}: {message}, found {detail['input']!r}"
-    )
+    return f"{key}: {message}" if detail["type"] == "value_error" else f"{key}: {message}, found {detail['input']!r}"
 
 
 def _keys(place: list[str]) -> list[str]:

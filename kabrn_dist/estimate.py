@@ -34,7 +34,7 @@ def count_parameters(config: Config) -> Parameters:
     with torch.device("meta"):
         model = MixKABRN(settings, Placement((settings.experts.routed,), 0), alone("meta"))
     total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for block in model.blocks for p in block.mixture.routed.parameters())
+    routed = sum(p.numel() for p in model.routed_parameters())
     expert = routed // (settings.experts.routed * settings.layers)
     dense = total - routed
     # The embedding is a look-up of one row.
@@ -51,18 +51,14 @@ def describe(config: Config, world: int) -> str:
     expert = config.parallel.expert
     tokens = training.batch * config.data.sequence_length
     mebibytes = (counts.ternary / 4 + 2 * (counts.total - counts.ternary)) / 2**20
-    groups = (
-        "; ".join(str(list(range(a, a + expert))) for a in range(0, world, expert)[:4])
-        if expert > 1
-        else "none"
-    )
+    groups = "; ".join(str(list(range(a, a + expert))) for a in range(0, world, expert)[:4]) if expert > 1 else "none"
     more = " …" if expert > 1 and world // expert > 4 else ""
     lines = [
         f"processes            {world} (ZeRO {config.parallel.zero}, expert parallelism {expert})",
         f"expert groups        {groups}{more}",
         f"experts per rank     {list(config.placement())}",
         f"parameters           {counts.total:,} in all, {counts.active:,} active per token",
-        f"of one expert        {counts.expert:,} (× {config.model.experts.routed} routed × {config.model.layers} layers)",
+        f"of one expert        {counts.expert:,} (× {config.model.experts.routed} routed × {config.model.layers})",
         f"ternary              {counts.ternary:,} ({counts.ternary / counts.total:.1%}); "
         f"{mebibytes:.2f} MiB at 2 bits each and 2 bytes for the rest",
         f"held per rank        {', '.join(f'{n:,}' for n in counts.per_rank)} before ZeRO",

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.checkpoint.fragment import Fragment
+from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config, load_config
 from kabrn_dist.data.index import read_index
 from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer

@@ -47,9 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", required=True, type=Path, help="the run's folder")
     parser.add_argument("--prompt", default="", help="text to continue (default: begin a document)")
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to write (default 200)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw among so many; 0 among all (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     return parser.parse_args(arguments)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kabrn_dist.config import load_config
+from kabrn_dist.config import Config, load_config
 from kabrn_dist.errors import UserError
 
 EXAMPLES = """examples:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def dry_run(config: "Config", world: int) -> int:  # noqa: F821
+def dry_run(config: Config, world: int) -> int:
     from kabrn_dist.estimate import describe
     from kabrn_dist.train.splits import open_splits
 
@@ -86,12 +86,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--stop-after", type=int, metavar="N", help="train N steps, save and end; the same command goes on"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print layout and parameters, and end"
-    )
-    parser.add_argument(
-        "--world", type=int, metavar="N", help="with --dry-run: the number of processes to plan for"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print layout and parameters, and end")
+    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: the number of processes to plan for")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

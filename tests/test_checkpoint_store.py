@@ -65,9 +65,7 @@ def constant(value: float, count: int = 1000, start: int = 0, stop: int | None =
 
 def run(world: int, work: Callable[[int, Path], None], folder: Path) -> None:
     """`work(rank, folder)` on `world` gloo processes; forkserver, as spawn imports torch in each."""
-    mp.start_processes(
-        enter, (world, work, folder / "run", folder / "meet"), nprocs=world, start_method="forkserver"
-    )
+    mp.start_processes(enter, (world, work, folder / "run", folder / "meet"), nprocs=world, start_method="forkserver")
 
 
 def enter(rank: int, world: int, work: Callable[[int, Path], None], folder: Path, meet: Path) -> None:
@@ -273,9 +271,7 @@ class Bomb:
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def test_other_files_behind_a_good_manifest_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_files_behind_a_good_manifest_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOMB", str(tmp_path / "went-off"))
     store, path = CheckpointStore(tmp_path), tmp_path / "step-00000001"
     assert store.save(1, constant(1.0), {})
@@ -324,9 +320,7 @@ def save_for_ever(rank: int, folder: Path) -> None:
 def test_sigkill_never_leaves_a_wrong_checkpoint(tmp_path: Path) -> None:
     store, generator = CheckpointStore(tmp_path), random.Random(0)
     for _ in range(40):
-        context = mp.start_processes(
-            save_for_ever, (tmp_path,), nprocs=1, join=False, start_method="forkserver"
-        )
+        context = mp.start_processes(save_for_ever, (tmp_path,), nprocs=1, join=False, start_method="forkserver")
         before = store.find()
         deadline = time.monotonic() + 20
         while store.find(verify=False) == before and time.monotonic() < deadline:

@@ -70,9 +70,7 @@ def test_fast_and_naive_batches_agree() -> None:
     random = np.random.default_rng(2)
     for share in (0.0, 0.02, 0.3, 1.0):
         for length in (1, 2, 17):
-            streams = np.where(
-                random.random((5, length + 1)) < share, D, random.integers(0, D, (5, length + 1))
-            )
+            streams = np.where(random.random((5, length + 1)) < share, D, random.integers(0, D, (5, length + 1)))
             assert equal(make_batch(streams, D), make_batch_naive(streams, D))
 
 
@@ -144,9 +142,7 @@ def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path
 def test_too_little_data_is_said_at_once(folder: Path) -> None:
     tokens = read_index(folder).validation.tokens
     assert Batches(folder, "validation", tokens - 1, seed=0).sequences == 1
-    with pytest.raises(
-        UserError, match=rf"validation split has {tokens} tokens.*needs {tokens + 1}.*Shorten"
-    ):
+    with pytest.raises(UserError, match=rf"validation split has {tokens} tokens.*needs {tokens + 1}.*Shorten"):
         Batches(folder, "validation", tokens, seed=0)
     with pytest.raises(UserError, match="sequence_length: 0"):
         Batches(folder, "train", 0, seed=0)

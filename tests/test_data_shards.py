@@ -94,9 +94,7 @@ def test_stream_agrees_with_unpacking(tmp_path: Path, vocabulary: int) -> None:
     assert whole.max() == vocabulary - 1 or vocabulary > 257
     edges = np.cumsum([0, *(tokens for shard in index.train.shards for _, tokens in shard.blocks)]).tolist()
     ranges = [(0, len(whole)), (0, 0), (len(whole), len(whole)), (len(whole) - 1, len(whole)), (3, 200_001)]
-    ranges += [(max(0, e - 1), min(e + 1, len(whole))) for e in edges] + [
-        (e, min(e + 7, len(whole))) for e in edges
-    ]
+    ranges += [(max(0, e - 1), min(e + 1, len(whole))) for e in edges] + [(e, min(e + 7, len(whole))) for e in edges]
     for start, stop in ranges:
         read = stream.read(start, stop)
         assert read.dtype == np.int64 and np.array_equal(read, whole[start:stop]), (start, stop)

@@ -60,17 +60,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_python_stdlib_end_to_end(tmp_path: Path) -> None:
-    done = command(
-        "--source", "python-stdlib", "--out", tmp_path / "set", "--vocabulary", 1024, "--shard-mb", 4
-    )
+    done = command("--source", "python-stdlib", "--out", tmp_path / "set", "--vocabulary", 1024, "--shard-mb", 4)
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stdout and "MB/s" in done.stdout and done.stderr == ""
     index = read_index(tmp_path / "set")
     assert index.vocabulary == 1024 and index.dtype == "uint16" and len(index.train.shards) > 1
-    assert (
-        index.validation.gzip9_bytes
-        and 1 < 8 * index.validation.gzip9_bytes / index.validation.text_bytes < 3
-    )
+    assert index.validation.gzip9_bytes and 1 < 8 * index.validation.gzip9_bytes / index.validation.text_bytes < 3
     assert Batches(tmp_path / "set", "validation", 256, seed=0, ordered=False).sequences > 100
     shown = command("inspect", tmp_path / "set", "--documents", 2)
     assert shown.returncode == 0 and "all shards verified" in shown.stdout
@@ -116,9 +111,7 @@ def test_dry_run_writes_nothing(texts: Path, tmp_path: Path, capsys: pytest.Capt
     assert "dry run" in capsys.readouterr().out and not (tmp_path / "set").exists()
 
 
-def test_force_replaces_own_files_only(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ("--source", "text", "--input", texts, "--out", tmp_path / "set")
     assert run(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
     before = contents(tmp_path / "set")

@@ -96,10 +96,7 @@ def test_python_stdlib_reads_sources_and_skips_what_is_not_utf8(
         (tmp_path / name).write_text(name)
     (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n")
     real = {document.name: document.text for document in python_stdlib.documents()}
-    assert (
-        real["json/decoder.py"]
-        == (Path(sysconfig.get_path("stdlib")) / "json/decoder.py").read_bytes().decode()
-    )
+    assert real["json/decoder.py"] == (Path(sysconfig.get_path("stdlib")) / "json/decoder.py").read_bytes().decode()
     assert list(real) == sorted(real) and not any("test" in name.split("/") for name in real)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     found = list(python_stdlib.documents())

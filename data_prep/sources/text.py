@@ -29,18 +29,14 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for given in inputs:
         if given.is_dir():
-            found = sorted(
-                path for path in given.rglob("*") if path.name.endswith(_ENDINGS) and path.is_file()
-            )
+            found = sorted(path for path in given.rglob("*") if path.name.endswith(_ENDINGS) and path.is_file())
             if not found:
                 raise UserError(f"--input {given}: no file in it ends in {', '.join(_ENDINGS)}.")
             files += found
         elif not given.exists():
             raise UserError(f"--input {given}: no such file or folder.")
         elif not given.name.endswith(_ENDINGS):
-            raise UserError(
-                f"--input {given}: unknown file type; give files that end in {', '.join(_ENDINGS)}."
-            )
+            raise UserError(f"--input {given}: unknown file type; give files that end in {', '.join(_ENDINGS)}.")
         else:
             files.append(given)
     return files
@@ -96,9 +92,7 @@ def _lines(path: Path, file: BinaryIO, field: str) -> Iterator[Document]:
             raise UserError(f"{name}: not JSON ({error}). Each line must be one JSON object.") from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             keys = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise UserError(
-                f"{name}: no text under {field!r}, found {keys}. Name the right key with --field."
-            )
+            raise UserError(f"{name}: no text under {field!r}, found {keys}. Name the right key with --field.")
         yield Document(name, record[field])
 
 

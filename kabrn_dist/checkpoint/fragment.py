@@ -39,9 +39,7 @@ def check_fragment(fragment: Fragment) -> None:
     """
     total = prod(fragment.shape)
     if fragment.values.ndim != 1:
-        raise UserError(
-            f"{fragment.name}: fragment values have shape {tuple(fragment.values.shape)}; pass a 1-D view"
-        )
+        raise UserError(f"{fragment.name}: fragment values have shape {tuple(fragment.values.shape)}; pass a 1-D view")
     stop = fragment.offset + fragment.values.numel()
     if fragment.offset < 0 or stop > total:
         raise UserError(

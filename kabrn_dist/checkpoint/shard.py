@@ -127,9 +127,7 @@ def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[Hol
     for fragment in fragments:
         check_fragment(fragment)
         if fragment.values.dtype not in CODES:
-            raise UserError(
-                f"{fragment.name}: {fragment.values.dtype} cannot be stored; use one of {[*CODES]}"
-            )
+            raise UserError(f"{fragment.name}: {fragment.values.dtype} cannot be stored; use one of {[*CODES]}")
         piece = None
         if fragment.owned and fragment.values.numel():
             key = f"{fragment.name}@{fragment.offset}"
@@ -160,9 +158,7 @@ def _read_copy(source: safe_open, copy: Copy) -> None:
     stored = source.get_slice(copy.piece.key)
     shape, dtype = stored.get_shape(), stored.get_dtype()
     if (shape, dtype) != ([copy.piece.count], copy.dtype):
-        raise ValueError(
-            f"{copy.piece.key} is {dtype} {shape}, the manifest says {copy.dtype} {[copy.piece.count]}"
-        )
+        raise ValueError(f"{copy.piece.key} is {dtype} {shape}, the manifest says {copy.dtype} {[copy.piece.count]}")
     for start, stop in _chunks(copy.start, copy.stop, copy.target.itemsize):
         copy.target[start - copy.start : stop - copy.start].copy_(stored[start:stop])
 

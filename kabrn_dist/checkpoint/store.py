@@ -114,9 +114,7 @@ class CheckpointStore:
             together(self.group, verify_files, path, share)
         return manifest
 
-    def load(
-        self, path: Path, fragments: Iterable[Fragment], missing: Literal["error", "keep"] = "error"
-    ) -> Manifest:
+    def load(self, path: Path, fragments: Iterable[Fragment], missing: Literal["error", "keep"] = "error") -> Manifest:
         """Fill the `values` of all fragments, owned or not, from the checkpoint `path`; return its manifest.
 
         Collective, at any world size and partition; only the ranges needed are read, dtypes are

@@ -44,9 +44,7 @@ class Batches:
     Raises UserError when the index or a shard is missing or wrong, or the split is shorter than one sequence.
     """
 
-    def __init__(
-        self, folder: Path, split: SplitName, sequence_length: int, seed: int, ordered: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, split: SplitName, sequence_length: int, seed: int, ordered: bool = True) -> None:
         if sequence_length < 1:
             raise UserError(f"sequence_length: {sequence_length} is not a length; use at least 1.")
         self.index = read_index(folder)
@@ -110,9 +108,7 @@ class Cursor:
             ("sequence_length", self.sequence_length, batches.sequence_length),
         ):
             if then != now:
-                raise UserError(
-                    f"{key}: the checkpoint has {then}, the run {now}. Set it back, or start a new run."
-                )
+                raise UserError(f"{key}: the checkpoint has {then}, the run {now}. Set it back, or start a new run.")
 
 
 def make_batch(streams: np.ndarray, document_token: int) -> Batch:
@@ -127,9 +123,7 @@ def make_batch(streams: np.ndarray, document_token: int) -> Batch:
     documents = np.cumsum(starts, axis=1, dtype=np.int64)
     columns = np.arange(tokens.shape[1], dtype=np.int64)
     positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    return Batch(
-        *(torch.from_numpy(np.ascontiguousarray(part)) for part in (tokens, targets, documents, positions))
-    )
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in (tokens, targets, documents, positions)))
 
 
 def make_batch_naive(streams: np.ndarray, document_token: int) -> Batch:

@@ -133,15 +133,12 @@ def read_index(folder: Path) -> Index:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror}. Give a folder that `python -m data_prep` finished: it writes "
-            "the index last."
+            f"{path}: {error.strerror}. Give a folder that `python -m data_prep` finished: it writes the index last."
         ) from error
     try:
         index = Index.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(
-            f"{path}: {_first_problem(error)}. Prepare the data again with this version."
-        ) from error
+        raise UserError(f"{path}: {_first_problem(error)}. Prepare the data again with this version.") from error
     _check_contents(path, index)
     if index.fingerprint != fingerprint(index):
         raise UserError(
@@ -161,9 +158,7 @@ def check_shards(folder: Path, index: Index) -> None:
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}. Copy this shard again, or prepare the data again."
-            ) from error
+            raise UserError(f"{path}: {error.strerror}. Copy this shard again, or prepare the data again.") from error
         if found != shard.bytes:
             raise UserError(
                 f"{path}: {found} bytes, the index says {shard.bytes}. Copy this shard again, or prepare "
@@ -190,10 +185,7 @@ def _check_contents(path: Path, index: Index) -> None:
         raise UserError(f"{path}: {problem}. The index is damaged: copy it again, or prepare the data again.")
 
     if index.dtype != dtype_for(index.vocabulary):
-        refuse(
-            f"dtype is {index.dtype!r}, a vocabulary of {index.vocabulary} needs "
-            f"{dtype_for(index.vocabulary)!r}"
-        )
+        refuse(f"dtype is {index.dtype!r}, a vocabulary of {index.vocabulary} needs {dtype_for(index.vocabulary)!r}")
     if not 0 <= index.document_token < index.vocabulary:
         refuse(f"document_token is {index.document_token}, outside the vocabulary of {index.vocabulary}")
     names = [shard.name for shard in _shards(index)]

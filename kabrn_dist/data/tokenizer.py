@@ -44,9 +44,7 @@ class Tokenizer:
             self._special = {256}
         else:
             self._bpe = _parse(content, origin)
-            self.document_token = next(
-                n for n, token in _added(self._bpe).items() if token.content == DOCUMENT
-            )
+            self.document_token = next(n for n, token in _added(self._bpe).items() if token.content == DOCUMENT)
             self._special = {n for n, token in _added(self._bpe).items() if token.special}
             self._pieces = _pieces(self._bpe, origin)
         self.vocabulary = len(self._pieces)
@@ -142,9 +140,7 @@ def _parse(content: bytes, origin: str) -> tokenizers.Tokenizer:
     except Exception as error:
         raise UserError(f"{origin}: not a tokenizer.json of Hugging Face tokenizers ({error}).") from error
     if not any(token.special and token.content == DOCUMENT for token in _added(bpe).values()):
-        raise UserError(
-            f"{origin}: no special token {DOCUMENT}. Add it to the tokenizer, or let data_prep train one."
-        )
+        raise UserError(f"{origin}: no special token {DOCUMENT}. Add it to the tokenizer, or let data_prep train one.")
     bpe.no_truncation()
     bpe.no_padding()
     # Text that spells a special token stays text.
@@ -169,9 +165,7 @@ def _pieces(bpe: tokenizers.Tokenizer, origin: str) -> list[bytes]:
             raise UserError(f"{origin}: token {token!r} is not byte-level. Use a byte-level BPE tokenizer.")
     missing = 256 - len({piece for piece in pieces if len(piece) == 1})
     if missing:
-        raise UserError(
-            f"{origin}: {missing} of the 256 bytes have no token. Use a complete byte-level BPE tokenizer."
-        )
+        raise UserError(f"{origin}: {missing} of the 256 bytes have no token. Use a complete byte-level BPE tokenizer.")
     return pieces
 
 

@@ -35,9 +35,7 @@ def _verify_blocks(path: Path, index: Index, shard: Shard) -> None:
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
         if len(members) != 2 * len(shard.blocks):
-            raise _damaged(
-                path, f"{len(members)} members, {len(shard.blocks)} blocks need {2 * len(shard.blocks)}"
-            )
+            raise _damaged(path, f"{len(members)} members, {len(shard.blocks)} blocks need {2 * len(shard.blocks)}")
         for number, (offset, tokens) in enumerate(shard.blocks):
             lengths, words = members[2 * number : 2 * number + 2]
             if (lengths.name, words.name) != (f"{number:06d}.len", f"{number:06d}.tok"):
@@ -54,18 +52,12 @@ def _verify_blocks(path: Path, index: Index, shard: Shard) -> None:
 
 def _verify_documents(path: Path, index: Index, number: int, lengths: np.ndarray, stream: np.ndarray) -> None:
     if lengths.sum() != len(stream):
-        raise _damaged(
-            path, f"block {number} has {len(stream)} tokens, its document lengths add up to {lengths.sum()}"
-        )
+        raise _damaged(path, f"block {number} has {len(stream)} tokens, its document lengths add up to {lengths.sum()}")
     if stream.max() >= index.vocabulary:
-        raise _damaged(
-            path, f"block {number} holds token {stream.max()}, the vocabulary has {index.vocabulary}"
-        )
+        raise _damaged(path, f"block {number} holds token {stream.max()}, the vocabulary has {index.vocabulary}")
     starts = np.cumsum(lengths) - lengths
     if not np.array_equal(np.flatnonzero(stream == index.document_token), starts):
-        raise _damaged(
-            path, f"block {number}: the document token is not exactly at the start of each document"
-        )
+        raise _damaged(path, f"block {number}: the document token is not exactly at the start of each document")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -64,9 +64,7 @@ class _Rational(torch.autograd.Function):
     """Keeps only x; backward computes P, A and their slopes again and sums coefficients' gradients expert by expert."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, numerator: Tensor, denominator: Tensor, counts: tuple[int, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, numerator: Tensor, denominator: Tensor, counts: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, numerator, denominator)
         ctx.counts = counts
         z, a, b = _widen(x, numerator, denominator, counts)
@@ -81,9 +79,7 @@ class _Rational(torch.autograd.Function):
         over_q = 1 / (1 + inner.abs())
         for_p = grad.view_as(z) * over_q
         for_inner = -for_p * p * over_q * inner.sign()
-        dp = (((5 * a[:, :, 5] * z + 4 * a[:, :, 4]) * z + 3 * a[:, :, 3]) * z + 2 * a[:, :, 2]) * z + a[
-            :, :, 1
-        ]
+        dp = (((5 * a[:, :, 5] * z + 4 * a[:, :, 4]) * z + 3 * a[:, :, 3]) * z + 2 * a[:, :, 2]) * z + a[:, :, 1]
         dinner = ((4 * b[:, :, 3] * z + 3 * b[:, :, 2]) * z + 2 * b[:, :, 1]) * z + b[:, :, 0]
         for_x = (for_p * dp + for_inner * dinner).view_as(x).to(x.dtype)
         sums = _powers(for_p, z, 6), _powers(for_inner * z, z, 4)
@@ -91,9 +87,7 @@ class _Rational(torch.autograd.Function):
         return for_x, for_a.to(numerator.dtype), for_b.to(denominator.dtype), None
 
 
-def _widen(
-    x: Tensor, numerator: Tensor, denominator: Tensor, counts: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _widen(x: Tensor, numerator: Tensor, denominator: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     z = x.to(dtype).view(len(x), numerator.shape[1], x.shape[1] // numerator.shape[1])
     return z, _per_row(numerator.to(dtype), counts), _per_row(denominator.to(dtype), counts)
@@ -122,7 +116,7 @@ def _per_expert(rows: Tensor, counts: tuple[int, ...]) -> Tensor:
     return torch.stack([part.sum(0) for part in rows.split(list(counts))])
 
 
-class _Stacked(nn.Module):
+class StackedExperts(nn.Module):
     """Experts with stacked matrices: draws each by its global number, the last scaled for the residual stream."""
 
     def __init__(self, matrices: dict[str, tuple[int, int, float]], experts: range, quantised: bool) -> None:
@@ -142,8 +136,15 @@ class _Stacked(nn.Module):
         return quantise(rms_norm(x), self.quantised)
 
 
-class RationalExperts(_Stacked):
+class RationalExperts(StackedExperts):
     """y = W₂ q(φ₂(W₁ q(φ₁(x)))), q = RMSNorm and int8; φ rational, one per group and expert (GR-KAN)."""
+
+    up: Tensor
+    down: Tensor
+    inner_numerator: Tensor
+    inner_denominator: Tensor
+    outer_numerator: Tensor
+    outer_denominator: Tensor
 
     def __init__(
         self, width: int, hidden: int, groups: int, experts: range, quantised: bool = True, gain: float = 1.0
@@ -151,9 +152,7 @@ class RationalExperts(_Stacked):
         super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
         for name, coefficients in (("inner", IDENTITY), ("outer", SWISH)):
             for part, values in zip(("numerator", "denominator"), coefficients, strict=True):
-                self.register_parameter(
-                    f"{name}_{part}", nn.Parameter(torch.empty(len(experts), groups, len(values)))
-                )
+                self.register_parameter(f"{name}_{part}", nn.Parameter(torch.empty(len(experts), groups, len(values))))
 
     def initialise(self, seed: int, name: str) -> None:
         super().initialise(seed, name)
@@ -170,8 +169,12 @@ class RationalExperts(_Stacked):
         return bit_product(self._requantise(x), self.down, counts, self.quantised)
 
 
-class SwigluExperts(_Stacked):
+class SwigluExperts(StackedExperts):
     """The control: y = W₃ q(swish(W₁ x) · W₂ x), a modern MLP (arXiv 2002.05202)."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
 
     def __init__(
         self, width: int, hidden: int, groups: int, experts: range, quantised: bool = True, gain: float = 1.0

@@ -20,6 +20,7 @@ from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.bitlinear import BitLinear, rms_norm
 from kabrn_dist.model.initial import draw_normal
+from kabrn_dist.model.kan import StackedExperts
 from kabrn_dist.model.moe import MixtureOfExperts, RouterSums
 from kabrn_dist.model.retention import Place, Retention, find_place
 from kabrn_dist.parallel.placement import Placement
@@ -78,16 +79,14 @@ class MixKABRN(nn.Module):
 
     def __init__(self, settings: Settings, placement: Placement, mesh: Mesh) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.placement = settings, placement
         self.embedding = nn.Embedding(settings.vocabulary, settings.width)
         self.blocks = nn.ModuleList(Block(settings, placement, mesh) for _ in range(settings.layers))
         self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
 
     def initialise(self, seed: int) -> None:
         """Draw every logical tensor from `seed` and its name: the same for any world size and placement."""
-        self.embedding.weight.data.copy_(
-            draw_normal(seed, "embedding", tuple(self.embedding.weight.shape), 0.5)
-        )
+        self.embedding.weight.data.copy_(draw_normal(seed, "embedding", tuple(self.embedding.weight.shape), 0.5))
         self.head.weight.data.copy_(draw_normal(seed, "head", tuple(self.head.weight.shape), 0.02))
         for name, module in self.blocks.named_modules():
             if hasattr(module, "initialise"):
@@ -113,13 +112,19 @@ class MixKABRN(nn.Module):
         x, states, _ = self._stream(tokens, documents, positions, states)
         return self.head(rms_norm(x[:, -1])).float(), states
 
+    def routed_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of this rank's routed experts, layer by layer."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                yield from module.routed.parameters()
+
     def bit_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
         """(layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
         for layer, block in enumerate(self.blocks):
             for module in block.modules():
                 if isinstance(module, BitLinear):
                     yield layer, module.weight
-                elif hasattr(module, "stds"):
+                elif isinstance(module, StackedExperts):
                     yield from ((layer, module.get_parameter(name)) for name in module.stds)
 
     def _stream(

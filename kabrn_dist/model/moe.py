@@ -62,9 +62,7 @@ class Router(nn.Module):
         sent = torch.zeros_like(scores).scatter_(-1, choice, 1.0)
         balance = (sent.mean(1) * (experts / k) * shares.mean(1)).sum()
         entropy = -(shares * shares.clamp(min=1e-20).log()).sum()
-        sums = RouterSums(
-            balance, logits.logsumexp(-1).square().sum(), sent.sum((0, 1)).detach(), entropy.detach()
-        )
+        sums = RouterSums(balance, logits.logsumexp(-1).square().sum(), sent.sum((0, 1)).detach(), entropy.detach())
         weights = chosen / chosen.sum(-1, keepdim=True)
         return choice.flatten(0, 1), weights.flatten(0, 1), sums
 

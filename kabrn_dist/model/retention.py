@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.model.bitlinear import BitLinear, quantise, rms_norm, widen
 
-
 # A document's first tokens can retain almost nothing (q·k ≈ 0); a usual epsilon would let the norm blow that up to
 # unit size, and its gradient by a thousand: measured as spikes of the gradient's norm from 0.8 to 9.
 HEAD_EPSILON = 1e-2
@@ -100,9 +99,9 @@ def retention_chunk(
     outs = []
     for start, stop, size in ((0, whole, chunk), (whole, time, time - whole)):
         if stop > start:
-            part = (x[:, :, start:stop] for x in (q, k, v))
+            qs, ks, vs = (x[:, :, start:stop] for x in (q, k, v))
             before = documents[:, max(0, start - 1)]
-            out, state = _whole_chunks(*part, log_decay, documents[:, start:stop], before, state, size)
+            out, state = _whole_chunks(qs, ks, vs, log_decay, documents[:, start:stop], before, state, size)
             outs.append(out)
     return torch.cat(outs, 2) if len(outs) > 1 else outs[0], state
 
@@ -118,7 +117,7 @@ def _whole_chunks(
     size: int,
 ) -> tuple[Tensor, Tensor]:
     """`before` [B] is the document of the token in front of the first; `size` divides T."""
-    batch, heads, time, key = q.shape
+    batch, heads, time, _ = q.shape
     chunks = time // size
     q, k, v = (x.reshape(batch, heads, chunks, size, -1) for x in (q, k, v))
     ids = documents.reshape(batch, chunks, size)
@@ -197,14 +196,10 @@ class Retention(nn.Module):
         q = rotate(q, place.cos, place.sin) * self.settings.key_width**-0.5
         k = rotate(k, place.cos, place.sin)
         if state is not None and x.shape[1] == 1:
-            out, state = retention_step(
-                q[:, :, 0], k[:, :, 0], v[:, :, 0], place.log_decay, state, place.starts[:, 0]
-            )
+            out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], place.log_decay, state, place.starts[:, 0])
             out = out[:, :, None]
         else:
-            out, state = retention_chunk(
-                q, k, v, place.log_decay, place.documents, state, self.settings.chunk
-            )
+            out, state = retention_chunk(q, k, v, place.log_decay, place.documents, state, self.settings.chunk)
         out = rms_norm(out, HEAD_EPSILON).transpose(1, 2).flatten(2) * F.silu(self.gate(shared))
         return self.out(quantise(rms_norm(out), self.quantised)), state
 

@@ -54,9 +54,7 @@ def plan_route(choice: Tensor, placement: Placement, group: dist.ProcessGroup | 
     load, arriving = torch.cat([load, arriving]).cpu().split([placement.total, ranks * local])
     sends = [int(part.sum()) for part in load.split(list(placement.counts))]
     by_source = arriving.view(ranks, local)
-    return Route(
-        order, sends, by_source.sum(1).tolist(), expert.argsort(stable=True), by_source.sum(0).tolist()
-    )
+    return Route(order, sends, by_source.sum(1).tolist(), expert.argsort(stable=True), by_source.sum(0).tolist())
 
 
 def dispatch(values: Tensor, k: int, route: Route, group: dist.ProcessGroup | None) -> Tensor:
@@ -74,9 +72,7 @@ def combine(results: Tensor, weights: Tensor, route: Route, group: dist.ProcessG
         results = _Permute.apply(results, _inverse(route.arrival))
         results = _Exchange.apply(results, route.receives, route.sends, group)
     at_home = _Permute.apply(results, _inverse(route.order))
-    return torch.einsum(
-        "nk,nkd->nd", weights.to(results.dtype), at_home.view(*weights.shape, results.shape[-1])
-    )
+    return torch.einsum("nk,nkd->nd", weights.to(results.dtype), at_home.view(*weights.shape, results.shape[-1]))
 
 
 def _inverse(order: Tensor | None) -> Tensor:
@@ -119,9 +115,7 @@ class _Exchange(torch.autograd.Function):
     """All-to-all of rows with exact split sizes; backward sends the gradients home the same way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.splits = sends, receives, group
         return _all_to_all(values, sends, receives, group)
 

@@ -7,7 +7,6 @@ the version is pinned because some of them are private.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +110,10 @@ class Engine:
         """Forward only."""
         self.deepspeed.eval()
         return self.deepspeed(batch)
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds, for a process that goes on to train another model."""
+        self.deepspeed.destroy()
 
     @property
     def loss_scale(self) -> float:
@@ -224,23 +227,21 @@ def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
     first = mesh.rank - mesh.expert_rank
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = range(first, first + mesh.expert)
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = range(mesh.expert_rank, mesh.world, mesh.expert)
-    for parameter in _expert_parameters(model):
-        parameter.allreduce = False
-        parameter.group_name = name
-        if stage == 3:
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = name
-            parameter.ds_zero_partition_process_group = mesh.expert_data_group
-            parameter.ds_zero_partition_rank = dist.get_rank(mesh.expert_data_group)
-            parameter.ds_zero_partition_world_size = dist.get_world_size(mesh.expert_data_group)
+    tags: dict[str, Any] = {"allreduce": False, "group_name": name}
+    if stage == 3:
+        tags |= {
+            "ds_zero_placement_family": "autoep_expert",
+            "ds_zero_partition_group_name": name,
+            "ds_zero_partition_process_group": mesh.expert_data_group,
+            "ds_zero_partition_rank": dist.get_rank(mesh.expert_data_group),
+            "ds_zero_partition_world_size": dist.get_world_size(mesh.expert_data_group),
+        }
+    for parameter in model.routed_parameters():
+        for tag, value in tags.items():
+            setattr(parameter, tag, value)
     if stage < 3:
         # Stage 3 refuses the marker and needs only the attributes above.
         model.deepspeed_marker = _ExpertMarker(model.settings.experts.routed, mesh.expert)
-
-
-def _expert_parameters(model: MixKABRN) -> Iterator[Any]:
-    for block in model.blocks:
-        yield from block.mixture.routed.parameters()
 
 
 def _parameter_groups(model: MixKABRN, config: Config, mesh: Mesh) -> list[dict[str, Any]]:

@@ -34,14 +34,13 @@ def list_fragments(engine: Engine) -> list[Fragment]:
         offset, pieces = _local_pieces(engine, parameter)
         first_copy = mesh.first
         if is_expert(parameter):
-            local = engine.model.blocks[0].mixture.placement.local
+            local = engine.model.placement.local
             offset += local.start * (torch.Size(shape).numel() // len(local))
             shape = (engine.config.model.experts.routed, *shape[1:])
             first_copy = mesh.rank < mesh.expert
         owned = engine.stage > 0 or first_copy
         fragments += [
-            Fragment(f"{name}/{part}", shape, offset, values.view(-1), owned)
-            for part, values in pieces.items()
+            Fragment(f"{name}/{part}", shape, offset, values.view(-1), owned) for part, values in pieces.items()
         ]
     return fragments
 
@@ -110,7 +109,5 @@ def _local_pieces(engine: Engine, parameter: Any) -> tuple[int, dict[str, Tensor
     mapping = parameter._hp_mapping
     if mapping is None:
         return 0, {part: torch.empty(0, device=engine.mesh.device) for part in ("master", *MOMENTS)}
-    pieces = {"master": mapping.get_hp_fragment(None)} | {
-        key: mapping.get_hp_fragment(key) for key in MOMENTS
-    }
+    pieces = {"master": mapping.get_hp_fragment(None)} | {key: mapping.get_hp_fragment(key) for key in MOMENTS}
     return mapping.lp_fragment_address.start, {part: values.detach() for part, values in pieces.items()}

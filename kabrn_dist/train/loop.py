@@ -53,9 +53,7 @@ class Session:
     def __init__(self, config: Config, mesh: Mesh, splits: Splits, resume: str) -> None:
         self.config, self.mesh, self.splits = config, mesh, splits
         self.folder = config.run.folder
-        self.store = CheckpointStore(
-            self.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
-        )
+        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
         chosen = self._choose_checkpoint(resume)
         self.engine = Engine(build_model(config, mesh), config, mesh)
         self.step = self._restore(chosen) if chosen else 0
@@ -105,9 +103,7 @@ class Session:
         self.step += 1
         self.metrics.advance(self.step)
         if _due(self.step, config.training.log_every) or self.step == config.training.steps:
-            losses = (
-                self.mesh.sum(torch.stack([torch.stack(loss) for loss, _ in parts]).sum(0)) / self.mesh.world
-            )
+            losses = self.mesh.sum(torch.stack([torch.stack(loss) for loss, _ in parts]).sum(0)) / self.mesh.world
             seconds = time.perf_counter() - began
             values = dict(zip((f"loss/{name}" for name in Losses._fields), losses.tolist(), strict=True))
             values |= {
@@ -133,9 +129,7 @@ class Session:
             f"lr {values['optimizer/learning_rate']:.2e}  {values['speed/tokens_per_second']:,.0f} tokens/s  "
             f"{values['speed/memory_gib']:.2f} GiB"
         )
-        self.metrics.write(
-            self.step, values, line + ("  SKIPPED (overflow)" if values["optimizer/skipped"] else "")
-        )
+        self.metrics.write(self.step, values, line + ("  SKIPPED (overflow)" if values["optimizer/skipped"] else ""))
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the step: sequence p of the step belongs to rank p mod world."""
@@ -202,9 +196,7 @@ class Session:
             return Path(resume)
         found = self.store.find()
         if resume == "must" and found is None:
-            raise UserError(
-                f"--resume must: {self.store.folder} holds no intact checkpoint; use --resume auto"
-            )
+            raise UserError(f"--resume must: {self.store.folder} holds no intact checkpoint; use --resume auto")
         if resume == "never" and found is not None:
             raise UserError(
                 f"--resume never: {self.store.folder} holds {found.name}; choose another run.folder, "

@@ -97,9 +97,7 @@ def memory_gib(device: torch.device) -> float:
     """Most memory this process has held: on its card, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = (
-        Path("/proc/self/status").read_text(encoding="ascii") if Path("/proc/self/status").exists() else ""
-    )
+    status = Path("/proc/self/status").read_text(encoding="ascii") if Path("/proc/self/status").exists() else ""
     kib = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), "0")
     return int(kib) / 2**20
 

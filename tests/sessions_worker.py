@@ -1,0 +1,31 @@
+"""One of N processes that runs several training sessions one after another in one process group.
+
+Arguments: a JSON file with a list of [config path, resume, stop_after]. Starting processes costs more than the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from kabrn_dist.config import load_config
+from kabrn_dist.mesh import find_place, join_processes, make_mesh
+from kabrn_dist.train.loop import Session
+from kabrn_dist.train.splits import open_splits
+
+
+def main(jobs: Path) -> None:
+    place = find_place()
+    with join_processes(place) as device:
+        for path, resume, stop_after in json.loads(jobs.read_text()):
+            config = load_config(path)
+            config.check_world(place.world)
+            mesh = make_mesh(place, device, config.parallel.expert)
+            session = Session(config, mesh, open_splits(config), resume)
+            session.run(stop_after)
+            session.engine.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,272 @@
+"""The configuration: mistakes are named with a remedy that works, and what is loaded is what was written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from kabrn_dist.config import Config, Section, dump_config, load_config
+from kabrn_dist.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+BASE = """
+run: {folder: runs/x}
+data: {path: data/x, sequence_length: 32}
+model:
+  vocabulary: 64
+  width: 16
+  layers: 1
+  retention: {heads: 2, key_width: 4, value_width: 8}
+  experts: {routed: 8, top_k: 2, hidden: 8}
+optimizer: {learning_rate: 1.0e-3}
+training: {steps: 10, batch: 24, micro_batch: 2}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("modle.width=3", "unknown key 'modle'; did you mean 'model'?"),
+        ("model.retention.head=3", "unknown key 'model.retention.head'; did you mean 'heads'?"),
+        ("training.stepps=3", "unknown key 'training.stepps'; did you mean 'steps'?"),
+        ("parallel.experts=2", "unknown key 'parallel.experts'; did you mean"),
+        ("checkpoint.qqqq=3", "unknown key 'checkpoint.qqqq'; known keys: every, keep, keep_every"),
+    ],
+)
+def test_unknown_keys(base: Path, override: str, said: str) -> None:
+    assert said in complaint(base, override)
+    assert str(base) in complaint(base, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "found"),
+    [
+        ("training.steps=many", "training.steps", "'many'"),
+        ("training.steps=0", "training.steps", "0"),
+        ("training.steps=1.5", "training.steps", "1.5"),
+        ("model.quantise=perhaps", "model.quantise", "'perhaps'"),
+        ("parallel.zero=4", "parallel.zero", "4"),
+        ("training.precision=bf61", "training.precision", "'bf61'"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan"),
+        ("model=3", "model", "3"),
+        ("model.retention=[2]", "model.retention", "[2]"),
+        ("parallel.experts_per_rank=[0, 8]", "parallel.experts_per_rank.0", "0"),
+        ("model.retention.key_width=3", "model.retention.key_width", "3"),
+        ("checkpoint.keep=1", "checkpoint.keep", "1"),
+    ],
+)
+def test_wrong_values_are_named(base: Path, override: str, key: str, found: str) -> None:
+    message = complaint(base, override)
+    assert f"{key}: " in message and message.endswith(f"found {found}")
+
+
+def test_all_mistakes_are_told_at_once(base: Path) -> None:
+    message = complaint(base, "training.steps=many", "model.widht=3")
+    assert "training.steps" in message and "did you mean 'width'?" in message
+
+
+def test_a_wrong_decay_is_named_by_its_key_alone(base: Path) -> None:
+    for wrong in ("fast", "[1, 2, 3]"):
+        message = complaint(base, f"model.retention.decay={wrong}")
+        assert "model.retention.decay: " in message and "decay.literal" not in message
+    assert "[7.0, 1.0]" in complaint(base, "model.retention.decay=[7, 1]")
+    assert load_config(base, ["model.retention.decay=[1.5, 7]"]).model.retention.decay == (1.5, 7.0)
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    tree = yaml.safe_load(BASE)
+    del tree["optimizer"], tree["model"]["experts"]["top_k"]
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    message = complaint(path)
+    assert "model.experts.top_k is missing" in message and "optimizer is missing" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [1\nb: }", "not valid YAML"),
+        (b"", "expected a mapping"),
+        (b"- 1\n- 2\n", "expected a mapping"),
+        (b"run: \xff\xfe", "cannot be read"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    message = complaint(path)
+    assert str(path) in message and said in message and "\n" not in message
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    assert "no such file" in complaint(tmp_path / "none.yaml")
+    assert "cannot be read" in complaint(tmp_path)
+
+
+def test_overrides(base: Path) -> None:
+    config = load_config(
+        base,
+        ["training.steps=99", "parallel.expert=2", "parallel.experts_per_rank=[3, 5]", "run.folder=runs/a=b"],
+    )
+    assert config.training.steps == 99 and config.placement() == (3, 5)
+    assert config.run.folder == Path("runs/a=b")
+    assert load_config(base, ["training.steps=1", "training.steps=2"]).training.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.steps", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("training.steps={", "is not a YAML value"),
+        ("training.steps.more=3", "'steps' is a value, not a section"),
+    ],
+)
+def test_bad_overrides(base: Path, override: str, said: str) -> None:
+    message = complaint(base, override)
+    assert "--set" in message and override in message and said in message
+
+
+def refusal(path: Path, world: int, *overrides: str) -> str:
+    config = load_config(path, overrides)
+    with pytest.raises(UserError) as caught:
+        config.check_world(world)
+    return str(caught.value)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]
+
+
+@pytest.mark.parametrize(("world", "expert"), [(2, 4), (6, 4), (12, 5), (3, 2)])
+def test_expert_that_does_not_divide_the_processes(base: Path, world: int, expert: int) -> None:
+    message = refusal(base, world, f"parallel.expert={expert}")
+    assert f"parallel.expert {expert} " in message and f"{world} processes" in message
+    remedies = numbers(message.split("can be ")[1].split(" or start")[0])
+    assert 1 in remedies
+    for remedy in remedies:
+        load_config(base, [f"parallel.expert={remedy}"]).check_world(world)
+
+
+def test_a_multiple_of_expert_processes_is_a_remedy_too(base: Path) -> None:
+    assert "a multiple of 4 processes" in refusal(base, 6, "parallel.expert=4")
+    load_config(base, ["parallel.expert=4"]).check_world(4)
+    load_config(base, ["parallel.expert=4"]).check_world(12)
+
+
+def test_expert_that_does_not_divide_the_experts(base: Path) -> None:
+    message = refusal(base, 12, "parallel.expert=3")
+    assert "parallel.expert 3 " in message and "model.experts.routed 8" in message
+    remedies = numbers(message.split("set it to ")[1].split(", or name")[0])
+    assert remedies == [1, 2, 4]
+    for remedy in remedies:
+        load_config(base, [f"parallel.expert={remedy}"]).check_world(12)
+    load_config(base, ["parallel.expert=3", "parallel.experts_per_rank=[3, 3, 2]"]).check_world(12)
+
+
+@pytest.mark.parametrize("shares", [[4, 5], [8], [2, 3, 3]])
+def test_shares_that_do_not_add_up(base: Path, shares: list[int]) -> None:
+    message = refusal(base, 4, "parallel.expert=2", f"parallel.experts_per_rank={shares}")
+    for number in (str(shares), f"{len(shares)} entries", f"sum to {sum(shares)}", "parallel.expert = 2", "routed = 8"):
+        assert number in message
+    load_config(base, ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]"]).check_world(4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_uneven_shares_beyond_zero_1(base: Path, stage: int) -> None:
+    uneven = ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]"]
+    message = refusal(base, 4, *uneven, f"parallel.zero={stage}")
+    assert "[3, 5]" in message and f"parallel.zero is {stage}" in message
+    (remedy,) = numbers(message.split("set parallel.zero to")[1])
+    load_config(base, [*uneven, f"parallel.zero={remedy}"]).check_world(4)
+    load_config(base, [f"parallel.zero={stage}", "parallel.expert=2", "parallel.experts_per_rank=[4, 4]"]).check_world(
+        4
+    )
+
+
+@pytest.mark.parametrize(("batch", "world"), [(1, 4), (23, 4), (25, 5), (100, 3), (7, 1), (12, 4)])
+def test_batch_that_does_not_divide(base: Path, batch: int, world: int) -> None:
+    message = refusal(base, world, f"training.batch={batch}")
+    assert f"training.batch {batch} " in message and f"2 × {world} processes = {2 * world}" in message
+    (remedy,) = numbers(message.split("set training.batch to")[1])
+    fixed = load_config(base, [f"training.batch={remedy}"])
+    fixed.check_world(world)
+    assert abs(remedy - batch) <= world or remedy == 2 * world
+    assert fixed.accumulation(world) * world * 2 == remedy
+
+
+@pytest.mark.parametrize(("key", "value"), [("model.width", 18), ("model.experts.hidden", 7), ("model.width", 1)])
+def test_groups_that_do_not_divide(base: Path, key: str, value: int) -> None:
+    message = complaint(base, f"{key}={value}")
+    assert f"{key} {value}" in message and "model.experts.groups 4" in message
+    (remedy,) = numbers(message.split(f"set {key} to")[1])
+    load_config(base, [f"{key}={remedy}"])
+    assert load_config(base, [f"{key}={value}", "model.experts.form=swiglu"]).model.experts.form == "swiglu"
+
+
+def test_top_k_beyond_the_experts(base: Path) -> None:
+    message = complaint(base, "model.experts.top_k=9")
+    assert "top_k 9" in message and "8 routed" in message
+    load_config(base, ["model.experts.top_k=8"])
+
+
+def test_frozen(base: Path) -> None:
+    config = load_config(base)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.steps = 3  # type: ignore[misc]
+    assert config.training.steps == 10
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_configs_load(path: Path) -> None:
+    config = load_config(path)
+    config.check_world(config.parallel.expert)
+
+
+@pytest.mark.parametrize("override", ["run.seed=7", "model.retention.decay=[1.5, 7]", "run.folder='runs/größe: x'"])
+def test_what_is_dumped_loads_the_same(base: Path, tmp_path: Path, override: str) -> None:
+    config = load_config(base, [override, "parallel.expert=2", "parallel.experts_per_rank=[1, 7]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config and dump_config(load_config(again)) == dump_config(config)
+    assert list(yaml.safe_load(dump_config(config))) == list(Config.model_fields)
+
+
+def sections(section: type[Section], place: str = "") -> dict[str, type[Section]]:
+    """Every section by its dotted name."""
+    found = {place: section}
+    for name, field in section.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= sections(kind, f"{place}.{name}".strip("."))
+    return found
+
+
+def test_every_field_has_a_description_and_refuses_unknown_keys() -> None:
+    found = sections(Config)
+    assert {"", "model.retention", "model.experts", "parallel", "checkpoint"} <= set(found)
+    for place, section in found.items():
+        assert section.model_config.get("frozen") and section.model_config.get("extra") == "forbid", place
+        for name, field in section.model_fields.items():
+            if f"{place}.{name}".strip(".") not in found:
+                text = field.description or ""
+                assert len(text) > 15 and text.endswith("."), f"{place}.{name}: {text!r}"
