@@ -84,3 +84,9 @@ def test_nonsense_is_refused() -> None:
         Order(0, 1)
     with pytest.raises(ValueError, match="negative"):
         Order(5, 1)(np.array([-1]))
+
+
+def test_a_batch_holds_no_neighbours() -> None:
+    numbers = np.sort(Order(20_000, seed=1)(np.arange(128)))
+    assert np.diff(numbers).min() > 1
+    assert numbers.max() - numbers.min() > 15_000

@@ -73,7 +73,9 @@ def differentiate(form: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tenso
     return Run(out, state, torch.autograd.grad(loss, inputs))
 
 
-def stepwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, ids: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def stepwise(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, ids: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """retention_step over all tokens, as decoding does it."""
     state = q.new_zeros(BATCH, HEADS, KEY, VALUE) if state is None else state
     before = torch.cat([ids[:, :1], ids[:, :-1]], 1)

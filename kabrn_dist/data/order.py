@@ -15,6 +15,9 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Short epochs use shorter runs, so that there are about this many to shuffle.
 _RUNS_WANTED = 64
 
+# Runs that are read side by side. A batch up to this size then holds no two neighbours of one text.
+_LANES = 256
+
 
 def permute(x: np.ndarray, n: int, key: int) -> np.ndarray:
     """Map integers [...] in [0, n) to int64 [...] by a bijection of [0, n) that depends on `key`.
@@ -61,7 +64,8 @@ def permute_naive(x: int, n: int, key: int) -> int:
 class Order:
     """Global position → sequence number. Each epoch visits each of the `sequences` exactly once.
 
-    Runs of consecutive sequences are shuffled, not single ones, so that reading stays sequential. Where the
+    Runs of consecutive sequences are shuffled, not single ones, and many runs are read in turn: a batch is drawn from
+    all over the corpus, and yet each file is read forwards in a few places. Where the
     run length does not divide the number of sequences, the rest comes at the epoch's end; a rotation that
     differs from epoch to epoch decides which sequences these are, and where runs begin.
     """
@@ -95,8 +99,16 @@ class Order:
         runs = self.sequences // run
         numbers = slots.copy()
         whole = slots < runs * run
-        numbers[whole] = permute(slots[whole] // run, runs, key) * run + slots[whole] % run
+        place, offset = _take_turns(slots[whole], runs, run)
+        numbers[whole] = permute(place, runs, key) * run + offset
         return (numbers + rotation % self.sequences) % self.sequences
+
+
+def _take_turns(slots: np.ndarray, runs: int, run: int) -> tuple[np.ndarray, np.ndarray]:
+    """Slot → (run's place, offset in the run), taking one sequence of each of `_LANES` runs in turn."""
+    window, within = np.divmod(slots, _LANES * run)
+    lanes = np.minimum(_LANES, runs - window * _LANES)
+    return window * _LANES + within % lanes, within // lanes
 
 
 def epoch_keys(seed: int, epoch: int) -> tuple[int, int]:

@@ -1,0 +1,34 @@
+# Each target sets up what it needs: a fresh machine with Python, pip and gcc can run any of them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and by its exact version: other packages would pull in another build of it.
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,mpi]'
+	touch $@
+
+# Text → shards → two processes train, are stopped, and resume → the model writes.
+demo: setup
+	rm -rf runs/demo
+	$(BIN)/python -m data_prep --source python-stdlib --vocabulary 2048 --out data/python-stdlib --force
+	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml --set run.folder=runs/demo --stop-after 300
+	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml --set run.folder=runs/demo --resume must
+	$(BIN)/python launch/generate.py --run runs/demo --prompt "def "
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) data runs

@@ -1,0 +1,39 @@
+"""Packaging. Exact versions are in constraints.txt; DeepSpeed is pinned here too, as its internals are used."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="kabrn_dist",
+    version="0.1.0",
+    description="Distributed training of Mixtures of Kolmogorov-Arnold Bit Retentive Networks",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["kabrn_dist*", "data_prep*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.8",
+        "deepspeed==0.19.8",
+        "fairscale>=0.4.13",
+        "webdataset>=1.0",
+        "tensorboard>=2.16",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "rich>=13",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.20",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        # Chunkwise retention as Triton kernels, on cards that can run Triton.
+        "gpu": ["flash-linear-attention>=0.3"],
+        # mpirun as a launcher, and a working MPI from a wheel, without root.
+        "mpi": ["mpi4py>=4", "mpich"],
+        # Pictures of a run.
+        "eval": ["matplotlib>=3.8"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
+    },
+)
