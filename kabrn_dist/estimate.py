@@ -61,7 +61,7 @@ def describe(config: Config, world: int) -> str:
         f"of one expert        {counts.expert:,} (× {config.model.experts.routed} routed × {config.model.layers})",
         f"ternary              {counts.ternary:,} ({counts.ternary / counts.total:.1%}); "
         f"{mebibytes:.2f} MiB at 2 bits each and 2 bytes for the rest",
-        f"held per rank        {', '.join(f'{n:,}' for n in counts.per_rank)} before ZeRO",
+        f"held per rank        {' or '.join(f'{n:,}' for n in sorted(set(counts.per_rank)))} before ZeRO",
         f"one step             {training.batch} sequences = {tokens:,} tokens: {world} ranks × "
         f"{config.accumulation(world)} micro-batches × {training.micro_batch}",
         f"the run              {training.steps:,} steps = {training.steps * tokens:,} tokens, {training.precision}",
