@@ -6,21 +6,34 @@ Nothing here imports torch, so a mistake is reported before anything heavy start
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from kabrn_dist.errors import UserError
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, values: Any) -> Any:
+        """Pydantic would read `steps: true` as 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} is {str(value).lower()}, which is not one of its values")
+        return values
 
 
 class Run(Section):
@@ -96,10 +109,10 @@ class Model(Section):
     def _groups_divide(self) -> Model:
         for name, width in (("model.width", self.width), ("model.experts.hidden", self.experts.hidden)):
             if self.experts.form == "rational" and width % self.experts.groups:
-                near = _nearest_multiple(width, self.experts.groups)
+                both = _divisors(math.gcd(self.width, self.experts.hidden))
                 raise ValueError(
                     f"model.experts.groups {self.experts.groups} does not divide {name} {width}; "
-                    f"set {name} to {near} or another number of groups"
+                    f"for these widths it can be {_join(both)}"
                 )
         return self
 
@@ -119,7 +132,7 @@ class Optimizer(Section):
     learning_rate: float = Field(gt=0, description="Peak learning rate.")
     final: float = Field(0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's moment decays, each from 0 to below 1.")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices (never of KAN coefficients).")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
@@ -172,18 +185,14 @@ class Config(Section):
         Raises:
             UserError: naming the numbers and the nearest that work.
         """
-        expert, routed, counts = (
-            self.parallel.expert,
-            self.model.experts.routed,
-            self.parallel.experts_per_rank,
-        )
+        expert, routed, counts = self.parallel.expert, self.model.experts.routed, self.parallel.experts_per_rank
+        fits = [e for e in _divisors(world) if routed % e == 0]
         if world % expert:
             raise UserError(
                 f"parallel.expert {expert} does not divide the {world} processes; "
-                f"it can be {_join(_divisors(world))}, or start a multiple of {expert} processes"
+                f"it can be {_join(fits)}, or start a multiple of {expert} processes"
             )
         if counts is None and routed % expert:
-            fits = [e for e in _divisors(world) if routed % e == 0]
             raise UserError(
                 f"parallel.expert {expert} does not divide model.experts.routed {routed}; set it to "
                 f"{_join(fits)}, or name the shares in parallel.experts_per_rank"
@@ -255,7 +264,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: Any) -> str:
-    place = [str(part) for part in detail["loc"] if part not in ("function-after", "tuple[float, float]")]
+    # Pydantic names the branches of a union too.
+    branches = ("tuple[float, float]", "literal['exponent','linspace']")
+    place = [str(part) for part in detail["loc"] if part not in branches]
     key = ".".join(place)
     if detail["type"] == "extra_forbidden":
         known = _keys(place[:-1])

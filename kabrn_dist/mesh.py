@@ -49,15 +49,19 @@ def _ask_mpi() -> None:
         raise UserError("started by mpirun, but mpi4py is not installed; pip install mpi4py mpich") from None
     everyone = MPI.COMM_WORLD
     neighbours = everyone.Split_type(MPI.COMM_TYPE_SHARED)
-    meeting = (socket.gethostbyname(socket.gethostname()), free_port()) if everyone.rank == 0 else None
-    address, port = everyone.bcast(meeting)
+    meeting = bytearray(256)
+    if everyone.rank == 0:
+        text = f"{socket.gethostbyname(socket.gethostname())} {free_port()}".encode()
+        meeting[: len(text)] = text
+    everyone.Bcast([meeting, MPI.BYTE])
+    address, port = meeting.rstrip(b"\0").decode().split()
     os.environ.update(
         RANK=str(everyone.rank),
         WORLD_SIZE=str(everyone.size),
         LOCAL_RANK=str(neighbours.rank),
         LOCAL_WORLD_SIZE=str(neighbours.size),
         MASTER_ADDR=address,
-        MASTER_PORT=str(port),
+        MASTER_PORT=port,
     )
 
 
@@ -144,7 +148,7 @@ def make_mesh(place: Place, device: torch.device, expert: int) -> Mesh:
         place.world,
         expert,
         device,
-        expert_group=_own_group(expert_ranks, place.rank),
+        expert_group=_own_group(expert_ranks, place.rank) if expert > 1 else None,
         expert_data_group=_own_group(data_ranks, place.rank),
     )
 

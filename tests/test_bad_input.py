@@ -75,7 +75,7 @@ def test_resume_says_what_differs(shards: Path, tmp_path: Path) -> None:
     assert train(1, config, "--stop-after", "2").code == 0
     check(train(1, config, "--resume", "never"), "--resume never", "step-00000002")
     check(train(1, config, "--set", "run.seed=4"), "seed")
-    check(train(1, config, "--set", "model.width=64"), "width")
+    check(train(1, config, "--set", "model.width=64"), "(257, 32)", "(257, 64)")
     check(train(1, config, "--set", "training.batch=16"), "training.batch 16", "set it to 8")
 
 

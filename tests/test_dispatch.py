@@ -14,9 +14,11 @@ import torch.multiprocessing as mp
 from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor
 
-from kabrn_dist.config import Experts
+from kabrn_dist.config import Experts, Model, Retention
+from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh, Place, free_port, join_processes, make_mesh
 from kabrn_dist.model.bitlinear import rms_norm
+from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.moe import MixtureOfExperts, mixture_naive
 from kabrn_dist.parallel.placement import Placement
 
@@ -33,6 +35,7 @@ class Case(NamedTuple):
         rows: sequences of each rank; 0 for a rank without tokens.
         favoured: experts that all tokens choose (top_k of them); none: as the router likes.
         length: tokens of a sequence.
+        quantised: fp64 keeps rounding errors too small to flip a code.
     """
 
     counts: tuple[int, ...]
@@ -42,6 +45,7 @@ class Case(NamedTuple):
     form: str = "rational"
     shared: int = 1
     length: int = TIME
+    quantised: bool = False
 
 
 CASES = {
@@ -49,6 +53,7 @@ CASES = {
         Case((2, 2), (2, 2)),
         Case((1, 3), (3, 1), form="swiglu"),
         Case((4, 4), (2, 5), top_k=3, shared=2),
+        Case((1, 3), (3, 2), quantised=True),
         Case((5, 1), (1, 4), top_k=1, shared=0),
         Case((1, 1), (2, 2), top_k=2),
         Case((1, 3), (1, 0), length=1),  # one token in all
@@ -61,12 +66,14 @@ CASES = {
         Case((1, 1, 1), (1, 2, 3)),
         Case((4, 1, 3), (2, 2, 2), form="swiglu"),
         Case((2, 1, 2), (1, 0, 4), top_k=3),
+        Case((2, 1, 2), (1, 0, 4), top_k=3, form="swiglu", quantised=True),
         Case((4, 1, 3), (1, 2, 1), favoured=(4,), top_k=1),
         Case((1, 3, 1), (0, 0, 1), length=1),
     ],
     4: [
         Case((2, 2, 2, 2), (1, 2, 1, 2)),
         Case((1, 3, 1, 3), (2, 1, 3, 1), top_k=3),
+        Case((1, 3, 1, 3), (2, 0, 3, 1), top_k=3, quantised=True),
         Case((1, 3, 1, 3), (1, 1, 1, 1), favoured=(7, 0), form="swiglu"),
         Case((2, 1, 1, 2), (0, 0, 1, 0), length=1),
         # Two expert groups of two ranks: gradients of an expert add up over the groups.
@@ -80,7 +87,7 @@ def make(case: Case, placement: Placement, group: dist.ProcessGroup | None) -> M
     settings = Experts(
         routed=sum(case.counts), shared=case.shared, top_k=case.top_k, hidden=12, groups=2, form=case.form
     )
-    layer = MixtureOfExperts(WIDTH, settings, False, 1.0, placement, group)
+    layer = MixtureOfExperts(WIDTH, settings, case.quantised, 1.0, placement, group)
     for name, module in layer.named_children():
         module.initialise(2, name)
     layer.router.weight.data *= 30
@@ -149,6 +156,26 @@ def check(case: Case, mesh: Mesh, recompute: bool) -> int:
     return calls
 
 
+def check_model(activations: str, mesh: Mesh) -> tuple[int, Tensor, list[Tensor]]:
+    """All-to-alls, language loss and gradients of a whole model's forward and backward pass."""
+    settings = Model(
+        vocabulary=11,
+        width=WIDTH,
+        layers=2,
+        retention=Retention(heads=2, key_width=2, value_width=4, chunk=2),
+        experts=Experts(routed=4 * mesh.expert, top_k=2, hidden=12, groups=2),
+        activations=activations,
+    )
+    model = MixKABRN(settings, Placement((4,) * mesh.expert, mesh.expert_rank), mesh)
+    model.initialise(1)
+    tokens = (torch.arange(10).view(2, 5) * (mesh.rank + 3)) % 11
+    zeros = torch.zeros_like(tokens)
+    CALLS.clear()
+    language = model(Batch(tokens, tokens, zeros, torch.arange(5).expand(2, -1))).language
+    language.backward()
+    return len(CALLS), language.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
 CALLS: list[int] = []
 
 
@@ -176,6 +203,13 @@ def work(rank: int, world: int, port: int) -> None:
             calls = {check(case, mesh, recompute) for recompute in (False, True)}
             # Loads, codes, scales and results out and home; codes and results again in backward.
             assert calls == {6}, f"{calls} all-to-alls on rank {rank} of {case}"
+        calls, language, grads = check_model("keep", meshes[world])
+        assert calls == 12 and len(grads) == 2 + 2 * (5 + 1 + 6 + 6)
+        for activations in ("recompute", "offload"):
+            again, its_language, its_grads = check_model(activations, meshes[world])
+            assert again == calls and torch.equal(its_language, language)
+            for mine, theirs in zip(its_grads, grads, strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("world", sorted(CASES))

@@ -82,6 +82,10 @@ def test_ties_go_to_the_lowest_numbers(score: str) -> None:
     choice, weights, _ = made(torch.randn(2, 4, WIDTH, dtype=torch.float64))
     assert choice.tolist() == [[0, 1, 2]] * 8
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
+    # Sorts of many experts are where an unstable order would show.
+    many = router(score=score, routed=512, top_k=3)
+    many.weight.data.zero_()
+    assert many(torch.randn(2, 4, WIDTH, dtype=torch.float64))[0].tolist() == [[0, 1, 2]] * 8
     # A tie of two for the last place, behind one clear winner.
     made.weight.data.zero_()
     made.weight.data[3] = 1

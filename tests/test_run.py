@@ -151,14 +151,15 @@ def test_losses_are_the_same_with_recomputed_and_offloaded_activations(shards: P
                 parallel__expert=2,
                 parallel__zero=zero,
                 model__activations=kept,
+                model__quantise=False,
             )
             jobs.append([str(path), "never", None])
     sessions(2, jobs, tmp_path)
     for zero in (1, 3):
         kept_losses = read_losses(tmp_path / f"keep{zero}")
         assert len(kept_losses) == 10
-        assert read_losses(tmp_path / f"recompute{zero}") == kept_losses
-        assert read_losses(tmp_path / f"offload{zero}") == kept_losses
+        for other in ("recompute", "offload"):
+            assert read_losses(tmp_path / f"{other}{zero}") == pytest.approx(kept_losses, abs=1e-5)
 
 
 def test_bf16_trains_and_resumes_under_every_stage(shards: Path, tmp_path: Path) -> None:

@@ -50,8 +50,7 @@ class Block(nn.Module):
         gain = 1 / math.sqrt(2 * settings.layers)
         width, quantised = settings.width, settings.quantise
         self.retention = Retention(width, settings.retention, quantised, gain)
-        group = mesh.expert_group if mesh.expert > 1 else None
-        self.mixture = MixtureOfExperts(width, settings.experts, quantised, gain, placement, group)
+        self.mixture = MixtureOfExperts(width, settings.experts, quantised, gain, placement, mesh.expert_group)
         if settings.activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             offload = settings.activations == "offload"

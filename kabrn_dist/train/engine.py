@@ -150,7 +150,7 @@ class Engine:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 square[int(is_expert(parameter))] += parameter.grad.double().square().sum()
-        if self.mesh.expert_group is not None and self.mesh.expert > 1:
+        if self.mesh.expert_group is not None:
             dist.all_reduce(square[1:], group=self.mesh.expert_group)
         norm = float(square.sum().sqrt()) / self.loss_scale
         clip = self.config.optimizer.clip
