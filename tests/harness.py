@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,25 +43,40 @@ class Result:
     out: str
 
 
-def run(command: list[str], timeout: int = 300, **variables: str) -> Result:
-    """Run a command in the repository's root with one thread a process; stdout and stderr together."""
+def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a command in the repository's root with one thread a process; stdout and stderr together."""
     environment = {
         **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         **variables,
     }
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    return Result(done.returncode, done.stdout)
+
+
+def finish(process: subprocess.Popen[str], timeout: int = 300) -> Result:
+    """Wait for a started command; a hang is a failure, not a wait for ever."""
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Result(process.returncode, out)
+
+
+def run(command: list[str], timeout: int = 300, **variables: str) -> Result:
+    """Run a command to its end."""
+    return finish(start(command, **variables), timeout)
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    """Until a started run has logged so many steps."""
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= steps):
+        assert process.poll() is None and time.monotonic() < deadline, "the run must begin"
+        time.sleep(0.05)
 
 
 def torchrun(world: int, script: str, *arguments: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Result, deepspeed, run, write_config
+from tests.harness import Result, deepspeed, finish, run, start, wait_for_steps, write_config
 
 TRAIN = "launch/train.py"
 
@@ -62,6 +63,17 @@ def test_damaged_data_ends_all_ranks(damage: str, shards: Path, tmp_path: Path) 
         (data / "tokenizer.json").write_text('{"kind": "bytes" }')
     words = ("tokenizer.json",) if damage == "tokenizer" else (shard.name,)
     check(train(2, write_config(tmp_path / "c.yaml", data, tmp_path / "run")), *words)
+
+
+def test_a_shard_that_breaks_while_one_rank_reads_it_ends_all_ranks(shards: Path, tmp_path: Path) -> None:
+    data = tmp_path / "shards"
+    shutil.copytree(shards, data)
+    config = write_config(tmp_path / "c.yaml", data, tmp_path / "run", training__steps=2000)
+    process = start(deepspeed(2, TRAIN, "--config", str(config)))
+    wait_for_steps(process, tmp_path / "run", 3)
+    shard = next(data.glob("train-*.tar"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    check(finish(process, timeout=120), shard.name, "block")
 
 
 def test_two_processes_refuse_what_they_cannot_share(shards: Path, tmp_path: Path) -> None:

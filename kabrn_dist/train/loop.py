@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kabrn_dist.checkpoint.exchange import together
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config, dump_config
 from kabrn_dist.data.batches import Batch, Cursor
@@ -91,9 +91,8 @@ class Session:
     def _train_step(self) -> None:
         config, engine = self.config, self.engine
         began = time.perf_counter()
-        batches = list(self._micro_batches())
+        batches, totals = self._read_step()
         waited = time.perf_counter() - began
-        totals = self._totals(batches)
         rate = learning_rate(self.step, config.training.steps, config.optimizer)
         parts = []
         for batch in batches:
@@ -139,11 +138,21 @@ class Session:
         for start in range(0, len(own), training.micro_batch):
             yield self.splits.train.rows(own[start : start + training.micro_batch])
 
-    def _totals(self, batches: list[Batch]) -> Totals:
-        targets = torch.stack([(batch.targets >= 0).sum() for batch in batches]).sum().to(self.mesh.device)
+    def _read_step(self) -> tuple[list[Batch], Totals]:
+        """This rank's batches and the step's totals; UserError on all ranks where one cannot read."""
+        batches: list[Batch] = []
+        failure: UserError | None = None
+        try:
+            batches = list(self._micro_batches())
+        except UserError as error:
+            failure = error
+        counts = torch.tensor([sum(int((b.targets >= 0).sum()) for b in batches), int(failure is not None)])
+        targets, failures = self.mesh.sum(counts.to(self.mesh.device)).tolist()
+        if failures:
+            together(None, _raise, failure)
         sequences = self.config.training.batch
         tokens = sequences * self.config.data.sequence_length
-        return Totals(int(self.mesh.sum(targets)), tokens, sequences, self.mesh.world)
+        return batches, Totals(targets, tokens, sequences, self.mesh.world)
 
     def _validate(self) -> None:
         """Score the first sequences of the validation split. All ranks make the same number of passes."""
@@ -220,9 +229,9 @@ class Session:
         return step
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The objects of a run's log.jsonl, in order."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+def _raise(failure: UserError | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _due(step: int, every: int) -> bool:
