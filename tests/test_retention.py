@@ -14,10 +14,11 @@ from kabrn_dist.config import Experts
 from kabrn_dist.config import Model as ModelSettings
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.mesh import alone
+from kabrn_dist.model.bitlinear import BitLinear
+from kabrn_dist.model.mixer import find_place
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.retention import (
     Retention,
-    find_place,
     log_decays,
     retention_chunk,
     retention_naive,
@@ -210,17 +211,18 @@ def test_a_million_tokens_stay_finite_and_right() -> None:
 def test_layer_in_pieces_is_one_pass(pieces: list[int], quantised: bool) -> None:
     settings = Settings(heads=2, key_width=4, value_width=6, decay=(1.5, 7.0), chunk=32)
     layer = Retention(16, settings, quantised, gain=1.0)
-    for name, matrix in layer.named_children():
-        matrix.initialise(3, name)
+    for name, module in layer.named_modules():
+        if isinstance(module, BitLinear):
+            module.initialise(3, name)
     layer = layer.double()
     torch.manual_seed(0)
     x = torch.randn(2, 120, 16, dtype=torch.float64)
     ids, positions = torch.zeros(2, 120, dtype=torch.int64), torch.arange(120).expand(2, -1)
-    whole, last = layer(x, find_place(ids, positions, settings))
+    whole, last = layer(x, find_place(ids, positions, settings.key_width))
     outs, state, start = [], None, 0
     for piece in pieces:
         here = slice(start, start + piece)
-        out, state = layer(x[:, here], find_place(ids[:, here], positions[:, here], settings), state)
+        out, state = layer(x[:, here], find_place(ids[:, here], positions[:, here], settings.key_width), state)
         outs.append(out)
         start += piece
     # Decays are fp32 powers in the chunk form, so pieces agree to fp32's precision.

@@ -21,8 +21,9 @@ from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.bitlinear import BitLinear, rms_norm
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan import StackedExperts
+from kabrn_dist.model.mixer import Place, find_place
 from kabrn_dist.model.moe import MixtureOfExperts, RouterSums
-from kabrn_dist.model.retention import Place, Retention, find_place
+from kabrn_dist.model.retention import Retention
 from kabrn_dist.parallel.placement import Placement
 
 
@@ -49,22 +50,23 @@ class Block(nn.Module):
         # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
         gain = 1 / math.sqrt(2 * settings.layers)
         width, quantised = settings.width, settings.quantise
-        self.retention = Retention(width, settings.retention, quantised, gain)
+        self.mixer = Retention(width, settings.retention, quantised, gain)
         self.mixture = MixtureOfExperts(width, settings.experts, quantised, gain, placement, mesh.expert_group)
         if settings.activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             offload = settings.activations == "offload"
-            self.retention = checkpoint_wrapper(self.retention, offload_to_cpu=offload)
+            self.mixer.inputs = checkpoint_wrapper(self.mixer.inputs, offload_to_cpu=offload)
+            self.mixer.output = checkpoint_wrapper(self.mixer.output, offload_to_cpu=offload)
             self.mixture.routed = checkpoint_wrapper(self.mixture.routed, offload_to_cpu=offload)
             if self.mixture.shared is not None:
                 self.mixture.shared = checkpoint_wrapper(self.mixture.shared, offload_to_cpu=offload)
 
     def forward(self, x: Tensor, place: Place, state: Tensor | None) -> tuple[Tensor, Tensor, RouterSums]:
-        """[B,T,D] → [B,T,D], the retention's state [B,H,K,V], the router's sums."""
-        retained, state = self.retention(x, place, state)
-        x = x + retained
-        mixed, sums = self.mixture(x)
-        return x + mixed, state, sums
+        """[B,T,D] → [B,T,D], the mixer's state, the router's sums."""
+        mixed, state = self.mixer(x, place, state)
+        x = x + mixed
+        thought, sums = self.mixture(x)
+        return x + thought, state, sums
 
 
 class MixKABRN(nn.Module):
@@ -129,7 +131,7 @@ class MixKABRN(nn.Module):
     def _stream(
         self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor], list[RouterSums]]:
-        place = find_place(documents, positions, self.settings.retention)
+        place = find_place(documents, positions, self.settings.retention.key_width)
         x = self.embedding(tokens)
         ends, routers = [], []
         for layer, block in enumerate(self.blocks):

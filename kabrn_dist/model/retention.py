@@ -9,14 +9,12 @@ Shapes: B batch, H heads, T time, K key width of a head, V value width of a head
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from kabrn_dist.config import Retention as Settings
-from kabrn_dist.model.bitlinear import BitLinear, quantise, rms_norm, widen
+from kabrn_dist.model.mixer import Mixer, Place
 
 # A document's first tokens can retain almost nothing (q·k ≈ 0); a usual epsilon would let the norm blow that up to
 # unit size, and its gradient by a thousand: measured as spikes of the gradient's norm from 0.8 to 9.
@@ -145,64 +143,18 @@ def _whole_chunks(
     return out.view(batch, heads, time, -1), state
 
 
-class Place(NamedTuple):
-    """What all layers need to know about a batch's tokens, computed once per forward pass.
-
-    Attributes:
-        documents: [B,T] int64; starts: [B,T] bool, true at a document's first token.
-        cos, sin: [B,1,T,K/2] fp32 rotary angles of the positions within documents.
-        log_decay: [H] fp32. Made anew each time, so that no cast of the model can round it: γ is 1 in bf16.
-    """
-
-    documents: Tensor
-    starts: Tensor
-    cos: Tensor
-    sin: Tensor
-    log_decay: Tensor
-
-
-def find_place(documents: Tensor, positions: Tensor, settings: Settings) -> Place:
-    """Rotary angles (RoFormer, arXiv 2104.09864, base 10,000) and decays for [B,T] documents and positions."""
-    half = settings.key_width // 2
-    # In fp32 an angle at position 10⁶ would be off by 0.06.
-    speeds = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
-    angles = positions[:, None, :, None] * speeds
-    decays = torch.tensor(log_decays(settings.decay, settings.heads), device=positions.device)
-    return Place(documents, positions == 0, angles.cos().float(), angles.sin().float(), decays)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of [B,H,T,K] by its angle, in fp32; same dtype out."""
-    left, right = widen(x).chunk(2, -1)
-    return torch.cat([left * cos - right * sin, left * sin + right * cos], -1).to(x.dtype)
-
-
-class Retention(nn.Module):
-    """The layer: one quantised input for q, k, v and gate; heads normalised; swish gate; output matrix."""
+class Retention(Mixer):
+    """The layer. Its state is [B,H,K,V] fp32, whatever the length."""
 
     def __init__(self, width: int, settings: Settings, quantised: bool, gain: float) -> None:
-        super().__init__()
-        self.settings, self.quantised = settings, quantised
-        keys, values = settings.heads * settings.key_width, settings.heads * settings.value_width
-        self.query = BitLinear(width, keys, enabled=quantised)
-        self.key = BitLinear(width, keys, enabled=quantised)
-        self.value = BitLinear(width, values, enabled=quantised)
-        self.gate = BitLinear(width, values, enabled=quantised)
-        self.out = BitLinear(values, width, gain, enabled=quantised)
+        super().__init__(width, settings, quantised, gain, HEAD_EPSILON)
 
-    def forward(self, x: Tensor, place: Place, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B,T,D] → [B,T,D] and the state [B,H,K,V] after the last token; `state` continues an earlier call."""
-        shared = quantise(rms_norm(x), self.quantised)
-        q, k, v = (self._heads(matrix(shared)) for matrix in (self.query, self.key, self.value))
-        q = rotate(q, place.cos, place.sin) * self.settings.key_width**-0.5
-        k = rotate(k, place.cos, place.sin)
-        if state is not None and x.shape[1] == 1:
-            out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], place.log_decay, state, place.starts[:, 0])
-            out = out[:, :, None]
-        else:
-            out, state = retention_chunk(q, k, v, place.log_decay, place.documents, state, self.settings.chunk)
-        out = rms_norm(out, HEAD_EPSILON).transpose(1, 2).flatten(2) * F.silu(self.gate(shared))
-        return self.out(quantise(rms_norm(out), self.quantised)), state
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One token on top of a state takes the recurrent form, all else the chunkwise one."""
+        # Made anew each time, so that no cast of the model can round it: γ is 1 in bf16 from the fourth head on.
+        decay = torch.tensor(log_decays(self.settings.decay, self.settings.heads), device=q.device)
+        q = q * self.settings.key_width**-0.5
+        if state is None or q.shape[2] > 1:
+            return retention_chunk(q, k, v, decay, place.documents, state, self.settings.chunk)
+        out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, state, place.starts[:, 0])
+        return out[:, :, None], state

@@ -1,0 +1,103 @@
+"""Token mixers: what a layer's q, k and v become is the mixer's own; what stands before and after is shared.
+
+The parts before and after hold all weights and no collective, so they can be recomputed in backward.
+
+Shapes: B batch, H heads, T time, K key width of a head, V value width of a head, D model width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kabrn_dist.config import Retention as Settings
+from kabrn_dist.model.bitlinear import BitLinear, quantise, rms_norm, widen
+
+
+class Place(NamedTuple):
+    """What all layers need to know about a batch's tokens, computed once per forward pass.
+
+    Attributes:
+        documents: [B,T] int64; starts: [B,T] bool, true at a document's first token.
+        cos, sin: [B,1,T,K/2] fp32 rotary angles of the positions within documents.
+    """
+
+    documents: Tensor
+    starts: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def find_place(documents: Tensor, positions: Tensor, key_width: int) -> Place:
+    """Rotary angles (RoFormer, arXiv 2104.09864, base 10,000) for [B,T] documents and positions in them."""
+    half = key_width // 2
+    # In fp32 an angle at position 10⁶ would be off by 0.06.
+    speeds = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    angles = positions[:, None, :, None] * speeds
+    return Place(documents, positions == 0, angles.cos().float(), angles.sin().float())
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (first half, second half) of [B,H,T,K] by its angle, in fp32; same dtype out."""
+    left, right = widen(x).chunk(2, -1)
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], -1).to(x.dtype)
+
+
+class Inputs(nn.Module):
+    """One normalised and quantised input for queries, keys, values and the gate."""
+
+    def __init__(self, width: int, settings: Settings, quantised: bool) -> None:
+        super().__init__()
+        self.heads, self.quantised = settings.heads, quantised
+        keys, values = settings.heads * settings.key_width, settings.heads * settings.value_width
+        self.query = BitLinear(width, keys, enabled=quantised)
+        self.key = BitLinear(width, keys, enabled=quantised)
+        self.value = BitLinear(width, values, enabled=quantised)
+        self.gate = BitLinear(width, values, enabled=quantised)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[B,T,D] → q [B,H,T,K] and k [B,H,T,K], both rotated, v [B,H,T,V], gate [B,T,H·V]."""
+        shared = quantise(rms_norm(x), self.quantised)
+        q, k, v = (
+            matrix(shared).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for matrix in (self.query, self.key, self.value)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, self.gate(shared)
+
+
+class Output(nn.Module):
+    """Heads normalised one by one, a swish gate, and the output matrix."""
+
+    def __init__(self, width: int, settings: Settings, quantised: bool, gain: float, epsilon: float) -> None:
+        super().__init__()
+        self.quantised, self.epsilon = quantised, epsilon
+        self.out = BitLinear(settings.heads * settings.value_width, width, gain, enabled=quantised)
+
+    def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """[B,H,T,V] and gate [B,T,H·V] → [B,T,D]."""
+        heads = rms_norm(mixed, self.epsilon).transpose(1, 2).flatten(2)
+        return self.out(quantise(rms_norm(heads * F.silu(gate)), self.quantised))
+
+
+class Mixer(nn.Module, ABC):
+    """A layer that mixes tokens: `mix` is what retention and attention differ in. It holds no weights."""
+
+    def __init__(self, width: int, settings: Settings, quantised: bool, gain: float, epsilon: float) -> None:
+        super().__init__()
+        self.settings = settings
+        self.inputs = Inputs(width, settings, quantised)
+        self.output = Output(width, settings, quantised, gain, epsilon)
+
+    def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Any]:
+        """[B,T,D] → [B,T,D] and the state after the last token; `state` continues an earlier call."""
+        q, k, v, gate = self.inputs(x, place.cos, place.sin)
+        mixed, state = self.mix(q, k, v, place, state)
+        return self.output(mixed, gate), state
+
+    @abstractmethod
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Any) -> tuple[Tensor, Any]:
+        """[B,H,T,K], [B,H,T,K], [B,H,T,V] → [B,H,T,V] and the state after the last token."""
