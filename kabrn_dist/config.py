@@ -118,6 +118,10 @@ class Model(Section):
 
 
 class Parallel(Section):
+    sequence: PositiveInt = Field(1, description="Sequence parallelism: ranks that hold a slice each of a sequence.")
+    exchange: Literal["auto", "scan", "ring", "allgather"] = Field(
+        "auto", description="How retention's states travel between slices; changes speed only."
+    )
     expert: PositiveInt = Field(1, description="Expert parallelism: ranks that share one set of routed experts.")
     experts_per_rank: tuple[PositiveInt, ...] | None = Field(
         None, description="Experts on each rank of an expert group, uneven allowed; default: equal shares."
@@ -171,7 +175,7 @@ class Config(Section):
 
     def accumulation(self, world: int) -> int:
         """Micro-batches per rank and optimizer step."""
-        return self.training.batch // (self.training.micro_batch * world)
+        return self.training.batch // (self.training.micro_batch * (world // self.parallel.sequence))
 
     def placement(self) -> tuple[int, ...]:
         """Routed experts on each rank of an expert group."""
@@ -207,12 +211,30 @@ class Config(Section):
                 f"parallel.experts_per_rank {list(counts)} is uneven, which is proven for ZeRO 0 and 1 only, "
                 f"and parallel.zero is {self.parallel.zero}; set parallel.zero to 1"
             )
-        step = self.training.micro_batch * world
+        self._check_sequence(world)
+        sequence = self.parallel.sequence
+        step = self.training.micro_batch * (world // sequence)
         if self.training.batch % step:
             near = _nearest_multiple(self.training.batch, step)
+            over = f"{world} processes" if sequence == 1 else f"{world} processes / parallel.sequence {sequence}"
             raise UserError(
                 f"training.batch {self.training.batch} is not a multiple of training.micro_batch "
-                f"{self.training.micro_batch} × {world} processes = {step}; set training.batch to {near}"
+                f"{self.training.micro_batch} × {over} = {step}; set training.batch to {near}"
+            )
+
+    def _check_sequence(self, world: int) -> None:
+        sequence, length = self.parallel.sequence, self.data.sequence_length
+        if world % sequence:
+            raise UserError(
+                f"parallel.sequence {sequence} does not divide the {world} processes; it can be "
+                f"{_join(_divisors(world))}, or start a multiple of {sequence} processes"
+            )
+        if length % sequence:
+            below = length // sequence * sequence
+            near = [n for n in (below, below + sequence) if n >= 2]
+            raise UserError(
+                f"data.sequence_length {length} cannot be cut into parallel.sequence {sequence} equal slices; "
+                f"the nearest lengths that can: {_join(near)}"
             )
 
 

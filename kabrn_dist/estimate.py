@@ -48,13 +48,14 @@ def count_parameters(config: Config) -> Parameters:
 def describe(config: Config, world: int) -> str:
     """What `--dry-run` prints: the layout on `world` processes, the parameters, and the length of the run."""
     counts, training = count_parameters(config), config.training
-    expert = config.parallel.expert
+    expert, sequence = config.parallel.expert, config.parallel.sequence
     tokens = training.batch * config.data.sequence_length
     mebibytes = (counts.ternary / 4 + 2 * (counts.total - counts.ternary)) / 2**20
     groups = "; ".join(str(list(range(a, a + expert))) for a in range(0, world, expert)[:4]) if expert > 1 else "none"
     more = " …" if expert > 1 and world // expert > 4 else ""
     lines = [
-        f"processes            {world} (ZeRO {config.parallel.zero}, expert parallelism {expert})",
+        f"processes            {world} (ZeRO {config.parallel.zero}, expert parallelism {expert}, "
+        f"sequence parallelism {sequence}: slices of {config.data.sequence_length // sequence} tokens)",
         f"expert groups        {groups}{more}",
         f"experts per rank     {list(config.placement())}",
         f"parameters           {counts.total:,} in all, {counts.active:,} active per token",
@@ -62,7 +63,7 @@ def describe(config: Config, world: int) -> str:
         f"ternary              {counts.ternary:,} ({counts.ternary / counts.total:.1%}); "
         f"{mebibytes:.2f} MiB at 2 bits each and 2 bytes for the rest",
         f"held per rank        {' or '.join(f'{n:,}' for n in sorted(set(counts.per_rank)))} before ZeRO",
-        f"one step             {training.batch} sequences = {tokens:,} tokens: {world} ranks × "
+        f"one step             {training.batch} sequences = {tokens:,} tokens: {world // sequence} data ranks × "
         f"{config.accumulation(world)} micro-batches × {training.micro_batch}",
         f"the run              {training.steps:,} steps = {training.steps * tokens:,} tokens, {training.precision}",
     ]

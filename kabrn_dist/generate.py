@@ -49,7 +49,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN
 
 def _single(config: Config) -> Config:
     return config.model_copy(
-        update={"parallel": config.parallel.model_copy(update={"expert": 1, "experts_per_rank": None})}
+        update={"parallel": config.parallel.model_copy(update={"expert": 1, "experts_per_rank": None, "sequence": 1})}
     )
 
 

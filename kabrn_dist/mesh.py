@@ -1,7 +1,8 @@
 """Ranks and process groups: who shares what with whom. The only file that makes process groups.
 
-Layout: ranks of one expert group are contiguous, so it lies inside a node where it can; ranks that hold the same
-experts are `expert` apart. ZeRO's data-parallel world is the whole world.
+Layout: ranks that hold slices of the same sequences are contiguous, and so are ranks of one expert group, folded over
+them; ranks that hold the same experts are `expert` apart. ZeRO's data-parallel world is the whole world: a rank with
+another slice is one more holder of other tokens.
 """
 
 from __future__ import annotations
@@ -77,17 +78,35 @@ class Mesh:
     """This process's rank, device and groups.
 
     Attributes:
+        sequence: ranks that share each sequence, a contiguous slice each.
         expert: ranks that share one set of routed experts (they exchange tokens by all-to-all).
-        expert_group: the group of those ranks; None where `expert` is 1.
+        sequence_group, expert_group: the groups of those ranks; None where the degree is 1.
         expert_data_group: ranks that hold the same experts as this one (they average expert gradients).
     """
 
     rank: int
     world: int
+    sequence: int
     expert: int
     device: torch.device
+    sequence_group: dist.ProcessGroup | None
     expert_group: dist.ProcessGroup | None
     expert_data_group: dist.ProcessGroup | None
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which slice of its sequences this rank holds."""
+        return self.rank % self.sequence
+
+    @property
+    def data_rank(self) -> int:
+        """Which sequences this rank holds a slice of."""
+        return self.rank // self.sequence
+
+    @property
+    def data_world(self) -> int:
+        """How many ranks, or groups of them, read different sequences."""
+        return self.world // self.sequence
 
     @property
     def expert_rank(self) -> int:
@@ -115,7 +134,7 @@ class Mesh:
 
 def alone(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of a single process that needs no process group (generation, export, tests)."""
-    return Mesh(0, 1, 1, torch.device(device), None, None)
+    return Mesh(0, 1, 1, 1, torch.device(device), None, None, None)
 
 
 @contextmanager
@@ -135,19 +154,22 @@ def join_processes(place: Place) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def make_mesh(place: Place, device: torch.device, expert: int) -> Mesh:
+def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1) -> Mesh:
     """Make the groups. Collective.
 
     Args:
-        expert: expert-parallel degree; divides `place.world` (checked by `Config.check_world`).
+        expert, sequence: degrees of parallelism; each divides `place.world` (checked by `Config.check_world`).
     """
+    slices = [list(range(a, a + sequence)) for a in range(0, place.world, sequence)]
     data_ranks = [list(range(e, place.world, expert)) for e in range(expert)]
     expert_ranks = [list(range(a, a + expert)) for a in range(0, place.world, expert)]
     return Mesh(
         place.rank,
         place.world,
+        sequence,
         expert,
         device,
+        sequence_group=_own_group(slices, place.rank) if sequence > 1 else None,
         expert_group=_own_group(expert_ranks, place.rank) if expert > 1 else None,
         expert_data_group=_own_group(data_ranks, place.rank),
     )

@@ -21,7 +21,7 @@ def main(jobs: Path) -> None:
         for path, resume, stop_after in json.loads(jobs.read_text()):
             config = load_config(path)
             config.check_world(place.world)
-            mesh = make_mesh(place, device, config.parallel.expert)
+            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence)
             session = Session(config, mesh, open_splits(config), resume)
             session.run(stop_after)
             session.engine.close()

@@ -1,4 +1,4 @@
-"""The loss stream is the same for every layout (design §2): world × expert parallelism × ZeRO, with clipping on."""
+"""The loss stream is the same for every layout (design §2): world × sequence × expert parallelism × ZeRO."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ import pytest
 from tests.harness import read_losses, run, torchrun, write_config
 
 STEPS = 10
-# World size → (expert parallelism, experts per rank).
-PLACEMENTS: dict[int, list[tuple[int, list[int] | None]]] = {
-    1: [(1, None)],
-    2: [(1, None), (2, None), (2, [1, 3])],
-    4: [(1, None), (2, None), (4, None), (2, [3, 1])],
+# World size → (sequence parallelism, expert parallelism, experts per rank).
+PLACEMENTS: dict[int, list[tuple[int, int, list[int] | None]]] = {
+    1: [(1, 1, None)],
+    2: [(1, 1, None), (1, 2, None), (1, 2, [1, 3]), (2, 1, None), (2, 2, None)],
+    4: [(1, 1, None), (1, 2, None), (1, 4, None), (1, 2, [3, 1]), (2, 2, None), (4, 1, None), (2, 4, None)],
 }
 
 
-def layouts(world: int) -> list[dict[str, Any]]:
+def layouts(world: int, quantised: bool) -> list[dict[str, Any]]:
     """All allowed layouts of a world, with a tiny bucket and every way of splitting the batch that fits."""
     found = []
-    for expert, counts in PLACEMENTS[world]:
+    for sequence, expert, counts in PLACEMENTS[world]:
         for zero in (0, 1, 2, 3):
             if counts is not None and zero > 1:
                 continue
+            if quantised and sequence > 1 and zero != 1:
+                continue
             found.append(
                 {
+                    "parallel__sequence": sequence,
                     "parallel__expert": expert,
                     "parallel__experts_per_rank": counts,
                     "parallel__zero": zero,
@@ -49,7 +52,7 @@ LARGER: dict[str, Any] = {
 
 def train_all(world: int, sizes: dict[str, Any], shards: Path, folder: Path) -> dict[str, list[float]]:
     jobs, names = [], []
-    for layout in layouts(world):
+    for layout in layouts(world, sizes.get("model__quantise", True)):
         name = f"w{world}-" + "-".join(f"{key.split('__')[1]}{value}" for key, value in layout.items())
         path = write_config(folder / f"{name}.yaml", shards, folder / name, **sizes, **layout)
         jobs.append((str(path), "never", None))
@@ -69,7 +72,7 @@ def test_loss_stream_is_the_same_for_every_layout(
         (tmp_path / str(world)).mkdir()
         streams |= train_all(world, sizes, shards, tmp_path / str(world))
     reference = next(iter(streams.values()))
-    assert len(streams) == 4 + 10 + 14
+    assert len(streams) == (4 + 12 + 17 if sizes is LARGER else 4 + 18 + 26)
     assert len(reference) == STEPS
     assert reference[-1] < reference[0] - 0.1, "the model must learn for parity to mean anything"
     apart = {name: max(abs(a - b) for a, b in zip(stream, reference, strict=True)) for name, stream in streams.items()}

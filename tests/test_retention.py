@@ -20,10 +20,10 @@ from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.retention import (
     Retention,
     log_decays,
-    retention_chunk,
     retention_naive,
     retention_step,
 )
+from kabrn_dist.model.retention_chunk import retention_chunk
 from kabrn_dist.parallel.placement import Placement
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 3, 4

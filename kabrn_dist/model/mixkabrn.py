@@ -23,8 +23,9 @@ from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan import StackedExperts
 from kabrn_dist.model.mixer import Place, find_place
 from kabrn_dist.model.moe import MixtureOfExperts, RouterSums
-from kabrn_dist.model.retention import Retention
+from kabrn_dist.model.retention import Retention, log_decays
 from kabrn_dist.parallel.placement import Placement
+from kabrn_dist.parallel.sequence import Exchange, SequenceLink
 
 
 class Sums(NamedTuple):
@@ -45,13 +46,14 @@ class Sums(NamedTuple):
 
 
 class Block(nn.Module):
-    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh) -> None:
+    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, link: SequenceLink | None) -> None:
         super().__init__()
         # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
         gain = 1 / math.sqrt(2 * settings.layers)
         width, quantised = settings.width, settings.quantise
-        self.mixer = Retention(width, settings.retention, quantised, gain)
-        self.mixture = MixtureOfExperts(width, settings.experts, quantised, gain, placement, mesh.expert_group)
+        self.mixer = Retention(width, settings.retention, quantised, gain, link)
+        groups = mesh.expert_group, mesh.sequence_group
+        self.mixture = MixtureOfExperts(width, settings.experts, quantised, gain, placement, *groups)
         if settings.activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             offload = settings.activations == "offload"
@@ -76,13 +78,18 @@ class MixKABRN(nn.Module):
         settings: the `model` section.
         placement: routed experts on each rank of the expert group.
         mesh: this process among the others.
+        exchange: how retention's states travel between slices of a sequence.
     """
 
-    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh) -> None:
+    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, exchange: Exchange = "auto") -> None:
         super().__init__()
         self.settings, self.placement = settings, placement
         self.embedding = nn.Embedding(settings.vocabulary, settings.width)
-        self.blocks = nn.ModuleList(Block(settings, placement, mesh) for _ in range(settings.layers))
+        link = None
+        if mesh.sequence_group is not None:
+            decays = log_decays(settings.retention.decay, settings.retention.heads)
+            link = SequenceLink(mesh.sequence_group, mesh.sequence, decays, exchange)
+        self.blocks = nn.ModuleList(Block(settings, placement, mesh, link) for _ in range(settings.layers))
         self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
 
     def initialise(self, seed: int) -> None:
@@ -94,7 +101,7 @@ class MixKABRN(nn.Module):
                 module.initialise(seed, f"blocks.{name}")
 
     def forward(self, batch: Batch) -> Sums:
-        """The batch's sums. Every row starts with an empty state."""
+        """The batch's sums. Every sequence starts with an empty state."""
         x, _, routers = self._stream(batch.tokens, batch.documents, batch.positions, None)
         logits = self.head(rms_norm(x)).float()
         language = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
@@ -148,6 +155,6 @@ def build_model(config: Config, mesh: Mesh) -> MixKABRN:
         if mesh.expert > 1
         else Placement((config.model.experts.routed,), 0)
     )
-    model = MixKABRN(config.model, placement, mesh)
+    model = MixKABRN(config.model, placement, mesh, config.parallel.exchange)
     model.initialise(config.run.seed)
     return model.to(mesh.device)

@@ -39,9 +39,9 @@ class RouterSums(NamedTuple):
 class Router(nn.Module):
     """Scores in fp32, the k best experts, and their weights, which sum to 1 for each token."""
 
-    def __init__(self, width: int, settings: Settings) -> None:
+    def __init__(self, width: int, settings: Settings, sequence_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.sequence_group = settings, sequence_group
         self.weight = nn.Parameter(torch.empty(settings.routed, width))
 
     def initialise(self, seed: int, name: str) -> None:
@@ -60,11 +60,22 @@ class Router(nn.Module):
         choice = scores.detach().argsort(dim=-1, descending=True, stable=True)[..., :k]
         chosen = scores.gather(-1, choice)
         sent = torch.zeros_like(scores).scatter_(-1, choice, 1.0)
-        balance = (sent.mean(1) * (experts / k) * shares.mean(1)).sum()
+        balance = (self._frequency(sent) * (experts / k) * shares.sum(1)).sum()
         entropy = -(shares * shares.clamp(min=1e-20).log()).sum()
         sums = RouterSums(balance, logits.logsumexp(-1).square().sum(), sent.sum((0, 1)).detach(), entropy.detach())
         weights = chosen / chosen.sum(-1, keepdim=True)
         return choice.flatten(0, 1), weights.flatten(0, 1), sums
+
+    def _frequency(self, sent: Tensor) -> Tensor:
+        """[B,T,E] copies sent → [B,E] of whole sequences, divided by the square of their length.
+
+        The loss is linear in the scores, so slices need each other's counts only, and no gradient travels.
+        """
+        counts, length = sent.sum(1), sent.shape[1]
+        if self.sequence_group is not None:
+            dist.all_reduce(counts, group=self.sequence_group)
+            length *= dist.get_world_size(self.sequence_group)
+        return counts / length**2
 
 
 class MixtureOfExperts(nn.Module):
@@ -73,6 +84,7 @@ class MixtureOfExperts(nn.Module):
     Args:
         placement: the routed experts of each rank of `group`; this rank holds `placement.local`.
         group: the expert group; None when all experts are here.
+        sequence_group: the ranks that hold slices of the same sequences; None when they are whole.
     """
 
     def __init__(
@@ -83,12 +95,13 @@ class MixtureOfExperts(nn.Module):
         gain: float,
         placement: Placement,
         group: dist.ProcessGroup | None,
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.settings, self.quantised, self.placement, self.group = settings, quantised, placement, group
         form = FORMS[settings.form]
         shape = width, settings.hidden, settings.groups
-        self.router = Router(width, settings)
+        self.router = Router(width, settings, sequence_group)
         self.routed = form(*shape, placement.local, quantised, gain)
         self.shared = form(*shape, range(settings.shared), quantised, gain) if settings.shared else None
 

@@ -1,7 +1,7 @@
 """Multi-scale retention (RetNet, arXiv 2307.08621) in three forms that agree, for packed documents.
 
 S_n = γ·S_{n−1} + k_nᵀ v_n,  o_n = q_n S_n, with S = 0 where a document starts. Scores are not normalised: normalisers
-do not compose across chunks. Only differences of positions inside a chunk are exponentiated, so no length overflows.
+do not compose across chunks.
 
 Shapes: B batch, H heads, T time, K key width of a head, V value width of a head, C chunk, D model width.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.model.mixer import Mixer, Place
+from kabrn_dist.model.retention_chunk import retention_chunk, retention_slice
+from kabrn_dist.parallel.sequence import SequenceLink
 
 # A document's first tokens can retain almost nothing (q·k ≈ 0); a usual epsilon would let the norm blow that up to
 # unit size, and its gradient by a thousand: measured as spikes of the gradient's norm from 0.8 to 9.
@@ -69,91 +71,25 @@ def retention_step(
     return torch.einsum("bhk,bhkv->bhv", q.to(state.dtype), new).to(v.dtype), new
 
 
-def retention_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    documents: Tensor,
-    state: Tensor | None = None,
-    chunk: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """The chunkwise form (eq. 7 of the paper): all chunks at once, then a short scan over their states.
-
-    Args:
-        q, k: [B,H,T,K]; v: [B,H,T,V], one dtype.
-        log_decay: [H] log γ, fp32 (fp64 for fp64 inputs).
-        documents: [B,T] int64, never falling along a row.
-        state: [B,H,K,V] fp32, the state before the first token, of that token's document; None for zeros.
-        chunk: tokens of a chunk; any number.
-
-    Returns:
-        out [B,H,T,V] in the dtype of v, and the state after the last token [B,H,K,V] in fp32 (fp64 for fp64).
-    """
-    batch, heads, time, key = q.shape
-    if state is None:
-        state = q.new_zeros(batch, heads, key, v.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    whole = time - time % chunk
-    outs = []
-    for start, stop, size in ((0, whole, chunk), (whole, time, time - whole)):
-        if stop > start:
-            qs, ks, vs = (x[:, :, start:stop] for x in (q, k, v))
-            before = documents[:, max(0, start - 1)]
-            out, state = _whole_chunks(qs, ks, vs, log_decay, documents[:, start:stop], before, state, size)
-            outs.append(out)
-    return torch.cat(outs, 2) if len(outs) > 1 else outs[0], state
-
-
-def _whole_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    documents: Tensor,
-    before: Tensor,
-    state: Tensor,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    """`before` [B] is the document of the token in front of the first; `size` divides T."""
-    batch, heads, time, _ = q.shape
-    chunks = time // size
-    q, k, v = (x.reshape(batch, heads, chunks, size, -1) for x in (q, k, v))
-    ids = documents.reshape(batch, chunks, size)
-    last = ids[:, :, -1]
-    previous = torch.cat([before[:, None], last[:, :-1]], 1)
-    place = torch.arange(size, device=q.device)
-    log_decay = log_decay[:, None]
-
-    # A token sees its own chunk's earlier tokens of its document, decayed by their distance …
-    distance = (place[:, None] - place).clamp(min=0)
-    within = (distance * log_decay[:, :, None]).exp().tril().to(q.dtype)
-    same = ids[:, :, :, None] == ids[:, :, None, :]
-    scores = (q @ k.transpose(-1, -2)) * within[:, None] * same[:, None]
-    # … and the state before the chunk, where no document has begun since.
-    entering = ((place + 1) * log_decay).exp()[:, None] * (ids == previous[:, :, None])[:, None]
-    leaving = ((size - 1 - place) * log_decay).exp()[:, None] * (ids == last[:, :, None])[:, None]
-    added = ((k * leaving[..., None]).to(k.dtype).transpose(-1, -2) @ v).to(state.dtype)
-    kept = (size * log_decay).exp().to(state.dtype) * (last == previous)[:, None]
-
-    states = []
-    for n in range(chunks):
-        states.append(state)
-        state = kept[:, :, n, None, None] * state + added[:, :, n]
-    out = scores @ v + (q * entering[..., None]).to(q.dtype) @ torch.stack(states, 2).to(q.dtype)
-    return out.view(batch, heads, time, -1), state
-
-
 class Retention(Mixer):
     """The layer. Its state is [B,H,K,V] fp32, whatever the length."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool, gain: float) -> None:
+    def __init__(
+        self, width: int, settings: Settings, quantised: bool, gain: float, link: SequenceLink | None = None
+    ) -> None:
         super().__init__(width, settings, quantised, gain, HEAD_EPSILON)
+        self.link = link
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """One token on top of a state takes the recurrent form, all else the chunkwise one."""
         # Made anew each time, so that no cast of the model can round it: γ is 1 in bf16 from the fourth head on.
         decay = torch.tensor(log_decays(self.settings.decay, self.settings.heads), device=q.device)
         q = q * self.settings.key_width**-0.5
+        if self.link is not None:
+            if state is not None:
+                raise ValueError("state: a sequence that is spread over ranks cannot be continued")
+            starts = place.starts[:, 0]
+            return retention_slice(q, k, v, decay, place.documents, starts, self.link, self.settings.chunk), None
         if state is None or q.shape[2] > 1:
             return retention_chunk(q, k, v, decay, place.documents, state, self.settings.chunk)
         out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, state, place.starts[:, 0])

@@ -14,7 +14,7 @@ import torch
 from kabrn_dist.checkpoint.exchange import together
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config, dump_config
-from kabrn_dist.data.batches import Batch, Cursor
+from kabrn_dist.data.batches import Batch, Cursor, sequence_slice
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
 from kabrn_dist.mesh import Mesh, Place, join_processes, make_mesh
@@ -43,7 +43,7 @@ def train(config: Config, place: Place, resume: str = "auto", stop_after: int | 
     config.check_world(place.world)
     splits = open_splits(config)
     with join_processes(place) as device:
-        mesh = make_mesh(place, device, config.parallel.expert)
+        mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence)
         Session(config, mesh, splits, resume).run(stop_after)
 
 
@@ -131,12 +131,13 @@ class Session:
         self.metrics.write(self.step, values, line + ("  SKIPPED (overflow)" if values["optimizer/skipped"] else ""))
 
     def _micro_batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches of the step: sequence p of the step belongs to rank p mod world."""
+        """This rank's micro-batches of the step: sequence p of the step belongs to data rank p mod their number."""
         training, mesh = self.config.training, self.mesh
         first = self.step * training.batch
-        own = range(first + mesh.rank, first + training.batch, mesh.world)
+        own = range(first + mesh.data_rank, first + training.batch, mesh.data_world)
         for start in range(0, len(own), training.micro_batch):
-            yield self.splits.train.rows(own[start : start + training.micro_batch])
+            rows = self.splits.train.rows(own[start : start + training.micro_batch])
+            yield sequence_slice(rows, mesh.sequence_rank, mesh.sequence)
 
     def _read_step(self) -> tuple[list[Batch], Totals]:
         """This rank's batches and the step's totals; UserError on all ranks where one cannot read."""
@@ -160,10 +161,11 @@ class Session:
         count = min(config.validation.sequences, data.validation.sequences)
         micro = config.training.micro_batch
         totals = torch.zeros(3, dtype=torch.float64)
-        for start in range(0, count, micro * mesh.world):
+        for start in range(0, count, micro * mesh.data_world):
             # Ranks without a sequence of their own take part with a copy that does not count.
-            rows = [start + mesh.rank + i * mesh.world for i in range(micro)]
+            rows = [start + mesh.data_rank + i * mesh.data_world for i in range(micro)]
             batch = data.validation.rows([min(row, count - 1) for row in rows])
+            batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence)
             counts = torch.tensor([row < count for row in rows])
             batch = batch._replace(targets=batch.targets.masked_fill(~counts[:, None], -100))
             sums = self.engine.evaluate(batch.to(mesh.device))

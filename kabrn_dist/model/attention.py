@@ -1,0 +1,151 @@
+"""Causal softmax attention over packed documents: exact recall, at a cost that grows with a document's length.
+
+Queries and keys are RMS-normalised per head before the scores, which bounds them by √K (query-key norm, arXiv
+2010.04245; in large models arXiv 2302.05442). It has no gain, so it commutes with the rotary turn.
+
+Shapes: B batch, H heads, S tokens seen, T queries (the last T of the S), K key width of a head, V value width of a
+head, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kabrn_dist.config import Retention as Settings
+from kabrn_dist.model.bitlinear import rms_norm
+from kabrn_dist.model.mixer import Mixer, Place
+from kabrn_dist.parallel.gather import gather_past, gather_past_ids
+
+# Queries whose mask is in memory at a time. On a CPU, 4,096 tokens took 0.8 of the time of blocks of 2,048 as one
+# document and 0.3 as documents of 512.
+BLOCK = 512
+# A result is a mean of values. Over n unlike values it shrinks by √n, which is signal and not noise: unlike
+# retention's first tokens it may be scaled up again.
+HEAD_EPSILON = 1e-6
+
+
+class Cache(NamedTuple):
+    """All that decoding keeps of the tokens seen; it grows with them.
+
+    Attributes:
+        k: [B,H,S,K], normalised and rotated; v: [B,H,S,V].
+        documents: [B,S] int64, never falling along a row.
+    """
+
+    k: Tensor
+    v: Tensor
+    documents: Tensor
+
+
+def attention_naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+    """The softmax by definition, T×S scores in fp64. Arguments as `attention`; the result is fp64."""
+    q, k, v = q.double(), k.double(), v.double()
+    tokens, seen = q.shape[2], k.shape[2]
+    rows = []
+    for t in range(seen - tokens, seen):
+        scores = q[:, :, t - seen, None, :] @ k[:, :, : t + 1].transpose(-1, -2) * q.shape[-1] ** -0.5
+        other = documents[:, : t + 1] != documents[:, t, None]
+        rows.append(scores.masked_fill(other[:, None, None], -torch.inf).softmax(-1) @ v[:, :, : t + 1])
+    return torch.cat(rows, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, block: int = BLOCK) -> Tensor:
+    """Each query over the keys up to its own place, of its own document.
+
+    Work grows with T × the longest documents, not with T × S: a block of queries leaves out the keys before its first
+    document. Memory grows with T + S: backward makes a block's mask and scores anew instead of keeping them.
+
+    Args:
+        q: [B,H,T,K]; the queries of the last T of the S tokens.
+        k: [B,H,S,K]; v: [B,H,S,V], all of one dtype.
+        documents: [B,S] int64, never falling along a row.
+        block: queries whose mask is made at a time; changes speed and memory only.
+
+    Returns:
+        [B,H,T,V] in the dtype of v.
+    """
+    tokens, seen, keys, values = q.shape[2], k.shape[2], k.shape[-1], v.shape[-1]
+    # torch's fused kernels want K = V, and without them keep all T×S scores; zeros change no score and no value.
+    q, k, v = _pad(q, max(keys, values)), _pad(k, max(keys, values)), _pad(v, max(keys, values))
+    firsts, one = _first_keys(documents, tokens, block)
+    if one and tokens == seen:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=keys**-0.5)[..., :values]
+    outs = []
+    for first, start in zip(firsts, range(0, tokens, block), strict=True):
+        stop = min(start + block, tokens)
+        past = slice(first, seen - tokens + stop)
+        part = (q[:, :, start:stop], k[:, :, past], v[:, :, past], documents[:, past], keys**-0.5)
+        # One block's mask is small; kept for backward, those of all blocks would be T×S again.
+        again = len(firsts) > 1 and torch.is_grad_enabled()
+        outs.append(
+            checkpoint(_block, *part, use_reentrant=False, preserve_rng_state=False) if again else _block(*part)
+        )
+    return (torch.cat(outs, 2) if len(outs) > 1 else outs[0])[..., :values]
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def _first_keys(documents: Tensor, tokens: int, block: int) -> tuple[list[int], bool]:
+    """The first key that any row's query of each block may see; and whether each row is one document.
+
+    Shapes of kernels and slices hang on both, so on CUDA the host waits for them: once a layer, a few numbers, as
+    the router of every layer does with its loads. Knowing them saves the scores between unlike documents.
+    """
+    offset = documents.shape[1] - tokens
+    asked = torch.cat([documents[:, offset::block], documents[:, -1:]], 1)
+    found = torch.searchsorted(documents.contiguous(), asked)
+    *firsts, latest = torch.cat([found[:, :-1].amin(0), found[:, -1:].amax(0)]).tolist()
+    return firsts, latest == 0
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float) -> Tensor:
+    """`attention` with the whole mask [B,1,T,S] in memory."""
+    tokens, seen = q.shape[2], k.shape[2]
+    same = documents[:, seen - tokens :, None] == documents[:, None, :]
+    mask = same.tril_(seen - tokens)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+class Attention(Mixer):
+    """The layer. Under sequence parallelism each rank holds an equal, contiguous slice of all rows.
+
+    Args:
+        settings: heads and widths, as retention's; a decay and a chunk mean nothing here.
+        group: the sequence group, in the order of the slices; None where rows are whole.
+    """
+
+    def __init__(
+        self, width: int, settings: Settings, quantised: bool, gain: float, group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__(width, settings, quantised, gain, HEAD_EPSILON)
+        self.group = group
+        self.block = BLOCK
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Cache | None) -> tuple[Tensor, Cache | None]:
+        """[B,H,T,K], [B,H,T,K], [B,H,T,V] → [B,H,T,V], and the cache after the last token (None with a group).
+
+        Raises:
+            ValueError: for a state with a group: decoding is for whole rows.
+        """
+        q, k, documents = rms_norm(q), rms_norm(k), place.documents
+        if self.group is not None:
+            if state is not None:
+                raise ValueError(
+                    f"attention: a cache (state) with a sequence group of {dist.get_world_size(self.group)} ranks; "
+                    "decode with group=None, or read the rows from their start with state=None"
+                )
+            documents = gather_past_ids(documents, self.group)
+            k, v = gather_past(k, v, self.group)
+            return attention(q, k, v, documents, self.block), None
+        if state is not None:
+            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+            documents = torch.cat([state.documents, documents], 1)
+        return attention(q, k, v, documents, self.block), Cache(k, v, documents)
