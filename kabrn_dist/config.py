@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from kabrn_dist.errors import UserError
 
@@ -93,7 +93,10 @@ class Experts(Section):
 class Model(Section):
     vocabulary: PositiveInt = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
     width: PositiveInt = Field(description="Width of the residual stream.")
-    layers: PositiveInt = Field(description="Blocks, each a retention and a mixture of experts.")
+    layers: Annotated[str, Field(pattern="^[RA]+$")] = Field(
+        description="Blocks, each a mixer and a mixture of experts: one letter a block, R retention, A softmax "
+        "attention, e.g. RRRA; or a number of retention blocks.",
+    )
     retention: Retention
     experts: Experts
     quantise: bool = Field(
@@ -104,6 +107,11 @@ class Model(Section):
         description="For backward: keep activations, recompute them layer by layer, or recompute with the "
         "layers' inputs offloaded to host memory (fairscale).",
     )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _number_of_retentions(cls, value: Any) -> Any:
+        return "R" * value if isinstance(value, int) and value > 0 else value
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Model:

@@ -35,13 +35,13 @@ def count_parameters(config: Config) -> Parameters:
         model = MixKABRN(settings, Placement((settings.experts.routed,), 0), alone("meta"))
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for p in model.routed_parameters())
-    expert = routed // (settings.experts.routed * settings.layers)
+    expert = routed // (settings.experts.routed * len(settings.layers))
     dense = total - routed
     # The embedding is a look-up of one row.
     active = dense - settings.vocabulary * settings.width + settings.width
-    active += expert * settings.experts.top_k * settings.layers
+    active += expert * settings.experts.top_k * len(settings.layers)
     ternary = sum(w.numel() for _, w in model.bit_weights()) if settings.quantise else 0
-    per_rank = tuple(dense + expert * n * settings.layers for n in config.placement())
+    per_rank = tuple(dense + expert * n * len(settings.layers) for n in config.placement())
     return Parameters(total, active, expert, ternary, per_rank)
 
 
@@ -59,7 +59,7 @@ def describe(config: Config, world: int) -> str:
         f"expert groups        {groups}{more}",
         f"experts per rank     {list(config.placement())}",
         f"parameters           {counts.total:,} in all, {counts.active:,} active per token",
-        f"of one expert        {counts.expert:,} (× {config.model.experts.routed} routed × {config.model.layers})",
+        f"of one expert        {counts.expert:,} (× {config.model.experts.routed} routed × {len(config.model.layers)})",
         f"ternary              {counts.ternary:,} ({counts.ternary / counts.total:.1%}); "
         f"{mebibytes:.2f} MiB at 2 bits each and 2 bytes for the rest",
         f"held per rank        {' or '.join(f'{n:,}' for n in sorted(set(counts.per_rank)))} before ZeRO",

@@ -1,4 +1,4 @@
-"""The model: embed → N × [x + Retention(x); x + MixtureOfKANs(x)] → norm → head.
+"""The model: embed → N × [x + Mixer(x); x + MixtureOfKANs(x)] → norm → head; a mixer is retention or attention.
 
 Shapes: B batch, T time, D width, C vocabulary, E routed experts, L layers.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
@@ -18,6 +18,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.config import Model as Settings
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
+from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear, rms_norm
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan import StackedExperts
@@ -46,12 +47,17 @@ class Sums(NamedTuple):
 
 
 class Block(nn.Module):
-    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, link: SequenceLink | None) -> None:
+    """A mixer (`kind` R: retention, A: attention) and a mixture of experts, each added to the stream."""
+
+    def __init__(
+        self, kind: str, settings: Settings, placement: Placement, mesh: Mesh, link: SequenceLink | None
+    ) -> None:
         super().__init__()
         # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
-        gain = 1 / math.sqrt(2 * settings.layers)
+        gain = 1 / math.sqrt(2 * len(settings.layers))
         width, quantised = settings.width, settings.quantise
-        self.mixer = Retention(width, settings.retention, quantised, gain, link)
+        heads = width, settings.retention, quantised, gain
+        self.mixer = Retention(*heads, link) if kind == "R" else Attention(*heads, mesh.sequence_group)
         groups = mesh.expert_group, mesh.sequence_group
         self.mixture = MixtureOfExperts(width, settings.experts, quantised, gain, placement, *groups)
         if settings.activations != "keep":
@@ -63,7 +69,7 @@ class Block(nn.Module):
             if self.mixture.shared is not None:
                 self.mixture.shared = checkpoint_wrapper(self.mixture.shared, offload_to_cpu=offload)
 
-    def forward(self, x: Tensor, place: Place, state: Tensor | None) -> tuple[Tensor, Tensor, RouterSums]:
+    def forward(self, x: Tensor, place: Place, state: Any) -> tuple[Tensor, Any, RouterSums]:
         """[B,T,D] → [B,T,D], the mixer's state, the router's sums."""
         mixed, state = self.mixer(x, place, state)
         x = x + mixed
@@ -89,7 +95,7 @@ class MixKABRN(nn.Module):
         if mesh.sequence_group is not None:
             decays = log_decays(settings.retention.decay, settings.retention.heads)
             link = SequenceLink(mesh.sequence_group, mesh.sequence, decays, exchange)
-        self.blocks = nn.ModuleList(Block(settings, placement, mesh, link) for _ in range(settings.layers))
+        self.blocks = nn.ModuleList(Block(kind, settings, placement, mesh, link) for kind in settings.layers)
         self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
 
     def initialise(self, seed: int) -> None:
@@ -110,12 +116,13 @@ class MixKABRN(nn.Module):
 
     @torch.no_grad()
     def read(
-        self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Any] | None
+    ) -> tuple[Tensor, list[Any]]:
         """Read tokens [B,T] on top of `states` (None: nothing read yet; else of the first token's document).
 
         Returns:
-            The last token's logits [B,C] fp32, and one state [B,H,K,V] a layer: all that decoding ever keeps.
+            The last token's logits [B,C] fp32, and one state a layer, all that decoding keeps: [B,H,K,V] of a
+            retention, whatever the length; the keys and values so far of an attention.
         """
         x, states, _ = self._stream(tokens, documents, positions, states)
         return self.head(rms_norm(x[:, -1])).float(), states
@@ -136,8 +143,8 @@ class MixKABRN(nn.Module):
                     yield from ((layer, module.get_parameter(name)) for name in module.stds)
 
     def _stream(
-        self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor], list[RouterSums]]:
+        self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Any] | None
+    ) -> tuple[Tensor, list[Any], list[RouterSums]]:
         place = find_place(documents, positions, self.settings.retention.key_width)
         x = self.embedding(tokens)
         ends, routers = [], []

@@ -128,7 +128,7 @@ class Engine:
 
     def ternary_shares(self) -> Tensor:
         """[L,3] share of −1, 0 and +1 among each layer's ternary weights, over all ranks' experts. Collective."""
-        counts = torch.zeros(self.config.model.layers, 3, device=self.mesh.device)
+        counts = torch.zeros(len(self.config.model.layers), 3, device=self.mesh.device)
         for layer, weight in self.model.bit_weights():
             with self._whole(weight):
                 codes, _ = ternary(weight.detach().view(-1, *weight.shape[-2:]))
