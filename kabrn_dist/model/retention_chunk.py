@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from kabrn_dist.parallel.sequence import SequenceLink
 
+CACHED_SCORES = 1 << 16
+
 
 def retention_chunk(
     q: Tensor,
@@ -132,17 +134,48 @@ def _chunks(log_decay: Tensor, ids: Tensor, before: Tensor, time: int, dtype: to
     return _Chunks(within, same, cut, entering[..., None], leaving[..., None], kept[..., None, None])
 
 
-def _mask(scores: Tensor, chunks: _Chunks) -> Tensor:
-    """Decay [B,H,N,C,C] scores and cut them at documents, in place."""
+def _mask(scores: Tensor, chunks: _Chunks, block: slice) -> Tensor:
+    """Decay the [B,H,n,C,C] scores of a block of chunks and cut them at documents, in place."""
     scores.mul_(chunks.within)
     if chunks.same is None:
         return scores
     if chunks.cut is None:
-        return scores.mul_(chunks.same)
+        return scores.mul_(chunks.same[:, :, block])
     # Most chunks lie within a document; only the others need the second pass.
-    by_chunk = scores.transpose(1, 2)
-    by_chunk[chunks.cut] = by_chunk[chunks.cut] * chunks.same.transpose(1, 2)[chunks.cut]
+    if bool(chunks.cut[:, block].any()):
+        scores.mul_(chunks.same[:, :, block])
     return scores
+
+
+def _blocks(folded: Tensor) -> list[slice]:
+    """Blocks of chunks whose scores stay in a core's cache between the products; all at once on a card."""
+    batch, heads, chunks, size = folded.shape[:4]
+    step = chunks if folded.is_cuda else max(1, CACHED_SCORES // (batch * heads * size * size))
+    return [slice(start, start + step) for start in range(0, chunks, step)]
+
+
+def _within_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: _Chunks) -> Tensor:
+    """What tokens see of their own chunk: [B,H,N,C,V] from folded q, k, v."""
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for block in _blocks(q):
+        scores = _mask(q[:, :, block] @ k[:, :, block].transpose(-1, -2), chunks, block)
+        out[:, :, block] = scores @ v[:, :, block]
+    return out
+
+
+def _within_chunks_backward(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, chunks: _Chunks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of folded q, k, v from that of `_within_chunks`'s result."""
+    for_q, for_k, for_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for block in _blocks(q):
+        qs, ks, vs, gs = (x[:, :, block] for x in (q, k, v, grad))
+        scores = _mask(qs @ ks.transpose(-1, -2), chunks, block)
+        for_v[:, :, block] = scores.transpose(-1, -2) @ gs
+        scores = _mask(gs @ vs.transpose(-1, -2), chunks, block)
+        for_q[:, :, block] = scores @ ks
+        for_k[:, :, block] = scores.transpose(-1, -2) @ qs
+    return for_q, for_k, for_v
 
 
 def _fold(x: Tensor, size: int) -> Tensor:
@@ -211,7 +244,7 @@ class _Retention(torch.autograd.Function):
         wait = None
         if link is not None:
             wait = link.begin(after[:, :, -1], chunks.kept.prod(2)[..., 0, 0], time)
-        out = _mask(qs @ ks.transpose(-1, -2), chunks) @ vs
+        out = _within_chunks(qs, ks, vs, chunks)
         if wait is not None:
             state = wait()
             after = after + chunks.kept.cumprod(2) * state[:, :, None]
@@ -234,9 +267,7 @@ class _Retention(torch.autograd.Function):
         wait = None
         if link is not None:
             wait = link.begin(back[:, :, 0], chunks.kept.prod(2)[..., 0, 0], time, reverse=True)
-        scores = _mask(gs @ vs.transpose(-1, -2), chunks)
-        for_q, for_k = scores @ ks, scores.transpose(-1, -2) @ qs
-        for_v = _mask(qs @ ks.transpose(-1, -2), chunks).transpose(-1, -2) @ gs
+        for_q, for_k, for_v = _within_chunks_backward(qs, ks, vs, gs, chunks)
         if wait is not None:
             after = wait()
             back = back + chunks.kept.flip(2).cumprod(2).flip(2) * after[:, :, None]
