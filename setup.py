@@ -29,7 +29,7 @@ setup(
     ],
     extras_require={
         # Chunkwise retention as Triton kernels, on cards that can run Triton.
-        "gpu": ["flash-linear-attention>=0.3"],
+        "gpu": ["fla-core>=0.6"],
         # mpirun as a launcher, and a working MPI from a wheel, without root.
         "mpi": ["mpi4py>=4", "mpich"],
         # Pictures of a run.

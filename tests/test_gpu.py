@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from kabrn_dist.model.retention import log_decays
+from kabrn_dist.model.retention_chunk import retention_torch
+from kabrn_dist.model.retention_fla import find_kernel, retention_fla
 from tests.harness import read_losses, run, torchrun, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
@@ -49,3 +53,25 @@ def test_fp32_agrees_with_the_cpu(shards: Path, tmp_path: Path) -> None:
         path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, model__quantise=False)
         sessions([[str(path), "never", None]], tmp_path, **variables)
     assert read_losses(tmp_path / "card") == pytest.approx(read_losses(tmp_path / "cpu"), abs=1e-4)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fla_kernels_agree_with_the_torch_form_on_packed_documents(width: int, dtype: torch.dtype) -> None:
+    kernel = find_kernel()
+    if kernel is None:
+        pytest.skip("flash-linear-attention is not installed or not usable here")
+    documents = torch.tensor([[0] * 200 + [1] * 1 + [2] * 299, [0] * 500]).cuda()
+    log_decay = torch.tensor(log_decays("exponent", 4)).cuda()
+    results = []
+    for form in (partial(retention_fla, kernel), retention_torch):
+        torch.manual_seed(width)
+        leaves = [torch.randn(2, 4, 500, width, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
+        state = torch.randn(2, 4, width, width, device="cuda").requires_grad_()
+        out, after = form(*leaves, log_decay, documents, state)
+        (out.float() * torch.linspace(-1, 1, 500, device="cuda")[:, None]).sum().backward()
+        results.append([out, after, *(x.grad for x in (*leaves, state))])
+    for fast, slow in zip(*results, strict=True):
+        assert fast is not None and slow is not None
+        scale = slow.float().abs().max()
+        assert float((fast.float() - slow.float()).abs().max() / scale) <= 2e-2

@@ -47,6 +47,7 @@ LARGER: dict[str, Any] = {
     "model__experts__hidden": 48,
     "optimizer__learning_rate": 5.0e-4,
     "training__batch": 16,
+    "training__micro_batch": 4,
 }
 
 
@@ -78,3 +79,35 @@ def test_loss_stream_is_the_same_for_every_layout(
     apart = {name: max(abs(a - b) for a, b in zip(stream, reference, strict=True)) for name, stream in streams.items()}
     print(json.dumps(apart, indent=1))
     assert max(apart.values()) <= tolerance, apart
+
+
+def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_path: Path) -> None:
+    """Attention among the retentions, and every way of keeping activations, over slices and expert groups."""
+    hybrid = {"model__quantise": False, "model__layers": "RA"}
+    cases: dict[int, list[dict[str, Any]]] = {
+        1: [{}],
+        2: [{"sequence": 2, "zero": 3}, {"sequence": 2, "expert": 2, "exchange": "ring"}],
+        4: [
+            {"sequence": 4, "expert": 2, "zero": 2, "exchange": "scan"},
+            {"sequence": 2, "expert": 4, "zero": 3, "exchange": "allgather"},
+        ],
+    }
+    streams: dict[str, list[float]] = {}
+    for world, layouts_of_world in cases.items():
+        jobs: list[tuple[str, str, None]] = []
+        for number, layout in enumerate(layouts_of_world):
+            for kept in ("keep", "recompute", "offload"):
+                name = f"w{world}-{number}-{kept}"
+                changes = {f"parallel__{key}": value for key, value in layout.items()}
+                changes |= {"model__activations": kept, "parallel__bucket": 3000}
+                path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **hybrid, **changes)
+                jobs.append((str(path), "never", None))
+                streams[name] = []
+        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+        result = run(torchrun(world, "tests/sessions_worker.py", str(tmp_path / "jobs.json")), timeout=600)
+        assert result.code == 0, result.out
+    streams = {name: read_losses(tmp_path / name) for name in streams}
+    reference = streams["w1-0-keep"]
+    assert len(reference) == STEPS
+    apart = {name: max(abs(a - b) for a, b in zip(stream, reference, strict=True)) for name, stream in streams.items()}
+    assert max(apart.values()) <= 1e-5, apart

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +25,8 @@ from kabrn_dist.model.retention import (
     retention_naive,
     retention_step,
 )
-from kabrn_dist.model.retention_chunk import retention_chunk
+from kabrn_dist.model.retention_chunk import retention_chunk, retention_torch
+from kabrn_dist.model.retention_fla import retention_fla
 from kabrn_dist.parallel.placement import Placement
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 3, 4
@@ -228,3 +231,86 @@ def test_layer_in_pieces_is_one_pass(pieces: list[int], quantised: bool) -> None
     # Decays are fp32 powers in the chunk form, so pieces agree to fp32's precision.
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=0)
     torch.testing.assert_close(state, last, atol=1e-5, rtol=0)
+
+
+def by_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g_gamma: Tensor,
+    scale: float,
+    initial_state: Tensor,
+    output_final_state: bool,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What fla's `chunk_simple_gla` is documented to do: sequences packed in one row [1,T,H,…], a state for each."""
+    assert output_final_state
+    outs, states = [], []
+    for number, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        here = [x[:, start:stop].transpose(1, 2) for x in (q * scale, k, v)]
+        ids = torch.zeros(1, stop - start, dtype=torch.int64)
+        out, state = retention_naive(*here, g_gamma, ids, initial_state[number : number + 1])
+        outs.append(out.transpose(1, 2))
+        states.append(state)
+    return torch.cat(outs, 1), torch.cat(states)
+
+
+def test_documents_are_packed_for_flash_linear_attention_and_unpacked_again() -> None:
+    ids = torch.tensor([[0, 0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1], [0] * 7])
+    log_decay = torch.tensor([-0.2, -0.01], dtype=torch.float64)
+    results = []
+    for form in (partial(retention_fla, by_sequence), retention_torch):
+        torch.manual_seed(1)
+        q, k, v = (torch.randn(3, 2, 7, w, dtype=torch.float64, requires_grad=True) for w in (4, 4, 5))
+        state = torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+        out, after = form(q, k, v, log_decay, ids, state)
+        (out.square().sum() + after.sin().sum()).backward()
+        results.append([out, after, q.grad, k.grad, v.grad, state.grad])
+    for packed, plain in zip(*results, strict=True):
+        torch.testing.assert_close(packed, plain, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("k", lambda x: {**x, "k": x["k"][:, :, 1:]}),
+        ("v", lambda x: {**x, "v": x["v"][:, :1]}),
+        ("log_decay", lambda x: {**x, "log_decay": x["log_decay"][:1]}),
+        ("documents", lambda x: {**x, "documents": x["documents"].flip(1)}),
+        ("documents", lambda x: {**x, "documents": x["documents"][:, 1:]}),
+        ("state", lambda x: {**x, "state": torch.zeros(1, 2, 3, 4)}),
+        ("q", lambda x: {**x, "q": x["q"][:, :, :0]}),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(name: str, change: Callable[[dict], dict]) -> None:
+    arguments = {
+        "q": torch.randn(1, 2, 5, 3),
+        "k": torch.randn(1, 2, 5, 3),
+        "v": torch.randn(1, 2, 5, 3),
+        "log_decay": torch.tensor([-0.1, -0.2]),
+        "documents": torch.tensor([[0, 0, 1, 1, 2]]),
+    }
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        retention_chunk(**change(arguments))
+
+
+def kept_bytes(time: int) -> int:
+    """Bytes that autograd keeps between forward and backward."""
+    q, k, v = (torch.randn(1, 2, time, 16, requires_grad=True) for _ in range(3))
+    seen: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        retention_chunk(q, k, v, torch.tensor([-0.1, -0.01]), torch.zeros(1, time, dtype=torch.int64))
+    return sum(seen.values())
+
+
+def test_memory_for_backward_grows_linearly() -> None:
+    short, long = kept_bytes(2048), kept_bytes(16384)
+    assert long <= 8.2 * short
+    assert long <= 16384 * 2 * (3 * 16 + 16) * 4, "q, k, v and one state of 16×16 a chunk of 64, and nothing else"

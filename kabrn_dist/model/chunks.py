@@ -1,0 +1,110 @@
+"""Sequences cut into chunks: how states decay over them, where documents cut them, and products over all of them.
+
+Shapes: B batch, H heads, T time, N chunks of C tokens, G = B·H.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CACHED_SCORES = 1 << 16
+
+
+class Chunks(NamedTuple):
+    """How a state decays and where it is cut. G = B·H rows, N chunks of C tokens.
+
+    Attributes:
+        within: [G,1,C,C] γ^(i−j) on and below the diagonal, in the compute dtype.
+        same: [B,N,C,C] bool, true within a document; None where no document begins inside a chunk.
+        cut: for each row of the batch and chunk, whether a document begins in it; None on a card, where asking waits.
+        entering: [G,N,C,1] weight of the state before the chunk in each token, in the compute dtype.
+        leaving: [G,N,C,1] weight of each token in the state after the chunk, in the compute dtype.
+        kept: [G,N,1,1] weight of the state before the chunk in the state after it, fp32 or wider.
+    """
+
+    within: Tensor
+    same: Tensor | None
+    cut: list[list[bool]] | None
+    entering: Tensor
+    leaving: Tensor
+    kept: Tensor
+
+
+def cut_chunks(log_decay: Tensor, documents: Tensor, before: Tensor, size: int, dtype: torch.dtype) -> Chunks:
+    """Chunks of `size` tokens of [B,T] documents; `before` [B] is the document in front. The last may end early."""
+    time, heads = documents.shape[1], len(log_decay)
+    padding = -time % size
+    ids = torch.cat([documents, documents[:, -1:].expand(-1, padding)], 1).unflatten(1, (-1, size))
+    batch, chunks, _ = ids.shape
+    last = ids[:, :, -1]
+    previous = torch.cat([before[:, None], last[:, :-1]], 1)
+    place = torch.arange(size, device=ids.device)
+    lengths = (time - size * torch.arange(chunks, device=ids.device)).clamp(max=size)
+    decay = log_decay[:, None, None]
+    within = ((place[:, None] - place).clamp(min=0) * decay).exp().tril().to(dtype)
+    entering = ((place + 1) * decay).exp() * (ids == previous[:, :, None])[:, None]
+    leaving = ((lengths[:, None] - 1 - place).clamp(min=0) * decay).exp() * (ids == last[:, :, None])[:, None]
+    kept = (lengths * log_decay[:, None]).exp() * (last == previous)[:, None]
+    cut = None if ids.is_cuda else (ids[:, :, 0] != last).tolist()
+    whole = cut is not None and not any(map(any, cut))
+    return Chunks(
+        within.repeat(batch, 1, 1)[:, None],
+        None if whole else ids[:, :, :, None] == ids[:, :, None, :],
+        cut,
+        entering.to(dtype).view(batch * heads, chunks, size, 1),
+        leaving.to(dtype).view(batch * heads, chunks, size, 1),
+        kept.view(batch * heads, chunks, 1, 1),
+    )
+
+
+def fold(x: Tensor, size: int) -> Tensor:
+    """[B,H,T,…] → [G,N,C,…], contiguous, with zeros behind the end."""
+    padding = -x.shape[2] % size
+    if padding:
+        x = F.pad(x, (0, 0, 0, padding))
+    return x.reshape(x.shape[0] * x.shape[1], -1, size, x.shape[-1])
+
+
+def unfold(x: Tensor, like: Tensor) -> Tensor:
+    """[G,N,C,…] → [B,H,T,…] of `like`."""
+    return x.view(*like.shape[:2], -1, x.shape[-1])[:, :, : like.shape[2]]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products over the first two dimensions."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a·b over the first two dimensions, without a pass of its own."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+
+
+def blocks(x: Tensor) -> list[tuple[slice, slice]]:
+    """Blocks of [G,N,C,…] whose scores stay in a core's cache between the products; all at once on a card."""
+    rows, chunks, size = x.shape[:3]
+    if x.is_cuda:
+        return [(slice(0, rows), slice(0, chunks))]
+    step = max(1, CACHED_SCORES // size**2)
+    return [(slice(row, row + 1), slice(n, n + step)) for row in range(rows) for n in range(0, chunks, step)]
+
+
+def mask(scores: Tensor, chunks: Chunks, block: tuple[slice, slice]) -> Tensor:
+    """Decay the [g,n,C,C] scores of a block and cut them at documents, in place."""
+    rows, places = block
+    scores.mul_(chunks.within[rows])
+    if chunks.same is None:
+        return scores
+    batch = len(chunks.same)
+    if chunks.cut is None:
+        scores.unflatten(0, (batch, -1)).mul_(chunks.same[:, None])
+        return scores
+    # Most chunks lie within a document; only the others need the second pass.
+    row = rows.start // (len(chunks.within) // batch)
+    if any(chunks.cut[row][places]):
+        scores.mul_(chunks.same[row, places])
+    return scores
