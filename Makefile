@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench bench-retention clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# All benchmarks in their quick form; a rival that is not installed is reported as missing.
+bench: setup
+	$(BIN)/python -m benchmarks.retention --quick --json runs/bench-retention.json
+
+# torchscale pins an old fairscale, so it comes without what it asks for; the one module used needs only torch.
+bench-retention: setup
+	$(BIN)/pip install --quiet --no-deps torchscale==0.3.0
+	$(BIN)/python -m benchmarks.retention --json runs/bench-retention.json
 
 clean:
 	rm -rf $(VENV) data runs

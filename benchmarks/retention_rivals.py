@@ -2,7 +2,7 @@
 
 - SDPA: torch's causal `scaled_dot_product_attention`. Its fast CPU and GPU kernels want one width for keys and values
   (K 64 and V 128 as they are fall back to the T×T form, another 2 to 3 times slower), so q and k get zeros up to 128,
-  beforehand and not timed. Two calls with 64 of the value columns each were measured too: a tenth slower.
+  beforehand and not timed. At 8K two calls with half the value columns each were a tenth slower.
 - torchscale: `MultiScaleRetention.chunk_recurrent_forward` and nothing around it: no projections, rotary, norm or
   gate on either side. It divides scores by running normalisers that ours does not have. No documents, no state in or
   out. Its chunk of 512 is slower (8K, fp32: 290 ms against 161): it runs at `TORCHSCALE_CHUNK`.

@@ -7,6 +7,7 @@ another slice is one more holder of other tokens.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kabrn_dist.errors import UserError
+
+# Parameters of glibc's mallopt (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -188,4 +192,16 @@ def _choose_device(place: Place) -> torch.device:
         return device
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+    keep_freed_memory()
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory instead of returning it: each page would be faulted in again at every operation.
+
+    Measured on retention at 65,536 tokens: half of the time in bf16. Without effect where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

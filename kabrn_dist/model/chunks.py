@@ -19,7 +19,7 @@ class Chunks(NamedTuple):
 
     Attributes:
         within: [G,1,C,C] γ^(i−j) on and below the diagonal, in the compute dtype.
-        same: [B,N,C,C] bool, true within a document; None where no document begins inside a chunk.
+        same: [B,N,C,C] 1 within a document, else 0, in the compute dtype; None where no document begins in a chunk.
         cut: for each row of the batch and chunk, whether a document begins in it; None on a card, where asking waits.
         entering: [G,N,C,1] weight of the state before the chunk in each token, in the compute dtype.
         leaving: [G,N,C,1] weight of each token in the state after the chunk, in the compute dtype.
@@ -53,7 +53,7 @@ def cut_chunks(log_decay: Tensor, documents: Tensor, before: Tensor, size: int, 
     whole = cut is not None and not any(map(any, cut))
     return Chunks(
         within.repeat(batch, 1, 1)[:, None],
-        None if whole else ids[:, :, :, None] == ids[:, :, None, :],
+        None if whole else (ids[:, :, :, None] == ids[:, :, None, :]).to(dtype),
         cut,
         entering.to(dtype).view(batch * heads, chunks, size, 1),
         leaving.to(dtype).view(batch * heads, chunks, size, 1),
