@@ -1,4 +1,4 @@
-"""Text from a trained model: recurrent decoding with a state of fixed size, whatever the length.
+"""Text from a trained model: recurrent decoding; a retention layer keeps a state of fixed size, whatever the length.
 
 Shapes: C vocabulary.
 """

@@ -270,3 +270,25 @@ def test_every_field_has_a_description_and_refuses_unknown_keys() -> None:
             if f"{place}.{name}".strip(".") not in found:
                 text = field.description or ""
                 assert len(text) > 15 and text.endswith("."), f"{place}.{name}: {text!r}"
+
+
+@pytest.mark.parametrize(("length", "sequence", "near"), [(64, 3, [63, 66]), (100, 8, [96, 104]), (2, 4, [4])])
+def test_a_length_that_slices_do_not_divide(base: Path, length: int, sequence: int, near: list[int]) -> None:
+    changes = [f"data.sequence_length={length}", f"parallel.sequence={sequence}", "training.batch=64"]
+    message = refusal(base, sequence, *changes)
+    assert f"data.sequence_length {length}" in message and f"parallel.sequence {sequence}" in message
+    assert numbers(message.split("can:")[1]) == near
+    for remedy in near:
+        load_config(base, [*changes, f"data.sequence_length={remedy}", "training.batch=48"]).check_world(sequence)
+
+
+def test_slices_that_do_not_divide_the_processes(base: Path) -> None:
+    message = refusal(base, 4, "parallel.sequence=3")
+    assert "parallel.sequence 3" in message and "4 processes" in message
+
+
+def test_layers_are_letters_or_a_number_of_retentions(base: Path) -> None:
+    assert load_config(base, ["model.layers=3"]).model.layers == "RRR"
+    assert load_config(base, ["model.layers=RRA"]).model.layers == "RRA"
+    for wrong in ("RXA", "0", "''"):
+        assert "model.layers" in complaint(base, f"model.layers={wrong}")

@@ -314,3 +314,23 @@ def test_memory_for_backward_grows_linearly() -> None:
     short, long = kept_bytes(2048), kept_bytes(16384)
     assert long <= 8.2 * short
     assert long <= 16384 * 2 * (3 * 16 + 16) * 4, "q, k, v and one state of 16×16 a chunk of 64, and nothing else"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("time", [48, 50])
+def test_inputs_may_lie_in_memory_as_layers_leave_them(batch: int, time: int) -> None:
+    """[B,T,H,…] transposed: reshaping that to chunks is a view for one row and a copy for two."""
+    log_decay = torch.tensor([-0.05, -0.01], dtype=torch.float64)
+    ids = torch.zeros(batch, time, dtype=torch.int64)
+    torch.manual_seed(time)
+    lying = [torch.randn(batch, time, 2, w, dtype=torch.float64).requires_grad_() for w in (3, 3, 4)]
+    results = []
+    for form in (
+        lambda *x: retention_chunk(*x, log_decay, ids, None, 16),
+        lambda *x: retention_naive(*x, log_decay, ids),
+    ):
+        out, state = form(*(x.transpose(1, 2) for x in lying))
+        grads = torch.autograd.grad((out.sin().sum() + state.square().sum()), lying)
+        results.append([out, state, *grads])
+    for chunkwise, naive in zip(*results, strict=True):
+        torch.testing.assert_close(chunkwise, naive, atol=1e-9, rtol=0)

@@ -66,12 +66,17 @@ def fold(x: Tensor, size: int) -> Tensor:
     padding = -x.shape[2] % size
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
-    return x.reshape(x.shape[0] * x.shape[1], -1, size, x.shape[-1])
+    return x.reshape(x.shape[0] * x.shape[1], -1, size, x.shape[-1]).contiguous()
 
 
 def unfold(x: Tensor, like: Tensor) -> Tensor:
     """[G,N,C,…] → [B,H,T,…] of `like`."""
     return x.view(*like.shape[:2], -1, x.shape[-1])[:, :, : like.shape[2]]
+
+
+def merged(out: Tensor) -> Tensor:
+    """The first two dimensions as one, to write into: never a copy, in which the result would be lost."""
+    return out.view(-1, *out.shape[2:])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a·b over the first two dimensions, without a pass of its own."""
-    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    merged(out).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
 def blocks(x: Tensor) -> list[tuple[slice, slice]]:

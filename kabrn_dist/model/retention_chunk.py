@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kabrn_dist.model.chunks import Chunks, add_product, blocks, cut_chunks, fold, mask, product, unfold
+from kabrn_dist.model.chunks import Chunks, add_product, blocks, cut_chunks, fold, mask, merged, product, unfold
 from kabrn_dist.model.retention_fla import find_kernel, retention_fla
 from kabrn_dist.parallel.sequence import SequenceLink
 
@@ -107,7 +107,7 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
     out = torch.empty_like(v)
     for block in blocks(q):
         scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block)
-        torch.bmm(scores.flatten(0, 1), v[block].flatten(0, 1), out=out[block].flatten(0, 1))
+        torch.bmm(scores.flatten(0, 1), v[block].flatten(0, 1), out=merged(out[block]))
     return out
 
 
@@ -118,7 +118,7 @@ def _within_chunks_backward(
     for_q, for_k, for_v = (torch.empty_like(x) for x in (q, k, v))
     for block in blocks(q):
         qs, ks, gs = (x[block].flatten(0, 1) for x in (q, k, grad))
-        outs = (x[block].flatten(0, 1) for x in (for_q, for_k, for_v))
+        outs = (merged(x[block]) for x in (for_q, for_k, for_v))
         out_q, out_k, out_v = outs
         scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
         torch.bmm(scores.transpose(1, 2), gs, out=out_v)
