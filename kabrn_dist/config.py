@@ -1,19 +1,15 @@
-"""The YAML: one frozen model per component, unknown keys refused, every field documented.
+"""What can be set: one frozen model per component, unknown keys refused, every field documented.
 
 Nothing here imports torch, so a mistake is reported before anything heavy starts.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import types
-import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from kabrn_dist.errors import UserError
 
@@ -244,78 +240,6 @@ class Config(Section):
                 f"data.sequence_length {length} cannot be cut into parallel.sequence {sequence} equal slices; "
                 f"the nearest lengths that can: {_join(near)}"
             )
-
-
-def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `a.b=c` overrides and validate.
-
-    Raises:
-        UserError: for a missing file, bad YAML, an unknown key (with the nearest known one) or a wrong value.
-    """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; configs/tiny.yaml is a place to start") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections such as `model:`, found {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the sections."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override!r}: expected section.key=value, e.g. training.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise UserError(f"--set {override!r}: {parent!r} is a value, not a section")
-    tree[last] = value
-
-
-def _explain(detail: Any) -> str:
-    # Pydantic names the branches of a union too.
-    branches = ("tuple[float, float]", "literal['exponent','linspace']")
-    place = [str(part) for part in detail["loc"] if part not in branches]
-    key = ".".join(place)
-    if detail["type"] == "extra_forbidden":
-        known = _keys(place[:-1])
-        close = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if detail["type"] == "missing":
-        return f"{key} is missing; add it"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if detail["type"] == "value_error" else f"{key}: {message}, found {detail['input']!r}"
-
-
-def _keys(place: list[str]) -> list[str]:
-    section: Any = Config
-    for name in place:
-        section = section.model_fields[name].annotation
-        if isinstance(section, types.UnionType):
-            section = next(part for part in typing.get_args(section) if isinstance(part, type))
-    return list(section.model_fields)
 
 
 def _divisors(n: int) -> list[int]:

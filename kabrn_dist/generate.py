@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.store import CheckpointStore
-from kabrn_dist.config import Config, load_config
+from kabrn_dist.config import Config
+from kabrn_dist.config_file import load_config
 from kabrn_dist.data.index import read_index
 from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from kabrn_dist.errors import UserError

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kabrn_dist.config import Config, load_config
+from kabrn_dist.config import Config
+from kabrn_dist.config_file import load_config
 from kabrn_dist.errors import UserError
 
 EXAMPLES = """examples:

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from kabrn_dist.config import load_config
+from kabrn_dist.config_file import load_config
 from kabrn_dist.mesh import find_place, join_processes, make_mesh
 from kabrn_dist.train.loop import Session
 from kabrn_dist.train.splits import open_splits

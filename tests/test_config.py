@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from kabrn_dist.config import Config, Section, dump_config, load_config
+from kabrn_dist.config import Config, Section
+from kabrn_dist.config_file import dump_config, load_config
 from kabrn_dist.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

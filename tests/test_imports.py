@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "errors": 0,
     "config": 1,
+    "config_file": 1,
     "mesh": 1,
     "data": 2,
     "parallel": 2,
@@ -24,7 +25,13 @@ LEVELS = {
     "estimate": 5,
 }
 # Parts that know less than their level would allow.
-ONLY = {"data": {"errors"}, "checkpoint": {"errors"}, "config": {"errors"}, "mesh": {"errors"}}
+ONLY = {
+    "data": {"errors"},
+    "checkpoint": {"errors"},
+    "config": {"errors"},
+    "config_file": {"config", "errors"},
+    "mesh": {"errors"},
+}
 NEVER = {"generate": {"train", "estimate"}, "estimate": {"train", "generate"}}
 DEEPSPEED = {"kabrn_dist/train/engine.py", "kabrn_dist/train/fragments.py"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -13,7 +13,8 @@ import torch
 
 from kabrn_dist.checkpoint.exchange import together
 from kabrn_dist.checkpoint.store import CheckpointStore
-from kabrn_dist.config import Config, dump_config
+from kabrn_dist.config import Config
+from kabrn_dist.config_file import dump_config
 from kabrn_dist.data.batches import Batch, Cursor, sequence_slice
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
@@ -84,6 +85,8 @@ class Session:
                 if done and self.step > first and not _due(self.step, config.validation.every):
                     self._validate()
                 self._save()
+                if self.saved != self.step:
+                    raise UserError(f"{self.store.folder}: step {self.step} could not be saved; make room, then resume")
                 self.metrics.say(f"{'finished' if done else 'stopped'} at step {self.step}")
         finally:
             self.metrics.close()
