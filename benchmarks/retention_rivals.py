@@ -67,13 +67,12 @@ def sdpa(x: Inputs, backward: bool = True) -> Function:
     return (lambda: torch.autograd.grad(forward(), (q, k, v), x.grad)) if backward else forward
 
 
-def torchscale(x: Inputs, backward: bool = True) -> Function | str:
+def torchscale(x: Inputs, backward: bool = True, chunk: int = TORCHSCALE_CHUNK) -> Function | str:
     """The function, or why it cannot be had."""
     try:
         from torchscale.component.multiscale_retention import MultiScaleRetention
     except ImportError as error:
         return f"missing: {error.name} (pip install --no-deps torchscale)"
-    chunk = TORCHSCALE_CHUNK
     settings = SimpleNamespace(multiway=False, layernorm_eps=1e-6)
     module = MultiScaleRetention(settings, x.heads * x.key, x.heads * x.value, x.heads)
     mask = torchscale_mask(x.log_decay, chunk, x.q.dtype)

@@ -170,6 +170,14 @@ def test_bf16_trains_and_resumes_under_every_stage(shards: Path, tmp_path: Path)
         assert read_losses(tmp_path / f"parts{zero}") == whole, f"ZeRO {zero}"
 
 
+def test_tensorboard_shows_every_step_once_after_a_resume(shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run")
+    sessions(1, [[str(config), "auto", 4], [str(config), "must", None]], tmp_path)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/total")] == list(range(1, 11))
+
+
 def test_mpirun_starts_a_run(shards: Path, tmp_path: Path) -> None:
     launcher = Path(sys.executable).parent / "mpirun"
     if not launcher.exists():

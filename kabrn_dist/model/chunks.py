@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CACHED_SCORES = 1 << 16
+# Of 2¹⁶ to 2¹⁸ scores at a time the last was fastest on a core with 1 MiB of cache: 0.8 of the first's time in bf16.
+CACHED_SCORES = 1 << 18
 
 
 class Chunks(NamedTuple):

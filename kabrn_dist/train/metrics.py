@@ -20,7 +20,7 @@ class Metrics:
     Args:
         folder: the run's folder.
         active: True on the rank that writes.
-        step: first step of this session; what TensorBoard holds from there on (an earlier session's lost steps) is
+        step: steps done before this session; what TensorBoard holds beyond them (an earlier session's lost steps) is
             hidden.
         steps: last step of the run.
     """
@@ -31,7 +31,7 @@ class Metrics:
             return
         _truncate_log(folder / "log.jsonl", step)
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         # A pipe or a file gets whole lines; only a terminal is folded to its width and gets the bar.
         self._console = Console(width=None if Console().is_terminal else 200, highlight=False)
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
