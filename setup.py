@@ -32,7 +32,7 @@ setup(
         "gpu": ["fla-core>=0.6"],
         # mpirun as a launcher, and a working MPI from a wheel, without root.
         "mpi": ["mpi4py>=4", "mpich"],
-        # Pictures of a run.
+        # For evaluation; nothing draws yet.
         "eval": ["matplotlib>=3.8"],
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
     },

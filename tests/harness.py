@@ -125,3 +125,10 @@ def read_losses(folder: Path, key: str = "loss/total") -> list[float]:
     """One value a step from a run's log."""
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [entry[key] for entry in map(json.loads, lines) if key in entry]
+
+
+def sessions(world: int, jobs: list[list[object]], folder: Path, **variables: str) -> None:
+    """Run [config path, resume, stop_after] jobs one after another in one group of `world` processes."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    result = run(torchrun(world, "tests/sessions_worker.py", str(folder / "jobs.json")), **variables)
+    assert result.code == 0, result.out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +11,9 @@ import torch
 from kabrn_dist.model.retention import log_decays
 from kabrn_dist.model.retention_chunk import retention_torch
 from kabrn_dist.model.retention_fla import find_kernel, retention_fla
-from tests.harness import read_losses, run, torchrun, write_config
+from tests.harness import read_losses, sessions, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
-
-
-def sessions(jobs: list[list[object]], folder: Path, **variables: str) -> None:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = run(torchrun(1, "tests/sessions_worker.py", str(folder / "jobs.json")), **variables)
-    assert result.code == 0, result.out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -37,7 +30,7 @@ def test_each_stage_learns_and_resumes(precision: str, shards: Path, tmp_path: P
                 training__steps=20,
             )
             jobs += [[str(path), "auto", stop] for stop in stops]
-    sessions(jobs, tmp_path)
+    sessions(1, jobs, tmp_path)
     for zero in (0, 1, 2, 3):
         whole = read_losses(tmp_path / f"whole{zero}")
         assert whole[-1] < whole[0] - 0.3, f"ZeRO {zero}"
@@ -51,7 +44,7 @@ def test_each_stage_learns_and_resumes(precision: str, shards: Path, tmp_path: P
 def test_fp32_agrees_with_the_cpu(shards: Path, tmp_path: Path) -> None:
     for name, variables in (("card", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})):
         path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, model__quantise=False)
-        sessions([[str(path), "never", None]], tmp_path, **variables)
+        sessions(1, [[str(path), "never", None]], tmp_path, **variables)
     assert read_losses(tmp_path / "card") == pytest.approx(read_losses(tmp_path / "cpu"), abs=1e-4)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -10,15 +9,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.harness import deepspeed, finish, read_losses, run, start, torchrun, wait_for_steps, write_config
+from tests.harness import deepspeed, finish, read_losses, run, sessions, start, wait_for_steps, write_config
 
 TRAIN = "launch/train.py"
-
-
-def sessions(world: int, jobs: list[list[object]], folder: Path) -> None:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = run(torchrun(world, "tests/sessions_worker.py", str(folder / "jobs.json")))
-    assert result.code == 0, result.out
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shards: Path, tmp_path: Path) -> None:
