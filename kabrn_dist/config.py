@@ -1,124 +1,36 @@
-"""What can be set: one frozen model per component, unknown keys refused, every field documented.
+"""What can be set: one frozen section per component, unknown keys refused, every field documented.
 
 Nothing here imports torch, so a mistake is reported before anything heavy starts.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt
 
+from kabrn_dist.config_model import Experts, Model, Retention, Router, Section, divisors, join
 from kabrn_dist.errors import UserError
 
+__all__ = ["Checkpoint", "Config", "Data", "Experts", "Model", "Optimizer", "Parallel", "Retention", "Router"]
+
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, values: Any) -> Any:
-        """Pydantic would read `steps: true` as 1."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{name} is {str(value).lower()}, which is not one of its values")
-        return values
 
 
 class Run(Section):
     folder: Path = Field(description="Where config.yaml, log.jsonl, tensorboard/ and checkpoints/ are written.")
     seed: int = Field(1, ge=0, description="Seeds the initial weights and the order of the data.")
+    start_from: Path | None = Field(
+        None,
+        description="Another run's folder: a run without a checkpoint of its own starts from that one's newest, grown "
+        "to this configuration where it has more experts, mixtures for dense layers, or finer grids.",
+    )
 
 
 class Data(Section):
     path: Path = Field(description="Folder of shards and index.json, made by `python -m data_prep`.")
     sequence_length: int = Field(ge=2, description="Tokens in one training sequence.")
-
-
-class Retention(Section):
-    """Multi-scale retention (RetNet, arXiv 2307.08621)."""
-
-    heads: PositiveInt = Field(description="Heads, each with a decay of its own.")
-    key_width: int = Field(ge=2, multiple_of=2, description="Query and key width of a head (even: rotary).")
-    value_width: PositiveInt = Field(description="Value width of a head.")
-    decay: Literal["exponent", "linspace"] | tuple[float, float] = Field(
-        "exponent",
-        description="Decays of the heads, evenly spaced in -log2(1-γ): `exponent` 5…4+heads (RetNet's "
-        "formula), `linspace` 5…9 (RetNet's code), or [fastest, slowest], e.g. [1.5, 7] for short contexts.",
-    )
-    chunk: PositiveInt = Field(64, description="Tokens of a chunk of the chunkwise form; changes speed only.")
-
-    @model_validator(mode="after")
-    def _decay_range(self) -> Retention:
-        if not isinstance(self.decay, str) and not 0 < self.decay[0] <= self.decay[1]:
-            raise ValueError(f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest")
-        return self
-
-
-class Experts(Section):
-    """Mixture of KAN experts (DeepSeekMoE, arXiv 2401.06066; KAT, arXiv 2409.10594)."""
-
-    form: Literal["rational", "swiglu"] = Field(
-        "rational", description="The expert: `rational` is a Kolmogorov-Arnold network, `swiglu` the control."
-    )
-    routed: PositiveInt = Field(description="Routed experts of a layer; a token visits top_k of them.")
-    shared: int = Field(1, ge=0, description="Experts that every token visits.")
-    top_k: PositiveInt = Field(description="Routed experts a token visits.")
-    hidden: PositiveInt = Field(description="Hidden width of an expert.")
-    groups: PositiveInt = Field(4, description="Groups of channels that share one rational function.")
-    score: Literal["sigmoid", "softmax"] = Field("sigmoid", description="The router's score of an expert.")
-    balance_weight: float = Field(
-        1e-2, ge=0, description="Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437)."
-    )
-    router_z_weight: float = Field(1e-3, ge=0, description="Weight of the router z-loss (ST-MoE, 2202.08906).")
-
-    @model_validator(mode="after")
-    def _numbers_fit(self) -> Experts:
-        if self.top_k > self.routed:
-            raise ValueError(f"top_k {self.top_k} exceeds the {self.routed} routed experts; set top_k <= {self.routed}")
-        return self
-
-
-class Model(Section):
-    vocabulary: PositiveInt = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
-    width: PositiveInt = Field(description="Width of the residual stream.")
-    layers: Annotated[str, Field(pattern="^[RA]+$")] = Field(
-        description="Blocks, each a mixer and a mixture of experts: one letter a block, R retention, A softmax "
-        "attention, e.g. RRRA; or a number of retention blocks.",
-    )
-    retention: Retention
-    experts: Experts
-    quantise: bool = Field(
-        True, description="Ternary weights and int8 activations (BitNet b1.58); false trains plain matrices."
-    )
-    activations: Literal["keep", "recompute", "offload"] = Field(
-        "keep",
-        description="For backward: keep activations, recompute them layer by layer, or recompute with the "
-        "layers' inputs offloaded to host memory (fairscale).",
-    )
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _number_of_retentions(cls, value: Any) -> Any:
-        return "R" * value if isinstance(value, int) and value > 0 else value
-
-    @model_validator(mode="after")
-    def _groups_divide(self) -> Model:
-        for name, width in (("model.width", self.width), ("model.experts.hidden", self.experts.hidden)):
-            if self.experts.form == "rational" and width % self.experts.groups:
-                both = _divisors(math.gcd(self.width, self.experts.hidden))
-                raise ValueError(
-                    f"model.experts.groups {self.experts.groups} does not divide {name} {width}; "
-                    f"for these widths it can be {_join(both)}"
-                )
-        return self
 
 
 class Parallel(Section):
@@ -127,8 +39,30 @@ class Parallel(Section):
         "auto", description="How retention's states travel between slices; changes speed only."
     )
     expert: PositiveInt = Field(1, description="Expert parallelism: ranks that share one set of routed experts.")
-    experts_per_rank: tuple[PositiveInt, ...] | None = Field(
-        None, description="Experts on each rank of an expert group, uneven allowed; default: equal shares."
+    experts_per_rank: tuple[PositiveInt, ...] | Literal["auto"] | None = Field(
+        None,
+        description="Experts on each rank of an expert group, uneven allowed, the same in all groups; `auto` gives "
+        "each rank its share by rank_weights; default: equal shares.",
+    )
+    rank_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="With experts_per_rank auto: speed of each rank of an expert group, in any unit; default: "
+        "measured at the start, and limited by each rank's memory.",
+    )
+    wire: Literal["int8", "plain"] = Field(
+        "int8",
+        description="What travels to the experts: the quantised input itself, one byte a value (exact), or values of "
+        "the training precision. Without model.quantise always plain.",
+    )
+    wire_backward: Literal["plain", "int8"] = Field(
+        "plain",
+        description="What travels back as the gradient of that input: the training precision, or int8 with stochastic "
+        "rounding (saves bytes, adds noise).",
+    )
+    node: PositiveInt | None = Field(
+        None,
+        description="Ranks of one machine: experts' exchange goes inside machines first, then between them. Default: "
+        "as the launcher says.",
     )
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: what the ranks share out instead of copying.")
     bucket: PositiveInt = Field(50_000_000, description="Elements of a ZeRO reduce, gather or prefetch bucket.")
@@ -143,6 +77,9 @@ class Optimizer(Section):
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's moment decays, each from 0 to below 1.")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices (never of KAN coefficients).")
+    coefficient_rate: float = Field(
+        1.0, gt=0, description="Learning rate of KAN coefficients, as a multiple of the others'."
+    )
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
 
 
@@ -183,8 +120,9 @@ class Config(Section):
 
     def placement(self) -> tuple[int, ...]:
         """Routed experts on each rank of an expert group."""
-        if self.parallel.experts_per_rank is not None:
-            return self.parallel.experts_per_rank
+        counts = self.parallel.experts_per_rank
+        if counts is not None and counts != "auto":
+            return counts
         return (self.model.experts.routed // self.parallel.expert,) * self.parallel.expert
 
     def check_world(self, world: int) -> None:
@@ -194,16 +132,16 @@ class Config(Section):
             UserError: naming the numbers and the nearest that work.
         """
         expert, routed, counts = self.parallel.expert, self.model.experts.routed, self.parallel.experts_per_rank
-        fits = [e for e in _divisors(world) if routed % e == 0]
+        fits = [e for e in divisors(world) if routed % e == 0]
         if world % expert:
             raise UserError(
                 f"parallel.expert {expert} does not divide the {world} processes; "
-                f"it can be {_join(fits)}, or start a multiple of {expert} processes"
+                f"it can be {join(fits)}, or start a multiple of {expert} processes"
             )
         if counts is None and routed % expert:
             raise UserError(
                 f"parallel.expert {expert} does not divide model.experts.routed {routed}; set it to "
-                f"{_join(fits)}, or name the shares in parallel.experts_per_rank"
+                f"{join(fits)}, or name the shares in parallel.experts_per_rank"
             )
         if counts is not None and (len(counts) != expert or sum(counts) != routed):
             raise UserError(
@@ -231,24 +169,16 @@ class Config(Section):
         if world % sequence:
             raise UserError(
                 f"parallel.sequence {sequence} does not divide the {world} processes; it can be "
-                f"{_join(_divisors(world))}, or start a multiple of {sequence} processes"
+                f"{join(divisors(world))}, or start a multiple of {sequence} processes"
             )
         if length % sequence:
             below = length // sequence * sequence
             near = [n for n in (below, below + sequence) if n >= 2]
             raise UserError(
                 f"data.sequence_length {length} cannot be cut into parallel.sequence {sequence} equal slices; "
-                f"the nearest lengths that can: {_join(near)}"
+                f"the nearest lengths that can: {join(near)}"
             )
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _nearest_multiple(value: int, step: int) -> int:
     return max(step, round(value / step) * step)
-
-
-def _join(values: list[int]) -> str:
-    return ", ".join(map(str, values))

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "errors": 0,
     "config": 1,
+    "config_model": 0,
     "config_file": 1,
     "mesh": 1,
     "data": 2,
@@ -28,7 +29,8 @@ LEVELS = {
 ONLY = {
     "data": {"errors"},
     "checkpoint": {"errors"},
-    "config": {"errors"},
+    "config": {"config_model", "errors"},
+    "config_model": {"errors"},
     "config_file": {"config", "errors"},
     "mesh": {"errors"},
 }

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kabrn_dist.config import Experts as Settings
 from kabrn_dist.model.bitlinear import quantise, rms_norm
-from kabrn_dist.model.kan import FORMS, IDENTITY, SWISH, RationalExperts, SwigluExperts, rational, rational_naive
+from kabrn_dist.model.kan.forms import FORMS
+from kabrn_dist.model.kan.rational import IDENTITY, SWISH, rational, rational_naive
+from kabrn_dist.model.kan.stacked import StackedExperts
 
 WIDTH, HIDDEN, GROUPS = 12, 16, 4
 COUNTS = [(6,), (0,), (2, 0, 3, 1, 0), (0, 0, 5, 0, 0), (0, 0, 0, 0, 0), (3, 4, 2, 1, 2)]
-Experts = RationalExperts | SwigluExperts
+SETTINGS = Settings(routed=1, top_k=1, hidden=HIDDEN, groups=GROUPS)
 
 
 def draw(counts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +107,8 @@ def test_starts_are_finite_far_out(which: tuple[tuple[float, ...], tuple[float, 
     torch.testing.assert_close(out.detach().double(), exact, atol=precision, rtol=8 * precision)
 
 
-def make(form: str, experts: range, quantised: bool = True) -> Experts:
-    made = FORMS[form](WIDTH, HIDDEN, GROUPS, experts, quantised)
+def make(form: str, experts: range, quantised: bool = True) -> StackedExperts:
+    made = FORMS[form](WIDTH, HIDDEN, SETTINGS, experts, quantised, 1.0)
     made.initialise(5, "experts")
     # Each expert's functions differ too, as after some training.
     for name, parameter in made.named_parameters():

@@ -21,7 +21,7 @@ from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear, rms_norm
 from kabrn_dist.model.initial import draw_normal
-from kabrn_dist.model.kan import StackedExperts
+from kabrn_dist.model.kan.stacked import StackedExperts
 from kabrn_dist.model.mixer import Place, find_place
 from kabrn_dist.model.moe import MixtureOfExperts, RouterSums
 from kabrn_dist.model.retention import Retention, log_decays

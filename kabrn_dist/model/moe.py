@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kabrn_dist.config import Experts as Settings
 from kabrn_dist.model.bitlinear import quantise, rms_norm, widen
 from kabrn_dist.model.initial import draw_normal
-from kabrn_dist.model.kan import FORMS
+from kabrn_dist.model.kan.forms import FORMS
 from kabrn_dist.parallel.dispatch import combine, dispatch, plan_route
 from kabrn_dist.parallel.placement import Placement
 
@@ -54,7 +54,7 @@ class Router(nn.Module):
         """
         k, experts = self.settings.top_k, self.settings.routed
         logits = F.linear(widen(x), widen(self.weight))
-        scores = logits.sigmoid() if self.settings.score == "sigmoid" else logits.softmax(-1)
+        scores = logits.sigmoid() if True else logits.softmax(-1)
         shares = scores / scores.sum(-1, keepdim=True)
         # A stable sort breaks ties by the expert's number, on every device and in every run.
         choice = scores.detach().argsort(dim=-1, descending=True, stable=True)[..., :k]
@@ -100,10 +100,11 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.settings, self.quantised, self.placement, self.group = settings, quantised, placement, group
         form = FORMS[settings.form]
-        shape = width, settings.hidden, settings.groups
         self.router = Router(width, settings, sequence_group)
-        self.routed = form(*shape, placement.local, quantised, gain)
-        self.shared = form(*shape, range(settings.shared), quantised, gain) if settings.shared else None
+        self.routed = form(width, settings.hidden, settings, placement.local, quantised, gain)
+        self.shared = (
+            form(width, settings.hidden, settings, range(settings.shared), quantised, gain) if settings.shared else None
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterSums]:
         """[B,T,D] → [B,T,D] and the router's sums."""

@@ -84,7 +84,7 @@ class Engine:
         """Forward and backward of one micro-batch. Returns detached values of this rank."""
         self.deepspeed.train()
         sums = self.deepspeed(batch)
-        losses = compute_losses(sums, totals, self.config.model.experts)
+        losses = compute_losses(sums, totals, self.config.model.router)
         # Losses are shares of the whole step already, so DeepSpeed must not divide by the micro-batches again.
         self.deepspeed.backward(losses.total, scale_wrt_gas=False)
         return Losses(*(x.detach() for x in losses)), Sums(*(x.detach() for x in sums))

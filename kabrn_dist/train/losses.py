@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kabrn_dist.config import Experts
+from kabrn_dist.config import Router
 from kabrn_dist.model.mixkabrn import Sums
 
 
@@ -42,11 +42,11 @@ class Losses(NamedTuple):
     router_z: Tensor
 
 
-def compute_losses(sums: Sums, totals: Totals, settings: Experts) -> Losses:
+def compute_losses(sums: Sums, totals: Totals, settings: Router) -> Losses:
     """One rank's share of a step's losses, from its micro-batch's sums."""
     layers = len(sums.load)
     language = sums.language * (totals.ranks / totals.targets)
     balance = sums.balance * (totals.ranks / (totals.sequences * layers))
     router_z = sums.z * (totals.ranks / (totals.tokens * layers))
-    total = language + settings.balance_weight * balance + settings.router_z_weight * router_z
+    total = language + settings.balance * balance + settings.z * router_z
     return Losses(total, language, balance, router_z)

@@ -1,6 +1,4 @@
-"""KAN experts: Kolmogorov-Arnold networks d → h → d with learnable univariate functions, and their control.
-
-Experts of a rank are stacked and run over rows sorted by expert: `forward(codes [N,D], scale [N,1], counts)`.
+"""Rational experts: Kolmogorov-Arnold networks whose univariate functions are P₅/Q₄, shared by groups of channels.
 
 Shapes: N rows, D width, E experts, G groups of channels, W = D / G channels of a group.
 """
@@ -12,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kabrn_dist.model.bitlinear import Quantised, bit_product, latent_std, quantise, rms_norm
-from kabrn_dist.model.initial import draw_experts
+from kabrn_dist.config import Experts as Settings
+from kabrn_dist.model.bitlinear import bit_product
+from kabrn_dist.model.kan.stacked import StackedExperts
 
 # x·(1 + x²/50) / (1 + |x²/50|) is x itself, and its denominator has a slope to train along from the first step.
 IDENTITY = ((0.0, 1.0, 0.0, 0.02, 0.0, 0.0), (0.0, 0.02, 0.0, 0.0))
@@ -116,26 +114,6 @@ def _per_expert(rows: Tensor, counts: tuple[int, ...]) -> Tensor:
     return torch.stack([part.sum(0) for part in rows.split(list(counts))])
 
 
-class StackedExperts(nn.Module):
-    """Experts with stacked matrices: draws each by its global number, the last scaled for the residual stream."""
-
-    def __init__(self, matrices: dict[str, tuple[int, int, float]], experts: range, quantised: bool) -> None:
-        super().__init__()
-        self.experts, self.quantised = experts, quantised
-        self.stds = {name: latent_std(i, gain, quantised) for name, (_, i, gain) in matrices.items()}
-        for name, (outputs, inputs, _) in matrices.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(len(experts), outputs, inputs)))
-
-    def initialise(self, seed: int, name: str) -> None:
-        for matrix, std in self.stds.items():
-            weight = self.get_parameter(matrix)
-            drawn = draw_experts(seed, f"{name}.{matrix}", self.experts, tuple(weight.shape[1:]), std)
-            weight.data.copy_(drawn)
-
-    def _requantise(self, x: Tensor) -> Quantised:
-        return quantise(rms_norm(x), self.quantised)
-
-
 class RationalExperts(StackedExperts):
     """y = W₂ q(φ₂(W₁ q(φ₁(x)))), q = RMSNorm and int8; φ rational, one per group and expert (GR-KAN)."""
 
@@ -147,12 +125,14 @@ class RationalExperts(StackedExperts):
     outer_denominator: Tensor
 
     def __init__(
-        self, width: int, hidden: int, groups: int, experts: range, quantised: bool = True, gain: float = 1.0
+        self, width: int, hidden: int, settings: Settings, experts: range, quantised: bool = True, gain: float = 1.0
     ) -> None:
         super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
         for name, coefficients in (("inner", IDENTITY), ("outer", SWISH)):
             for part, values in zip(("numerator", "denominator"), coefficients, strict=True):
-                self.register_parameter(f"{name}_{part}", nn.Parameter(torch.empty(len(experts), groups, len(values))))
+                self.register_parameter(
+                    f"{name}_{part}", nn.Parameter(torch.empty(len(experts), settings.groups, len(values)))
+                )
 
     def initialise(self, seed: int, name: str) -> None:
         super().initialise(seed, name)
@@ -167,30 +147,3 @@ class RationalExperts(StackedExperts):
         x = bit_product(self._requantise(x), self.up, counts, self.quantised)
         x = rational(x, self.outer_numerator, self.outer_denominator, counts)
         return bit_product(self._requantise(x), self.down, counts, self.quantised)
-
-
-class SwigluExperts(StackedExperts):
-    """The control: y = W₃ q(swish(W₁ x) · W₂ x), a modern MLP (arXiv 2002.05202)."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-    def __init__(
-        self, width: int, hidden: int, groups: int, experts: range, quantised: bool = True, gain: float = 1.0
-    ) -> None:
-        matrices = {"gate": (hidden, width, 1.0), "up": (hidden, width, 1.0), "down": (width, hidden, gain)}
-        super().__init__(matrices, experts, quantised)
-
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
-        """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
-        x = Quantised(codes, scale)
-        gate = bit_product(x, self.gate, counts, self.quantised)
-        up = bit_product(x, self.up, counts, self.quantised)
-        return bit_product(self._requantise(F.silu(gate) * up), self.down, counts, self.quantised)
-
-
-FORMS: dict[str, type[RationalExperts] | type[SwigluExperts]] = {
-    "rational": RationalExperts,
-    "swiglu": SwigluExperts,
-}

@@ -1,0 +1,18 @@
+"""The forms of experts by their names in the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kabrn_dist.config import Experts as Settings
+from kabrn_dist.model.kan.mlp import SwigluExperts
+from kabrn_dist.model.kan.rational import RationalExperts
+from kabrn_dist.model.kan.stacked import StackedExperts
+
+# width, hidden, settings, global numbers of the experts here, quantised, gain → experts
+Form = Callable[[int, int, Settings, range, bool, float], StackedExperts]
+
+FORMS: dict[str, Form] = {
+    "rational": RationalExperts,
+    "swiglu": SwigluExperts,
+}
