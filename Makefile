@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench bench-retention clean
+.PHONY: setup demo test lint bench bench-kan bench-retention clean
 
 setup: $(VENV)/.ready
 
@@ -33,11 +33,24 @@ lint: setup
 # All benchmarks in their quick form; a rival that is not installed is reported as missing.
 bench: setup
 	$(BIN)/python -m benchmarks.retention --quick --json runs/bench-retention.json
+	$(BIN)/python -m benchmarks.moe --quick --json runs/bench-moe.json
+	$(BIN)/python -m benchmarks.kan --quick --json runs/bench-kan.json
 
 # torchscale pins an old fairscale, so it comes without what it asks for; the one module used needs only torch.
 bench-retention: setup
 	$(BIN)/pip install --quiet --no-deps torchscale==0.3.0
 	$(BIN)/python -m benchmarks.retention --json runs/bench-retention.json
+
+# pykan names none of what it imports; the versions keep the run repeatable, the constraints keep torch.
+bench-kan: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt pykan==0.2.8 flashkan==0.2.0 matplotlib pandas==3.1.1 \
+		scikit-learn==1.9.1 joblib==1.6.0 threadpoolctl==3.8.0 cloudpickle==3.1.2 narwhals==2.29.0
+	$(BIN)/python -m benchmarks.kan --json runs/bench-kan.json
+
+# transformers without what it asks for, which would move versions that are pinned here; its Mixtral needs regex alone.
+bench-moe: setup
+	$(BIN)/pip install --quiet --no-deps transformers==5.23.0 regex==2026.11.15
+	$(BIN)/python -m benchmarks.moe --json runs/bench-moe.json
 
 clean:
 	rm -rf $(VENV) data runs

@@ -17,6 +17,7 @@ setup(
         "torch>=2.8",
         "deepspeed==0.19.8",
         "fairscale>=0.4.13",
+        "matplotlib>=3.8",
         "webdataset>=1.0",
         "tensorboard>=2.16",
         "pyyaml>=6",
@@ -32,8 +33,6 @@ setup(
         "gpu": ["fla-core>=0.6"],
         # mpirun as a launcher, and a working MPI from a wheel, without root.
         "mpi": ["mpi4py>=4", "mpich"],
-        # For evaluation; nothing draws yet.
-        "eval": ["matplotlib>=3.8"],
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
     },
 )

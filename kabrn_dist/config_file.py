@@ -36,7 +36,7 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Confi
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
+        raise UserError(f"{path}: " + "; ".join(map(_explain, _innermost(error.errors())))) from None
 
 
 def dump_config(config: Config) -> str:
@@ -62,10 +62,23 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
+def _place(detail: Any) -> list[str]:
+    # Pydantic names the branches of a union too, by their types.
+    return [str(part) for part in detail["loc"] if not str(part).startswith(("tuple[", "literal["))]
+
+
+def _innermost(details: typing.Sequence[Any]) -> list[Any]:
+    """Without those that only say that a value with a mistake inside is not another branch of its union."""
+    places = [_place(detail) for detail in details]
+    return [
+        detail
+        for detail, place in zip(details, places, strict=True)
+        if not any(len(place) < len(other) and other[: len(place)] == place for other in places)
+    ]
+
+
 def _explain(detail: Any) -> str:
-    # Pydantic names the branches of a union too.
-    branches = ("tuple[float, float]", "literal['exponent','linspace']")
-    place = [str(part) for part in detail["loc"] if part not in branches]
+    place = _place(detail)
     key = ".".join(place)
     if detail["type"] == "extra_forbidden":
         known = _keys(place[:-1])

@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.store import CheckpointStore
-from kabrn_dist.config import Config
 from kabrn_dist.config_file import load_config
 from kabrn_dist.data.index import read_index
 from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from kabrn_dist.errors import UserError
-from kabrn_dist.mesh import alone
-from kabrn_dist.model.mixkabrn import MixKABRN, build_model
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.model.saved import build_whole, load_weights
 
 
 def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN, Tokenizer, int]:
@@ -33,25 +31,15 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN
     path = store.find()
     if path is None:
         raise UserError(f"{folder}/checkpoints: no intact checkpoint; train with --config first")
-    model = build_model(_single(config), alone(device))
-    weights = [
-        Fragment(f"{name}/master", tuple(p.shape), 0, p.detach().view(-1), owned=True)
-        for name, p in model.named_parameters()
-    ]
-    manifest = store.load(path, weights)
+    model = build_whole(config, device)
+    manifest = load_weights(model, path)
     tokenizer = load_tokenizer(config.data.path, read_index(config.data.path))
     if tokenizer.sha256 != manifest.state["tokenizer_sha256"]:
         raise UserError(
             f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
             "restore the shards' folder or point data.path in config.yaml to it"
         )
-    return model.eval(), tokenizer, int(str(manifest.state["step"]))
-
-
-def _single(config: Config) -> Config:
-    return config.model_copy(
-        update={"parallel": config.parallel.model_copy(update={"expert": 1, "experts_per_rank": None, "sequence": 1})}
-    )
+    return model, tokenizer, int(str(manifest.state["step"]))
 
 
 def generate(

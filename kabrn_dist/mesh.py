@@ -11,8 +11,9 @@ import ctypes
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -78,6 +79,25 @@ def free_port() -> int:
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """An expert group that spans several machines with the same number of its ranks on each.
+
+    Attributes:
+        size: ranks on one machine; rank r of the expert group is number r % size on machine r // size.
+        count: machines.
+        inner: the group's ranks on this machine.
+        outer: the ranks with this one's number on all machines.
+        background: the one thread that exchanges in these two groups, so that all ranks do it in the same order.
+    """
+
+    size: int
+    count: int
+    inner: dist.ProcessGroup
+    outer: dist.ProcessGroup
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+
+@dataclass(frozen=True)
 class Mesh:
     """This process's rank, device and groups.
 
@@ -86,6 +106,7 @@ class Mesh:
         expert: ranks that share one set of routed experts (they exchange tokens by all-to-all).
         sequence_group, expert_group: the groups of those ranks; None where the degree is 1.
         expert_data_group: ranks that hold the same experts as this one (they average expert gradients).
+        expert_nodes: the expert group by machines; None where it lies in one, or does not fill each alike.
     """
 
     rank: int
@@ -96,6 +117,7 @@ class Mesh:
     sequence_group: dist.ProcessGroup | None
     expert_group: dist.ProcessGroup | None
     expert_data_group: dist.ProcessGroup | None
+    expert_nodes: Nodes | None = None
 
     @property
     def sequence_rank(self) -> int:
@@ -158,15 +180,15 @@ def join_processes(place: Place) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1) -> Mesh:
+def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1, node: int | None = None) -> Mesh:
     """Make the groups. Collective.
 
     Args:
         expert, sequence: degrees of parallelism; each divides `place.world` (checked by `Config.check_world`).
+        node: ranks of one machine; default: as the launcher says.
     """
-    slices = [list(range(a, a + sequence)) for a in range(0, place.world, sequence)]
+    slices = _runs(place.world, sequence)
     data_ranks = [list(range(e, place.world, expert)) for e in range(expert)]
-    expert_ranks = [list(range(a, a + expert)) for a in range(0, place.world, expert)]
     return Mesh(
         place.rank,
         place.world,
@@ -174,9 +196,31 @@ def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1
         expert,
         device,
         sequence_group=_own_group(slices, place.rank) if sequence > 1 else None,
-        expert_group=_own_group(expert_ranks, place.rank) if expert > 1 else None,
+        expert_group=_own_group(_runs(place.world, expert), place.rank) if expert > 1 else None,
         expert_data_group=_own_group(data_ranks, place.rank),
+        expert_nodes=_make_nodes(place, device, expert, node),
     )
+
+
+def _runs(world: int, length: int) -> list[list[int]]:
+    return [list(range(a, a + length)) for a in range(0, world, length)]
+
+
+def _make_nodes(place: Place, device: torch.device, expert: int, node: int | None) -> Nodes | None:
+    if place.world == 1 or expert == 1:
+        return None
+    # Machines may differ in ranks: then no rank must make groups.
+    size = node or place.local_world
+    ends = torch.tensor([size, -size], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    largest, smallest = ends.tolist()
+    if largest != -smallest or size == 1 or size >= expert or expert % size:
+        return None
+    inner = _own_group(_runs(place.world, size), place.rank)
+    groups = _runs(place.world, expert)
+    outer = _own_group([ranks[number::size] for ranks in groups for number in range(size)], place.rank)
+    assert inner is not None and outer is not None
+    return Nodes(size, expert // size, inner, outer)
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup | None:

@@ -15,15 +15,19 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "config_model": 0,
+    "draw": 0,
+    "kernels": 1,
     "config_file": 1,
     "mesh": 1,
     "data": 2,
     "parallel": 2,
     "checkpoint": 2,
     "model": 3,
-    "train": 4,
-    "generate": 5,
-    "estimate": 5,
+    "grow": 4,
+    "train": 5,
+    "generate": 6,
+    "estimate": 6,
+    "report": 6,
 }
 # Parts that know less than their level would allow.
 ONLY = {
@@ -31,6 +35,8 @@ ONLY = {
     "checkpoint": {"errors"},
     "config": {"config_model", "errors"},
     "config_model": {"errors"},
+    "draw": set(),
+    "kernels": set(),
     "config_file": {"config", "errors"},
     "mesh": {"errors"},
 }

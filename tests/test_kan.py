@@ -112,7 +112,7 @@ def make(form: str, experts: range, quantised: bool = True) -> StackedExperts:
     made.initialise(5, "experts")
     # Each expert's functions differ too, as after some training.
     for name, parameter in made.named_parameters():
-        if name.endswith(("numerator", "denominator")):
+        if name not in made.stds:
             noise = torch.stack([torch.full(parameter.shape[1:], 0.01 * (e + 1)) for e in experts])
             parameter.data += noise
     return made.double()
@@ -168,7 +168,7 @@ def test_initial_weights_do_not_depend_on_placement(form: str, quantised: bool) 
     for placed in (range(1), range(1, 4), range(4, 6), range(5, 6)):
         for name, parameter in make(form, placed, quantised).named_parameters():
             assert torch.equal(parameter, whole.get_parameter(name)[placed.start : placed.stop]), name
-    drawn = whole.get_parameter("up")
+    drawn = whole.get_parameter(next(iter(whole.stds)))
     assert all(not torch.equal(drawn[i], drawn[j]) for i in range(6) for j in range(i))
 
 
@@ -188,3 +188,87 @@ def test_forms_run_in_training_precisions(form: str, dtype: torch.dtype) -> None
     assert float(((out.double() - expected).std() / expected.std()).detach()) < 0.05
     out.sum().backward()
     assert all(bool(t.grad.isfinite().all()) for t in (x, *experts.parameters()))
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_initial_outputs_have_the_variance_of_the_inputs(form: str, quantised: bool) -> None:
+    width, gain, experts = 128, 0.5, 4
+    settings = Settings(routed=1, top_k=1, hidden=256, groups=GROUPS)
+    made = FORMS[form](width, 256, settings, range(experts), quantised, gain)
+    made.initialise(1, "experts")
+    torch.manual_seed(0)
+    x = torch.randn(experts * 2000, width)
+    with torch.no_grad():
+        out = made(*quantise(rms_norm(x), quantised), [2000] * experts)
+    assert out.numel() > 1e6
+    assert float(out.square().mean()) == pytest.approx(gain**2, rel=0.05)
+    assert abs(float(out.mean())) < 0.05 * gain
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_are_finite_for_inputs_of_any_size(form: str, dtype: torch.dtype, quantised: bool) -> None:
+    experts = make(form, range(2), quantised).to(dtype)
+    torch.manual_seed(0)
+    sizes = torch.tensor([0.0, 1e-3, 1.0, 100.0, 1e4])[:, None]
+    outlier = 1e-2 * torch.randn(4, WIDTH)
+    outlier[:, 3] = torch.tensor([1e4, -1e4, 300.0, -300.0])
+    x = torch.cat([sizes * torch.randn(5, WIDTH).clamp(-1, 1), outlier]).to(dtype).requires_grad_()
+    out = experts(*quantise(rms_norm(x), quantised), (5, 4))
+    out.float().square().mean().backward()
+    assert all(bool(t.isfinite().all()) for t in (out, x.grad, *(p.grad for p in experts.parameters())))
+
+
+@pytest.mark.parametrize("counts", [(3,), (1, 0, 2, 0)])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_pass_gradcheck(form: str, counts: tuple[int, ...]) -> None:
+    settings = Settings(routed=1, top_k=1, hidden=4, groups=2, grid=3, degree=2)
+    experts = FORMS[form](4, 4, settings, range(len(counts)), False, 1.0)
+    experts.initialise(0, "experts")
+    experts.double()
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*experts.named_parameters(), strict=True)
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        given = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(experts, given, (x, torch.ones(3, 1, dtype=torch.float64), counts))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_counts_that_do_not_fit_are_refused(form: str) -> None:
+    experts = make(form, range(3))
+    _, codes, scale = rows((6,), True)
+    for counts, message in (
+        ((2, 1, 2), r"\[2, 1, 2\] sum to 5, but there are 6 rows"),
+        ((4, 3, 0), r"\[4, 3, 0\] sum to 7, but there are 6 rows"),
+        ((4, 3, -1), r"\[4, 3, -1\] sum to 6, but"),
+        ((6,), "1 counts for 3 experts"),
+        ((2, 2, 1, 1), "4 counts for 3 experts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experts(codes, scale, counts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_functions_and_their_inputs_can_be_read(form: str) -> None:
+    counts = (2, 0, 4)
+    experts = make(form, range(3))
+    _, codes, scale = rows(counts, True)
+    shown, shares = experts.functions(torch.linspace(-3, 3, 7), 2), experts.outside(codes, scale, counts)
+    assert all(not values.requires_grad for values in (*shown.values(), *shares.values()))
+    if form in ("swiglu", "relu2"):
+        assert shown == shares == {}
+        return
+    functions = 2 if form in ("hat", "bspline") else GROUPS
+    assert {name: tuple(values.shape) for name, values in shown.items()} == dict.fromkeys(
+        ("inner", "outer"), (3, functions, 7)
+    )
+    values = codes / scale
+    expected = [float((part.abs() > 2).double().mean()) if len(part) else 0.0 for part in values.split(counts)]
+    assert shares["inner"].tolist() == pytest.approx(expected) and list(shares) == ["inner", "outer"]
+    assert 0 < float(shares["outer"].sum()) < 1

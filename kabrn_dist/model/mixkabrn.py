@@ -1,6 +1,6 @@
 """The model: embed → N × [x + Mixer(x); x + MixtureOfKANs(x)] → norm → head; a mixer is retention or attention.
 
-Shapes: B batch, T time, D width, C vocabulary, E routed experts, L layers.
+Shapes: B batch, T time, D width, C vocabulary, E routed experts, L layers that hold a mixture.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kabrn_dist.config import Config
+from kabrn_dist.config import Config, Parallel
 from kabrn_dist.config import Model as Settings
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
@@ -22,11 +22,13 @@ from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear, rms_norm
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan.stacked import StackedExperts
-from kabrn_dist.model.mixer import Place, find_place
-from kabrn_dist.model.moe import MixtureOfExperts, RouterSums
+from kabrn_dist.model.mixer import Mixer, Place, find_place
+from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
 from kabrn_dist.model.retention import Retention, log_decays
+from kabrn_dist.model.router import Places, Router, RouterStates, RouterSums
 from kabrn_dist.parallel.placement import Placement
-from kabrn_dist.parallel.sequence import Exchange, SequenceLink
+from kabrn_dist.parallel.sequence import SequenceLink
+from kabrn_dist.parallel.wire import Traffic, Wire
 
 
 class Sums(NamedTuple):
@@ -34,46 +36,49 @@ class Sums(NamedTuple):
 
     Attributes:
         language: scalar fp32, Σ over targets of the cross-entropy in nats. Differentiable.
-        balance, z: scalars, Σ over layers of the routers' sums. Differentiable.
-        load: [L,E] copies sent to each expert.
+        balance, global_balance, z: scalars, Σ over layers of the routers' sums. Differentiable.
+        load: [L,E] copies that chose each expert.
         entropy: [L] Σ over tokens of the routers' entropy in nats.
+        dropped: [L] copies beyond the experts' capacity.
     """
 
     language: Tensor
     balance: Tensor
+    global_balance: Tensor
     z: Tensor
     load: Tensor
     entropy: Tensor
+    dropped: Tensor
 
 
 class Block(nn.Module):
-    """A mixer (`kind` R: retention, A: attention) and a mixture of experts, each added to the stream."""
+    """A mixer and a feed-forward, each added to the stream.
 
-    def __init__(
-        self, kind: str, settings: Settings, placement: Placement, mesh: Mesh, link: SequenceLink | None
-    ) -> None:
+    Args:
+        mixer: retention or attention. mixture: of experts, or one dense network.
+        activations: what is kept for backward, see the configuration.
+    """
+
+    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, activations: str) -> None:
         super().__init__()
-        # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
-        gain = 1 / math.sqrt(2 * len(settings.layers))
-        width, quantised = settings.width, settings.quantise
-        heads = width, settings.retention, quantised, gain
-        self.mixer = Retention(*heads, link) if kind == "R" else Attention(*heads, mesh.sequence_group)
-        groups = mesh.expert_group, mesh.sequence_group
-        self.mixture = MixtureOfExperts(width, settings.experts, quantised, gain, placement, *groups)
-        if settings.activations != "keep":
+        self.mixer, self.mixture = mixer, mixture
+        if activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
-            offload = settings.activations == "offload"
-            self.mixer.inputs = checkpoint_wrapper(self.mixer.inputs, offload_to_cpu=offload)
-            self.mixer.output = checkpoint_wrapper(self.mixer.output, offload_to_cpu=offload)
-            self.mixture.routed = checkpoint_wrapper(self.mixture.routed, offload_to_cpu=offload)
-            if self.mixture.shared is not None:
-                self.mixture.shared = checkpoint_wrapper(self.mixture.shared, offload_to_cpu=offload)
+            for part, names in ((mixer, ("inputs", "output")), (mixture, ("routed", "shared"))):
+                for name in names:
+                    if getattr(part, name, None) is not None:
+                        wrapped = checkpoint_wrapper(getattr(part, name), offload_to_cpu=activations == "offload")
+                        setattr(part, name, wrapped)
 
-    def forward(self, x: Tensor, place: Place, state: Any) -> tuple[Tensor, Any, RouterSums]:
-        """[B,T,D] → [B,T,D], the mixer's state, the router's sums."""
+    def forward(
+        self, x: Tensor, place: Place, state: Any, guide: Guide | None
+    ) -> tuple[Tensor, Any, RouterSums | None]:
+        """[B,T,D] → [B,T,D], the mixer's state, the router's sums; no guide and no sums for a dense network."""
         mixed, state = self.mixer(x, place, state)
         x = x + mixed
-        thought, sums = self.mixture(x)
+        if guide is None:
+            return x + self.mixture(x), state, None
+        thought, sums = self.mixture(x, guide)
         return x + thought, state, sums
 
 
@@ -84,18 +89,39 @@ class MixKABRN(nn.Module):
         settings: the `model` section.
         placement: routed experts on each rank of the expert group.
         mesh: this process among the others.
-        exchange: how retention's states travel between slices of a sequence.
+        parallel: how states and copies travel between ranks.
+
+    Attributes:
+        routers: what the routers carry from step to step.
+        traffic: of each mixture's exchange, counted by this process.
     """
 
-    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, exchange: Exchange = "auto") -> None:
+    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, parallel: Parallel | None = None) -> None:
         super().__init__()
+        parallel = parallel or Parallel()
         self.settings, self.placement = settings, placement
         self.embedding = nn.Embedding(settings.vocabulary, settings.width)
-        link = None
-        if mesh.sequence_group is not None:
-            decays = log_decays(settings.retention.decay, settings.retention.heads)
-            link = SequenceLink(mesh.sequence_group, mesh.sequence, decays, exchange)
-        self.blocks = nn.ModuleList(Block(kind, settings, placement, mesh, link) for kind in settings.layers)
+        self.routers = RouterStates.fresh(len(settings.mixture_layers), settings.experts.routed, mesh.device)
+        self.traffic = [Traffic() for _ in settings.mixture_layers]
+        wires = {
+            layer: make_wire(settings, placement, mesh, parallel, traffic)
+            for layer, traffic in zip(settings.mixture_layers, self.traffic, strict=True)
+        }
+        # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
+        gain = 1 / math.sqrt(2 * len(settings.layers))
+        link = make_link(settings, mesh, parallel)
+        blocks = []
+        for layer, kind in enumerate(settings.layers):
+            heads = settings.width, settings.retention, settings.quantise, gain
+            mixer = Retention(*heads, link) if kind == "R" else Attention(*heads, mesh.sequence_group)
+            wire = wires.get(layer)
+            mixture = (
+                MixtureOfExperts(settings, gain, wire, mesh.sequence_group)
+                if wire
+                else DenseFeedForward(settings, gain)
+            )
+            blocks.append(Block(mixer, mixture, settings.activations))
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
 
     def initialise(self, seed: int) -> None:
@@ -108,11 +134,20 @@ class MixKABRN(nn.Module):
 
     def forward(self, batch: Batch) -> Sums:
         """The batch's sums. Every sequence starts with an empty state."""
-        x, _, routers = self._stream(batch.tokens, batch.documents, batch.positions, None)
+        places = Places(batch.tokens, batch.documents, batch.positions)
+        x, _, routers = self._stream(batch.tokens, batch.documents, batch.positions, None, places)
         logits = self.head(rms_norm(x)).float()
         language = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
-        balance, z, load, entropy = (torch.stack(parts) for parts in zip(*routers, strict=True))
-        return Sums(language, balance.sum(), z.sum(), load, entropy)
+        return Sums(language, *self._add_up(routers, language))
+
+    def _add_up(self, routers: list[RouterSums], like: Tensor) -> Iterator[Tensor]:
+        """The layers' sums: losses summed up, statistics stacked."""
+        if not routers:
+            nothing = like.new_zeros(())
+            return iter((nothing, nothing, nothing, self.routers.bias.clone(), like.new_zeros(0), like.new_zeros(0)))
+        total = RouterSums(*(torch.stack(parts) for parts in zip(*routers, strict=True)))
+        losses = total.balance.sum(), total.global_balance.sum(), total.z.sum()
+        return iter((*losses, total.load, total.entropy, total.dropped))
 
     @torch.no_grad()
     def read(
@@ -124,7 +159,7 @@ class MixKABRN(nn.Module):
             The last token's logits [B,C] fp32, and one state a layer, all that decoding keeps: [B,H,K,V] of a
             retention, whatever the length; the keys and values so far of an attention.
         """
-        x, states, _ = self._stream(tokens, documents, positions, states)
+        x, states, _ = self._stream(tokens, documents, positions, states, None)
         return self.head(rms_norm(x[:, -1])).float(), states
 
     def routed_parameters(self) -> Iterator[nn.Parameter]:
@@ -132,6 +167,16 @@ class MixKABRN(nn.Module):
         for module in self.modules():
             if isinstance(module, MixtureOfExperts):
                 yield from module.routed.parameters()
+
+    def coefficients(self) -> Iterator[nn.Parameter]:
+        """Coefficients of learnable functions: no matrices, so they do not decay and have a learning rate of their own."""
+        for module in self.modules():
+            if isinstance(module, StackedExperts):
+                yield from (p for name, p in module.named_parameters() if name not in module.stds)
+
+    def router_weights(self) -> Iterator[nn.Parameter]:
+        """Router matrices, layer by layer."""
+        yield from (module.weight for module in self.modules() if isinstance(module, Router))
 
     def bit_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
         """(layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
@@ -143,16 +188,42 @@ class MixKABRN(nn.Module):
                     yield from ((layer, module.get_parameter(name)) for name in module.stds)
 
     def _stream(
-        self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Any] | None
+        self,
+        tokens: Tensor,
+        documents: Tensor,
+        positions: Tensor,
+        states: list[Any] | None,
+        places: Places | None,
     ) -> tuple[Tensor, list[Any], list[RouterSums]]:
         place = find_place(documents, positions, self.settings.retention.key_width)
         x = self.embedding(tokens)
-        ends, routers = [], []
+        ends: list[Any] = []
+        routers: list[RouterSums] = []
         for layer, block in enumerate(self.blocks):
-            x, state, sums = block(x, place, None if states is None else states[layer])
+            guide = None
+            if isinstance(block.mixture, MixtureOfExperts):
+                row = len(routers)
+                guide = Guide(self.routers.bias[row], self.routers.share[row], self.routers.step, places)
+            x, state, sums = block(x, place, None if states is None else states[layer], guide)
             ends.append(state)
-            routers.append(sums)
+            if sums is not None:
+                routers.append(sums)
         return x, ends, routers
+
+
+def make_wire(settings: Settings, placement: Placement, mesh: Mesh, parallel: Parallel, traffic: Traffic) -> Wire:
+    """How one mixture's copies travel; only quantised inputs can travel as int8."""
+    int8 = settings.quantise and parallel.wire == "int8"
+    backward_int8 = parallel.wire_backward == "int8"
+    return Wire(placement, mesh.expert_group, mesh.expert_nodes, int8, backward_int8, traffic)
+
+
+def make_link(settings: Settings, mesh: Mesh, parallel: Parallel) -> SequenceLink | None:
+    """How retention's states travel between slices; None where sequences are whole."""
+    if mesh.sequence_group is None:
+        return None
+    decays = log_decays(settings.retention.decay, settings.retention.heads)
+    return SequenceLink(mesh.sequence_group, mesh.sequence, decays, parallel.exchange)
 
 
 def build_model(config: Config, mesh: Mesh) -> MixKABRN:
@@ -162,6 +233,6 @@ def build_model(config: Config, mesh: Mesh) -> MixKABRN:
         if mesh.expert > 1
         else Placement((config.model.experts.routed,), 0)
     )
-    model = MixKABRN(config.model, placement, mesh, config.parallel.exchange)
+    model = MixKABRN(config.model, placement, mesh, config.parallel)
     model.initialise(config.run.seed)
     return model.to(mesh.device)

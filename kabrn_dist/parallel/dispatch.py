@@ -1,131 +1,223 @@
-"""Tokens to their experts and back: dropless, exact split sizes, one permutation each way.
+"""Tokens to their experts and back: dropless, exact split sizes, beside the caller's work.
 
-Shapes: N tokens of this rank, k experts a token visits, M = N·k copies, D width, E experts of all ranks,
-R copies that arrive here.
+What the caller computes between a start and its finish overlaps with the exchange, and its backward with the exchange
+of the gradients: the backward of a finish starts that, and the backward of the start waits. Autograd runs what was
+made last first, so it runs what was made between the two between them, and in the same order on all ranks.
+
+Towards the experts a token travels once to each rank, with a record of the experts there that want it. Back, each copy
+travels by itself, and is weighed and summed at home in the order of the token's choice: the sums are those of one
+process, bit by bit.
+
+Shapes: N tokens of this rank, k experts a token visits, M copies of them, D width, S rows that leave (one for each
+token and rank), R copies that arrive here.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from kabrn_dist.parallel.placement import Placement
+from kabrn_dist.parallel.rounding import round_rows
+from kabrn_dist.parallel.route import Bags, Journey, Route, mask_bytes, plan_route, spread_arrivals
+from kabrn_dist.parallel.wire import Wire, launch
+
+__all__ = ["finish_combine", "finish_dispatch", "plan_route", "start_combine", "start_dispatch"]
 
 
-class Route(NamedTuple):
-    """How copies travel. Plain integers and index tensors: made once a layer, used by dispatch and combine.
-
-    Attributes:
-        order: [M] copies sorted by expert; copy c belongs to token c // k.
-        sends: copies sent to each rank of the group.
-        receives: copies received from each rank of the group.
-        arrival: [R] received copies sorted by local expert.
-        counts: copies for each local expert; they sum to R.
-    """
-
-    order: Tensor
-    sends: list[int]
-    receives: list[int]
-    arrival: Tensor | None
-    counts: list[int]
-
-
-def plan_route(choice: Tensor, placement: Placement, group: dist.ProcessGroup | None) -> Route:
-    """Agree with the other ranks on who sends how much to whom.
+def start_dispatch(codes: Tensor, scale: Tensor, route: Route, wire: Wire) -> Dispatch:
+    """Send tokens to their experts. Collective; returns at once. Differentiable in `codes`.
 
     Args:
-        choice: [N,k] int64, global expert numbers.
-        placement: experts on each rank of `group`.
-        group: the expert group; None when all experts are here.
+        codes: [N,D] in the compute dtype, whole numbers −128…127 where `wire.int8`.
+        scale: [N,1] fp32 (or fp64), ones where nothing is quantised. It has no gradient.
     """
-    flat = choice.flatten()
-    order = flat.argsort(stable=True)
-    load = torch.bincount(flat, minlength=placement.total)
-    if group is None:
-        return Route(order, [], [], None, load.tolist())
-    local = len(placement.local)
-    ranks = len(placement.counts)
-    arriving = load.new_empty(ranks * local)
-    dist.all_to_all_single(arriving, load, [local] * ranks, list(placement.counts), group=group)
-    expert = torch.arange(local, device=choice.device).repeat(ranks).repeat_interleave(arriving)
-    load, arriving = torch.cat([load, arriving]).cpu().split([placement.total, ranks * local])
-    sends = [int(part.sum()) for part in load.split(list(placement.counts))]
-    by_source = arriving.view(ranks, local)
-    return Route(order, sends, by_source.sum(1).tolist(), expert.argsort(stable=True), by_source.sum(0).tolist())
+    return Dispatch(codes, scale, route, wire)
 
 
-def dispatch(values: Tensor, k: int, route: Route, group: dist.ProcessGroup | None) -> Tensor:
-    """[N,D] tokens → [R,D] copies that arrived here, sorted by local expert. Differentiable."""
-    copies = _Spread.apply(values, route.order, k)
-    if group is None:
-        return copies
-    arrived = _Exchange.apply(copies, route.sends, route.receives, group)
-    return _Permute.apply(arrived, route.arrival)
+def finish_dispatch(flight: Dispatch) -> tuple[Tensor, Tensor]:
+    """Wait for codes [R,D] and scale [R,1], sorted by local expert, `route.counts` of each."""
+    if flight.route.journey is None:
+        tokens = flight.route.tokens
+        flight.wire.traffic.rows += len(tokens)
+        return _Spread.apply(flight.ticket, flight.route), flight.scale.index_select(0, tokens)
+    return _Finish.apply(flight.ticket, flight), flight.scale
 
 
-def combine(results: Tensor, weights: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
-    """[R,D] experts' results and [N,k] weights → [N,D] weighted sums at the tokens' home. Differentiable."""
-    if group is not None:
-        results = _Permute.apply(results, _inverse(route.arrival))
-        results = _Exchange.apply(results, route.receives, route.sends, group)
-    at_home = _Permute.apply(results, _inverse(route.order))
-    return torch.einsum("nk,nkd->nd", weights.to(results.dtype), at_home.view(*weights.shape, results.shape[-1]))
+def start_combine(results: Tensor, weights: Tensor, route: Route, wire: Wire) -> Combine:
+    """Send experts' results home. Collective; returns at once. Differentiable in `results` and `weights`.
+
+    Args:
+        results: [R,D] as they arrived, sorted by local expert.
+        weights: [N,k] of the tokens of this rank; that of a dropped copy is ignored.
+    """
+    return Combine(results, weights, route, wire)
 
 
-def _inverse(order: Tensor | None) -> Tensor:
-    assert order is not None
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
+def finish_combine(flight: Combine) -> Tensor:
+    """Wait for the results and sum them, weighed, for each token: [N,D] in their dtype."""
+    at_home = flight.ticket if flight.route.journey is None else _Finish.apply(flight.ticket, flight)
+    return _weigh(at_home, flight.weights.to(at_home.dtype).flatten(), flight.route)
 
 
-class _Spread(torch.autograd.Function):
-    """Copy each token k times, in the order of their experts. Backward sums a token's copies in a fixed order."""
+def _weigh(rows: Tensor, weights: Tensor, route: Route) -> Tensor:
+    """[M,D] results sorted by expert and [N·k] weights → [N,D] sums."""
+    by_token = weights if route.kept is None else weights.index_select(0, route.kept)
+    # Differentiable in the weights alone.
+    sums = route.home.sum(rows, by_token)
+    return _TieRows.apply(sums, rows, weights.detach().index_select(0, route.order), route.tokens)
+
+
+class _Flight(ABC):
+    """Rows under way, and later their gradients under way back. Holds what the two ends share."""
+
+    def __init__(self, values: Tensor, route: Route, wire: Wire) -> None:
+        self.route, self.wire = route, wire
+        self.wait: Callable[[], Tensor] | None = None
+        # Without journey the rows themselves; else an empty tensor that ties the two ends together in the graph.
+        self.ticket: Tensor = values if route.journey is None else _Start.apply(values, self)
+
+    @property
+    def journey(self) -> Journey:
+        assert self.route.journey is not None
+        return self.route.journey
+
+    def landed(self) -> Tensor:
+        """Wait for what was launched last, and hold it no longer."""
+        assert self.wait is not None
+        wait, self.wait = self.wait, None
+        return wait()
+
+    @abstractmethod
+    def launch(self, values: Tensor) -> None: ...
+
+    @abstractmethod
+    def land(self) -> Tensor: ...
+
+    @abstractmethod
+    def launch_gradient(self, grad: Tensor) -> None: ...
+
+    @abstractmethod
+    def land_gradient(self) -> Tensor: ...
+
+
+class Dispatch(_Flight):
+    """Codes under way to their experts."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, route: Route, wire: Wire) -> None:
+        self.scale, self.width, self.dtype = scale, codes.shape[1], codes.dtype
+        self.sent_dtype = torch.int8 if wire.int8 else codes.dtype
+        self.copies: Bags | None = None
+        super().__init__(codes, route, wire)
+
+    def launch(self, values: Tensor) -> None:
+        """One message to each rank: values, scale and record of each row."""
+        journey, traffic = self.journey, self.wire.traffic
+        codes = values.to(self.sent_dtype).index_select(0, journey.tokens).view(torch.uint8)
+        scale = self.scale.index_select(0, journey.tokens).view(torch.uint8)
+        # Values are read in place where rows begin at multiples of their size.
+        padding = -(scale.shape[1] + journey.wanted.shape[1]) % self.sent_dtype.itemsize
+        rows = torch.cat([codes, scale, journey.wanted, journey.wanted.new_zeros(len(codes), padding)], 1)
+        before = traffic.bytes_sent
+        self.wait = launch(rows, journey.rows, False, self.wire)
+        traffic.bytes_dispatch += traffic.bytes_sent - before
+
+    def land(self) -> Tensor:
+        rows, placement = self.landed(), self.wire.placement
+        ends = [self.width * self.sent_dtype.itemsize, self.scale.element_size(), mask_bytes(placement)]
+        codes, scale, wanted, _ = rows.split([*ends, rows.shape[1] - sum(ends)], 1)
+        arrival, self.copies = spread_arrivals(wanted, len(placement.local))
+        self.wire.traffic.rows += len(arrival)
+        self.scale = scale.index_select(0, arrival).view(self.scale.dtype)
+        return codes.view(self.sent_dtype).index_select(0, arrival).to(self.dtype)
+
+    def launch_gradient(self, grad: Tensor) -> None:
+        assert self.copies is not None
+        rows = self.copies.sum(grad.contiguous())
+        if self.wire.backward_int8:
+            codes, step = round_rows(rows)
+            rows = torch.cat([codes.view(torch.uint8), step.view(torch.uint8)], 1)
+        self.wait = launch(rows, self.journey.rows, True, self.wire)
+
+    def land_gradient(self) -> Tensor:
+        rows = self.landed()
+        if self.wire.backward_int8:
+            wide = torch.promote_types(self.dtype, torch.float32)
+            step = rows[:, self.width :].contiguous().view(wide)
+            rows = rows[:, : self.width].view(torch.int8).to(wide).mul_(step)
+        return self.journey.home.sum(rows).to(self.dtype)
+
+
+class Combine(_Flight):
+    """Experts' results under way home."""
+
+    def __init__(self, results: Tensor, weights: Tensor, route: Route, wire: Wire) -> None:
+        self.weights = weights
+        super().__init__(results, route, wire)
+
+    def launch(self, values: Tensor) -> None:
+        self.wait = launch(values.index_select(0, self.journey.swap), self.journey.copies, True, self.wire)
+
+    def land(self) -> Tensor:
+        return self.landed()
+
+    def launch_gradient(self, grad: Tensor) -> None:
+        self.wait = launch(grad, self.journey.copies, False, self.wire)
+
+    def land_gradient(self) -> Tensor:
+        return self.landed().index_select(0, self.journey.unswap)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.launch(values)
+        return values.new_empty(0)
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, order: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return values[order // k]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.land_gradient(), None
 
+
+class _Finish(torch.autograd.Function):
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grad[_inverse(order)].view(-1, ctx.k, grad.shape[-1]).sum(1), None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order. Backward is a gather too, where autograd would scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return values[order]
+    def forward(ctx: Any, ticket: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.land()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return grad[_inverse(order)], None
+        ctx.flight.launch_gradient(grad)
+        return grad.new_empty(0), None
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all of rows with exact split sizes; backward sends the gradients home the same way."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.splits = sends, receives, group
-        return _all_to_all(values, sends, receives, group)
+class _Spread(torch.autograd.Function):
+    """Copy each token for its experts. Backward sums a token's copies in a fixed order."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        sends, receives, group = ctx.splits
-        return _all_to_all(grad, receives, sends, group), None, None, None
+    def forward(ctx: Any, values: Tensor, route: Route) -> Tensor:
+        ctx.home = route.home
+        return values.index_select(0, route.tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.home.sum(grad.contiguous()), None
 
 
-def _all_to_all(values: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
-    arrived = values.new_empty(sum(receives), *values.shape[1:])
-    dist.all_to_all_single(arrived, values.contiguous(), receives, sends, group=group)
-    return arrived
+class _TieRows(torch.autograd.Function):
+    """Let the rows of a weighed sum have their gradient, which `embedding_bag` would scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, rows: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, tokens)
+        return sums.view_as(sums)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weights, tokens = ctx.saved_tensors
+        one_each = Bags(tokens, torch.arange(len(tokens), device=tokens.device))
+        return grad, one_each.sum(grad.contiguous(), weights), None, None

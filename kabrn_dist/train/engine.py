@@ -14,8 +14,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import set_optimizer_flags
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
@@ -64,21 +67,31 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.mesh, self.model = config, mesh, model
         self.stage = config.parallel.zero
+        # Copies that chose each expert since the last optimizer step, on this rank.
+        self.load = torch.zeros_like(model.routers.bias)
         if mesh.expert > 1:
             _mark_experts(model, mesh, self.stage)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config, mesh),
-            lr=config.optimizer.learning_rate,
+            lr=0.0,
             betas=config.optimizer.betas,
             eps=config.optimizer.epsilon,
             fused=mesh.device.type == "cuda",
         )
-        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, mesh.world),
-            dist_init_required=False,
+        settings = deepspeed_config(config, mesh.world)
+        # As deepspeed.initialize does, with a class of our own.
+        deepspeed.init_distributed(dist_init_required=False)
+        parsed = DeepSpeedConfig(settings)
+        set_optimizer_flags(parsed, model)
+        self.deepspeed = _DeepSpeed(
+            args=None, model=model, optimizer=optimizer, config=settings, config_class=parsed, dist_init_required=False
         )
+        self.optimizer = self.deepspeed.optimizer
+        # Without ZeRO, half precision begins with an update by zero gradients (hence the rate of 0), which AdamW counts:
+        # its first real updates would be half as large.
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
     def accumulate(self, batch: Batch, totals: Totals) -> tuple[Losses, Sums]:
         """Forward and backward of one micro-batch. Returns detached values of this rank."""
@@ -87,6 +100,7 @@ class Engine:
         losses = compute_losses(sums, totals, self.config.model.router)
         # Losses are shares of the whole step already, so DeepSpeed must not divide by the micro-batches again.
         self.deepspeed.backward(losses.total, scale_wrt_gas=False)
+        self.load += sums.load.detach()
         return Losses(*(x.detach() for x in losses)), Sums(*(x.detach() for x in sums))
 
     def step(self, learning_rate: float) -> Update | None:
@@ -95,12 +109,14 @@ class Engine:
         norm = None
         if boundary:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate"]
             if self.stage == 0:
                 norm = self._clip_unsharded()
         self.deepspeed.step()
         if not boundary:
             return None
+        self.model.routers.update(self.mesh.sum(self.load), self.config.model.router.bias_rate)
+        self.load.zero_()
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm())
         return Update(norm, not self.deepspeed.was_step_applied())
@@ -136,8 +152,23 @@ class Engine:
         counts = self.mesh.sum(counts)
         return counts / counts.sum(1, keepdim=True)
 
-    def _whole(self, weight: nn.Parameter) -> AbstractContextManager[Any]:
-        return GatheredParameters([weight]) if self.stage == 3 else nullcontext()
+    @torch.no_grad()
+    def function_curves(self, points: Tensor, edges: int) -> dict[int, dict[str, Tensor]]:
+        """Layer → values [E,F,P] of the learned functions of this rank's routed experts at `points` [P], on the host.
+
+        Empty for forms without any. `edges`: how many are taken where each edge has one. Collective.
+        """
+        curves = {}
+        for layer in self.config.model.mixture_layers:
+            experts = self.model.blocks[layer].mixture.routed
+            with self._whole(*experts.parameters()):
+                found = experts.functions(points.to(self.mesh.device), edges)
+            if found:
+                curves[layer] = {name: values.float().cpu() for name, values in found.items()}
+        return curves
+
+    def _whole(self, *weights: nn.Parameter) -> AbstractContextManager[Any]:
+        return GatheredParameters(list(weights)) if self.stage == 3 else nullcontext()
 
     def _clip_unsharded(self) -> float:
         """Clip gradients by their true global norm.
@@ -157,6 +188,23 @@ class Engine:
         if clip and clip < norm < float("inf"):
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
         return norm
+
+
+class _DeepSpeed(DeepSpeedEngine):
+    """Casts the model to its working precision, but for what must stay fp32: routers and function coefficients.
+
+    ZeRO 0–2 keep each parameter group in the dtype it has. ZeRO 3 lays all parameters into one buffer of one dtype, so
+    there they are working copies like all others, of fp32 masters; what is computed with them is fp32 in any case.
+    """
+
+    def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
+        kept = (
+            [*self.module.coefficients(), *self.module.router_weights()] if self.zero_optimization_stage() < 3 else []
+        )
+        values = [p.data for p in kept]
+        super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
+        for parameter, value in zip(kept, values, strict=True):
+            parameter.data = value
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
@@ -245,14 +293,20 @@ def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
 
 
 def _parameter_groups(model: MixKABRN, config: Config, mesh: Mesh) -> list[dict[str, Any]]:
-    """Matrices decay; function coefficients do not. Each apart for experts where DeepSpeed must tell them."""
-    named = list(model.named_parameters())
-    coefficients = [p for name, p in named if name.endswith(("numerator", "denominator"))]
-    matrices = [p for name, p in named if not name.endswith(("numerator", "denominator"))]
+    """Matrices decay; function coefficients do not. Each apart for experts where DeepSpeed must tell them.
+
+    The first group's dtype is what DeepSpeed takes for the model's. `rate` multiplies the learning rate.
+    """
+    coefficients, routers = list(model.coefficients()), list(model.router_weights())
+    apart = {id(p) for p in (*coefficients, *routers)}
+    matrices = [p for p in model.parameters() if id(p) not in apart]
+    decay, rate = config.optimizer.weight_decay, config.optimizer.coefficient_rate
     split: list[dict[str, Any]] = [
-        {"params": matrices, "name": "matrices", "weight_decay": config.optimizer.weight_decay},
-        {"params": coefficients, "name": "coefficients", "weight_decay": 0.0},
+        {"params": matrices, "name": "matrices", "weight_decay": decay, "rate": 1.0},
+        {"params": routers, "name": "routers", "weight_decay": decay, "rate": 1.0},
+        {"params": coefficients, "name": "coefficients", "weight_decay": 0.0, "rate": rate},
     ]
+    split = [group for group in split if group["params"]]
     if mesh.expert > 1 and config.parallel.zero < 3:
         split = split_params_into_different_moe_groups_for_optimizer(split, max_group_size=None)
     return [group for group in split if group["params"]]

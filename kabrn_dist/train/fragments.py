@@ -23,8 +23,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def list_fragments(engine: Engine) -> list[Fragment]:
     """This rank's pieces of every parameter's master and moments, as live views.
 
-    Names are `<parameter>/master`, `…/exp_avg`, `…/exp_avg_sq`. Experts are stacked by global number: a rank's experts
-    are a contiguous piece of the logical tensor [E, …]. Without ZeRO all ranks hold copies and the first one owns them.
+    Names are `<parameter>/master`, `…/exp_avg`, `…/exp_avg_sq`, and those of the routers' states, which all ranks hold.
+    Experts are stacked by global number: a rank's experts are a contiguous piece of the logical tensor [E, …]. Without
+    ZeRO all ranks hold copies and the first one owns them.
     """
     _create_moments(engine)
     mesh = engine.mesh
@@ -42,6 +43,10 @@ def list_fragments(engine: Engine) -> list[Fragment]:
         fragments += [
             Fragment(f"{name}/{part}", shape, offset, values.view(-1), owned) for part, values in pieces.items()
         ]
+    fragments += [
+        Fragment(name, tuple(values.shape), 0, values.view(-1), mesh.first)
+        for name, values in engine.model.routers.named().items()
+    ]
     return fragments
 
 

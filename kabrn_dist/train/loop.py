@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kabrn_dist.checkpoint.exchange import together
 from kabrn_dist.checkpoint.store import CheckpointStore
@@ -18,15 +19,18 @@ from kabrn_dist.config_file import dump_config
 from kabrn_dist.data.batches import Batch, Cursor, sequence_slice
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
+from kabrn_dist.grow.run import grow
 from kabrn_dist.mesh import Mesh, Place, join_processes, make_mesh
-from kabrn_dist.model.mixkabrn import Sums, build_model
+from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.train.engine import Engine
 from kabrn_dist.train.fragments import count_updates, list_fragments, publish
 from kabrn_dist.train.guard import Guard
 from kabrn_dist.train.losses import Losses, Totals
-from kabrn_dist.train.metrics import Metrics, expert_values, memory_gib
+from kabrn_dist.train.metrics import Metrics, memory_gib
+from kabrn_dist.train.pictures import Pictures
 from kabrn_dist.train.schedule import learning_rate
 from kabrn_dist.train.splits import Splits, open_splits
+from kabrn_dist.train.watch import ExpertWatch, expert_lists, expert_values, ternary_values, watch_experts
 
 
 def train(config: Config, place: Place, resume: str = "auto", stop_after: int | None = None) -> None:
@@ -56,6 +60,8 @@ class Session:
         self.folder = config.run.folder
         self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
         chosen = self._choose_checkpoint(resume)
+        if chosen is None and config.run.start_from is not None:
+            chosen = grow(config.run.start_from, config)
         self.engine = Engine(build_model(config, mesh), config, mesh)
         self.step = self._restore(chosen) if chosen else 0
         self.saved = self.step if chosen else None
@@ -65,6 +71,8 @@ class Session:
         self.guard = Guard(self.folder, mesh)
         self.metrics = Metrics(self.folder, mesh.first, self.step, config.training.steps)
         self.metrics.write_text("config", dump_config(config))
+        self.pictures = Pictures(self.engine, self.metrics, config, self.step)
+        self.load: Tensor | None = None
         if chosen:
             self.metrics.say(f"resumed from {chosen} at step {self.step}")
 
@@ -104,6 +112,7 @@ class Session:
         assert update is not None, "the last micro-batch ends the step"
         self.step += 1
         self.metrics.advance(self.step)
+        traffic = [layer.take() for layer in engine.model.traffic]
         if _due(self.step, config.training.log_every) or self.step == config.training.steps:
             losses = self.mesh.sum(torch.stack([torch.stack(loss) for loss, _ in parts]).sum(0)) / self.mesh.world
             seconds = time.perf_counter() - began
@@ -119,19 +128,21 @@ class Session:
                 "speed/memory_gib": memory_gib(self.mesh.device),
                 "progress/tokens": float(self.step * totals.tokens),
             }
-            self._log(values, [sums for _, sums in parts], totals)
+            layers, routers = config.model.mixture_layers, engine.model.routers
+            sums = [sums for _, sums in parts]
+            self._log(values, watch_experts(self.mesh, layers, totals.tokens, sums, routers.bias, traffic))
 
-    def _log(self, values: dict[str, float], sums: list[Sums], totals: Totals) -> None:
-        load = self.mesh.sum(torch.stack([s.load for s in sums]).sum(0))
-        entropy = self.mesh.sum(torch.stack([s.entropy for s in sums]).sum(0))
-        values |= expert_values(load, entropy, totals.tokens, self.engine.ternary_shares())
+    def _log(self, values: dict[str, float], watch: ExpertWatch) -> None:
+        values |= expert_values(watch) | ternary_values(self.engine.ternary_shares())
+        self.load = watch.load
         line = (
             f"step {self.step:6d}  loss {values['loss/total']:.4f}  language {values['loss/language']:.4f}  "
             f"balance {values['loss/balance']:.3f}  grad {values['optimizer/gradient_norm']:.3f}  "
             f"lr {values['optimizer/learning_rate']:.2e}  {values['speed/tokens_per_second']:,.0f} tokens/s  "
             f"{values['speed/memory_gib']:.2f} GiB"
         )
-        self.metrics.write(self.step, values, line + ("  SKIPPED (overflow)" if values["optimizer/skipped"] else ""))
+        line += "  SKIPPED (overflow)" if values["optimizer/skipped"] else ""
+        self.metrics.write(self.step, values, line, expert_lists(watch))
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the step: sequence p of the step belongs to data rank p mod their number."""
@@ -186,6 +197,7 @@ class Session:
             f"{values['validation/bits_per_byte']:.3f} bits per byte (gzip -9: {data.gzip_bits_per_byte:.3f})"
         )
         self.metrics.write(self.step, values, line)
+        self.pictures.draw(self.step, self.load)
 
     def _save(self) -> None:
         if self.saved == self.step:
@@ -230,6 +242,7 @@ class Session:
                 f"{self.config.training.batch} does not give; set it to {cursor.consumed // max(1, step)}"
             )
         publish(self.engine, int(state["updates"]))
+        self.engine.model.routers.step = step
         self.engine.set_loss_scale(float(state["loss_scale"]))
         return step
 

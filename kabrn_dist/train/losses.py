@@ -32,21 +32,24 @@ class Losses(NamedTuple):
     Attributes:
         total: what is differentiated.
         language: nats per target.
-        balance: mean over layers and sequences, unweighted; 1 is a perfect balance of softmax scores.
-        router_z: mean over layers and tokens of logsumexp², unweighted.
+        balance: mean over mixtures and sequences, unweighted; 1 is a perfect balance of softmax scores.
+        global_balance: mean over mixtures and tokens, unweighted; the same against the last step's loads.
+        router_z: mean over mixtures and tokens of logsumexp², unweighted.
     """
 
     total: Tensor
     language: Tensor
     balance: Tensor
+    global_balance: Tensor
     router_z: Tensor
 
 
 def compute_losses(sums: Sums, totals: Totals, settings: Router) -> Losses:
     """One rank's share of a step's losses, from its micro-batch's sums."""
-    layers = len(sums.load)
+    layers = max(1, len(sums.load))
     language = sums.language * (totals.ranks / totals.targets)
     balance = sums.balance * (totals.ranks / (totals.sequences * layers))
-    router_z = sums.z * (totals.ranks / (totals.tokens * layers))
-    total = language + settings.balance * balance + settings.z * router_z
-    return Losses(total, language, balance, router_z)
+    per_token = totals.ranks / (totals.tokens * layers)
+    global_balance, router_z = sums.global_balance * per_token, sums.z * per_token
+    total = language + settings.balance * balance + settings.global_balance * global_balance + settings.z * router_z
+    return Losses(total, language, balance, global_balance, router_z)

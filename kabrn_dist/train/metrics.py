@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from kabrn_dist.draw.figure import to_pixels
 
 
 class Metrics:
@@ -49,15 +52,23 @@ class Metrics:
         if self.active:
             self._progress.update(self._task, completed=step)
 
-    def write(self, step: int, values: dict[str, float], line: str) -> None:
-        """One object in log.jsonl, one scalar a value in TensorBoard, one console line."""
+    def write(
+        self, step: int, values: Mapping[str, float], line: str, lists: Mapping[str, list[object]] | None = None
+    ) -> None:
+        """One object in log.jsonl, one scalar a value in TensorBoard, one console line; `lists` go to the log only."""
         if not self.active:
             return
-        self._log.write(json.dumps({"step": step, "time": round(time.time(), 3)} | values) + "\n")
+        entry = {"step": step, "time": round(time.time(), 3), **values, **(lists or {})}
+        self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self.say(line)
+
+    def write_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
+        """An image in TensorBoard. Drawing takes up to seconds, so `draw` is called where it is written only."""
+        if self.active:
+            self._board.add_image(name, to_pixels(draw()), step, dataformats="HWC")
 
     def write_text(self, name: str, text: str) -> None:
         """Text in TensorBoard."""
@@ -69,28 +80,6 @@ class Metrics:
             self._progress.stop()
             self._log.close()
             self._board.close()
-
-
-def expert_values(load: Tensor, entropy: Tensor, tokens: int, ternary: Tensor) -> dict[str, float]:
-    """Scalars of each layer's experts and ternary weights.
-
-    Args:
-        load: [L,E] copies sent to each expert by all ranks.
-        entropy: [L] Σ of the routers' entropy over all ranks' tokens.
-        tokens: number of those tokens.
-        ternary: [L,3] share of −1, 0 and +1.
-    """
-    share = load / load.mean(1, keepdim=True)
-    values: dict[str, float] = {}
-    for layer in range(len(load)):
-        values[f"experts/load_max/layer_{layer}"] = share[layer].max().item()
-        values[f"experts/load_min/layer_{layer}"] = share[layer].min().item()
-        values[f"experts/router_entropy/layer_{layer}"] = entropy[layer].item() / tokens
-        for name, part in zip(("minus", "zero", "plus"), ternary[layer].tolist(), strict=True):
-            values[f"ternary/{name}/layer_{layer}"] = part
-        for expert, part in enumerate(share[layer].tolist()):
-            values[f"experts/load/layer_{layer}/expert_{expert}"] = part
-    return values
 
 
 def memory_gib(device: torch.device) -> float:

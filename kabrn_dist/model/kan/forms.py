@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kabrn_dist.config import Experts as Settings
-from kabrn_dist.model.kan.mlp import SwigluExperts
+from kabrn_dist.model.kan.bspline import BsplineExperts
+from kabrn_dist.model.kan.chebyshev import ChebyshevExperts
+from kabrn_dist.model.kan.hat import HatExperts
+from kabrn_dist.model.kan.mlp import Relu2Experts, SwigluExperts
 from kabrn_dist.model.kan.rational import RationalExperts
 from kabrn_dist.model.kan.stacked import StackedExperts
 
@@ -14,5 +17,9 @@ Form = Callable[[int, int, Settings, range, bool, float], StackedExperts]
 
 FORMS: dict[str, Form] = {
     "rational": RationalExperts,
+    "chebyshev": ChebyshevExperts,
+    "hat": HatExperts,
+    "bspline": BsplineExperts,
     "swiglu": SwigluExperts,
+    "relu2": Relu2Experts,
 }

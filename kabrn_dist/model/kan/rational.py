@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from kabrn_dist.config import Experts as Settings
-from kabrn_dist.model.bitlinear import bit_product
-from kabrn_dist.model.kan.stacked import StackedExperts
+from kabrn_dist.kernels.functions import Function
+from kabrn_dist.model.kan.grouped import LAYERS, GroupedExperts, per_expert, per_row
 
 # x·(1 + x²/50) / (1 + |x²/50|) is x itself, and its denominator has a slope to train along from the first step.
 IDENTITY = ((0.0, 1.0, 0.0, 0.02, 0.0, 0.0), (0.0, 0.02, 0.0, 0.0))
 # x/2 + (n₂x² + n₄x⁴)/(1 + b₂x² + b₄x⁴), fitted to swish by least squares with full weight on [−3,3] and 2 % on
 # [−8,8]: off by 1e-4 on [−3,3], by 5e-3 on [−8,8], of swish's sign and of linear growth everywhere.
 _N2, _N4, _B2, _B4 = 0.249895, 0.005332, 0.104352, 0.000439
+FITTED = (-3.0, 3.0)
 SWISH = ((0.0, 0.5, _N2, _B2 / 2, _N4, _B4 / 2), (0.0, _B2, 0.0, _B4))
 
 
@@ -50,14 +51,6 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, counts: Sequence
     return _Rational.apply(x, numerator, denominator, tuple(counts))
 
 
-def _per_row(coefficients: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """[E,G,C] → [N,G,C,1] (or [1,G,C,1], which broadcasts, where there is one expert)."""
-    if len(counts) == 1:
-        return coefficients.unsqueeze(-1)
-    parts = [c.expand(n, *c.shape) for c, n in zip(coefficients, counts, strict=True)]
-    return torch.cat(parts).unsqueeze(-1)
-
-
 class _Rational(torch.autograd.Function):
     """Keeps only x; backward computes P, A and their slopes again and sums coefficients' gradients expert by expert."""
 
@@ -75,20 +68,20 @@ class _Rational(torch.autograd.Function):
         z, a, b = _widen(x, numerator, denominator, ctx.counts)
         p, inner = _polynomials(z, a, b)
         over_q = 1 / (1 + inner.abs())
-        for_p = grad.view_as(z) * over_q
+        for_p = grad.reshape(z.shape) * over_q
         for_inner = -for_p * p * over_q * inner.sign()
         dp = (((5 * a[:, :, 5] * z + 4 * a[:, :, 4]) * z + 3 * a[:, :, 3]) * z + 2 * a[:, :, 2]) * z + a[:, :, 1]
         dinner = ((4 * b[:, :, 3] * z + 3 * b[:, :, 2]) * z + 2 * b[:, :, 1]) * z + b[:, :, 0]
         for_x = (for_p * dp + for_inner * dinner).view_as(x).to(x.dtype)
         sums = _powers(for_p, z, 6), _powers(for_inner * z, z, 4)
-        for_a, for_b = (_per_expert(s, ctx.counts) for s in sums)
+        for_a, for_b = (per_expert(s, ctx.counts) for s in sums)
         return for_x, for_a.to(numerator.dtype), for_b.to(denominator.dtype), None
 
 
 def _widen(x: Tensor, numerator: Tensor, denominator: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(dtype).view(len(x), numerator.shape[1], x.shape[1] // numerator.shape[1])
-    return z, _per_row(numerator.to(dtype), counts), _per_row(denominator.to(dtype), counts)
+    z = x.to(dtype).reshape(len(x), numerator.shape[1], x.shape[1] // numerator.shape[1])
+    return z, per_row(numerator.to(dtype), counts), per_row(denominator.to(dtype), counts)
 
 
 def _polynomials(z: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,15 +103,9 @@ def _powers(grad: Tensor, z: Tensor, n: int) -> Tensor:
     return torch.stack(sums, -1)
 
 
-def _per_expert(rows: Tensor, counts: tuple[int, ...]) -> Tensor:
-    return torch.stack([part.sum(0) for part in rows.split(list(counts))])
-
-
-class RationalExperts(StackedExperts):
+class RationalExperts(GroupedExperts):
     """y = W₂ q(φ₂(W₁ q(φ₁(x)))), q = RMSNorm and int8; φ rational, one per group and expert (GR-KAN)."""
 
-    up: Tensor
-    down: Tensor
     inner_numerator: Tensor
     inner_denominator: Tensor
     outer_numerator: Tensor
@@ -127,23 +114,23 @@ class RationalExperts(StackedExperts):
     def __init__(
         self, width: int, hidden: int, settings: Settings, experts: range, quantised: bool = True, gain: float = 1.0
     ) -> None:
-        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
-        for name, coefficients in (("inner", IDENTITY), ("outer", SWISH)):
-            for part, values in zip(("numerator", "denominator"), coefficients, strict=True):
+        super().__init__(width, hidden, experts, quantised, gain, Function("rational"), FITTED)
+        for layer in LAYERS:
+            for part, terms in (("numerator", 6), ("denominator", 4)):
                 self.register_parameter(
-                    f"{name}_{part}", nn.Parameter(torch.empty(len(experts), settings.groups, len(values)))
+                    f"{layer}_{part}", nn.Parameter(torch.empty(len(experts), settings.groups, terms))
                 )
 
     def initialise(self, seed: int, name: str) -> None:
+        """φ₁ starts as the identity, φ₂ as swish."""
         super().initialise(seed, name)
-        for function, coefficients in (("inner", IDENTITY), ("outer", SWISH)):
-            for part, values in zip(("numerator", "denominator"), coefficients, strict=True):
-                self.get_parameter(f"{function}_{part}").data.copy_(torch.tensor(values))
+        for layer, start in zip(LAYERS, (IDENTITY, SWISH), strict=True):
+            for part, values in zip(("numerator", "denominator"), start, strict=True):
+                self.get_parameter(f"{layer}_{part}").data.copy_(torch.tensor(values))
 
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
-        """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
-        x = (codes / scale).to(codes.dtype)
-        x = rational(x, self.inner_numerator, self.inner_denominator, counts)
-        x = bit_product(self._requantise(x), self.up, counts, self.quantised)
-        x = rational(x, self.outer_numerator, self.outer_denominator, counts)
-        return bit_product(self._requantise(x), self.down, counts, self.quantised)
+    def coefficients(self, layer: str) -> Tensor:
+        return torch.cat([self.get_parameter(f"{layer}_{part}") for part in ("numerator", "denominator")], -1)
+
+    def eager(self, x: Tensor, coefficients: Tensor, counts: Sequence[int]) -> Tensor:
+        numerator, denominator = coefficients.split([6, 4], -1)
+        return rational(x, numerator, denominator, counts)

@@ -7,7 +7,8 @@ Shapes: N rows, D width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,50 @@ class StackedExperts(nn.Module):
             drawn = draw_experts(seed, f"{name}.{matrix}", self.experts, tuple(weight.shape[1:]), std)
             weight.data.copy_(drawn)
 
+    def functions(self, points: Tensor, edges: int) -> dict[str, Tensor]:
+        """Values of the learnable univariate functions, for pictures.
+
+        Args:
+            points: [P] inputs of a function, normalised as in training.
+            edges: most functions of a layer, evenly chosen, where every edge has one; groups are all shown.
+
+        Returns:
+            "inner" and "outer" → [E,F,P] in fp32 or wider, F functions of each expert; empty for controls.
+        """
+        return {}
+
+    def outside(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
+        """As `forward`, but: "inner" and "outer" → [E] fp32, the share of a layer's function inputs outside the range.
+
+        0 for experts without rows; empty for forms without a range.
+        """
+        return {}
+
     def _requantise(self, x: Tensor) -> Quantised:
         return quantise(rms_norm(x), self.quantised)
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
-        """[N,D] codes and [N,1] scales (a `Quantised`), rows sorted by expert, `counts` of each → [N,D]."""
+        """[N,D] codes and [N,1] scales (a `Quantised`), rows sorted by expert, `counts` of each → [N,D].
+
+        Raises:
+            ValueError: `counts` are not one for each expert here, or do not sum to N (see `check_counts`).
+        """
         raise NotImplementedError
+
+
+def check_counts(rows: int, counts: Sequence[int], experts: int) -> None:
+    """Raise ValueError, with the numbers, unless there is one count for each expert and they sum to the rows."""
+    if len(counts) != experts:
+        raise ValueError(f"{len(counts)} counts for {experts} experts; pass one count for each expert")
+    if any(n < 0 for n in counts) or sum(counts) != rows:
+        raise ValueError(f"counts {list(counts)} sum to {sum(counts)}, but there are {rows} rows, each of one expert")
+
+
+def normal_mean(function: Callable[[Tensor], Tensor]) -> float:
+    """The mean of f(z), z ~ N(0,1), by the trapezoid rule on [−12,12]; `function` maps [P] fp64 to [P].
+
+    Exact to 1e-6 also for functions with corners. Layers' inputs are normalised, so this is their statistics.
+    """
+    z = torch.linspace(-12, 12, 48_001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return float(torch.trapezoid(function(z) * density, z))

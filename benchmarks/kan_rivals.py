@@ -1,0 +1,172 @@
+"""What KAN experts are held against, and ours built for it. Each is a `Pass`: forward, or forward and backward.
+
+- SiLU: the same two matrix products with SiLU between and nothing else, an `F.linear` for each expert's rows.
+- SiLU experts: experts like ours in all but their functions, so that norms, quantisers and products are the very same.
+- pykan: in the mode its `speed()` sets (no symbolic branch, no record of activations), the fastest it has, on fewer
+  tokens: it keeps several tensors of tokens × inputs × outputs, 4 MB a token here, which 4,096 times are 18 GB.
+- flashkan: as shipped, its basis through `torch.compile`; with the whole network compiled; and without a compiler.
+- FastKAN: by its formula (arXiv 2405.06721), LayerNorm, 8 Gaussians on [−2,2], a SiLU base branch with a bias.
+
+Neither pykan nor flashkan normalises between layers; ours is timed with its norm. All splines are cubic on 5 intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kabrn_dist.config import Experts as Settings
+from kabrn_dist.model.bitlinear import Quantised, bit_product, quantise, rms_norm
+from kabrn_dist.model.kan.forms import FORMS
+from kabrn_dist.model.kan.stacked import StackedExperts
+
+GRID, DEGREE = 5, 3
+GAUSSIANS, REACH = 8, 2.0
+WAYS = ("as shipped", "compiled")
+
+
+class Inputs:
+    """Rows [N,D] sorted by expert, the gradient of the output, the rows of each expert. All rivals get these."""
+
+    def __init__(self, tokens: int, width: int, experts: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.draw = torch.Generator().manual_seed(tokens + experts)
+        self.tokens, self.width, self.experts, self.dtype, self.device = tokens, width, experts, dtype, device
+        self.rows = rms_norm(self.normal(tokens, width))
+        self.grad = self.normal(tokens, width)
+        # Uneven, as a router leaves them: shares from 1 to 2.
+        cuts = (torch.rand(experts, generator=self.draw) + 1).cumsum(0)
+        ends = (cuts / cuts[-1] * tokens).round().int().tolist()
+        self.counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.draw).to(self.device, self.dtype)
+
+    def matrix(self, outputs: int, inputs: int) -> Tensor:
+        return (self.normal(outputs, inputs) / math.sqrt(inputs)).requires_grad_()
+
+    def learns(self) -> Tensor:
+        return self.rows.clone().requires_grad_()
+
+
+class Pass:
+    """Called, a forward and a backward pass: gradients of the input, the first leaf, and of all that learns."""
+
+    def __init__(self, forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> None:
+        self.forward, self.leaves, self.grad = forward, list(leaves), grad
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.numel() for leaf in self.leaves[1:])
+
+    def __call__(self) -> object:
+        return torch.autograd.grad(self.forward(), self.leaves, self.grad)
+
+
+class SiluExperts(StackedExperts):
+    """y = W₂ q(SiLU(W₁ x)), q = RMSNorm and int8: a BitLinear MLP, or a plain one."""
+
+    up: Tensor
+    down: Tensor
+
+    def __init__(
+        self, width: int, hidden: int, settings: Settings, experts: range, quantised: bool = True, gain: float = 1.0
+    ) -> None:
+        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
+
+    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
+        hidden = F.silu(bit_product(Quantised(codes, scale), self.up, counts, self.quantised))
+        return bit_product(self._requantise(hidden), self.down, counts, self.quantised)
+
+
+def experts(form: str, x: Inputs, hidden: int, quantised: bool) -> Pass:
+    """A form of ours, or `silu`. The norm and quantiser that all experts of a token share were before."""
+    silu = form == "silu"
+    settings = Settings.model_validate(
+        {"form": "relu2" if silu else form, "routed": x.experts, "top_k": 1, "hidden": hidden}
+        | {"grid": GRID, "degree": DEGREE}
+    )
+    build = SiluExperts if silu else FORMS[form]
+    module = build(x.width, hidden, settings, range(x.experts), quantised, 1.0)
+    module.initialise(0, form)
+    module.to(x.device)
+    for name in module.stds:
+        # As in training: matrices in the compute dtype, coefficients in fp32.
+        matrix = module.get_parameter(name)
+        matrix.data = matrix.data.to(x.dtype)
+    codes, scale = quantise(x.rows, quantised)
+    codes.requires_grad_()
+    return Pass(lambda: module(codes, scale, x.counts), [codes, *module.parameters()], x.grad)
+
+
+def silu(x: Inputs, hidden: int) -> Pass:
+    """Each expert has leaves of its own: slices of a stacked one cost a tensor of zeros each in backward."""
+    rows = x.learns()
+    matrices = [(x.matrix(hidden, x.width), x.matrix(x.width, hidden)) for _ in x.counts]
+
+    def forward() -> Tensor:
+        parts = zip(rows.split(list(x.counts)), matrices, strict=True)
+        return torch.cat([F.linear(F.silu(F.linear(part, up)), down) for part, (up, down) in parts])
+
+    return Pass(forward, [rows, *(matrix for pair in matrices for matrix in pair)], x.grad)
+
+
+def fastkan(x: Inputs, hidden: int) -> Pass:
+    """y = W_s exp(−((LayerNorm(x) − c)/δ)²) + W_b SiLU(x) + bias in each of two layers, δ the distance of centres."""
+    rows = x.learns()
+    centres = torch.linspace(-REACH, REACH, GAUSSIANS, device=x.device, dtype=x.dtype)
+    inverse = (GAUSSIANS - 1) / (2 * REACH)
+    layers = []
+    for inputs, outputs in ((x.width, hidden), (hidden, x.width)):
+        gain, shift = (torch.full((inputs,), value, device=x.device, dtype=x.dtype) for value in (1.0, 0.0))
+        bias = torch.zeros(outputs, device=x.device, dtype=x.dtype)
+        spline, base = x.matrix(outputs, inputs * GAUSSIANS), x.matrix(outputs, inputs)
+        layers.append((gain.requires_grad_(), shift.requires_grad_(), spline, base, bias.requires_grad_()))
+
+    def forward() -> Tensor:
+        z = rows
+        for gain, shift, spline, base, bias in layers:
+            normal = F.layer_norm(z, gain.shape, gain, shift)
+            basis = torch.exp(-(((normal.unsqueeze(-1) - centres) * inverse) ** 2)).flatten(-2)
+            z = F.linear(basis, spline) + F.linear(F.silu(z), base, bias)
+        return z
+
+    return Pass(forward, [rows, *(leaf for layer in layers for leaf in layer)], x.grad)
+
+
+def pykan(x: Inputs, hidden: int) -> Pass | str:
+    """The pass, or why it cannot be had."""
+    try:
+        from kan import KAN
+    except ImportError as error:
+        return f"missing: {error.name} (make bench-kan installs it)"
+    network = KAN([x.width, hidden, x.width], grid=GRID, k=DEGREE, save_act=False, auto_save=False, device=x.device)
+    network.symbolic_enabled = False  # and with it the parameters of that branch
+    return _network(network, network.act_fun, x)
+
+
+def flashkan(x: Inputs, hidden: int, how: str = "as shipped") -> Pass | str:
+    """`as shipped`, `compiled` as a whole, or `eager`. The pass, or why it cannot be had."""
+    try:
+        from flashkan import KANNetwork
+    except ImportError as error:
+        return f"missing: {error.name} (make bench-kan installs it)"
+    network = KANNetwork([x.width, hidden, x.width], grid_size=GRID, spline_order=DEGREE).to(x.device, x.dtype)
+    result = _network(torch.compile(network) if how == "compiled" else network, network, x)
+    if how == "eager":
+        with_compiler = result.forward
+        result.forward = torch.compiler.set_stance("force_eager")(with_compiler)
+    else:
+        try:
+            result()  # compiles, which is not timed
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            return f"missing: a compiler ({error})".splitlines()[0]
+    return result
+
+
+def _network(forward: Callable[[Tensor], Tensor], learns: nn.Module, x: Inputs) -> Pass:
+    rows = x.learns()
+    return Pass(lambda: forward(rows), [rows, *(p for p in learns.parameters() if p.requires_grad)], x.grad)

@@ -1,0 +1,316 @@
+"""What the mixture is held against. Each is a layer [1,N,D] → [1,N,D]; what is timed is one forward and backward pass.
+
+All get the same tokens, the same SwiGLU experts and the same router, softmax over the chosen k. The router's rows are
+orthonormal and the tokens Gaussian, so that loads differ by chance alone; `Inputs.imbalance` says by how much.
+
+- ours: `MixtureOfExperts` with no shared expert, softmax scores, all its router's sums, its norm of the tokens and its
+  norm before an expert's last product, which no rival has. `own_dense` is one network of our form, norms included.
+- dense: one SwiGLU with the hidden width of the k experts a token visits; of two ways to take its first products, one
+  matrix or two, two is the faster here. The same multiplications, so what a mixture takes beyond it is its overhead.
+- bare products: only the nine products of each expert and pass, into memory already there. What no sorting of tokens
+  by expert can beat without better kernels.
+- deepspeed: `deepspeed.moe.layer.MoE` as it comes, without noise for the second expert. Dropless (`drop_tokens` off) it
+  pads every expert to the fullest one's load; its capacity form, at its default factor 1, drops what does not fit.
+- fairscale: `MOELayer` with its only gate, top-2, at its only capacity, the fair share; it draws the second expert at
+  random. Its masks [N,E,N·k/E] are fp32.
+- transformers: `MixtralSparseMoeBlock` with each of its back ends. `batched_mm` copies an expert's matrices for every
+  token that visits it: at 1,024 tokens 3 GB, and 70 times the time of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kabrn_dist.config import Experts, Model, Retention
+from kabrn_dist.config import Router as RouterSettings
+from kabrn_dist.model.bitlinear import grouped_product
+from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
+from kabrn_dist.parallel.placement import Placement
+from kabrn_dist.parallel.wire import Traffic, Wire
+
+Function = Callable[[], object]
+
+# Bytes that batched_mm may copy of the experts' matrices, and fairscale may spend on one mask.
+TOO_MUCH = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens of width D; E experts of one hidden width, k of which a token visits."""
+
+    tokens: int
+    experts: int
+    top_k: int
+    hidden: int
+    width: int = 256
+
+    def __str__(self) -> str:
+        return f"{self.experts} experts top-{self.top_k}"
+
+
+class Layer(NamedTuple):
+    """A function [1,N,D] → [1,N,D] and what it learns."""
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[Tensor]
+
+
+class Swiglu(nn.Module):
+    """down(silu(gate x) · up x), the expert of all rivals."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Parameter(matrix.clone()) for matrix in (gate, up, down))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+
+
+def _drawn_with(seed: int) -> Callable[..., Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return lambda *sizes: torch.randn(sizes, generator=draw)
+
+
+class Inputs:
+    """Tokens x [1,N,D] of RMS 1, the gradient of the output, router [E,D], experts' gate, up [E,H,D], down [E,D,H]."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
+        """`seed` is that of the tokens; the rest is always the same."""
+        e, h, d = shape.experts, shape.hidden, shape.width
+        normal = _drawn_with(1000 + seed)
+        tokens = normal(1, shape.tokens, d)
+        tokens = tokens / tokens.square().mean(-1, keepdim=True).sqrt()
+        self.shape, self.dtype = shape, dtype
+        self.x, self.grad = tokens.to(dtype), normal(1, shape.tokens, d).to(dtype)
+        normal = _drawn_with(0)
+        self.router = torch.linalg.qr(normal(d, e))[0].T.contiguous().to(dtype)
+        self.gate, self.up = (normal(e, h, d).div(d**0.5).to(dtype) for _ in range(2))
+        self.down = normal(e, d, h).div(h**0.5).to(dtype)
+
+    @property
+    def counts(self) -> list[int]:
+        """Copies for each expert."""
+        chosen = (self.x[0].float() @ self.router.float().T).topk(self.shape.top_k).indices
+        return torch.bincount(chosen.flatten(), minlength=self.shape.experts).tolist()
+
+    @property
+    def imbalance(self) -> float:
+        """The fullest expert's copies over the fair share."""
+        return max(self.counts) * self.shape.experts / (self.shape.tokens * self.shape.top_k)
+
+    def experts(self) -> list[Swiglu]:
+        return [Swiglu(*matrices) for matrices in zip(self.gate, self.up, self.down, strict=True)]
+
+
+def both_passes(layer: Layer, inputs: Inputs) -> Function:
+    """Forward and backward, gradients of the tokens and of all parameters."""
+    x = inputs.x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(layer.forward(x), [x, *layer.parameters], inputs.grad)
+
+
+def forward_pass(layer: Layer, inputs: Inputs) -> Callable[[], Tensor]:
+    x = inputs.x.clone().requires_grad_()
+    return lambda: layer.forward(x)
+
+
+def of_module(module: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Layer:
+    return Layer(call or module, list(module.parameters()))
+
+
+class Own(NamedTuple):
+    """What our layer is made of: the form of experts, ternary and int8 or plain."""
+
+    form: Literal["rational", "swiglu"] = "swiglu"
+    quantised: bool = False
+
+    def settings(self, shape: Shape) -> Model:
+        return Model(
+            vocabulary=1,
+            width=shape.width,
+            layers="R",
+            retention=Retention(heads=1, key_width=2, value_width=1),
+            experts=Experts(
+                form=self.form,
+                routed=shape.experts,
+                shared=0,
+                top_k=shape.top_k,
+                hidden=shape.hidden,
+                dense_hidden=shape.top_k * shape.hidden,
+            ),
+            router=RouterSettings(score="softmax"),
+            quantise=self.quantised,
+        )
+
+
+PLAIN = Own()
+HERE = Wire(Placement((), 0), None, None, int8=False, backward_int8=False, traffic=Traffic())
+
+
+def ours(inputs: Inputs, own: Own = PLAIN, wire: Wire = HERE) -> Layer:
+    """Its experts are drawn anew but for the router."""
+    shape = inputs.shape
+    if wire is HERE:
+        wire = replace(HERE, placement=Placement((shape.experts,), 0))
+    layer = MixtureOfExperts(own.settings(shape), 1.0, wire)
+    layer.routed.initialise(0, "experts")
+    layer.router.weight.data.copy_(inputs.router)
+    layer.to(inputs.dtype)
+    guide = Guide(torch.zeros(shape.experts), torch.full((shape.experts,), 1 / shape.experts), 0, None)
+
+    def forward(x: Tensor) -> Tensor:
+        out, _ = layer(x, guide)
+        return out
+
+    return of_module(layer, forward)
+
+
+def own_dense(inputs: Inputs, own: Own = PLAIN) -> Layer:
+    layer = DenseFeedForward(own.settings(inputs.shape), 1.0)
+    layer.shared.initialise(0, "dense")
+    return of_module(layer.to(inputs.dtype))
+
+
+def dense(inputs: Inputs) -> Layer:
+    k = inputs.shape.top_k
+    return of_module(Swiglu(inputs.gate[:k].flatten(0, 1), inputs.up[:k].flatten(0, 1), _side_by_side(inputs.down[:k])))
+
+
+def _side_by_side(down: Tensor) -> Tensor:
+    """[k,D,H] → [D,k·H]."""
+    return down.transpose(0, 1).flatten(1)
+
+
+def bare_products(inputs: Inputs) -> Function:
+    """Rows of each expert together, as if they had arrived so."""
+    shape, dtype = inputs.shape, inputs.dtype
+    copies = shape.tokens * shape.top_k
+    wide, narrow = (torch.ones(copies, width, dtype=dtype) for width in (shape.hidden, shape.width))
+    wide_out, narrow_out = torch.empty_like(wide), torch.empty_like(narrow)
+    for_up, for_down = torch.empty_like(inputs.up), torch.empty_like(inputs.down)
+    products: list[tuple[Tensor, Tensor, Tensor]] = []
+    start = 0
+    for expert, n in enumerate(inputs.counts):
+        rows = slice(start, start + n)
+        start += n
+        to_wide, to_narrow = inputs.up[expert], inputs.down[expert]
+        # gate and up; down; their gradients of rows; their gradients of matrices.
+        products += 2 * [(narrow[rows], to_wide.T, wide_out[rows])]
+        products += [(wide[rows], to_narrow.T, narrow_out[rows])]
+        products += 2 * [(wide[rows], to_wide, narrow_out[rows])]
+        products += [(narrow[rows], to_narrow, wide_out[rows])]
+        products += 2 * [(wide[rows].T, narrow[rows], for_up[expert])]
+        products += [(narrow[rows].T, wide[rows], for_down[expert])]
+
+    def all_products() -> None:
+        for left, right, out in products:
+            torch.mm(left, right, out=out)
+
+    return all_products
+
+
+def join_deepspeed() -> None:
+    """What deepspeed and fairscale ask for before they make a layer: process groups, here of one process."""
+    import deepspeed.comm
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+def deepspeed(inputs: Inputs, dropless: bool, ranks: int = 1, rank: int = 0) -> Layer:
+    """With `ranks` above 1 the experts are spread over so many; this one holds its share. Collective."""
+    from deepspeed.moe.layer import MoE
+
+    shape = inputs.shape
+    local = shape.experts // ranks
+    mine = inputs.experts()[rank * local : (rank + 1) * local]
+    # Its notes on groups go to stdout, and so into the table.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        join_deepspeed()
+        layer = MoE(
+            shape.width,
+            mine[0],
+            shape.experts,
+            ep_size=ranks,
+            k=shape.top_k,
+            drop_tokens=not dropless,
+            top2_2nd_expert_sampling=False,
+        )
+        layer.set_deepspeed_parallelism()
+    layer.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(mine)
+    layer.deepspeed_moe.gate.wg.weight = nn.Parameter(inputs.router.clone())
+    return of_module(layer, lambda x: layer(x)[0])
+
+
+def fairscale(inputs: Inputs) -> Layer | str:
+    """The layer, or why it cannot run."""
+    shape = inputs.shape
+    if inputs.dtype != torch.float32:
+        return "missing: fp32 only (it mixes in fp32 masks)"
+    if shape.top_k != 2:
+        return "missing: its gate is top-2"
+    if shape.tokens**2 * 2 * 4 > TOO_MUCH:
+        return "missing: too much memory for its masks"
+    from fairscale.nn.moe import MOELayer, Top2Gate
+
+    join_deepspeed()
+    gate = Top2Gate(shape.width, shape.experts)
+    gate.wg.weight = nn.Parameter(inputs.router.clone())
+    layer = MOELayer(gate, nn.ModuleList(inputs.experts()))
+    # It wants its first dimension to be a multiple of the experts.
+    return of_module(layer, lambda x: layer(x.view(shape.experts, -1, shape.width)).view_as(x))
+
+
+def transformers(inputs: Inputs, back_end: str) -> Layer | str:
+    """The layer, or why it cannot run.
+
+    Args:
+        back_end: eager, grouped_mm or batched_mm.
+    """
+    shape = inputs.shape
+    copied = shape.tokens * shape.top_k * 3 * shape.hidden * shape.width * inputs.x.element_size()
+    if back_end == "batched_mm" and copied > TOO_MUCH:
+        return f"missing: would copy {copied / 1e9:.1f} GB of matrices"
+    try:
+        mixtral = import_module("transformers.models.mixtral.modeling_mixtral")
+    except ImportError as error:
+        return f"missing: {error.name} (pip install --no-deps transformers regex)"
+    settings = mixtral.MixtralConfig(
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        experts_implementation=back_end,
+    )
+    layer: Any = mixtral.MixtralSparseMoeBlock(settings)
+    layer.gate.weight = nn.Parameter(inputs.router.clone())
+    layer.experts.gate_up_proj = nn.Parameter(torch.cat([inputs.gate, inputs.up], 1))
+    layer.experts.down_proj = nn.Parameter(inputs.down.clone())
+    return of_module(layer)
+
+
+def grouped_products(inputs: Inputs, device: str) -> dict[str, Function]:
+    """Rows sorted by expert times their `up`, ours, torch's (which torchtitan uses), and all rows by one matrix."""
+    weight = inputs.up.to(device)
+    counts = inputs.counts
+    rows = torch.ones(sum(counts), inputs.shape.width, dtype=inputs.dtype, device=device)
+    ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    columns = weight.transpose(1, 2)
+    return {
+        "ours": lambda: grouped_product(rows, weight, counts),
+        "torch._grouped_mm": lambda: torch._grouped_mm(rows, columns, offs=ends),
+        "one large matrix": lambda: rows @ columns[0],
+    }

@@ -1,0 +1,62 @@
+"""What growing does, as a table for people."""
+
+from __future__ import annotations
+
+from math import prod
+
+from kabrn_dist.grow.run import Growth, default_noise
+from kabrn_dist.grow.tensors import Recipe
+
+
+def describe(growth: Growth, noise: float | None = None, redraw: float = 0.0) -> str:
+    """One line for each kind of tensor, layers taken together, and what becomes of the loss."""
+    rows = [("tensor", "layers", "from", "to", "what")]
+    rows += [_row(growth, recipes) for recipes in _by_kind(growth.recipes).values()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+    before = sum(r.total for name, r in growth.manifest.tensors.items() if name.endswith("/master"))
+    after = sum(prod(recipe.shape) for recipe in growth.recipes)
+    head = f"{growth.path} → {growth.config.run.folder}, {before:,} → {after:,} parameters"
+    return "\n".join([head, *lines, *_remarks(growth, default_noise(growth.plan) if noise is None else noise, redraw)])
+
+
+def _remarks(growth: Growth, noise: float, redraw: float) -> list[str]:
+    plan = growth.plan
+    disturbed = plan.disturbances(noise, redraw)
+    remarks = [f"loss at the start: {'not as it was, by ' + '; '.join(disturbed) if disturbed else 'unchanged'}"]
+    if plan.copies > 1 and not noise and not redraw and plan.visited > 1:
+        remarks.append("copies of an expert see the same tokens and will never part: use --noise or --redraw")
+    if growth.config.model.experts.capacity is not None and (plan.copies > 1 or plan.upcycled):
+        remarks.append("model.experts.capacity drops copies in training until the new experts are balanced")
+    return remarks
+
+
+def _by_kind(recipes: list[Recipe]) -> dict[tuple[str, ...], list[Recipe]]:
+    kinds: dict[tuple[str, ...], list[Recipe]] = {}
+    for recipe in recipes:
+        kinds.setdefault((_name(recipe), str(recipe.shape), recipe.what), []).append(recipe)
+    return kinds
+
+
+def _row(growth: Growth, recipes: list[Recipe]) -> tuple[str, str, str, str, str]:
+    first = recipes[0]
+    layers = [int(recipe.name.split(".")[1]) for recipe in recipes if recipe.name.startswith("blocks.")]
+    source = "" if first.source is None else _shape(growth.manifest.tensors[f"{first.source}/master"].shape)
+    return _name(first), _ranges(layers), source, _shape(first.shape), first.what
+
+
+def _name(recipe: Recipe) -> str:
+    return recipe.name.split(".", 2)[2] if recipe.name.startswith("blocks.") else recipe.name
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _ranges(layers: list[int]) -> str:
+    """0, 1, 2, 5 → 0-2,5."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

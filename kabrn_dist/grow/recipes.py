@@ -1,0 +1,99 @@
+"""Which tensor of the old model each one of the grown model comes from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.config import Config
+from kabrn_dist.grow.plan import Plan
+from kabrn_dist.grow.tensors import Finer, Recipe
+from kabrn_dist.mesh import alone
+from kabrn_dist.model.kan.stacked import StackedExperts
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.model.router import Router
+from kabrn_dist.parallel.placement import Placement
+
+# What the forms of experts call the matrices that read hidden units.
+OUTPUTS = ("down", "outer")
+
+
+def outline(config: Config) -> MixKABRN:
+    """The whole model without memory for its weights: their names and shapes."""
+    with torch.device("meta"):
+        return MixKABRN(config.model, Placement((config.model.experts.routed,), 0), alone())
+
+
+def list_recipes(plan: Plan, old: MixKABRN, new: MixKABRN) -> list[Recipe]:
+    """One for each parameter of `new`, in its order."""
+    shapes = {name: tuple(p.shape) for name, p in old.named_parameters()}
+    return [_recipe(plan, new, name, tuple(p.shape), shapes) for name, p in new.named_parameters()]
+
+
+def draw_fresh(model: MixKABRN, recipe: Recipe, seed: int) -> Tensor:
+    """The values that a new run would start this parameter with, or zeros. Memory: its module's."""
+    module_name, _, leaf = recipe.name.rpartition(".")
+    if recipe.zero:
+        return torch.zeros(recipe.shape)
+    module = model.get_submodule(module_name).to_empty(device="cpu")
+    assert isinstance(module, Router | StackedExperts)
+    module.initialise(seed, module_name)
+    drawn = module.get_parameter(leaf).detach()
+    module.to("meta")
+    return drawn
+
+
+def _recipe(plan: Plan, new: MixKABRN, name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> Recipe:
+    module_name, _, leaf = name.rpartition(".")
+    layer, part = _layer(name), module_name.rpartition(".")[2]
+    module = new.get_submodule(module_name)
+    is_matrix = isinstance(module, StackedExperts) and leaf in module.stds
+    is_output = is_matrix and leaf.startswith(OUTPUTS)
+    if layer in plan.upcycled and part == "router":
+        return Recipe(name, shape, None, "drawn afresh")
+    if layer in plan.upcycled and part == "shared":
+        what = "zeros: it adds nothing yet" if is_output else "drawn afresh"
+        return Recipe(name, shape, None, what, zero=is_output)
+    source = name
+    copies, visited = 1, 1
+    if layer in plan.upcycled and part == "routed":
+        source = f"{module_name.removesuffix('routed')}shared.{leaf}"
+        copies, visited = shape[0], plan.new.experts.top_k
+    elif layer in plan.kept and part in ("routed", "router"):
+        copies, visited = plan.copies, plan.visited
+    finer = _finer(plan) if shapes[source][1:] != shape[1:] else None
+    breaks = copies > 1
+    return Recipe(
+        name,
+        shape,
+        source,
+        _describe(source if source != name else "", copies, finer),
+        copies,
+        visited,
+        finer,
+        hidden=plan.new.experts.hidden if breaks and is_matrix else 0,
+        output=is_output,
+        noised=breaks and (is_matrix or part == "router"),
+    )
+
+
+def _layer(name: str) -> int | None:
+    """blocks.3.mixture.routed.up → 3; None outside the blocks."""
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "blocks" else None
+
+
+def _finer(plan: Plan) -> Finer:
+    old, new = plan.old.experts, plan.new.experts
+    return Finer(old.grid, new.grid, new.degree if new.form == "bspline" else 1)
+
+
+def _describe(source: str, copies: int, finer: Finer | None) -> str:
+    said = []
+    if source:
+        said.append(f"{copies} copies of the dense layer's")
+    elif copies > 1:
+        said.append(f"{copies} copies of each")
+    if finer:
+        said.append(f"grid {finer.grid} → {finer.finer}")
+    return ", ".join(said) or "as it was"

@@ -1,0 +1,189 @@
+"""A run's newest checkpoint, grown to another configuration: read tensor by tensor, written as step 0 of a new run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from kabrn_dist.checkpoint.exchange import Group, on_first, rank_of, size_of, together
+from kabrn_dist.checkpoint.folder import checkpoint_path, list_checkpoints
+from kabrn_dist.checkpoint.fragment import Fragment
+from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
+from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
+from kabrn_dist.config import Config
+from kabrn_dist.config_file import dump_config
+from kabrn_dist.data.batches import Batches
+from kabrn_dist.data.files import write_whole
+from kabrn_dist.errors import UserError
+from kabrn_dist.grow.plan import Plan, make_plan
+from kabrn_dist.grow.recipes import draw_fresh, list_recipes, outline
+from kabrn_dist.grow.tensors import PARTS, Break, Recipe, Scratch, fill
+from kabrn_dist.model.router import RouterStates
+
+FP16_SCALE = 2.0**16
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What would be done: from which checkpoint, to which configuration, tensor by tensor."""
+
+    path: Path
+    manifest: Manifest
+    before: Config
+    config: Config
+    plan: Plan
+    recipes: list[Recipe]
+
+
+def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
+    """Read the newest intact checkpoint of the run in `source` and what turns it into `config`. Writes nothing.
+
+    Collective over `group` where torch.distributed is initialised.
+
+    Raises:
+        UserError: on every rank, for a folder without an intact checkpoint, or a difference that growing cannot bridge.
+    """
+    path = CheckpointStore(source / "checkpoints", group=group).find()
+    if path is None:
+        raise UserError(f"{source}/checkpoints: no intact checkpoint to start from; name the folder of a trained run")
+    manifest = together(group, read_manifest, path)
+    before = _read_config(path, manifest)
+    plan = make_plan(before.model, config.model)
+    recipes = list_recipes(plan, outline(before), outline(config))
+    missing = [r.source for r in recipes if r.source and f"{r.source}/master" not in manifest.tensors]
+    if missing:
+        raise UserError(f"{path}: has no tensor {missing[0]!r}, so another version wrote it; start from a newer run")
+    return Growth(path, manifest, before, config, plan, recipes)
+
+
+def grow(source: Path, config: Config, noise: float | None = None, redraw: float = 0.0, group: Group = None) -> Path:
+    """Write the newest checkpoint of the run in `source`, grown to `config`, as step 0 of `config.run.folder`.
+
+    Collective over `group` where torch.distributed is initialised: each rank grows a share of the tensors. The result
+    depends on the checkpoint and the arguments only. A rank holds one stored part of one logical tensor in memory;
+    what it has grown lies in files beside the run until the checkpoint is written, so the disk has room for two.
+
+    Args:
+        source: the folder of the run to start from.
+        noise: relative standard deviation of noise on copies of experts. Default: 0 for copies of dense layers, which
+            part by themselves as a fresh router sends them other tokens, and 0.01 for copies of experts.
+        redraw: share of each copy's hidden units drawn anew (0.5 in drop-upcycling, arXiv 2502.19261).
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        UserError: on every rank, as `plan_growth`; where the new run has a checkpoint; for another tokenizer.
+    """
+    _check_shares(noise, redraw)
+    folder = config.run.folder
+    on_first(group, _refuse_existing, folder)
+    growth = plan_growth(source, config, group)
+    state = together(group, _fresh_state, growth)
+    if noise is None:
+        noise = default_noise(growth.plan)
+    scratch = folder / "growing"
+    on_first(group, _make_empty, scratch)
+    fragments = _grown(growth, Break(noise, redraw, config.run.seed), scratch, group)
+    saved = CheckpointStore(folder / "checkpoints", group=group).save(0, fragments, state)
+    on_first(group, shutil.rmtree, scratch)
+    if not saved:
+        raise UserError(f"{folder}: the grown checkpoint could not be written, for the reason logged; then start again")
+    on_first(group, write_whole, folder / "config.yaml", dump_config(config).encode())
+    return checkpoint_path(folder / "checkpoints", 0)
+
+
+def default_noise(plan: Plan) -> float:
+    """Relative noise where none is asked for: see `grow`."""
+    return 0.01 if plan.copies > 1 else 0.0
+
+
+def _grown(growth: Growth, breaking: Break, scratch: Path, group: Group) -> Iterator[Fragment]:
+    """This rank's share of the grown checkpoint, each fragment grown when it is asked for."""
+    rank, size = rank_of(group), size_of(group)
+    store = Scratch(scratch / str(rank))
+    model = outline(growth.config)
+    for recipe in growth.recipes[rank::size]:
+        for part in PARTS:
+            values = store.empty(recipe.shape)
+            if recipe.source is not None:
+                old = load_tensor(growth.path, growth.manifest, f"{recipe.source}/{part}")
+                fill(values, old.float(), recipe, part, breaking)
+            elif part == "master":
+                values.copy_(draw_fresh(model, recipe, growth.config.run.seed))
+            yield Fragment(f"{recipe.name}/{part}", recipe.shape, 0, values.view(-1), owned=True)
+    if rank == 0:
+        for name, values in _router_states(growth).items():
+            yield Fragment(name, tuple(values.shape), 0, values.view(-1), owned=True)
+
+
+def _router_states(growth: Growth) -> dict[str, Tensor]:
+    """Copies keep the bias of the expert they come from and share its tokens; new mixtures start even."""
+    plan = growth.plan
+    states = RouterStates.fresh(len(plan.new.mixture_layers), plan.new.experts.routed, "cpu").named()
+    # Copies split a softmax among them, and the bias competes with what is left of a score.
+    shares = {"router/bias": 1 if plan.new.router.score == "sigmoid" else plan.copies, "router/share": plan.copies}
+    for name, values in states.items():
+        if not plan.kept or name not in growth.manifest.tensors:
+            continue
+        old = load_tensor(growth.path, growth.manifest, name) / shares[name]
+        for row, layer in enumerate(plan.new.mixture_layers):
+            if layer in plan.kept:
+                values[row] = old[plan.old.mixture_layers.index(layer)].repeat(plan.copies)
+    return states
+
+
+def _fresh_state(growth: Growth) -> dict[str, Any]:
+    """What the training loop keeps beside the tensors, of a run that has read nothing yet."""
+    config, old = growth.config, growth.manifest.state
+    data = config.data
+    batches = Batches(data.path, "train", data.sequence_length, config.run.seed)
+    cursor, tokenizer = batches.cursor(0), batches.index.tokenizer.sha256
+    batches.close()
+    if tokenizer != old["tokenizer_sha256"]:
+        raise UserError(
+            f"{data.path}/tokenizer.json is not the one that {growth.path} was trained with, so its embedding would "
+            "mean nothing; prepare the data with that run's tokenizer (`python -m data_prep --tokenizer FILE`)"
+        )
+    is_fp16, was_fp16 = (c.training.precision == "fp16" for c in (config, growth.before))
+    scale = (old["loss_scale"] if was_fp16 else FP16_SCALE) if is_fp16 else 1.0
+    return {
+        "step": 0,
+        "updates": old["updates"],
+        "cursor": asdict(cursor),
+        "loss_scale": scale,
+        "config": config.model_dump(mode="json"),
+        "tokenizer_sha256": tokenizer,
+    }
+
+
+def _read_config(path: Path, manifest: Manifest) -> Config:
+    try:
+        return Config.model_validate(manifest.state["config"])
+    except (KeyError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its configuration is not one of this version: {reason}") from None
+
+
+def _check_shares(noise: float | None, redraw: float) -> None:
+    if noise is not None and not 0 <= noise < 1:
+        raise UserError(f"noise {noise:g} is a share of the weights' size; use 0 to below 1, such as 0.01")
+    if not 0 <= redraw <= 1:
+        raise UserError(f"redraw {redraw:g} is a share of hidden units; use 0 to 1, such as 0.5")
+
+
+def _refuse_existing(folder: Path) -> None:
+    if found := list_checkpoints(folder / "checkpoints"):
+        raise UserError(f"{found[0]}: the new run has begun already; choose another run.folder, or move it away")
+
+
+def _make_empty(scratch: Path) -> None:
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    scratch.mkdir(parents=True)

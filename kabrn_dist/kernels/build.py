@@ -1,0 +1,98 @@
+"""Compiles C files of this package for this CPU, once: the library stays in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+# What the C files have names for.
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+# Symbols of OpenMP stay open: they bind to the library that torch has loaded, so that both share one pool of threads.
+COMPILE = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-strict-aliasing", "-w")
+LINK = ("-shared",)
+SECONDS = 120
+
+
+class Unavailable(Exception):
+    """Why there is no kernel here, in words for the log."""
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """The library of a C file, compiled where the cache has none for this source, compiler and CPU.
+
+    Raises:
+        Unavailable: no compiler, an error of the compiler's, a cache folder that cannot be written, or a library that
+            does not load, as where torch brought no OpenMP of GNU's.
+    """
+    try:
+        library = _find_or_build(source)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise Unavailable(str(error)) from error
+
+
+def find_compiler() -> str:
+    """$CC, gcc, clang or cc, whichever is there first."""
+    for name in (os.environ.get("CC"), "gcc", "clang", "cc"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise Unavailable("no C compiler was found")
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/kabrn_dist, by default ~/.cache/kabrn_dist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kabrn_dist"
+
+
+def _find_or_build(source: Path) -> Path:
+    compiler = find_compiler()
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    known = (compiler, _run([compiler, "--version"]), *COMPILE, *LINK, _cpu())
+    key = hashlib.sha256(
+        b"\0".join([*(file.read_bytes() for file in files), *(part.encode() for part in known)])
+    ).hexdigest()[:16]
+    folder = cache_folder()
+    library = folder / f"{source.stem}-{key}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Several ranks may be here at once: each builds its own file, and a rename puts a whole one in place.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
+        built, compiled = Path(place) / library.name, Path(place) / "compiled.o"
+        _run([compiler, *COMPILE, "-c", str(source), "-o", str(compiled)])
+        _run([compiler, *LINK, str(compiled), "-o", str(built)])
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        built.replace(library)
+    return library
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{command[0]} took more than {SECONDS} s") from error
+    if done.returncode:
+        said = (done.stderr.strip() or "nothing").splitlines()[0]
+        raise Unavailable(f"{command[0]} failed with {done.returncode}: {said}")
+    return done.stdout
+
+
+def _cpu() -> str:
+    """What `-march=native` may depend on: a home folder can be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    wanted = ("flags", "Features", "model name", "CPU part", "CPU implementer")
+    told = sorted({line for line in lines if line.startswith(wanted)})
+    return "\n".join([platform.machine(), platform.processor(), *told])

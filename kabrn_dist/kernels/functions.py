@@ -1,0 +1,122 @@
+"""The functions of grouped KAN experts, RMSNorm and the int8 quantiser as one C kernel, for CPUs (univariate.c).
+
+Shapes: N rows, D width, E experts, G groups of channels, C coefficients of a function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.kernels.build import DTYPES, load
+
+BLOCK = 64  # rows whose gradients of coefficients are summed in one go
+
+
+class Job(ctypes.Structure):
+    """`job` of univariate.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("width", "groups", "experts", "block", "blocks", "threads")),
+        *((name, ctypes.c_void_p) for name in ("counts", "coefficients", "factor")),
+        *((name, ctypes.c_float) for name in ("centre", "reach")),
+        ("quantised", ctypes.c_int32),
+    ]
+
+
+class Function(NamedTuple):
+    """A function's form, and what is the same for all experts and groups.
+
+    Attributes:
+        form: "rational" (a₀…a₅, b₁…b₄) or "chebyshev" (c₀…c₃).
+        centre, reach: its range is centre ± reach (chebyshev alone).
+    """
+
+    form: str
+    centre: float = 0.0
+    reach: float = 1.0
+
+
+class Functions:
+    """q(RMSNorm(φ(x·factor))) forward and backward, for fp32 and bf16 on the CPU.
+
+    Raises:
+        Unavailable: see `build.load`.
+    """
+
+    def __init__(self) -> None:
+        self._library = load(Path(__file__).with_name("univariate.c"))
+        self._library.scratch_floats.restype = ctypes.c_int64
+
+    def forward(
+        self, function: Function, x: Tensor, factor: Tensor | None, coefficients: Tensor, counts: Sequence[int], q: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass.
+
+        Args:
+            x: [N,D] fp32 or bf16, contiguous, rows sorted by expert.
+            factor: [N,1] fp32: the functions see x·factor; None for x itself.
+            coefficients: [E,G,C] fp32, contiguous.
+            counts: rows of each expert.
+            q: whether to quantise.
+
+        Returns:
+            codes [N,D] in the dtype of x, scale [N,1] fp32 (1 where not quantised), 1/rms [N,1] fp32.
+        """
+        out, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
+        rms = torch.empty_like(scale)
+        job, scratch, _keep = self._job(function, x, factor, coefficients, counts, q)
+        self._call(function, "forward", job, x, scratch, out, scale, rms)
+        return out, scale, rms
+
+    def backward(
+        self,
+        function: Function,
+        x: Tensor,
+        factor: Tensor | None,
+        coefficients: Tensor,
+        counts: Sequence[int],
+        grad: Tensor,
+        scale: Tensor,
+        rms: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """From the gradient of the codes (straight through the rounding) to those of x and of the coefficients."""
+        for_x, for_coefficients = torch.empty_like(x), torch.empty_like(coefficients)
+        job, scratch, _keep = self._job(function, x, factor, coefficients, counts, True)
+        partial = coefficients.new_empty(job.blocks, *coefficients.shape[1:])
+        self._call(function, "backward", job, x, grad, scale, rms, scratch, partial, for_x, for_coefficients)
+        return for_x, for_coefficients
+
+    def _job(
+        self, function: Function, x: Tensor, factor: Tensor | None, coefficients: Tensor, counts: Sequence[int], q: bool
+    ) -> tuple[Job, Tensor, object]:
+        experts, groups, _ = coefficients.shape
+        if len(counts) != experts or sum(counts) != len(x) or min(counts) < 0 or x.shape[1] % groups:
+            # The kernel would write where nothing is.
+            raise ValueError(f"{list(counts)} rows of {experts} experts, {groups} groups do not fit x {list(x.shape)}")
+        rows = (ctypes.c_int64 * experts)(*counts)
+        job = Job(
+            x.shape[1],
+            groups,
+            experts,
+            BLOCK,
+            sum(-(-n // BLOCK) for n in counts),
+            torch.get_num_threads(),
+            ctypes.addressof(rows),
+            coefficients.data_ptr(),
+            None if factor is None else factor.data_ptr(),
+            function.centre,
+            function.reach,
+            q,
+        )
+        scratch = x.new_empty(job.threads * self._library.scratch_floats(ctypes.byref(job)), dtype=torch.float32)
+        return job, scratch, rows
+
+    def _call(self, function: Function, way: str, job: Job, *tensors: Tensor) -> None:
+        run = getattr(self._library, f"{function.form}_{DTYPES[tensors[0].dtype]}_{way}")
+        run(ctypes.byref(job), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))

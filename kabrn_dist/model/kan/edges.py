@@ -1,0 +1,157 @@
+"""A layer of a Kolmogorov-Arnold network with a function on every edge: y_o = Σᵢ [b_oi·silu(xᵢ) + Σₖ s_oik·Bₖ(xᵢ)].
+
+Source: KAN (arXiv 2404.19756, eq. 2.10), with one ternary matrix for all base weights and one for all coefficients.
+
+In the ternary mode both branches are int8 codes with a scale for each row. The base branch is scaled by the largest
+silu(x) of the row. The basis branch is scaled by the largest value that basis functions can take in the row: inside
+the grid that is a constant (1 for hats), so all rows share one scale; where an input leaves the grid it grows with
+the distance, and its resolution is what int8 codes of such an outlier have anyway.
+
+Rows are expanded to K values an input chunk by chunk, in memory that stays in the cache, and expanded once more in
+backward: what is kept is x.
+
+Shapes: N rows, I inputs, O outputs, K = G + p basis functions, E experts, rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kabrn_dist.model.bitlinear import SMALLEST, quantise, ternary, widen
+from kabrn_dist.model.kan.grids import Grid
+from kabrn_dist.model.kan.splines import basis, basis_naive, basis_slope, largest
+
+# Values of a chunk: 8 MiB of fp32 on CPUs; elsewhere few large products are better.
+CHUNK, CHUNK_ELSEWHERE = 1 << 21, 1 << 26
+
+
+def edge_layer(
+    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+) -> Tensor:
+    """The layer of every expert over its rows.
+
+    Args:
+        x: [N,I] of any float dtype, rows sorted by expert.
+        base: [E,O,I] latent weights; spline: [E,O,I·K], the K coefficients of an edge side by side.
+        counts: rows of each expert, which sum to N.
+        grid: of the splines.
+        quantised: False multiplies by the latent weights themselves and rounds nothing.
+
+    Returns:
+        [N,O] in the dtype of x.
+    """
+    return _EdgeLayer.apply(x, base, spline, tuple(counts), grid, quantised)
+
+
+def edge_layer_naive(
+    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+) -> Tensor:
+    """The same by definition, expert by expert, differentiated by autograd (straight through what is rounded)."""
+
+    def used(weight: Tensor) -> Tensor:
+        codes, gamma = ternary(weight)
+        return weight + (codes * gamma - weight).detach() if quantised else weight
+
+    out = []
+    for rows, b, s in zip(x.split(list(counts)), used(base), used(spline), strict=True):
+        silu, scale = quantise(F.silu(rows), quantised)
+        values = basis_naive(rows, grid).flatten(-2)
+        if quantised:
+            steps = 127 / largest(rows, grid)
+            values = values + ((values * steps).round() / steps - values).detach()
+        out.append((silu / scale) @ b.T + values @ s.T)
+    return torch.cat(out)
+
+
+class _Branch(NamedTuple):
+    """A branch's input for some rows: `codes / scale` is the value."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+class _EdgeLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, base: Tensor, spline: Tensor, counts: tuple[int, ...], grid: Grid, quantised: bool
+    ) -> Tensor:
+        ones = widen(base.new_ones(len(base), 1, 1))
+        codes, gammas = zip(*(ternary(w) if quantised else (w, ones) for w in (base, spline)), strict=True)
+        ctx.save_for_backward(x, *gammas, *(c.to(torch.int8) if quantised else c for c in codes))
+        ctx.counts, ctx.grid, ctx.quantised, ctx.dtypes = counts, grid, quantised, (base.dtype, spline.dtype)
+        matrices = _matrices(codes, grid, x.dtype)
+        out = x.new_empty(len(x), base.shape[1])
+        for e, rows in _chunks(counts, spline.shape[2], x.device):
+            branches = _branches(widen(x[rows]), grid, quantised, x.dtype)
+            base_part, spline_part = (
+                (branch.codes @ matrix[e].T) * (gamma[e] / branch.scale)
+                for branch, matrix, gamma in zip(branches, matrices, gammas, strict=True)
+            )
+            out[rows] = base_part.add_(spline_part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma_base, gamma_spline, *codes = ctx.saved_tensors
+        gammas, grid = (gamma_base, gamma_spline), ctx.grid
+        matrices = _matrices(codes, grid, x.dtype)
+        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        # Sums over chunks are taken in fp32 or wider.
+        for_weights = [torch.zeros_like(m, dtype=gamma_base.dtype) for m in matrices]
+        for e, rows in _chunks(ctx.counts, codes[1].shape[2], x.device):
+            z, g = widen(x[rows]), grad[rows]
+            for branch, total in zip(_branches(z, grid, ctx.quantised, x.dtype), for_weights, strict=True):
+                total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
+            if for_x is not None:
+                silu, splines = ((g * gamma[e]).to(g.dtype) @ m[e] for gamma, m in zip(gammas, matrices, strict=True))
+                slope = basis_slope(z, splines.unflatten(-1, (grid.size, -1)), grid)
+                for_x[rows] = slope.add_(torch.ops.aten.silu_backward(silu.to(z.dtype), z))
+        for_base, for_spline = for_weights
+        for_spline = _knots_last(for_spline, grid)
+        return for_x, for_base.to(ctx.dtypes[0]), for_spline.to(ctx.dtypes[1]), None, None, None
+
+
+def _matrices(codes: Sequence[Tensor], grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both branches' matrices for the product; the spline's inputs go last, which makes expanding contiguous."""
+    base, spline = codes
+    turned = spline.unflatten(-1, (-1, grid.size)).transpose(-1, -2)
+    return base.to(dtype), turned.to(dtype, memory_format=torch.contiguous_format).flatten(-2)
+
+
+def _knots_last(spline: Tensor, grid: Grid) -> Tensor:
+    return spline.unflatten(-1, (grid.size, -1)).transpose(-1, -2).flatten(-2)
+
+
+def _branches(z: Tensor, grid: Grid, quantised: bool, dtype: torch.dtype) -> tuple[_Branch, _Branch]:
+    """Rows [n,I] → base branch [n,I] and basis branch [n,K·I], each with a scale [n,1]."""
+    silu = F.silu(z)
+    most = silu.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
+    values = basis(z, grid).flatten(-2)
+    return _encode(silu, most, quantised, dtype), _encode(values, largest(z, grid), quantised, dtype)
+
+
+def _encode(values: Tensor, most: Tensor, quantised: bool, dtype: torch.dtype) -> _Branch:
+    """Codes in `dtype` of values [n,I] that exceed `most` [n,1] nowhere; writes into the values."""
+    scale = 127 / most if quantised else torch.ones_like(most)
+    if quantised:
+        values = values.mul_(scale).round_()
+    if dtype == torch.float16:
+        # It ends at 65,504, so its sums are of values up to 1. In the ternary mode that is a power of two.
+        shift = torch.full_like(most, 1 / 128) if quantised else 1 / most
+        values, scale = values.mul_(shift), scale * shift
+    return _Branch(values.to(dtype), scale)
+
+
+def _chunks(counts: Sequence[int], values: int, device: torch.device) -> Iterator[tuple[int, slice]]:
+    """Every expert's rows in chunks, of `values` a row."""
+    most = max(1, (CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE) // values)
+    first = 0
+    for e, n in enumerate(counts):
+        for start in range(first, first + n, most):
+            yield e, slice(start, min(start + most, first + n))
+        first += n

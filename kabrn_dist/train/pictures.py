@@ -1,0 +1,40 @@
+"""Pictures of a run for TensorBoard: the experts' loads and what their functions have learned."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.config import Config
+from kabrn_dist.draw.experts import draw_load
+from kabrn_dist.draw.functions import draw_functions
+from kabrn_dist.model.kan.rational import FITTED
+from kabrn_dist.train.engine import Engine
+from kabrn_dist.train.metrics import Metrics
+
+# Functions of an expert that are drawn where each edge has one, and experts that are drawn.
+EDGES, EXPERTS = 4, 8
+
+
+class Pictures:
+    """Draws now and then; what a function was is what it was when this session began."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, config: Config, step: int) -> None:
+        self.engine, self.metrics, self.layers = engine, metrics, config.model.mixture_layers
+        experts = config.model.experts
+        low, high = self.span = FITTED if experts.form == "rational" else experts.range
+        reach = (high - low) / 4
+        self.points = torch.linspace(low - reach, high + reach, 201)
+        self.began, self.start = step, engine.function_curves(self.points, EDGES)
+
+    def draw(self, step: int, load: Tensor | None) -> None:
+        """Collective. `load` [L,E]: copies of each expert in the last logged step, if there was one."""
+        curves = self.engine.function_curves(self.points, EDGES)
+        if load is not None and len(load):
+            self.metrics.write_figure(step, "experts/load", partial(draw_load, load.cpu(), self.layers, step))
+        for layer, now in curves.items():
+            title = f"layer {layer}, the first rank's experts, step {step} (start: step {self.began})"
+            drawn = partial(draw_functions, self.points, now, self.start[layer], self.span, title, EXPERTS)
+            self.metrics.write_figure(step, f"functions/layer_{layer}", drawn)
