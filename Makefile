@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench bench-kan bench-retention clean
+.PHONY: setup demo test lint bench bench-kan bench-moe bench-retention clean
 
 setup: $(VENV)/.ready
 

@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["kabrn_dist*", "data_prep*"]),
+    package_data={"kabrn_dist.kernels": ["*.c", "*.h"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",
@@ -33,6 +34,6 @@ setup(
         "gpu": ["fla-core>=0.6"],
         # mpirun as a launcher, and a working MPI from a wheel, without root.
         "mpi": ["mpi4py>=4", "mpich"],
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "scipy", "types-PyYAML"],
     },
 )

@@ -1,6 +1,7 @@
 """What does a KAN expert cost beside an MLP, and beside other KANs? And does it learn what they learn?
 
 All rivals are in one run, forward + backward, fp32 and bf16, at width 256, hidden width 512, with 1 and 8 experts.
+The quick form shows that everything runs: it has few tokens and steps, and its aims say little.
 `plain` matrices are held against plain products with SiLU between and no norm, ternary ones against a BitLinear MLP.
 What each rival is and what it includes: `benchmarks/kan_rivals.py`. Fits: `benchmarks/kan_fits.py`.
 """
@@ -26,21 +27,22 @@ MILLI = 1e3
 
 
 class Size(NamedTuple):
-    """How many tokens, pykan's fewer, and how long to measure each group of rivals."""
+    """How many tokens, pykan's fewer; how many experts; and how long to measure each group of rivals."""
 
     tokens: int
     pykan: int
+    experts: tuple[int, ...]
     seconds: float
     rounds: int
 
 
-QUICK, WHOLE = Size(512, 32, 0.5, 1), Size(4096, 1024, 20.0, 5)
+QUICK, WHOLE = Size(256, 32, (1, 2), 0.2, 2), Size(4096, 1024, (1, 8), 20.0, 5)
 
 
 def questions(report: Report, quick: bool) -> None:
     size = QUICK if quick else WHOLE
     for name, dtype in DTYPES.items():
-        for count in (1, 8):
+        for count in size.experts:
             beside_mlps(report, name, Inputs(size.tokens, WIDTH, count, dtype), size)
     for name, dtype in DTYPES.items():
         beside_peers(report, name, Inputs(size.tokens, WIDTH, 1, dtype), size, quick)
@@ -128,7 +130,7 @@ def on_gpu(report: Report, size: Size) -> None:
     if not torch.cuda.is_available():
         report.compare("GPU, rival: MLP", None, "missing: no CUDA card", "ms")
         return
-    for count in (1, 8):
+    for count in size.experts:
         beside_mlps(report, "GPU bf16", Inputs(size.tokens, WIDTH, count, torch.bfloat16, "cuda"), size)
 
 

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import moe_exchange
 from benchmarks import moe_rivals as rivals
-from benchmarks.moe_rivals import Function, Inputs, Layer, Own, Shape
+from benchmarks.moe_inputs import Function, Inputs, Layer, Shape, both_passes, forward_pass
+from benchmarks.moe_rivals import Own
 from benchmarks.report import Report, kept_bytes, measure, run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,8 +29,8 @@ def shapes(tokens: int) -> list[Shape]:
 
 
 def questions(report: Report, quick: bool) -> None:
-    tokens = 1024 if quick else 4096
-    seconds, rounds = (3.0, 2) if quick else (40.0, 8)
+    tokens = 512 if quick else 4096
+    seconds, rounds = (1.0, 2) if quick else (40.0, 8)
     for shape in shapes(tokens):
         for name, dtype in DTYPES.items():
             one_process(report, f"{shape} {name}", Inputs(shape, dtype), seconds, rounds)
@@ -51,8 +52,8 @@ def one_process(report: Report, here: str, x: Inputs, seconds: float, rounds: in
     rational = {"ours": rivals.ours(x, RATIONAL), "our own dense": rivals.own_dense(x, RATIONAL)}
     layers = {name: layer for name, layer in candidates.items() if not isinstance(layer, str)}
     missing = {name: why for name, why in candidates.items() if isinstance(why, str)}
-    functions: dict[str, Function] = {name: rivals.both_passes(layer, x) for name, layer in layers.items()}
-    functions |= {f"rational {name}": rivals.both_passes(layer, x) for name, layer in rational.items()}
+    functions: dict[str, Function] = {name: both_passes(layer, x) for name, layer in layers.items()}
+    functions |= {f"rational {name}": both_passes(layer, x) for name, layer in rational.items()}
     functions["bare products"] = rivals.bare_products(x)
     times = measure(functions, seconds, rounds)
     for name in ("dense", "our own dense", "bare products", *list(candidates)[3:]):
@@ -80,8 +81,8 @@ def speed_aims(report: Report, here: str, times: dict[str, float]) -> None:
 
 def memory(report: Report, here: str, x: Inputs, layers: dict[str, Layer], missing: dict[str, str]) -> None:
     """Bytes kept for backward, and the most that is there at once; both with weights, tokens and gradients."""
-    kept = {name: kept_bytes(rivals.forward_pass(layer, x)) * MEGA for name, layer in layers.items()}
-    peak = {name: peak_bytes(rivals.both_passes(layer, x)) * MEGA for name, layer in layers.items()}
+    kept = {name: kept_bytes(forward_pass(layer, x)) * MEGA for name, layer in layers.items()}
+    peak = {name: peak_bytes(both_passes(layer, x)) * MEGA for name, layer in layers.items()}
     for what, figures in (("kept for backward", kept), ("peak", peak)):
         for name in figures | missing:
             if name != "ours":

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from benchmarks import moe_rivals as rivals
-from benchmarks.moe_rivals import Function, Inputs, Own, Shape
+from benchmarks.moe_inputs import Function, Inputs, Shape, both_passes
+from benchmarks.moe_rivals import Own
 from benchmarks.report import Report
 from benchmarks.retention_wire import tcp_bytes_sent
 from kabrn_dist.mesh import free_port, keep_freed_memory
@@ -44,9 +45,9 @@ Figures = dict[str, dict[str, float]]
 
 
 def question(report: Report, quick: bool) -> None:
-    """Rows and aims for two and four processes."""
+    """Rows and aims for two and four processes, quickly for two."""
     tokens, rounds = (256, 3) if quick else (2048, 10)
-    for world in (2, 4):
+    for world in (2,) if quick else (2, 4):
         figures = run_processes(world, tokens, rounds)
         here = f"P={world}"
         pairs = [("int8", rival) for rival in figures if rival != "int8"] + [("plain experts", DEEPSPEED)]
@@ -99,7 +100,7 @@ def _measure(rank: int, world: int, tokens: int, rounds: int) -> Figures:
     }
     layers = {name: rivals.ours(x, OURS[name][0], wire) for name, wire in wires.items()}
     layers[DEEPSPEED] = rivals.deepspeed(x, dropless=True, ranks=world, rank=rank)
-    steps = {name: rivals.both_passes(layer, x) for name, layer in layers.items()}
+    steps = {name: both_passes(layer, x) for name, layer in layers.items()}
     figures: Figures = {name: {"seconds": float("inf"), "exchange": 0.0} for name in steps}
     for name, step in steps.items():
         step()

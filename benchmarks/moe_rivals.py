@@ -22,16 +22,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from benchmarks.moe_inputs import Function, Inputs, Layer, Shape, Swiglu, of_module
 from kabrn_dist.config import Experts, Model, Retention
 from kabrn_dist.config import Router as RouterSettings
 from kabrn_dist.model.bitlinear import grouped_product
@@ -39,93 +38,8 @@ from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.wire import Traffic, Wire
 
-Function = Callable[[], object]
-
 # Bytes that batched_mm may copy of the experts' matrices, and fairscale may spend on one mask.
-TOO_MUCH = 1e9
-
-
-@dataclass(frozen=True)
-class Shape:
-    """N tokens of width D; E experts of one hidden width, k of which a token visits."""
-
-    tokens: int
-    experts: int
-    top_k: int
-    hidden: int
-    width: int = 256
-
-    def __str__(self) -> str:
-        return f"{self.experts} experts top-{self.top_k}"
-
-
-class Layer(NamedTuple):
-    """A function [1,N,D] → [1,N,D] and what it learns."""
-
-    forward: Callable[[Tensor], Tensor]
-    parameters: list[Tensor]
-
-
-class Swiglu(nn.Module):
-    """down(silu(gate x) · up x), the expert of all rivals."""
-
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = (nn.Parameter(matrix.clone()) for matrix in (gate, up, down))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
-
-
-def _drawn_with(seed: int) -> Callable[..., Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return lambda *sizes: torch.randn(sizes, generator=draw)
-
-
-class Inputs:
-    """Tokens x [1,N,D] of RMS 1, the gradient of the output, router [E,D], experts' gate, up [E,H,D], down [E,D,H]."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
-        """`seed` is that of the tokens; the rest is always the same."""
-        e, h, d = shape.experts, shape.hidden, shape.width
-        normal = _drawn_with(1000 + seed)
-        tokens = normal(1, shape.tokens, d)
-        tokens = tokens / tokens.square().mean(-1, keepdim=True).sqrt()
-        self.shape, self.dtype = shape, dtype
-        self.x, self.grad = tokens.to(dtype), normal(1, shape.tokens, d).to(dtype)
-        normal = _drawn_with(0)
-        self.router = torch.linalg.qr(normal(d, e))[0].T.contiguous().to(dtype)
-        self.gate, self.up = (normal(e, h, d).div(d**0.5).to(dtype) for _ in range(2))
-        self.down = normal(e, d, h).div(h**0.5).to(dtype)
-
-    @property
-    def counts(self) -> list[int]:
-        """Copies for each expert."""
-        chosen = (self.x[0].float() @ self.router.float().T).topk(self.shape.top_k).indices
-        return torch.bincount(chosen.flatten(), minlength=self.shape.experts).tolist()
-
-    @property
-    def imbalance(self) -> float:
-        """The fullest expert's copies over the fair share."""
-        return max(self.counts) * self.shape.experts / (self.shape.tokens * self.shape.top_k)
-
-    def experts(self) -> list[Swiglu]:
-        return [Swiglu(*matrices) for matrices in zip(self.gate, self.up, self.down, strict=True)]
-
-
-def both_passes(layer: Layer, inputs: Inputs) -> Function:
-    """Forward and backward, gradients of the tokens and of all parameters."""
-    x = inputs.x.clone().requires_grad_()
-    return lambda: torch.autograd.grad(layer.forward(x), [x, *layer.parameters], inputs.grad)
-
-
-def forward_pass(layer: Layer, inputs: Inputs) -> Callable[[], Tensor]:
-    x = inputs.x.clone().requires_grad_()
-    return lambda: layer.forward(x)
-
-
-def of_module(module: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Layer:
-    return Layer(call or module, list(module.parameters()))
+TOO_MUCH = 5e8
 
 
 class Own(NamedTuple):
@@ -211,6 +125,10 @@ def bare_products(inputs: Inputs) -> Function:
         products += [(narrow[rows], to_narrow, wide_out[rows])]
         products += 2 * [(wide[rows].T, narrow[rows], for_up[expert])]
         products += [(narrow[rows].T, wide[rows], for_down[expert])]
+
+    # Three matrices, forward, for the rows and for the matrices.
+    flops = 3 * 3 * 2 * copies * shape.hidden * shape.width
+    assert flops == sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right, _ in products)
 
     def all_products() -> None:
         for left, right, out in products:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from kabrn_dist.config_model import Experts, Model, Retention, Router, Section, divisors, join
 from kabrn_dist.errors import UserError
@@ -67,6 +67,22 @@ class Parallel(Section):
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: what the ranks share out instead of copying.")
     bucket: PositiveInt = Field(50_000_000, description="Elements of a ZeRO reduce, gather or prefetch bucket.")
 
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Parallel:
+        weights = self.rank_weights
+        if weights is None:
+            return self
+        if self.experts_per_rank != "auto":
+            raise ValueError(
+                f"rank_weights {list(weights)} are for experts_per_rank: auto; set it so, or leave out rank_weights"
+            )
+        if len(weights) != self.expert:
+            raise ValueError(
+                f"rank_weights {list(weights)} has {len(weights)} entries for the {self.expert} ranks of "
+                "parallel.expert; give one for each"
+            )
+        return self
+
 
 class Optimizer(Section):
     """AdamW with linear warm-up and cosine decay."""
@@ -119,9 +135,10 @@ class Config(Section):
         return self.training.batch // (self.training.micro_batch * (world // self.parallel.sequence))
 
     def placement(self) -> tuple[int, ...]:
-        """Routed experts on each rank of an expert group."""
+        """Routed experts on each rank of an expert group; `auto` is replaced by numbers before (resolve_placement)."""
         counts = self.parallel.experts_per_rank
-        if counts is not None and counts != "auto":
+        if counts is not None and self.parallel.expert > 1:
+            assert counts != "auto", "resolve_placement comes first"
             return counts
         return (self.model.experts.routed // self.parallel.expert,) * self.parallel.expert
 
@@ -138,20 +155,22 @@ class Config(Section):
                 f"parallel.expert {expert} does not divide the {world} processes; "
                 f"it can be {join(fits)}, or start a multiple of {expert} processes"
             )
+        if expert > routed:
+            raise UserError(
+                f"parallel.expert {expert} ranks cannot each hold one of model.experts.routed {routed}; "
+                f"set it to {join(fits)}"
+            )
         if counts is None and routed % expert:
             raise UserError(
                 f"parallel.expert {expert} does not divide model.experts.routed {routed}; set it to "
-                f"{join(fits)}, or name the shares in parallel.experts_per_rank"
+                f"{join(fits)}, or name the shares in parallel.experts_per_rank, such as "
+                f"{_nearest_shares((), expert, routed)}"
             )
-        if counts is not None and (len(counts) != expert or sum(counts) != routed):
+        if isinstance(counts, tuple) and (len(counts) != expert or sum(counts) != routed):
             raise UserError(
                 f"parallel.experts_per_rank {list(counts)} has {len(counts)} entries that sum to {sum(counts)}; "
-                f"it needs parallel.expert = {expert} entries that sum to model.experts.routed = {routed}"
-            )
-        if counts is not None and len(set(counts)) > 1 and self.parallel.zero > 1:
-            raise UserError(
-                f"parallel.experts_per_rank {list(counts)} is uneven, which is proven for ZeRO 0 and 1 only, "
-                f"and parallel.zero is {self.parallel.zero}; set parallel.zero to 1"
+                f"it needs parallel.expert = {expert} entries that sum to model.experts.routed = {routed}, such as "
+                f"{_nearest_shares(counts, expert, routed)}"
             )
         self._check_sequence(world)
         sequence = self.parallel.sequence
@@ -182,3 +201,13 @@ class Config(Section):
 
 def _nearest_multiple(value: int, step: int) -> int:
     return max(step, round(value / step) * step)
+
+
+def _nearest_shares(counts: tuple[int, ...], ranks: int, routed: int) -> list[int]:
+    """As few experts moved as needed for shares that work; from scratch where `counts` is of little help."""
+    near = list(counts) if len(counts) == ranks and sum(counts) <= 2 * routed else [1] * ranks
+    while sum(near) > routed:
+        near[near.index(max(near))] -= 1
+    while sum(near) < routed:
+        near[near.index(min(near))] += 1
+    return near

@@ -21,7 +21,7 @@ def main(jobs: Path) -> None:
     with join_processes(place) as device:
         for path in json.loads(jobs.read_text()):
             config = load_config(path)
-            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence)
+            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence, config.parallel.node)
             session = Session(config, mesh, open_splits(config), "never")
             dtypes = {name: str(p.dtype) for name, p in session.engine.model.named_parameters()}
             states = {name: str(value.dtype) for name, value in session.engine.model.routers.named().items()}

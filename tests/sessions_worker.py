@@ -12,6 +12,7 @@ from pathlib import Path
 from kabrn_dist.config_file import load_config
 from kabrn_dist.mesh import find_place, join_processes, make_mesh
 from kabrn_dist.train.loop import Session
+from kabrn_dist.train.shares import resolve_placement
 from kabrn_dist.train.splits import open_splits
 
 
@@ -21,7 +22,8 @@ def main(jobs: Path) -> None:
         for path, resume, stop_after in json.loads(jobs.read_text()):
             config = load_config(path)
             config.check_world(place.world)
-            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence)
+            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence, config.parallel.node)
+            config = resolve_placement(config, mesh)
             session = Session(config, mesh, open_splits(config), resume)
             session.run(stop_after)
             session.engine.close()

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from benchmarks import kan_fits, kan_rivals, moe_inputs, moe_rivals
+from benchmarks.moe import peak_bytes
 from benchmarks.report import Report, kept_bytes, measure
+from kabrn_dist.model.bitlinear import rms_norm
 from tests.harness import finish, start
 
 NUMBER = (int, float)
@@ -45,6 +49,106 @@ def test_retention(tmp_path: Path) -> None:
     exact = {what: aim for what, aim in content["aims"].items() if "wire" in what or "bytes" in what or "state" in what}
     assert len(exact) >= 2 * 3 * 2 + 4
     assert all(aim["holds"] for aim in exact.values()), exact
+
+
+@pytest.mark.slow
+def test_moe(tmp_path: Path) -> None:
+    path = tmp_path / "moe.json"
+    command = [sys.executable, "-m", "benchmarks.moe", "--quick", "--json", str(path)]
+    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.code == 0, result.out
+    content = json.loads(path.read_text())
+    check_form(content)
+    names = [row["name"] for row in content["rows"]]
+    for rival in ("rival: dense", "deepspeed", "fairscale", "transformers", "rational", "kept", "peak", "GPU", "wire"):
+        assert any(rival in name for name in names), f"{rival} was left out"
+    # Bytes, unlike times, are the same whatever else the machine does.
+    exact = {what: aim for what, aim in content["aims"].items() if "bytes" in what}
+    assert len(exact) == 4 + 1 + 2
+    assert all(aim["holds"] for aim in exact.values()), exact
+
+
+def small_mixture() -> moe_inputs.Inputs:
+    return moe_inputs.Inputs(moe_inputs.Shape(tokens=96, experts=8, top_k=2, hidden=12, width=16), torch.float32)
+
+
+def test_rivals_of_moe_are_one_function() -> None:
+    x = small_mixture()
+    by_definition = torch.zeros_like(x.x[0])
+    weights, choice = (x.x[0] @ x.router.T).softmax(-1).topk(2)
+    for token, (weight, chosen) in enumerate(zip(weights / weights.sum(-1, keepdim=True), choice, strict=True)):
+        for share, expert in zip(weight, chosen.tolist(), strict=True):
+            by_definition[token] += share * x.experts()[expert](x.x[0, token])
+    layers = {"deepspeed": moe_rivals.deepspeed(x, dropless=True)}
+    for back_end in ("eager", "grouped_mm", "batched_mm"):
+        layer = moe_rivals.transformers(x, back_end)
+        if not isinstance(layer, str):
+            layers[back_end] = layer
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.forward(x.x)[0], by_definition, msg=name)
+        assert len(moe_inputs.both_passes(layer, x)()) == 1 + len(layer.parameters)
+
+
+def test_peak_is_what_lives_at_once() -> None:
+    x = torch.ones(1000)
+    # Two of the three results at a time.
+    assert peak_bytes(lambda: x.exp().sin().cos()) == 2 * 4000
+
+
+@pytest.mark.slow
+def test_kan(tmp_path: Path) -> None:
+    path = tmp_path / "kan.json"
+    command = [sys.executable, "-m", "benchmarks.kan", "--quick", "--json", str(path)]
+    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=900)
+    assert result.code == 0, result.out
+    content = json.loads(path.read_text())
+    check_form(content)
+    names = [row["name"] for row in content["rows"]]
+    forms = ("rational", "chebyshev", "hat", "bspline", "swiglu", "relu2")
+    rivals = ("products with SiLU", "BitLinear MLP", "pykan", "flashkan", "FastKAN", "GPU", "kept", "fit")
+    for part in (*forms, *rivals):
+        assert any(part in name for name in names), f"{part} was left out"
+    # Bytes, unlike times, are the same whatever else the machine does.
+    kept = [row["ratio"] for row in content["rows"] if "kept" in row["name"] and "FastKAN" in row["name"]]
+    assert kept and min(kept) > 1
+
+
+def test_kan_rivals_do_what_they_say() -> None:
+    x = kan_rivals.Inputs(40, 16, 3, torch.float32)
+    assert sum(x.counts) == 40 and len(set(x.counts)) > 1
+    plain, normed = kan_rivals.silu(x, 24), kan_rivals.experts("silu", x, 24, quantised=False)
+    assert plain.parameters == normed.parameters == 3 * 2 * 16 * 24
+    rows = plain.leaves[0]
+    for matrix in (*plain.leaves[1:], *normed.leaves[1:]):
+        matrix.data.fill_(1.0)
+    hidden = F.silu(rows.sum(-1, keepdim=True)).expand(-1, 24)
+    torch.testing.assert_close(plain.forward(), hidden.sum(-1, keepdim=True).expand(-1, 16))
+    torch.testing.assert_close(normed.forward(), rms_norm(hidden).sum(-1, keepdim=True).expand(-1, 16))
+    assert [g.shape for g in plain()] == [leaf.shape for leaf in plain.leaves]
+
+
+def test_fastkan_is_its_formula() -> None:
+    x = kan_rivals.Inputs(5, 4, 1, torch.float64)
+    network = kan_rivals.fastkan(x, 3)
+    out, leaves = network.forward(), iter(network.leaves)
+    z = next(leaves)
+    for _ in range(2):
+        gain, shift, spline, base, bias = (next(leaves) for _ in range(5))
+        normal = (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * gain + shift
+        result = F.silu(z) @ base.T + bias
+        for i in range(4 if len(spline) == 3 else 3):
+            for k in range(8):
+                centre = -2 + k * 4 / 7
+                result = result + torch.exp(-(((normal[:, i] - centre) * 7 / 4) ** 2))[:, None] * spline[:, 8 * i + k]
+        z = result
+    torch.testing.assert_close(out, z)
+
+
+def test_mlps_have_as_many_parameters() -> None:
+    for layers in (1, 2):
+        for wanted in (22, 135, 189):
+            has = kan_fits.count(kan_fits.mlp(2, wanted, layers))
+            assert wanted <= has < wanted + 50
 
 
 def test_missing_rivals_are_named(tmp_path: Path) -> None:

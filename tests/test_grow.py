@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
+from kabrn_dist.config import Experts
 from kabrn_dist.config_file import load_config
 from kabrn_dist.data.batches import Batches
 from kabrn_dist.errors import UserError
 from kabrn_dist.generate import load_run
+from kabrn_dist.grow.describe import describe
 from kabrn_dist.grow.plan import make_plan
 from kabrn_dist.grow.recipes import OUTPUTS
-from kabrn_dist.grow.run import grow
+from kabrn_dist.grow.run import grow, plan_growth
 from kabrn_dist.grow.tensors import Break, Finer, Recipe, fill, refine_part
 from kabrn_dist.model.kan.forms import FORMS
 from kabrn_dist.model.kan.grids import insertion
 from tests.harness import read_losses, run, sessions, write_config
 
-PLAIN: dict[str, Any] = {"model__quantise": False, "training__steps": 4}
+SHORT: dict[str, Any] = {"training__steps": 4, "training__micro_batch": 4}
+PLAIN: dict[str, Any] = {**SHORT, "model__quantise": False}
 # Name → a trained run. The dense ones have one mixture or none.
 SOURCES: dict[str, dict[str, Any]] = {
     "dense": {**PLAIN, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
@@ -35,7 +38,7 @@ SOURCES: dict[str, dict[str, Any]] = {
         "model__experts__shared": 0,
         "model__experts__grid": 3,
     },
-    "ternary": {"training__steps": 4, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
+    "ternary": {**SHORT, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
     "mixture": PLAIN,
     "softmax": {**PLAIN, "model__router__score": "softmax", "model__router__renormalise": False},
     "one": {**PLAIN, "model__experts__top_k": 1, "model__experts__form": "swiglu"},
@@ -90,7 +93,12 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(trained: Path, shards: Path, folder: Path, source: str, changes: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
     return write_config(folder / "grown.yaml", shards, folder / "grown", **(SOURCES[source] | changes))
+
+
+def load(path: Path, name: str) -> Tensor:
+    return load_tensor(path, read_manifest(path), name)
 
 
 def score(folder: Path, shards: Path) -> Tensor:
@@ -124,18 +132,10 @@ def test_noise_moves_the_loss_a_little_and_redrawing_more(trained: Path, shards:
     assert 0 < after[0] < 1e-3 < after[1] < 0.5
 
 
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Path:
-    for name in ("0.0", "0.5", "alone", "pair"):
-        (tmp_path / name).mkdir()
-    return tmp_path
-
-
 def test_copies_share_their_moments_and_router(trained: Path, shards: Path, tmp_path: Path) -> None:
     config = load_config(configure(trained, shards, tmp_path, "mixture", TWICE_ONE))
     new = grow(trained / "mixture", config)
     old = trained / "mixture" / "checkpoints" / "step-00000004"
-    load = lambda path, name: load_tensor(path, read_manifest(path), name)  # noqa: E731
     for name in ("routed.up", "routed.outer_numerator", "router.weight"):
         first, second = (f"blocks.1.mixture.{name}/{part}" for part in ("exp_avg", "exp_avg_sq"))
         assert torch.equal(load(new, first), load(old, first).repeat(2, *[1] * (load(old, first).ndim - 1)) / 2)
@@ -150,7 +150,10 @@ def test_copies_share_their_moments_and_router(trained: Path, shards: Path, tmp_
 
 
 def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_path: Path) -> None:
-    start, changes = str(trained / "dense"), {"model__experts__first_dense": 0, "training__steps": 8}
+    start, changes = (
+        str(trained / "dense"),
+        {"model__experts__first_dense": 0, "training__steps": 8, "checkpoint__keep": 9},
+    )
     alone = configure(trained, shards, tmp_path / "alone", "dense", changes)
     command = [sys.executable, "launch/grow.py", "--from", start, "--config", str(alone), "--redraw", "0.0"]
     result = run(command)
@@ -161,6 +164,10 @@ def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_
     sessions(2, [[str(pair), "auto", 5], [str(pair), "auto", None]], tmp_path / "pair")
     one, two = (read_losses(tmp_path / name / "grown") for name in ("alone", "pair"))
     assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
+    starts = [tmp_path / name / "grown" / "checkpoints" / "step-00000000" for name in ("alone", "pair")]
+    tensors = read_manifest(starts[0]).tensors
+    assert tensors.keys() == read_manifest(starts[1]).tensors.keys()
+    assert all(torch.equal(load(starts[0], name), load(starts[1], name)) for name in tensors)
     # It goes on from what was learnt: a fresh model starts at log 257.
     assert one[0] < read_losses(trained / "dense")[0] - 0.1
 
@@ -172,12 +179,20 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "mixture",
         {"model__experts__routed": 8},
-        "top_k 2 → 2.* do not add up.* top_k 4 .* or top_k 2 with router.groups 2",
+        "top_k 2 → 2.* do not add up.*top_k 4 .*, or top_k 2 with router.groups 2",
     ),
     ("mixture", {"model__experts__first_dense": 1}, "layers 0 had a mixture .* set them back to 1 and 0"),
     ("mixture", {"model__experts__shared": 2}, "model.experts.shared is 1 .* 2 here"),
-    ("softmax", TWICE_ONE, "do not add up .* renormalise true"),
-    ("limited", {"model__experts__routed": 12, "model__experts__top_k": 4}, "router.groups 6 and groups_per_token 4"),
+    (
+        "softmax",
+        TWICE_ONE,
+        "do not add up .*; use model.experts.top_k 4 with no group limit .a token visits all copies.$",
+    ),
+    (
+        "limited",
+        {"model__experts__routed": 12, "model__experts__top_k": 4},
+        "use model.experts.top_k 4 with groups 6 and groups_per_token 4",
+    ),
     ("dense", {"model__experts__first_dense": 0, "model__experts__hidden": 48}, "hidden 48 is not the .* 24"),
     ("dense", {"model__experts__first_dense": 0, "model__router__renormalise": False}, "renormalise false"),
     ("dense", {"model__experts__dense_hidden": 48}, "model.experts.dense_hidden is 24 .* 48 here"),
@@ -205,6 +220,19 @@ def test_a_run_that_has_begun_is_not_grown_over(trained: Path, shards: Path, tmp
     grow(trained / "mixture", config)
     with pytest.raises(UserError, match="has begun already"):
         grow(trained / "mixture", config)
+
+
+def test_the_table_says_what_becomes_of_each_tensor(trained: Path, shards: Path, tmp_path: Path) -> None:
+    changes = GROWN["all-at-once"][1] | {"model__experts__shared": 0}
+    config = load_config(configure(trained, shards, tmp_path, "half", changes))
+    table = describe(plan_growth(trained / "half", config), None, 0.0).splitlines()
+    rows = {" ".join(line.split()) for line in table}
+    assert "mixture.routed.inner_spline 0 1×24×128 8×24×320 8 copies of the dense layer's, grid 3 → 9" in rows
+    assert "mixture.routed.inner_spline 1 4×24×128 8×24×320 2 copies of each, grid 3 → 9" in rows
+    assert "mixture.router.weight 0 8×32 drawn afresh" in rows
+    assert "head.weight 257×32 257×32 as it was" in rows
+    assert table[-1] == "loss at the start: not as it was, by noise of 0.01 on the copies"
+    assert not config.run.folder.exists()
 
 
 def test_a_difference_without_shapes_is_named_and_silent_ones_are_not(trained: Path) -> None:
@@ -258,14 +286,7 @@ def test_moments_of_a_finer_grid_make_no_longer_steps(grid: int, finer: int, deg
 
 def test_every_form_names_the_matrices_that_read_hidden_units() -> None:
     for name, form in FORMS.items():
-        settings = load_settings(name)
-        shapes = dict(form(8, 24, settings, range(1), True, 1.0).named_parameters())
-        for leaf in form(8, 24, settings, range(1), True, 1.0).stds:
-            rows, columns = shapes[leaf].shape[1:]
+        experts = form(8, 24, Experts(form=name, routed=2, top_k=1, hidden=24), range(1), True, 1.0)
+        for leaf in experts.stds:
+            rows, columns = experts.get_parameter(leaf).shape[1:]
             assert (rows, columns % 24) == (8, 0) if leaf.startswith(OUTPUTS) else rows == 24, (name, leaf)
-
-
-def load_settings(form: str) -> Any:
-    from kabrn_dist.config import Experts
-
-    return Experts(form=form, routed=2, top_k=1, hidden=24)

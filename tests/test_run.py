@@ -87,13 +87,16 @@ def _check_scalars(folder: Path) -> None:
         "optimizer/learning_rate",
         "optimizer/gradient_norm",
         "speed/tokens_per_second",
-        "experts/load/layer_1/expert_3",
+        "experts/maxvio/layer_1",
+        "experts/bias_range/layer_0",
         "experts/router_entropy/layer_0",
         "ternary/zero/layer_1",
         "validation/loss",
         "validation/bits_per_byte",
     }
     assert wanted <= tags, wanted - tags
+    pictures = {"experts/load", "functions/layer_0", "functions/layer_1"}
+    assert pictures == set(board.Tags()["images"])
     assert [event.step for event in board.Scalars("loss/total")] == list(range(1, 11))
     zeros = [event.value for event in board.Scalars("ternary/zero/layer_1")]
     assert all(0.2 < share < 0.45 for share in zeros), "Gaussian latents give 31 % zeros"

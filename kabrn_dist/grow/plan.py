@@ -159,29 +159,26 @@ def _check_copies(old: Model, new: Model, copies: int) -> None:
     """
     for key in ("score", "renormalise"):
         _same(f"router.{key}", getattr(old.router, key), getattr(new.router, key))
-    old_groups, old_most = _limit(old)
-    groups, most = _limit(new)
+    (old_groups, old_most), limit = _limit(old), _limit(new)
     k, top_k = old.experts.top_k, new.experts.top_k
+    # Without renormalisation copies split a softmax score, and each has a sigmoid score whole.
+    splits, whole = (new.router.renormalise or new.router.score == score for score in ("softmax", "sigmoid"))
     all_limit = (copies * old_groups, copies * old_most) if old_groups > 1 else (1, 1)
-    all_copies = top_k == copies * k and (groups, most) == all_limit
-    one_copy = top_k == k and old_most == 1 and (groups, most) == (copies * old_groups, 1)
-    alone = top_k == k == 1 and groups == old_groups == 1
-    sums_to_one = new.router.renormalise
-    if not sums_to_one and (one_copy or alone):
-        one_copy = alone = new.router.score == "sigmoid"
-    if not sums_to_one and all_copies:
-        all_copies = new.router.score == "softmax"
-    if all_copies or one_copy or alone:
+    if splits and (top_k, limit) == (copies * k, all_limit):
         return
-    limit = f"router.groups {all_limit[0]} and groups_per_token {all_limit[1]}" if old_groups > 1 else "no group limit"
-    ways = [f"model.experts.top_k {copies * k} with {limit} (a token visits all copies)"]
-    if old_most == 1:
+    if whole and top_k == k and old_most == 1 and limit in ((copies * old_groups, 1), (1, 1))[: 2 if k == 1 else 1]:
+        return
+    ways = []
+    if splits:
+        limited = f"groups {all_limit[0]} and groups_per_token {all_limit[1]}" if old_groups > 1 else "no group limit"
+        ways.append(f"model.experts.top_k {copies * k} with {limited} (a token visits all copies)")
+    if whole and old_most == 1:
         ways.append(f"top_k {k} with router.groups {copies * old_groups} and groups_per_token 1 (it visits one copy)")
-    needs = "" if sums_to_one else "; and router.renormalise true in both runs lets either do"
     raise UserError(
         f"model.experts.routed {old.experts.routed} → {new.experts.routed} copies each expert {copies} times, and with "
-        f"top_k {k} → {top_k}, router.groups {groups} and groups_per_token {most} the copies do not add up to what "
-        f"they were; use {', or '.join(ways)}{needs}"
+        f"top_k {k} → {top_k}, router.groups {new.router.groups} and groups_per_token "
+        f"{new.router.groups_per_token or 'null'} the copies do not add up to what they were; "
+        f"{'use ' + ', or '.join(ways) if ways else 'no routing lets them'}"
     )
 
 

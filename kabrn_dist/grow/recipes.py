@@ -19,9 +19,8 @@ OUTPUTS = ("down", "outer")
 
 
 def outline(config: Config) -> MixKABRN:
-    """The whole model without memory for its weights: their names and shapes."""
-    with torch.device("meta"):
-        return MixKABRN(config.model, Placement((config.model.experts.routed,), 0), alone())
+    """The whole model with weights that were never written, so that (on Linux) they take addresses, not memory."""
+    return MixKABRN(config.model, Placement((config.model.experts.routed,), 0), alone())
 
 
 def list_recipes(plan: Plan, old: MixKABRN, new: MixKABRN) -> list[Recipe]:
@@ -31,16 +30,14 @@ def list_recipes(plan: Plan, old: MixKABRN, new: MixKABRN) -> list[Recipe]:
 
 
 def draw_fresh(model: MixKABRN, recipe: Recipe, seed: int) -> Tensor:
-    """The values that a new run would start this parameter with, or zeros. Memory: its module's."""
+    """The values that a new run would start this parameter with, or zeros. Memory: its module's, which stays."""
     module_name, _, leaf = recipe.name.rpartition(".")
     if recipe.zero:
         return torch.zeros(recipe.shape)
-    module = model.get_submodule(module_name).to_empty(device="cpu")
+    module = model.get_submodule(module_name)
     assert isinstance(module, Router | StackedExperts)
     module.initialise(seed, module_name)
-    drawn = module.get_parameter(leaf).detach()
-    module.to("meta")
-    return drawn
+    return module.get_parameter(leaf).detach()
 
 
 def _recipe(plan: Plan, new: MixKABRN, name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> Recipe:

@@ -11,10 +11,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
-# What the C files have names for.
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Symbols of OpenMP stay open: they bind to the library that torch has loaded, so that both share one pool of threads.
 COMPILE = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-strict-aliasing", "-w")
 LINK = ("-shared",)
@@ -33,9 +29,9 @@ def load(source: Path) -> ctypes.CDLL:
             does not load, as where torch brought no OpenMP of GNU's.
     """
     try:
-        library = _find_or_build(source)
+        library = find_or_build(source)
         return ctypes.CDLL(str(library))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise Unavailable(str(error)) from error
 
 
@@ -53,7 +49,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kabrn_dist"
 
 
-def _find_or_build(source: Path) -> Path:
+def find_or_build(source: Path) -> Path:
+    """The library of a C file in the cache, from now on at the latest. Raises Unavailable, OSError."""
     compiler = find_compiler()
     files = [source, *sorted(source.parent.glob("*.h"))]
     known = (compiler, _run([compiler, "--version"]), *COMPILE, *LINK, _cpu())
@@ -82,8 +79,8 @@ def _run(command: list[str]) -> str:
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{command[0]} took more than {SECONDS} s") from error
     if done.returncode:
-        said = (done.stderr.strip() or "nothing").splitlines()[0]
-        raise Unavailable(f"{command[0]} failed with {done.returncode}: {said}")
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise Unavailable(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[-1])}")
     return done.stdout
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kabrn_dist.kernels.build import DTYPES, Unavailable, find_compiler
-from kabrn_dist.kernels.functions import Functions
+from kabrn_dist.kernels.build import Unavailable, find_compiler
+from kabrn_dist.kernels.functions import DTYPES, Functions
 from kabrn_dist.kernels.products import Products
 
 SWITCH = "KABRN_KERNELS"

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.build import DTYPES, load
+from kabrn_dist.kernels.build import load
 
+# What the C files have names for.
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 BLOCK = 64  # rows whose gradients of coefficients are summed in one go
 
 
@@ -33,7 +35,7 @@ class Function(NamedTuple):
     """A function's form, and what is the same for all experts and groups.
 
     Attributes:
-        form: "rational" (a₀…a₅, b₁…b₄) or "chebyshev" (c₀…c₃).
+        form: "rational" (a₀…a₅, b₁…b₄), "chebyshev" (c₀…c₃), or "identity" (no coefficients).
         centre, reach: its range is centre ± reach (chebyshev alone).
     """
 

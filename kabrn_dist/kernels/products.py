@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.build import DTYPES, load
+from kabrn_dist.kernels.build import load
+from kabrn_dist.kernels.functions import DTYPES
 
 
 class Products:

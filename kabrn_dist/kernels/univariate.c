@@ -11,7 +11,7 @@
 
 #define MOST 10 /* coefficients of one function */
 
-enum { RATIONAL, CHEBYSHEV };
+enum { RATIONAL, CHEBYSHEV, IDENTITY }; /* IDENTITY: RMSNorm and quantiser alone */
 
 /* Mirrored by kabrn_dist/kernels/functions.py. */
 typedef struct {
@@ -23,7 +23,7 @@ typedef struct {
     int32_t quantised;
 } job;
 
-INLINE int terms_of(int kind) { return kind == RATIONAL ? 10 : 4; }
+INLINE int terms_of(int kind) { return kind == RATIONAL ? 10 : kind == CHEBYSHEV ? 4 : 0; }
 /* One group of one row, with zeros for padding. */
 INLINE void load_group(int bf16, const void *from, int64_t n, vec factor, vec *to) {
     for (int64_t v = 0; v < padded(n) / LANES; v++) to[v] = factor * load(bf16, from, v, n - v * LANES);
@@ -88,7 +88,9 @@ INLINE void apply(int kind, const job *j, const float *coefficients, const ivec 
         vec c[MOST];
         for (int i = 0; i < terms; i++) c[i] = all(coefficients[g * terms + i]);
         for (int64_t v = 0; v < vectors; v++) {
-            vec out = kind == RATIONAL ? rational(c, z[v], share ? share + v : 0) : chebyshev(c, z[v]);
+            vec out = kind == IDENTITY   ? z[v]
+                      : kind == RATIONAL ? rational(c, z[v], share ? share + v : 0)
+                                         : chebyshev(c, z[v]);
             y[v] = (vec)((ivec)out & keep[v]);
         }
         if (share) share += vectors;
@@ -173,8 +175,9 @@ INLINE void backward_row(int kind, int bf16, const job *j, int64_t expert, int64
         for (int i = 0; i < terms; i++) s[i] = sums[g * terms + i];
         for (int64_t v = 0; v < vectors; v++) {
             vec for_y = times * (d[v] - remove * y[v]);
-            vec for_z = kind == RATIONAL ? rational_slope(c, z[v], y[v], share[v], for_y, s)
-                                          : chebyshev_slope(c, z[v], for_y, s);
+            vec for_z = kind == IDENTITY   ? for_y
+                        : kind == RATIONAL ? rational_slope(c, z[v], y[v], share[v], for_y, s)
+                                           : chebyshev_slope(c, z[v], for_y, s);
             store(bf16, to, v, w - v * LANES, for_z * for_x);
         }
         for (int i = 0; i < terms; i++) sums[g * terms + i] = s[i];
@@ -242,3 +245,5 @@ FUNCTION(rational_fp32, RATIONAL, 0)
 FUNCTION(rational_bf16, RATIONAL, 1)
 FUNCTION(chebyshev_fp32, CHEBYSHEV, 0)
 FUNCTION(chebyshev_bf16, CHEBYSHEV, 1)
+FUNCTION(identity_fp32, IDENTITY, 0)
+FUNCTION(identity_bf16, IDENTITY, 1)

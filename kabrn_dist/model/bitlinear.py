@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kabrn_dist.kernels.choice import choose, kernels_for
+from kabrn_dist.kernels.functions import DTYPES, Function, Functions
 from kabrn_dist.model.initial import draw_normal
 
 SMALLEST = 1e-5
+IDENTITY = Function("identity")
 # A Gaussian latent keeps 0.4386 of its variance as γ·{-1,0,1} (31 % zeros).
 TERNARY_VARIANCE = 0.4386
 
@@ -58,6 +61,32 @@ def quantise(x: Tensor, enabled: bool = True) -> Quantised:
     return Quantised(codes, scale)
 
 
+def normalise(x: Tensor, enabled: bool = True) -> Quantised:
+    """`quantise(rms_norm(x))`, what every product reads, in one pass where there is a kernel for it. x: [..., I]."""
+    kernels = kernels_for(x)
+    if kernels is None:
+        return quantise(rms_norm(x), enabled)
+    codes, scale = _Normalise.apply(x.reshape(-1, x.shape[-1]), enabled, kernels.functions)
+    return Quantised(codes.view_as(x), scale.view(*x.shape[:-1], 1))
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, enabled: bool, kernels: Functions) -> tuple[Tensor, Tensor]:
+        x, nothing = x.contiguous(), x.new_empty(1, 1, 0, dtype=torch.float32)
+        codes, scale, rms = kernels.forward(IDENTITY, x, None, nothing, [len(x)], enabled)
+        ctx.save_for_backward(x, nothing, scale, rms)
+        ctx.kernels = kernels
+        ctx.mark_non_differentiable(scale)
+        return codes, scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        x, nothing, scale, rms = ctx.saved_tensors
+        grads = ctx.kernels.backward(IDENTITY, x, None, nothing, [len(x)], grad.contiguous(), scale, rms)
+        return grads[0], None, None
+
+
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +112,10 @@ def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         codes [E,O,I] of −1, 0, 1 in fp32 (or wider), and γ [E,1,1], the mean |w| of each matrix.
     """
+    kernels = kernels_for(weight)
+    if kernels is not None:
+        codes, gamma, _ = kernels.products.ternary(weight.detach().contiguous())
+        return widen(codes), gamma
     wide = widen(weight)
     gamma = wide.abs().mean((1, 2), keepdim=True).clamp_(min=SMALLEST)
     return (wide / gamma).round_().clamp_(-1, 1), gamma
@@ -100,7 +133,13 @@ def bit_product(x: Quantised, weight: Tensor, counts: Sequence[int], enabled: bo
     Returns:
         [N,O] in the dtype of the codes.
     """
-    return _BitProduct.apply(x.codes, x.scale, weight, tuple(counts), enabled)
+    return _ScaleRows.apply(*_Product.apply(x.codes, x.scale, weight, tuple(counts), enabled))
+
+
+def unscaled_product(x: Quantised, weight: Tensor, counts: Sequence[int], enabled: bool = True) -> Quantised:
+    """`bit_product` whose scaling is left to what reads it: product [N,O] / scale [N,1] is the result."""
+    product, factor = _Product.apply(x.codes, x.scale, weight, tuple(counts), enabled)
+    return Quantised(product, factor.reciprocal())
 
 
 def bit_product_naive(x: Quantised, weight: Tensor, counts: Sequence[int], enabled: bool = True) -> Tensor:
@@ -111,33 +150,74 @@ def bit_product_naive(x: Quantised, weight: Tensor, counts: Sequence[int], enabl
     return torch.cat([part @ matrix.T for part, matrix in zip(rows, used, strict=True)])
 
 
-class _BitProduct(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """The product of codes, and the factor [N,1] that makes it the result."""
+
     @staticmethod
     def forward(
         ctx: Any, codes: Tensor, scale: Tensor, weight: Tensor, counts: tuple[int, ...], enabled: bool
-    ) -> Tensor:
-        factor = scale.reciprocal()
+    ) -> tuple[Tensor, Tensor]:
+        factor, kept, gamma = scale.reciprocal(), weight, None
         if enabled:
-            signs, gamma = ternary(weight)
-            weight = signs.to(codes.dtype)
+            weight, gamma, kept = _signs(weight, codes.dtype)
             factor = factor * _by_row(gamma, counts)
         shift = _headroom(codes.dtype)
-        product = grouped_product(codes if shift == 1 else codes * shift, weight, counts)
-        ctx.save_for_backward(codes, scale, factor, weight.to(torch.int8) if enabled else weight)
-        ctx.counts = counts
-        return (product * (factor / shift)).to(codes.dtype)
+        if shift != 1:
+            codes, factor = codes * shift, factor / shift
+        product = grouped_product(codes, weight, counts)
+        ctx.save_for_backward(codes, kept, gamma)
+        ctx.counts, ctx.shift = counts, shift
+        ctx.mark_non_differentiable(factor)
+        return product, factor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        codes, scale, factor, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        codes, weight, gamma = ctx.saved_tensors
         for_codes = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_codes = grouped_product(
-                (grad * factor).to(grad.dtype), weight.to(grad.dtype).transpose(1, 2), ctx.counts
-            )
+            for_codes = grouped_product(grad, _widen_signs(weight, grad.dtype).transpose(1, 2), ctx.counts)
+            for_codes = for_codes if ctx.shift == 1 else for_codes * ctx.shift
         if ctx.needs_input_grad[2]:
-            for_weight = grouped_outer((grad / scale).to(grad.dtype), codes, ctx.counts)
+            for_weight = grouped_outer(grad, codes, ctx.counts)
+            # Straight through: the result's slope in a latent is that in γ·sign, 1/γ of that in the sign.
+            for_weight = for_weight if gamma is None else scale_rows(for_weight, gamma.reciprocal())
         return for_codes, None, for_weight, None, None
+
+
+def _signs(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes in `dtype`, γ, and the codes as bytes to keep."""
+    kernels = kernels_for(weight)
+    if kernels is not None and weight.dtype == dtype:
+        return kernels.products.ternary(weight.contiguous())
+    signs, gamma = ternary(weight)
+    return signs.to(dtype), gamma, signs.to(torch.int8)
+
+
+def _widen_signs(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """Kept bytes, or plain weights, in `dtype`."""
+    kernels = choose(kept.device.type).kernels
+    if kernels is not None and kept.dtype == torch.int8 and dtype in DTYPES:
+        return kernels.products.widen(kept, dtype)
+    return kept.to(dtype)
+
+
+def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
+    """x [N,...] times factor [N,1,...], multiplied in the wider dtype and rounded once to that of x."""
+    kernels = kernels_for(x)
+    if kernels is not None and factor.dtype == torch.float32:
+        return kernels.products.scale(x.contiguous(), factor.contiguous())
+    return (x * factor).to(x.dtype)
+
+
+class _ScaleRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return scale_rows(x, factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return scale_rows(grad, ctx.saved_tensors[0]), None
 
 
 def _headroom(dtype: torch.dtype) -> float:
@@ -168,11 +248,13 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
     """[N,O] and [N,I] rows sorted by matrix → [E,O,I] sums of outer products; zeros where no row is."""
     if len(counts) == 1:
         return (left.T @ right)[None]
-    out = left.new_zeros(len(counts), left.shape[1], right.shape[1])
+    out = left.new_empty(len(counts), left.shape[1], right.shape[1])
     start = 0
     for matrix, n in zip(out, counts, strict=True):
         if n:
             torch.mm(left[start : start + n].T, right[start : start + n], out=matrix)
+        else:
+            matrix.zero_()
         start += n
     return out
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kabrn_dist.config import Retention as Settings
-from kabrn_dist.model.bitlinear import BitLinear, quantise, rms_norm, widen
+from kabrn_dist.model.bitlinear import BitLinear, normalise, rms_norm, widen
 
 
 class Place(NamedTuple):
@@ -61,7 +61,7 @@ class Inputs(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[B,T,D] → q [B,H,T,K] and k [B,H,T,K], both rotated, v [B,H,T,V], gate [B,T,H·V]."""
-        shared = quantise(rms_norm(x), self.quantised)
+        shared = normalise(x, self.quantised)
         q, k, v = (
             matrix(shared).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for matrix in (self.query, self.key, self.value)
@@ -80,7 +80,7 @@ class Output(nn.Module):
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """[B,H,T,V] and gate [B,T,H·V] → [B,T,D]."""
         heads = rms_norm(mixed, self.epsilon).transpose(1, 2).flatten(2)
-        return self.out(quantise(rms_norm(heads * F.silu(gate)), self.quantised))
+        return self.out(normalise(heads * F.silu(gate), self.quantised))
 
 
 class Mixer(nn.Module, ABC):

@@ -169,7 +169,7 @@ class MixKABRN(nn.Module):
                 yield from module.routed.parameters()
 
     def coefficients(self) -> Iterator[nn.Parameter]:
-        """Coefficients of learnable functions: no matrices, so they do not decay and have a learning rate of their own."""
+        """Coefficients of learnable functions: they do not decay and have a learning rate of their own."""
         for module in self.modules():
             if isinstance(module, StackedExperts):
                 yield from (p for name, p in module.named_parameters() if name not in module.stds)

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kabrn_dist.config import Model as Settings
-from kabrn_dist.model.bitlinear import quantise, rms_norm
+from kabrn_dist.model.bitlinear import normalise, rms_norm
 from kabrn_dist.model.kan.forms import FORMS
 from kabrn_dist.model.router import Places, Router, RouterSums
-from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, plan_route, start_combine, start_dispatch
+from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
+from kabrn_dist.parallel.route import plan_route
 from kabrn_dist.parallel.wire import Wire
 
 
@@ -67,7 +68,7 @@ class MixtureOfExperts(nn.Module):
         """
         normed = rms_norm(x)
         routing = self.router(normed, *guide)
-        codes, scale = (part.flatten(0, 1) for part in quantise(normed, self.quantised))
+        codes, scale = (part.flatten(0, 1) for part in normalise(x, self.quantised))
         route = plan_route(routing.choice, self.wire)
         flight = start_dispatch(codes, scale, route, self.wire)
         shared = self._visit_shared(codes, scale)
@@ -98,7 +99,7 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] → [B,T,D]."""
-        codes, scale = (part.flatten(0, 1) for part in quantise(rms_norm(x), self.quantised))
+        codes, scale = (part.flatten(0, 1) for part in normalise(x, self.quantised))
         return self.shared(codes, scale, [len(codes)]).view_as(x)
 
 
@@ -107,7 +108,7 @@ def mixture_naive(layer: MixtureOfExperts, x: Tensor, guide: Guide) -> Tensor:
     normed = rms_norm(x)
     routing = layer.router(normed, *guide)
     experts = layer.wire.placement.total
-    codes, scale = (part.flatten(0, 1) for part in quantise(normed, layer.quantised))
+    codes, scale = (part.flatten(0, 1) for part in normalise(x, layer.quantised))
     # A dropped copy's weight lands in a column of its own, which no expert reads.
     dense = torch.zeros(len(codes), experts + 1, dtype=routing.weights.dtype)
     dense = dense.scatter_add(1, routing.choice, routing.weights)[:, :experts]

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.parallel.rounding import round_rows
-from kabrn_dist.parallel.route import Bags, Journey, Route, mask_bytes, plan_route, spread_arrivals
+from kabrn_dist.parallel.route import Bags, Journey, Route, mask_bytes, spread_arrivals
 from kabrn_dist.parallel.wire import Wire, launch
-
-__all__ = ["finish_combine", "finish_dispatch", "plan_route", "start_combine", "start_dispatch"]
 
 
 def start_dispatch(codes: Tensor, scale: Tensor, route: Route, wire: Wire) -> Dispatch:

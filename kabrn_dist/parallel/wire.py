@@ -204,9 +204,13 @@ def make_splits(sends: list[list[int]], receives: list[list[int]], wire: Wire, d
         return [Splits(*pair) for pair in pairs]
     # [L, exchanges, A]: to the neighbour with place j, all rows for that place on any machine.
     told = torch.tensor(sends, device=device).view(len(sends), nodes.count, nodes.size).permute(2, 0, 1).contiguous()
-    heard = torch.empty_like(told)
-    # In turn with the exchanges of the same group.
-    nodes.background.submit(dist.all_to_all_single, heard, told, group=nodes.inner).result()
     wire.traffic.bytes_sent += told[1:].numel() * told.element_size()
-    numbers = heard.tolist()
+
+    def tell() -> Tensor:
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told, group=nodes.inner)
+        return heard
+
+    # In turn with the other exchanges of that group.
+    numbers = _beside(tell, told, nodes)().tolist()
     return [Splits(*pair, tuple(tuple(row[i]) for row in numbers)) for i, pair in enumerate(pairs)]

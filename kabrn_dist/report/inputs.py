@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.data.batches import Batch
-from kabrn_dist.model.bitlinear import quantise, rms_norm
+from kabrn_dist.model.bitlinear import normalise, rms_norm
 from kabrn_dist.model.mixer import find_place
 from kabrn_dist.model.mixkabrn import Block, MixKABRN
 from kabrn_dist.model.moe import Guide, MixtureOfExperts
@@ -56,8 +56,9 @@ def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
     networks = list_networks(model)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        normed = rms_norm(x + block.mixer(x, place, None)[0])
-        codes, scale = (part.flatten(0, 1) for part in quantise(normed, model.settings.quantise))
+        x = x + block.mixer(x, place, None)[0]
+        normed = rms_norm(x)
+        codes, scale = (part.flatten(0, 1) for part in normalise(x, model.settings.quantise))
         guide, choice = None, None
         if isinstance(block.mixture, MixtureOfExperts):
             guide = Guide(model.routers.bias[row], model.routers.share[row], model.routers.step, None)

@@ -78,7 +78,7 @@ class Engine:
             eps=config.optimizer.epsilon,
             fused=mesh.device.type == "cuda",
         )
-        settings = deepspeed_config(config, mesh.world)
+        settings = deepspeed_config(config, mesh.world, _reduce_bucket(model, config))
         # As deepspeed.initialize does, with a class of our own.
         deepspeed.init_distributed(dist_init_required=False)
         parsed = DeepSpeedConfig(settings)
@@ -86,9 +86,9 @@ class Engine:
         self.deepspeed = _DeepSpeed(
             args=None, model=model, optimizer=optimizer, config=settings, config_class=parsed, dist_init_required=False
         )
-        self.optimizer = self.deepspeed.optimizer
-        # Without ZeRO, half precision begins with an update by zero gradients (hence the rate of 0), which AdamW counts:
-        # its first real updates would be half as large.
+        self.optimizer: Any = self.deepspeed.optimizer
+        # Without ZeRO, half precision begins with an update by zero gradients (hence the rate of 0), which AdamW
+        # counts: its first real updates would be half as large.
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"].zero_()
@@ -160,7 +160,7 @@ class Engine:
         """
         curves = {}
         for layer in self.config.model.mixture_layers:
-            experts = self.model.blocks[layer].mixture.routed
+            experts: Any = self.model.get_submodule(f"blocks.{layer}.mixture.routed")
             with self._whole(*experts.parameters()):
                 found = experts.functions(points.to(self.mesh.device), edges)
             if found:
@@ -212,13 +212,14 @@ def is_expert(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "allreduce", True) is False
 
 
-def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str, Any]:
     """The DeepSpeed dictionary: derived, never written by the user."""
     stage, bucket = config.parallel.zero, config.parallel.bucket
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
+        "reduce_bucket_size": reduce_bucket,
+        # ZeRO 1 and 2 refuse odd ones.
+        "allgather_bucket_size": bucket + bucket % 2,
         "contiguous_gradients": True,
     }
     if stage == 3:
@@ -227,6 +228,10 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 20 * bucket,
         }
+        if _uneven(config):
+            # Gradients of experts never share a bucket with dense ones here, but these three count elements of both:
+            # ranks with other experts would gather dense weights at other times, or in other parts.
+            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "sub_group_size": 1 << 60}
     else:
         # Reductions then follow the order of the parameter groups, dense ones first, on every rank.
         zero["overlap_comm"] = False
@@ -239,6 +244,30 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "fp16": {"enabled": config.training.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 1 << 40,
     }
+
+
+def _uneven(config: Config) -> bool:
+    return config.parallel.expert > 1 and len(set(config.placement())) > 1
+
+
+def _reduce_bucket(model: MixKABRN, config: Config) -> int:
+    """Elements of gradients that are reduced together.
+
+    ZeRO 2 fills one bucket with dense and expert gradients in the order of backward, which is the same on all ranks,
+    and reduces it when the next one would not fit. With uneven placement the bucket is made smaller than any expert
+    tensor on any rank: each of them is then reduced alone, whatever its size, so sizes of dense tensors, equal on all
+    ranks, decide alone which of these go together. ZeRO 1 reduces after backward, dense gradients before any expert.
+    """
+    if config.parallel.zero != 2 or not _uneven(config):
+        return config.parallel.bucket
+    local = len(model.placement.local)
+    smallest = min(p.numel() // local for p in model.routed_parameters()) * min(config.placement())
+    if smallest < 2:
+        raise UserError(
+            f"parallel.experts_per_rank {list(config.placement())} is uneven, and an expert has a parameter of one "
+            "element, which ZeRO 2 cannot reduce alone; set parallel.zero to 1 or 3"
+        )
+    return min(config.parallel.bucket, smallest - 1)
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from kabrn_dist.data.batches import Batch, Cursor, sequence_slice
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
 from kabrn_dist.grow.run import grow
+from kabrn_dist.kernels.choice import choose
 from kabrn_dist.mesh import Mesh, Place, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.train.engine import Engine
@@ -48,7 +49,8 @@ def train(config: Config, place: Place, resume: str = "auto", stop_after: int | 
     config.check_world(place.world)
     splits = open_splits(config)
     with join_processes(place) as device:
-        mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence)
+        parallel = config.parallel
+        mesh = make_mesh(place, device, parallel.expert, parallel.sequence, parallel.node)
         Session(config, mesh, splits, resume).run(stop_after)
 
 
@@ -71,6 +73,7 @@ class Session:
         self.guard = Guard(self.folder, mesh)
         self.metrics = Metrics(self.folder, mesh.first, self.step, config.training.steps)
         self.metrics.write_text("config", dump_config(config))
+        self.metrics.say(f"functions and products: {choose(mesh.device.type).reason}")
         self.pictures = Pictures(self.engine, self.metrics, config, self.step)
         self.load: Tensor | None = None
         if chosen:

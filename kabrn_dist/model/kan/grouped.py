@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.functions import Function
-from kabrn_dist.model.bitlinear import Quantised
+from kabrn_dist.model.bitlinear import Quantised, bit_product, unscaled_product
 from kabrn_dist.model.kan.activation import activate
-from kabrn_dist.model.kan.product import bit_product, unscaled_product
 from kabrn_dist.model.kan.stacked import StackedExperts, check_counts
 
 LAYERS = ("inner", "outer")

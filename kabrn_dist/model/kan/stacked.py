@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.model.bitlinear import Quantised, latent_std, quantise, rms_norm
+from kabrn_dist.model.bitlinear import Quantised, latent_std, normalise
 from kabrn_dist.model.initial import draw_experts
 
 
@@ -62,7 +62,7 @@ class StackedExperts(nn.Module):
         return {}
 
     def _requantise(self, x: Tensor) -> Quantised:
-        return quantise(rms_norm(x), self.quantised)
+        return normalise(x, self.quantised)
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
         """[N,D] codes and [N,1] scales (a `Quantised`), rows sorted by expert, `counts` of each → [N,D].
