@@ -192,16 +192,37 @@ def test_shares_that_do_not_add_up(base: Path, shares: list[int]) -> None:
     load_config(base, ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]"]).check_world(4)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_uneven_shares_beyond_zero_1(base: Path, stage: int) -> None:
-    uneven = ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]"]
-    message = refusal(base, 4, *uneven, f"parallel.zero={stage}")
-    assert "[3, 5]" in message and f"parallel.zero is {stage}" in message
-    (remedy,) = numbers(message.split("set parallel.zero to")[1])
-    load_config(base, [*uneven, f"parallel.zero={remedy}"]).check_world(4)
-    load_config(base, [f"parallel.zero={stage}", "parallel.expert=2", "parallel.experts_per_rank=[4, 4]"]).check_world(
-        4
-    )
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_uneven_shares_in_every_stage(base: Path, stage: int) -> None:
+    uneven = ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]", f"parallel.zero={stage}"]
+    load_config(base, uneven).check_world(4)
+
+
+@pytest.mark.parametrize(
+    ("shares", "near"), [("[4, 5]", [4, 4]), ("[1, 6]", [2, 6]), ("[8]", [4, 4]), ("[1000000000, 1]", [4, 4])]
+)
+def test_the_nearest_shares_are_named_and_work(base: Path, shares: str, near: list[int]) -> None:
+    message = refusal(base, 4, "parallel.expert=2", f"parallel.experts_per_rank={shares}")
+    assert message.endswith(f"such as {near}")
+    load_config(base, ["parallel.expert=2", f"parallel.experts_per_rank={near}"]).check_world(4)
+
+
+def test_more_ranks_than_experts(base: Path) -> None:
+    for shares in ("null", "auto", "[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"):
+        message = refusal(base, 16, "parallel.expert=16", f"parallel.experts_per_rank={shares}")
+        assert "parallel.expert 16" in message and "model.experts.routed 8" in message
+        assert numbers(message.split("set it to")[1]) == [1, 2, 4, 8]
+
+
+def test_weights_of_ranks_go_with_auto(base: Path) -> None:
+    auto = ["parallel.expert=2", "parallel.experts_per_rank=auto"]
+    load_config(base, [*auto, "parallel.rank_weights=[1, 2.5]"]).check_world(4)
+    load_config(base, auto).check_world(4)
+    assert "3 entries for the 2 ranks" in complaint(base, *auto, "parallel.rank_weights=[1, 2, 3]")
+    assert "experts_per_rank: auto" in complaint(base, "parallel.expert=2", "parallel.rank_weights=[1, 2]")
+    assert "parallel.rank_weights.1: " in complaint(base, *auto, "parallel.rank_weights=[1, 0]")
+    message = complaint(base, "parallel.experts_per_rank=fast")
+    assert "parallel.experts_per_rank: " in message and "literal[" not in message and "tuple[" not in message
 
 
 @pytest.mark.parametrize(("batch", "world"), [(1, 4), (23, 4), (25, 5), (100, 3), (7, 1), (12, 4)])

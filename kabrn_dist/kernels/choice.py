@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kabrn_dist.kernels.build import Unavailable, find_compiler
 from kabrn_dist.kernels.functions import DTYPES, Functions
+from kabrn_dist.kernels.gate import Gate
 from kabrn_dist.kernels.products import Products
 
 SWITCH = "KABRN_KERNELS"
@@ -19,6 +20,7 @@ SWITCH = "KABRN_KERNELS"
 class Kernels(NamedTuple):
     functions: Functions
     products: Products
+    gate: Gate
 
 
 class Choice(NamedTuple):
@@ -44,7 +46,7 @@ def choose(device: str) -> Choice:
             raise Unavailable(f"{SWITCH} is off")
         if device != "cpu":
             raise Unavailable(f"there is no kernel for {device}")
-        return Choice(Kernels(Functions(), Products()), f"fused C kernels ({Path(find_compiler()).name})")
+        return Choice(Kernels(Functions(), Products(), Gate()), f"fused C kernels ({Path(find_compiler()).name})")
     except Unavailable as why:
         return Choice(None, f"eager torch, because {why}")
 
