@@ -102,7 +102,10 @@ class Router(Section):
         None, description="Most groups one token's experts may come from (DeepSeek-V2, 2405.04434); default: all."
     )
     bias_rate: float = Field(
-        1e-3, ge=0, description="Step of the aux-loss-free balancing bias (arXiv 2408.15664); 0 switches it off."
+        1e-2,
+        ge=0,
+        description="Step of the aux-loss-free balancing bias (arXiv 2408.15664, which takes 1e-3 for runs of tens of "
+        "thousands of steps; short runs at high rates need 1e-2 and more); 0 switches it off.",
     )
     balance: float = Field(1e-4, ge=0, description="Weight of the sequence-wise balance loss (2412.19437).")
     global_balance: float = Field(0.0, ge=0, description="Weight of the global-batch balance loss (2501.11873).")

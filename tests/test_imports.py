@@ -41,7 +41,7 @@ ONLY = {
     "mesh": {"errors"},
 }
 NEVER = {"generate": {"train", "estimate"}, "estimate": {"train", "generate"}}
-DEEPSPEED = {"kabrn_dist/train/engine.py", "kabrn_dist/train/fragments.py"}
+DEEPSPEED = {"kabrn_dist/train/zero.py", "kabrn_dist/train/fragments.py"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
 OBJECTS = {

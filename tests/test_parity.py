@@ -44,7 +44,7 @@ LARGER: dict[str, Any] = {
     "data__sequence_length": 64,
     "model__width": 64,
     "model__experts__hidden": 48,
-    "optimizer__learning_rate": 5.0e-4,
+    "optimizer__learning_rate": 3.0e-4,
     "training__batch": 16,
     "training__micro_batch": 4,
 }
@@ -104,7 +104,7 @@ def test_every_layout_has_the_same_losses_gradients_and_weights(shards: Path, tm
     losses = losses_apart(runs)
     print(json.dumps(losses, indent=1))
     assert max(losses.values()) <= 1e-5, losses
-    for step, tolerance in ((1, 1e-4), (STEPS, 1e-2)):
+    for step, tolerance in ((1, 1e-5), (STEPS, 2e-3)):
         reference = read_checkpoint(runs[0], step)
         assert any(name.endswith("/exp_avg") and tensor.any() for name, tensor in reference.items())
         apart = {folder.name: farthest(read_checkpoint(folder, step), reference) for folder in runs}

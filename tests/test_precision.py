@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor, read_manifest
 from tests.harness import read_losses, run, sessions, torchrun, write_config
 
 
@@ -40,3 +42,31 @@ def test_stages_agree_in_bf16(expert: int, shards: Path, tmp_path: Path) -> None
     # DeepSpeed's optimizer without ZeRO once counted a step of its own, which halved the first updates: 0.04 apart.
     for stream in streams[1:]:
         assert max(abs(a - b) for a, b in zip(stream, streams[0], strict=True)) < 0.015, streams
+
+
+def test_neither_validation_nor_recomputation_counts_towards_the_bias(shards: Path, tmp_path: Path) -> None:
+    plain = {"model__router": {"bias_rate": 0.02, "jitter": 0.05}, "checkpoint__every": 10}
+    cases = {
+        "plain": {},
+        "validated": {"validation__every": 1},
+        "recomputed": {"model__activations": "recompute"},
+        "accumulated": {"training__micro_batch": 1},
+    }
+    jobs: list[list[object]] = []
+    for name, changes in cases.items():
+        path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **plain, **changes)
+        jobs.append([str(path), "never", None])
+    sessions(2, jobs, tmp_path)
+    biases = {}
+    for name in cases:
+        path = CheckpointStore(tmp_path / name / "checkpoints").find()
+        assert path is not None
+        biases[name] = load_tensor(path, read_manifest(path), "router/bias")
+    expected = read_losses(tmp_path / "plain")
+    for name in ("validated", "recomputed"):
+        assert read_losses(tmp_path / name) == expected, name
+        assert torch.equal(biases[name], biases["plain"]), name
+    # Ten steps of ±0.02, less the mean.
+    steps = biases["plain"] / 0.02
+    assert 1 < float(steps.abs().max()) <= 20 and float(steps.mean(1).abs().max()) < 1e-4
+    assert max(abs(a - b) for a, b in zip(read_losses(tmp_path / "accumulated"), expected, strict=True)) < 1e-3

@@ -35,7 +35,8 @@ class Function(NamedTuple):
     """A function's form, and what is the same for all experts and groups.
 
     Attributes:
-        form: "rational" (a₀…a₅, b₁…b₄), "chebyshev" (c₀…c₃), or "identity" (no coefficients).
+        form: "rational" (a₀…a₅, b₁…b₄), "chebyshev" (c₀…c₃), or without coefficients "relu2" (relu(RMSNorm(x))²) and
+            "identity".
         centre, reach: its range is centre ± reach (chebyshev alone).
     """
 

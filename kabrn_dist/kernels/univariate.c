@@ -10,8 +10,9 @@
 #include "lanes.h"
 
 #define MOST 10 /* coefficients of one function */
+#define EPSILON 1e-6f
 
-enum { RATIONAL, CHEBYSHEV, IDENTITY }; /* IDENTITY: RMSNorm and quantiser alone */
+enum { RATIONAL, CHEBYSHEV, RELU2, IDENTITY }; /* IDENTITY: RMSNorm and quantiser alone */
 
 /* Mirrored by kabrn_dist/kernels/functions.py. */
 typedef struct {
@@ -89,6 +90,7 @@ INLINE void apply(int kind, const job *j, const float *coefficients, const ivec 
         for (int i = 0; i < terms; i++) c[i] = all(coefficients[g * terms + i]);
         for (int64_t v = 0; v < vectors; v++) {
             vec out = kind == IDENTITY   ? z[v]
+                      : kind == RELU2    ? larger(z[v], all(0)) * z[v]
                       : kind == RATIONAL ? rational(c, z[v], share ? share + v : 0)
                                          : chebyshev(c, z[v]);
             y[v] = (vec)((ivec)out & keep[v]);
@@ -118,14 +120,22 @@ static span find(const job *j, int64_t b) {
     return (span){0, 0, 0};
 }
 
-INLINE void load_row(int kind, int bf16, const job *j, const void *x, int64_t row, vec *z) {
+/* What the function sees, padded; returns z / x. */
+INLINE float load_row(int kind, int bf16, const job *j, const void *x, int64_t row, vec *z) {
     int64_t w = j->width / j->groups, vectors = padded(w) / LANES, size = bf16 ? 2 : 4;
-    vec factor = all(j->factor ? j->factor[row] : 1.0f);
+    float factor = j->factor ? j->factor[row] : 1.0f;
     if (kind == CHEBYSHEV) factor = factor / j->reach;
     for (int64_t g = 0; g < j->groups; g++)
-        load_group(bf16, (const char *)x + (row * j->width + g * w) * size, w, factor, z + g * vectors);
+        load_group(bf16, (const char *)x + (row * j->width + g * w) * size, w, all(factor), z + g * vectors);
     if (kind == CHEBYSHEV && j->centre != 0.0f)
         for (int64_t v = 0; v < vectors * j->groups; v++) z[v] -= j->centre / j->reach;
+    if (kind != RELU2) return factor;
+    /* Normalised before it is squared too: else the 1e-6 in the norm of squares would be felt by small rows. */
+    vec squares = {0};
+    for (int64_t v = 0; v < vectors * j->groups; v++) squares += z[v] * z[v];
+    float norm = 1.0f / sqrtf(sum(squares) / (float)j->width + EPSILON);
+    for (int64_t v = 0; v < vectors * j->groups; v++) z[v] *= norm;
+    return factor * norm;
 }
 
 INLINE void forward_row(int kind, int bf16, const job *j, int64_t expert, int64_t row, const void *x, vec *scratch,
@@ -140,7 +150,7 @@ INLINE void forward_row(int kind, int bf16, const job *j, int64_t expert, int64_
         squares += y[v] * y[v];
         most = larger(magnitude(y[v]), most);
     }
-    float norm = 1.0f / sqrtf(sum(squares) / (float)j->width + 1e-6f), peak = norm * largest(most);
+    float norm = 1.0f / sqrtf(sum(squares) / (float)j->width + EPSILON), peak = norm * largest(most);
     rms[row] = norm;
     scale[row] = j->quantised ? 127.0f / (peak > 1e-5f ? peak : 1e-5f) : 1.0f;
     float times = norm * scale[row];
@@ -159,7 +169,7 @@ INLINE void backward_row(int kind, int bf16, const job *j, int64_t expert, int64
     ivec *keep = (ivec *)scratch;
     vec *z = scratch + vectors, *y = z + n, *d = y + n, *share = d + n;
     const float *coefficients = j->coefficients + expert * j->groups * terms;
-    load_row(kind, bf16, j, x, row, z);
+    float for_x = load_row(kind, bf16, j, x, row, z);
     apply(kind, j, coefficients, keep, z, y, kind == RATIONAL ? share : 0);
     for (int64_t g = 0; g < j->groups; g++)
         load_group(bf16, (const char *)grad + (row * j->width + g * w) * size, w, all(1.0f), d + g * vectors);
@@ -167,7 +177,9 @@ INLINE void backward_row(int kind, int bf16, const job *j, int64_t expert, int64
     for (int64_t v = 0; v < n; v++) along += d[v] * y[v];
     /* y·norm has a fixed length: its gradient keeps nothing along y. */
     float times = norm * scale, remove = norm * norm * sum(along) / (float)j->width;
-    float for_x = (j->factor ? j->factor[row] : 1.0f) / (kind == CHEBYSHEV ? j->reach : 1.0f);
+    /* RELU2's z has a fixed length too. Σ z·φ'(z)·for_y, which a norm takes off, is 2·Σ y·for_y, and that is what the
+     * EPSILON of the norm of y leaves of Σ y·d. */
+    float along_z = 2.0f * times * sum(along) * norm * norm * EPSILON / (float)j->width;
     char *to = (char *)out + row * j->width * size;
     for (int64_t g = 0; g < j->groups; g++, to += w * size, z += vectors, y += vectors, d += vectors, share += vectors) {
         vec c[MOST], s[MOST];
@@ -176,6 +188,7 @@ INLINE void backward_row(int kind, int bf16, const job *j, int64_t expert, int64
         for (int64_t v = 0; v < vectors; v++) {
             vec for_y = times * (d[v] - remove * y[v]);
             vec for_z = kind == IDENTITY   ? for_y
+                        : kind == RELU2    ? 2.0f * larger(z[v], all(0)) * for_y - along_z * z[v]
                         : kind == RATIONAL ? rational_slope(c, z[v], y[v], share[v], for_y, s)
                                            : chebyshev_slope(c, z[v], for_y, s);
             store(bf16, to, v, w - v * LANES, for_z * for_x);
@@ -245,5 +258,7 @@ FUNCTION(rational_fp32, RATIONAL, 0)
 FUNCTION(rational_bf16, RATIONAL, 1)
 FUNCTION(chebyshev_fp32, CHEBYSHEV, 0)
 FUNCTION(chebyshev_bf16, CHEBYSHEV, 1)
+FUNCTION(relu2_fp32, RELU2, 0)
+FUNCTION(relu2_bf16, RELU2, 1)
 FUNCTION(identity_fp32, IDENTITY, 0)
 FUNCTION(identity_bf16, IDENTITY, 1)

@@ -1,6 +1,6 @@
 """ZeRO's flat pieces as fragments of logical tensors, whatever the stage: what checkpoints are made of.
 
-With train/engine.py the only file that knows DeepSpeed's internals (0.19.8). Each rank sees the fp32 masters and both
+With train/zero.py the only file that knows DeepSpeed's internals (0.19.8). Each rank sees the fp32 masters and both
 moments it is responsible for, as views: writing into them changes the run, and `publish` then carries masters over
 into the working copy.
 """
@@ -15,7 +15,8 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
-from kabrn_dist.train.engine import Engine, is_expert
+from kabrn_dist.train.engine import Engine
+from kabrn_dist.train.zero import is_expert
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

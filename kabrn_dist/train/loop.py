@@ -30,6 +30,7 @@ from kabrn_dist.train.losses import Losses, Totals
 from kabrn_dist.train.metrics import Metrics, memory_gib
 from kabrn_dist.train.pictures import Pictures
 from kabrn_dist.train.schedule import learning_rate
+from kabrn_dist.train.shares import resolve_placement
 from kabrn_dist.train.splits import Splits, open_splits
 from kabrn_dist.train.watch import ExpertWatch, expert_lists, expert_values, ternary_values, watch_experts
 
@@ -51,6 +52,7 @@ def train(config: Config, place: Place, resume: str = "auto", stop_after: int | 
     with join_processes(place) as device:
         parallel = config.parallel
         mesh = make_mesh(place, device, parallel.expert, parallel.sequence, parallel.node)
+        config = resolve_placement(config, mesh)
         Session(config, mesh, splits, resume).run(stop_after)
 
 
@@ -74,6 +76,8 @@ class Session:
         self.metrics = Metrics(self.folder, mesh.first, self.step, config.training.steps)
         self.metrics.write_text("config", dump_config(config))
         self.metrics.say(f"functions and products: {choose(mesh.device.type).reason}")
+        if mesh.expert > 1:
+            self.metrics.say(f"experts on the ranks of a group: {list(config.placement())}")
         self.pictures = Pictures(self.engine, self.metrics, config, self.step)
         self.load: Tensor | None = None
         if chosen:

@@ -1,21 +1,38 @@
 """The controls: experts without learnable functions, in everything else like the others.
 
-Shapes: N rows, D width, E experts.
+Shapes: N rows, D width, H hidden width, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kabrn_dist.config import Experts as Settings
-from kabrn_dist.model.bitlinear import Quantised, bit_product, rms_norm
+from kabrn_dist.kernels.choice import kernels_for
+from kabrn_dist.kernels.functions import Function
+from kabrn_dist.kernels.gate import Gate
+from kabrn_dist.model.bitlinear import Quantised, bit_product, quantise, rms_norm, unscaled_product, widen
+from kabrn_dist.model.kan.activation import activate
 from kabrn_dist.model.kan.stacked import StackedExperts, check_counts
 
+RELU2 = Function("relu2")
 
-class SwigluExperts(StackedExperts):
+
+class _Controls(StackedExperts):
+    def _multiply_down(self, x: Quantised, counts: Sequence[int]) -> Tensor:
+        down = self.get_parameter("down")
+        if not self.quantised:  # all scales are 1
+            return unscaled_product(x, down, counts, False).codes
+        return bit_product(x, down, counts)
+
+
+class SwigluExperts(_Controls):
     """The control: y = W₃ q(swish(W₁ x) · W₂ x), a modern MLP (arXiv 2002.05202)."""
 
     gate: Tensor
@@ -32,12 +49,12 @@ class SwigluExperts(StackedExperts):
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
         check_counts(len(codes), counts, len(self.experts))
         x = Quantised(codes, scale)
-        gate = bit_product(x, self.gate, counts, self.quantised)
-        up = bit_product(x, self.up, counts, self.quantised)
-        return bit_product(self._requantise(F.silu(gate) * up), self.down, counts, self.quantised)
+        gate = unscaled_product(x, self.gate, counts, self.quantised)
+        up = unscaled_product(x, self.up, counts, self.quantised)
+        return self._multiply_down(gated(gate, up, self.quantised), counts)
 
 
-class Relu2Experts(StackedExperts):
+class Relu2Experts(_Controls):
     """The control: y = W₂ q(relu(W₁ x)²), the matmuls of an MLP (Primer, arXiv 2109.08668)."""
 
     up: Tensor
@@ -51,7 +68,79 @@ class Relu2Experts(StackedExperts):
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
         check_counts(len(codes), counts, len(self.experts))
-        up = bit_product(Quantised(codes, scale), self.up, counts, self.quantised)
-        # Normalised before it is squared too, which changes no value and keeps squares within fp16.
-        squares = F.relu(rms_norm(up)).square()
-        return bit_product(self._requantise(squares), self.down, counts, self.quantised)
+        up = unscaled_product(Quantised(codes, scale), self.up, counts, self.quantised)
+        nothing = up.scale.new_empty(1, 1, 0)
+        squares = activate(up, RELU2, square, nothing, (len(codes),), self.quantised)
+        return self._multiply_down(squares, counts)
+
+
+def square(x: Tensor, coefficients: Tensor, counts: Sequence[int]) -> Tensor:
+    """relu(RMSNorm(x))² of rows; coefficients and counts as others take them, unused.
+
+    Normalised before it is squared too, which changes no result after the next norm and keeps squares within fp16.
+    """
+    return F.relu(rms_norm(x)).square()
+
+
+def gated(gate: Quantised, up: Quantised, quantised: bool) -> Quantised:
+    """q(RMSNorm(silu(gate) · up)), what the last product reads. Keeps gate and up alone for backward.
+
+    Args:
+        gate, up: codes [N,H] and scale [N,1], products that are not yet scaled.
+        quantised: False leaves out the quantiser.
+    """
+    kernels = kernels_for(gate.codes)
+    if kernels is not None:
+        return Quantised(*_Fused.apply(*gate, *up, quantised, kernels.gate))
+    return Quantised(*_Eager.apply(*gate, *up, quantised))
+
+
+def gated_eager(gate: Quantised, up: Quantised, quantised: bool) -> Quantised:
+    """`gated` step by step, in fp32 (or wider): products of two of fp16's values pass its range."""
+    values, factors = widen(up.codes) / up.scale, F.silu(widen(gate.codes) / gate.scale)
+    codes, scale = quantise(rms_norm(factors * values), quantised)
+    return Quantised(codes.to(gate.codes.dtype), scale)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, quantised: bool, kernel: Gate
+    ) -> tuple[Tensor, Tensor]:
+        inputs = gate.contiguous(), gate_scale.reciprocal(), up.contiguous(), up_scale.reciprocal()
+        codes, scale, rms = kernel.forward(*inputs, quantised)
+        ctx.save_for_backward(*inputs, scale, rms)
+        ctx.kernel = kernel
+        ctx.mark_non_differentiable(scale)
+        return codes, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gate, gate_factor, up, up_factor, scale, rms = ctx.saved_tensors
+        grads = ctx.kernel.backward(gate, gate_factor, up, up_factor, grad.contiguous(), scale, rms)
+        return grads[0], None, grads[1], None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """Runs again in backward what autograd would keep a handful of fp32 tensors for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, quantised: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gate, gate_scale, up, up_scale)
+        ctx.quantised = quantised
+        codes, scale = gated_eager(Quantised(gate, gate_scale), Quantised(up, up_scale), quantised)
+        ctx.mark_non_differentiable(scale)
+        return codes, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gate, gate_scale, up, up_scale = ctx.saved_tensors
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            again = gated_eager(Quantised(gate, gate_scale), Quantised(up, up_scale), ctx.quantised)
+        for_gate, for_up = torch.autograd.grad(again.codes, (gate, up), grad)
+        return for_gate, None, for_up, None, None
