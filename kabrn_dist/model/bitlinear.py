@@ -161,7 +161,8 @@ class _Product(torch.autograd.Function):
         if enabled:
             weight, gamma, kept = _signs(weight, codes.dtype)
             factor = factor * _by_row(gamma, counts)
-        shift = _headroom(codes.dtype)
+        # Plain values are small, and who reads them unscaled would not know of a shift.
+        shift = _headroom(codes.dtype) if enabled else 1
         if shift != 1:
             codes, factor = codes * shift, factor / shift
         product = grouped_product(codes, weight, counts)
