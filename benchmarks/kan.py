@@ -36,7 +36,7 @@ class Size(NamedTuple):
     rounds: int
 
 
-QUICK, WHOLE = Size(256, 32, (1, 2), 0.2, 2), Size(4096, 1024, (1, 8), 20.0, 5)
+QUICK, WHOLE = Size(256, 32, (1, 2), 0.2, 2), Size(4096, 1024, (1, 8), 6.0, 3)
 
 
 def questions(report: Report, quick: bool) -> None:

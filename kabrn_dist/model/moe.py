@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kabrn_dist.config import Model as Settings
-from kabrn_dist.model.bitlinear import normalise, rms_norm
+from kabrn_dist.model.bitlinear import normalise
 from kabrn_dist.model.kan.forms import FORMS
 from kabrn_dist.model.router import Places, Router, RouterSums
 from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
@@ -66,9 +66,10 @@ class MixtureOfExperts(nn.Module):
 
         While copies travel there, the shared experts run; while results travel back, the router is summed up.
         """
-        normed = rms_norm(x)
-        routing = self.router(normed, *guide)
-        codes, scale = (part.flatten(0, 1) for part in normalise(x, self.quantised))
+        plain = normalise(x, False)
+        routing = self.router(plain.codes, *guide)
+        shared_input = normalise(x) if self.quantised else plain
+        codes, scale = (part.flatten(0, 1) for part in shared_input)
         route = plan_route(routing.choice, self.wire)
         flight = start_dispatch(codes, scale, route, self.wire)
         shared = self._visit_shared(codes, scale)
@@ -105,8 +106,7 @@ class DenseFeedForward(nn.Module):
 
 def mixture_naive(layer: MixtureOfExperts, x: Tensor, guide: Guide) -> Tensor:
     """The layer by definition, on one process: every expert sees every token, and weights pick. [B,T,D] → same."""
-    normed = rms_norm(x)
-    routing = layer.router(normed, *guide)
+    routing = layer.router(normalise(x, False).codes, *guide)
     experts = layer.wire.placement.total
     codes, scale = (part.flatten(0, 1) for part in normalise(x, layer.quantised))
     # A dropped copy's weight lands in a column of its own, which no expert reads.

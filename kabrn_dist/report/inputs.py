@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.data.batches import Batch
-from kabrn_dist.model.bitlinear import normalise, rms_norm
+from kabrn_dist.model.bitlinear import normalise
 from kabrn_dist.model.mixer import find_place
 from kabrn_dist.model.mixkabrn import Block, MixKABRN
 from kabrn_dist.model.moe import Guide, MixtureOfExperts
@@ -57,7 +57,7 @@ def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         x = x + block.mixer(x, place, None)[0]
-        normed = rms_norm(x)
+        normed = normalise(x, False).codes
         codes, scale = (part.flatten(0, 1) for part in normalise(x, model.settings.quantise))
         guide, choice = None, None
         if isinstance(block.mixture, MixtureOfExperts):
