@@ -93,6 +93,35 @@ def test_a_wrong_decay_is_named_by_its_key_alone(base: Path) -> None:
     assert load_config(base, ["model.retention.decay=[1.5, 7]"]).model.retention.decay == (1.5, 7.0)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.experts.routed=8", "model.experts.top_k=9"], "top_k 9 exceeds the 8 routed experts"),
+        (["model.experts.routed=8", "model.router.groups=3"], "it can be 1, 2, 4, 8"),
+        (["model.experts.routed=8", "model.router.groups=4", "model.router.groups_per_token=5"], "set it to 4 or less"),
+        (
+            [
+                "model.experts.routed=8",
+                "model.experts.top_k=5",
+                "model.router.groups=4",
+                "model.router.groups_per_token=2",
+            ],
+            "2 groups of 2 experts hold fewer than model.experts.top_k 5; set groups_per_token to 3 or more",
+        ),
+        (["model.experts.form=hat", "model.experts.grid=1"], "model.experts.grid: "),
+        (["model.experts.form=hat", "model.experts.range=[2, -2]"], "range [2.0, -2.0] must be [low, high]"),
+        (
+            ["model.experts.form=bspline", "model.experts.grid=4", "model.experts.degree=5"],
+            "degree 5 needs more knots than the 5 of grid 4; set degree <= 4 or grid >= 5",
+        ),
+        (["model.experts.form=chebyshev", "model.experts.groups=5"], "groups 5 does not divide"),
+    ],
+)
+def test_experts_and_routers_that_cannot_be_are_refused(base: Path, overrides: list[str], said: str) -> None:
+    message = complaint(base, *overrides)
+    assert said in message and "\n" not in message
+
+
 def test_missing_keys_are_named(tmp_path: Path) -> None:
     tree = yaml.safe_load(BASE)
     del tree["optimizer"], tree["model"]["experts"]["top_k"]
