@@ -56,9 +56,9 @@ def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
     networks = list_networks(model)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        x = x + block.mixer(x, place, None)[0]
-        normed = normalise(x, False).codes
-        codes, scale = (part.flatten(0, 1) for part in normalise(x, model.settings.quantise))
+        mixed = x + block.mixer(x, place, None)[0]
+        normed = normalise(mixed, False).codes
+        codes, scale = (part.flatten(0, 1) for part in normalise(mixed, model.settings.quantise))
         guide, choice = None, None
         if isinstance(block.mixture, MixtureOfExperts):
             guide = Guide(model.routers.bias[row], model.routers.share[row], model.routers.step, None)
