@@ -6,7 +6,7 @@ same optimizer (LBFGS), in float64. The figure is the median over seeds of the R
 
 - ours: `edge_layer` with plain matrices, as `bspline` (cubic) and `hat` (degree 1), on grids that stay as they are:
   [−1,1], where the samples are, in the first layer, and [−2,2], the default of the configuration, in the second.
-- pykan: as it comes, with its ten updates of the grids in the first fifty steps; cubic for `bspline`, degree 1 for
+- pykan: as it comes, with its updates of the grids, every fifth step; cubic for `bspline`, degree 1 for
   `hat`, and cubic beside `hat` for information: on one edge, piecewise lines on the same knots cannot get so close.
 - MLP: SiLU, of at least as many parameters as ours, the better of one and of two hidden layers.
 """
@@ -151,7 +151,7 @@ def question(report: Report, quick: bool) -> None:
     """Rows and aims for each task and optimizer."""
     seeds = 1 if quick else 3
     for task in TASKS[::2] if quick else TASKS:
-        compare(report, task, 1 if quick else 50, seeds)
+        compare(report, task, 1 if quick else 25, seeds)
 
 
 def compare(report: Report, task: Task, steps: int, seeds: int) -> None:

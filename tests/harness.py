@@ -81,8 +81,9 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
 
 def torchrun(world: int, script: str, *arguments: str) -> list[str]:
     """The command that starts `world` processes of a script."""
-    port = f"--master_port={free_port()}"
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", port, script, *arguments]
+    # It finds its own port: one that was free a second ago may be taken by another test's process by now.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    return [*launcher, script, *arguments]
 
 
 def deepspeed(world: int, script: str, *arguments: str) -> list[str]:

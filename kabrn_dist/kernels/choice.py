@@ -13,6 +13,7 @@ from kabrn_dist.kernels.build import Unavailable, find_compiler
 from kabrn_dist.kernels.functions import DTYPES, Functions
 from kabrn_dist.kernels.gate import Gate
 from kabrn_dist.kernels.products import Products
+from kabrn_dist.kernels.spline import Spline
 
 SWITCH = "KABRN_KERNELS"
 
@@ -21,6 +22,7 @@ class Kernels(NamedTuple):
     functions: Functions
     products: Products
     gate: Gate
+    spline: Spline
 
 
 class Choice(NamedTuple):
@@ -46,7 +48,8 @@ def choose(device: str) -> Choice:
             raise Unavailable(f"{SWITCH} is off")
         if device != "cpu":
             raise Unavailable(f"there is no kernel for {device}")
-        return Choice(Kernels(Functions(), Products(), Gate()), f"fused C kernels ({Path(find_compiler()).name})")
+        kernels = Kernels(Functions(), Products(), Gate(), Spline())
+        return Choice(kernels, f"fused C kernels ({Path(find_compiler()).name})")
     except Unavailable as why:
         return Choice(None, f"eager torch, because {why}")
 

@@ -204,7 +204,8 @@ class Session:
             f"{values['validation/bits_per_byte']:.3f} bits per byte (gzip -9: {data.gzip_bits_per_byte:.3f})"
         )
         self.metrics.write(self.step, values, line)
-        self.pictures.draw(self.step, self.load)
+        if config.validation.every:
+            self.pictures.draw(self.step, self.load)
 
     def _save(self) -> None:
         if self.saved == self.step:

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kabrn_dist.kernels.choice import Kernels, kernels_for
+from kabrn_dist.kernels.spline import CODES, MOST_DEGREE, PLAIN, VALUES
 from kabrn_dist.model.bitlinear import SMALLEST, quantise, ternary, widen
 from kabrn_dist.model.kan.grids import Grid
-from kabrn_dist.model.kan.splines import basis, basis_naive, basis_slope, largest
+from kabrn_dist.model.kan.splines import basis, basis_naive, basis_slope, curve, largest
 
 # Values of a chunk: 8 MiB of fp32 on CPUs; elsewhere few large products are better.
 CHUNK, CHUNK_ELSEWHERE = 1 << 21, 1 << 26
@@ -45,6 +47,16 @@ def edge_layer(
     Returns:
         [N,O] in the dtype of x.
     """
+    kernels = kernels_for(x)
+    if kernels is None or grid.degree > MOST_DEGREE or not x.dtype == base.dtype == spline.dtype:
+        return edge_layer_eager(x, base, spline, counts, grid, quantised)
+    return _FusedLayer.apply(x, base, spline, tuple(counts), grid, quantised, kernels)
+
+
+def edge_layer_eager(
+    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+) -> Tensor:
+    """The same in torch's own operations, for any device and dtype."""
     return _EdgeLayer.apply(x, base, spline, tuple(counts), grid, quantised)
 
 
@@ -73,6 +85,83 @@ class _Branch(NamedTuple):
 
     codes: Tensor
     scale: Tensor
+
+
+class _FusedLayer(torch.autograd.Function):
+    """Both branches as one: the splines of all inputs and then their silu, [N,(K+1)·I], by the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        spline: Tensor,
+        counts: tuple[int, ...],
+        grid: Grid,
+        quantised: bool,
+        kernels: Kernels,
+    ) -> Tensor:
+        x, gammas = x.contiguous(), x.new_ones(len(base), 2, dtype=torch.float32)
+        weights: Sequence[Tensor] = (spline, base)
+        kept = weights
+        if quantised:
+            weights, scales, kept = zip(*(kernels.products.ternary(w.contiguous()) for w in weights), strict=True)
+            gammas = torch.cat([gamma.flatten(1) for gamma in scales], 1)
+        ctx.save_for_backward(x, gammas, *kept)
+        ctx.counts, ctx.grid, ctx.quantised, ctx.kernels = counts, grid, quantised, kernels
+        matrix, line, inner = _joined(weights, grid, x.dtype), curve(grid), spline.shape[2]
+        out = x.new_empty(len(x), base.shape[1])
+        values = _buffer(x, counts, matrix.shape[2])
+        for e, rows in _chunks(counts, matrix.shape[2], x.device):
+            some = values[: rows.stop - rows.start]
+            scale = kernels.spline.expand(line, x[rows], CODES if quantised else PLAIN, some)
+            if quantised:
+                factor = gammas[e] / scale
+                part = (some[:, inner:] @ matrix[e, :, inner:].T) * factor[:, 1:]
+                part.addcmul_(some[:, :inner] @ matrix[e, :, :inner].T, factor[:, :1])
+                out[rows] = part
+            else:
+                torch.mm(some, matrix[e].T, out=out[rows])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gammas, *kept = ctx.saved_tensors
+        kernel, grid, grad = ctx.kernels.spline, ctx.grid, grad.contiguous()
+        matrix, line, form = _joined(kept, grid, x.dtype), curve(grid), VALUES if ctx.quantised else PLAIN
+        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        # Sums over chunks are taken in fp32.
+        for_matrix = torch.zeros_like(matrix, dtype=torch.float32)
+        values = _buffer(x, ctx.counts, matrix.shape[2])
+        for e, rows in _chunks(ctx.counts, matrix.shape[2], x.device):
+            some, g = values[: rows.stop - rows.start], grad[rows]
+            kernel.expand(line, x[rows], form, some)
+            if x.dtype == torch.float32:
+                for_matrix[e].addmm_(g.T, some)
+            else:
+                for_matrix[e] += g.T @ some
+            if for_x is not None:
+                torch.mm(g, matrix[e], out=some)
+                for_x[rows] = kernel.gather(line, x[rows], some, gammas[e])
+        for_spline, for_base = for_matrix.split([kept[0].shape[2], x.shape[1]], 2)
+        turned = _knots_last(for_spline.to(x.dtype), grid)
+        return for_x, for_base.to(x.dtype), turned, None, None, None, None
+
+
+def _joined(weights: Sequence[Tensor], grid: Grid, dtype: torch.dtype) -> Tensor:
+    """[E,O,(K+1)·I] of a spline's matrix [E,O,I·K] and a base's [E,O,I]."""
+    spline, base = weights
+    experts, outputs, inputs = base.shape
+    matrix = torch.empty(experts, outputs, grid.size + 1, inputs, dtype=dtype)
+    matrix[:, :, :-1].copy_(spline.unflatten(-1, (inputs, grid.size)).transpose(-1, -2))
+    matrix[:, :, -1].copy_(base)
+    return matrix.flatten(-2)
+
+
+def _buffer(x: Tensor, counts: Sequence[int], values: int) -> Tensor:
+    """For the largest chunk, of `values` a row. All chunks use it, so that its memory stays in the cache."""
+    most = max((rows.stop - rows.start for _, rows in _chunks(counts, values, x.device)), default=0)
+    return x.new_empty(most, values)
 
 
 class _EdgeLayer(torch.autograd.Function):

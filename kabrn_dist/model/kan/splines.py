@@ -12,10 +12,12 @@ Shapes: N rows, I inputs, G intervals, p degree, K = G + p basis functions.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from kabrn_dist.kernels.spline import Curve
 from kabrn_dist.model.kan.grids import Grid
 
 
@@ -79,6 +81,12 @@ def largest(x: Tensor, grid: Grid) -> Tensor:
     values, slopes = (torch.tensor(part, dtype=x.dtype, device=x.device) for part in _end(grid.degree))
     peak = _cardinal(torch.zeros(1), grid.degree).item()
     return (values - beyond * slopes).abs().amax(-1, keepdim=True).clamp_(min=peak)
+
+
+@cache
+def curve(grid: Grid) -> Curve:
+    """A grid's splines as the kernel takes them."""
+    return Curve(*grid, _cardinal(torch.zeros(1), grid.degree).item(), *_end(grid.degree))
 
 
 def _cardinal(distance: Tensor, degree: int) -> Tensor:
