@@ -20,16 +20,6 @@ INLINE const char *row_of(const void *x, int bf16, const job *j, int64_t row) {
     return (const char *)x + row * j->width * (bf16 ? 2 : 4);
 }
 
-/* For each vector of a row: `rest` of its lanes are in use. Only the last can be short, and it has its own copy of the
- * step, for the others to keep their vectors in registers, which a call of memcpy would push out. */
-#define EACH(step)                                                                                                  \
-    do {                                                                                                            \
-        int64_t v = 0, rest = LANES;                                                                                \
-        for (; v < w / LANES; v++) step;                                                                            \
-        rest = w % LANES;                                                                                           \
-        if (rest) step;                                                                                             \
-    } while (0)
-
 INLINE vec gate_of(int bf16, const char *gates, const char *values, float a, float b, int64_t v, int64_t rest) {
     vec z = load(bf16, gates, v, rest) * a;
     return z * sigmoid(z) * (load(bf16, values, v, rest) * b);

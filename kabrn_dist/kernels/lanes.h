@@ -66,3 +66,13 @@ INLINE void store(int bf16, void *to, int64_t v, int64_t rest, vec x) {
     else if (bf16) memcpy((uint16_t *)to + v * LANES, &bits, rest * 2);
     else memcpy((float *)to + v * LANES, &x, rest * 4);
 }
+
+/* For each vector of a row of width w: `rest` of its lanes are in use. Only the last can be short, and it has its own
+ * copy of the step, for the others to keep their vectors in registers, which a call of memcpy would push out. */
+#define EACH(step)                                                                                                  \
+    do {                                                                                                            \
+        int64_t v = 0, rest = LANES;                                                                                \
+        for (; v < w / LANES; v++) step;                                                                            \
+        rest = w % LANES;                                                                                           \
+        if (rest) step;                                                                                             \
+    } while (0)

@@ -74,15 +74,6 @@ INLINE vec rounded(int64_t form, vec x, float scale, float inverse) {
     return form == CODES ? x : x * inverse;
 }
 
-/* For each vector of a row: `rest` of its lanes are in use. */
-#define EACH(step)                                                                                                  \
-    do {                                                                                                            \
-        int64_t v = 0, rest = LANES;                                                                                \
-        for (; v < w / LANES; v++) step;                                                                            \
-        rest = w % LANES;                                                                                           \
-        if (rest) step;                                                                                             \
-    } while (0)
-
 INLINE void expand(int bf16, int degree, const job *j, vec x, const float *scale, int64_t v, int64_t rest, char *to) {
     vec w[MOST_DEGREE + 1];
     int64_t size = j->intervals + degree, stride = j->inputs * (bf16 ? 2 : 4);

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kabrn_dist.config import Config, Experts
+from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batch, Batches
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.draw.figure import draw_cells, to_png
 from kabrn_dist.draw.functions import draw_functions
 from kabrn_dist.errors import UserError
-from kabrn_dist.model.kan.rational import FITTED
+from kabrn_dist.model.kan.forms import function_range
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.saved import load_weights
 from kabrn_dist.report.inputs import Reach, measure_reach
@@ -53,11 +53,6 @@ class LearnedFunctions(NamedTuple):
     points: Tensor
     span: tuple[float, float]
     curves: list[Curves]
-
-
-def function_range(settings: Experts) -> tuple[float, float]:
-    """The grid's ends, or the range that the rational's start was fitted on."""
-    return FITTED if settings.form == "rational" else settings.range
 
 
 def read_functions(folder: Path, edges: int, beyond: float = 0.5) -> LearnedFunctions:

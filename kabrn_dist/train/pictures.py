@@ -10,7 +10,7 @@ from torch import Tensor
 from kabrn_dist.config import Config
 from kabrn_dist.draw.experts import draw_load
 from kabrn_dist.draw.functions import draw_functions
-from kabrn_dist.model.kan.rational import FITTED
+from kabrn_dist.model.kan.forms import function_range
 from kabrn_dist.train.engine import Engine
 from kabrn_dist.train.metrics import Metrics
 
@@ -24,7 +24,7 @@ class Pictures:
     def __init__(self, engine: Engine, metrics: Metrics, config: Config, step: int) -> None:
         self.engine, self.metrics, self.layers = engine, metrics, config.model.mixture_layers
         experts = config.model.experts
-        low, high = self.span = FITTED if experts.form == "rational" else experts.range
+        low, high = self.span = function_range(experts)
         reach = (high - low) / 4
         self.points = torch.linspace(low - reach, high + reach, 201)
         self.began, self.start = step, engine.function_curves(self.points, EDGES)

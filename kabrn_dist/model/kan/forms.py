@@ -9,7 +9,7 @@ from kabrn_dist.model.kan.bspline import BsplineExperts
 from kabrn_dist.model.kan.chebyshev import ChebyshevExperts
 from kabrn_dist.model.kan.hat import HatExperts
 from kabrn_dist.model.kan.mlp import Relu2Experts, SwigluExperts
-from kabrn_dist.model.kan.rational import RationalExperts
+from kabrn_dist.model.kan.rational import FITTED, RationalExperts
 from kabrn_dist.model.kan.stacked import StackedExperts
 
 # width, hidden, settings, global numbers of the experts here, quantised, gain → experts
@@ -23,3 +23,8 @@ FORMS: dict[str, Form] = {
     "swiglu": SwigluExperts,
     "relu2": Relu2Experts,
 }
+
+
+def function_range(settings: Settings) -> tuple[float, float]:
+    """The grid's ends, or the range that the rational's start was fitted on."""
+    return FITTED if settings.form == "rational" else settings.range

@@ -5,6 +5,7 @@ Shapes: N rows, D width, E experts, G groups of channels, C coefficients of a fu
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -55,13 +56,13 @@ class GroupedExperts(StackedExperts):
         super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
         self.function, self.ends = function, ends
 
+    @abstractmethod
     def coefficients(self, layer: str) -> Tensor:
         """[E,G,C] of "inner" (φ₁) or "outer" (φ₂)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def eager(self, x: Tensor, coefficients: Tensor, counts: Sequence[int]) -> Tensor:
         """[N,D] → φ(x) [N,D] in torch's operations."""
-        raise NotImplementedError
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]. Raises ValueError: see `check_counts`."""

@@ -8,6 +8,7 @@ Shapes: N rows, D width, E experts.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from kabrn_dist.model.bitlinear import Quantised, latent_std, normalise
 from kabrn_dist.model.initial import draw_experts
 
 
-class StackedExperts(nn.Module):
+class StackedExperts(nn.Module, ABC):
     """Experts with stacked matrices: draws each by its global number, the last scaled for the residual stream.
 
     A form is a subclass `Form(width, hidden, settings, experts, quantised, gain)`. Parameters whose names are in
@@ -64,13 +65,13 @@ class StackedExperts(nn.Module):
     def _requantise(self, x: Tensor) -> Quantised:
         return normalise(x, self.quantised)
 
+    @abstractmethod
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
         """[N,D] codes and [N,1] scales (a `Quantised`), rows sorted by expert, `counts` of each → [N,D].
 
         Raises:
             ValueError: `counts` are not one for each expert here, or do not sum to N (see `check_counts`).
         """
-        raise NotImplementedError
 
 
 def check_counts(rows: int, counts: Sequence[int], experts: int) -> None:
