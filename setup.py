@@ -18,9 +18,13 @@ setup(
         "torch>=2.8",
         "deepspeed==0.19.8",
         "fairscale>=0.4.13",
+        "aiohttp>=3.9",
+        "fsspec>=2024.6",
+        "ftfy>=6.2",
         "matplotlib>=3.8",
         "webdataset>=1.0",
         "tensorboard>=2.16",
+        "py3langid>=0.3",
         "pyyaml>=6",
         "numpy>=1.26",
         "pydantic>=2.7",
@@ -34,6 +38,10 @@ setup(
         "gpu": ["fla-core>=0.6"],
         # mpirun as a launcher, and a working MPI from a wheel, without root.
         "mpi": ["mpi4py>=4", "mpich"],
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "scipy", "types-PyYAML"],
+        # Parquet files as a source of texts.
+        "parquet": ["pyarrow>=17"],
+        # Shards on S3, Google Cloud Storage and the Hugging Face hub.
+        "remote": ["gcsfs", "huggingface_hub", "s3fs"],
+        "dev": ["mypy", "pyarrow>=17", "pytest", "pytest-xdist", "ruff", "scipy", "types-PyYAML"],
     },
 )

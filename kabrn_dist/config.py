@@ -13,7 +13,19 @@ from pydantic import Field, PositiveInt, model_validator
 from kabrn_dist.config_model import Experts, Model, Retention, Router, Section, divisors, join
 from kabrn_dist.errors import UserError
 
-__all__ = ["Checkpoint", "Config", "Data", "Experts", "Model", "Optimizer", "Parallel", "Retention", "Router"]
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Experts",
+    "Guard",
+    "MixedSet",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Retention",
+    "Router",
+]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -28,9 +40,28 @@ class Run(Section):
     )
 
 
+class MixedSet(Section):
+    """One more shard set that training draws from."""
+
+    path: str = Field(description="Folder or URL of shards and index.json.")
+    weight: float = Field(1.0, gt=0, description="Multiplies the weights of its sources.")
+
+
 class Data(Section):
-    path: Path = Field(description="Folder of shards and index.json, made by `python -m data_prep`.")
+    path: str = Field(
+        description="Folder of shards and index.json, made by `python -m data_prep`; or its URL: s3://, gs://, "
+        "http(s)://, hf://."
+    )
     sequence_length: int = Field(ge=2, description="Tokens in one training sequence.")
+    also: tuple[MixedSet, ...] = Field((), description="More shard sets of the same tokenizer, drawn from by weight.")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="Source name: share of the sequences, in any unit; overrides the index's."
+    )
+    epochs: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Source name: passes after which it is drawn from no more; overrides."
+    )
+    cache: Path = Field(Path("data/cache"), description="Where shards of a URL are kept on this machine.")
+    cache_gb: float = Field(20.0, gt=0, description="Most that the cache holds, in GB.")
 
 
 class Parallel(Section):
@@ -118,6 +149,29 @@ class Checkpoint(Section):
     every: int = Field(500, ge=0, description="Steps between checkpoints; 0 saves at the end and when stopped only.")
     keep: int = Field(2, ge=2, description="Newest checkpoints kept.")
     keep_every: int = Field(0, ge=0, description="Also keep each checkpoint whose step this divides; 0: none.")
+    background: bool = Field(
+        True, description="Write in a thread while training goes on; costs a copy in host memory of what a rank owns."
+    )
+
+
+class Guard(Section):
+    """What is watched while a run goes on, and what is done about it."""
+
+    max_minutes: float | None = Field(None, gt=0, description="Save and stop after so many minutes of this session.")
+    stop_code: int = Field(
+        0, ge=0, le=125, description="Exit code when stopped before the end; 75 asks many schedulers to requeue."
+    )
+    bad_steps: PositiveInt = Field(
+        5,
+        description="Steps in a row with a non-finite loss or gradient, each of them skipped, after which the run goes "
+        "back to its last checkpoint and passes over the data since.",
+    )
+    spike: Literal["off", "warn", "skip"] = Field("warn", description="What is done about a spike of the loss.")
+    spike_sigma: float = Field(6.0, gt=0, description="A loss this many standard deviations above the mean is a spike.")
+    spike_window: int = Field(128, ge=8, description="Steps that this mean and deviation are taken over.")
+    hang_seconds: float = Field(
+        1800.0, ge=0, description="A rank that ends no step for so long prints all its stacks and dies; 0: never."
+    )
 
 
 class Config(Section):
@@ -129,6 +183,7 @@ class Config(Section):
     training: Training
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
 
     def accumulation(self, world: int) -> int:
         """Micro-batches per rank and optimizer step."""

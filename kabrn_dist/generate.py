@@ -33,7 +33,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN
         raise UserError(f"{folder}/checkpoints: no intact checkpoint; train with --config first")
     model = build_whole(config, device)
     manifest = load_weights(model, path)
-    tokenizer = load_tokenizer(config.data.path, read_index(config.data.path))
+    tokenizer = load_tokenizer(Path(config.data.path), read_index(Path(config.data.path)))
     if tokenizer.sha256 != manifest.state["tokenizer_sha256"]:
         raise UserError(
             f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "

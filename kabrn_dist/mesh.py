@@ -107,6 +107,7 @@ class Mesh:
         sequence_group, expert_group: the groups of those ranks; None where the degree is 1.
         expert_data_group: ranks that hold the same experts as this one (they average expert gradients).
         expert_nodes: the expert group by machines; None where it lies in one, or does not fill each alike.
+        background_group: all ranks once more, over the CPU, for a thread that writes checkpoints beside the training.
     """
 
     rank: int
@@ -118,6 +119,7 @@ class Mesh:
     expert_group: dist.ProcessGroup | None
     expert_data_group: dist.ProcessGroup | None
     expert_nodes: Nodes | None = None
+    background_group: dist.ProcessGroup | None = None
 
     @property
     def sequence_rank(self) -> int:
@@ -199,6 +201,7 @@ def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1
         expert_group=_own_group(_runs(place.world, expert), place.rank) if expert > 1 else None,
         expert_data_group=_own_group(data_ranks, place.rank),
         expert_nodes=_make_nodes(place, device, expert, node),
+        background_group=dist.new_group(backend="gloo"),
     )
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from lower levels and from its own part.
 LEVELS = {
     "errors": 0,
+    "fault": 0,
     "config": 1,
     "config_model": 0,
     "draw": 0,
@@ -31,8 +32,9 @@ LEVELS = {
 }
 # Parts that know less than their level would allow.
 ONLY = {
-    "data": {"errors"},
-    "checkpoint": {"errors"},
+    "data": {"errors", "fault"},
+    "checkpoint": {"errors", "fault"},
+    "fault": set(),
     "config": {"config_model", "errors"},
     "config_model": {"errors"},
     "draw": set(),

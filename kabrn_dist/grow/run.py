@@ -143,7 +143,7 @@ def _fresh_state(growth: Growth) -> dict[str, Any]:
     """What the training loop keeps beside the tensors, of a run that has read nothing yet."""
     config, old = growth.config, growth.manifest.state
     data = config.data
-    batches = Batches(data.path, "train", data.sequence_length, config.run.seed)
+    batches = Batches(Path(data.path), "train", data.sequence_length, config.run.seed)
     cursor, tokenizer = batches.cursor(0), batches.index.tokenizer.sha256
     batches.close()
     if tokenizer != old["tokenizer_sha256"]:

@@ -122,7 +122,7 @@ def _read_data(config: Config, sequences: int, console: Console) -> Batch | None
     """The first validation sequences; None, and a line that says why, where they cannot be read."""
     data = config.data
     try:
-        split = Batches(data.path, "validation", data.sequence_length, config.run.seed, ordered=False)
+        split = Batches(Path(data.path), "validation", data.sequence_length, config.run.seed, ordered=False)
         return split.rows(range(min(sequences, split.sequences)))
     except UserError as error:
         console.print(f"without data, so without the inputs' reach: {error}", soft_wrap=True)

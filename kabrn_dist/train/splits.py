@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -33,9 +34,9 @@ def open_splits(config: Config) -> Splits:
         UserError: for missing or damaged shards, a wrong tokenizer, or a vocabulary larger than the model's.
     """
     data = config.data
-    train = Batches(data.path, "train", data.sequence_length, config.run.seed)
-    validation = Batches(data.path, "validation", data.sequence_length, config.run.seed, ordered=False)
-    tokenizer = load_tokenizer(data.path, train.index)
+    train = Batches(Path(data.path), "train", data.sequence_length, config.run.seed)
+    validation = Batches(Path(data.path), "validation", data.sequence_length, config.run.seed, ordered=False)
+    tokenizer = load_tokenizer(Path(data.path), train.index)
     if tokenizer.vocabulary > config.model.vocabulary:
         raise UserError(
             f"model.vocabulary {config.model.vocabulary} is smaller than the {tokenizer.vocabulary} tokens of "
