@@ -24,7 +24,7 @@ setup(
         "matplotlib>=3.8",
         "webdataset>=1.0",
         "tensorboard>=2.16",
-        "py3langid>=0.3",
+        "py3langid>=0.4",
         "pyyaml>=6",
         "numpy>=1.26",
         "pydantic>=2.7",

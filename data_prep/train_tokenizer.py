@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -25,8 +25,8 @@ def check_vocabulary(vocabulary: int) -> None:
         )
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
-    """Train on the first `SAMPLE_CHARACTERS` of `texts`, which should come in a random but fixed order.
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train on the first `SAMPLE_CHARACTERS` of `texts`, read once, in what should be a random but fixed order.
 
     The result has fewer than `vocabulary` ids when the texts hold too few different pairs. Raises UserError
     when `vocabulary` is too small.
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     return Tokenizer(bpe.to_str(pretty=True).encode())
 
 
-def _sample(texts: Sequence[str]) -> Iterator[str]:
+def _sample(texts: Iterable[str]) -> Iterator[str]:
     left = SAMPLE_CHARACTERS
     for text in texts:
         yield text[:left]

@@ -1,12 +1,36 @@
-"""Where texts come from: one file a source, each yields documents in a stable order."""
+"""Where texts come from: one file a source; each cuts its input into units and yields the documents of a unit."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from data_prep.documents import Document, Unit
+from data_prep.sources.files import Group
+
+__all__ = ["Document", "Group", "Source", "Unit"]
 
 
-class Document(NamedTuple):
-    """One text. `text` is None when the source had to skip it because it is not UTF-8."""
+class Source(Protocol):
+    """A published data set or somebody's files. Sources can be pickled: workers get a copy.
 
-    name: str
-    text: str | None
+    Raises UserError where the input is not what the source reads; single bad files are documents without text.
+    """
+
+    @property
+    def kind(self) -> str:
+        """The name that recipes call it by."""
+
+    @property
+    def licence(self) -> str:
+        """What the publisher asks for, "" where that is not known."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether the documents have spans: the loss counts on answers only."""
+
+    def units(self) -> Sequence[Unit | Group]:
+        """Return the pieces of work, sorted by name and the same for any number of workers. Cheap."""
+
+    def read(self, unit: Unit | Group) -> Iterator[Document]:
+        """Yield the documents of a unit in order, in bounded memory."""

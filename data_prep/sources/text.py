@@ -1,106 +1,87 @@
-"""Text files: .txt (a document each) and .jsonl (a document a line), plain or as .gz or .zst."""
+"""Text files in any language: .txt (a document each, or a line or paragraph each) and .jsonl (a document a line).
+
+Files may be packed (.gz, .zst) or lie in archives. Line ends and byte order marks inside a document stay as they are.
+"""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, cast
+from collections.abc import Iterator
+from typing import Literal
 
-import zstandard
+from data_prep.documents import Document
+from data_prep.sources.archive import Member, lines_of, text_of
+from data_prep.sources.base import FileSource, Options, records_of
+from data_prep.sources.decode import decoded
+from data_prep.sources.files import Find, ends_in
+from data_prep.sources.jsonl import FieldOptions, from_fields
+from data_prep.sources.layout import Mismatch
 
-from data_prep.sources import Document
-from kabrn_dist.errors import UserError
-
-_KINDS = (".txt", ".jsonl")
-_PACKED = ("", ".gz", ".zst")
-_CHUNK_BYTES = 1 << 20
-_ENDINGS = tuple(kind + packed for kind in _KINDS for packed in _PACKED)
+_PARAGRAPH_BYTES = 64 << 20
 
 
-def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """Return the text files among `inputs` and in the folders among them, in the order given, folders sorted.
+class TextOptions(Options):
+    """`unit`: what a document of a .txt is; `field`: the text in a line of a .jsonl."""
 
-    Raises UserError for a path that does not exist, a file of another type, or a folder without text files.
-    """
-    files: list[Path] = []
-    for given in inputs:
-        if given.is_dir():
-            found = sorted(path for path in given.rglob("*") if path.name.endswith(_ENDINGS) and path.is_file())
-            if not found:
-                raise UserError(f"--input {given}: no file in it ends in {', '.join(_ENDINGS)}.")
-            files += found
-        elif not given.exists():
-            raise UserError(f"--input {given}: no such file or folder.")
-        elif not given.name.endswith(_ENDINGS):
-            raise UserError(f"--input {given}: unknown file type; give files that end in {', '.join(_ENDINGS)}.")
+    unit: Literal["document", "line", "paragraph"] = "document"
+    field: str = "text"
+
+
+class Text(FileSource):
+    """People's own texts."""
+
+    kind = "text"
+    expected = ".txt or .jsonl files"
+    endings = (".txt", ".jsonl")
+    settings = TextOptions
+
+    def find(self) -> Find:
+        """Cut a .txt between lines or paragraphs if these are the documents."""
+        cut = {"document": None, "line": b"\n", "paragraph": b"\n\n"}[self.options.unit]
+        return super().find()._replace(cut=cut)
+
+    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+        """Yield the documents of one file."""
+        if ends_in(member.name, (".jsonl",)):
+            fields = FieldOptions(field=self.options.field)
+            for item in records_of(member):
+                yield item if isinstance(item, Document | Mismatch) else from_fields(*item, fields)
+        elif self.options.unit == "document":
+            yield text_of(member)
+        elif self.options.unit == "line":
+            yield from text_lines(member)
         else:
-            files.append(given)
-    return files
+            yield from _paragraphs(member)
 
 
-def documents(files: Sequence[Path], field: str) -> Iterator[Document]:
-    """Yield the documents of `files` in order; `field` is the key of the text in a .jsonl line.
-
-    Raises UserError that names the file (and line) for what cannot be read, unpacked, decoded or parsed.
-    """
-    for path in files:
-        try:
-            with _open(path) as file:
-                if any(path.name.endswith(".jsonl" + packed) for packed in _PACKED):
-                    yield from _lines(path, file, field)
-                else:
-                    yield Document(str(path), _decode(str(path), file.read()))
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"{path}: cannot be read ({error}). Replace the file or leave it out.") from error
+def text_lines(member: Member) -> Iterator[Document]:
+    """Yield a document for each line that is not blank, without its line end."""
+    for item in lines_of(member):
+        if isinstance(item, Document):
+            yield item
+        elif item[1].strip():
+            yield decoded(item[0], item[1].removesuffix(b"\n").removesuffix(b"\r"))
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        return io.BytesIO(b"".join(_unpack_zstd(path)))
-    return path.open("rb")
-
-
-def _unpack_zstd(path: Path) -> Iterator[bytes]:
-    # The library's own reader stops after the first frame, and takes a cut file for a whole one.
-    frame = None
-    left = b""
-    with path.open("rb") as file:
-        while packed := left or file.read(_CHUNK_BYTES):
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(packed)
-            left = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("ends in the middle of a zstd frame")
-
-
-def _lines(path: Path, file: BinaryIO, field: str) -> Iterator[Document]:
-    for number, line in enumerate(file, start=1):
-        name = f"{path} line {number}"
-        if not line.strip():
+def _paragraphs(member: Member) -> Iterator[Document]:
+    name, held, size = "", [], 0
+    for item in lines_of(member):
+        if isinstance(item, Document):
+            yield item
             continue
-        try:
-            record = json.loads(_decode(name, line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name}: not JSON ({error}). Each line must be one JSON object.") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            keys = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise UserError(f"{name}: no text under {field!r}, found {keys}. Name the right key with --field.")
-        yield Document(name, record[field])
+        place, line = item
+        if line.strip():
+            name, size = name or place, size + len(line)
+            # Beyond the limit lines are counted but not kept.
+            if size <= _PARAGRAPH_BYTES:
+                held.append(line)
+        elif name:
+            yield _paragraph(name, held, size)
+            name, held, size = "", [], 0
+    if name:
+        yield _paragraph(name, held, size)
 
 
-def _decode(name: str, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}: not UTF-8, byte {content[error.start]:#04x} at {error.start}. Convert the file to "
-            "UTF-8 (for instance with iconv)."
-        ) from error
+def _paragraph(name: str, held: list[bytes], size: int) -> Document:
+    if size > _PARAGRAPH_BYTES:
+        return Document(name, None, problem=f"a paragraph above {_PARAGRAPH_BYTES >> 20} MiB")
+    return decoded(name, b"".join(held).removesuffix(b"\n").removesuffix(b"\r"))

@@ -1,0 +1,72 @@
+"""Gopher's quality rules (Rae et al., arXiv 2112.11446, A1.1): what is text at all."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from data_prep.clean.settings import Quality
+from data_prep.clean.words import Shapes, blank_shapes
+
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+
+_STOP_WORD = re.compile(rf"\b(?:{'|'.join(STOP_WORDS)})\b", re.IGNORECASE)
+_BULLETS = ("•", "‣", "▪", "●", "◦", "⁃", "-", "*")
+_ELLIPSES = ("...", "…")
+
+
+def judge(text: str, limits: Quality, language: str | None) -> str | None:
+    """Return the name of the first rule that `text` breaks, or None.
+
+    Words are what stands between blanks; in scripts without blanks every character is a word, and there the
+    mean length means nothing and is not judged. The rule of stop words holds for `language` "en" alone.
+    """
+    shapes = blank_shapes(text)
+    return (
+        _judge_words(shapes, limits)
+        or _judge_symbols(text, len(shapes.lengths), limits)
+        or _judge_lines(text, limits)
+        or ("stop words" if language == "en" and not _has_stop_words(text, limits.min_stop_words) else None)
+    )
+
+
+def _judge_words(shapes: Shapes, limits: Quality) -> str | None:
+    count = len(shapes.lengths)
+    if not limits.min_words <= count <= limits.max_words:
+        return "too few words" if count < limits.min_words else "too many words"
+    if not count:
+        return None
+    mean = shapes.lengths.sum() / count
+    spaced = np.count_nonzero(shapes.alone) * 2 < count
+    if spaced and not limits.min_mean_word_length <= mean <= limits.max_mean_word_length:
+        return "words too short" if mean < limits.min_mean_word_length else "words too long"
+    few_letters = np.count_nonzero(shapes.lettered) < limits.min_letter_words * count
+    return "words without letters" if few_letters else None
+
+
+def _judge_symbols(text: str, words: int, limits: Quality) -> str | None:
+    most = limits.max_symbols_per_word * words
+    if text.count("#") > most:
+        return "hash signs"
+    if sum(map(text.count, _ELLIPSES)) > most:
+        return "ellipses"
+    return None
+
+
+def _judge_lines(text: str, limits: Quality) -> str | None:
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    if sum(line.startswith(_BULLETS) for line in lines) > limits.max_bullet_lines * len(lines):
+        return "bullet lines"
+    if sum(line.endswith(_ELLIPSES) for line in lines) > limits.max_ellipsis_lines * len(lines):
+        return "ellipsis lines"
+    return None
+
+
+def _has_stop_words(text: str, least: int) -> bool:
+    found: set[str] = set()
+    for match in _STOP_WORD.finditer(text) if least else ():
+        found.add(match[0].lower())
+        if len(found) >= least:
+            return True
+    return len(found) >= least

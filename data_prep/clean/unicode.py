@@ -1,0 +1,156 @@
+"""Text as Unicode means it: sound UTF-8, composed characters, no control characters.
+
+A text is normalised in the pieces that its spans cut it into, so the spans of the result hold exactly the
+normalised text of the spans before.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import unicodedata
+from itertools import accumulate, pairwise
+
+import ftfy
+from ftfy.badness import BADNESS_RE, badness
+
+from data_prep.clean.outcome import Removed
+from data_prep.clean.settings import Clean
+from data_prep.documents import Document, Span
+from kabrn_dist.errors import UserError
+
+# Western accents stand alone among ASCII; other alphabets, and bytes that are no text, come in runs.
+_MOST_IN_RUNS = 0.5
+# So few bad bytes spoil nothing, however they stand.
+_FEW = 0.01
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# All of Unicode's category Cc but \t, \n and \r, and the byte order mark.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# The characters that are no ASCII with up to `_REACH` others between: no pattern of ftfy's is longer than that.
+_REACH = 6
+_FOREIGN = re.compile(f"[^\x00-\x7f]+(?:[\x00-\x7f]{{1,{_REACH}}}[^\x00-\x7f]+)*")
+_ESCAPED = re.compile("[\udc80-\udcff]")
+_ESCAPED_RUN = re.compile("[\udc80-\udcff]{2,}")
+
+
+def normalise(document: Document, settings: Clean) -> Document | Removed:
+    """Return the document as `settings` want it, the same object where nothing changes, or why it is removed.
+
+    Reasons: "unreadable" (no text and no bytes), "binary", "encoding" (only where that is to be dropped, or
+    where the bytes cannot be repaired). Raises UserError, naming the document, where settings.broken is "refuse".
+    """
+    if document.text is None:
+        return _decoded(document, settings)
+    text = document.text
+    if not text.isascii() and _SURROGATE.search(text) and settings.broken != "repair":
+        return _broken(document, settings, "half of a surrogate pair")
+    edges = _edges(document)
+    pieces = [_piece(text[start:stop], settings) for start, stop in pairwise(edges)]
+    new = "".join(pieces)
+    if new == text:
+        return document
+    place = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
+    spans = document.spans
+    if spans is not None:
+        spans = tuple(Span(place[start], place[stop]) for start, stop in spans)
+    return document._replace(text=new, spans=spans)
+
+
+def decode(raw: bytes) -> str | None:
+    """Return the text of `raw`: UTF-16 or UTF-32 by their marks, UTF-8, and what is neither as Windows-1252.
+
+    None where that would be a guess: most of what is no UTF-8 comes in runs, as other alphabets do. Central
+    European encodings are not told from Windows-1252: some of their accents come out as others.
+    """
+    for mark, encoding in _MARKS:
+        if raw.startswith(mark):
+            try:
+                return raw.decode(encoding)
+            except UnicodeDecodeError:
+                return None
+    text = raw.decode("utf-8", "surrogateescape")
+    guessed = len(_ESCAPED.findall(text))
+    in_runs = sum(map(len, _ESCAPED_RUN.findall(text)))
+    if in_runs > _MOST_IN_RUNS * guessed and guessed > _FEW * len(text):
+        return None
+    return _ESCAPED.sub(_western, text) if guessed else text
+
+
+def _decoded(document: Document, settings: Clean) -> Document | Removed:
+    raw = document.raw
+    if raw is None:
+        if settings.broken == "refuse":
+            raise UserError(f"{document.name}: {document.problem or 'no text'}. Mend the file or leave it out.")
+        return Removed("unreadable", document, document.problem)
+    if b"\x00" in raw and not raw.startswith(tuple(mark for mark, _ in _MARKS)):
+        return _broken(document, settings, "holds NUL bytes and is no text", reason="binary")
+    if settings.broken != "repair":
+        return _broken(document, settings, document.problem or "not UTF-8")
+    text = decode(raw)
+    if text is None:
+        return Removed("encoding", document, "neither UTF-8 nor Western")
+    return normalise(document._replace(text=text, raw=None, problem=""), settings)
+
+
+def _broken(document: Document, settings: Clean, problem: str, reason: str = "encoding") -> Removed:
+    if settings.broken == "refuse":
+        raise UserError(
+            f"{document.name}: {problem}. Convert the file to UTF-8, or set clean.broken to repair or drop."
+        )
+    return Removed(reason, document, problem)
+
+
+def _western(match: re.Match[str]) -> str:
+    byte = bytes([ord(match[0]) - 0xDC00])
+    try:
+        return byte.decode("cp1252")
+    except UnicodeDecodeError:
+        return byte.decode("latin-1")
+
+
+def _edges(document: Document) -> list[int]:
+    """Return where the pieces of the text begin and end, in order: at both ends and at every span's."""
+    assert document.text is not None
+    inner = {edge for span in document.spans or () for edge in span}
+    return sorted(inner | {0, len(document.text)})
+
+
+def _piece(text: str, settings: Clean) -> str:
+    foreign = not text.isascii()
+    # Mojibake may hold control characters that tell what it was; an accent may follow one, so composition is last.
+    if foreign and settings.broken == "repair":
+        text = _repaired(text)
+    if settings.control:
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = _CONTROL.sub("", text)
+    return unicodedata.normalize("NFC", text) if foreign and settings.unicode == "nfc" else text
+
+
+def _repaired(text: str) -> str:
+    """Return text with surrogates joined or replaced by U+FFFD, and mojibake undone in lines that it makes better."""
+    if _SURROGATE.search(text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if not _suspicious(text):
+        return text
+    return "\n".join(_mended(line) if _suspicious(line) else line for line in text.split("\n"))
+
+
+def _suspicious(text: str) -> bool:
+    """Return whether ftfy sees mojibake; its slow pattern is tried only around what is no ASCII."""
+    return any(
+        BADNESS_RE.search(text, max(foreign.start() - _REACH, 0), foreign.end() + _REACH)
+        for foreign in _FOREIGN.finditer(text)
+    )
+
+
+def _mended(line: str) -> str:
+    mended = ftfy.fix_encoding(line)
+    return mended if badness(mended) < badness(line) else line

@@ -1,0 +1,86 @@
+"""AMPS: about 100k Khan Academy and 5M Mathematica problems (Hendrycks et al., NeurIPS 2021, arXiv:2103.03874; MIT).
+
+Layout: `amps/khan/<exercise>/<id>.json`, objects with `problem` (or `question`) and `hints`, a list whose last is the
+answer (or else `solution`); `amps/mathematica/<subject>/<module>/<n>.txt` with a line "Problem:", the problem, and
+once or more a line "Answer:" and an answer. As a folder or an archive.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from data_prep.documents import Document
+from data_prep.sources.archive import Member, text_of
+from data_prep.sources.base import FileSource, Options, record_of
+from data_prep.sources.layout import Mismatch, guess_keys
+from data_prep.sources.template import Loss, render
+
+_HEADING = re.compile(r"^(Problem|Answer):[ \t]*\r?$", re.MULTILINE)
+
+
+class AmpsOptions(Options):
+    """`part`: which collection. `answer`: all hints of a Khan problem, or the last. `answers`: the first, or each."""
+
+    part: Literal["khan", "mathematica", "all"] = "all"
+    answer: Literal["full", "final"] = "full"
+    answers: Literal["first", "each"] = "first"
+    loss: Loss = "all"
+
+
+class Amps(FileSource):
+    """Problems of AMPS."""
+
+    kind = "amps"
+    expected = "khan/<exercise>/<id>.json ('problem' or 'question', 'hints') and mathematica/<subject>/<module>/<n>.txt"
+    endings = (".json", ".txt")
+    licence = "MIT"
+    settings = AmpsOptions
+
+    def wants(self, name: str) -> bool:
+        """Take Khan's .json and Mathematica's .txt; a folder below them may be given alone."""
+        part = "khan" if name.removesuffix(".gz").endswith(".json") else "mathematica"
+        return self.options.part in (part, "all") and "data_file_lists" not in name.split("/")
+
+    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+        """Yield the documents of one file."""
+        return self._khan(member) if ".json" in member.name.rpartition("/")[2] else self._mathematica(member)
+
+    def _khan(self, member: Member) -> Iterator[Document | Mismatch]:
+        record = record_of(member)
+        if isinstance(record, Document | Mismatch):
+            yield record
+            return
+        question, steps = _asked(record) if isinstance(record, dict) else (None, None)
+        if question is None or steps is None:
+            yield Mismatch(member.name, guess_keys(record))
+        elif not steps:
+            yield Document(member.name, None, problem="no hints, so no answer")
+        else:
+            answer = steps[-1] if self.options.answer == "final" else "\n".join(steps)
+            yield render(member.name, question, answer, self.options.loss)
+
+    def _mathematica(self, member: Member) -> Iterator[Document | Mismatch]:
+        whole = text_of(member)
+        if whole.text is None:
+            yield whole._replace(raw=None)
+            return
+        # What is before the first heading, then headings and texts by turns.
+        parts = _HEADING.split(whole.text)[1:]
+        blocks = list(zip(parts[::2], (text.strip() for text in parts[1::2]), strict=True))
+        problems = [text for heading, text in blocks if heading == "Problem" and text]
+        answers = [text for heading, text in blocks if heading == "Answer" and text]
+        if len(problems) != 1 or not answers:
+            yield Mismatch(member.name, f"{len(problems)} 'Problem:' and {len(answers)} 'Answer:' blocks")
+            return
+        for answer in answers if self.options.answers == "each" else answers[:1]:
+            yield render(member.name, problems[0], answer, self.options.loss)
+
+
+def _asked(record: dict[str, Any]) -> tuple[str | None, list[str] | None]:
+    question = record.get("question") or record.get("problem")
+    steps = record.get("hints", record.get("solution"))
+    steps = [steps] if isinstance(steps, str) else steps
+    right = isinstance(steps, list) and all(isinstance(step, str) for step in steps)
+    return question if isinstance(question, str) else None, steps if right else None

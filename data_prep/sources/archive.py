@@ -1,0 +1,184 @@
+"""The members of a unit, one after another: files of a folder, of a .tar, .tar.gz, .tgz, .tar.zst or .zip, or one file.
+
+Nothing is unpacked to disk, so a member's name can do no harm; it is only shown. Archives of tar are read in their
+own order (as a stream), those of zip and folders sorted.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from data_prep.documents import Document, Unit
+from data_prep.sources.decode import decoded, printable
+from data_prep.sources.files import ARCHIVES, Find, Group, hidden, walk
+from data_prep.sources.lines import LINE_BYTES, lines
+from data_prep.sources.packed import DAMAGE, open_stream, reason, unpack
+
+MEMBER_BYTES = 64 << 20
+_END = bytes(1024)
+_SHOWN = 4
+_MEMBER_BUFFER = 1 << 16
+# The library copies half of its buffer for each header: a large one is slow for small members.
+_TAR_BUFFER = 1 << 15
+
+
+class Member(NamedTuple):
+    """A file to read: `file` is good until the next member, None if it cannot be opened (`problem` says why).
+
+    `start`, `stop` are the range of a cut file. `apart`: damage to this one does not touch the others.
+    """
+
+    name: str
+    file: BinaryIO | None
+    problem: str = ""
+    start: int = 0
+    stop: int = -1
+    apart: bool = False
+
+
+def members(unit: Unit | Group, find: Find, seen: list[str]) -> Iterator[Member]:
+    """Yield the members of `unit` that `find` takes, and note the first few names met in `seen`.
+
+    Raises one of `packed.DAMAGE` where a whole archive or its rest cannot be read.
+    """
+    if isinstance(unit, Group):
+        return _group(unit, find)
+    if unit.path.name.endswith(".zip"):
+        return _zip(unit.path, find, seen)
+    if unit.path.name.endswith(ARCHIVES):
+        return _tar(unit.path, find, seen)
+    return _single(unit)
+
+
+def content(member: Member, limit: int = MEMBER_BYTES) -> bytes | Document:
+    """Return all bytes of `member`, or a document that says why not: damaged, or above `limit` bytes."""
+    if member.file is None:
+        return Document(member.name, None, problem=member.problem)
+    try:
+        data = _read(member.file, limit)
+    except DAMAGE as error:
+        if not member.apart:
+            raise
+        return Document(member.name, None, problem=reason(error))
+    if len(data) > limit:
+        return Document(member.name, None, problem=f"larger than {limit >> 20} MiB")
+    return data
+
+
+def text_of(member: Member) -> Document:
+    """Return `member` as one document."""
+    data = content(member)
+    return decoded(member.name, data) if isinstance(data, bytes) else data
+
+
+def lines_of(member: Member) -> Iterator[tuple[str, bytes] | Document]:
+    """Yield (name, line with its end) of each line, or a document that says why a line or the rest cannot be read."""
+    if member.file is None:
+        yield Document(member.name, None, problem=member.problem)
+        return
+    try:
+        for offset, line in lines(member.file, member.start, member.stop):
+            name = f"{member.name} byte {offset}"
+            if line is None:
+                yield Document(name, None, problem=f"a line above {LINE_BYTES >> 20} MiB")
+            else:
+                yield name, line
+    except DAMAGE as error:
+        if not member.apart:
+            raise
+        yield Document(member.name, None, problem=reason(error))
+
+
+def _read(file: BinaryIO, limit: int) -> bytes:
+    # Asked for all at once, the library would set aside `limit` bytes for each of a million small files.
+    blocks = []
+    left = limit + 1
+    while left > 0 and (block := file.read(min(left, _MEMBER_BUFFER))):
+        blocks.append(block)
+        left -= len(block)
+    return b"".join(blocks)
+
+
+def _single(unit: Unit) -> Iterator[Member]:
+    with open_stream(unit.path) as file:
+        if unit.start:
+            file.seek(unit.start)
+        name = unit.name.rpartition("@")[0] if unit.stop >= 0 else unit.name
+        yield Member(printable(name), file, start=unit.start, stop=unit.stop)
+
+
+def _group(group: Group, find: Find) -> Iterator[Member]:
+    for below, _ in walk(group.path, group.first, group.last, find.skip):
+        name = f"{group.label}/{below}"
+        if name.endswith(ARCHIVES) or not find.takes(name):
+            continue
+        try:
+            file = open_stream(group.path / below)
+        except DAMAGE as error:
+            yield Member(printable(name), None, reason(error))
+            continue
+        with file:
+            yield Member(printable(name), file, apart=True)
+
+
+def _tar(path: Path, find: Find, seen: list[str]) -> Iterator[Member]:
+    _check_end(path)
+    with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER) as archive:
+        while (info := archive.next()) is not None:
+            # Kept, the headers of millions of members would fill the memory.
+            archive.members = []  # type: ignore[attr-defined]
+            name = _member_name(info.name)
+            if not info.isfile() or not name:
+                continue
+            _note(seen, name)
+            if find.takes(name):
+                file = archive.extractfile(info)
+                assert file is not None  # a regular file has content
+                yield Member(name, _unpacked(name, cast(BinaryIO, file)))
+
+
+def _zip(path: Path, find: Find, seen: list[str]) -> Iterator[Member]:
+    with zipfile.ZipFile(path) as archive:
+        named = {_member_name(info.filename): info for info in archive.infolist() if not info.is_dir()}
+        for name in sorted((name for name in named if name), key=lambda name: name.split("/")):
+            _note(seen, name)
+            if not find.takes(name):
+                continue
+            try:
+                file = _unpacked(name, cast(BinaryIO, archive.open(named[name])))
+            except (*DAMAGE, RuntimeError) as error:  # RuntimeError: encrypted
+                yield Member(name, None, reason(error), apart=True)
+                continue
+            with file:
+                yield Member(name, file, apart=True)
+
+
+def _check_end(path: Path) -> None:
+    # A plain tar cut between two members looks whole to the library.
+    if path.suffix != ".tar":
+        return
+    with path.open("rb") as file:
+        if file.seek(0, io.SEEK_END) < len(_END):
+            raise EOFError("too short for a tar archive")
+        file.seek(-len(_END), io.SEEK_END)
+        if file.read() != _END:
+            raise EOFError("no end mark: not a tar archive, or cut off")
+
+
+def _unpacked(name: str, file: BinaryIO) -> BinaryIO:
+    return unpack(io.BufferedReader(cast(io.RawIOBase, file), _MEMBER_BUFFER), name)
+
+
+def _member_name(name: str) -> str:
+    parts = [part for part in printable(name).split("/") if part not in ("", ".", "..")]
+    return "" if any(map(hidden, parts)) else "/".join(parts)
+
+
+def _note(seen: list[str], name: str) -> None:
+    if len(seen) < _SHOWN:
+        seen.append(name)

@@ -1,0 +1,44 @@
+"""From the name of a kind of source and its options to the source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_prep.sources import Source
+from data_prep.sources.amps import Amps
+from data_prep.sources.base import FileSource
+from data_prep.sources.code import Code
+from data_prep.sources.jsonl import Jsonl
+from data_prep.sources.m2d2 import M2D2
+from data_prep.sources.math import Math
+from data_prep.sources.openqa import OpenQA
+from data_prep.sources.parquet import Parquet
+from data_prep.sources.python_stdlib import PythonStdlib
+from data_prep.sources.text import Text
+from kabrn_dist.errors import UserError
+
+_SOURCES: tuple[type[FileSource], ...] = (M2D2, Math, Amps, Code, OpenQA, Text, Jsonl, Parquet, PythonStdlib)
+KINDS = {source.kind: source for source in _SOURCES}
+
+
+def make_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -> Source:
+    """Return the source of `kind` over `inputs`. Raises UserError for an unknown kind and unknown or wrong options."""
+    if kind not in KINDS:
+        raise UserError(f"source {kind!r}: no such kind; choose from {', '.join(KINDS)}.")
+    settings = KINDS[kind].settings
+    known = ", ".join(settings.model_fields) or "none"
+    try:
+        checked = settings.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][:1]))
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"source {kind}: no option {name!r}; its options are: {known}.") from error
+        words = first["msg"].removeprefix("Value error, ")
+        given = f" is {first['input']!r}" if name else ""
+        raise UserError(f"source {kind}: {f'option {name!r}{given}: ' if name else ''}{words}.") from error
+    return KINDS[kind](inputs, checked)

@@ -1,0 +1,49 @@
+"""From bytes to text, and what to say where there is none."""
+
+from __future__ import annotations
+
+import codecs
+
+from data_prep.documents import Document, Span
+
+_RAW_BYTES = 4 << 20
+_LOOK_BYTES = 8192
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+
+
+def document(name: str, text: str, *, spans: tuple[Span, ...] | None = None, key: str | None = None) -> Document:
+    """Return a document of `text`, or one without text where it holds half a surrogate pair (JSON can name one)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"half a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}"
+        raw = text.encode("utf-8", "surrogatepass") if spans is None else None
+        return Document(name, None, key=key, problem=problem, raw=_small(raw))
+    return Document(name, text, spans, key)
+
+
+def decoded(name: str, content: bytes) -> Document:
+    """Return a document of UTF-8 `content` as it is, byte for byte, or one that says why it is no text."""
+    if content.startswith(_WIDE):
+        return Document(name, None, problem="UTF-16 or UTF-32, not UTF-8", raw=_small(content))
+    if b"\0" in content[:_LOOK_BYTES]:
+        return Document(name, None, problem="binary: a zero byte in its first 8 KiB")
+    try:
+        return Document(name, content.decode())
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8: byte {content[error.start]:#04x} at {error.start}"
+        return Document(name, None, problem=problem, raw=_small(content))
+
+
+def spans_from(start: int, text: str, masked: bool) -> tuple[Span, ...] | None:
+    """Return the span from `start` to the end of `text` if `masked`, else None: all of it carries loss."""
+    return (Span(start, len(text)),) if masked else None
+
+
+def printable(name: str) -> str:
+    """Return a file's name as valid Unicode; bytes that are not UTF-8 become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _small(raw: bytes | None) -> bytes | None:
+    return raw if raw is not None and len(raw) <= _RAW_BYTES else None

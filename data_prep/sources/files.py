@@ -1,0 +1,197 @@
+"""Which files there are, and how they are cut into units of work: sorted, and the same for any number of workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.documents import Unit
+from data_prep.sources.lines import cuts
+from data_prep.sources.packed import PACKED, reason
+from kabrn_dist.errors import UserError
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".zip")
+UNIT_BYTES = 8 << 20
+_SHOWN = 4
+
+
+class Group(NamedTuple):
+    """A unit of many small files: those wanted in the folder `path` from `first` to `last`, in the order of `walk`.
+
+    `label` is what the names of its files begin with.
+    """
+
+    path: Path
+    name: str
+    bytes: int
+    label: str
+    first: str
+    last: str
+
+
+class Find(NamedTuple):
+    """What counts as a file of a source.
+
+    Files end in one of `endings` (also packed) and `wants` their name (with the input's own name before it). Plain
+    files may be `cut` into byte ranges after this boundary (None: only .jsonl, after lines). Groups end only where
+    `together` changes.
+    `archive` says which archives met in folders are opened (None: all); with `alone` each file is a unit. Folders
+    named in `skip` are not entered.
+    """
+
+    endings: tuple[str, ...]
+    wants: Callable[[str], bool]
+    cut: bytes | None = None
+    together: Callable[[str], str] | None = None
+    archive: Callable[[str], bool] | None = None
+    alone: bool = False
+    skip: frozenset[str] = frozenset()
+
+    def takes(self, name: str) -> bool:
+        """Return whether a file or archive member of this name is read."""
+        return ends_in(name, self.endings) and self.wants(name)
+
+
+def find_units(inputs: Sequence[Path], find: Find, unit_bytes: int = UNIT_BYTES) -> list[Unit | Group]:
+    """Return the units of `inputs` (files, archives, folders of both), sorted by name.
+
+    A file given by name need not be `wanted`, only end rightly. Raises UserError for a path that is absent, of
+    another type, or given twice, and for a folder that cannot be read; a folder may give no units.
+    """
+    units: list[Unit | Group] = []
+    for path, label in _labels(inputs).items():
+        try:
+            if path.is_dir():
+                units += _folder(path, label, find, unit_bytes)
+            else:
+                units += _file(path, label, path.stat().st_size, find, unit_bytes)
+        except FileNotFoundError as error:
+            raise UserError(f"input {path}: no such file or folder.") from error
+        except OSError as error:
+            raise UserError(f"input {error.filename or path}: cannot be read ({reason(error)}).") from error
+    return sorted(units, key=lambda unit: unit.name)
+
+
+def walk(
+    folder: Path, first: str = "", last: str | None = None, skip: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, int]]:
+    """Yield (name below `folder`, bytes) of its files, folder by folder in sorted order, from `first` to `last`.
+
+    Hidden files, macOS litter and folders named in `skip` are left out; links are followed, but not round in circles.
+    Only the folders between `first` and `last` are listed, and one folder's names at a time are held in memory.
+    """
+    from_parts = tuple(first.split("/")) if first else ()
+    to_parts = None if last is None else tuple(last.split("/"))
+    yield from _walk(str(folder), (), from_parts, to_parts, skip)
+
+
+def ends_in(name: str, endings: tuple[str, ...]) -> bool:
+    """Return whether `name` ends in one of `endings`, as it is or packed."""
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return name.endswith(endings)
+
+
+def no_archive(name: str) -> bool:
+    """Leave archives met in folders unread: in a tree of code they are data."""
+    return False
+
+
+def hidden(part: str) -> bool:
+    """Return whether this part of a path is hidden or macOS litter."""
+    return part.startswith(".") or part == "__MACOSX"
+
+
+def _walk(
+    folder: str, above: tuple[str, ...], first: tuple[str, ...], last: tuple[str, ...] | None, skip: frozenset[str]
+) -> Iterator[tuple[str, int]]:
+    with os.scandir(folder) as listing:
+        entries = sorted((entry for entry in listing if not hidden(entry.name)), key=lambda entry: entry.name)
+    for entry in entries:
+        parts = (*above, entry.name)
+        if parts < first[: len(parts)] or (last is not None and parts > last[: len(parts)]):
+            continue
+        if entry.is_dir():
+            if entry.name not in skip and not (entry.is_symlink() and _circular(entry.path)):
+                yield from _walk(entry.path, parts, first, last, skip)
+        elif entry.is_file():
+            yield "/".join(parts), entry.stat().st_size
+        elif entry.is_symlink():
+            yield "/".join(parts), 0  # leads nowhere: reading it says so
+
+
+def _circular(link: str) -> bool:
+    return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
+
+
+def _folder(folder: Path, label: str, find: Find, unit_bytes: int) -> Iterator[Unit | Group]:
+    names: list[str] = []
+    size = 0
+    for name, count in walk(folder, skip=find.skip):
+        full = f"{label}/{name}"
+        whole = full.endswith(ARCHIVES)
+        if whole and find.archive is not None and not find.archive(full):
+            continue
+        if not whole and not find.takes(full):
+            continue
+        alone = whole or find.alone or (count >= unit_bytes and (_boundary(full, find) or full.endswith(PACKED)))
+        apart = names and (find.together is None or find.together(names[-1]) != find.together(name))
+        if names and (alone or (size >= unit_bytes and apart)):
+            yield _group(folder, label, names, size)
+            names, size = [], 0
+        if alone:
+            yield from _file(folder / name, full, count, find, unit_bytes)
+        else:
+            # Only the ends name the group: a list of millions of names would fill the memory.
+            names, size = [names[0] if names else name, name], size + count
+    if names:
+        yield _group(folder, label, names, size)
+
+
+def _group(folder: Path, label: str, names: list[str], size: int) -> Group:
+    return Group(folder, f"{label}/{names[0]}", size, label, names[0], names[-1])
+
+
+def _file(path: Path, name: str, size: int, find: Find, unit_bytes: int) -> Iterator[Unit]:
+    if name.endswith(ARCHIVES):
+        yield Unit(path, name, size)
+    elif not ends_in(path.name, find.endings):
+        raise UserError(f"input {path}: unknown file type; give {', '.join((*find.endings, *ARCHIVES))} or folders.")
+    elif (boundary := _boundary(name, find)) is None or size <= unit_bytes:
+        yield Unit(path, name, size)
+    else:
+        # Digits of one width: sorted by name is sorted by place.
+        for start, stop in cuts(path, size, unit_bytes, boundary):
+            yield Unit(path, f"{name}@{start:015d}", stop - start, start, stop)
+
+
+def _boundary(name: str, find: Find) -> bytes | None:
+    if name.endswith(PACKED):
+        return None
+    return b"\n" if name.endswith(".jsonl") else find.cut
+
+
+def _labels(inputs: Sequence[Path]) -> dict[Path, str]:
+    paths = [Path(os.path.abspath(path)) for path in inputs]
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        raise UserError(f"input {twice[0]}: given twice; drop one.")
+    # The fewest folders above that tell the inputs apart: the same data elsewhere keeps its names.
+    for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        labels = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            break
+    return dict(zip(inputs, labels, strict=True)) if paths else {}
+
+
+def found_names(inputs: Sequence[Path]) -> list[str]:
+    """Return a few names of the files under `inputs`, for messages."""
+    names: list[str] = []
+    for path in inputs:
+        for name, _ in walk(path) if path.is_dir() else [(path.name, 0)]:
+            names.append(name)
+            if len(names) >= _SHOWN:
+                return names
+    return names

@@ -1,0 +1,71 @@
+"""Lines of JSON: a document each, from a field of your naming, or from a question and an answer.
+
+A plain file is cut into byte ranges, so that many workers share one large file; a .gz or .zst is read by one.
+Documents are named by the offset of their line ("notes.jsonl byte 0"): a worker cannot know the lines before its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import model_validator
+
+from data_prep.documents import Document
+from data_prep.sources.archive import Member
+from data_prep.sources.base import FileSource, Options, records_of
+from data_prep.sources.decode import document
+from data_prep.sources.layout import Mismatch, guess_keys
+from data_prep.sources.template import Loss, render
+
+
+class FieldOptions(Options):
+    """Names of fields: `field`, or `question` and `answer`, which are rendered. `key` joins parallel texts."""
+
+    field: str = "text"
+    key: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    loss: Loss = "all"
+
+    @model_validator(mode="after")
+    def _pair(self) -> FieldOptions:
+        if (self.question is None) != (self.answer is None):
+            raise ValueError("question and answer belong together; give both or neither")
+        if self.question is not None and "field" in self.model_fields_set:
+            raise ValueError("field does not go with question and answer; drop one")
+        if self.loss == "answer" and self.question is None:
+            raise ValueError("loss: answer needs question and answer; name both fields")
+        return self
+
+    def texts(self) -> list[str]:
+        """Return the names of the one or two fields that make the text."""
+        return [self.field] if self.question is None or self.answer is None else [self.question, self.answer]
+
+
+class Jsonl(FileSource):
+    """Texts of .jsonl files."""
+
+    kind = "jsonl"
+    expected = "one JSON object a line with the fields that the options name (field: text)"
+    endings = (".jsonl",)
+    settings = FieldOptions
+
+    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+        """Yield a document a line."""
+        for item in records_of(member):
+            yield item if isinstance(item, Document | Mismatch) else from_fields(*item, self.options)
+
+
+def from_fields(name: str, record: Mapping[str, Any], options: FieldOptions) -> Document | Mismatch:
+    """Return the document that the named fields of `record` make. Keys may be numbers."""
+    key = record.get(options.key) if options.key is not None else None
+    key = str(key) if isinstance(key, int) else key
+    if options.key is not None and not isinstance(key, str):
+        return Mismatch(name, f"no text under {options.key!r} but {guess_keys(record)}")
+    for field in options.texts():
+        if not isinstance(record.get(field), str):
+            return Mismatch(name, f"no text under {field!r} but {guess_keys(record)}")
+    if options.question is None or options.answer is None:
+        return document(name, record[options.field], key=key)
+    return render(name, record[options.question], record[options.answer], options.loss, key=key)

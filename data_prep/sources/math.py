@@ -1,0 +1,95 @@
+r"""MATH: competition problems with worked solutions (Hendrycks et al., NeurIPS 2021, arXiv:2103.03874; MIT licence).
+
+Layout: `{train,test}/<subject>/<n>.json`, each an object with `problem`, `level` ("Level 1" to "Level 5", a few
+"Level ?"), `type` and `solution`, whose last `\boxed{…}` is the answer. As a folder or an archive.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from data_prep.documents import Document
+from data_prep.sources.archive import Member
+from data_prep.sources.base import FileSource, Options, record_of
+from data_prep.sources.layout import Mismatch, guess_keys
+from data_prep.sources.template import Loss, render
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed (?=[^\s{])")
+
+
+class MathOptions(Options):
+    """`answer`: the whole solution, or what its last box holds. `levels`: empty takes all, also "Level ?"."""
+
+    split: Literal["train", "test", "all"] = "train"
+    answer: Literal["full", "final"] = "full"
+    levels: tuple[Literal[1, 2, 3, 4, 5], ...] = ()
+    loss: Loss = "all"
+
+
+class Math(FileSource):
+    """Problems of MATH, a document each."""
+
+    kind = "math"
+    expected = "{train,test}/<subject>/<n>.json with 'problem' and 'solution' (MATH, folder or archive)"
+    endings = (".json",)
+    licence = "MIT"
+    settings = MathOptions
+
+    def wants(self, name: str) -> bool:
+        """Take the files of the split that was asked for."""
+        parts = name.split("/")
+        if self.options.split == "all":
+            return True
+        return len(parts) >= 3 and parts[-3] == self.options.split
+
+    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+        """Yield the problem, nothing if it is of another level."""
+        record = record_of(member)
+        if isinstance(record, Document | Mismatch):
+            yield record
+            return
+        fields = record if isinstance(record, dict) else {}
+        problem, solution = fields.get("problem"), fields.get("solution")
+        if not isinstance(problem, str) or not isinstance(solution, str):
+            yield Mismatch(member.name, guess_keys(record))
+            return
+        if self.options.levels and fields.get("level") not in {f"Level {n}" for n in self.options.levels}:
+            return
+        answer = last_boxed(solution) if self.options.answer == "final" else solution
+        if answer is None:
+            yield Document(member.name, None, problem="no \\boxed{} in the solution")
+        else:
+            yield render(member.name, problem, answer, self.options.loss)
+
+
+def last_boxed(solution: str) -> str | None:
+    r"""Return what the last `\boxed{…}` or `\fbox{…}` holds (braces matched), or None.
+
+    `\boxed 7` without braces holds the rest up to the closing dollar, as lm-eval reads it.
+    """
+    for box in reversed(list(_BOX.finditer(solution))):
+        start = box.end()
+        if solution[start] != "{":
+            return solution[start:].partition("$")[0].strip()
+        stop = _closing(solution, start)
+        if stop is not None:
+            return solution[start + 1 : stop]
+    return None
+
+
+def _closing(text: str, start: int) -> int | None:
+    depth = 0
+    place = start
+    while place < len(text):
+        if text[place] == "\\":
+            place += 1  # an escaped brace is a character
+        elif text[place] == "{":
+            depth += 1
+        elif text[place] == "}":
+            depth -= 1
+            if depth == 0:
+                return place
+        place += 1
+    return None

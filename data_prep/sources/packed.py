@@ -1,0 +1,108 @@
+"""One file as a stream of bytes, unpacked on the way if it is a .gz or .zst: nothing is written to disk."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+PACKED = (".gz", ".zst")
+# What reading a cut, damaged, encrypted or unreadable file raises.
+DAMAGE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zstandard.ZstdError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    NotImplementedError,
+)
+BUFFER_BYTES = 1 << 20
+_PACKED_BYTES = 1 << 16
+_WINDOW_BYTES = 1 << 31
+
+
+def open_stream(path: Path) -> BinaryIO:
+    """Open `path` for reading from its begin; raises one of `DAMAGE` now or while it is read."""
+    return unpack(path.open("rb", buffering=BUFFER_BYTES), path.name)
+
+
+def unpack(file: BinaryIO, name: str) -> BinaryIO:
+    """Return the unpacked bytes of `file`, packed as the end of its `name` says; closing it closes `file`."""
+    if name.endswith((".gz", ".tgz")):
+        return io.BufferedReader(_Gzip(file), BUFFER_BYTES)
+    if name.endswith(".zst"):
+        return io.BufferedReader(_Zstd(file), BUFFER_BYTES)
+    return file
+
+
+def reason(error: BaseException) -> str:
+    """Return the words of `error` on one line, without the path that the message names anyway."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join((words or type(error).__name__).split())
+
+
+class _Gzip(io.RawIOBase):
+    # The library's object closes a file that it opened, but not one that it was given.
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._plain = gzip.GzipFile(fileobj=file, mode="rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        return self._plain.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Zstd(io.RawIOBase):
+    # The library's own reader stops after the first frame, or takes a cut file for a whole one.
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed = b""
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._plain:
+            self._packed = self._packed or self._file.read(_PACKED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("ends in the middle of a zstd frame")
+                return 0
+            self._unpack()
+        count = min(len(buffer), len(self._plain))
+        buffer[:count] = self._plain[:count]
+        self._plain = self._plain[count:]
+        return count
+
+    def _unpack(self) -> None:
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
+        self._plain = memoryview(self._frame.decompress(self._packed))
+        self._packed = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = None
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,98 @@
+"""Parquet files: a document a row, from columns of your naming. Needs `pip install pyarrow`.
+
+Runs of row groups are the units, so several workers share one file; rows are read some hundreds at a time. Not in
+archives: the format is read from its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.documents import Document, Unit
+from data_prep.sources.archive import Member
+from data_prep.sources.base import FileSource
+from data_prep.sources.decode import printable
+from data_prep.sources.files import Find, Group, no_archive
+from data_prep.sources.jsonl import FieldOptions, from_fields
+from data_prep.sources.layout import Mismatch
+from data_prep.sources.packed import reason
+from kabrn_dist.errors import UserError
+
+_ROWS = 256
+_WORDS = 120
+
+
+class Parquet(FileSource):
+    """Texts of .parquet files; `field`, `key`, `question` and `answer` name columns. A unit counts row groups."""
+
+    kind = "parquet"
+    expected = ".parquet files with the columns that the options name (field: text)"
+    endings = (".parquet",)
+    settings = FieldOptions
+
+    def find(self) -> Find:
+        """Take each file alone, and no archives."""
+        return super().find()._replace(alone=True, archive=no_archive)
+
+    def units(self) -> list[Unit | Group]:
+        """Return runs of row groups, sorted by name; a file that cannot be opened is one unit, and read says why."""
+        return [part for unit in super().units() if isinstance(unit, Unit) for part in self._parts(unit)]
+
+    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+        """Refuse a file as a stream."""
+        raise UserError(f"{member.name}: a .parquet cannot be read from a stream; unpack it first.")
+
+    def _parts(self, unit: Unit) -> Iterator[Unit]:
+        try:
+            meta = _open(unit.path).metadata
+        except OSError:
+            yield unit
+            return
+        start = size = 0
+        for group in range(meta.num_row_groups):
+            size += meta.row_group(group).total_byte_size
+            if size >= self.unit_bytes or group + 1 == meta.num_row_groups:
+                yield Unit(unit.path, f"{unit.name}@{start:015d}", size, start, group + 1)
+                start, size = group + 1, 0
+
+    def _read(self, unit: Unit | Group) -> Iterator[Document | Mismatch]:
+        assert isinstance(unit, Unit)  # Find.alone makes no groups
+        file = _open(unit.path)
+        options = self.options
+        wanted = [*options.texts(), *([] if options.key is None else [options.key])]
+        columns = {column.name for column in file.schema_arrow}
+        name = printable(unit.name.rpartition("@")[0] or unit.name)
+        absent = [column for column in wanted if column not in columns]
+        if absent:
+            found = ", ".join(map(repr, sorted(columns)[:8]))
+            raise UserError(f"{unit.path}: no column {absent[0]!r}, found {found}. Name the right one by option.")
+        for group in range(unit.start, unit.stop):
+            for row, record in enumerate(_records(file, group, list(dict.fromkeys(wanted)))):
+                yield _document(f"{name} group {group} row {row}", record, options)
+
+
+def _document(name: str, record: dict[str, Any], options: FieldOptions) -> Document | Mismatch:
+    if any(value is None for value in record.values()):
+        return Document(name, None, problem="an empty cell")
+    return from_fields(name, record, options)
+
+
+def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            yield from batch.to_pylist()
+    except ValueError as error:  # what pyarrow's errors of format are, and text that is not UTF-8
+        raise OSError(reason(error)[:_WORDS]) from error
+
+
+def _open(path: Path) -> Any:
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow).") from error
+    try:
+        return parquet.ParquetFile(path)
+    except ValueError as error:
+        raise OSError(f"no parquet ({reason(error)[:_WORDS]})") from error
