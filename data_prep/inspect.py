@@ -1,4 +1,4 @@
-"""Checks a finished shard folder and shows what is in it."""
+"""Checks a finished shard folder and shows what is in it, source by source."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.progress import Meter
-from kabrn_dist.data.index import Index, Split, read_index
-from kabrn_dist.data.tokenizer import Tokenizer, load_tokenizer
+from kabrn_dist.data.index import Source, Split
+from kabrn_dist.data.shard_set import FolderSet, open_folder
+from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.data.tokens import TokenStream
 from kabrn_dist.data.verify import verify_shards
 
@@ -17,32 +18,34 @@ _SHOWN_TOKENS = 120
 
 
 def inspect(folder: Path, documents: int) -> None:
-    """Verify every shard, print the totals and the beginnings of `documents` training documents.
+    """Verify every shard, print the totals and the beginnings of `documents` training documents of each source.
 
     Raises UserError for whatever is missing or wrong.
     """
-    index = read_index(folder)
-    tokenizer = load_tokenizer(folder, index)
-    total = sum(shard.bytes for shard in (*index.train.shards, *index.validation.shards))
-    with Meter("verify", total) as meter:
+    shards = open_folder(folder)
+    index, tokenizer = shards.index, shards.tokenizer()
+    with Meter("verify", sum(shard.bytes for shard in index.shards())) as meter:
         verify_shards(folder, index, lambda read: meter.advance(0, read))
-    print(f"{index.source.name}, {index.tokenizer.kind} tokenizer, vocabulary {index.vocabulary:,}, {index.dtype}")
-    print(_totals(index))
-    for number, text in enumerate(sample_documents(folder, index, tokenizer, documents)):
-        print(f"--- train document {number}\n{text.rstrip()}")
+    print(f"{index.tokenizer.kind} tokenizer, vocabulary {index.vocabulary:,}, {index.dtype}")
+    for source in index.sources:
+        print(f"\n{_headline(source)}\n{_totals(source.train, source.validation)}")
+        for number, text in enumerate(sample_documents(shards, source, tokenizer, documents)):
+            print(f"--- train document {number} of {source.name}\n{text.rstrip()}")
+    if len(index.sources) > 1:
+        print(f"\nall sources: {index.tokens('train'):,} + {index.tokens('validation'):,} tokens")
     print(f"all shards verified, fingerprint {index.fingerprint}")
 
 
-def sample_documents(folder: Path, index: Index, tokenizer: Tokenizer, count: int) -> list[str]:
-    """Return the beginnings of the first `count` training documents, decoded."""
-    stream = TokenStream(folder, index, "train")
+def sample_documents(shards: FolderSet, source: Source, tokenizer: Tokenizer, count: int) -> list[str]:
+    """Return the beginnings of the first `count` training documents of a source, decoded."""
+    stream = TokenStream(shards, source, "train")
     texts: list[str] = []
-    at = 0
+    at, document_token = 0, shards.index.document_token
     while len(texts) < count and at < len(stream):
         ids = stream.read(at + 1, min(at + 1 + _SHOWN_TOKENS, len(stream)))
-        ends = np.flatnonzero(ids == index.document_token)
+        ends = np.flatnonzero(ids == document_token)
         texts.append(tokenizer.decode((ids[: ends[0]] if len(ends) else ids).tolist()))
-        at = _next_document(stream, at + 1, index.document_token)
+        at = _next_document(stream, at + 1, document_token)
     stream.close()
     return texts
 
@@ -57,13 +60,19 @@ def _next_document(stream: TokenStream, at: int, document_token: int) -> int:
     return at
 
 
-def _totals(index: Index) -> str:
+def _headline(source: Source) -> str:
+    passes = "" if source.epochs is None else f", {source.epochs:g} epochs"
+    masked = ", loss on a part of each document" if source.masked else ""
+    return f"source {source.name} ({source.kind}), weight {source.weight:g}{passes}{masked}"
+
+
+def _totals(*splits: Split) -> str:
     rows: list[tuple[str, ...]] = [("", "train", "validation")]
-    splits = (index.train, index.validation)
     rows += [
         ("shards", *(f"{len(split.shards):,}" for split in splits)),
         ("documents", *(f"{split.documents:,}" for split in splits)),
         ("tokens", *(f"{split.tokens:,}" for split in splits)),
+        ("tokens with loss", *(f"{split.loss_tokens:,}" for split in splits)),
         ("text bytes", *(f"{split.text_bytes:,}" for split in splits)),
         ("bytes a token", *(f"{split.text_bytes / max(split.tokens, 1):.3f}" for split in splits)),
         ("gzip -9 bits a byte", *(_gzip9_bits_per_byte(split) for split in splits)),

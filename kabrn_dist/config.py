@@ -166,7 +166,10 @@ class Guard(Section):
         description="Steps in a row with a non-finite loss or gradient, each of them skipped, after which the run goes "
         "back to its last checkpoint and passes over the data since.",
     )
-    spike: Literal["off", "warn", "skip"] = Field("warn", description="What is done about a spike of the loss.")
+    spike: Literal["off", "warn", "skip"] = Field(
+        "warn",
+        description="What is done about a spike of the loss; more than bad_steps in a row are taken for a new level.",
+    )
     spike_sigma: float = Field(6.0, gt=0, description="A loss this many standard deviations above the mean is a spike.")
     spike_window: int = Field(128, ge=8, description="Steps that this mean and deviation are taken over.")
     hang_seconds: float = Field(

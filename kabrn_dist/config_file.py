@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -29,6 +30,8 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Confi
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a configuration") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections such as `model:`, found {type(tree).__name__}")
     for override in overrides:
@@ -50,7 +53,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: expected section.key=value, e.g. training.steps=100")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -88,7 +91,11 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{key} is missing; add it"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if detail["type"] == "value_error" else f"{key}: {message}, found {detail['input']!r}"
+    return (
+        f"{key}: {message}"
+        if detail["type"] == "value_error"
+        else f"{key}: {message}, found {reprlib.repr(detail['input'])}"
+    )
 
 
 def _keys(place: list[str]) -> list[str]:

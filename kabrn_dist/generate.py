@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config_file import load_config
-from kabrn_dist.data.index import read_index
-from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from kabrn_dist.data.remote import open_set
+from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer
 from kabrn_dist.errors import UserError
 from kabrn_dist.model.mixkabrn import MixKABRN
-from kabrn_dist.model.saved import build_whole, load_weights
+from kabrn_dist.model.saved import build_whole, load_exported, load_weights
 
 
 def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN, Tokenizer, int]:
@@ -33,13 +33,29 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN
         raise UserError(f"{folder}/checkpoints: no intact checkpoint; train with --config first")
     model = build_whole(config, device)
     manifest = load_weights(model, path)
-    tokenizer = load_tokenizer(Path(config.data.path), read_index(Path(config.data.path)))
-    if tokenizer.sha256 != manifest.state["tokenizer_sha256"]:
+    tokenizer = open_set(config.data.path, config.data.cache, config.data.cache_gb).tokenizer()
+    if tokenizer.sha256 != manifest.state.get("tokenizer_sha256"):
         raise UserError(
             f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
-            "restore the shards' folder or point data.path in config.yaml to it"
+            "restore the shards or point data.path in config.yaml to it"
         )
-    return model, tokenizer, int(str(manifest.state["step"]))
+    return model, tokenizer, manifest.step
+
+
+def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN, Tokenizer]:
+    """Model and tokenizer of a folder that `launch/export.py` wrote.
+
+    Raises:
+        UserError: where a file is missing or damaged, or does not fit the others.
+    """
+    config = load_config(folder / "config.yaml")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocabulary > config.model.vocabulary:
+        raise UserError(
+            f"{folder}/tokenizer.json has {tokenizer.vocabulary} tokens, model.vocabulary in config.yaml is "
+            f"{config.model.vocabulary}: not of one export; copy the folder again"
+        )
+    return load_exported(config, folder, device), tokenizer
 
 
 def generate(

@@ -165,9 +165,17 @@ def alone(device: torch.device | str = "cpu") -> Mesh:
     return Mesh(0, 1, 1, 1, torch.device(device), None, None, None)
 
 
+# Shortest time that a rank waits for another in a collective before it gives up.
+PATIENCE_SECONDS = 600.0
+
+
 @contextmanager
-def join_processes(place: Place) -> Iterator[torch.device]:
-    """Meet the other processes, and leave them at the end. Yields this process's device."""
+def join_processes(place: Place, patience: float = PATIENCE_SECONDS) -> Iterator[torch.device]:
+    """Meet the other processes, and leave them at the end. Yields this process's device.
+
+    Args:
+        patience: seconds that a rank waits for another in a collective before it gives up.
+    """
     device = _choose_device(place)
     if place.world == 1:
         # A process that was started plainly; DeepSpeed reads these variables too.
@@ -175,11 +183,44 @@ def join_processes(place: Place) -> Iterator[torch.device]:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         os.environ.setdefault("LOCAL_RANK", "0")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timedelta(minutes=10))
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=patience))
     try:
         yield device
-    finally:
+    except UserError:
+        # All ranks raise it, so all leave.
         dist.destroy_process_group()
+        raise
+    # After any other exception this rank leaves alone: taking groups apart could wait for the others for ever, and
+    # would tell them of a closed connection before this rank has told what happened.
+    dist.destroy_process_group()
+
+
+# How a rank learns that another one has gone, in the words of gloo and NCCL.
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Socket closed",
+    "recvValue failed",
+    "Timed out waiting",
+    "remote process exited",
+    "NCCL error",
+    "NCCL communicator was aborted",
+)
+
+
+def is_aftermath(error: BaseException) -> bool:
+    """True for an exception that only says that another rank is gone."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistBackendError | dist.DistNetworkError):
+            return True
+        # Not OSError: a connection that this process made itself, for its data, is no other rank.
+        if isinstance(seen, RuntimeError) and any(text in str(seen) for text in _GONE):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1, node: int | None = None) -> Mesh:

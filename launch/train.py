@@ -6,13 +6,18 @@ import argparse
 import logging
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kabrn_dist.config import Config
 from kabrn_dist.config_file import load_config
 from kabrn_dist.errors import UserError
+
+AFTERMATH_SECONDS, HEARD_SECONDS = 2.0, 0.5
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml
@@ -21,7 +26,8 @@ EXAMPLES = """examples:
   python launch/train.py --config configs/tiny.yaml --set training.steps=50 --set run.folder=runs/short
   python launch/train.py --config configs/big.yaml --dry-run --world 64
 
-To stop a run cleanly, create the file STOP in its folder or send SIGTERM: it saves, and the same command resumes.
+To stop a run cleanly, create the file STOP in its folder, press Ctrl-C, or send SIGTERM or SIGUSR1 to any of its
+processes: it saves, and the same command resumes.
 """
 
 
@@ -37,10 +43,12 @@ def main(arguments: list[str]) -> int:
 
         place = find_place()
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-        train(config, place, options.resume, options.stop_after)
+        finished = train(config, place, options.resume, options.stop_after)
     except UserError as error:
         return report(error)
-    return 0
+    except Exception as error:
+        give_up(error)
+    return 0 if finished else config.guard.stop_code
 
 
 def dry_run(config: Config, world: int) -> int:
@@ -50,12 +58,16 @@ def dry_run(config: Config, world: int) -> int:
     config.check_world(world)
     print(describe(config, world))
     splits = open_splits(config)
-    index = splits.train.index
-    epochs = config.training.steps * config.training.batch / splits.train.sequences
+    train, total = splits.train, config.training.steps * config.training.batch
+    corpus = train.corpus
     print(
-        f"data                 {index.train.tokens:,} training tokens = {splits.train.sequences:,} sequences, "
-        f"{epochs:.2f} passes over them; {index.validation.tokens:,} validation tokens"
+        f"data                 {corpus.tokens('train'):,} training tokens = {train.sequences:,} sequences, "
+        f"{total / train.sequences:.2f} passes over them; {corpus.tokens('validation'):,} validation tokens"
     )
+    if len(train.counts) > 1:
+        for name, count, drawn in zip(corpus.names, train.counts, train.drawn(total), strict=True):
+            passes = f", {drawn / count:.2f} passes" if count else ""
+            print(f"  {name:<19}{count:,} sequences, {drawn / total:.1%} of what is drawn{passes}")
     print("nothing was started or written (--dry-run)")
     return 0
 
@@ -64,7 +76,31 @@ def report(error: UserError) -> int:
     """The same message would come from every process of a machine; one of them prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        # The first to end has its launcher end the others, which must have been heard by then.
+        time.sleep(HEARD_SECONDS)
     return 2
+
+
+def give_up(error: Exception) -> NoReturn:
+    """End this process after a failure that the others do not share.
+
+    The rank that failed shows its traceback and then goes, which is how the others learn of it: what they have to say
+    of it would only hide the cause.
+    """
+    from kabrn_dist.mesh import is_aftermath
+
+    rank = os.environ.get("RANK", "0")
+    if is_aftermath(error):
+        # Whatever the launcher shows of several ranks, the cause comes first.
+        time.sleep(AFTERMATH_SECONDS)
+        print(f"rank {rank} ends, as another rank has gone", file=sys.stderr, flush=True)
+    else:
+        trace = "".join(traceback.format_exception(error))
+        print(f"error on rank {rank}, which ends the run:\n{trace}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Leaving the process groups in order would wait for ranks that wait for this one.
+    os._exit(1)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -166,7 +166,7 @@ def run_model(activations: str, mesh: Mesh) -> tuple[int, Tensor, list[Tensor]]:
     model.initialise(1)
     tokens = (torch.arange(10).view(2, 5) * (mesh.rank + 3)) % 11
     zeros = torch.zeros_like(tokens)
-    language = model(Batch(tokens, tokens, zeros, torch.arange(5).expand(2, -1))).language
+    language = model(Batch(tokens, tokens, zeros, torch.arange(5).expand(2, -1), zeros[:, 0])).language
     language.backward()
     sent = sum(traffic.take().bytes_sent for traffic in model.traffic)
     return sent, language.detach(), [p.grad for p in model.parameters() if p.grad is not None]

@@ -1,6 +1,6 @@
 """One process that starts sessions and says, for each, the dtypes of the model's working copies.
 
-Arguments: a JSON file with a list of config paths; the answer is written beside it.
+The argument is a JSON file with a list of config paths; the answer is written beside it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from kabrn_dist.train.loop import Session
 from kabrn_dist.train.splits import open_splits
 
 
-def main(jobs: Path) -> None:
+def main(jobs: str) -> None:
     found = []
     place = find_place()
     with join_processes(place) as device:
-        for path in json.loads(jobs.read_text()):
+        for path in json.loads(Path(jobs).read_text()):
             config = load_config(path)
             mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence, config.parallel.node)
             session = Session(config, mesh, open_splits(config), "never")
@@ -28,8 +28,8 @@ def main(jobs: Path) -> None:
             session.run(None)
             session.engine.close()
             found.append(dtypes | states)
-    jobs.with_name("dtypes.json").write_text(json.dumps(found))
+    Path(jobs).with_name("dtypes.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])

@@ -14,6 +14,7 @@ from kabrn_dist.checkpoint.store import load_tensor, read_manifest
 from kabrn_dist.config import Experts
 from kabrn_dist.config_file import load_config
 from kabrn_dist.data.batches import Batches
+from kabrn_dist.data.corpus import read_corpus
 from kabrn_dist.errors import UserError
 from kabrn_dist.generate import load_run
 from kabrn_dist.grow.describe import describe
@@ -104,7 +105,7 @@ def load(path: Path, name: str) -> Tensor:
 def score(folder: Path, shards: Path) -> Tensor:
     """Mean loss of a few validation sequences in nats, of the run's newest checkpoint."""
     model, _, _ = load_run(folder)
-    batch = Batches(shards, "validation", 32, 3, ordered=False).rows(range(16))
+    batch = Batches(read_corpus(shards), "validation", 32, 3, ordered=False).rows(range(16))
     with torch.no_grad():
         return model(batch).language / batch.targets.numel()
 

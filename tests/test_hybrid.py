@@ -69,7 +69,9 @@ def count_collectives(rank: int, port: int) -> None:
     with join_processes(place) as device:
         mesh = make_mesh(place, device, expert=2, sequence=2)
         tokens = torch.randint(0, 11, (1, 16), generator=torch.Generator().manual_seed(3))
-        whole = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.arange(16)[None])
+        whole = Batch(
+            tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.arange(16)[None], torch.zeros_like(tokens[:, 0])
+        )
         batch = sequence_slice(whole, mesh.sequence_rank, 2)
         found = []
         for kept in ("keep", "recompute", "offload"):

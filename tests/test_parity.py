@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
-from tests.harness import read_losses, run, torchrun, write_config
+from tests.harness import read_losses, sessions, write_config
 
 STEPS = 10
 # World size → (sequence parallelism, expert parallelism, experts per rank).
@@ -50,12 +50,6 @@ LARGER: dict[str, Any] = {
 }
 
 
-def train_jobs(world: int, jobs: list[list[object]], folder: Path) -> None:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = run(torchrun(world, "tests/sessions_worker.py", str(folder / "jobs.json")), timeout=900)
-    assert result.code == 0, result.out
-
-
 def train_all(world: int, sizes: dict[str, Any], shards: Path, folder: Path) -> list[Path]:
     """Folders of the runs of all layouts."""
     folder.mkdir()
@@ -66,7 +60,7 @@ def train_all(world: int, sizes: dict[str, Any], shards: Path, folder: Path) -> 
         path = write_config(folder / f"{name}.yaml", shards, folder / name, **sizes, **layout)
         jobs.append([str(path), "never", None])
         runs.append(folder / name)
-    train_jobs(world, jobs, folder)
+    sessions(world, jobs, folder, timeout=900)
     return runs
 
 
@@ -152,6 +146,6 @@ def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_
                 )
                 jobs.append([str(path), "never", None])
                 runs.append(tmp_path / name)
-        train_jobs(world, jobs, tmp_path)
+        sessions(world, jobs, tmp_path, timeout=900)
     losses = losses_apart(runs)
     assert max(losses.values()) <= 1e-5, losses

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor, read_manifest
-from tests.harness import read_losses, run, sessions, torchrun, write_config
+from tests.harness import ranks, read_losses, sessions, write_config
 
 
 def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> None:
@@ -18,8 +18,7 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
         changes = {"training__precision": "bf16", "parallel__zero": stage, "training__steps": 2}
         paths.append(str(write_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)))
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
-    result = run(torchrun(1, "tests/precision_worker.py", str(tmp_path / "jobs.json")))
-    assert result.code == 0, result.out
+    ranks(1, "precision_worker", str(tmp_path / "jobs.json"))
     for stage, dtypes in enumerate(json.loads((tmp_path / "dtypes.json").read_text())):
         fine = {name for name, dtype in dtypes.items() if dtype == "torch.float32"}
         states = {"router/bias", "router/share"}

@@ -15,6 +15,7 @@ import yaml
 
 from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batches
+from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.mesh import alone
 from kabrn_dist.model.mixkabrn import MixKABRN, build_model
 from kabrn_dist.model.saved import load_weights
@@ -180,7 +181,7 @@ def test_reach_follows_the_models_own_stream(form: str, trained: Path) -> None:
     """Each network reads what the forward pass counts for it; few inputs leave the range, and more a narrower one."""
     model = small(form, trained)
     config, _, _ = open_run(trained)
-    batch = Batches(config.data.path, "validation", 32, 3, ordered=False).rows([0, 1, 2])
+    batch = Batches(open_corpus(config.data), "validation", 32, 3, ordered=False).rows([0, 1, 2])
     with torch.no_grad():
         load = model(batch).load
     reaches = measure_reach(model, batch)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,11 +18,14 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from kabrn_dist.checkpoint.plain import open_plain, read_plain
 from kabrn_dist.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 256 * 2**20
 HASH_CHUNK_BYTES = 4 * 2**20
+# A process alone may have the files of many ranks to verify.
+HASH_THREADS = 4
 
 # Codes of the safetensors format.
 DTYPES: dict[str, torch.dtype] = {
@@ -35,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 # Larger than any disk, smaller than what overflows an int64 product with an item size.
 Count = Annotated[int, Field(ge=0, le=2**50)]
@@ -158,11 +164,7 @@ def read_manifest(path: Path) -> Manifest:
     source = path / MANIFEST_NAME
     remedy = "use another checkpoint"
     try:
-        if source.stat().st_size > MANIFEST_BYTES_LIMIT:
-            raise UserError(f"{source}: larger than {MANIFEST_BYTES_LIMIT} bytes; {remedy}")
-        sealed = SealedManifest.model_validate_json(source.read_bytes())
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); {remedy}") from error
+        sealed = SealedManifest.model_validate_json(read_plain(source, MANIFEST_BYTES_LIMIT))
     except ValidationError as error:
         raise UserError(f"{source}: {first_error(error)}; {remedy}") from error
     if _seal(sealed.manifest) != sealed.sha256:
@@ -173,18 +175,26 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify_files(path: Path, files: tuple[FileRecord, ...]) -> None:
-    """Read `files` whole; UserError for the first whose sha256 is not the recorded one."""
-    for file in files:
-        _check_size(path / file.name, file.bytes)
-        digest = hashlib.sha256()
-        with open(path / file.name, "rb", buffering=0) as stream:
-            while chunk := stream.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-        if digest.hexdigest() != file.sha256:
-            raise UserError(
-                f"{path / file.name}: damaged, its sha256 is {digest.hexdigest()} and the manifest says "
-                f"{file.sha256}; use another checkpoint"
-            )
+    """Read `files` whole, several at a time; UserError for the first whose sha256 is not the recorded one."""
+    with ThreadPoolExecutor(max_workers=HASH_THREADS) as hashers:
+        for _ in hashers.map(lambda file: _verify_file(path / file.name, file), files):
+            pass
+
+
+def _verify_file(path: Path, file: FileRecord) -> None:
+    _check_size(path, file.bytes)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_CHUNK_BYTES))
+    try:
+        with open_plain(path) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(buffer[:count])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); use another checkpoint") from error
+    if digest.hexdigest() != file.sha256:
+        raise UserError(
+            f"{path}: damaged, its sha256 is {digest.hexdigest()} and the manifest says "
+            f"{file.sha256}; use another checkpoint"
+        )
 
 
 def _seal(manifest: Manifest) -> str:
@@ -194,8 +204,10 @@ def _seal(manifest: Manifest) -> str:
 
 def _check_size(file: Path, expected: int) -> None:
     try:
-        found = os.stat(file).st_size
+        found = os.lstat(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from error
-    if found != expected:
-        raise UserError(f"{file}: has {found} bytes, the manifest says {expected}; use another checkpoint")
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{file}: is not a plain file (a link could point anywhere); use another checkpoint")
+    if found.st_size != expected:
+        raise UserError(f"{file}: has {found.st_size} bytes, the manifest says {expected}; use another checkpoint")

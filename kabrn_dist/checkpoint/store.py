@@ -1,18 +1,24 @@
-"""The checkpoint store: save, find, load. Collective, world-size free, no pickle.
+"""The checkpoint store: save at once or in the background, find, load. Collective, world-size free, no pickle.
 
 A checkpoint exists from one rename on; whatever a crash leaves before it is never looked at.
+
+Extra memory of a rank: `save` stages CHUNK_BYTES (nothing on a CPU, where it writes from the live values);
+`start` keeps a copy in host memory of all that the rank owns; `load` stages CHUNK_BYTES where dtype or device differ,
+`find` HASH_CHUNK_BYTES for each file it reads at a time.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import JsonValue, ValidationError
+import torch.distributed as dist
+from pydantic import JsonValue
 
+from kabrn_dist.checkpoint.background import Background, HostCopies
 from kabrn_dist.checkpoint.exchange import (
     Group,
     broadcast_json,
@@ -22,29 +28,34 @@ from kabrn_dist.checkpoint.exchange import (
     size_of,
     together,
 )
-from kabrn_dist.checkpoint.folder import commit, list_checkpoints, start_temporary, temporary_path, tidy
-from kabrn_dist.checkpoint.fragment import Fragment, check_fragment
+from kabrn_dist.checkpoint.folder import (
+    commit,
+    drop_temporary,
+    list_checkpoints,
+    start_temporary,
+    temporary_path,
+    tidy,
+)
+from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.manifest import (
+    FileRecord,
     Manifest,
-    first_error,
     manifest_bytes,
     read_manifest,
     verify_files,
 )
-from kabrn_dist.checkpoint.shard import (
-    Copy,
-    Holding,
-    load_tensor,
-    plan_copies,
-    read_copies,
-    tensor_record,
-    write_shard,
-)
+from kabrn_dist.checkpoint.merge import merge, report
+from kabrn_dist.checkpoint.ranges import check_headers, load_tensor, plan, read_copies
+from kabrn_dist.checkpoint.shard import Holding, write_shard
 from kabrn_dist.errors import UserError
+from kabrn_dist.fault import fault
 
 __all__ = ["CheckpointStore", "load_tensor", "read_manifest"]
 
 logger = logging.getLogger(__name__)
+
+Taken = tuple[Iterable[Fragment], Mapping[str, JsonValue]]
+Result = TypeVar("Result")
 
 
 class CheckpointStore:
@@ -54,11 +65,15 @@ class CheckpointStore:
     keep_every: steps divisible by it are kept for ever; 0 for none.
     group: the ranks that save and load together; None for the default group, or for a single process
     where torch.distributed is not initialised. Its timeout must exceed the slowest rank's writing.
+    background_group: the same ranks over the CPU once more, for the thread of `start` alone: two threads in one
+    group would take each other's messages.
 
     Raises UserError for keep < 2 or keep_every < 0.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, group: Group = None) -> None:
+    def __init__(
+        self, folder: Path, keep: int = 2, keep_every: int = 0, group: Group = None, background_group: Group = None
+    ) -> None:
         if keep < 2:
             raise UserError(f"keep: {keep} checkpoints are too few, the newest may be damaged; use 2 or more")
         if keep_every < 0:
@@ -67,6 +82,9 @@ class CheckpointStore:
         self.keep = keep
         self.keep_every = keep_every
         self.group = group
+        self.background_group = background_group
+        self._copies = HostCopies()
+        self._background: Background | None = None
         self._loaded: Path | None = None
 
     def save(self, step: int, fragments: Iterable[Fragment], state: Mapping[str, JsonValue]) -> bool:
@@ -76,23 +94,50 @@ class CheckpointStore:
         nothing is left behind, older checkpoints are untouched and training can go on. Together the
         owned fragments must cover each logical tensor exactly once. `state` comes back unchanged from
         the manifest, so it holds only JSON types (lists, not tuples) and finite numbers.
+
+        Raises ValueError while a save of `start` is under way.
         """
-        try:
-            self._write(step, fragments, state)
-        except UserError as error:
-            on_first(self.group, shutil.rmtree, temporary_path(self.folder, step), True)
-            if rank_of(self.group) == 0:
-                logger.error("checkpoint of step %d was not saved: %s", step, error)
-            return False
-        if rank_of(self.group) == 0:
-            self._tidy(step)
-        return True
+        self._refuse_two()
+        return self._attempt(self.group, step, lambda: (fragments, state))
+
+    def start(self, step: int, fragments: Iterable[Fragment], state: Mapping[str, JsonValue]) -> None:
+        """Begin `save` in a thread, and return as soon as what this rank owns is copied to host memory.
+
+        To be called by all ranks, which do not wait for each other in it. Values and state may change
+        afterwards. A rank that fails to copy fails the save for all, as `collect` then says.
+
+        Raises ValueError while another save is under way, or without a background group among several.
+        """
+        self._refuse_two()
+        if dist.is_initialized() and self.background_group is None:
+            raise ValueError("start: give the store a background_group, the training uses the other one meanwhile")
+        taken = _outcome_of(self._copy, fragments, state)
+        self._background = Background(lambda: self._attempt(self.background_group, step, taken))
+
+    @property
+    def under_way(self) -> bool:
+        """True from `start` to `collect`: the same on all ranks."""
+        return self._background is not None
+
+    def ended(self) -> bool:
+        """True where this rank's part of the save under way is over, or none is. Never blocks; ranks may differ."""
+        return self._background is None or self._background.ended()
+
+    def collect(self) -> bool:
+        """Wait for the save under way and return what `save` would have: the same on all ranks.
+
+        Raises ValueError without a save under way; what broke the group, where a rank died.
+        """
+        if self._background is None:
+            raise ValueError("collect: no save is under way; call start first")
+        background, self._background = self._background, None
+        return background.wait()
 
     def find(self, verify: bool = True) -> Path | None:
         """The newest checkpoint that is intact, the same on every rank; None if there is none.
 
-        Collective. Checks manifests and file sizes, and with `verify` the sha256 of every file, each
-        rank reading its share. Each one passed over is logged with what is wrong with it. Raises
+        Collective. Checks manifests, file sizes and headers, and with `verify` the sha256 of every file,
+        each rank reading its share. Each one passed over is logged with what is wrong with it. Raises
         UserError if the folder cannot be listed.
         """
         listed = on_first(self.group, list_checkpoints, self.folder)
@@ -109,8 +154,9 @@ class CheckpointStore:
     def check(self, path: Path, verify: bool = True) -> Manifest:
         """The manifest of `path` if it is intact in `find`'s sense; UserError on every rank if not."""
         manifest = together(self.group, read_manifest, path)
+        share = manifest.files[rank_of(self.group) :: size_of(self.group)]
+        together(self.group, check_headers, path, manifest, share)
         if verify:
-            share = manifest.files[rank_of(self.group) :: size_of(self.group)]
             together(self.group, verify_files, path, share)
         return manifest
 
@@ -123,23 +169,48 @@ class CheckpointStore:
         that is missing or has another shape, before any value is touched; for an unreadable file, after
         which the values are undefined.
         """
-        manifest = together(self.group, read_manifest, path)
-        copies = together(self.group, _plan, path, manifest, fragments, missing)
-        together(self.group, read_copies, path, copies)
+        manifest = together(self.group, _passing, "load.manifest", read_manifest, path)
+        copies = together(self.group, plan, path, manifest, fragments, missing == "keep")
+        together(self.group, _passing, "load.tensors", read_copies, path, copies)
+        together(self.group, fault, "load.done")
         self._loaded = path.resolve()
         return manifest
 
-    def _write(self, step: int, fragments: Iterable[Fragment], state: Mapping[str, JsonValue]) -> None:
-        rank, group = rank_of(self.group), self.group
-        temporary = temporary_path(self.folder, step)
-        on_first(group, start_temporary, self.folder, step)
-        file, holdings = together(group, write_shard, temporary / f"rank-{rank:05d}.safetensors", fragments)
-        report = [file.model_dump(), [_holding_json(holding) for holding in holdings]]
-        reports = gather_json(report, group)
+    def _refuse_two(self) -> None:
+        if self._background is not None:
+            raise ValueError("a save is under way; collect it first")
+
+    def _copy(self, fragments: Iterable[Fragment], state: Mapping[str, JsonValue]) -> Taken:
+        return self._copies.take(fragments), copy.deepcopy(dict(state))
+
+    def _attempt(self, group: Group, step: int, taken: Callable[[], Taken]) -> bool:
+        """The whole save, by whichever thread, over `group`."""
+        try:
+            self._write(group, step, taken)
+        except UserError as error:
+            on_first(group, drop_temporary, self.folder, step)
+            if rank_of(group) == 0:
+                logger.error("checkpoint of step %d was not saved: %s", step, error)
+            return False
+        if rank_of(group) == 0:
+            self._tidy(step)
+        return True
+
+    def _write(self, group: Group, step: int, taken: Callable[[], Taken]) -> None:
+        fragments, state = together(group, self._begin, group, step, taken)
+        file = temporary_path(self.folder, step) / f"rank-{rank_of(group):05d}.safetensors"
+        record, holdings = together(group, _write_own, file, fragments)
+        reports = gather_json(report(record, holdings), group)
         on_first(group, self._commit, step, reports, state)
 
+    def _begin(self, group: Group, step: int, taken: Callable[[], Taken]) -> Taken:
+        fault("save.begin")
+        if rank_of(group) == 0:
+            start_temporary(self.folder, step)
+        return taken()
+
     def _commit(self, step: int, reports: list[Any], state: Mapping[str, JsonValue]) -> None:
-        commit(self.folder, step, manifest_bytes(_merge(step, reports, state)))
+        commit(self.folder, step, manifest_bytes(merge(step, reports, state)))
 
     def _tidy(self, step: int) -> None:
         try:
@@ -149,54 +220,26 @@ class CheckpointStore:
             logger.warning("%s: old checkpoints were not tidied up: %s", self.folder, error)
 
 
-def _plan(path: Path, manifest: Manifest, fragments: Iterable[Fragment], missing: str) -> list[Copy]:
-    copies: list[Copy] = []
-    for fragment in fragments:
-        check_fragment(fragment)
-        if missing == "keep" and fragment.name not in manifest.tensors:
-            continue
-        record = tensor_record(path, manifest, fragment.name)
-        if record.shape != fragment.shape:
-            raise UserError(
-                f"{path}: tensor {fragment.name!r} has shape {record.shape} in the checkpoint and "
-                f"{fragment.shape} in this run; use the config this checkpoint was written with"
-            )
-        copies.extend(plan_copies(manifest, fragment))
-    return copies
-
-
-def _holding_json(holding: Holding) -> dict[str, Any]:
-    piece = holding.piece.model_dump() if holding.piece else None
-    return {**holding._asdict(), "piece": piece}
-
-
-def _merge(step: int, reports: list[Any], state: Mapping[str, JsonValue]) -> Manifest:
-    """The manifest of all ranks' reports; UserError if they disagree or do not cover a tensor once."""
-    tensors: dict[str, dict[str, Any]] = {}
-    for _, holdings in reports:
-        for held in holdings:
-            new = {"dtype": held["dtype"], "shape": tuple(held["shape"]), "pieces": []}
-            tensor = tensors.setdefault(held["name"], new)
-            if (tensor["dtype"], tensor["shape"]) != (new["dtype"], new["shape"]):
-                raise UserError(
-                    f"{held['name']}: one fragment says {tensor['dtype']} {tensor['shape']}, another "
-                    f"{new['dtype']} {new['shape']}; all must describe the same logical tensor"
-                )
-            if held["piece"]:
-                tensor["pieces"].append(held["piece"])
-    for tensor in tensors.values():
-        tensor["pieces"] = tuple(sorted(tensor["pieces"], key=lambda piece: piece["offset"]))
+def _outcome_of(work: Callable[..., Result], *arguments: Any) -> Callable[[], Result]:
+    """Do it now; whoever calls what is returned gets the result, or the exception."""
     try:
-        return Manifest.model_validate(
-            {
-                "step": step,
-                "world_size": len(reports),
-                "files": tuple(file for file, _ in reports),
-                "tensors": tensors,
-                "state": dict(state),
-            }
-        )
-    except ValidationError as error:
-        raise UserError(
-            f"step {step}: {first_error(error)}; every element needs one owner, every state entry a JSON type"
-        ) from error
+        result = work(*arguments)
+    except Exception as error:
+        failure = error
+
+        def fail() -> Result:
+            raise failure
+
+        return fail
+    return lambda: result
+
+
+def _write_own(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[Holding]]:
+    written = write_shard(file, fragments)
+    fault("save.written")
+    return written
+
+
+def _passing(point: str, work: Callable[..., Result], *arguments: Any) -> Result:
+    fault(point)
+    return work(*arguments)

@@ -1,21 +1,22 @@
-"""The shard-set format: `index.json` describes tar shards that plain WebDataset reads.
+"""The shard-set format: `index.json` describes tar shards that plain WebDataset reads, source by source.
 
-A shard is a tar of blocks; block 123 is the two members `000123.len` (uint32 document lengths, in tokens) and
-`000123.tok` (the tokens of those documents, one after another). All numbers are little-endian. Every document
-begins with the document token. The index is written last: a folder without one is not a data set.
+A shard is a tar of blocks; block 123 is the members `000123.len` (uint32 document lengths, in tokens), in sources with
+a loss mask `000123.use` (a bit for each token, the lowest first: 1 where the token counts in the loss as a target), and
+`000123.tok` (the tokens of those documents, one after another). All numbers are little-endian. Every document begins
+with the document token. The index is written last: a folder without one is not a data set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from kabrn_dist.data.check import check_contents
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
 
@@ -25,10 +26,8 @@ SPLITS = ("train", "validation")
 
 SplitName = Literal["train", "validation"]
 Dtype = Literal["uint16", "uint32"]
-Option = str | int | float | tuple[str, ...]
-
-# No slash, no leading dot: a name from the index can only be a plain file of the folder itself.
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+Scalar = str | int | float | bool | None
+Option = Scalar | tuple[Scalar, ...]
 
 
 class _Record(BaseModel):
@@ -36,22 +35,27 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """One tar. `blocks` holds (byte offset of the raw tokens in the tar, number of tokens), in file order."""
+    """One tar.
+
+    `blocks`, in file order: byte offset of the raw tokens in the tar, number of tokens, byte offset of the loss mask or
+    0 without one.
+    """
 
     name: str
     bytes: int
     sha256: str
     tokens: int
     documents: int
-    blocks: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, int, int], ...]
 
 
 class Split(_Record):
-    """The shards of one split, in stream order, and their totals.
+    """The shards of one split of one source, in stream order, and their totals.
 
     `text_bytes` counts the UTF-8 bytes of the texts. `gzip9_bytes` is the size of the concatenated
     texts as one gzip file at zlib's level 9 (validation only): the yardstick a model's bits per byte are held
-    against. The gzip program itself comes out some 0.2 % smaller.
+    against. The gzip program itself comes out some 0.2 % smaller. `loss_tokens` are those that count as targets: all of
+    them without a mask.
     """
 
     shards: tuple[Shard, ...]
@@ -59,6 +63,7 @@ class Split(_Record):
     tokens: int
     text_bytes: int
     gzip9_bytes: int | None = None
+    loss_tokens: int
 
 
 class TokenizerInfo(_Record):
@@ -69,24 +74,21 @@ class TokenizerInfo(_Record):
 
 
 class Source(_Record):
-    """Where the texts came from."""
+    """Texts of one origin.
+
+    `kind` and `options` say how they were read. `weight` is the source's share of the training sequences against the
+    other sources', `epochs` after how many passes it is drawn from no more (None: never). `masked`: its blocks have
+    loss masks.
+    """
 
     name: str
+    kind: str
     options: dict[str, Option]
-
-
-class Index(_Record):
-    """The whole of `index.json`. `fingerprint` is empty until `write_index` fills it in."""
-
-    format: Literal[1] = 1
-    dtype: Dtype
-    vocabulary: int
-    document_token: int
-    tokenizer: TokenizerInfo
-    source: Source
+    weight: float
+    epochs: float | None
+    masked: bool
     train: Split
     validation: Split
-    fingerprint: str = ""
 
     def split(self, name: SplitName) -> Split:
         """Return one split. Raises UserError when `name` is neither "train" nor "validation"."""
@@ -94,10 +96,54 @@ class Index(_Record):
             raise UserError(f"split: there is no {name!r}; use one of {', '.join(SPLITS)}.")
         return self.train if name == "train" else self.validation
 
+
+class Index(_Record):
+    """The whole of `index.json`. `fingerprint` is empty until `write_index` fills it in.
+
+    `recipe` holds whatever else decides about the bytes: cleaning, the share of validation, seeds.
+    """
+
+    format: Literal[2] = 2
+    dtype: Dtype
+    vocabulary: int
+    document_token: int
+    tokenizer: TokenizerInfo
+    recipe: dict[str, JsonValue]
+    sources: tuple[Source, ...]
+    fingerprint: str = ""
+
     @property
     def item_bytes(self) -> int:
         """Bytes a token takes on disk."""
         return 2 if self.dtype == "uint16" else 4
+
+    def source(self, name: str) -> Source:
+        """Return the source of that name. Raises UserError, listing those there are, when there is none."""
+        for source in self.sources:
+            if source.name == name:
+                return source
+        raise UserError(f"source: there is no {name!r}; there are {', '.join(s.name for s in self.sources)}.")
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards, source by source, training before validation."""
+        for source in self.sources:
+            yield from (*source.train.shards, *source.validation.shards)
+
+    def tokens(self, split: SplitName) -> int:
+        """Tokens of a split, over all sources."""
+        return sum(source.split(split).tokens for source in self.sources)
+
+    def documents(self, split: SplitName) -> int:
+        """Documents of a split, over all sources."""
+        return sum(source.split(split).documents for source in self.sources)
+
+    def text_bytes(self, split: SplitName) -> int:
+        """UTF-8 bytes of a split's texts, over all sources."""
+        return sum(source.split(split).text_bytes for source in self.sources)
+
+    def gzip9_bytes(self, split: SplitName) -> int:
+        """What gzip makes of a split's texts, source by source; 0 where no source says."""
+        return sum(source.split(split).gzip9_bytes or 0 for source in self.sources)
 
 
 def dtype_for(vocabulary: int) -> Dtype:
@@ -117,7 +163,7 @@ def write_index(folder: Path, index: Index) -> Index:
     Raises UserError when the index contradicts itself or the disk refuses.
     """
     sealed = index.model_copy(update={"fingerprint": fingerprint(index)})
-    _check_contents(folder / INDEX_NAME, sealed)
+    check_contents(str(folder / INDEX_NAME), sealed)
     write_whole(folder / INDEX_NAME, (sealed.model_dump_json() + "\n").encode())
     return sealed
 
@@ -125,88 +171,43 @@ def write_index(folder: Path, index: Index) -> Index:
 def read_index(folder: Path) -> Index:
     """Read and check `folder/index.json`; the shards themselves are not touched.
 
-    Raises UserError when it is missing, is not JSON, has wrong fields, contradicts itself, names files
-    outside the folder, points beyond a shard's end, or was changed after it was written.
+    Raises UserError when it cannot be read, and as `parse_index` does.
     """
     path = folder / INDEX_NAME
     try:
-        text = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}. Give a folder that `python -m data_prep` finished: it writes the index last."
         ) from error
+    return parse_index(content, str(path))
+
+
+def parse_index(content: bytes, origin: str) -> Index:
+    """Return the index that `content` spells; `origin` names it in errors.
+
+    Raises UserError when it is not JSON, is of another format, has wrong fields, contradicts itself, names files
+    outside the folder, points beyond a shard's end, or was changed after it was written.
+    """
     try:
-        index = Index.model_validate_json(text)
+        index = Index.model_validate_json(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error)}. Prepare the data again with this version.") from error
-    _check_contents(path, index)
+        raise UserError(f"{origin}: {_first_problem(error)}. Prepare the data again with this version.") from error
+    check_contents(origin, index)
     if index.fingerprint != fingerprint(index):
         raise UserError(
-            f"{path}: fingerprint is {index.fingerprint[:12]!r}, its contents give "
+            f"{origin}: fingerprint is {index.fingerprint[:12]!r}, its contents give "
             f"{fingerprint(index)[:12]!r}: the file was changed. Copy it again, or prepare the data again."
         )
     return index
 
 
-def check_shards(folder: Path, index: Index) -> None:
-    """Check that every shard is present and has the right size (one `stat` each).
-
-    Raises UserError that names the first shard that is not so.
-    """
-    for shard in _shards(index):
-        path = folder / shard.name
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}. Copy this shard again, or prepare the data again.") from error
-        if found != shard.bytes:
-            raise UserError(
-                f"{path}: {found} bytes, the index says {shard.bytes}. Copy this shard again, or prepare "
-                "the data again."
-            )
-
-
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # Of another format every field is wrong; its number says why.
+    problem = next((each for each in problems if each["loc"] == ("format",)), problems[0])
     if problem["type"] == "json_invalid":
         return f"not JSON ({problem['ctx']['error']})"
     key = ".".join(str(part) for part in problem["loc"])
     found = "" if problem["type"] == "missing" else f", found {str(problem['input'])[:60]!r}"
     return f"{key}: {problem['msg']}{found}"
-
-
-def _shards(index: Index) -> Iterator[Shard]:
-    yield from index.train.shards
-    yield from index.validation.shards
-
-
-def _check_contents(path: Path, index: Index) -> None:
-    def refuse(problem: str) -> None:
-        raise UserError(f"{path}: {problem}. The index is damaged: copy it again, or prepare the data again.")
-
-    if index.dtype != dtype_for(index.vocabulary):
-        refuse(f"dtype is {index.dtype!r}, a vocabulary of {index.vocabulary} needs {dtype_for(index.vocabulary)!r}")
-    if not 0 <= index.document_token < index.vocabulary:
-        refuse(f"document_token is {index.document_token}, outside the vocabulary of {index.vocabulary}")
-    names = [shard.name for shard in _shards(index)]
-    if len(set(names)) != len(names):
-        refuse("two shards have the same name")
-    for shard in _shards(index):
-        if not _SHARD_NAME.fullmatch(shard.name):
-            refuse(f"shard name {shard.name!r} is not a plain file name that ends in .tar")
-        end = 0
-        for number, (offset, tokens) in enumerate(shard.blocks):
-            start, end = end, offset + tokens * index.item_bytes
-            if offset < start or tokens <= 0 or end > shard.bytes:
-                refuse(
-                    f"{shard.name} block {number} lies at bytes {offset} to {end}, which cannot be: the "
-                    f"block before ends at {start} and the shard has {shard.bytes}"
-                )
-        if sum(tokens for _, tokens in shard.blocks) != shard.tokens:
-            refuse(f"{shard.name}: its blocks do not add up to its {shard.tokens} tokens")
-    for name in SPLITS:
-        split = index.train if name == "train" else index.validation
-        if split.tokens != sum(shard.tokens for shard in split.shards):
-            refuse(f"{name}.tokens is {split.tokens}, its shards do not add up to that")
-        if split.documents != sum(shard.documents for shard in split.shards):
-            refuse(f"{name}.documents is {split.documents}, its shards do not add up to that")

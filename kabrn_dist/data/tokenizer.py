@@ -117,10 +117,14 @@ class StreamDecoder:
 def load_tokenizer(folder: Path, index: Index) -> Tokenizer:
     """Read the tokenizer of a shard folder. Raises UserError when it is not the one that made the shards."""
     path = folder / TOKENIZER_NAME
-    tokenizer = Tokenizer.load(path)
+    return check_tokenizer(Tokenizer.load(path), index, str(path))
+
+
+def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenizer:
+    """Return `tokenizer`. Raises UserError, naming `origin`, when it is not the one that made the shards."""
     if tokenizer.sha256 != index.tokenizer.sha256:
         raise UserError(
-            f"{path}: sha256 is {tokenizer.sha256[:12]}…, the index says {index.tokenizer.sha256[:12]}…: "
+            f"{origin}: sha256 is {tokenizer.sha256[:12]}…, the index says {index.tokenizer.sha256[:12]}…: "
             "this is not the tokenizer that made the shards. Copy it again, or prepare the data again."
         )
     return tokenizer
@@ -129,7 +133,7 @@ def load_tokenizer(folder: Path, index: Index) -> Tokenizer:
 def _is_bytes(content: bytes, origin: str) -> bool:
     try:
         return bool(json.loads(content) == {"kind": "bytes"})
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not JSON ({error}). Give a tokenizer.json.") from error
 
 

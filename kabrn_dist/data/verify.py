@@ -8,46 +8,72 @@ from pathlib import Path
 
 import numpy as np
 
+from kabrn_dist.data.check import check_shards, mask_bytes
 from kabrn_dist.data.files import sha256_of
-from kabrn_dist.data.index import Index, Shard, check_shards
+from kabrn_dist.data.index import Index, Shard, Source
 from kabrn_dist.errors import UserError
 
 
 def verify_shards(folder: Path, index: Index, progress: Callable[[int], None] = lambda read: None) -> None:
-    """Check every shard's sha256, and that its blocks and documents lie where the index says.
+    """Check every shard's sha256, and that its blocks, documents and loss masks are what the index says.
 
     `progress` is called with the number of bytes just hashed. Raises UserError naming the first bad shard.
     """
     check_shards(folder, index)
-    for shard in (*index.train.shards, *index.validation.shards):
-        path = folder / shard.name
-        try:
-            found = sha256_of(path, progress)
-            if found != shard.sha256:
-                raise _damaged(path, f"sha256 is {found[:12]}…, the index says {shard.sha256[:12]}…")
-            _verify_blocks(path, index, shard)
-        except (OSError, tarfile.TarError) as error:
-            raise _damaged(path, str(error)) from error
+    for source in index.sources:
+        for split in (source.train, source.validation):
+            used = sum(_verify_shard(folder / shard.name, index, source, shard, progress) for shard in split.shards)
+            if used != split.loss_tokens:
+                raise UserError(
+                    f"{folder}: {used} tokens of source {source.name} count in the loss, the index says "
+                    f"{split.loss_tokens}. Prepare the data again."
+                )
 
 
-def _verify_blocks(path: Path, index: Index, shard: Shard) -> None:
-    documents = 0
+def _verify_shard(path: Path, index: Index, source: Source, shard: Shard, progress: Callable[[int], None]) -> int:
+    """Check one shard; return how many of its tokens count in the loss."""
+    try:
+        found = sha256_of(path, progress)
+        if found != shard.sha256:
+            raise _damaged(path, f"sha256 is {found[:12]}…, the index says {shard.sha256[:12]}…")
+        return _verify_blocks(path, index, source, shard)
+    except (OSError, tarfile.TarError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _verify_blocks(path: Path, index: Index, source: Source, shard: Shard) -> int:
+    suffixes = ("len", "use", "tok") if source.masked else ("len", "tok")
+    documents = used = 0
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
-        if len(members) != 2 * len(shard.blocks):
-            raise _damaged(path, f"{len(members)} members, {len(shard.blocks)} blocks need {2 * len(shard.blocks)}")
-        for number, (offset, tokens) in enumerate(shard.blocks):
-            lengths, words = members[2 * number : 2 * number + 2]
-            if (lengths.name, words.name) != (f"{number:06d}.len", f"{number:06d}.tok"):
-                raise _damaged(path, f"block {number} holds {lengths.name!r} and {words.name!r}")
+        wanted = len(suffixes) * len(shard.blocks)
+        if len(members) != wanted:
+            raise _damaged(path, f"{len(members)} members, {len(shard.blocks)} blocks need {wanted}")
+        for number, (offset, tokens, mask) in enumerate(shard.blocks):
+            parts = members[len(suffixes) * number :][: len(suffixes)]
+            names = [f"{number:06d}.{suffix}" for suffix in suffixes]
+            if [part.name for part in parts] != names:
+                raise _damaged(path, f"block {number} holds {', '.join(repr(part.name) for part in parts)}")
+            lengths, words = parts[0], parts[-1]
             if (words.offset_data, words.size) != (offset, tokens * index.item_bytes):
                 raise _damaged(path, f"block {number} is not at byte {offset} with {tokens} tokens")
             starts = np.frombuffer(_content(tar, lengths), "<u4").astype(np.int64)
             stream = np.frombuffer(_content(tar, words), "<u2" if index.dtype == "uint16" else "<u4")
             _verify_documents(path, index, number, starts, stream)
+            if source.masked and (parts[1].offset_data, parts[1].size) != (mask, mask_bytes(tokens)):
+                raise _damaged(path, f"block {number}: no loss mask at byte {mask} of {tokens} tokens")
+            used += _count_used(path, number, tokens, _content(tar, parts[1])) if source.masked else tokens
             documents += len(starts)
     if documents != shard.documents:
         raise _damaged(path, f"{documents} documents, the index says {shard.documents}")
+    return used
+
+
+def _count_used(path: Path, number: int, tokens: int, mask: bytes) -> int:
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    if bits[tokens:].any():
+        raise _damaged(path, f"block {number}: the loss mask goes on beyond its {tokens} tokens")
+    return int(bits.sum())
 
 
 def _verify_documents(path: Path, index: Index, number: int, lengths: np.ndarray, stream: np.ndarray) -> None:

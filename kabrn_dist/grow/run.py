@@ -19,6 +19,7 @@ from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.config import Config
 from kabrn_dist.config_file import dump_config
 from kabrn_dist.data.batches import Batches
+from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
 from kabrn_dist.grow.plan import Plan, make_plan
@@ -143,9 +144,9 @@ def _fresh_state(growth: Growth) -> dict[str, Any]:
     """What the training loop keeps beside the tensors, of a run that has read nothing yet."""
     config, old = growth.config, growth.manifest.state
     data = config.data
-    batches = Batches(Path(data.path), "train", data.sequence_length, config.run.seed)
-    cursor, tokenizer = batches.cursor(0), batches.index.tokenizer.sha256
-    batches.close()
+    corpus = open_corpus(data)
+    cursor = Batches(corpus, "train", data.sequence_length, config.run.seed).cursor(0)
+    tokenizer = corpus.tokenizer_sha256
     if tokenizer != old["tokenizer_sha256"]:
         raise UserError(
             f"{data.path}/tokenizer.json is not the one that {growth.path} was trained with, so its embedding would "

@@ -40,6 +40,7 @@ class Sums(NamedTuple):
         load: [L,E] copies that chose each expert.
         entropy: [L] Σ over tokens of the routers' entropy in nats.
         dropped: [L] copies beyond the experts' capacity.
+        rows: [B] the sum `language`, row by row. Not differentiable, and rows do not add up over batches.
     """
 
     language: Tensor
@@ -49,6 +50,7 @@ class Sums(NamedTuple):
     load: Tensor
     entropy: Tensor
     dropped: Tensor
+    rows: Tensor
 
 
 class Block(nn.Module):
@@ -137,8 +139,10 @@ class MixKABRN(nn.Module):
         places = Places(batch.tokens, batch.documents, batch.positions)
         x, _, routers = self._stream(batch.tokens, batch.documents, batch.positions, None, places)
         logits = self.head(rms_norm(x)).float()
-        language = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
-        return Sums(language, *self._add_up(routers, language))
+        nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        rows = nats.view_as(batch.targets).sum(1)
+        language = rows.sum()
+        return Sums(*(language, *self._add_up(routers, language), rows.detach()))
 
     def _add_up(self, routers: list[RouterSums], like: Tensor) -> Iterator[Tensor]:
         """The layers' sums: losses summed up, statistics stacked."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batch, Batches
+from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.draw.figure import draw_cells, to_png
 from kabrn_dist.draw.functions import draw_functions
@@ -119,11 +120,11 @@ def _evaluate(model: MixKABRN, points: Tensor, edges: int) -> list[dict[str, Ten
 
 
 def _read_data(config: Config, sequences: int, console: Console) -> Batch | None:
-    """The first validation sequences; None, and a line that says why, where they cannot be read."""
+    """The first validation sequences of each source; None, and a line that says why, where they cannot be read."""
     data = config.data
     try:
-        split = Batches(Path(data.path), "validation", data.sequence_length, config.run.seed, ordered=False)
-        return split.rows(range(min(sequences, split.sequences)))
+        split = Batches(open_corpus(data), "validation", data.sequence_length, config.run.seed, ordered=False)
+        return split.rows(split.spread(sequences))
     except UserError as error:
         console.print(f"without data, so without the inputs' reach: {error}", soft_wrap=True)
         return None

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batch
+from kabrn_dist.fault import fault
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN, Sums
 from kabrn_dist.train.losses import Losses, Totals, compute_losses
-from kabrn_dist.train.zero import gathered, is_expert, start_deepspeed
+from kabrn_dist.train.zero import gathered, is_expert, local_gradients, start_deepspeed
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ class Update:
     """Outcome of an optimizer step.
 
     Attributes:
-        gradient_norm: global L2 norm before clipping, the same on all ranks.
-        skipped: True where fp16 gradients overflowed and nothing was changed.
+        gradient_norm: global L2 norm before clipping, the same on all ranks; infinite where not known to be finite.
+        applied: False where nothing was changed, as fp16 gradients overflowed or the step was dropped.
     """
 
     gradient_norm: float
-    skipped: bool
+    applied: bool
 
 
 class Engine:
@@ -52,32 +53,57 @@ class Engine:
         self.optimizer: Any = self.deepspeed.optimizer
 
     def accumulate(self, batch: Batch, totals: Totals) -> tuple[Losses, Sums]:
-        """Forward and backward of one micro-batch. Returns detached values of this rank."""
+        """Forward and backward of one micro-batch; `update` or `drop` ends the step after its last one.
+
+        Returns detached values of this rank.
+        """
         self.deepspeed.train()
         sums = self.deepspeed(batch)
         losses = compute_losses(sums, totals, self.config.model.router)
+        if fault("loss"):
+            losses = losses._replace(total=losses.total * float("nan"))
         # Losses are shares of the whole step already, so DeepSpeed must not divide by the micro-batches again.
         self.deepspeed.backward(losses.total, scale_wrt_gas=False)
         self.load += sums.load.detach()
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            # Only counts it.
+            self.deepspeed.step()
         return Losses(*(x.detach() for x in losses)), Sums(*(x.detach() for x in sums))
 
-    def step(self, learning_rate: float) -> Update | None:
-        """Clip and update after the step's last micro-batch; after the others only counts it and returns None."""
-        boundary = self.deepspeed.is_gradient_accumulation_boundary()
-        norm = None
-        if boundary:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group["rate"]
-            if self.stage == 0:
-                norm = self._clip_unsharded()
+    def gradient_size(self) -> Tensor:
+        """Scalar that is finite where this rank's gradients of the whole step are: an L2 norm of what it holds of them.
+
+        Not under fp16, whose loss scaling looks for overflows by itself: there it is always 0.
+        """
+        gradients = [] if self.config.training.precision == "fp16" else local_gradients(self.deepspeed, self.stage)
+        if not gradients:
+            return torch.zeros((), device=self.mesh.device)
+        return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)).norm()
+
+    def update(self, learning_rate: float) -> Update:
+        """Clip and change the weights, after the step's last micro-batch. Collective."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate"]
+        norm = self._clip_unsharded() if self.stage == 0 else None
         self.deepspeed.step()
-        if not boundary:
-            return None
-        self.model.routers.update(self.mesh.sum(self.load), self.config.model.router.bias_rate)
-        self.load.zero_()
+        applied = self.deepspeed.was_step_applied()
+        self._end_step(applied)
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm())
-        return Update(norm, not self.deepspeed.was_step_applied())
+        return Update(norm, applied)
+
+    def drop(self) -> Update:
+        """End the step as if its micro-batches had never been: gradients and loads are forgotten."""
+        self.deepspeed.drop_step()
+        self._end_step(applied=False)
+        return Update(float("inf"), applied=False)
+
+    def _end_step(self, applied: bool) -> None:
+        if applied:
+            self.model.routers.update(self.mesh.sum(self.load), self.config.model.router.bias_rate)
+        else:
+            self.model.routers.step += 1
+        self.load.zero_()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Sums:

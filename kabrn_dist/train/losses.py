@@ -16,7 +16,7 @@ class Totals:
     """What one optimizer step holds over all ranks and micro-batches.
 
     Attributes:
-        targets: tokens that carry loss; tokens: all tokens; sequences: rows.
+        targets: tokens that carry loss, which may be none; tokens: all tokens; sequences: rows.
         ranks: DeepSpeed divides gradients by this; each rank's share of a loss is multiplied by it.
     """
 
@@ -47,7 +47,8 @@ class Losses(NamedTuple):
 def compute_losses(sums: Sums, totals: Totals, settings: Router) -> Losses:
     """One rank's share of a step's losses, from its micro-batch's sums."""
     layers = max(1, len(sums.load))
-    language = sums.language * (totals.ranks / totals.targets)
+    # A step of nothing but masked targets has a language loss of 0.
+    language = sums.language * (totals.ranks / max(1, totals.targets))
     balance = sums.balance * (totals.ranks / (totals.sequences * layers))
     per_token = totals.ranks / (totals.tokens * layers)
     global_balance, router_z = sums.global_balance * per_token, sums.z * per_token

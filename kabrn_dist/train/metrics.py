@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,18 +30,29 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, active: bool, step: int, steps: int) -> None:
-        self.active = active
+        self.folder, self.active = folder, active
         if not active:
             return
-        _truncate_log(folder / "log.jsonl", step)
-        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._open(step)
         # A pipe or a file gets whole lines; only a terminal is folded to its width and gets the bar.
         self._console = Console(width=None if Console().is_terminal else 200, highlight=False)
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("step", total=steps, completed=step)
         self._progress.start()
+
+    def _open(self, step: int) -> None:
+        _truncate_log(self.folder / "log.jsonl", step)
+        self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Take back what was written of the steps after `step`: the run goes on from there another way."""
+        if self.active:
+            self._log.close()
+            self._board.close()
+            self._open(step)
+            self.advance(step)
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -55,9 +67,13 @@ class Metrics:
     def write(
         self, step: int, values: Mapping[str, float], line: str, lists: Mapping[str, list[object]] | None = None
     ) -> None:
-        """One object in log.jsonl, one scalar a value in TensorBoard, one console line; `lists` go to the log only."""
+        """One object in log.jsonl, one scalar a value in TensorBoard, one console line; `lists` go to the log only.
+
+        Values that are not finite are left out: JSON has no name for them.
+        """
         if not self.active:
             return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         entry = {"step": step, "time": round(time.time(), 3), **values, **(lists or {})}
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batches
-from kabrn_dist.data.tokenizer import load_tokenizer
+from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Splits:
     """Attributes:
-    train, validation: the sequences.
+    train, validation: the sequences, of the same sources in the same order.
     bytes_per_token: [vocabulary] int64, UTF-8 bytes that each token stands for.
     gzip_bits_per_byte: what `gzip -9` makes of the validation text: a yardstick.
     """
@@ -28,20 +27,21 @@ class Splits:
 
 
 def open_splits(config: Config) -> Splits:
-    """Open both splits and check them against the model.
+    """Open both splits and check them against the model and the run's length.
 
     Raises:
-        UserError: for missing or damaged shards, a wrong tokenizer, or a vocabulary larger than the model's.
+        UserError: for missing or damaged shards, a wrong tokenizer, weights that name no source or sum to 0, data that
+            ends before the run does, or a vocabulary larger than the model's.
     """
     data = config.data
-    train = Batches(Path(data.path), "train", data.sequence_length, config.run.seed)
-    validation = Batches(Path(data.path), "validation", data.sequence_length, config.run.seed, ordered=False)
-    tokenizer = load_tokenizer(Path(data.path), train.index)
+    corpus = open_corpus(data)
+    train = Batches(corpus, "train", data.sequence_length, config.run.seed)
+    validation = Batches(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
+    train.check_length(config.training.steps * config.training.batch)
+    tokenizer = corpus.tokenizer()
     if tokenizer.vocabulary > config.model.vocabulary:
         raise UserError(
             f"model.vocabulary {config.model.vocabulary} is smaller than the {tokenizer.vocabulary} tokens of "
             f"{data.path}/tokenizer.json; set model.vocabulary to at least {tokenizer.vocabulary}"
         )
-    split = train.index.validation
-    bits = 8 * (split.gzip9_bytes or 0) / max(1, split.text_bytes)
-    return Splits(train, validation, tokenizer.bytes_per_token(), bits)
+    return Splits(train, validation, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())

@@ -19,9 +19,10 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
-from torch import nn
+from torch import Tensor, nn
 
 from kabrn_dist.config import Config
 from kabrn_dist.errors import UserError
@@ -69,12 +70,21 @@ def gathered(weights: list[nn.Parameter], stage: int) -> AbstractContextManager[
     return GatheredParameters(weights) if stage == 3 else nullcontext()
 
 
+def local_gradients(engine: DeepSpeedEngine, stage: int) -> list[Tensor]:
+    """What this rank holds of the whole step's reduced gradients, after the backward of its last micro-batch."""
+    if stage == 0:
+        return [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
+
+
 class _DeepSpeed(DeepSpeedEngine):
-    """Casts the model to its working precision, but for what must stay fp32: routers and function coefficients.
+    """Can drop a step, and casts the model to its working precision but for routers and function coefficients.
 
     ZeRO 0–2 keep each parameter group in the dtype it has. ZeRO 3 lays all parameters into one buffer of one dtype, so
     there they are working copies like all others, of fp32 masters; what is computed with them is fp32 in any case.
     """
+
+    _dropping = False
 
     def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
         kept = (
@@ -84,6 +94,40 @@ class _DeepSpeed(DeepSpeedEngine):
         super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
         for parameter, value in zip(kept, values, strict=True):
             parameter.data = value
+
+    def drop_step(self) -> None:
+        """End an optimizer step without changing anything; its gradients are forgotten wherever they are kept."""
+        self._dropping = True
+        self.step()
+        self._dropping = False
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if not self._dropping:
+            super()._take_model_step(lr_kwargs)
+            return
+        if self.zero_optimization_stage() > 0:
+            _forget_gradients(self.optimizer, self.zero_optimization_stage())
+        self.zero_grad()
+        self.losses = None
+        self.global_steps += 1
+        self.skipped_steps += 1
+
+
+def _forget_gradients(optimizer: Any, stage: int) -> None:
+    """What DeepSpeed's own steps do where gradients have overflowed, but for the loss scale, which stays."""
+    if stage == 3:
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+        # fp16 notes overflows here as they come, and would skip the next step for them too.
+        optimizer.inf_or_nan_tracker.zero_()
+        return
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    optimizer.zero_grad(set_to_none=True)
+    optimizer._release_preflattened_grad_buffers()
+    for group in optimizer.averaged_gradients:
+        optimizer.averaged_gradients[group] = None
+        optimizer.all_grad_tensors[group] = None
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -1,0 +1,107 @@
+"""The header of a safetensors file, read with suspicion: every number is checked before memory is taken for it.
+
+Format: 8 bytes with the header's length N (little-endian), N bytes of JSON {key: {dtype, shape, data_offsets}},
+then the data. https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kabrn_dist.checkpoint.manifest import CODES, DTYPES
+from kabrn_dist.checkpoint.plain import open_plain
+from kabrn_dist.errors import UserError
+
+# The format's own limit.
+HEADER_BYTES_LIMIT = 100_000_000
+_LENGTH_BYTES = 8
+_DIMENSIONS = 16
+
+
+class Entry(NamedTuple):
+    """A tensor of a file: the code of its dtype, its shape, and the file's bytes [start, stop) that hold it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, Entry]:
+    """The tensors of a safetensors file.
+
+    limit: most bytes of header to read; absurd lengths in it are met before any memory is taken.
+
+    Raises UserError where it is not one: a link, no regular file, no JSON, nested, a header or data outside the
+    file, tensors that overlap or leave holes, a size that its shape does not give.
+    """
+    with open_plain(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or length > min(limit, size - _LENGTH_BYTES):
+            raise _refusal(file, f"its header claims {length} bytes, the file has {size} and {limit} are allowed")
+        text = stream.read(length)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(file, f"its header is not JSON ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise _refusal(file, "its header is no mapping")
+    content.pop("__metadata__", None)
+    first = _LENGTH_BYTES + length
+    entries = {key: _entry(file, key, value, first) for key, value in content.items()}
+    _check_layout(file, entries, first, size)
+    return entries
+
+
+def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What a file that holds these tensors one after another begins with."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    # A multiple of 8, so that readers which map the file find aligned data.
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _entry(file: Path, key: str, value: Any, first: int) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _refusal(file, f"tensor {key[:80]!r} has not dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _refusal(file, f"tensor {key[:80]!r} has dtype {str(dtype)[:80]!r}, none of {', '.join(DTYPES)}")
+    if not _are_counts(shape) or len(shape) > _DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
+        raise _refusal(file, f"tensor {key[:80]!r} has shape or data_offsets that are no sizes")
+    start, stop = offsets
+    if stop - start != prod(shape) * DTYPES[dtype].itemsize:
+        raise _refusal(file, f"tensor {key[:80]!r} has {stop - start} bytes, which its shape and dtype do not give")
+    return Entry(dtype, tuple(shape), first + start, first + stop)
+
+
+def _are_counts(values: object) -> bool:
+    # type() and not isinstance(), for which True is a number.
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= 2**50 for value in values)
+
+
+def _check_layout(file: Path, entries: dict[str, Entry], first: int, size: int) -> None:
+    end = first
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise _refusal(file, f"tensor {key[:80]!r} overlaps another, or leaves a hole before it")
+        end = entry.stop
+    if end != size:
+        raise _refusal(file, f"its tensors end at byte {end}, the file at {size}")
+
+
+def _refusal(file: Path, problem: str) -> UserError:
+    return UserError(f"{file}: not a safetensors file to trust: {problem}; use another one")

@@ -1,0 +1,71 @@
+"""A shard set wherever it lies: its index, its tokenizer, and its shards as files of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kabrn_dist.data.check import check_shards
+from kabrn_dist.data.index import Index, Shard, read_index
+from kabrn_dist.data.tokenizer import Tokenizer, load_tokenizer
+
+# Files that a stream keeps open.
+_OPEN_FILES = 64
+
+
+class ShardSet(Protocol):
+    """Attributes:
+    index: what the set holds.
+    where: its folder or URL, for messages.
+    open_files: how many shards a reader may keep open.
+    is_remote: True where `locate` may have to fetch.
+    """
+
+    @property
+    def index(self) -> Index: ...
+    @property
+    def where(self) -> str: ...
+    @property
+    def open_files(self) -> int: ...
+    @property
+    def is_remote(self) -> bool: ...
+
+    def locate(self, shard: Shard) -> Path:
+        """Return the shard's file on this machine. Raises UserError when it cannot be had."""
+
+    def prefetch(self, shard: Shard) -> None:
+        """See to it that `locate` will be quick, unless another process does so already. Raises as `locate`."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the set's tokenizer. Raises UserError when it is not the one that made the shards."""
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """A shard set in a folder."""
+
+    folder: Path
+    index: Index
+    open_files: int = _OPEN_FILES
+    is_remote: bool = False
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    def locate(self, shard: Shard) -> Path:
+        return self.folder / shard.name
+
+    def prefetch(self, shard: Shard) -> None:
+        """Nothing to do."""
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder, self.index)
+
+
+def open_folder(folder: Path) -> FolderSet:
+    """Open a folder. Raises UserError when the index or a shard is missing or wrong."""
+    index = read_index(folder)
+    check_shards(folder, index)
+    return FolderSet(folder, index)

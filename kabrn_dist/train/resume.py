@@ -1,0 +1,109 @@
+"""From a checkpoint to a run that goes on, and what of a run goes into one beside the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kabrn_dist.checkpoint.store import CheckpointStore
+from kabrn_dist.config import Config
+from kabrn_dist.data.batches import Cursor
+from kabrn_dist.errors import UserError
+from kabrn_dist.train.engine import Engine
+from kabrn_dist.train.fragments import count_updates, list_fragments, publish
+from kabrn_dist.train.splits import Splits
+
+
+class Position(NamedTuple):
+    """Where a run stands: steps done, the steps' worth of data passed over after bad steps, and its guard's memory."""
+
+    step: int
+    passed_over: int
+    guard: dict[str, Any]
+
+
+START = Position(0, 0, {})
+
+
+def choose_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
+    """What `--resume` means here; None for a fresh start. Collective.
+
+    Raises:
+        UserError: where the checkpoint that must be is not there or damaged, or one that must not be is there.
+    """
+    if resume not in ("auto", "must", "never"):
+        store.check(Path(resume))
+        return Path(resume)
+    found = store.find()
+    if resume == "must" and found is None:
+        raise UserError(f"--resume must: {store.folder} holds no intact checkpoint; use --resume auto")
+    if resume == "never" and found is not None:
+        raise UserError(
+            f"--resume never: {store.folder} holds {found.name}; choose another run.folder, "
+            "move it away, or use --resume auto"
+        )
+    return found
+
+
+def restore(store: CheckpointStore, path: Path, engine: Engine, data: Splits, config: Config) -> Position:
+    """Load weights, moments and all else that the run needs to go on as it was. Collective.
+
+    Raises:
+        UserError: for a checkpoint of other tensors or other data, or damaged.
+    """
+    manifest = store.load(path, list_fragments(engine))
+    state = _read_state(path, dict(manifest.state))
+    state.cursor.check(data.train)
+    position = state.position
+    read = position.step + position.passed_over
+    consumed = state.cursor.consumed
+    if consumed != read * config.training.batch:
+        raise UserError(
+            f"{path}: {consumed} sequences were consumed in {read} steps, which training.batch "
+            f"{config.training.batch} does not give; set it to {consumed // max(1, read)}"
+        )
+    publish(engine, state.updates)
+    engine.model.routers.step = position.step
+    # Another precision has no scale to hand on: fp16 then begins with its own.
+    if state.precision == "fp16":
+        engine.set_loss_scale(state.loss_scale)
+    return position
+
+
+class _State(NamedTuple):
+    """What `describe` wrote."""
+
+    position: Position
+    cursor: Cursor
+    updates: int
+    precision: str
+    loss_scale: float
+
+
+def _read_state(path: Path, state: dict[str, Any]) -> _State:
+    # A checkpoint may come from a stranger, or from another version.
+    try:
+        position = Position(int(state["step"]), int(state.get("passed_over", 0)), dict(state.get("guard", {})))
+        cursor = Cursor(**state["cursor"])
+        return _State(position, cursor, int(state["updates"]), str(state["precision"]), float(state["loss_scale"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its state cannot be used ({type(error).__name__}: {error}); use a checkpoint of this version"
+        ) from error
+
+
+def describe(position: Position, engine: Engine, data: Splits, config: Config) -> dict[str, Any]:
+    """The state that a checkpoint keeps beside the tensors, JSON types only. Call `list_fragments` first."""
+    consumed = (position.step + position.passed_over) * config.training.batch
+    return {
+        "step": position.step,
+        "updates": count_updates(engine),
+        "cursor": asdict(data.train.cursor(consumed)),
+        "passed_over": position.passed_over,
+        "loss_scale": engine.loss_scale,
+        "precision": config.training.precision,
+        "guard": position.guard,
+        "config": config.model_dump(mode="json"),
+        "tokenizer_sha256": data.train.corpus.tokenizer_sha256,
+    }

@@ -1,0 +1,53 @@
+"""Spikes of the loss: a step far above the last good ones."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+
+
+class SpikeWindow:
+    """The losses of the last good steps, in nats.
+
+    Args:
+        size: steps; nothing is a spike before there are so many.
+        sigma: standard deviations above the mean that make one.
+        patience: so many spikes in a row are no spike but a new level of the loss: the window begins anew. Without
+            this a run that skips spikes would never train again after its data has changed.
+    """
+
+    def __init__(self, size: int, sigma: float, patience: int) -> None:
+        self.sigma, self.patience = sigma, patience
+        self.losses: deque[float] = deque(maxlen=size)
+        self.in_a_row = 0
+
+    def limit(self) -> float:
+        """The largest loss that is no spike; infinite until the window is full."""
+        if len(self.losses) < (self.losses.maxlen or 0):
+            return math.inf
+        mean = math.fsum(self.losses) / len(self.losses)
+        variance = math.fsum((loss - mean) ** 2 for loss in self.losses) / len(self.losses)
+        return mean + self.sigma * math.sqrt(variance)
+
+    def is_spike(self, loss: float) -> bool:
+        """True for a loss above the limit, which is then not remembered; to be asked once for a step."""
+        if loss <= self.limit():
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        if self.in_a_row > self.patience:
+            self.losses.clear()
+            self.in_a_row = 0
+            return False
+        return True
+
+    def add(self, loss: float) -> None:
+        """Remember the loss of a good step."""
+        self.losses.append(loss)
+
+    def restore(self, losses: Iterable[float], in_a_row: int) -> None:
+        """Continue from what a checkpoint holds."""
+        self.losses.clear()
+        self.losses.extend(losses)
+        self.in_a_row = in_a_row
