@@ -1,192 +1,186 @@
-"""The pipeline: documents → without duplicates, shuffled, split → tokens → shards → index."""
+"""The preparation, stage by stage: read and clean → without duplicates → tokenizer → shards → index and report.
+
+Every worker runs this from beginning to end; work is shared stage by stage, and what a task makes goes to a file that
+does not depend on who made it. So any number of workers gives the same bytes, and a run that was killed goes on with
+what is missing.
+
+Memory of a worker: twice a run (32 MiB of text); of a shard, 64 bytes a document and some MB of tokens; of duplicates,
+about 100 MB a range of hashes, and on each worker 8 bytes for each document that is dropped. Rank 0 alone holds 16
+bytes for each pair of near duplicates (at most 14 pairs a document) while it joins them, and 32 MB of text while it
+trains a tokenizer.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.progress import Meter
-from data_prep.shards import write_shards
-from data_prep.sources import Document
-from data_prep.train_tokenizer import check_vocabulary, train_tokenizer
-from kabrn_dist.data.index import (
-    INDEX_NAME,
-    TOKENIZER_NAME,
-    Index,
-    Source,
-    Split,
-    SplitName,
-    TokenizerInfo,
-    dtype_for,
-    write_index,
-)
+from data_prep.duplicates import dropped_of, find_exact, find_near, hash_ranges, read_pairs
+from data_prep.encode import ShardMaker
+from data_prep.progress import Tally
+from data_prep.read import Reader, Record, inputs_of
+from data_prep.recipe import Recipe
+from data_prep.report import write_report
+from data_prep.seal import count_dropped, make_index
+from data_prep.streams import Stream, make_streams, read_cut, write_cut
+from data_prep.team import Team
+from data_prep.vocabulary import choose_tokenizer, plan_shards
+from data_prep.work import Work
+from kabrn_dist.data.files import whole_file
+from kabrn_dist.data.index import Index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.errors import UserError
+from kabrn_dist.fault import fault
 
-# Characters handed to the tokenizer at once: enough to keep all processors busy.
-_ENCODE_CHARACTERS = 4 << 20
-_OWN_FILES = ("train-*.tar", "validation-*.tar", "*.tar.tmp", f"{TOKENIZER_NAME}*", f"{INDEX_NAME}.tmp")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Distinct texts in the order of their hashes, cut in two; and what was left out (counts, names)."""
-
-    train: list[str]
-    validation: list[str]
-    duplicates: int
-    empty: int
-    not_utf8: tuple[str, ...]
+# Keys of near duplicates that a document has.
+_BANDS = 14
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to make. `tokenizer` None: train one of `vocabulary` ids. `shard_bytes`: size of a shard."""
+def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
+    """Make `recipe.out`; its index comes last, so that a folder that has one is complete. Collective over the team.
 
-    out: Path
-    source: Source
-    tokenizer: Tokenizer | None
-    vocabulary: int
-    validation_share: float
-    shard_bytes: int
-    force: bool
-
-
-def check_plan(plan: Plan) -> None:
-    """Raise UserError for anything wrong that shows before a document is read."""
-    if plan.tokenizer is None:
-        check_vocabulary(plan.vocabulary)
-    if not 0 <= plan.validation_share < 1:
-        raise UserError(f"--validation-share {plan.validation_share}: must be at least 0 and below 1.")
-    if plan.shard_bytes < 1:
-        raise UserError(f"--shard-mb {plan.shard_bytes / 1e6:g}: must be above 0.")
-    if plan.out.exists() and not plan.out.is_dir():
-        raise UserError(f"--out {plan.out}: is a file. Give a folder.")
-    if plan.out.is_dir() and any(plan.out.iterdir()) and not plan.force:
-        raise UserError(f"--out {plan.out}: is not empty. Choose another folder, or add --force to replace its data.")
-
-
-def collect(documents: Iterable[Document], validation_share: float) -> Corpus:
-    """Read all documents, drop duplicates and empty ones, shuffle and split.
-
-    Sorting by sha256 does both: neighbours in the source part, and the texts with the smallest hashes are the
-    validation split (at least one, if there is a share), whatever else the corpus holds. Raises UserError
-    when nothing is left to train on.
+    Returns the index on rank 0; None on the others, and where the folder was finished before from the same inputs.
+    Raises UserError on all workers for unusable input and disks that refuse; what is finished is kept for another run.
     """
-    texts: dict[bytes, str] = {}
-    duplicates = empty = 0
-    not_utf8: list[str] = []
-    with Meter("read", None) as meter:
-        for document in documents:
-            content = _utf8(document.text)
-            meter.advance(1, len(content or b""))
-            digest = hashlib.sha256(content or b"").digest()
-            if document.text is None or content is None:
-                not_utf8.append(document.name)
-            elif not content:
-                empty += 1
-            elif digest in texts:
-                duplicates += 1
-            else:
-                texts[digest] = document.text
-    digests = sorted(texts)
-    limit = int(validation_share * 2**64).to_bytes(8, "big")
-    cut = max(bisect_left(digests, limit), 1 if validation_share else 0)
-    if len(digests) <= cut:
-        raise UserError(
-            f"corpus: {len(digests)} distinct documents ({duplicates} duplicates, {empty} empty, "
-            f"{len(not_utf8)} not UTF-8) leave none to train on with a validation share of "
-            f"{validation_share}. Give more documents."
-        )
-    train, validation = ([texts[digest] for digest in part] for part in (digests[cut:], digests[:cut]))
-    return Corpus(train, validation, duplicates, empty, tuple(not_utf8))
-
-
-def prepare(plan: Plan, corpus: Corpus) -> Index:
-    """Tokenise and write `plan.out`; the index comes last, so a folder that has one is complete.
-
-    Raises UserError when the disk refuses; the folder then has no index and counts as unfinished.
-    """
-    tokenizer = plan.tokenizer
-    if tokenizer is None:
-        print(f"training a tokenizer of {plan.vocabulary:,} ids …", flush=True)
-        tokenizer = train_tokenizer(corpus.train, plan.vocabulary)
-        if tokenizer.vocabulary < plan.vocabulary:
-            print(f"the texts give no more than {tokenizer.vocabulary:,} ids")
-    _clear(plan.out)
-    tokenizer.save(plan.out / TOKENIZER_NAME)
-    index = Index(
-        dtype=dtype_for(tokenizer.vocabulary),
-        vocabulary=tokenizer.vocabulary,
-        document_token=tokenizer.document_token,
-        tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.sha256),
-        source=plan.source,
-        validation=_write_split(plan, "validation", corpus.validation, tokenizer),
-        train=_write_split(plan, "train", corpus.train, tokenizer),
-    )
-    return write_index(plan.out, index)
-
-
-def _utf8(text: str | None) -> bytes | None:
-    # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-    try:
-        return None if text is None else text.encode()
-    except UnicodeEncodeError:
+    began = time.monotonic()
+    work = Work(recipe.out)
+    tokenizer = choose_tokenizer(recipe)
+    reader = Reader(recipe, work.runs)
+    inputs = inputs_of(reader, recipe)
+    team.agree(inputs, f"the workers see different inputs of {recipe.out}: give all machines the same files")
+    if not force and team.agreed(work.is_finished(inputs)):
         return None
+    team.first(lambda: work.begin(inputs, force))
+    _read(work, reader, team)
+    records = reader.records()
+    team.first(lambda: check_readable(recipe, records))
+    dropped = _find_duplicates(work, recipe, records, team)
+    streams = make_streams(recipe, records)
+    team.first(lambda: _plan(work, recipe, streams, dropped, tokenizer))
+    _write_shards(work, recipe, streams, dropped, team)
+    sealed: list[Index] = []
+
+    def seal() -> None:
+        index = make_index(work, recipe, streams, records)
+        Tokenizer.load(work.tokenizer).save(recipe.out / work.tokenizer.name)
+        counts = count_dropped(work, recipe, records)
+        write_report(recipe.out, recipe, records, counts, index, reader.licences(), time.monotonic() - began)
+        fault("data.index")
+        sealed.append(write_index(recipe.out, index))
+        work.end(inputs)
+
+    team.first(seal)
+    return sealed[0] if sealed else None
 
 
-def _clear(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # The index first: from here on the old data does not look whole.
-        (out / INDEX_NAME).unlink(missing_ok=True)
-        for pattern in _OWN_FILES:
-            for path in out.glob(pattern):
-                path.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}. Choose a folder you can write to.") from error
+def check_readable(recipe: Recipe, records: Sequence[Record]) -> None:
+    """Raise UserError where more of a source's documents are unreadable than `max_unreadable`."""
+    for source, record in zip(recipe.sources, records, strict=True):
+        if record.unreadable > recipe.max_unreadable * record.documents:
+            raise UserError(
+                f"source {source.name!r}: {record.unreadable} of {record.documents} documents cannot be read (first: "
+                f"{record.unreadable_names[0]}). Repair or remove them, or raise max_unreadable, which is "
+                f"{recipe.max_unreadable:g}."
+            )
 
 
-def _write_split(plan: Plan, name: SplitName, texts: Sequence[str], tokenizer: Tokenizer) -> Split:
-    text_bytes = sum(len(text.encode()) for text in texts)
-    with Meter(f"tokenise {name}", text_bytes) as meter:
-        documents = _encode(texts, tokenizer, meter)
-        shards = write_shards(plan.out, name, documents, dtype_for(tokenizer.vocabulary), plan.shard_bytes)
-    return Split(
-        shards=shards,
-        documents=len(texts),
-        tokens=sum(shard.tokens for shard in shards),
-        text_bytes=text_bytes,
-        gzip9_bytes=_gzip9_bytes(texts) if name == "validation" else None,
+def _read(work: Work, reader: Reader, team: Team) -> None:
+    team.together(reader.prepare_cleaners)
+    items = sorted(reader.items, key=lambda item: -item.unit.bytes)
+    finished = {item.number for item in items if reader.finished(item)}
+    total, done = (
+        sum(item.unit.bytes for item in some) for some in (items, [i for i in items if i.number in finished])
     )
+    with Tally(work.notes, team.rank, "read", total, done) as tally:
+
+        def read(number: int) -> None:
+            if items[number].number not in finished:
+                reader.read(items[number], tally)
+            tally.note()
+
+        team.share(work.claims, "read", range(len(items)), read)
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer, meter: Meter) -> Iterator[np.ndarray]:
-    for batch in _batched(texts):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            meter.advance(1, len(text.encode()))
-            yield np.array([tokenizer.document_token, *ids], dtype_for(tokenizer.vocabulary))
+def _find_duplicates(work: Work, recipe: Recipe, records: Sequence[Record], team: Team) -> np.ndarray:
+    """Ids of all documents of which the corpus has another that stays: uint64, sorted."""
+    if not team.agreed(work.dropped.exists()):
+        exact = _runs_of(recipe, records, "exact")
+        dropped = np.empty(0, np.uint64)
+        if exact[0]:
+            tasks = hash_ranges(exact[1])
+            team.share(work.claims, "exact", tasks, lambda task: find_exact(work.runs, exact[0], work.pairs, task))
+            dropped = np.sort(read_pairs(work.pairs, "exact", tasks)[:, 1])
+        near = _runs_of(recipe, records, "near")
+        if near[0]:
+            tasks = hash_ranges(near[1], _BANDS)
+            team.share(
+                work.claims, "near", tasks, lambda task: find_near(work.runs, near[0], dropped, work.pairs, task)
+            )
+        team.first(lambda: _join(work, dropped, near))
+    return np.asarray(np.load(work.dropped))
 
 
-def _batched(texts: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _ENCODE_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _join(work: Work, exact: np.ndarray, near: tuple[list[str], int]) -> None:
+    """Rank 0: add the near duplicates to the exact ones, and write all down."""
+    dropped = exact
+    if near[0]:
+        dropped = np.union1d(exact, dropped_of(read_pairs(work.pairs, "near", hash_ranges(near[1], _BANDS))))
+    with whole_file(work.dropped) as file:
+        np.save(file, dropped, allow_pickle=False)
 
 
-def _gzip9_bytes(texts: Sequence[str]) -> int:
-    packer = zlib.compressobj(9, zlib.DEFLATED, wbits=31)
-    return sum(len(packer.compress(text.encode())) for text in texts) + len(packer.flush())
+def _runs_of(recipe: Recipe, records: Sequence[Record], stage: str) -> tuple[list[str], int]:
+    """Runs of the sources that take part in a stage, and how many documents they hold."""
+    taking = [
+        record
+        for source, record in zip(recipe.sources, records, strict=True)
+        if getattr(recipe.cleaning(source), stage)
+    ]
+    return [run for record in taking for run in record.runs], sum(record.kept for record in taking)
+
+
+def _plan(
+    work: Work, recipe: Recipe, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer | None
+) -> None:
+    """Rank 0: the tokenizer, and which shards there will be."""
+    if work.cut.exists():
+        return
+    if tokenizer is None:
+        print(f"training a tokenizer of {recipe.tokenizer.train:,} ids …", flush=True)
+    chosen, tasks = plan_shards(recipe, work.runs, streams, dropped, tokenizer)
+    if tokenizer is None and chosen.vocabulary < (recipe.tokenizer.train or 0):
+        print(f"the texts give no more than {chosen.vocabulary:,} ids")
+    chosen.save(work.tokenizer)
+    write_cut(work.cut, tasks)
+
+
+def _write_shards(work: Work, recipe: Recipe, streams: Sequence[Stream], dropped: np.ndarray, team: Team) -> None:
+    tasks = read_cut(work.cut)
+    order = sorted(range(len(tasks)), key=lambda number: -tasks[number].bytes)
+    maker = ShardMaker(work, streams, dropped, Tokenizer.load(work.tokenizer))
+    finished = {number for number in order if maker.finished(tasks[number])}
+    total = sum(task.bytes for task in tasks)
+    with Tally(work.notes, team.rank, "tokenise", total, sum(tasks[number].bytes for number in finished)) as tally:
+
+        def make(number: int) -> None:
+            if number not in finished:
+                maker.make(tasks[number], tally)
+            tally.note()
+
+        team.share(work.claims, "shard", order, make)
+    # The yardstick of validation is one gzip stream a source, which cannot be shared out further.
+    team.share(work.claims, "gzip", range(len(streams)), lambda number: maker.measure(number, tasks))
+
+
+def scan(recipe: Recipe, folder: Path) -> list[Record]:
+    """Read and clean everything, one record a source; texts are not kept. For `--dry-run`, in a temporary `folder`."""
+    reader = Reader(recipe, folder, texts=False)
+    total = sum(item.unit.bytes for item in reader.items)
+    with Tally(folder, 0, "read", total) as tally:
+        for item in reader.items:
+            reader.read(item, tally)
+        tally.note()
+    return reader.records()

@@ -1,12 +1,18 @@
-"""Progress on a terminal as a bar, elsewhere as one line a phase."""
+"""Progress on a terminal as a bar, elsewhere as a line now and then and one at the end of a phase."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
+from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_NOTES = 0.5
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Meter:
@@ -16,7 +22,7 @@ class Meter:
         self._label = label
         self._documents = 0
         self._bytes = 0
-        self._began = time.monotonic()
+        self._began = self._spoke = time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -39,11 +45,77 @@ class Meter:
 
     def advance(self, documents: int, bytes: int) -> None:
         """Count work just done."""
-        self._documents += documents
-        self._bytes += bytes
-        self._bar.update(self._task, advance=bytes, rate=self._rate())
+        self.set(self._documents + documents, self._bytes + bytes, self._bytes + bytes)
+
+    def set(self, documents: int, bytes: int, done: int) -> None:
+        """Say how much has been done so far; `done` moves the bar towards the total."""
+        self._documents, self._bytes = documents, bytes
+        self._bar.update(self._task, completed=done, rate=self._rate())
+        if self._bar.disable and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            print(f"{self._label} …: {self._rate()}", flush=True)
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-3)
         documents = f"{self._documents:,} documents, " if self._documents else ""
         return f"{documents}{self._bytes / 1e6:,.1f} MB, {self._bytes / 1e6 / seconds:,.1f} MB/s"
+
+
+class Tally:
+    """What this worker has done of a stage. It is noted in a file, and rank 0 shows the sum over all workers.
+
+    As a context manager around the stage and the meeting at its end. `total`: what the `work` of all will add up to;
+    `finished`: how much of that was done before.
+    """
+
+    def __init__(self, folder: Path, rank: int, label: str, total: int, finished: int = 0) -> None:
+        self._folder, self._label = folder, label
+        self._path = folder / f"{label} {rank}"
+        self._finished = finished
+        self._counts = [0, 0, 0]
+        self._noted = 0.0
+        self._meter = Meter(label, total) if rank == 0 else None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Tally:
+        if self._meter is not None:
+            self._meter.__enter__()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._meter is not None:
+            self._over.set()
+            self._thread.join()
+            self._meter.set(*self._sum())
+            self._meter.__exit__(kind, error, trace)
+
+    def advance(self, documents: int, bytes: int, work: int) -> None:
+        """Count work just done: documents, bytes of text, and what moves the bar."""
+        for place, count in enumerate((documents, bytes, work)):
+            self._counts[place] += count
+        if time.monotonic() - self._noted > _SECONDS_BETWEEN_NOTES:
+            self.note()
+
+    def note(self) -> None:
+        """Write the counts where rank 0 finds them; called once more at the end of the work."""
+        self._noted = time.monotonic()
+        # A bar that stands still is no reason to stop.
+        with contextlib.suppress(OSError):
+            self._path.write_text(" ".join(map(str, self._counts)))
+
+    def _watch(self) -> None:
+        assert self._meter is not None
+        while not self._over.wait(_SECONDS_BETWEEN_NOTES):
+            self._meter.set(*self._sum())
+
+    def _sum(self) -> tuple[int, int, int]:
+        sums = [0, 0, self._finished]
+        for path in self._folder.glob(f"{self._label} *"):
+            with contextlib.suppress(OSError, ValueError):
+                found = [int(count) for count in path.read_text().split()]
+                sums = [a + b for a, b in zip(sums, found, strict=True)]
+        return sums[0], sums[1], sums[2]

@@ -5,45 +5,78 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import webdataset
 
 from kabrn_dist.data.files import sha256_of, whole_file
-from kabrn_dist.data.index import Dtype, Shard, SplitName
+from kabrn_dist.data.index import Dtype, Shard
 
 BLOCK_TOKENS = 1 << 16
 
 
-def write_shards(
-    folder: Path, split: SplitName, documents: Iterable[np.ndarray], dtype: Dtype, shard_bytes: int
-) -> tuple[Shard, ...]:
-    """Write `documents`, int arrays [tokens] in stream order, as `split-00000.tar` and so on.
+class Tokenised(NamedTuple):
+    """A document: ids [tokens], the document token first, and which of them carry loss as targets (None: all)."""
 
-    A shard is closed by the block that takes it to `shard_bytes` of tokens. The same documents give the same
-    bytes. Raises UserError when the disk refuses.
+    tokens: np.ndarray
+    use: np.ndarray | None = None
+
+
+def write_shard(path: Path, documents: Iterable[Tokenised], dtype: Dtype, masked: bool) -> Shard:
+    """Write `documents` in stream order as one tar; blocks of a `masked` shard hold a loss mask.
+
+    The same documents give the same bytes. No more than a block and a document are held. Raises UserError when the
+    disk refuses.
+    """
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    count = 0
+    # Fixed time and owner: what is in the tar depends on the documents alone.
+    with (
+        whole_file(path) as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0, user="kabrn", group="kabrn") as tar,
+    ):
+        for number, block in enumerate(_blocks(documents)):
+            lengths = np.array([len(document.tokens) for document in block], "<u4")
+            tokens = np.concatenate([document.tokens for document in block]).astype(little_endian)
+            key = f"{number:06d}"
+            # Two calls, as each sorts its members by name: the order is len, use, tok.
+            tar.write({"__key__": key, "len": lengths.tobytes(), **({"use": _packed(block)} if masked else {})})
+            tar.write({"__key__": key, "tok": tokens.tobytes()})
+            count += len(block)
+    return _describe(path, count, little_endian.itemsize)
+
+
+def write_shards(
+    folder: Path, stem: str, documents: Iterable[np.ndarray], dtype: Dtype, shard_bytes: int
+) -> tuple[Shard, ...]:
+    """Write `documents`, int arrays [tokens] in stream order, as `stem-00000.tar` and so on.
+
+    A shard is closed by the document that takes it to `shard_bytes` of tokens. Raises UserError as `write_shard` does.
     """
     itemsize = np.dtype(dtype).itemsize
-    shards: list[Shard] = []
-    blocks: list[list[np.ndarray]] = []
+    parts: list[list[Tokenised]] = [[]]
     waiting = 0
-    for block in _blocks(documents):
-        blocks.append(block)
-        waiting += sum(map(len, block)) * itemsize
+    for document in documents:
         if waiting >= shard_bytes:
-            shards.append(_write_shard(folder / f"{split}-{len(shards):05d}.tar", blocks, dtype))
-            blocks, waiting = [], 0
-    if blocks:
-        shards.append(_write_shard(folder / f"{split}-{len(shards):05d}.tar", blocks, dtype))
-    return tuple(shards)
+            parts.append([])
+            waiting = 0
+        parts[-1].append(Tokenised(document))
+        waiting += len(document) * itemsize
+    numbered = enumerate(part for part in parts if part)
+    return tuple(write_shard(folder / f"{stem}-{n:05d}.tar", part, dtype, masked=False) for n, part in numbered)
 
 
-def _blocks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    block: list[np.ndarray] = []
+def _blocks(documents: Iterable[Tokenised]) -> Iterator[list[Tokenised]]:
+    block: list[Tokenised] = []
     tokens = 0
     for document in documents:
+        # One larger than a block is a block of its own.
+        if block and len(document.tokens) > BLOCK_TOKENS:
+            yield block
+            block, tokens = [], 0
         block.append(document)
-        tokens += len(document)
+        tokens += len(document.tokens)
         if tokens >= BLOCK_TOKENS:
             yield block
             block, tokens = [], 0
@@ -51,28 +84,25 @@ def _blocks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield block
 
 
-def _write_shard(path: Path, blocks: Sequence[list[np.ndarray]], dtype: Dtype) -> Shard:
-    little_endian = np.dtype(dtype).newbyteorder("<")
-    # Fixed time and owner: what is in the tar depends on the documents alone.
-    with (
-        whole_file(path) as file,
-        webdataset.TarWriter(file, encoder=False, mtime=0, user="kabrn", group="kabrn") as tar,
-    ):
-        for number, block in enumerate(blocks):
-            lengths = np.array([len(document) for document in block], "<u4")
-            tokens = np.concatenate(block).astype(little_endian)
-            tar.write({"__key__": f"{number:06d}", "len": lengths.tobytes(), "tok": tokens.tobytes()})
-    return _describe(path, sum(map(len, blocks)), little_endian.itemsize)
+def _packed(block: Sequence[Tokenised]) -> bytes:
+    uses = [np.ones(len(tokens), bool) if use is None else use for tokens, use in block]
+    return np.packbits(np.concatenate(uses), bitorder="little").tobytes()
 
 
 def _describe(path: Path, documents: int, itemsize: int) -> Shard:
     with tarfile.open(path, "r:") as tar:
-        blocks = tuple((member.offset_data, member.size // itemsize) for member in tar if member.name.endswith(".tok"))
+        members = {member.name: member for member in tar}
+    uses = {name.removesuffix(".use"): member.offset_data for name, member in members.items() if name.endswith(".use")}
+    blocks = tuple(
+        (member.offset_data, member.size // itemsize, uses.get(name.removesuffix(".tok"), 0))
+        for name, member in members.items()
+        if name.endswith(".tok")
+    )
     return Shard(
         name=path.name,
         bytes=path.stat().st_size,
         sha256=sha256_of(path),
-        tokens=sum(tokens for _, tokens in blocks),
+        tokens=sum(tokens for _, tokens, _ in blocks),
         documents=documents,
         blocks=blocks,
     )

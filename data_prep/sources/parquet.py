@@ -89,7 +89,7 @@ def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, An
 
 def _open(path: Path) -> Any:
     try:
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow).") from error
     try:

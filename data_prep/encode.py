@@ -1,0 +1,110 @@
+"""Stage 5: one shard at a time from the runs, with a record beside the work: what the index will say of it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.progress import Tally
+from data_prep.runs import RunReader, Stored, merged
+from data_prep.shards import Tokenised, write_shard
+from data_prep.streams import ShardTask, Stream
+from data_prep.tokens import Encoder
+from data_prep.work import Work
+from kabrn_dist.data.files import write_whole
+from kabrn_dist.data.index import Shard, dtype_for
+from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.fault import fault
+
+
+class Made(NamedTuple):
+    """A shard, and what of its split's totals is its own."""
+
+    shard: Shard
+    text_bytes: int
+    loss_tokens: int
+
+
+class ShardMaker:
+    """Makes shards. `dropped`: ids of documents to leave out, uint64, sorted."""
+
+    def __init__(self, work: Work, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer) -> None:
+        self._work, self._streams, self._dropped = work, streams, dropped
+        self._encoder = Encoder(tokenizer)
+        self._dtype = dtype_for(tokenizer.vocabulary)
+        self._reader = RunReader(work.runs)
+
+    def finished(self, task: ShardTask) -> bool:
+        """Whether an earlier run has made the shard."""
+        return record_of(self._work, self._streams, task).exists()
+
+    def make(self, task: ShardTask, tally: Tally) -> None:
+        """Write the shard and its record. Raises UserError when the disk refuses."""
+        stream = self._streams[task.stream]
+        text_bytes = loss_tokens = 0
+
+        def tokenised() -> Iterator[Tokenised]:
+            nonlocal text_bytes, loss_tokens
+            sizes: list[int] = []
+            for document in self._encoder.encode(_noting(self._documents(task), sizes)):
+                size = sizes.pop(0)
+                text_bytes += size
+                loss_tokens += len(document.tokens) if document.use is None else int(document.use.sum())
+                tally.advance(1, size, size)
+                yield document
+
+        path = self._work.out / f"{name_of(stream, task)}.tar"
+        shard = write_shard(path, tokenised(), self._dtype, stream.masked)
+        fault("data.shard")
+        record = {"shard": shard.model_dump(), "text_bytes": text_bytes, "loss_tokens": loss_tokens}
+        write_whole(record_of(self._work, self._streams, task), json.dumps(record).encode())
+
+    def measure(self, number: int, tasks: Sequence[ShardTask]) -> None:
+        """Write how many bytes gzip -9 needs for the validation texts of stream `number`."""
+        path = gzip_of(self._work, self._streams[number])
+        if path.exists():
+            return
+        packer = zlib.compressobj(9, zlib.DEFLATED, wbits=31)
+        size = 0
+        for task in tasks:
+            if task.stream == number and task.split == "validation":
+                size += sum(len(packer.compress(document.text)) for document in self._documents(task))
+        write_whole(path, json.dumps(size + len(packer.flush())).encode())
+
+    def _documents(self, task: ShardTask) -> Iterator[Stored]:
+        runs = self._streams[task.stream].runs
+        for run, row in merged(self._work.runs, runs, task.low, task.high, self._dropped):
+            yield self._reader.read(run, row)
+
+
+def name_of(stream: Stream, task: ShardTask) -> str:
+    """The name of a shard, without its ending."""
+    return f"{stream.name}-{task.split}-{task.number:05d}"
+
+
+def record_of(work: Work, streams: Sequence[Stream], task: ShardTask) -> Path:
+    """Where a shard's record is."""
+    return work.shards / f"{name_of(streams[task.stream], task)}.json"
+
+
+def gzip_of(work: Work, stream: Stream) -> Path:
+    """Where the yardstick of a stream's validation is."""
+    return work.shards / f"{stream.name}.gzip.json"
+
+
+def read_made(path: Path) -> Made:
+    """A finished shard's record."""
+    fields = json.loads(path.read_bytes())
+    return Made(Shard.model_validate_json(json.dumps(fields["shard"])), fields["text_bytes"], fields["loss_tokens"])
+
+
+def _noting(documents: Iterator[Stored], sizes: list[int]) -> Iterator[Stored]:
+    # The encoder reads ahead by a batch, so sizes wait in a queue.
+    for document in documents:
+        sizes.append(len(document.text))
+        yield document
