@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench bench-kan bench-moe bench-retention clean
+.PHONY: setup demo test soak lint bench bench-checkpoint bench-data bench-kan bench-moe bench-retention clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Half an hour of random kills, and a run that must come out as if nothing had happened.
+soak: setup
+	$(BIN)/python -m tests.soak --minutes 30 --json runs/soak.json
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +39,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.retention --quick --json runs/bench-retention.json
 	$(BIN)/python -m benchmarks.moe --quick --json runs/bench-moe.json
 	$(BIN)/python -m benchmarks.kan --quick --json runs/bench-kan.json
+	$(BIN)/python -m benchmarks.checkpoint --quick --json runs/bench-checkpoint.json
+	$(BIN)/python -m benchmarks.data_prep --quick --json runs/bench-data.json
+
+bench-checkpoint: setup
+	$(BIN)/python -m benchmarks.checkpoint --json runs/bench-checkpoint.json
 
 # torchscale pins an old fairscale, so it comes without what it asks for; the one module used needs only torch.
 bench-retention: setup

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,6 +43,8 @@ def main(arguments: list[str]) -> int:
         from kabrn_dist.train.loop import train
 
         place = find_place()
+        # Of calls that DeepSpeed makes: nobody who trains can do anything about it.
+        warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         finished = train(config, place, options.resume, options.stop_after)
     except UserError as error:
