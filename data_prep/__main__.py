@@ -186,7 +186,7 @@ def _look(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = scan(recipe, Path(folder))
     check_readable(recipe, records)
-    print(summary(recipe, records, None))
+    print(summary(recipe, records))
     print(f"dry run: {recipe.out} was not touched")
 
 
