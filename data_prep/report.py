@@ -59,7 +59,8 @@ def summary(recipe: Recipe, records: Sequence[Record]) -> str:
     lines = []
     for source, record in zip(recipe.sources, records, strict=True):
         reasons = [f"{count:,} {reason}" for reason, count in sorted(record.removed.items())]
-        reasons += [f"{record.unreadable:,} unreadable (first: {record.unreadable_names[0]})"] * bool(record.unreadable)
+        if record.unreadable:
+            reasons.append(f"{record.unreadable:,} unreadable (first: {record.unreadable_names[0]})")
         left_out = f"; left out {', '.join(reasons)}" if reasons else ""
         read = f"{record.documents:,} documents, {record.bytes / 1e6:,.1f} MB"
         lines.append(f"{source.name}: {read}; kept {record.kept:,}{left_out}")

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from kabrn_dist.mesh import free_port
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,8 +130,18 @@ def read_losses(folder: Path, key: str = "loss/total") -> list[float]:
     return [entry[key] for entry in map(json.loads, lines) if key in entry]
 
 
-def sessions(world: int, jobs: list[list[object]], folder: Path, **variables: str) -> None:
+def sessions(world: int, jobs: list[list[object]], folder: Path, timeout: int = 300, **variables: str) -> None:
     """Run [config path, resume, stop_after] jobs one after another in one group of `world` processes."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = run(torchrun(world, "tests/sessions_worker.py", str(folder / "jobs.json")), **variables)
-    assert result.code == 0, result.out
+    ranks(world, "sessions_worker", str(folder / "jobs.json"), timeout=timeout, **variables)
+
+
+def ranks(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
+    """Run `main` of tests/<worker>.py in `world` processes that must all end well."""
+    if torch.cuda.is_available():
+        # DeepSpeed looks for cards when it is imported, and a process that has looked cannot share one with its forks.
+        launched = run(torchrun(world, f"tests/{worker}.py", *arguments), timeout, **variables)
+        assert launched.code == 0, launched.out
+        return
+    ended = forks.run(f"tests.{worker}:main", arguments, world, timeout, **variables)
+    assert ended.code == 0, ended.out

@@ -1,6 +1,6 @@
 """One of N processes that runs several training sessions one after another in one process group.
 
-Arguments: a JSON file with a list of [config path, resume, stop_after]. Starting processes costs more than the runs.
+The argument is a JSON file with a list of [config path, resume, stop_after].
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kabrn_dist.train.shares import resolve_placement
 from kabrn_dist.train.splits import open_splits
 
 
-def main(jobs: Path) -> None:
+def main(jobs: str) -> None:
     place = find_place()
     with join_processes(place) as device:
-        for path, resume, stop_after in json.loads(jobs.read_text()):
+        for path, resume, stop_after in json.loads(Path(jobs).read_text()):
             config = load_config(path)
             config.check_world(place.world)
             mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence, config.parallel.node)
@@ -30,4 +30,4 @@ def main(jobs: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])

@@ -14,8 +14,10 @@ import pytest
 
 from data_prep.__main__ import main
 from kabrn_dist.data.batches import Batches
-from kabrn_dist.data.index import read_index
-from kabrn_dist.data.tokenizer import DOCUMENT, load_tokenizer
+from kabrn_dist.data.corpus import read_corpus
+from kabrn_dist.data.index import SplitName
+from kabrn_dist.data.shard_set import open_folder
+from kabrn_dist.data.tokenizer import DOCUMENT
 from kabrn_dist.data.tokens import stream_naive
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +46,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Without the report, which tells the time that it took."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("report.")}
 
 
 def run(*arguments: object) -> int:
@@ -63,25 +66,30 @@ def test_python_stdlib_end_to_end(tmp_path: Path) -> None:
     done = command("--source", "python-stdlib", "--out", tmp_path / "set", "--vocabulary", 1024, "--shard-mb", 4)
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stdout and "MB/s" in done.stdout and done.stderr == ""
-    index = read_index(tmp_path / "set")
-    assert index.vocabulary == 1024 and index.dtype == "uint16" and len(index.train.shards) > 1
-    assert index.validation.gzip9_bytes and 1 < 8 * index.validation.gzip9_bytes / index.validation.text_bytes < 3
-    assert Batches(tmp_path / "set", "validation", 256, seed=0, ordered=False).sequences > 100
+    index = open_folder(tmp_path / "set").index
+    assert index.vocabulary == 1024 and index.dtype == "uint16" and len(index.sources[0].train.shards) > 1
+    assert 1 < 8 * index.gzip9_bytes("validation") / index.text_bytes("validation") < 3
+    assert Batches(read_corpus(tmp_path / "set"), "validation", 256, seed=0, ordered=False).sequences > 100
     shown = command("inspect", tmp_path / "set", "--documents", 2)
     assert shown.returncode == 0 and "all shards verified" in shown.stdout
-    assert shown.stdout.count("--- train document") == 2 and f"{index.train.tokens:,}" in shown.stdout
+    assert shown.stdout.count("--- train document") == 2 and f"{index.tokens('train'):,}" in shown.stdout
+    report = json.loads((tmp_path / "set" / "report.json").read_text())
+    assert report["documents"]["train"] == index.documents("train") and report["fingerprint"] == index.fingerprint
+    assert "<h2>python-stdlib</h2>" in (tmp_path / "set" / "report.html").read_text()
 
 
 def test_a_second_run_gives_the_same_bytes_and_every_document(texts: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         assert run("--source", "text", "--input", texts, "--out", tmp_path / name, "--vocabulary", 300) == 0
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
-    assert not any(name.endswith(".tmp") for name in contents(tmp_path / "first"))
-    index = read_index(tmp_path / "first")
-    tokenizer = load_tokenizer(tmp_path / "first", index)
+    assert not any(name.endswith(".tmp") or name == ".work" for name in contents(tmp_path / "first"))
+    shards = open_folder(tmp_path / "first")
+    index, tokenizer = shards.index, shards.tokenizer()
     sizes = tokenizer.bytes_per_token()
     found: list[str] = []
-    for name, split in (("train", index.train), ("validation", index.validation)):
+    splits: tuple[SplitName, ...] = ("train", "validation")
+    for name in splits:
+        split = index.sources[0].split(name)
         stream = stream_naive(tmp_path / "first", index, name)
         assert sizes[stream].sum() == split.text_bytes
         documents = np.split(stream, np.flatnonzero(stream == index.document_token))[1:]
@@ -98,11 +106,14 @@ def test_own_tokenizers(texts: Path, tmp_path: Path) -> None:
     assert run("--source", "text", "--input", texts, "--out", tmp_path / "a", "--vocabulary", 300) == 0
     mine = tmp_path / "a" / "tokenizer.json"
     assert run("--source", "text", "--input", texts, "--out", tmp_path / "b", "--tokenizer", mine) == 0
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    made, again = contents(tmp_path / "a"), contents(tmp_path / "b")
+    # What it was made from differs: a trained tokenizer and one that was given.
+    assert made.pop(".inputs") != again.pop(".inputs")
+    assert made == again
     assert run("--source", "text", "--input", texts, "--out", tmp_path / "c", "--tokenizer", "bytes") == 0
-    index = read_index(tmp_path / "c")
+    index = open_folder(tmp_path / "c").index
     assert (index.vocabulary, index.document_token, index.tokenizer.kind) == (257, 256, "bytes")
-    assert index.train.tokens == index.train.text_bytes + index.train.documents
+    assert index.tokens("train") == index.text_bytes("train") + index.documents("train")
     assert json.loads((tmp_path / "c" / "tokenizer.json").read_text()) == {"kind": "bytes"}
 
 
@@ -116,6 +127,8 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
     assert run(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
     before = contents(tmp_path / "set")
     assert len(before) > 4
+    assert run(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
+    assert "nothing to do" in capsys.readouterr().out
     assert "is not empty" in refused(capsys, *base, "--tokenizer", "bytes")
     assert "too small" in refused(capsys, *base, "--vocabulary", 5, "--force")
     assert contents(tmp_path / "set") == before
@@ -123,10 +136,11 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
     assert run(*base, "--tokenizer", "bytes", "--force") == 0
     after = contents(tmp_path / "set")
     assert set(after) == {
+        ".inputs",
         "index.json",
         "tokenizer.json",
-        "train-00000.tar",
-        "validation-00000.tar",
+        "text-train-00000.tar",
+        "text-validation-00000.tar",
         "notes.md",
     }
 
@@ -136,10 +150,12 @@ def test_a_disk_that_refuses_leaves_no_index(texts: Path, tmp_path: Path) -> Non
     assert run(*base) == 0
     failed = command(*base, "--force", file_bytes=200_000)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
-    assert "error: cannot write" in failed.stderr and "train-00000.tar" in failed.stderr
-    left = contents(tmp_path / "set")
-    assert "index.json" not in left and "train-00000.tar" not in left
+    assert "error: cannot write" in failed.stderr and str(tmp_path / "set") in failed.stderr
+    left = {path.name for path in (tmp_path / "set").iterdir()}
+    assert "index.json" not in left and "text-train-00000.tar" not in left
     assert not any(name.endswith(".tmp") for name in left)
+    # With room again the same command, without --force, goes on.
+    assert command(*base).returncode == 0
 
 
 def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,20 +169,21 @@ def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest
         ((*read, "--vocabulary", 257), "--vocabulary 257: too small"),
         ((*read, "--vocabulary", 999, "--tokenizer", "bytes"), "brings its own; drop one"),
         ((*read, "--tokenizer", tmp_path / "absent.json"), "absent.json: No such file"),
-        ((*read, "--validation-share", 1), "--validation-share 1.0: must be"),
-        ((*read, "--shard-mb", 0), "--shard-mb 0: must be above 0"),
+        ((*read, "--validation-share", 1), "validation_share: Input should be less than 1"),
+        ((*read, "--shard-mb", 0), "shard_mb: Input should be greater than 0"),
         (("--source", "text", "--input", texts, "--out", tmp_path / "file"), "is a file"),
-        (("--source", "text", "--input", tmp_path / "none.txt", *out), "corpus: 0 distinct documents"),
         (("inspect", tmp_path), "index.json: No such file"),
     ):
         assert expected in refused(capsys, *arguments)
     assert not (tmp_path / "set").exists()
+    empty = refused(capsys, "--source", "text", "--input", tmp_path / "none.txt", *out)
+    assert "0 distinct documents leave none to train on" in empty and not (tmp_path / "set" / "index.json").exists()
 
 
 def test_inspect_finds_damage(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "set"
     assert run("--source", "text", "--input", texts, "--out", out, "--tokenizer", "bytes") == 0
-    path = out / "train-00000.tar"
+    path = out / "text-train-00000.tar"
     content = bytearray(path.read_bytes())
     content[5000] ^= 4
     path.write_bytes(content)
