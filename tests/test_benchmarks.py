@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import kan_fits, kan_rivals, moe_inputs, moe_rivals
+from benchmarks import data_prep, data_prep_rivals, kan_fits, kan_rivals, moe_inputs, moe_rivals
 from benchmarks.moe import peak_bytes
 from benchmarks.report import Report, kept_bytes, measure
+from kabrn_dist.data.index import read_index
 from kabrn_dist.model.bitlinear import rms_norm
 from tests.harness import finish, start
 
@@ -149,6 +151,49 @@ def test_mlps_have_as_many_parameters() -> None:
         for wanted in (22, 135, 189):
             has = kan_fits.count(kan_fits.mlp(2, wanted, layers))
             assert wanted <= has < wanted + 50
+
+
+@pytest.mark.slow
+def test_data_prep(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    command = [sys.executable, "-m", "benchmarks.data_prep", "--quick", "--json", str(path)]
+    result = finish(start(command, CUDA_VISIBLE_DEVICES="", BENCH_FOLDER=str(tmp_path / "bench")), timeout=600)
+    assert result.code == 0, result.out
+    content = json.loads(path.read_text())
+    # Two figures of the loader have nothing beside them.
+    alone = [row for row in content["rows"] if row["rival"] == "–"]
+    content["rows"] = [row for row in content["rows"] if row["rival"] != "–"]
+    check_form(content)
+    names = [row["name"] for row in content["rows"] + alone]
+    for part in (*data_prep.CLEANING, "tokenizers alone", "datatrove", "rate", "with start", "read, 64", "waits"):
+        assert any(part in name for name in names), f"{part} was left out"
+    assert not list((tmp_path / "bench").iterdir())
+
+
+def test_corpus_has_no_document_twice(tmp_path: Path) -> None:
+    # More than the library has, so that there are copies.
+    count, size = data_prep.make_corpus(tmp_path / "texts", 40_000_000)
+    lines = [line for path in sorted((tmp_path / "texts").iterdir()) for line in path.read_text().splitlines()]
+    texts = [json.loads(line)["text"].partition("\n")[2] for line in lines]
+    # Empty files are empty in all copies but for the number that the first line has.
+    texts = [text for text in texts if text.strip()]
+    assert len(lines) == count and size >= 40_000_000
+    assert len(set(texts)) > 0.97 * len(texts)
+    assert len(set(lines)) == count
+
+
+def test_rivals_of_data_prep_make_the_same_tokens(tmp_path: Path) -> None:
+    count, _ = data_prep.make_corpus(tmp_path / "texts", 300_000)
+    data_prep.make_tokenizer(tmp_path, 512)
+    data_prep_rivals.write_recipes(tmp_path, data_prep.CLEANING, shard_mb=0.05)
+    core = sorted(os.sched_getaffinity(0))[:1]
+    ours, time = data_prep.take_time(tmp_path, "not cleaned", core)
+    assert 0 < time.work < time.whole
+    assert ours == data_prep.take_time(tmp_path, "tokenizers alone", core)[0]
+    index = read_index(data_prep_rivals.set_of(tmp_path, "not cleaned"))
+    assert index.documents("train") + index.documents("validation") == count
+    # There must be shards for two workers to share.
+    assert sum(len(source.train.shards) for source in index.sources) > 1
 
 
 def test_missing_rivals_are_named(tmp_path: Path) -> None:
