@@ -188,6 +188,16 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
 
+    @model_validator(mode="after")
+    def _ends_quantised(self) -> Config:
+        at, steps = self.model.quantised_at, self.training.steps
+        if at >= steps:
+            raise ValueError(
+                f"model.quantise_from {self.model.quantise_from} + quantise_warmup {self.model.quantise_warmup} = {at} "
+                f"leaves none of training.steps {steps} quantised; let them end before step {steps}"
+            )
+        return self
+
     def accumulation(self, world: int) -> int:
         """Micro-batches per rank and optimizer step."""
         return self.training.batch // (self.training.micro_batch * (world // self.parallel.sequence))

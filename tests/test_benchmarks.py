@@ -16,7 +16,7 @@ from benchmarks import data_prep, data_prep_rivals, kan_fits, kan_rivals, moe_in
 from benchmarks.moe import peak_bytes
 from benchmarks.report import Report, kept_bytes, measure
 from kabrn_dist.data.index import read_index
-from kabrn_dist.model.bitlinear import rms_norm
+from kabrn_dist.model.quantised import rms_norm
 from tests.harness import finish, start
 
 NUMBER = (int, float)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kabrn_dist.config import Retention as Settings
-from kabrn_dist.model.bitlinear import BitLinear, normalise, rms_norm, widen
+from kabrn_dist.model.bitlinear import BitLinear
+from kabrn_dist.model.quantised import normalise, rms_norm, widen
+from kabrn_dist.model.ternary import Blend
 
 
 class Place(NamedTuple):
@@ -50,18 +52,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Inputs(nn.Module):
     """One normalised and quantised input for queries, keys, values and the gate."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool) -> None:
+    def __init__(self, width: int, settings: Settings, quantised: bool | Blend) -> None:
         super().__init__()
-        self.heads, self.quantised = settings.heads, quantised
+        self.heads = settings.heads
         keys, values = settings.heads * settings.key_width, settings.heads * settings.value_width
-        self.query = BitLinear(width, keys, enabled=quantised)
-        self.key = BitLinear(width, keys, enabled=quantised)
-        self.value = BitLinear(width, values, enabled=quantised)
-        self.gate = BitLinear(width, values, enabled=quantised)
+        self.query = BitLinear(width, keys, quantised=quantised)
+        self.key = BitLinear(width, keys, quantised=quantised)
+        self.value = BitLinear(width, values, quantised=quantised)
+        self.gate = BitLinear(width, values, quantised=quantised)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[B,T,D] → q [B,H,T,K] and k [B,H,T,K], both rotated, v [B,H,T,V], gate [B,T,H·V]."""
-        shared = normalise(x, self.quantised)
+        shared = normalise(x, self.query.share)
         q, k, v = (
             matrix(shared).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for matrix in (self.query, self.key, self.value)
@@ -72,21 +74,21 @@ class Inputs(nn.Module):
 class Output(nn.Module):
     """Heads normalised one by one, a swish gate, and the output matrix."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool, gain: float, epsilon: float) -> None:
+    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, gain: float, epsilon: float) -> None:
         super().__init__()
-        self.quantised, self.epsilon = quantised, epsilon
-        self.out = BitLinear(settings.heads * settings.value_width, width, gain, enabled=quantised)
+        self.epsilon = epsilon
+        self.out = BitLinear(settings.heads * settings.value_width, width, gain, quantised=quantised)
 
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """[B,H,T,V] and gate [B,T,H·V] → [B,T,D]."""
         heads = rms_norm(mixed, self.epsilon).transpose(1, 2).flatten(2)
-        return self.out(normalise(heads * F.silu(gate), self.quantised))
+        return self.out(normalise(heads * F.silu(gate), self.out.share))
 
 
 class Mixer(nn.Module, ABC):
     """A layer that mixes tokens: `mix` is what retention and attention differ in. It holds no weights."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool, gain: float, epsilon: float) -> None:
+    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, gain: float, epsilon: float) -> None:
         super().__init__()
         self.settings = settings
         self.inputs = Inputs(width, settings, quantised)

@@ -19,13 +19,14 @@ from kabrn_dist.config import Model as Settings
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.attention import Attention
-from kabrn_dist.model.bitlinear import BitLinear, rms_norm
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan.stacked import StackedExperts
 from kabrn_dist.model.mixer import Mixer, Place, find_place
 from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
+from kabrn_dist.model.quantised import rms_norm
 from kabrn_dist.model.retention import Retention, log_decays
 from kabrn_dist.model.router import Places, Router, RouterStates, RouterSums
+from kabrn_dist.model.ternary import Blend, TernaryModule
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.sequence import SequenceLink
 from kabrn_dist.parallel.wire import Traffic, Wire
@@ -96,6 +97,7 @@ class MixKABRN(nn.Module):
     Attributes:
         routers: what the routers carry from step to step.
         traffic: of each mixture's exchange, counted by this process.
+        blend: how far all ternary modules are quantised.
     """
 
     def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, parallel: Parallel | None = None) -> None:
@@ -112,15 +114,17 @@ class MixKABRN(nn.Module):
         # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
         gain = 1 / math.sqrt(2 * len(settings.layers))
         link = make_link(settings, mesh, parallel)
+        self.blend = Blend(float(settings.quantise), settings.scale_group)
+        quantised = self.blend if settings.quantise else False
         blocks = []
         for layer, kind in enumerate(settings.layers):
-            heads = settings.width, settings.retention, settings.quantise, gain
+            heads = settings.width, settings.retention, quantised, gain
             mixer = Retention(*heads, link) if kind == "R" else Attention(*heads, mesh.sequence_group)
             wire = wires.get(layer)
             mixture = (
-                MixtureOfExperts(settings, gain, wire, mesh.sequence_group)
+                MixtureOfExperts(settings, gain, wire, mesh.sequence_group, quantised=quantised)
                 if wire
-                else DenseFeedForward(settings, gain)
+                else DenseFeedForward(settings, gain, quantised)
             )
             blocks.append(Block(mixer, mixture, settings.activations))
         self.blocks = nn.ModuleList(blocks)
@@ -186,9 +190,7 @@ class MixKABRN(nn.Module):
         """(layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
         for layer, block in enumerate(self.blocks):
             for module in block.modules():
-                if isinstance(module, BitLinear):
-                    yield layer, module.weight
-                elif isinstance(module, StackedExperts):
+                if isinstance(module, TernaryModule):
                     yield from ((layer, module.get_parameter(name)) for name in module.stds)
 
     def _stream(

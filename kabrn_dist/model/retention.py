@@ -16,6 +16,7 @@ from torch import Tensor
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.model.mixer import Mixer, Place
 from kabrn_dist.model.retention_chunk import retention_chunk, retention_slice
+from kabrn_dist.model.ternary import Blend
 from kabrn_dist.parallel.sequence import SequenceLink
 
 # A document's first tokens can retain almost nothing (q·k ≈ 0); a usual epsilon would let the norm blow that up to
@@ -75,7 +76,7 @@ class Retention(Mixer):
     """The layer. Its state is [B,H,K,V] fp32, whatever the length."""
 
     def __init__(
-        self, width: int, settings: Settings, quantised: bool, gain: float, link: SequenceLink | None = None
+        self, width: int, settings: Settings, quantised: bool | Blend, gain: float, link: SequenceLink | None = None
     ) -> None:
         super().__init__(width, settings, quantised, gain, HEAD_EPSILON)
         self.link = link

@@ -13,8 +13,8 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.fault import fault
 from kabrn_dist.mesh import Mesh
-from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN, Sums
+from kabrn_dist.model.ternary import ternary
 from kabrn_dist.train.losses import Losses, Totals, compute_losses
 from kabrn_dist.train.zero import gathered, is_expert, local_gradients, start_deepspeed
 
@@ -57,6 +57,7 @@ class Engine:
 
         Returns detached values of this rank.
         """
+        self._set_share()
         self.deepspeed.train()
         sums = self.deepspeed(batch)
         losses = compute_losses(sums, totals, self.config.model.router)
@@ -98,6 +99,9 @@ class Engine:
         self._end_step(applied=False)
         return Update(float("inf"), applied=False)
 
+    def _set_share(self) -> None:
+        self.model.blend.share = self.config.model.quantised_share(self.model.routers.step)
+
     def _end_step(self, applied: bool) -> None:
         if applied:
             self.model.routers.update(self.mesh.sum(self.load), self.config.model.router.bias_rate)
@@ -108,6 +112,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Sums:
         """Forward only."""
+        self._set_share()
         self.deepspeed.eval()
         return self.deepspeed(batch)
 

@@ -52,6 +52,7 @@ def _values(done: StepDone, engine: Engine, guard: Guard) -> dict[str, float]:
         "optimizer/learning_rate": done.rate,
         "optimizer/gradient_norm": done.update.gradient_norm,
         "optimizer/loss_scale": engine.loss_scale,
+        "optimizer/quantised_share": engine.model.blend.share,
         "guard/skipped": float(guard.skipped),
         "guard/spikes": float(guard.spikes),
         "guard/rollbacks": float(guard.rollbacks),
