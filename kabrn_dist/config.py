@@ -95,6 +95,14 @@ class Parallel(Section):
         description="Ranks of one machine: experts' exchange goes inside machines first, then between them. Default: "
         "as the launcher says.",
     )
+    bitlinear_shards: bool = Field(
+        False,
+        description="Share out each ternary matrix: a rank keeps a piece of its fp32 latents, and ranks send each other "
+        "two bits a weight once a step instead of 16 or 32. With ZeRO 1, which shares out the rest.",
+    )
+    bitlinear_packing: Literal["two_bits", "base_three"] = Field(
+        "two_bits", description="How shared-out codes travel: four a byte, or five, which takes longer to unpack."
+    )
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: what the ranks share out instead of copying.")
     bucket: PositiveInt = Field(50_000_000, description="Elements of a ZeRO reduce, gather or prefetch bucket.")
 
@@ -187,6 +195,23 @@ class Config(Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Config:
+        if not self.parallel.bitlinear_shards:
+            return self
+        if self.parallel.zero != 1:
+            raise ValueError(
+                f"parallel.bitlinear_shards shares out ternary matrices itself and leaves the rest to ZeRO 1, not to "
+                f"parallel.zero {self.parallel.zero}; set parallel.zero to 1, or bitlinear_shards to false"
+            )
+        if not self.model.quantise or self.model.quantised_at:
+            named = "quantise is false" if not self.model.quantise else f"quantise_from + quantise_warmup is {self.model.quantised_at}"
+            raise ValueError(
+                f"parallel.bitlinear_shards sends ternary codes, but model.{named}: there are plain matrices; train "
+                "those steps with bitlinear_shards false, then resume with true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ends_quantised(self) -> Config:

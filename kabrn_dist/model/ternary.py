@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kabrn_dist.kernels.choice import choose, kernels_for
 from kabrn_dist.kernels.functions import DTYPES
-from kabrn_dist.kernels.products import PACK_BLOCK
+from kabrn_dist.model.packing import pack, unpack
 from kabrn_dist.model.quantised import SMALLEST, widen
 
 # A Gaussian latent keeps 0.4386 of its variance as γ·{-1,0,1} (31 % zeros).
@@ -175,32 +175,6 @@ def round_latents(latents: Tensor, gamma: Tensor) -> Tensor:
     if kernels is not None and gamma.numel() and latents.numel() % gamma.numel() == 0:
         return kernels.products.ternary(latents.view(gamma.numel(), -1), gamma.contiguous()).view_as(latents)
     return (widen(latents) / gamma).round_().clamp_(-1, 1).to(torch.int8)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """int8 codes −1, 0, 1 → uint8, 16 bytes for each 64 codes begun, whatever the shape."""
-    kernels = choose(codes.device.type).kernels
-    if kernels is not None:
-        return kernels.products.pack(codes.contiguous())
-    return pack_naive(codes)
-
-
-def pack_naive(codes: Tensor) -> Tensor:
-    """Byte i of a block holds codes i, 16 + i, 32 + i and 48 + i, each plus 1, from its low bits up."""
-    flat = codes.reshape(-1)
-    flat = torch.cat([flat, flat.new_zeros(-len(flat) % PACK_BLOCK)])
-    parts = (flat + 1).to(torch.uint8).view(-1, 4, PACK_BLOCK // 4)
-    return (parts[:, 0] | parts[:, 1] << 2 | parts[:, 2] << 4 | parts[:, 3] << 6).view(-1)
-
-
-def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Codes of `shape` in `dtype` from what `pack` made."""
-    kernels = choose(packed.device.type).kernels
-    if kernels is not None and dtype in (torch.int8, *DTYPES):
-        return kernels.products.unpack(packed, math.prod(shape), dtype).view(shape)
-    parts = [(packed.view(-1, PACK_BLOCK // 4) >> shift) & 3 for shift in (0, 2, 4, 6)]
-    codes = torch.stack(parts, 1).to(torch.int8) - 1
-    return codes.view(-1)[: math.prod(shape)].view(shape).to(dtype)
 
 
 def widen_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:

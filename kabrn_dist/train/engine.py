@@ -14,6 +14,8 @@ from kabrn_dist.data.batches import Batch
 from kabrn_dist.fault import fault
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.mixkabrn import MixKABRN, Sums
+from kabrn_dist.model.packing import PACKINGS
+from kabrn_dist.model.shards import Shards
 from kabrn_dist.model.ternary import ternary
 from kabrn_dist.train.losses import Losses, Totals, compute_losses
 from kabrn_dist.train.zero import gathered, is_expert, local_gradients, start_deepspeed
@@ -49,7 +51,8 @@ class Engine:
         self.stage = config.parallel.zero
         # Copies that chose each expert since the last optimizer step, on this rank.
         self.load = torch.zeros_like(model.routers.bias)
-        self.deepspeed = start_deepspeed(model, config, mesh)
+        self.shards = share_out(model, config, mesh) if config.parallel.bitlinear_shards else None
+        self.deepspeed = start_deepspeed(model, config, mesh, self.shards)
         self.optimizer: Any = self.deepspeed.optimizer
 
     def accumulate(self, batch: Batch, totals: Totals) -> tuple[Losses, Sums]:
@@ -57,7 +60,7 @@ class Engine:
 
         Returns detached values of this rank.
         """
-        self._set_share()
+        self._begin(self.deepspeed.is_gradient_accumulation_boundary())
         self.deepspeed.train()
         sums = self.deepspeed(batch)
         losses = compute_losses(sums, totals, self.config.model.router)
@@ -99,20 +102,29 @@ class Engine:
         self._end_step(applied=False)
         return Update(float("inf"), applied=False)
 
-    def _set_share(self) -> None:
+    def _begin(self, last: bool) -> None:
+        """Before a forward pass, whose gradients, if any, complete a step where it is the `last`. Collective."""
         self.model.blend.share = self.config.model.quantised_share(self.model.routers.step)
+        if self.shards is not None:
+            self.shards.begin(last)
 
     def _end_step(self, applied: bool) -> None:
         if applied:
+            self.weights_changed()
             self.model.routers.update(self.mesh.sum(self.load), self.config.model.router.bias_rate)
         else:
             self.model.routers.step += 1
         self.load.zero_()
 
+    def weights_changed(self) -> None:
+        """Latents are others now, by an update or by loading: their codes are gathered again before they are used."""
+        if self.shards is not None:
+            self.shards.stale = True
+
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Sums:
         """Forward only."""
-        self._set_share()
+        self._begin(last=True)
         self.deepspeed.eval()
         return self.deepspeed(batch)
 
@@ -148,6 +160,7 @@ class Engine:
         Empty for forms without any. `edges`: how many are taken where each edge has one. Collective.
         """
         curves = {}
+        self._begin(last=True)
         for layer in self.config.model.mixture_layers:
             experts: Any = self.model.get_submodule(f"blocks.{layer}.mixture.routed")
             with gathered(list(experts.parameters()), self.stage):
@@ -174,3 +187,12 @@ class Engine:
         if clip and clip < norm < float("inf"):
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
         return norm
+
+
+def share_out(model: MixKABRN, config: Config, mesh: Mesh) -> Shards:
+    """Keep this rank's pieces of the ternary matrices only."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.precision]
+    packing, bucket = PACKINGS[config.parallel.bitlinear_packing], config.parallel.bucket
+    everyone = dist.group.WORLD if mesh.world > 1 else None
+    holders = mesh.expert_data_group if mesh.world > mesh.expert else None
+    return Shards(model, everyone, holders, dtype, packing, bucket)
