@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from kabrn_dist.config_model import Experts, Model, Retention, Router, Section, divisors, join
+from kabrn_dist.config_optimizer import Optimizer, SecondStage
 from kabrn_dist.errors import UserError
 
 __all__ = [
@@ -25,9 +26,8 @@ __all__ = [
     "Parallel",
     "Retention",
     "Router",
+    "SecondStage",
 ]
-
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Run(Section):
@@ -115,21 +115,6 @@ class Parallel(Section):
         return self
 
 
-class Optimizer(Section):
-    """AdamW with linear warm-up and cosine decay."""
-
-    learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    final: float = Field(0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
-    warmup: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's moment decays, each from 0 to below 1.")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices (never of KAN coefficients).")
-    coefficient_rate: float = Field(
-        1.0, gt=0, description="Learning rate of KAN coefficients, as a multiple of the others'."
-    )
-    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
-
-
 class Training(Section):
     steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
     batch: PositiveInt = Field(description="Sequences of one optimizer step, over all ranks.")
@@ -187,6 +172,11 @@ class Config(Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Config:
+        self.optimizer.check_order(self.training.steps)
+        return self
 
     def accumulation(self, world: int) -> int:
         """Micro-batches per rank and optimizer step."""

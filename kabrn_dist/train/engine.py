@@ -13,7 +13,6 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.fault import fault
 from kabrn_dist.mesh import Mesh
-from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN, Sums
 from kabrn_dist.train.losses import Losses, Totals, compute_losses
 from kabrn_dist.train.zero import gathered, is_expert, local_gradients, start_deepspeed
@@ -51,6 +50,8 @@ class Engine:
         self.load = torch.zeros_like(model.routers.bias)
         self.deepspeed = start_deepspeed(model, config, mesh)
         self.optimizer: Any = self.deepspeed.optimizer
+        # A second stage decays no more than the first, so groups that do not decay now never do.
+        self.decaying = [group["weight_decay"] > 0 for group in self.optimizer.param_groups]
 
     def accumulate(self, batch: Batch, totals: Totals) -> tuple[Losses, Sums]:
         """Forward and backward of one micro-batch; `update` or `drop` ends the step after its last one.
@@ -80,10 +81,11 @@ class Engine:
             return torch.zeros((), device=self.mesh.device)
         return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)).norm()
 
-    def update(self, learning_rate: float) -> Update:
+    def update(self, learning_rate: float, weight_decay: float) -> Update:
         """Clip and change the weights, after the step's last micro-batch. Collective."""
-        for group in self.optimizer.param_groups:
+        for group, decays in zip(self.optimizer.param_groups, self.decaying, strict=True):
             group["lr"] = learning_rate * group["rate"]
+            group["weight_decay"] = weight_decay if decays else 0.0
         norm = self._clip_unsharded() if self.stage == 0 else None
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
@@ -125,16 +127,6 @@ class Engine:
         if self.config.training.precision == "fp16":
             holder = "loss_scale_config" if self.stage == 0 else "loss_scaler"
             getattr(self.optimizer, holder).cur_scale = scale
-
-    def ternary_shares(self) -> Tensor:
-        """[L,3] share of −1, 0 and +1 among each layer's ternary weights, over all ranks' experts. Collective."""
-        counts = torch.zeros(len(self.config.model.layers), 3, device=self.mesh.device)
-        for layer, weight in self.model.bit_weights():
-            with gathered([weight], self.stage):
-                codes, _ = ternary(weight.detach().view(-1, *weight.shape[-2:]))
-                counts[layer] += torch.stack([(codes == value).sum() for value in (-1, 0, 1)])
-        counts = self.mesh.sum(counts)
-        return counts / counts.sum(1, keepdim=True)
 
     @torch.no_grad()
     def function_curves(self, points: Tensor, edges: int) -> dict[int, dict[str, Tensor]]:

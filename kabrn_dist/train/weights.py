@@ -1,0 +1,121 @@
+"""The instruments of ternary weights: sums that add up over pieces, ranks and layouts, and what they say of a layer.
+
+Shapes: L layers, M ternary matrices or stacks of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.model.bitlinear import ternary
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.train.engine import Engine
+from kabrn_dist.train.zero import gathered, is_expert
+
+
+class WeightSums(NamedTuple):
+    """Sums over weights, float64 scalars or [L]. Those of all pieces of a tensor add up to those of the whole.
+
+    Attributes:
+        total: weights. minus, zero, plus: of them with the code −1, 0, +1. flips: whose code has changed.
+        distance: Σ | |w| − γ/2 | / (γ/2), how far latents are from the nearest threshold, in thresholds.
+        scale: Σ γ.
+    """
+
+    total: Tensor
+    minus: Tensor
+    zero: Tensor
+    plus: Tensor
+    flips: Tensor
+    distance: Tensor
+    scale: Tensor
+
+    def values(self) -> dict[str, Tensor]:
+        """Means: the shares `minus`, `zero`, `plus` and `flips`, `margin` and `scale`.
+
+        The margin is the mean distance of |w| from the threshold γ/2 at which its code changes, relative to that
+        threshold: 0 where all latents lie on it, 1.17 for Gaussian ones. (The mean of |w| relative to the threshold
+        says nothing: γ is the mean of |w|, so it is 2 whatever the weights are.)
+        """
+        shares = {name: getattr(self, name) / self.total for name in ("minus", "zero", "plus", "flips")}
+        return shares | {"margin": self.distance / self.total, "scale": self.scale / self.total}
+
+
+def weight_sums(latent: Tensor, codes: Tensor, gamma: Tensor, before: Tensor | None = None) -> WeightSums:
+    """The sums of any piece of a ternary matrix, or of several.
+
+    Args:
+        latent: high-precision weights, of any shape and float dtype.
+        codes: their −1, 0, 1, of the same shape and any dtype.
+        gamma: the scale of each weight's matrix, which broadcasts to that shape.
+        before: the codes before an update; None counts no flips.
+    """
+    sizes = latent.detach().float().abs()
+    half = gamma.float() / 2
+    counted = [(codes == value).sum() for value in (-1, 0, 1)]
+    flips = (codes != before).sum() if before is not None else torch.zeros((), device=latent.device)
+    distance = ((sizes - half).abs() / half).sum(dtype=torch.float64)
+    scale = gamma.expand_as(latent).sum(dtype=torch.float64)
+    total = torch.tensor(latent.numel(), device=latent.device)
+    return WeightSums(*(part.double() for part in (total, *counted, flips, distance, scale)))
+
+
+def named_bit_weights(model: MixKABRN) -> Iterator[tuple[int, str, torch.nn.Parameter]]:
+    """(layer, name within the layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layer, weight in model.bit_weights():
+        yield layer, names[id(weight)].removeprefix(f"blocks.{layer}.").removesuffix(".weight"), weight
+
+
+def current_codes(engine: Engine) -> list[Tensor]:
+    """Codes of the matrices that this rank counts, int8, as the forward pass has them now. Collective."""
+    return [codes.to(torch.int8) for _, _, codes, _ in _counted(engine)]
+
+
+def measure_weights(engine: Engine, before: list[Tensor]) -> WeightSums | None:
+    """[L] sums over all matrices of each layer, each counted once, whatever the layout. Collective.
+
+    Args:
+        before: `current_codes` before the update.
+
+    Returns:
+        None where the model has no ternary weights.
+    """
+    settings = engine.config.model
+    if not settings.quantise:
+        return None
+    sums = torch.zeros(len(WeightSums._fields), len(settings.layers), dtype=torch.float64, device=engine.mesh.device)
+    for (layer, latent, codes, gamma), old in zip(_counted(engine), before, strict=True):
+        sums[:, layer] += torch.stack(weight_sums(latent, codes, gamma, old))
+    return WeightSums(*engine.mesh.sum(sums))
+
+
+def weight_values(sums: WeightSums | None) -> dict[str, float]:
+    """The layers' means by the names of the log."""
+    return {
+        f"ternary/{name}/layer_{layer}": value
+        for name, column in (sums.values() if sums else {}).items()
+        for layer, value in enumerate(column.tolist())
+    }
+
+
+@torch.no_grad()
+def _counted(engine: Engine) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(layer, latents [E,O,I], codes, γ [E,1,1]) of the matrices that this rank counts, which take turns. Collective.
+
+    All ranks hold the dense ones; experts are held by those ranks whose place in their group is the same.
+    """
+    if not engine.config.model.quantise:
+        return
+    mesh = engine.mesh
+    dense, expert = (mesh.world, mesh.rank), (mesh.world // mesh.expert, mesh.rank // mesh.expert)
+    for number, (layer, weight) in enumerate(engine.model.bit_weights()):
+        with gathered([weight], engine.stage):
+            copies, own = expert if is_expert(weight) else dense
+            if number % copies == own:
+                latent = weight.detach().view(-1, *weight.shape[-2:])
+                yield layer, latent, *ternary(latent)
