@@ -11,10 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kabrn_dist.draw.weights import BINS, Portrait, count_latents
 from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.train.engine import Engine
 from kabrn_dist.train.zero import gathered, is_expert
+
+# Rows and columns of a matrix in its picture.
+CORNER = 64
 
 
 class WeightSums(NamedTuple):
@@ -38,7 +42,7 @@ class WeightSums(NamedTuple):
         """Means: the shares `minus`, `zero`, `plus` and `flips`, `margin` and `scale`.
 
         The margin is the mean distance of |w| from the threshold γ/2 at which its code changes, relative to that
-        threshold: 0 where all latents lie on it, 1.17 for Gaussian ones. (The mean of |w| relative to the threshold
+        threshold: 0 where all latents lie on it, 1.31 for Gaussian ones. (The mean of |w| relative to the threshold
         says nothing: γ is the mean of |w|, so it is 2 whatever the weights are.)
         """
         shares = {name: getattr(self, name) / self.total for name in ("minus", "zero", "plus", "flips")}
@@ -104,18 +108,49 @@ def weight_values(sums: WeightSums | None) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _counted(engine: Engine) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(layer, latents [E,O,I], codes, γ [E,1,1]) of the matrices that this rank counts, which take turns. Collective.
+def portray(name: str, weight: Tensor) -> Portrait:
+    """The picture's data of a latent weight [O,I], or of a stack [E,O,I]."""
+    latent = weight.detach().view(-1, *weight.shape[-2:])
+    codes, gamma = ternary(latent)
+    return Portrait(name, count_latents(latent, gamma), codes[0, :CORNER, :CORNER].cpu(), tuple(weight.shape))
 
-    All ranks hold the dense ones; experts are held by those ranks whose place in their group is the same.
-    """
+
+@torch.no_grad()
+def portray_layers(engine: Engine) -> dict[int, list[Portrait]]:
+    """Layer → its matrices: latents of all experts, each counted once, and codes of this rank's first. Collective."""
+    settings = engine.config.model
+    weights = list(named_bit_weights(engine.model)) if settings.quantise else []
+    counts = torch.zeros(len(weights), BINS, dtype=torch.float64, device=engine.mesh.device)
+    portraits = []
+    for number, (_, name, weight) in enumerate(weights):
+        with gathered([weight], engine.stage):
+            portraits.append(portray(name, weight))
+            if _has_turn(engine, number, weight):
+                counts[number] = portraits[-1].histogram
+    found: dict[int, list[Portrait]] = {}
+    for (layer, _, weight), portrait, histogram in zip(weights, portraits, engine.mesh.sum(counts).cpu(), strict=True):
+        shape = (settings.experts.routed, *portrait.shape[1:]) if is_expert(weight) else portrait.shape
+        found.setdefault(layer, []).append(portrait._replace(histogram=histogram, shape=shape))
+    return found
+
+
+@torch.no_grad()
+def _counted(engine: Engine) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(layer, latents [E,O,I], codes, γ [E,1,1]) of the matrices that this rank counts. Collective."""
     if not engine.config.model.quantise:
         return
-    mesh = engine.mesh
-    dense, expert = (mesh.world, mesh.rank), (mesh.world // mesh.expert, mesh.rank // mesh.expert)
     for number, (layer, weight) in enumerate(engine.model.bit_weights()):
         with gathered([weight], engine.stage):
-            copies, own = expert if is_expert(weight) else dense
-            if number % copies == own:
+            if _has_turn(engine, number, weight):
                 latent = weight.detach().view(-1, *weight.shape[-2:])
                 yield layer, latent, *ternary(latent)
+
+
+def _has_turn(engine: Engine, number: int, weight: torch.nn.Parameter) -> bool:
+    """Whether this rank counts this matrix: one of those that hold it does, in turns.
+
+    All ranks hold dense ones, and experts are held by the ranks whose place in their expert group is the same.
+    """
+    mesh = engine.mesh
+    holders = mesh.expert if is_expert(weight) else 1
+    return number % (mesh.world // holders) == mesh.rank // holders
