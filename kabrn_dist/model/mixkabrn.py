@@ -186,6 +186,12 @@ class MixKABRN(nn.Module):
         """Router matrices, layer by layer."""
         yield from (module.weight for module in self.modules() if isinstance(module, Router))
 
+    def pieces(self) -> Iterator[nn.Parameter]:
+        """Pieces of ternary matrices that are shared out over ranks."""
+        for module in self.modules():
+            if isinstance(module, TernaryModule):
+                yield from (module.get_parameter(name) for name in module.sources)
+
     def bit_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
         """(layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
         for layer, block in enumerate(self.blocks):

@@ -36,7 +36,8 @@ class Shard(Source):
     """One parameter's matrices, of which this rank holds a piece of the latents.
 
     Attributes:
-        shape: [E,O,I] of the whole. group: the ranks that share it; None for one rank.
+        shape: [E,O,I] of the whole. logical: the same, [O,I] for a matrix that is no expert's.
+        group: the ranks that share it; None for one rank.
         size: S. start: of this piece in the flattened whole. count: its latents without padding.
         routed: whether they are routed experts, of which other ranks hold others.
         packed: uint8, codes of all pieces, two bits each. gamma: [E,1,1], or [E,O,1] with groups of scales.
@@ -52,7 +53,7 @@ class Shard(Source):
         routed: bool,
     ) -> None:
         shape = tuple(whole.shape)
-        self.shape = shape if len(shape) == 3 else (1, *shape)
+        self.shape, self.logical = shape if len(shape) == 3 else (1, *shape), shape
         self.group, self.routed, self.dtype = group, routed, dtype
         self.ranks, self.rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         total = prod(self.shape)
@@ -102,6 +103,16 @@ class Shard(Source):
         by_scale = gamma.view(self.shape[0], -1, 1)
         self.gamma = by_scale if len(rows) == 1 else by_scale.repeat_interleave(rows.to(gamma.device), 1)
         return found
+
+    def scaled_runs(self, piece: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Neighbouring latents [n] of the piece with their scale, a scalar, without padding."""
+        scales = self.gamma[:, self.begins if self.gamma.shape[1] > 1 else [0]].reshape(-1)
+        for run in self.runs:
+            yield piece[run.first : run.last], scales[run.scale]
+
+    def matrices(self) -> Matrices:
+        """As they are now, without a way for gradients."""
+        return Matrices(self.gamma.new_zeros(1, dtype=self.dtype).expand(self.shape), self.packed, self.gamma)
 
     def read(self, parameter: nn.Parameter) -> Matrices:
         return Matrices(_Read.apply(parameter, self), self.packed, self.gamma)
@@ -174,16 +185,14 @@ class Shards:
                 module.sources[name] = shard
                 self.by_name[f"{prefix}.{name}"], self.parameters[f"{prefix}.{name}"] = shard, piece
 
-    def begin(self, last: bool) -> None:
-        """Before each forward pass. Collective where latents have changed.
-
-        Args:
-            last: gradients of this pass complete a step: they are then summed at their owners.
-        """
+    def expect(self, last: bool) -> None:
+        """Before a forward pass: do its gradients complete a step? Then they are summed at their owners."""
         for shard in self.by_name.values():
             shard.last = last
-        if self.stale:
-            self.gather()
+
+    def find(self, parameter: nn.Parameter) -> Shard | None:
+        """What a parameter is a piece of."""
+        return next((self.by_name[name] for name, piece in self.parameters.items() if piece is parameter), None)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -214,7 +223,7 @@ class Shards:
             return
         sent = torch.cat([self.packing.encode(codes) for _, codes in members])
         arrived = sent.new_empty(first.ranks, len(sent))
-        dist.all_gather_into_tensor(arrived, sent, group=first.group)
+        dist.all_gather_into_tensor(arrived.view(-1), sent, group=first.group)
         self.bytes_weights += sent.nbytes * (first.ranks - 1)
         widths = [self.packing.bytes_of(shard.size) for shard, _ in members]
         for (shard, _), bytes_of_all in zip(members, arrived.split(widths, 1), strict=True):

@@ -28,12 +28,13 @@ from kabrn_dist.train.reading import read_step
 from kabrn_dist.train.record import StepDone, record_step
 from kabrn_dist.train.resume import START, Position, choose_checkpoint, describe, restore
 from kabrn_dist.train.saving import Saver
-from kabrn_dist.train.schedule import learning_rate
+from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.train.shares import resolve_placement
 from kabrn_dist.train.sources import measure_step
 from kabrn_dist.train.splits import Splits, open_splits
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
+from kabrn_dist.train.weights import current_codes
 from kabrn_dist.train.wishes import Wishes
 
 
@@ -133,12 +134,16 @@ class Session:
         start = self._consumed()
         batches, totals = read_step(config, mesh, self.splits.train, start)
         waited = time.perf_counter() - began
-        rate = learning_rate(self.step, config.training.steps, config.optimizer)
+        rate, decay = (
+            part(self.step, config.training.steps, config.optimizer) for part in (learning_rate, weight_decay)
+        )
         parts = [engine.accumulate(batch.to(mesh.device), totals) for batch in batches]
         losses = torch.stack([torch.stack(loss) for loss, _ in parts]).sum(0)
         agreed = agree(mesh, losses, engine.gradient_size(), self.wishes.stop(), self.saver.ended())
         verdict = self.guard.judge(agreed)
-        update = engine.drop() if verdict.skip else engine.update(rate)
+        logged = _due(self.step + 1, config.training.log_every) or self.step + 1 == config.training.steps
+        codes = current_codes(engine) if logged else []
+        update = engine.drop() if verdict.skip else engine.update(rate, decay)
         self.guard.settle(verdict, agreed, update.applied)
         self.step += 1
         self.stopping = agreed.stop
@@ -147,10 +152,12 @@ class Session:
         self._say_verdict(verdict, start)
         self.metrics.advance(self.step)
         traffic = [layer.take() for layer in engine.model.traffic]
-        if _due(self.step, config.training.log_every) or self.step == config.training.steps:
+        if logged:
             sums, seconds = [sums for _, sums in parts], time.perf_counter() - began
             sources = measure_step(mesh, self.splits.train, batches, sums, start + config.training.batch)
-            done = StepDone(self.step, agreed, update, rate, totals, sums, traffic, sources, seconds, waited)
+            done = StepDone(
+                self.step, agreed, update, rate, decay, codes, totals, sums, traffic, sources, seconds, waited
+            )
             self.load = record_step(done, self.metrics, engine, self.guard)
 
     def _say_verdict(self, verdict: Verdict, start: int) -> None:

@@ -28,14 +28,10 @@ from kabrn_dist.config import Config
 from kabrn_dist.errors import UserError
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.mixkabrn import MixKABRN
-from kabrn_dist.model.shards import Shards
 
 
-def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh, shards: Shards | None = None) -> DeepSpeedEngine:
-    """The model under ZeRO, with AdamW. Collective.
-
-    Args:
-        shards: of the ternary matrices, which DeepSpeed then leaves to each rank.
+def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEngine:
+    """The model under ZeRO, with AdamW. Pieces of ternary matrices are left to each rank. Collective.
 
     Raises:
         UserError: where the device cannot train in the chosen precision, or ZeRO cannot in this placement.
@@ -44,7 +40,7 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh, shards: Shards 
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed would compile a kernel at every machine's first start that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    pieces = list(shards.parameters.values()) if shards is not None and mesh.world > 1 else []
+    pieces = list(model.pieces()) if mesh.world > 1 else []
     apart = mesh.expert > 1 or bool(pieces)
     if mesh.expert > 1:
         _mark_experts(model, mesh, config.parallel.zero)
@@ -89,21 +85,20 @@ def local_gradients(engine: DeepSpeedEngine, stage: int) -> list[Tensor]:
 
 
 class _DeepSpeed(DeepSpeedEngine):
-    """Can drop a step, and casts the model to its working precision but for routers and function coefficients.
+    """Can drop a step, and casts the model to its working precision but for routers, function coefficients and
+    pieces of ternary matrices.
 
     ZeRO 0–2 keep each parameter group in the dtype it has. ZeRO 3 lays all parameters into one buffer of one dtype, so
     there they are working copies like all others, of fp32 masters; what is computed with them is fp32 in any case.
     """
 
     _dropping = False
-    # Set on the class's instance before its parent is made, which casts.
-    pieces: tuple[nn.Parameter, ...] = ()
 
     def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
         kept = (
             [*self.module.coefficients(), *self.module.router_weights()] if self.zero_optimization_stage() < 3 else []
         )
-        kept += self.pieces
+        kept += self.module.pieces()
         values = [p.data for p in kept]
         super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
         for parameter, value in zip(kept, values, strict=True):
@@ -261,28 +256,29 @@ def _mark_pieces(pieces: list[nn.Parameter], mesh: Mesh) -> None:
 
 
 def _register(degree: int, together: tuple[Any, range], alike: tuple[Any, range]) -> str:
-    """Name an expert parallelism for DeepSpeed, with the groups (and their ranks) of all experts and of the same ones."""
+    """Name an expert parallelism for DeepSpeed, with the groups, and their ranks, of all experts and of the same."""
     name = f"ep_size_{degree}"
     groups._EXPERT_PARALLEL_GROUP[name], groups._EXPERT_PARALLEL_GROUP_RANKS[name] = together
     groups._EXPERT_DATA_PARALLEL_GROUP[name], groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = alike
     return name
 
 
-def _parameter_groups(model: MixKABRN, config: Config, apart: bool) -> list[dict[str, Any]]:
+def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict[str, Any]]:
     """Matrices decay; function coefficients do not. Each apart for experts where DeepSpeed must tell them.
 
     The first group's dtype is what DeepSpeed takes for the model's. `rate` multiplies the learning rate.
     """
-    coefficients, routers = list(model.coefficients()), list(model.router_weights())
-    apart = {id(p) for p in (*coefficients, *routers)}
+    coefficients, routers, pieces = list(model.coefficients()), list(model.router_weights()), list(model.pieces())
+    apart = {id(p) for p in (*coefficients, *routers, *pieces)}
     matrices = [p for p in model.parameters() if id(p) not in apart]
     decay, rate = config.optimizer.weight_decay, config.optimizer.coefficient_rate
-    split: list[dict[str, Any]] = [
+    found: list[dict[str, Any]] = [
         {"params": matrices, "name": "matrices", "weight_decay": decay, "rate": 1.0},
         {"params": routers, "name": "routers", "weight_decay": decay, "rate": 1.0},
+        {"params": pieces, "name": "pieces", "weight_decay": decay, "rate": 1.0},
         {"params": coefficients, "name": "coefficients", "weight_decay": 0.0, "rate": rate},
     ]
-    split = [group for group in split if group["params"]]
-    if apart and config.parallel.zero < 3:
-        split = split_params_into_different_moe_groups_for_optimizer(split, max_group_size=None)
-    return [group for group in split if group["params"]]
+    found = [group for group in found if group["params"]]
+    if split and config.parallel.zero < 3:
+        found = split_params_into_different_moe_groups_for_optimizer(found, max_group_size=None)
+    return [group for group in found if group["params"]]
