@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kabrn_dist.kernels.choice import int8_products, kernels_for
 from kabrn_dist.model.initial import draw_normal
+from kabrn_dist.model.packing import unpack
 from kabrn_dist.model.quantised import Quantised
 from kabrn_dist.model.ternary import (
     Blend,
@@ -99,7 +100,7 @@ class _Product(torch.autograd.Function):
             out = product if as_is else _scale(product, torch.full_like(factor, shift), columns, counts, dtype)
             factor = factor / shift
         ctx.save_for_backward(kept, weight.packed, gamma, factor if scaled else None)
-        ctx.counts, ctx.scaled, ctx.latents = counts, scaled, latents
+        ctx.counts, ctx.scaled, ctx.shape = counts, scaled, tuple(latents.shape)
         ctx.shift = 1 if scaled else _headroom(dtype)
         ctx.mark_non_differentiable(factor)
         return out, factor
@@ -122,7 +123,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if by_column:
                 grad = _scale(grad, torch.ones_like(grad[:, :1], dtype=gamma.dtype), gamma.squeeze(-1), counts, dtype)
-            signs = Matrices(ctx.latents, packed).codes(dtype)
+            signs = unpack(packed, ctx.shape, dtype)
             for_codes = grouped_product(grad, signs.transpose(1, 2), counts)
         return for_codes, None, None, for_weight, None, None, None
 
