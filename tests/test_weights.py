@@ -98,6 +98,9 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 }
 
 
+LOGGED = [f"ternary/{name}/layer_{layer}" for name in NAMES for layer in (0, 1)]
+
+
 def test_every_layout_counts_each_weight_once(shards: Path, tmp_path: Path) -> None:
     """What is logged is what its own checkpoints' whole tensors say, and the same as on one process."""
     runs: list[Path] = []
@@ -110,16 +113,14 @@ def test_every_layout_counts_each_weight_once(shards: Path, tmp_path: Path) -> N
                 "model__experts__first_dense": 1,
                 "training__steps": 2,
                 "training__micro_batch": 1,
-                "validation__every": 2,
                 "checkpoint__every": 1,
             }
             jobs.append([str(write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None])
             runs.append(folder)
         sessions(world, jobs, tmp_path)
-    first = {name: read_losses(runs[0], name) for name in logged_names()}
+    first = {name: read_losses(runs[0], name) for name in LOGGED}
     for folder in runs:
-        found = {name: read_losses(folder, name) for name in logged_names()}
-        assert len(found["ternary/zero/layer_0"]) == 2 and len(found["ternary/saturation/layer_1"]) == 1
+        found = {name: read_losses(folder, name) for name in LOGGED}
         for layer in (0, 1):
             now, before = (read_matrices(folder, step, layer) for step in (2, 1))
             slow = measure_slowly(now, before)
@@ -131,8 +132,29 @@ def test_every_layout_counts_each_weight_once(shards: Path, tmp_path: Path) -> N
     assert min(first["ternary/flips/layer_1"]) > 0.001
 
 
-def logged_names() -> list[str]:
-    return [f"ternary/{name}/layer_{layer}" for name in (*NAMES, "saturation") for layer in (0, 1)]
+def test_every_layout_has_the_same_saturation(shards: Path, tmp_path: Path) -> None:
+    """Five rows: ranks without one of their own pass a copy that must not count. The rate leaves the weights alone."""
+    names: list[str] = []
+    for world, layouts in LAYOUTS.items():
+        jobs: list[list[object]] = []
+        for number, layout in enumerate(layouts):
+            name = f"w{world}-{number}"
+            changes = {f"parallel__{key}": value for key, value in layout.items()} | {
+                "model__experts__first_dense": 1,
+                "optimizer__learning_rate": 1e-12,
+                "training__steps": 1,
+                "training__micro_batch": 1 + world % 2,
+            }
+            jobs.append(
+                [str(write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes)), "never", None]
+            )
+            names.append(name)
+        sessions(world, jobs, tmp_path)
+    keys = [f"ternary/saturation/layer_{layer}" for layer in (0, 1)]
+    found = {name: [value for key in keys for value in read_losses(tmp_path / name, key)] for name in names}
+    assert len(found["w1-0"]) == 2
+    for name in names:
+        assert found[name] == pytest.approx(found["w1-0"], rel=2e-3), name
 
 
 def read_matrices(folder: Path, step: int, layer: int) -> list[Tensor]:
