@@ -154,7 +154,7 @@ def test_a_resume_across_the_boundary_is_bit_equal(shards: Path, tmp_path: Path)
 def test_the_weight_decay_reaches_matrices_and_no_coefficients(shards: Path, tmp_path: Path) -> None:
     """Two runs that differ in the second stage's decay alone: equal until it begins, then apart by just that decay."""
     jobs, runs = [], {}
-    for zero in (0, 1, 2, 3):
+    for zero in (0, 1, 3):
         for decay in (0.0, 0.4):
             folder = runs[zero, decay] = tmp_path / f"z{zero}-{decay}"
             changes = TWO_STAGES | {
@@ -168,7 +168,7 @@ def test_the_weight_decay_reaches_matrices_and_no_coefficients(shards: Path, tmp
             }
             jobs.append([str(write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None])
     sessions(2, jobs, tmp_path)
-    for zero in (0, 1, 2, 3):
+    for zero in (0, 1, 3):
         none, some = (read_masters(runs[zero, decay], 3) for decay in (0.0, 0.4))
         before = read_masters(runs[zero, 0.0], 2)
         rate = json.loads((runs[zero, 0.0] / "log.jsonl").read_text().splitlines()[2])["optimizer/learning_rate"]

@@ -14,13 +14,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from kabrn_dist.draw.figure import COLOURS, make_figure
 
 # Bins of latent / γ. Thresholds lie on edges, so a bin has one code; the outermost bins hold what lies beyond.
-REACH, BINS = 4.0, 80
+REACH, BINS = 4.0, 64
 # Orange, light grey and blue for −1, 0 and +1.
 CODE_COLOURS, NAMES = (COLOURS[1], "#D9D9D9", COLOURS[0]), ("−1", "0", "+1")
 COLUMNS = 6
@@ -56,11 +57,11 @@ def draw_weights(portraits: Sequence[Portrait], title: str) -> Figure:
     columns = min(COLUMNS, len(portraits))
     lines = math.ceil(len(portraits) / columns)
     # Places in inches: a layout solver takes longer than everything else together.
-    left, right, wide, above, tall = 0.55, 0.15, 2.1, 0.75, 3.75
+    left, right, wide, above, tall = 0.55, 0.15, 2.1, 0.55, 3.75
     width, height = left + right + max(3, columns) * wide, above + lines * tall + 0.1
     figure = make_figure(width, height, solve=False)
     tops = [_density(portrait.histogram)[1:-1].max() for portrait in portraits]
-    limit = 1.1 * max(0.35, *map(float, tops))
+    limit = 1.25 * max(0.35, *map(float, tops))
     for place, portrait in enumerate(portraits):
         line, column = divmod(place, columns)
         x, y = left + column * wide, height - above - (line + 1) * tall
@@ -69,11 +70,19 @@ def draw_weights(portraits: Sequence[Portrait], title: str) -> Figure:
         _draw_latents(upper, portrait, limit, column == 0)
         _draw_codes(lower, portrait)
     figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center", fontsize=11)
-    names = [Patch(color=colour, label=f"code {code}") for colour, code in zip(CODE_COLOURS, NAMES, strict=True)]
-    figure.legend(
-        handles=names, loc="center", bbox_to_anchor=(0.5, 1 - 0.45 / height), ncols=3, fontsize=8, frameon=False
-    )
+    _name_marks(figure, 1 - 0.43 / height)
     return figure
+
+
+def _name_marks(figure: Figure, height: float) -> None:
+    names = [Patch(color=colour, label=f"code {name}") for colour, name in zip(CODE_COLOURS, NAMES, strict=True)]
+    lines = [
+        Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="Gaussian, as at the start"),
+        Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="threshold γ/2"),
+    ]
+    figure.legend(
+        handles=[*names, *lines], loc="center", bbox_to_anchor=(0.5, height), ncols=5, fontsize=8, frameon=False
+    )
 
 
 def _density(histogram: Tensor) -> np.ndarray:
@@ -110,10 +119,12 @@ def _spans() -> tuple[tuple[int, int], ...]:
 
 def _draw_codes(axes: Axes, portrait: Portrait) -> None:
     codes = portrait.codes.detach().cpu().numpy()
-    axes.imshow(codes, cmap=ListedColormap(CODE_COLOURS), vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
-    rows, columns = codes.shape
-    part = "" if portrait.codes.numel() == math.prod(portrait.shape) else "first "
-    axes.set_xlabel(f"{part}{columns} inputs", fontsize=6.5, labelpad=2)
-    axes.set_ylabel(f"{part}{rows} outputs", fontsize=6.5, labelpad=2)
+    axes.imshow(codes, cmap=ListedColormap(CODE_COLOURS), vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
+    axes.set_anchor("N")
+    whole = portrait.shape[-2:]
+    rows, columns = (f"{'first ' if n < of else ''}{n}" for n, of in zip(codes.shape, whole, strict=True))
+    expert = "expert 0: " if len(portrait.shape) == 3 and portrait.shape[0] > 1 else ""
+    axes.set_xlabel(f"{columns} inputs", fontsize=6.5, labelpad=2)
+    axes.set_ylabel(f"{expert}{rows} outputs", fontsize=6.5, labelpad=2)
     axes.set_xticks([])
     axes.set_yticks([])

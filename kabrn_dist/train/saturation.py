@@ -33,13 +33,9 @@ class Saturation:
     def __init__(self, layers: int, device: torch.device) -> None:
         self.rows: Tensor | None = None
         self._sums = torch.zeros(2, layers, dtype=torch.float64, device=device)
-        self._last: Tensor | None = None
 
     def add(self, layer: int, codes: Tensor) -> None:
-        """Count codes [B,T,D] of any dtype, unless they are those that were counted last."""
-        if codes is self._last:
-            return
-        self._last = codes
+        """Count codes [B,T,D] of any dtype."""
         counted = codes if self.rows is None else codes[self.rows.to(codes.device)]
         ends = (counted >= 127) | (counted <= -127)
         self._sums[0, layer] += ends.sum()
@@ -63,9 +59,11 @@ def watch_saturation(model: MixKABRN) -> Iterator[Saturation]:
     hooks = []
     for layer, block in enumerate(model.blocks if model.blend.share == 1 else ()):
         for module in block.modules():
-            if isinstance(module, BitLinear):
-                hooks.append(module.register_forward_pre_hook(partial(_see_quantised, saturation, layer)))
-            elif isinstance(module, MixtureOfExperts | DenseFeedForward):
+            # Matrices of one module read one input. (ZeRO 3 hands each its own view, so it cannot be told by identity.)
+            readers = [part for part in module.children() if isinstance(part, BitLinear)]
+            if readers:
+                hooks.append(readers[0].register_forward_pre_hook(partial(_see_quantised, saturation, layer)))
+            if isinstance(module, MixtureOfExperts | DenseFeedForward):
                 hooks.append(module.register_forward_pre_hook(partial(_see_plain, saturation, layer)))
     try:
         yield saturation
