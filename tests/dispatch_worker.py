@@ -13,7 +13,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.retention_wire import tcp_bytes_sent
+from benchmarks.wire import tcp_bytes_sent
 from kabrn_dist.mesh import Mesh, Nodes, Place, join_processes, make_mesh
 from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
 from kabrn_dist.parallel.placement import Placement

@@ -157,7 +157,7 @@ class Shards:
     Attributes:
         by_name: of the model's parameters.
         stale: latents have changed since codes were last gathered.
-        bytes_weights, bytes_scales: that this rank has sent to gather codes and scales.
+        gatherings: that there have been.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Shards:
         self.by_name: dict[str, Shard] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.stale = True
-        self.bytes_weights = self.bytes_scales = 0
+        self.gatherings = 0
         routed = {id(p) for p in model.routed_parameters()}
         for prefix, module in model.named_modules():
             for name in module.stds if isinstance(module, TernaryModule) else ():
@@ -204,6 +204,7 @@ class Shards:
             totals = self._sum_up(members)
             for some in _buckets(list(zip(members, totals, strict=True)), self.bucket):
                 self._gather_codes([(shard, shard.codes(piece, total)) for (shard, piece), total in some])
+        self.gatherings += 1
         self.stale = False
 
     def _sum_up(self, members: list[tuple[Shard, Tensor]]) -> list[Tensor]:
@@ -212,7 +213,6 @@ class Shards:
         fused, first = torch.cat(sums), members[0][0]
         if first.group is not None:
             dist.all_reduce(fused, group=first.group)
-            self.bytes_scales += 2 * fused.nbytes * (first.ranks - 1) // first.ranks
         return list(fused.split([len(part) for part in sums]))
 
     def _gather_codes(self, members: list[tuple[Shard, Tensor]]) -> None:
@@ -224,16 +224,9 @@ class Shards:
         sent = torch.cat([self.packing.encode(codes) for _, codes in members])
         arrived = sent.new_empty(first.ranks, len(sent))
         dist.all_gather_into_tensor(arrived.view(-1), sent, group=first.group)
-        self.bytes_weights += sent.nbytes * (first.ranks - 1)
         widths = [self.packing.bytes_of(shard.size) for shard, _ in members]
         for (shard, _), bytes_of_all in zip(members, arrived.split(widths, 1), strict=True):
             shard.packed = self.packing.as_two_bits(bytes_of_all.reshape(-1))
-
-    def digest(self) -> Tensor:
-        """All packed codes and scales of this rank, for comparing ranks: [n] uint8."""
-        return torch.cat(
-            [part.reshape(-1).view(torch.uint8) for s in self.by_name.values() for part in (s.packed, s.gamma)]
-        )
 
     def resident_bytes(self) -> int:
         """Memory of codes and scales."""
