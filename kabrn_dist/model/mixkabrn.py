@@ -20,6 +20,7 @@ from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear, rms_norm
+from kabrn_dist.model.convolution import Convolution
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan.stacked import StackedExperts
 from kabrn_dist.model.mixer import Mixer, Place, find_place
@@ -115,7 +116,8 @@ class MixKABRN(nn.Module):
         blocks = []
         for layer, kind in enumerate(settings.layers):
             heads = settings.width, settings.retention, settings.quantise, gain
-            mixer = Retention(*heads, link) if kind == "R" else Attention(*heads, mesh.sequence_group)
+            taps = settings.convolution
+            mixer = Retention(*heads, link, taps) if kind == "R" else Attention(*heads, mesh.sequence_group, taps)
             wire = wires.get(layer)
             mixture = (
                 MixtureOfExperts(settings, gain, wire, mesh.sequence_group)
@@ -161,7 +163,8 @@ class MixKABRN(nn.Module):
 
         Returns:
             The last token's logits [B,C] fp32, and one state a layer, all that decoding keeps: [B,H,K,V] of a
-            retention, whatever the length; the keys and values so far of an attention.
+            retention, whatever the length; the keys and values so far of an attention; with a convolution, beside
+            that, the last few inputs.
         """
         x, states, _ = self._stream(tokens, documents, positions, states, None)
         return self.head(rms_norm(x[:, -1])).float(), states
@@ -173,8 +176,10 @@ class MixKABRN(nn.Module):
                 yield from module.routed.parameters()
 
     def coefficients(self) -> Iterator[nn.Parameter]:
-        """Coefficients of learnable functions: they do not decay and have a learning rate of their own."""
+        """Of learnable functions and convolutions: they do not decay and have a learning rate of their own."""
         for module in self.modules():
+            if isinstance(module, Convolution):
+                yield module.weight
             if isinstance(module, StackedExperts):
                 yield from (p for name, p in module.named_parameters() if name not in module.stds)
 
