@@ -122,6 +122,12 @@ class Model(Section):
         description="Blocks, each a mixer and a mixture of experts: one letter a block, R retention, A softmax "
         "attention, e.g. RRRA; or a number of retention blocks.",
     )
+    convolution: int = Field(
+        0,
+        ge=0,
+        description="Tokens before each one that a causal convolution sees, in front of every mixer and every "
+        "feed-forward, channel by channel and within documents; 0: no convolution.",
+    )
     retention: Retention
     experts: Experts
     router: Router = Router()

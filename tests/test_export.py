@@ -23,7 +23,13 @@ from kabrn_dist.model.mixkabrn import MixKABRN
 from launch.export import main
 from tests.harness import ROOT, make_shards, run, torchrun, write_config
 
-CHANGES: dict[str, Any] = {"model__layers": 2, "parallel__expert": 2, "parallel__zero": 1, "training__steps": 3}
+CHANGES: dict[str, Any] = {
+    "model__layers": 2,
+    "model__convolution": 2,
+    "parallel__expert": 2,
+    "parallel__zero": 1,
+    "training__steps": 3,
+}
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "ternary": {**SHORT, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
     "mixture": PLAIN,
     "softmax": {**PLAIN, "model__router__score": "softmax", "model__router__renormalise": False},
-    "one": {**PLAIN, "model__experts__top_k": 1, "model__experts__form": "swiglu"},
+    "one": {**PLAIN, "model__experts__top_k": 1, "model__experts__form": "swiglu", "model__convolution": 2},
     "limited": {
         **PLAIN,
         "model__experts__routed": 6,
@@ -176,6 +176,7 @@ def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixture", {"model__width": 48}, "model.width is 32 in the run to start from and 48 here; .* set it to 32"),
     ("mixture", {"model__experts__hidden": 48}, "model.experts.hidden is 24 .* 48"),
+    ("one", {"model__convolution": 3}, "model.convolution is 2 in the run to start from and 3 here; .* set it to 2"),
     ("mixture", {"model__experts__routed": 6}, "routed is 4 .* 6 here.* use 4, 8, 12"),
     (
         "mixture",

@@ -21,13 +21,14 @@ from kabrn_dist.parallel.placement import Placement
 COLLECTIVES = ("batch_isend_irecv", "all_gather", "all_reduce", "all_to_all_single")
 
 
-def settings(layers: str, kept: str = "keep") -> Settings:
+def settings(layers: str, kept: str = "keep", convolution: int = 3) -> Settings:
     retention = Retention(heads=2, key_width=4, value_width=6, decay=(1.5, 7.0), chunk=8)
     experts = Experts(routed=4, top_k=2, hidden=8, groups=2)
     return Settings(
         vocabulary=11,
         width=8,
         layers=layers,
+        convolution=convolution,
         retention=retention,
         experts=experts,
         quantise=False,
@@ -37,9 +38,14 @@ def settings(layers: str, kept: str = "keep") -> Settings:
 
 @pytest.mark.parametrize("layers", ["A", "RA", "ARRA"])
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [17, 1, 22]])
-def test_reading_in_pieces_is_one_pass(layers: str, pieces: list[int]) -> None:
-    model = MixKABRN(settings(layers), Placement((4,), 0), alone())
+@pytest.mark.parametrize("convolution", [0, 3])
+def test_reading_in_pieces_is_one_pass(layers: str, pieces: list[int], convolution: int) -> None:
+    model = MixKABRN(settings(layers, convolution=convolution), Placement((4,), 0), alone())
     model.initialise(1)
+    for name, weight in model.named_parameters():
+        if "convolution" in name:
+            # At the zeros it starts with it would do nothing.
+            weight.data.normal_()
     tokens = torch.randint(0, 11, (1, 40), generator=torch.Generator().manual_seed(2))
     documents, positions = torch.zeros_like(tokens), torch.arange(40)[None]
     whole, _ = model.read(tokens, documents, positions, None)
@@ -80,7 +86,8 @@ def count_collectives(rank: int, port: int) -> None:
             counts.clear()
             model(batch).language.backward()
             found.append(dict(counts))
-        assert found[0]["batch_isend_irecv"] == 2 * 2, "one exchange a retention, forward and backward"
+        exchanges = "forward and backward: one a retention, and two convolutions a layer"
+        assert found[0]["batch_isend_irecv"] == 2 * (2 + 6), exchanges
         assert found[1] == found[0] and found[2] == found[0], found
 
 

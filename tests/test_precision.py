@@ -15,7 +15,12 @@ from tests.harness import ranks, read_losses, sessions, write_config
 def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> None:
     paths = []
     for stage in (0, 1, 2, 3):
-        changes = {"training__precision": "bf16", "parallel__zero": stage, "training__steps": 2}
+        changes = {
+            "training__precision": "bf16",
+            "parallel__zero": stage,
+            "training__steps": 2,
+            "model__convolution": 2,
+        }
         paths.append(str(write_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)))
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
     ranks(1, "precision_worker", str(tmp_path / "jobs.json"))
@@ -25,8 +30,9 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
         if stage == 3:
             assert fine == states
             continue
-        small = {name for name in dtypes if "router" in name or name.endswith(("numerator", "denominator"))}
-        assert fine == small and len(small - states) == 2 * (1 + 2 * 4)
+        coefficients = ("numerator", "denominator", "convolution.weight")
+        small = {name for name in dtypes if "router" in name or name.endswith(coefficients)}
+        assert fine == small and len(small - states) == 2 * (1 + 2 * 4 + 1)
 
 
 @pytest.mark.parametrize("expert", [1, 2])

@@ -19,8 +19,9 @@ from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.draw.figure import to_pixels
 from kabrn_dist.draw.weights import BINS, REACH, Portrait, count_latents, draw_weights
 from kabrn_dist.mesh import alone
-from kabrn_dist.model.bitlinear import normalise, ternary
 from kabrn_dist.model.mixkabrn import build_model
+from kabrn_dist.model.quantised import normalise
+from kabrn_dist.model.ternary import ternary
 from kabrn_dist.train.saturation import watch_saturation
 from kabrn_dist.train.weights import WeightSums, named_bit_weights, portray, weight_sums, weight_values
 from tests.harness import read_losses, sessions, write_config

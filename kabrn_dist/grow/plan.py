@@ -23,6 +23,7 @@ KEPT = (
     "vocabulary",
     "width",
     "layers",
+    "convolution",
     "retention.heads",
     "retention.key_width",
     "retention.value_width",

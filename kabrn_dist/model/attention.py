@@ -120,7 +120,7 @@ class Attention(Mixer):
 
     Args:
         settings: heads and widths, as retention's; a decay and a chunk mean nothing here.
-        group: the sequence group, in the order of the slices; None where rows are whole.
+        group, taps: see `Mixer`.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class Attention(Mixer):
         quantised: bool | Blend,
         gain: float,
         group: dist.ProcessGroup | None = None,
+        taps: int = 0,
     ) -> None:
-        super().__init__(width, settings, quantised, gain, HEAD_EPSILON)
-        self.group = group
+        super().__init__(width, settings, quantised, gain, HEAD_EPSILON, taps, group)
         self.block = BLOCK
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Cache | None) -> tuple[Tensor, Cache | None]:

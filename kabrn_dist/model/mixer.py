@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.model.bitlinear import BitLinear
+from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
 from kabrn_dist.model.quantised import normalise, rms_norm, widen
 from kabrn_dist.model.ternary import Blend
 
@@ -26,12 +28,28 @@ class Place(NamedTuple):
     Attributes:
         documents: [B,T] int64; starts: [B,T] bool, true at a document's first token.
         cos, sin: [B,1,T,K/2] fp32 rotary angles of the positions within documents.
+        positions: [B,T] int64, within documents.
     """
 
     documents: Tensor
     starts: Tensor
     cos: Tensor
     sin: Tensor
+    positions: Tensor
+
+
+class State(NamedTuple):
+    """What decoding keeps of a layer with a convolution.
+
+    Attributes:
+        mixed: what the mixer keeps; None where it keeps nothing.
+        recent: [B,J,D], the last J inputs of the mixer, which is all that its convolution needs.
+        between: [B,J,D], those of the feed-forward; None where a mixer stands alone.
+    """
+
+    mixed: Any
+    recent: Tensor
+    between: Tensor | None = None
 
 
 def find_place(documents: Tensor, positions: Tensor, key_width: int) -> Place:
@@ -40,7 +58,7 @@ def find_place(documents: Tensor, positions: Tensor, key_width: int) -> Place:
     # In fp32 an angle at position 10⁶ would be off by 0.06.
     speeds = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
     angles = positions[:, None, :, None] * speeds
-    return Place(documents, positions == 0, angles.cos().float(), angles.sin().float())
+    return Place(documents, positions == 0, angles.cos().float(), angles.sin().float(), positions)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,19 +68,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Inputs(nn.Module):
-    """One normalised and quantised input for queries, keys, values and the gate."""
+    """One normalised and quantised input for queries, keys, values and the gate; convolved before, if it is to be."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool | Blend) -> None:
+    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, taps: int = 0) -> None:
         super().__init__()
         self.heads = settings.heads
+        self.convolution = Convolution(width, taps) if taps else None
         keys, values = settings.heads * settings.key_width, settings.heads * settings.value_width
         self.query = BitLinear(width, keys, quantised=quantised)
         self.key = BitLinear(width, keys, quantised=quantised)
         self.value = BitLinear(width, values, quantised=quantised)
         self.gate = BitLinear(width, values, quantised=quantised)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B,T,D] → q [B,H,T,K] and k [B,H,T,K], both rotated, v [B,H,T,V], gate [B,T,H·V]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[B,T,D] → q [B,H,T,K] and k [B,H,T,K], both rotated, v [B,H,T,V], gate [B,T,H·V].
+
+        Args:
+            before: [B,J,D], what the convolution sees in front of x.
+        """
+        if self.convolution is not None:
+            x = self.convolution(x, before, positions)
         shared = normalise(x, self.query.share)
         q, k, v = (
             matrix(shared).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -86,19 +113,37 @@ class Output(nn.Module):
 
 
 class Mixer(nn.Module, ABC):
-    """A layer that mixes tokens: `mix` is what retention and attention differ in. It holds no weights."""
+    """A layer that mixes tokens: `mix` is what retention and attention differ in. It holds no weights.
 
-    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, gain: float, epsilon: float) -> None:
+    Args:
+        taps: J, tokens that a convolution in front sees before each one; 0: none.
+        group: the sequence group, in the order of the slices; None where rows are whole.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        settings: Settings,
+        quantised: bool | Blend,
+        gain: float,
+        epsilon: float,
+        taps: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
-        self.settings = settings
-        self.inputs = Inputs(width, settings, quantised)
+        self.settings, self.taps, self.group = settings, taps, group
+        self.inputs = Inputs(width, settings, quantised, taps)
         self.output = Output(width, settings, quantised, gain, epsilon)
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Any]:
         """[B,T,D] → [B,T,D] and the state after the last token; `state` continues an earlier call."""
-        q, k, v, gate = self.inputs(x, place.cos, place.sin)
-        mixed, state = self.mix(q, k, v, place, state)
-        return self.output(mixed, gate), state
+        recent = state.recent if isinstance(state, State) else None
+        before = find_before(x, self.taps, recent, self.group) if self.taps else None
+        q, k, v, gate = self.inputs(x, place.cos, place.sin, before, place.positions)
+        mixed, kept = self.mix(q, k, v, place, state.mixed if isinstance(state, State) else state)
+        if before is not None and self.group is None:
+            kept = State(kept, keep_recent(before, x))
+        return self.output(mixed, gate), kept
 
     @abstractmethod
     def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Any) -> tuple[Tensor, Any]:

@@ -19,9 +19,10 @@ from kabrn_dist.config import Model as Settings
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.attention import Attention
+from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan.stacked import StackedExperts
-from kabrn_dist.model.mixer import Mixer, Place, find_place
+from kabrn_dist.model.mixer import Mixer, Place, State, find_place
 from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
 from kabrn_dist.model.quantised import rms_norm
 from kabrn_dist.model.retention import Retention, log_decays
@@ -59,12 +60,14 @@ class Block(nn.Module):
 
     Args:
         mixer: retention or attention. mixture: of experts, or one dense network.
-        activations: what is kept for backward, see the configuration.
+        settings: of the model; whether convolutions stand in front of both, and what is kept for backward.
     """
 
-    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, activations: str) -> None:
+    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, settings: Settings) -> None:
         super().__init__()
         self.mixer, self.mixture = mixer, mixture
+        self.convolution = Convolution(settings.width, settings.convolution) if settings.convolution else None
+        activations = settings.activations
         if activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             for part, names in ((mixer, ("inputs", "output")), (mixture, ("routed", "shared"))):
@@ -77,11 +80,16 @@ class Block(nn.Module):
         self, x: Tensor, place: Place, state: Any, guide: Guide | None
     ) -> tuple[Tensor, Any, RouterSums | None]:
         """[B,T,D] → [B,T,D], the mixer's state, the router's sums; no guide and no sums for a dense network."""
+        between = state.between if isinstance(state, State) else None
         mixed, state = self.mixer(x, place, state)
-        x = x + mixed
+        x = read = x + mixed
+        if self.convolution is not None:
+            before = find_before(x, self.mixer.taps, between, self.mixer.group)
+            read = self.convolution(x, before, place.positions)
+            state = state._replace(between=keep_recent(before, x)) if isinstance(state, State) else state
         if guide is None:
-            return x + self.mixture(x), state, None
-        thought, sums = self.mixture(x, guide)
+            return x + self.mixture(read), state, None
+        thought, sums = self.mixture(read, guide)
         return x + thought, state, sums
 
 
@@ -119,14 +127,15 @@ class MixKABRN(nn.Module):
         blocks = []
         for layer, kind in enumerate(settings.layers):
             heads = settings.width, settings.retention, quantised, gain
-            mixer = Retention(*heads, link) if kind == "R" else Attention(*heads, mesh.sequence_group)
+            taps = settings.convolution
+            mixer = Retention(*heads, link, taps) if kind == "R" else Attention(*heads, mesh.sequence_group, taps)
             wire = wires.get(layer)
             mixture = (
                 MixtureOfExperts(settings, gain, wire, mesh.sequence_group, quantised=quantised)
                 if wire
                 else DenseFeedForward(settings, gain, quantised)
             )
-            blocks.append(Block(mixer, mixture, settings.activations))
+            blocks.append(Block(mixer, mixture, settings))
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
 
@@ -165,7 +174,8 @@ class MixKABRN(nn.Module):
 
         Returns:
             The last token's logits [B,C] fp32, and one state a layer, all that decoding keeps: [B,H,K,V] of a
-            retention, whatever the length; the keys and values so far of an attention.
+            retention, whatever the length; the keys and values so far of an attention; with a convolution, beside
+            that, the last few inputs.
         """
         x, states, _ = self._stream(tokens, documents, positions, states, None)
         return self.head(rms_norm(x[:, -1])).float(), states
@@ -177,8 +187,10 @@ class MixKABRN(nn.Module):
                 yield from module.routed.parameters()
 
     def coefficients(self) -> Iterator[nn.Parameter]:
-        """Coefficients of learnable functions: they do not decay and have a learning rate of their own."""
+        """Of learnable functions and convolutions: they do not decay and have a learning rate of their own."""
         for module in self.modules():
+            if isinstance(module, Convolution):
+                yield module.weight
             if isinstance(module, StackedExperts):
                 yield from (p for name, p in module.named_parameters() if name not in module.stds)
 

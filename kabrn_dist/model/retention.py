@@ -76,9 +76,15 @@ class Retention(Mixer):
     """The layer. Its state is [B,H,K,V] fp32, whatever the length."""
 
     def __init__(
-        self, width: int, settings: Settings, quantised: bool | Blend, gain: float, link: SequenceLink | None = None
+        self,
+        width: int,
+        settings: Settings,
+        quantised: bool | Blend,
+        gain: float,
+        link: SequenceLink | None = None,
+        taps: int = 0,
     ) -> None:
-        super().__init__(width, settings, quantised, gain, HEAD_EPSILON)
+        super().__init__(width, settings, quantised, gain, HEAD_EPSILON, taps, link.group if link else None)
         self.link = link
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
