@@ -79,9 +79,13 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_a_run_only_if_it_stays_full(
         until(safe(3 * EVERY), group)
         set_full(True)
         ended = group.wait(120, grace=None)
-    if kind == "disk":
-        set_full(False)
     assert ended.codes == (2, 2), ended.out
+    if kind == "disk":
+        fill(disk)
+        with train(config, 2) as group:
+            again = group.wait(120, grace=None)
+        assert again.codes == (2, 2) and "No space left" in again.out and "Traceback" not in again.out, again.out
+        set_full(False)
     assert "2 checkpoints in a row could not be saved" in ended.out and "ends the run" not in ended.out, ended.out
     if kind == "disk":
         # Rank 0 writes there too.

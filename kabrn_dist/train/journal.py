@@ -25,16 +25,21 @@ class Journal:
         step: steps done before this session; what is there of later ones, which an earlier session lost, is taken back.
 
     Raises:
-        OSError, UserError: where the files cannot be opened. Later refusals are warned of, once for each streak.
+        UserError: where the files cannot be opened. Later refusals are warned of, once for each streak.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self._lines, self._folder = folder / "log.jsonl", folder / "tensorboard"
         self._board: SummaryWriter | None = None
         self._refused: set[Path] = set()
-        _truncate_log(self._lines, step)
-        self._log = os.open(self._lines, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._open_board(step + 1)
+        try:
+            _truncate_log(self._lines, step)
+            self._log = _open_log(self._lines)
+            self._open_board(step + 1)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written to ({error}); make room or choose another run.folder"
+            ) from error
 
     def rewind(self, step: int) -> None:
         """Take back what was written of the steps after `step`: the run goes on from there another way."""
@@ -82,9 +87,9 @@ class Journal:
 
     def _take_back(self, step: int) -> None:
         _truncate_log(self._lines, step)
-        log = os.open(self._lines, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.close(self._log)
-        self._log = log
+        # Opened first: where that fails there is still one that can be written to and closed.
+        log, self._log = self._log, _open_log(self._lines)
+        os.close(log)
 
     def _attempt(self, path: Path, work: Callable[[], object]) -> bool:
         try:
@@ -96,6 +101,10 @@ class Journal:
             return False
         self._refused.discard(path)
         return True
+
+
+def _open_log(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 def _truncate_log(path: Path, step: int) -> None:

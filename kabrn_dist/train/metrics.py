@@ -29,7 +29,7 @@ class Metrics:
         steps: last step of the run.
 
     Raises:
-        OSError, UserError: where the files cannot be opened.
+        UserError: where the files cannot be opened.
     """
 
     def __init__(self, folder: Path, active: bool, step: int, steps: int) -> None:
