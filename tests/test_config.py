@@ -10,11 +10,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from data_prep.recipe import load_recipe
+from data_prep.sources.build import make_source
 from kabrn_dist.config import Config, Section
 from kabrn_dist.config_file import dump_config, load_config
 from kabrn_dist.errors import UserError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+# Recipes of data_prep lie beside the trainings that read what they make.
+RECIPES = [path for path in CONFIGS if path.name.startswith("data_")]
+TRAININGS = [path for path in CONFIGS if path not in RECIPES]
 
 BASE = """
 run: {folder: runs/x}
@@ -287,10 +292,17 @@ def test_frozen(base: Path) -> None:
     assert config.training.steps == 10
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
 def test_configs_load(path: Path) -> None:
     config = load_config(path)
     config.check_world(config.parallel.expert)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_load(path: Path) -> None:
+    recipe = load_recipe(path)
+    for source in recipe.sources:
+        assert make_source(source.kind, recipe.inputs(source), dict(source.options)).kind == source.kind
 
 
 @pytest.mark.parametrize("override", ["run.seed=7", "model.retention.decay=[1.5, 7]", "run.folder='runs/größe: x'"])

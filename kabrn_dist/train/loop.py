@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.exchange import on_first
+from kabrn_dist.checkpoint.exchange import on_first, together
 from kabrn_dist.checkpoint.lock import hold
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
@@ -89,9 +89,8 @@ class Session:
         self.step, self.passed_over = position.step, position.passed_over
         self.guard = Guard(config.guard)
         self.guard.restore(position.guard)
-        if mesh.first:
-            write_whole(self.folder / "config.yaml", dump_config(config).encode())
-        self.metrics = Metrics(self.folder, mesh.first, self.step, config.training.steps)
+        on_first(None, write_whole, self.folder / "config.yaml", dump_config(config).encode())
+        self.metrics = together(None, Metrics, self.folder, mesh.first, self.step, config.training.steps)
         self.metrics.write_text("config", dump_config(config))
         self.metrics.say(f"functions and products: {choose(mesh.device.type).reason}")
         if mesh.expert > 1:
