@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.duplicates import dropped_of, find_exact, find_near, hash_ranges, read_pairs
+from data_prep.duplicates import dropped_of, find_exact, find_near, ranges_of, read_pairs
 from data_prep.encode import ShardMaker
 from data_prep.progress import Tally
-from data_prep.read import Reader, Record, inputs_of
+from data_prep.read import Reader, Record, inputs_of, runs_of
 from data_prep.recipe import Recipe
 from data_prep.report import write_report
-from data_prep.seal import count_dropped, make_index
+from data_prep.seal import describe_dropped, make_index
 from data_prep.streams import Stream, make_streams, read_cut, write_cut
 from data_prep.team import Team
 from data_prep.vocabulary import choose_tokenizer, plan_shards
@@ -34,9 +34,6 @@ from kabrn_dist.data.index import Index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.errors import UserError
 from kabrn_dist.fault import fault
-
-# Keys of near duplicates that a document has.
-_BANDS = 14
 
 
 def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
@@ -66,8 +63,8 @@ def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
     def seal() -> None:
         index = make_index(work, recipe, streams, records)
         Tokenizer.load(work.tokenizer).save(recipe.out / work.tokenizer.name)
-        counts = count_dropped(work, recipe, records)
-        write_report(recipe.out, recipe, records, counts, index, reader.licences(), time.monotonic() - began)
+        dropped = describe_dropped(work, recipe, records)
+        write_report(recipe.out, recipe, records, dropped, index, reader.licences(), time.monotonic() - began)
         fault("data.index")
         sealed.append(write_index(recipe.out, index))
         work.end(inputs)
@@ -107,15 +104,15 @@ def _read(work: Work, reader: Reader, team: Team) -> None:
 def _find_duplicates(work: Work, recipe: Recipe, records: Sequence[Record], team: Team) -> np.ndarray:
     """Ids of all documents of which the corpus has another that stays: uint64, sorted."""
     if not team.agreed(work.dropped.exists()):
-        exact = _runs_of(recipe, records, "exact")
+        exact = runs_of(recipe, records, "exact")
         dropped = np.empty(0, np.uint64)
         if exact[0]:
-            tasks = hash_ranges(exact[1])
+            tasks = ranges_of("exact", exact[1])
             team.share(work.claims, "exact", tasks, lambda task: find_exact(work.runs, exact[0], work.pairs, task))
             dropped = np.sort(read_pairs(work.pairs, "exact", tasks)[:, 1])
-        near = _runs_of(recipe, records, "near")
+        near = runs_of(recipe, records, "near")
         if near[0]:
-            tasks = hash_ranges(near[1], _BANDS)
+            tasks = ranges_of("near", near[1])
             team.share(
                 work.claims, "near", tasks, lambda task: find_near(work.runs, near[0], dropped, work.pairs, task)
             )
@@ -127,19 +124,9 @@ def _join(work: Work, exact: np.ndarray, near: tuple[list[str], int]) -> None:
     """Rank 0: add the near duplicates to the exact ones, and write all down."""
     dropped = exact
     if near[0]:
-        dropped = np.union1d(exact, dropped_of(read_pairs(work.pairs, "near", hash_ranges(near[1], _BANDS))))
+        dropped = np.union1d(exact, dropped_of(read_pairs(work.pairs, "near", ranges_of("near", near[1]))))
     with whole_file(work.dropped) as file:
         np.save(file, dropped, allow_pickle=False)
-
-
-def _runs_of(recipe: Recipe, records: Sequence[Record], stage: str) -> tuple[list[str], int]:
-    """Runs of the sources that take part in a stage, and how many documents they hold."""
-    taking = [
-        record
-        for source, record in zip(recipe.sources, records, strict=True)
-        if getattr(recipe.cleaning(source), stage)
-    ]
-    return [run for record in taking for run in record.runs], sum(record.kept for record in taking)
 
 
 def _plan(
