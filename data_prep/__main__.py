@@ -49,7 +49,9 @@ def main(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(arguments)
         if under_mpirun():
             team = MpiTeam()
-        _prepare(options, _recipe(options), team)
+        recipes: list[Recipe] = []
+        team.together(lambda: recipes.append(_recipe(options)))
+        _prepare(options, recipes[0], team)
     except UserError as error:
         if team.rank == 0:
             print(f"error: {error}", file=sys.stderr)

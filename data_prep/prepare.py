@@ -4,10 +4,11 @@ Every worker runs this from beginning to end; work is shared stage by stage, and
 does not depend on who made it. So any number of workers gives the same bytes, and a run that was killed goes on with
 what is missing.
 
-Memory of a worker: twice a run (32 MiB of text); of a shard, 64 bytes a document and some MB of tokens; of duplicates,
-about 100 MB a range of hashes, and on each worker 8 bytes for each document that is dropped. Rank 0 alone holds 16
-bytes for each pair of near duplicates (at most 14 pairs a document) while it joins them, and 32 MB of text while it
-trains a tokenizer.
+Memory of a worker: twice a run (32 MiB of text); of a shard, 64 bytes a document, some MB of tokens, and while a BPE
+tokenizer is at work some 135 bytes for each byte of the largest document (64 MiB are allowed); of duplicates, about
+100 MB a range of hashes, and on each worker 8 bytes for each document that is dropped. Rank 0 alone holds 16 bytes for
+each pair of near duplicates (at most 14 pairs a document) while it joins them, and 32 MB of text while it trains a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -44,9 +45,15 @@ def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
     """
     began = time.monotonic()
     work = Work(recipe.out)
-    tokenizer = choose_tokenizer(recipe)
-    reader = Reader(recipe, work.runs)
-    inputs = inputs_of(reader, recipe)
+    opened: list[tuple[Tokenizer | None, Reader, str]] = []
+
+    def look() -> None:
+        reader = Reader(recipe, work.runs)
+        opened.append((choose_tokenizer(recipe), reader, inputs_of(reader, recipe)))
+
+    # Files may be missing on one machine alone.
+    team.together(look)
+    tokenizer, reader, inputs = opened[0]
     team.agree(inputs, f"the workers see different inputs of {recipe.out}: give all machines the same files")
     if not force and team.agreed(work.is_finished(inputs)):
         return None

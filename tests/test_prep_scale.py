@@ -105,6 +105,15 @@ def test_mpirun_gives_the_same_bytes(processes: int, recipe: Path, tmp_path: Pat
     assert said.count("wrote ") == 1 and contents(tmp_path / "set") == expected
 
 
+@pytest.mark.parametrize("flags", [("--recipe", "absent.yaml"), ("--set", "root=absent")])
+def test_what_one_machine_lacks_ends_all(flags: tuple[str, str], recipe: Path, tmp_path: Path) -> None:
+    mpirun = str(Path(sys.executable).parent / "mpirun")
+    sound = ["-n", "1", *command(recipe, tmp_path / "set")]
+    code, said = run([mpirun, *sound, ":", *sound, *flags])
+    assert code != 0 and "Traceback" not in said, said
+    assert said.count("error: ") == 1 and "absent" in said, said
+
+
 def finished(out: Path) -> dict[Path, int]:
     """Records of what has been read, and of shards with these, and when they were written."""
     items, shards = out.glob(".work/runs/item-*.json"), list(out.glob(".work/shards/*-*-[0-9]*.json"))
