@@ -52,7 +52,7 @@ def _sample(
     return (
         document.name,
         document.text[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "ignore")[:SAMPLE_CHARACTERS],
-        other.name,
+        f"as {other.name}",
     )
 
 

@@ -99,7 +99,7 @@ def test_duplicates_go_once_over_all_sources(tmp_path: Path) -> None:
     assert (found["a"]["near_duplicates"], found["b"]["near_duplicates"]) == (0, 1)
     same, alike = found["b"]["removed_samples"]["same text"], found["b"]["removed_samples"]["nearly the same"]
     assert [text for _, text, _ in same] == [shared] and [text for _, text, _ in alike] == [nearly[:200]]
-    assert all(name.startswith("b.jsonl byte") and kept.startswith("a.jsonl byte") for name, _, kept in same + alike)
+    assert all(name.startswith("b.jsonl byte") and kept.startswith("as a.jsonl byte") for name, _, kept in same + alike)
 
 
 def test_evaluation_sets_are_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
