@@ -45,6 +45,12 @@ bench: setup
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint --json runs/bench-checkpoint.json
 
+# The constraints keep what is pinned; the versions of what datatrove adds keep the run repeatable.
+bench-data: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt datatrove==0.10.1 orjson==3.13.0 dill==0.4.1 \
+		humanize==4.17.0 loguru==0.7.3 multiprocess==0.70.19
+	$(BIN)/python -m benchmarks.data_prep --json runs/bench-data.json
+
 # torchscale pins an old fairscale, so it comes without what it asks for; the one module used needs only torch.
 bench-retention: setup
 	$(BIN)/pip install --quiet --no-deps torchscale==0.3.0
