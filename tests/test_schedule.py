@@ -128,10 +128,11 @@ def test_wrong_stages_are_named(tmp_path: Path) -> None:
 
 
 def test_a_resume_across_the_boundary_is_bit_equal(shards: Path, tmp_path: Path) -> None:
-    """Stopped before, at and after the first step of the second stage (the sixth of ten)."""
+    """Stopped before, at and after the first step of the second stage (the sixth of ten), the first wholly ternary."""
     jobs: list[list[object]] = []
+    warming = {"model__quantise_from": 1, "model__quantise_warmup": 4}
     for zero in (0, 1, 2, 3):
-        layout = {"parallel__expert": 2, "parallel__zero": zero, **TWO_STAGES}
+        layout = {"parallel__expert": 2, "parallel__zero": zero, **TWO_STAGES, **warming}
         whole = write_config(tmp_path / f"whole{zero}.yaml", shards, tmp_path / f"whole{zero}", **layout)
         parts = write_config(tmp_path / f"parts{zero}.yaml", shards, tmp_path / f"parts{zero}", **layout)
         jobs += [[str(whole), "never", None], *([str(parts), "auto", stop] for stop in (4, 1, 1, None))]
@@ -139,9 +140,10 @@ def test_a_resume_across_the_boundary_is_bit_equal(shards: Path, tmp_path: Path)
     for zero in (0, 1, 2, 3):
         whole, parts = tmp_path / f"whole{zero}", tmp_path / f"parts{zero}"
         assert len(read_losses(whole)) == 10
-        for key in ("loss/total", "optimizer/gradient_norm", "optimizer/learning_rate", "optimizer/weight_decay"):
+        for key in ("loss/total", "optimizer/gradient_norm", "optimizer/learning_rate", "optimizer/quantised_share"):
             assert read_losses(parts, key) == read_losses(whole, key), f"ZeRO {zero}: {key}"
     assert read_losses(tmp_path / "whole1", "optimizer/weight_decay") == [0.1] * 5 + [0.0] * 5
+    assert read_losses(tmp_path / "whole1", "optimizer/quantised_share") == [0, 0.2, 0.4, 0.6, 0.8, *[1] * 5]
     rate = read_losses(tmp_path / "whole1", "optimizer/learning_rate")
     assert rate == pytest.approx(
         [1.5e-3, *(3e-3 * x / 8 for x in (8, 8, 7, 6)), *(2e-3 * x / 8 for x in (5, 4, 3, 2, 1))]

@@ -16,7 +16,7 @@ from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
 from kabrn_dist.fault import fault
 from kabrn_dist.grow.run import grow
-from kabrn_dist.kernels.choice import choose
+from kabrn_dist.kernels.choice import choose, int8_products
 from kabrn_dist.mesh import PATIENCE_SECONDS, Mesh, Place, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.train.engine import Engine
@@ -92,7 +92,7 @@ class Session:
         on_first(None, write_whole, self.folder / "config.yaml", dump_config(config).encode())
         self.metrics = together(None, Metrics, self.folder, mesh.first, self.step, config.training.steps)
         self.metrics.write_text("config", dump_config(config))
-        self.metrics.say(f"functions and products: {choose(mesh.device.type).reason}")
+        self.metrics.say(f"functions and products: {choose(mesh.device.type).reason}; {_say_products(config, mesh)}")
         if mesh.expert > 1:
             self.metrics.say(f"experts on the ranks of a group: {list(config.placement())}")
         self.saver = Saver(self.store, checkpoint.background, self.step if chosen else None, self.metrics.say)
@@ -222,6 +222,15 @@ class Session:
             raise UserError(f"{self.store.folder}: step {self.step} could not be saved; make room, then resume")
         self.metrics.say(f"{'finished' if finished else 'stopped'} at step {self.step}")
         return finished
+
+
+def _say_products(config: Config, mesh: Mesh) -> str:
+    if not config.model.quantise:
+        return "matrices are plain"
+    exact = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return (
+        f"codes are multiplied in {'int8' if int8_products(mesh.device.type, exact) else 'fp32'}, measured faster here"
+    )
 
 
 def _due(step: int, every: int) -> bool:
