@@ -46,8 +46,8 @@ def finish_dispatch(flight: Dispatch) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens = flight.route.tokens
         flight.wire.traffic.rows += len(tokens)
         kept = None if flight.kept is None else flight.kept.index_select(0, tokens)
-        return _Spread.apply(flight.ticket, flight.route), flight.scale.index_select(0, tokens), kept
-    codes = _Finish.apply(flight.ticket, flight)
+        return _Spread.apply(flight.take_ticket(), flight.route), flight.scale.index_select(0, tokens), kept
+    codes = _Finish.apply(flight.take_ticket(), flight)
     return codes, flight.scale, flight.kept
 
 
@@ -63,7 +63,8 @@ def start_combine(results: Tensor, weights: Tensor, route: Route, wire: Wire) ->
 
 def finish_combine(flight: Combine) -> Tensor:
     """Wait for the results and sum them, weighed, for each token: [N,D] in their dtype."""
-    at_home = flight.ticket if flight.route.journey is None else _Finish.apply(flight.ticket, flight)
+    ticket = flight.take_ticket()
+    at_home = ticket if flight.route.journey is None else _Finish.apply(ticket, flight)
     return _weigh(at_home, flight.weights.to(at_home.dtype).flatten(), flight.route)
 
 
@@ -82,12 +83,18 @@ class _Flight(ABC):
         self.route, self.wire = route, wire
         self.wait: Callable[[], Tensor] | None = None
         # Without journey the rows themselves; else an empty tensor that ties the two ends together in the graph.
-        self.ticket: Tensor = values if route.journey is None else _Start.apply(values, self)
+        self.ticket: Tensor | None = values if route.journey is None else _Start.apply(values, self)
 
     @property
     def journey(self) -> Journey:
         assert self.route.journey is not None
         return self.route.journey
+
+    def take_ticket(self) -> Tensor:
+        """Once: the graph that it belongs to holds this flight, which must not hold the graph for ever."""
+        assert self.ticket is not None, "a flight is finished once"
+        ticket, self.ticket = self.ticket, None
+        return ticket
 
     def landed(self) -> Tensor:
         """Wait for what was launched last, and hold it no longer."""
