@@ -72,7 +72,7 @@ def _ask_mpi() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that is free now on this machine."""
+    """Of TCP, on this machine, now."""
     with socket.socket() as sock:
         sock.bind(("", 0))
         return int(sock.getsockname()[1])
@@ -106,7 +106,7 @@ class Mesh:
         expert: ranks that share one set of routed experts (they exchange tokens by all-to-all).
         sequence_group, expert_group: the groups of those ranks; None where the degree is 1.
         expert_data_group: ranks that hold the same experts as this one (they average expert gradients).
-        own_group: this rank alone, for what is averaged over nobody; None for a single process.
+        own_group: this rank alone, for what is averaged over nobody.
         expert_nodes: the expert group by machines; None where it lies in one, or does not fill each alike.
         background_group: all ranks once more, over the CPU, for a thread that writes checkpoints beside the training.
     """
@@ -235,7 +235,6 @@ def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1
     slices = _runs(place.world, sequence)
     data_ranks = [list(range(e, place.world, expert)) for e in range(expert)]
     expert_data_group = _own_group(data_ranks, place.rank)
-    # Where an expert group is the whole world, nobody else holds this rank's experts.
     own_group = expert_data_group if expert == place.world else _own_group(_runs(place.world, 1), place.rank)
     return Mesh(
         place.rank,

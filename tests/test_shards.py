@@ -56,7 +56,13 @@ def test_losses_are_those_of_zero_1_and_codes_agree(shards: Path, tmp_path: Path
 def test_checkpoints_are_those_of_any_stage(shards: Path, tmp_path: Path) -> None:
     """Saved with shares and resumed without them, in every ZeRO stage, and the other way round; bit-equal as it was."""
     steps, half = 8, 4
-    small = {"training__steps": steps, "optimizer__learning_rate": 3.0e-4, "parallel__expert": 2}
+    small = {
+        "training__steps": steps,
+        "optimizer__learning_rate": 3.0e-4,
+        "parallel__expert": 2,
+        # No width is a multiple of it.
+        "model__scale_group": 10,
+    }
     shared = {"parallel__zero": 1, "parallel__bitlinear_shards": True}
     whole = write_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **small, **shared)
     first = write_config(tmp_path / "first.yaml", shards, tmp_path / "first", **small, **shared)
