@@ -45,7 +45,15 @@ OURS: dict[str, Any] = {
     "layers": "R" * LAYERS,
     "convolution": 3,
     "retention": {"heads": HEADS, "key_width": WIDTH // HEADS, "value_width": WIDTH // HEADS, "decay": [1.5, 7]},
-    "experts": {"form": "rational", "routed": 8, "shared": 1, "top_k": 2, "hidden": 172, "groups": 4},
+    "experts": {
+        "form": "rational",
+        "routed": 8,
+        "shared": 1,
+        "top_k": 2,
+        "hidden": 172,
+        "groups": 4,
+        "convolution": 3,
+    },
     "router": {"bias_rate": 1e-2},
 }
 OPTIMIZER: dict[str, Any] = {"betas": [0.9, 0.99], "weight_decay": 0.1, "clip": 1.0, "final": 0.1}
@@ -56,9 +64,9 @@ MODELS: dict[str, Recipe] = {
     "a": Recipe("dense Transformer, fp32", (3e-3, 2e-3, 5e-3), None),
     "b": Recipe("retention + dense SwiGLU, fp32", (3e-3, 2e-3, 5e-3), {**DENSE, "quantise": False}),
     "c": Recipe("b, ternary", (3e-3, 5e-3, 8e-3), DENSE),
-    "d": Recipe("MixKABRN: c with a mixture of rational KANs", (5e-3, 3e-3, 8e-3), {}),
+    "d": Recipe("MixKABRN: c with a mixture of rational KANs", (8e-3, 5e-3, 3e-3), {}),
     "e": Recipe("d with SwiGLU experts", (3e-3, 5e-3, 8e-3), {"experts.form": "swiglu", "experts.hidden": 115}),
-    "f": Recipe("d with one softmax layer of four", (8e-3, 5e-3, 3e-3), {"layers": "RRRA"}),
+    "f": Recipe("d with one softmax layer of four", (8e-3, 5e-3, 3e-3), {"layers": "RARR"}),
 }
 BASELINE = "a"
 # Chosen so that (a) has as many active parameters as (d); with a gate on its heads it learns better than without.

@@ -62,6 +62,12 @@ class Experts(Section):
     dense_hidden: PositiveInt | None = Field(
         None, description="Hidden width of dense layers; default: hidden × (shared + top_k), as many active weights."
     )
+    convolution: int = Field(
+        0,
+        ge=0,
+        description="Tokens before each one that a causal convolution in front of a layer's router and experts (or its "
+        "dense feed-forward) sees, as model.convolution in front of mixers; 0: none.",
+    )
     capacity: float | None = Field(
         None,
         gt=0,

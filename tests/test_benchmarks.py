@@ -257,7 +257,7 @@ def test_models_of_quality_are_one_part_apart() -> None:
     b, c, d, e, f = (quality_run.configure(run, 65).model for run in runs)
     assert b.model_copy(update={"quantise": True}) == c
     assert c.model_copy(update={"experts": d.experts}) == d
-    assert d.model_copy(update={"experts": e.experts}) == e and d.model_copy(update={"layers": "RRRA"}) == f
+    assert d.model_copy(update={"experts": e.experts}) == e and d.model_copy(update={"layers": "RARR"}) == f
     rival = Transformer(65, 128, 4, 4, quality_run.RIVAL_HIDDEN, quality_run.RIVAL_GATED)
     size = rival.measure()
     assert size.total == sum(p.numel() for p in rival.parameters()) and size.bytes == 2 * size.total

@@ -26,6 +26,7 @@ from tests.harness import ROOT, make_shards, run, torchrun, write_config
 CHANGES: dict[str, Any] = {
     "model__layers": 2,
     "model__convolution": 2,
+    "model__experts__convolution": 3,
     "parallel__expert": 2,
     "parallel__zero": 1,
     "training__steps": 3,

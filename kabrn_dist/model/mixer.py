@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.model.bitlinear import BitLinear, normalise, rms_norm, widen
-from kabrn_dist.model.convolution import Convolution
-from kabrn_dist.parallel.shift import columns_before
+from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
 
 
 class Place(NamedTuple):
@@ -35,18 +34,6 @@ class Place(NamedTuple):
     cos: Tensor
     sin: Tensor
     positions: Tensor
-
-
-class State(NamedTuple):
-    """What decoding keeps of a layer with a convolution.
-
-    Attributes:
-        mixed: what the mixer keeps; None where it keeps nothing.
-        recent: [B,J,D], the last J inputs, which is all that the convolution needs.
-    """
-
-    mixed: Any
-    recent: Tensor
 
 
 def find_place(documents: Tensor, positions: Tensor, key_width: int) -> Place:
@@ -134,20 +121,12 @@ class Mixer(nn.Module, ABC):
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Any]:
         """[B,T,D] → [B,T,D] and the state after the last token; `state` continues an earlier call."""
-        before = self._before(x, state) if self.taps else None
+        before = find_before(x, self.taps, state, self.group) if self.taps else None
         q, k, v, gate = self.inputs(x, place.cos, place.sin, before, place.positions)
-        mixed, kept = self.mix(q, k, v, place, state.mixed if isinstance(state, State) else state)
+        mixed, kept = self.mix(q, k, v, place, state.rest if self.taps and state else state)
         if before is not None and self.group is None:
-            kept = State(kept, torch.cat([before, x[:, -self.taps :]], 1)[:, -self.taps :])
+            kept = keep_recent(kept, before, x)
         return self.output(mixed, gate), kept
-
-    def _before(self, x: Tensor, state: State | None) -> Tensor:
-        """[B,J,D], the inputs in front of x: those kept, another rank's, or zeros at a row's start. Collective."""
-        if state is not None:
-            return state.recent
-        if self.group is not None:
-            return columns_before(x, self.taps, self.group)
-        return x.new_zeros(len(x), self.taps, x.shape[2])
 
     @abstractmethod
     def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Any) -> tuple[Tensor, Any]:

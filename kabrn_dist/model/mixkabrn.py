@@ -20,7 +20,7 @@ from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear, rms_norm
-from kabrn_dist.model.convolution import Convolution
+from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan.stacked import StackedExperts
 from kabrn_dist.model.mixer import Mixer, Place, find_place
@@ -59,12 +59,19 @@ class Block(nn.Module):
 
     Args:
         mixer: retention or attention. mixture: of experts, or one dense network.
+        convolution: in front of the feed-forward; None: it sees one token at a time.
         activations: what is kept for backward, see the configuration.
     """
 
-    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, activations: str) -> None:
+    def __init__(
+        self,
+        mixer: Mixer,
+        mixture: MixtureOfExperts | DenseFeedForward,
+        convolution: Convolution | None,
+        activations: str,
+    ) -> None:
         super().__init__()
-        self.mixer, self.mixture = mixer, mixture
+        self.mixer, self.mixture, self.convolution = mixer, mixture, convolution
         if activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             for part, names in ((mixer, ("inputs", "output")), (mixture, ("routed", "shared"))):
@@ -76,13 +83,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, place: Place, state: Any, guide: Guide | None
     ) -> tuple[Tensor, Any, RouterSums | None]:
-        """[B,T,D] → [B,T,D], the mixer's state, the router's sums; no guide and no sums for a dense network."""
-        mixed, state = self.mixer(x, place, state)
-        x = x + mixed
+        """[B,T,D] → [B,T,D], the layer's state, the router's sums; no guide and no sums for a dense network."""
+        mixed, kept = self.mixer(x, place, state.rest if self.convolution and state else state)
+        x = seen = x + mixed
+        if self.convolution is not None:
+            group = self.mixer.group
+            before = find_before(x, self.convolution.taps, state, group)
+            seen = self.convolution(x, before, place.positions)
+            kept = keep_recent(kept, before, x) if group is None else None
         if guide is None:
-            return x + self.mixture(x), state, None
-        thought, sums = self.mixture(x, guide)
-        return x + thought, state, sums
+            return x + self.mixture(seen), kept, None
+        thought, sums = self.mixture(seen, guide)
+        return x + thought, kept, sums
 
 
 class MixKABRN(nn.Module):
@@ -124,7 +136,9 @@ class MixKABRN(nn.Module):
                 if wire
                 else DenseFeedForward(settings, gain)
             )
-            blocks.append(Block(mixer, mixture, settings.activations))
+            seen = settings.experts.convolution
+            convolution = Convolution(settings.width, seen) if seen else None
+            blocks.append(Block(mixer, mixture, convolution, settings.activations))
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
 
