@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test soak lint bench bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention clean
+.PHONY: setup demo test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-zero clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.kan --quick --json runs/bench-kan.json
 	$(BIN)/python -m benchmarks.checkpoint --quick --json runs/bench-checkpoint.json
 	$(BIN)/python -m benchmarks.data_prep --quick --json runs/bench-data.json
+	$(BIN)/python -m benchmarks.bitlinear --quick --json runs/bench-bitlinear.json
+	$(BIN)/python -m benchmarks.zero --quick --json runs/bench-zero.json
 	$(BIN)/python -m benchmarks.quality --quick --text $(QUALITY_TEXT) --json runs/bench-quality.json
 
 # The plays of Shakespeare where they are; the standard library's source is on every machine.
@@ -53,6 +55,12 @@ bench-quality: setup
 
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint --json runs/bench-checkpoint.json
+
+# The constraints keep what is pinned; the versions of what datatrove adds keep the run repeatable.
+bench-data: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt datatrove==0.10.1 orjson==3.13.0 dill==0.4.1 \
+		humanize==4.17.0 loguru==0.7.3 multiprocess==0.70.19
+	$(BIN)/python -m benchmarks.data_prep --json runs/bench-data.json
 
 # torchscale pins an old fairscale, so it comes without what it asks for; the one module used needs only torch.
 bench-retention: setup
@@ -69,6 +77,14 @@ bench-kan: setup
 bench-moe: setup
 	$(BIN)/pip install --quiet --no-deps transformers==5.23.0 regex==2026.11.15
 	$(BIN)/python -m benchmarks.moe --json runs/bench-moe.json
+
+# Both rivals without what they ask for, which would move versions that are pinned here.
+bench-bitlinear: setup
+	$(BIN)/pip install --quiet --no-deps transformers==5.23.0 regex==2026.11.15 torchao==0.18.0
+	$(BIN)/python -m benchmarks.bitlinear --json runs/bench-bitlinear.json
+
+bench-zero: setup
+	$(BIN)/python -m benchmarks.zero --json runs/bench-zero.json
 
 clean:
 	rm -rf $(VENV) data runs

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kabrn_dist.config import Experts as Settings
-from kabrn_dist.model.bitlinear import Quantised, bit_product, quantise, rms_norm
+from kabrn_dist.model.bitlinear import bit_product
 from kabrn_dist.model.kan.forms import FORMS
 from kabrn_dist.model.kan.stacked import StackedExperts
+from kabrn_dist.model.quantised import Quantised, quantise, rms_norm
 
 GRID, DEGREE = 5, 3
 GAUSSIANS, REACH = 8, 2.0
@@ -77,9 +78,9 @@ class SiluExperts(StackedExperts):
     ) -> None:
         super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
 
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
-        hidden = F.silu(bit_product(Quantised(codes, scale), self.up, counts, self.quantised))
-        return bit_product(self._requantise(hidden), self.down, counts, self.quantised)
+    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
+        hidden = F.silu(bit_product(Quantised(codes, scale), self.matrices("up"), counts))
+        return bit_product(self._requantise(hidden), self.matrices("down"), counts)
 
 
 def experts(form: str, x: Inputs, hidden: int, quantised: bool) -> Pass:
@@ -97,7 +98,7 @@ def experts(form: str, x: Inputs, hidden: int, quantised: bool) -> Pass:
         # As in training: matrices in the compute dtype, coefficients in fp32.
         matrix = module.get_parameter(name)
         matrix.data = matrix.data.to(x.dtype)
-    codes, scale = quantise(x.rows, quantised)
+    codes, scale, _ = quantise(x.rows, quantised)
     codes.requires_grad_()
     return Pass(lambda: module(codes, scale, x.counts), [codes, *module.parameters()], x.grad)
 

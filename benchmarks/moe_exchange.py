@@ -25,7 +25,7 @@ from benchmarks import moe_rivals as rivals
 from benchmarks.moe_inputs import Function, Inputs, Shape, both_passes
 from benchmarks.moe_rivals import Own
 from benchmarks.report import Report
-from benchmarks.retention_wire import tcp_bytes_sent
+from benchmarks.wire import tcp_bytes_sent
 from kabrn_dist.mesh import free_port, keep_freed_memory
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.wire import Traffic, Wire

@@ -22,7 +22,7 @@ from kabrn_dist.model.count import count_parameters
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.train.engine import Engine
 from kabrn_dist.train.losses import Totals
-from kabrn_dist.train.schedule import learning_rate
+from kabrn_dist.train.schedule import learning_rate, weight_decay
 
 
 class Size(NamedTuple):
@@ -64,7 +64,8 @@ class Ours(Learner):
     def learn(self, batch: Batch, step: int) -> float:
         rows, tokens = batch.tokens.shape[0], batch.tokens.numel()
         losses, _ = self.engine.accumulate(batch, Totals(tokens, tokens, rows, ranks=1))
-        self.engine.update(learning_rate(step, self.config.training.steps, self.config.optimizer))
+        steps, settings = self.config.training.steps, self.config.optimizer
+        self.engine.update(learning_rate(step, steps, settings), weight_decay(step, steps, settings))
         return float(losses.language)
 
     def score(self, batch: Batch) -> float:
@@ -95,6 +96,7 @@ class Rival(Learner):
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.steps, self.settings)
+            group["weight_decay"] = weight_decay(step, self.steps, self.settings)
         self.optimizer.step()
         return float(loss.detach())
 

@@ -45,18 +45,10 @@ OURS: dict[str, Any] = {
     "layers": "R" * LAYERS,
     "convolution": 3,
     "retention": {"heads": HEADS, "key_width": WIDTH // HEADS, "value_width": WIDTH // HEADS, "decay": [1.5, 7]},
-    "experts": {
-        "form": "rational",
-        "routed": 8,
-        "shared": 1,
-        "top_k": 2,
-        "hidden": 172,
-        "groups": 4,
-        "convolution": 3,
-    },
+    "experts": {"form": "rational", "routed": 8, "shared": 1, "top_k": 2, "hidden": 172, "groups": 4},
     "router": {"bias_rate": 1e-2},
 }
-OPTIMIZER: dict[str, Any] = {"betas": [0.9, 0.99], "weight_decay": 0.1, "clip": 1.0, "final": 0.1}
+OPTIMIZER: dict[str, Any] = {"betas": [0.9, 0.99], "weight_decay": 0.1, "clip": 1.0, "decay": "linear", "final": 0.0}
 # One of so many steps is of the warm-up.
 WARMUP = 20
 DENSE = {"experts.form": "swiglu", "experts.first_dense": LAYERS, "experts.dense_hidden": 344}

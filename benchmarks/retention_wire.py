@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +22,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from benchmarks.report import Report
+from benchmarks.wire import sent_by
 from kabrn_dist.mesh import free_port
 from kabrn_dist.model.retention_chunk import retention_slice
 from kabrn_dist.parallel.sequence import SequenceLink, Way
@@ -103,32 +101,4 @@ def _layer(group: dist.ProcessGroup, degree: int, exchange: Way, length: int) ->
     def forward() -> None:
         outs.append(retention_slice(q, k, v, torch.tensor(LOG_DECAYS), documents, starts, link))
 
-    return [_sent_by(way, group) for way in (forward, lambda: outs[0].sum().backward())]
-
-
-def _sent_by(function: Callable[[], object], group: dist.ProcessGroup) -> int:
-    """Bytes sent meanwhile, less those of the barrier that makes sure that all have arrived."""
-    dist.barrier(group)
-    before = tcp_bytes_sent()
-    dist.barrier(group)
-    barrier = tcp_bytes_sent() - before
-    function()
-    dist.barrier(group)
-    return tcp_bytes_sent() - before - 2 * barrier
-
-
-def tcp_bytes_sent() -> int:
-    """By all open TCP sockets of this process, without retransmissions. Linux only (4.19 or later)."""
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as copy:
-                info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-        except OSError:
-            continue  # a socket of another kind, or closed meanwhile
-        # struct tcp_info of <linux/tcp.h>: tcpi_bytes_sent and tcpi_bytes_retrans.
-        sent, again = struct.unpack_from("QQ", info, 200)
-        total += sent - again
-    return total
+    return [sent_by(way, group) for way in (forward, lambda: outs[0].sum().backward())]

@@ -49,7 +49,9 @@ def main(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(arguments)
         if under_mpirun():
             team = MpiTeam()
-        _prepare(options, _recipe(options), team)
+        recipes: list[Recipe] = []
+        team.together(lambda: recipes.append(_recipe(options)))
+        _prepare(options, recipes[0], team)
     except UserError as error:
         if team.rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -172,14 +174,14 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, team: Team) -> None:
         if team.world > 1 or options.workers == 1:
             index = prepare(recipe, team, options.force)
         else:
-            job = {"recipe": recipe.model_dump(mode="json")}
+            job = {"recipe": recipe.model_dump(mode="json"), "force": options.force}
             with start_team(options.workers, job, held) as started:
                 index = prepare(recipe, started, options.force)
         if team.rank == 0:
             _say(recipe, index)
     finally:
-        if held:
-            let_go(recipe.out)
+        for descriptor in held:
+            let_go(recipe.out, descriptor)
 
 
 def _look(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.clean.near import cluster
+from data_prep.clean.near import BANDS, cluster
 from data_prep.runs import contains, keys_of, rows_of
 from kabrn_dist.data.files import whole_file
 
@@ -26,8 +26,9 @@ class HashRange(NamedTuple):
     high: int
 
 
-def hash_ranges(documents: int, bands: int = 0) -> list[HashRange]:
-    """The tasks for so many documents: of the text, or for `bands` > 0 of each near-duplicate key."""
+def ranges_of(stage: str, documents: int) -> list[HashRange]:
+    """The tasks for so many documents: of the text where `stage` is "exact", of each near-duplicate key for "near"."""
+    bands = BANDS if stage == "near" else 0
     count = 1 + documents // _ROWS_A_RANGE
     edges = [(part << 64) // count for part in range(count + 1)]
     return [

@@ -4,10 +4,11 @@ Every worker runs this from beginning to end; work is shared stage by stage, and
 does not depend on who made it. So any number of workers gives the same bytes, and a run that was killed goes on with
 what is missing.
 
-Memory of a worker: twice a run (32 MiB of text); of a shard, 64 bytes a document and some MB of tokens; of duplicates,
-about 100 MB a range of hashes, and on each worker 8 bytes for each document that is dropped. Rank 0 alone holds 16
-bytes for each pair of near duplicates (at most 14 pairs a document) while it joins them, and 32 MB of text while it
-trains a tokenizer.
+Memory of a worker: twice a run (32 MiB of text); of a shard, 64 bytes a document, some MB of tokens, and while a BPE
+tokenizer is at work some 135 bytes for each byte of the largest document (64 MiB are allowed); of duplicates, about
+100 MB a range of hashes, and on each worker 8 bytes for each document that is dropped. Rank 0 alone holds 16 bytes for
+each pair of near duplicates (at most 14 pairs a document) while it joins them, and 32 MB of text while it trains a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.duplicates import dropped_of, find_exact, find_near, hash_ranges, read_pairs
+from data_prep.duplicates import dropped_of, find_exact, find_near, ranges_of, read_pairs
 from data_prep.encode import ShardMaker
 from data_prep.progress import Tally
-from data_prep.read import Reader, Record, inputs_of
+from data_prep.read import Reader, Record, inputs_of, runs_of
 from data_prep.recipe import Recipe
 from data_prep.report import write_report
-from data_prep.seal import count_dropped, make_index
+from data_prep.seal import describe_dropped, make_index
 from data_prep.streams import Stream, make_streams, read_cut, write_cut
 from data_prep.team import Team
 from data_prep.vocabulary import choose_tokenizer, plan_shards
@@ -35,9 +36,6 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.errors import UserError
 from kabrn_dist.fault import fault
 
-# Keys of near duplicates that a document has.
-_BANDS = 14
-
 
 def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
     """Make `recipe.out`; its index comes last, so that a folder that has one is complete. Collective over the team.
@@ -47,9 +45,15 @@ def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
     """
     began = time.monotonic()
     work = Work(recipe.out)
-    tokenizer = choose_tokenizer(recipe)
-    reader = Reader(recipe, work.runs)
-    inputs = inputs_of(reader, recipe)
+    opened: list[tuple[Tokenizer | None, Reader, str]] = []
+
+    def look() -> None:
+        reader = Reader(recipe, work.runs)
+        opened.append((choose_tokenizer(recipe), reader, inputs_of(reader, recipe)))
+
+    # Files may be missing on one machine alone.
+    team.together(look)
+    tokenizer, reader, inputs = opened[0]
     team.agree(inputs, f"the workers see different inputs of {recipe.out}: give all machines the same files")
     if not force and team.agreed(work.is_finished(inputs)):
         return None
@@ -66,8 +70,8 @@ def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
     def seal() -> None:
         index = make_index(work, recipe, streams, records)
         Tokenizer.load(work.tokenizer).save(recipe.out / work.tokenizer.name)
-        counts = count_dropped(work, recipe, records)
-        write_report(recipe.out, recipe, records, counts, index, reader.licences(), time.monotonic() - began)
+        dropped = describe_dropped(work, recipe, records)
+        write_report(recipe.out, recipe, records, dropped, index, reader.licences(), time.monotonic() - began)
         fault("data.index")
         sealed.append(write_index(recipe.out, index))
         work.end(inputs)
@@ -107,15 +111,15 @@ def _read(work: Work, reader: Reader, team: Team) -> None:
 def _find_duplicates(work: Work, recipe: Recipe, records: Sequence[Record], team: Team) -> np.ndarray:
     """Ids of all documents of which the corpus has another that stays: uint64, sorted."""
     if not team.agreed(work.dropped.exists()):
-        exact = _runs_of(recipe, records, "exact")
+        exact = runs_of(recipe, records, "exact")
         dropped = np.empty(0, np.uint64)
         if exact[0]:
-            tasks = hash_ranges(exact[1])
+            tasks = ranges_of("exact", exact[1])
             team.share(work.claims, "exact", tasks, lambda task: find_exact(work.runs, exact[0], work.pairs, task))
             dropped = np.sort(read_pairs(work.pairs, "exact", tasks)[:, 1])
-        near = _runs_of(recipe, records, "near")
+        near = runs_of(recipe, records, "near")
         if near[0]:
-            tasks = hash_ranges(near[1], _BANDS)
+            tasks = ranges_of("near", near[1])
             team.share(
                 work.claims, "near", tasks, lambda task: find_near(work.runs, near[0], dropped, work.pairs, task)
             )
@@ -127,19 +131,9 @@ def _join(work: Work, exact: np.ndarray, near: tuple[list[str], int]) -> None:
     """Rank 0: add the near duplicates to the exact ones, and write all down."""
     dropped = exact
     if near[0]:
-        dropped = np.union1d(exact, dropped_of(read_pairs(work.pairs, "near", hash_ranges(near[1], _BANDS))))
+        dropped = np.union1d(exact, dropped_of(read_pairs(work.pairs, "near", ranges_of("near", near[1]))))
     with whole_file(work.dropped) as file:
         np.save(file, dropped, allow_pickle=False)
-
-
-def _runs_of(recipe: Recipe, records: Sequence[Record], stage: str) -> tuple[list[str], int]:
-    """Runs of the sources that take part in a stage, and how many documents they hold."""
-    taking = [
-        record
-        for source, record in zip(recipe.sources, records, strict=True)
-        if getattr(recipe.cleaning(source), stage)
-    ]
-    return [run for record in taking for run in record.runs], sum(record.kept for record in taking)
 
 
 def _plan(

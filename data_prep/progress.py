@@ -74,6 +74,7 @@ class Tally:
         self._finished = finished
         self._counts = [0, 0, 0]
         self._noted = 0.0
+        self._seen: dict[Path, tuple[int, int, int]] = {}
         self._meter = Meter(label, total) if rank == 0 else None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -113,9 +114,12 @@ class Tally:
             self._meter.set(*self._sum())
 
     def _sum(self) -> tuple[int, int, int]:
-        sums = [0, 0, self._finished]
         for path in self._folder.glob(f"{self._label} *"):
+            # One that is being written is empty for a moment; what it said before holds.
             with contextlib.suppress(OSError, ValueError):
-                found = [int(count) for count in path.read_text().split()]
-                sums = [a + b for a, b in zip(sums, found, strict=True)]
-        return sums[0], sums[1], sums[2]
+                documents, size, work = map(int, path.read_text().split())
+                self._seen[path] = documents, size, work
+        documents, size, work = (
+            sum(counts) for counts in zip((0, 0, self._finished), *self._seen.values(), strict=True)
+        )
+        return documents, size, work

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.clean.contamination import Contaminants, collect
+from data_prep.clean.contamination import Contaminants, collect, evaluation_files
 from data_prep.clean.near import signature
 from data_prep.clean.outcome import Removed
 from data_prep.clean.pipeline import Cleaner
@@ -26,7 +26,7 @@ from kabrn_dist.errors import UserError
 from kabrn_dist.fault import fault
 
 SAMPLES = 3
-_SAMPLE_CHARACTERS = 200
+SAMPLE_CHARACTERS = 200
 _LISTED_UNREADABLE = 20
 
 
@@ -70,7 +70,7 @@ class Record:
         self.removed[reason] += 1
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES:
-            samples.append((name, text[:_SAMPLE_CHARACTERS], detail[:_SAMPLE_CHARACTERS]))
+            samples.append((name, text[:SAMPLE_CHARACTERS], detail[:SAMPLE_CHARACTERS]))
 
     def fail(self, document: Document) -> None:
         """Count a document that could not be read."""
@@ -97,6 +97,16 @@ def read_record(path: Path) -> Record:
     fields["lengths"] = Counter({int(size): count for size, count in fields["lengths"].items()})
     fields["removed"], fields["languages"] = Counter(fields["removed"]), Counter(fields["languages"])
     return Record(**fields)
+
+
+def runs_of(recipe: Recipe, records: Sequence[Record], stage: str) -> tuple[list[str], int]:
+    """Runs of the sources that take part in stage "exact" or "near", and how many documents they hold."""
+    taking = [
+        record
+        for source, record in zip(recipe.sources, records, strict=True)
+        if getattr(recipe.cleaning(source), stage)
+    ]
+    return [run for record in taking for run in record.runs], sum(record.kept for record in taking)
 
 
 class Reader:
@@ -214,13 +224,24 @@ def _open(recipe: Recipe, source: SourceRecipe) -> Source:
 
 
 def inputs_of(reader: Reader, recipe: Recipe) -> str:
-    """What the runs depend on, as one line: the recipe, and name, size and time of every file to read."""
+    """What the set depends on, as one line: the recipe, and name, size and time of every file to read."""
     digest = hashlib.sha256(recipe.model_dump_json(exclude={"out"}).encode())
+    for path in _files_beside(recipe):
+        digest.update(f"{path.name} {_state(path)}".encode())
     for item in reader.items:
         digest.update(repr(item._replace(unit=item.unit._replace(path=None))).encode())
         for path in _files_of(item.unit):
             digest.update(f"{path.name} {_state(path)}".encode())
     return digest.hexdigest()
+
+
+def _files_beside(recipe: Recipe) -> Iterator[Path]:
+    """The tokenizer and the evaluation sets."""
+    if recipe.tokenizer.file is not None:
+        yield recipe.tokenizer.file
+    for source in recipe.sources:
+        for path in recipe.cleaning(source).contamination.paths:
+            yield from evaluation_files(path)
 
 
 def _files_of(unit: Unit | Group) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,9 @@ class SourceRecipe(_Section):
     input: tuple[Path, ...] = Field((), description="Files, folders or archives, seen from `root`.")
     options: dict[str, Option] = Field(default_factory=dict, description="Options of the kind.")
     weight: float = Field(1.0, description="Share of the mix in training, over the sum of all weights.")
-    epochs: PositiveFloat | None = Field(None, description="How often training may pass over it; null: no limit.")
+    epochs: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = Field(
+        None, description="How often training may pass over it; null: no limit."
+    )
     interleave: Name | None = Field(
         None,
         description="Group of sources whose documents with the same key follow one another; one source of the mix.",
@@ -78,8 +81,8 @@ class Recipe(_Section):
         for source in self.sources:
             if source.interleave in names:
                 raise ValueError(f"interleave {source.interleave!r} of {source.name!r} is the name of a source too")
-            if source.weight < 0:
-                raise ValueError(f"weight {source.weight:g} of {source.name!r} is negative; give 0 or more")
+            if not 0 <= source.weight < math.inf:
+                raise ValueError(f"weight {source.weight:g} of {source.name!r} is no share; give 0 or more")
         if not any(source.weight for source in self.sources):
             raise ValueError("the weights of the sources sum to 0; give at least one a weight above 0")
         return self
@@ -124,7 +127,10 @@ def make_recipe(tree: dict[str, Any], origin: str) -> Recipe:
         for source in recipe.sources:
             recipe.cleaning(source)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(map(_explain, error.errors(include_url=False)))) from error
+        details = error.errors(include_url=False)
+        # A list in which an entry is wrong is also called too short.
+        deepest = [each for each in details if each["type"] != "too_short" or len(details) == 1]
+        raise UserError(f"{origin}: " + "; ".join(map(_explain, deepest))) from error
     return recipe
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.read import Record
 from data_prep.recipe import Recipe
 from data_prep.report_page import page
+from data_prep.samples import Duplicates
 from kabrn_dist.data.files import write_whole
 from kabrn_dist.data.index import Index, fingerprint
 
@@ -18,7 +19,7 @@ def write_report(
     out: Path,
     recipe: Recipe,
     records: Sequence[Record],
-    duplicates: Mapping[str, tuple[int, int]],
+    dropped: Sequence[Duplicates],
     index: Index,
     licences: Mapping[str, str],
     seconds: float,
@@ -26,14 +27,12 @@ def write_report(
     """Write report.json and report.html into `out`.
 
     Args:
-        records: one a source of the recipe. duplicates: by source, documents that have the same text as another one
-            that stays, and nearly the same. licences: by source. seconds: that this run took.
+        records, dropped: one a source of the recipe. licences: by source. seconds: that this run took.
 
     Raises UserError when the disk refuses.
     """
     sources = [
-        _source(recipe, number, record, duplicates[recipe.sources[number].name])
-        | {"licence": licences[recipe.sources[number].name]}
+        _source(recipe, number, record, dropped[number]) | {"licence": licences[recipe.sources[number].name]}
         for number, record in enumerate(records)
     ]
     read = sum(record.bytes for record in records)
@@ -67,7 +66,7 @@ def summary(recipe: Recipe, records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _source(recipe: Recipe, number: int, record: Record, duplicates: tuple[int, int]) -> dict[str, Any]:
+def _source(recipe: Recipe, number: int, record: Record, dropped: Duplicates) -> dict[str, Any]:
     source = recipe.sources[number]
     return {
         "name": source.name,
@@ -79,11 +78,11 @@ def _source(recipe: Recipe, number: int, record: Record, duplicates: tuple[int, 
         "clean_documents": record.kept,
         "clean_bytes": record.kept_bytes,
         "removed": dict(sorted(record.removed.items())),
-        "removed_samples": {reason: [list(sample) for sample in kept] for reason, kept in record.samples.items()},
+        "removed_samples": record.samples | dropped.samples,
         "unreadable": record.unreadable,
         "unreadable_names": record.unreadable_names,
-        "exact_duplicates": duplicates[0],
-        "near_duplicates": duplicates[1],
+        "exact_duplicates": dropped.same,
+        "near_duplicates": dropped.alike,
         "languages": dict(record.languages.most_common()),
         # Documents by size: key n counts those of 2^(n−1) to 2^n − 1 bytes.
         "lengths": {str(size): record.lengths[size] for size in sorted(record.lengths)},

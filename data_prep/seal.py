@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.duplicates import hash_ranges, read_pairs
+from data_prep.duplicates import ranges_of, read_pairs
 from data_prep.encode import gzip_of, read_made, record_of
-from data_prep.read import Record
+from data_prep.read import Record, runs_of
 from data_prep.recipe import Recipe, SourceRecipe
+from data_prep.samples import Duplicates, sample_duplicates
 from data_prep.streams import ShardTask, Stream, read_cut
 from data_prep.work import Work
 from kabrn_dist.data.index import Index, Source, Split, SplitName, TokenizerInfo, dtype_for
@@ -50,17 +51,21 @@ def make_index(work: Work, recipe: Recipe, streams: Sequence[Stream], records: S
     )
 
 
-def count_dropped(work: Work, recipe: Recipe, records: Sequence[Record]) -> dict[str, tuple[int, int]]:
-    """Source → documents dropped because another one has the same text, and nearly the same."""
-    dropped = np.load(work.dropped)
-    kept = sum(
-        record.kept for source, record in zip(recipe.sources, records, strict=True) if recipe.cleaning(source).exact
-    )
-    exact = read_pairs(work.pairs, "exact", hash_ranges(kept))[:, 1] if kept else np.empty(0, np.uint64)
-    near = np.setdiff1d(dropped, exact)
+def describe_dropped(work: Work, recipe: Recipe, records: Sequence[Record]) -> list[Duplicates]:
+    """What was dropped of each source because another document has the same text, or nearly the same."""
+    same, alike = (_pairs(work, recipe, records, stage) for stage in ("exact", "near"))
+    exact = same[:, 1]
+    near = np.setdiff1d(np.load(work.dropped), exact)
     first = np.cumsum([0, *(record.items for record in records)])
     counts = [np.histogram((ids >> np.uint64(32)).astype(np.int64), first)[0].tolist() for ids in (exact, near)]
-    return {source.name: (same, alike) for source, same, alike in zip(recipe.sources, *counts, strict=True)}
+    samples = sample_duplicates(work.runs, records, same, alike)
+    return [Duplicates(*each) for each in zip(*counts, samples, strict=True)]
+
+
+def _pairs(work: Work, recipe: Recipe, records: Sequence[Record], stage: str) -> np.ndarray:
+    """All pairs (earlier, later) of ids that a stage has found, uint64 [n, 2]."""
+    runs, documents = runs_of(recipe, records, stage)
+    return read_pairs(work.pairs, stage, ranges_of(stage, documents) if runs else [])
 
 
 def _split(work: Work, streams: Sequence[Stream], number: int, tasks: Sequence[ShardTask], name: SplitName) -> Split:

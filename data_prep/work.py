@@ -91,14 +91,14 @@ class Work:
 
 
 def hold(out: Path) -> int:
-    """Lock the preparation of `out` and return the descriptor that holds the lock, to be left open.
+    """Lock the preparation of `out` and return the descriptor that holds the lock, for `let_go`.
 
     Raises UserError where another preparation holds it, or the folder cannot be made.
     """
     folder = out / ".work"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file. Give a folder.")
     try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: is a file. Give a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,8 +109,9 @@ def hold(out: Path) -> int:
     return descriptor
 
 
-def let_go(out: Path) -> None:
-    """Leave no trace of a preparation that was refused before it began."""
+def let_go(out: Path, descriptor: int) -> None:
+    """Unlock `out`, and leave no trace of a preparation that was refused before it began."""
+    os.close(descriptor)
     folder = out / ".work"
     if folder.exists() and {entry.name for entry in folder.iterdir()} <= {"lock"}:
         shutil.rmtree(folder)

@@ -19,7 +19,7 @@ def main(descriptor: int, rank: int, world: int) -> int:
     team = Worker(rank, world, socket.socket(fileno=descriptor))
     job = team.receive()
     try:
-        prepare(Recipe.model_validate(job["recipe"]), team)
+        prepare(Recipe.model_validate(job["recipe"]), team, job["force"])
     except UserError:
         return 2
     return 0

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from kabrn_dist.config_model import Experts, Model, Retention, Router, Section, divisors, join
+from kabrn_dist.config_optimizer import Optimizer, SecondStage
 from kabrn_dist.errors import UserError
 
 __all__ = [
@@ -25,9 +26,8 @@ __all__ = [
     "Parallel",
     "Retention",
     "Router",
+    "SecondStage",
 ]
-
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Run(Section):
@@ -95,6 +95,14 @@ class Parallel(Section):
         description="Ranks of one machine: experts' exchange goes inside machines first, then between them. Default: "
         "as the launcher says.",
     )
+    bitlinear_shards: bool = Field(
+        False,
+        description="Share out each ternary matrix: a rank keeps a piece of its fp32 latents, and ranks send each "
+        "other two bits a weight once a step instead of 16 or 32. With ZeRO 1, which shares out the rest.",
+    )
+    bitlinear_packing: Literal["two_bits", "base_three"] = Field(
+        "two_bits", description="How shared-out codes travel: four a byte, or five, which takes longer to unpack."
+    )
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: what the ranks share out instead of copying.")
     bucket: PositiveInt = Field(50_000_000, description="Elements of a ZeRO reduce, gather or prefetch bucket.")
 
@@ -113,21 +121,6 @@ class Parallel(Section):
                 "parallel.expert; give one for each"
             )
         return self
-
-
-class Optimizer(Section):
-    """AdamW with linear warm-up and cosine decay."""
-
-    learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    final: float = Field(0.1, ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
-    warmup: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's moment decays, each from 0 to below 1.")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices (never of KAN coefficients).")
-    coefficient_rate: float = Field(
-        1.0, gt=0, description="Learning rate of KAN coefficients, as a multiple of the others'."
-    )
-    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
 
 
 class Training(Section):
@@ -187,6 +180,43 @@ class Config(Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Config:
+        if not self.parallel.bitlinear_shards:
+            return self
+        if self.parallel.zero != 1:
+            raise ValueError(
+                f"parallel.bitlinear_shards shares out ternary matrices itself and leaves the rest to ZeRO 1, not to "
+                f"parallel.zero {self.parallel.zero}; set parallel.zero to 1, or bitlinear_shards to false"
+            )
+        if not self.model.quantise:
+            raise ValueError(
+                "parallel.bitlinear_shards sends ternary codes, but model.quantise is false; set bitlinear_shards to "
+                "false, or quantise to true"
+            )
+        if self.model.quantised_at:
+            raise ValueError(
+                f"parallel.bitlinear_shards sends ternary codes, but the first {self.model.quantised_at} steps "
+                "(model.quantise_from + quantise_warmup) are not wholly ternary; train these with bitlinear_shards "
+                "false, then set both to 0 and resume with bitlinear_shards true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ends_quantised(self) -> Config:
+        at, steps = self.model.quantised_at, self.training.steps
+        if at >= steps:
+            raise ValueError(
+                f"model.quantise_from {self.model.quantise_from} + quantise_warmup {self.model.quantise_warmup} = {at} "
+                f"leaves none of training.steps {steps} quantised; let them end before step {steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Config:
+        self.optimizer.check_order(self.training.steps)
+        return self
 
     def accumulation(self, world: int) -> int:
         """Micro-batches per rank and optimizer step."""

@@ -91,11 +91,10 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{key} is missing; add it"
     message = detail["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {message}"
-        if detail["type"] == "value_error"
-        else f"{key}: {message}, found {reprlib.repr(detail['input'])}"
-    )
+    if detail["type"] == "value_error":
+        # What is wrong between sections has no key of its own.
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, found {reprlib.repr(detail['input'])}"
 
 
 def _keys(place: list[str]) -> list[str]:

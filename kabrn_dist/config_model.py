@@ -62,12 +62,6 @@ class Experts(Section):
     dense_hidden: PositiveInt | None = Field(
         None, description="Hidden width of dense layers; default: hidden × (shared + top_k), as many active weights."
     )
-    convolution: int = Field(
-        0,
-        ge=0,
-        description="Tokens before each one that a causal convolution in front of a layer's router and experts (or its "
-        "dense feed-forward) sees, as model.convolution in front of mixers; 0: none.",
-    )
     capacity: float | None = Field(
         None,
         gt=0,
@@ -131,14 +125,30 @@ class Model(Section):
     convolution: int = Field(
         0,
         ge=0,
-        description="Tokens before each one that a causal convolution in front of every mixer sees, channel by channel "
-        "and within documents; 0: no convolution.",
+        description="Tokens before each one that a causal convolution sees, in front of every mixer and every "
+        "feed-forward, channel by channel and within documents; 0: no convolution.",
     )
     retention: Retention
     experts: Experts
     router: Router = Router()
     quantise: bool = Field(
         True, description="Ternary weights and int8 activations (BitNet b1.58); false trains plain matrices."
+    )
+    quantise_from: int = Field(
+        0,
+        ge=0,
+        description="Steps trained with plain matrices before quantisation begins (16 to 1.58 bits, 2502.11895).",
+    )
+    quantise_warmup: int = Field(
+        0,
+        ge=0,
+        description="Steps from there over which λ rises from 0 to 1: a value x is x + λ(q(x) − x) until it is q(x). "
+        "hat and bspline warm up their matrices only.",
+    )
+    scale_group: PositiveInt | None = Field(
+        None,
+        description="Outputs of a matrix that share one scale γ; default: all of them, as published. The last group of "
+        "a matrix may be smaller. Not for hat and bspline.",
     )
     activations: Literal["keep", "recompute", "offload"] = Field(
         "keep",
@@ -165,6 +175,36 @@ class Model(Section):
                     f"model.experts.groups {self.experts.groups} does not divide {name} {width}; "
                     f"for these widths it can be {join(both)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_at_last(self) -> Model:
+        for name in ("quantise_from", "quantise_warmup"):
+            if getattr(self, name) and not self.quantise:
+                raise ValueError(
+                    f"model.{name} {getattr(self, name)} is for quantised models; set model.quantise to true, or leave "
+                    f"{name} out"
+                )
+        return self
+
+    @property
+    def quantised_at(self) -> int:
+        """The first step (0 is the first of a run) that is wholly quantised."""
+        return self.quantise_from + self.quantise_warmup
+
+    def quantised_share(self, step: int) -> float:
+        """λ of `step` (0 is the first): 0 plain, 1 quantised, linear between (arXiv 2502.11895)."""
+        if not self.quantise or step < self.quantise_from:
+            return 0.0
+        return min(1.0, (step - self.quantise_from + 1) / (self.quantise_warmup + 1))
+
+    @model_validator(mode="after")
+    def _groups_of_scales(self) -> Model:
+        if self.scale_group is not None and self.experts.form in ("hat", "bspline"):
+            raise ValueError(
+                f"model.scale_group {self.scale_group} is not for model.experts.form {self.experts.form}, whose "
+                "matrices have one scale each; leave scale_group out, or choose another form"
+            )
         return self
 
     @model_validator(mode="after")

@@ -106,6 +106,7 @@ class Mesh:
         expert: ranks that share one set of routed experts (they exchange tokens by all-to-all).
         sequence_group, expert_group: the groups of those ranks; None where the degree is 1.
         expert_data_group: ranks that hold the same experts as this one (they average expert gradients).
+        own_group: this rank alone, for what is averaged over nobody; None for a single process.
         expert_nodes: the expert group by machines; None where it lies in one, or does not fill each alike.
         background_group: all ranks once more, over the CPU, for a thread that writes checkpoints beside the training.
     """
@@ -118,6 +119,7 @@ class Mesh:
     sequence_group: dist.ProcessGroup | None
     expert_group: dist.ProcessGroup | None
     expert_data_group: dist.ProcessGroup | None
+    own_group: dist.ProcessGroup | None = None
     expert_nodes: Nodes | None = None
     background_group: dist.ProcessGroup | None = None
 
@@ -232,6 +234,9 @@ def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1
     """
     slices = _runs(place.world, sequence)
     data_ranks = [list(range(e, place.world, expert)) for e in range(expert)]
+    expert_data_group = _own_group(data_ranks, place.rank)
+    # Where an expert group is the whole world, nobody else holds this rank's experts.
+    own_group = expert_data_group if expert == place.world else _own_group(_runs(place.world, 1), place.rank)
     return Mesh(
         place.rank,
         place.world,
@@ -240,7 +245,8 @@ def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1
         device,
         sequence_group=_own_group(slices, place.rank) if sequence > 1 else None,
         expert_group=_own_group(_runs(place.world, expert), place.rank) if expert > 1 else None,
-        expert_data_group=_own_group(data_ranks, place.rank),
+        expert_data_group=expert_data_group,
+        own_group=own_group,
         expert_nodes=_make_nodes(place, device, expert, node),
         background_group=dist.new_group(backend="gloo"),
     )

@@ -1,4 +1,4 @@
-"""Read what a run has to tell: how its experts are used, which functions it has learned, what to call them."""
+"""Read what a run has to tell: how experts are used, which functions were learned and their names, ternary weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   python launch/report.py experts --run runs/tiny
   python launch/report.py functions --run runs/tiny
   python launch/report.py symbolic --run runs/tiny --layer 0 --expert 3
+  python launch/report.py weights --run runs/tiny
 
 Tables go to the terminal, pictures and JSON to the run's folder, in report/. The run may still be training.
 """
@@ -36,6 +37,11 @@ leave the range, on sequences of the validation split."""
 SYMBOLIC = """The elementary function nearest to each learned one, c·f(a·x + b) + d, with the share of the variance that
 it explains (R²), as pykan's suggest_symbolic. Writes symbolic.json with the five best of each."""
 
+WEIGHTS = """The ternary weights of the newest checkpoint. One row a matrix: shares of −1, 0 and +1, how far latents
+are from the threshold between codes, the scale, and the share of codes that are not those of the initial weights.
+
+Draws weights_layer_N.png: for each matrix a histogram of its latents over the map of its codes."""
+
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
@@ -51,6 +57,10 @@ def main(arguments: list[str]) -> int:
             from kabrn_dist.report.functions import report_functions
 
             report_functions(options.run, options.edges, options.sequences, console)
+        elif options.what == "weights":
+            from kabrn_dist.report.weights import report_weights
+
+            report_weights(options.run, options.out, console)
         else:
             from kabrn_dist.report.names import report_symbolic
 
@@ -64,8 +74,8 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="experts|functions|symbolic")
-    texts = {"experts": EXPERTS, "functions": FUNCTIONS, "symbolic": SYMBOLIC}
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="experts|functions|symbolic|weights")
+    texts = {"experts": EXPERTS, "functions": FUNCTIONS, "symbolic": SYMBOLIC, "weights": WEIGHTS}
     parts = {
         name: kinds.add_parser(name, help=text.split(".")[0], description=text, formatter_class=raw)
         for name, text in texts.items()
@@ -83,6 +93,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parts["functions"].add_argument("--sequences", type=count, default=16, metavar="N", help=sequences)
     parts["symbolic"].add_argument("--layer", type=int, metavar="N", help="this layer only")
     parts["symbolic"].add_argument("--expert", type=int, metavar="N", help="this expert only")
+    out = "where pictures are written (default: the run's folder, report/)"
+    parts["weights"].add_argument("--out", type=Path, metavar="FOLDER", help=out)
     return parser.parse_args(arguments)
 
 

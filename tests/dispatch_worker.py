@@ -13,7 +13,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.retention_wire import tcp_bytes_sent
+from benchmarks.wire import tcp_bytes_sent
 from kabrn_dist.mesh import Mesh, Nodes, Place, join_processes, make_mesh
 from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
 from kabrn_dist.parallel.placement import Placement
@@ -130,7 +130,8 @@ def run(data: Data, wire: Wire, visit: Callable[..., Tensor]) -> Outcome:
 def visit_experts(codes: Tensor, scale: Tensor, choice: Tensor, weights: Tensor, experts: Tensor, wire: Wire) -> Tensor:
     """The real thing. An expert divides codes by their scale and multiplies by its vector."""
     route = plan_route(choice, wire)
-    arrived, its_scale = finish_dispatch(start_dispatch(codes, scale, route, wire))
+    kept = codes.detach().to(torch.int8) if wire.int8 else None
+    arrived, its_scale, _ = finish_dispatch(start_dispatch(codes, scale, route, wire, kept))
     assert len(arrived) == sum(route.counts) and len(route.counts) == len(wire.placement.local)
     vectors = experts.repeat_interleave(torch.tensor(route.counts), 0)
     results = (arrived / its_scale).to(codes.dtype) * vectors
@@ -243,7 +244,7 @@ def check_overlap(mesh: Mesh) -> None:
         route = plan_route(choice, wire)
         flight = start_dispatch(out, torch.ones(4, 1), route, wire)
         shared = _Note.apply(out, f"shared {layer}")
-        arrived, _ = finish_dispatch(flight)
+        arrived, _, _ = finish_dispatch(flight)
         flight_home = start_combine(_Note.apply(arrived, f"experts {layer}"), torch.ones(4, 2), route, wire)
         beside = _Note.apply(shared, f"beside {layer}")
         out = finish_combine(flight_home) + beside
@@ -319,7 +320,7 @@ def measure_dispatch(mesh: Mesh) -> tuple[float, float]:
         wire = Wire(placement, mesh.expert_group, None, int8, False, Traffic())
         route = plan_route(choice, wire)
         with count_socket_bytes() as sent:
-            finish_dispatch(start_dispatch(codes, scale, route, wire))
+            finish_dispatch(start_dispatch(codes, scale, route, wire, codes.to(torch.int8) if wire.int8 else None))
         dispatched = wire.traffic.bytes_dispatch
         assert dispatched <= sent[0] <= 1.02 * dispatched + 4096, f"{dispatched} counted, {sent} sent"
         counted.append(sent[0])

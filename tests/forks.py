@@ -197,6 +197,9 @@ def _serve(channel: socket.socket) -> None:
         if "start" in request:
             answer: list[Any] = [_fork(request["start"], rank, channel) for rank in request["start"]["ranks"]]
             started.update(answer)
+            for pid in answer:
+                # A number that an earlier child had: its code is not this one's.
+                codes.pop(pid, None)
         else:
             answer = [_poll(pid, codes) for pid in request["poll"]]
         lines.write(json.dumps(answer) + "\n")

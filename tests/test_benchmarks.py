@@ -18,7 +18,7 @@ from benchmarks.quality_models import Transformer, measure_ours
 from benchmarks.quality_text import read_text
 from benchmarks.report import Report, kept_bytes, measure
 from kabrn_dist.data.index import read_index
-from kabrn_dist.model.bitlinear import rms_norm
+from kabrn_dist.model.quantised import rms_norm
 from tests.harness import finish, start
 
 NUMBER = (int, float)
@@ -308,3 +308,33 @@ def test_kept_bytes_counts_each_storage_once() -> None:
     x = torch.ones(100, requires_grad=True)
     # exp keeps its result; the product keeps that same result and x.
     assert kept_bytes(lambda: x.exp() * x) == 2 * 100 * 4
+
+
+@pytest.mark.slow
+def test_bitlinear(tmp_path: Path) -> None:
+    path = tmp_path / "bitlinear.json"
+    command = [sys.executable, "-m", "benchmarks.bitlinear", "--quick", "--json", str(path)]
+    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.code == 0, result.out
+    content = json.loads(path.read_text())
+    check_form(content)
+    names = [row["name"] for row in content["rows"]]
+    for rival in ("nn.Linear", "fp32 arithmetic", "fake-quantised", "AutoBitLinear", "torchao", "GPU", "kept", "int8"):
+        assert any(rival in name for name in names), f"{rival} was left out"
+    # Bytes, unlike times, are the same whatever else the machine does.
+    exact = {what: aim for what, aim in content["aims"].items() if "kept" in what}
+    assert len(exact) == 2 and all(aim["holds"] for aim in exact.values()), exact
+
+
+@pytest.mark.slow
+def test_zero(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    command = [sys.executable, "-m", "benchmarks.zero", "--quick", "--json", str(path)]
+    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.code == 0, result.out
+    content = json.loads(path.read_text())
+    check_form(content)
+    names = [row["name"] for row in content["rows"]]
+    for rival in ("ZeRO 1", "ZeRO 2", "ZeRO 3", "base 3", "held", "sent", "time", "bf16 all-gather"):
+        assert any(rival in name for name in names), f"{rival} was left out"
+    assert len(content["aims"]) == 3 and all(aim["holds"] for aim in content["aims"].values()), content["aims"]

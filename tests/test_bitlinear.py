@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kabrn_dist.model.bitlinear import (
-    BitLinear,
-    Quantised,
-    bit_product,
-    bit_product_naive,
-    quantise,
-    rms_norm,
-    ternary,
-)
+from benchmarks.report import kept_bytes
+from kabrn_dist.model import bitlinear
+from kabrn_dist.model.bitlinear import BitLinear, bit_product, bit_product_naive, unscaled_product
+from kabrn_dist.model.quantised import Quantised, normalise, quantise, rms_norm
+from kabrn_dist.model.ternary import ternarise, ternary
 
 INPUTS, OUTPUTS = 24, 10
 COUNTS = [(5,), (0,), (1,), (3, 4), (0, 6), (6, 0), (2, 0, 3, 0), (0, 0, 7, 0, 0), (0, 0, 0)]
@@ -66,13 +63,13 @@ def test_fp32_product_is_an_integer_product(width: int) -> None:
     counts = (5, 0, 3)
     weight = torch.randn(3, 12, width)
     x = quantise(torch.randn(8, width) * torch.logspace(-3, 3, 8)[:, None])
-    assert torch.equal(bit_product(x, weight, counts), integer_product(*x, weight, counts))
+    assert torch.equal(bit_product(x, weight, counts), integer_product(*x[:2], weight, counts))
     # The largest sums there are: all codes 127 or −128 and all weights of one sign.
     for code in (127.0, -128.0):
         extreme = Quantised(torch.full((8, width), code), torch.ones(8, 1))
         whole = torch.full((3, 12, width), 0.5)
         found = bit_product(extreme, whole, counts)
-        assert torch.equal(found, integer_product(*extreme, whole, counts))
+        assert torch.equal(found, integer_product(*extreme[:2], whole, counts))
         assert torch.equal(found, torch.full((8, 12), code * width / 2))
 
 
@@ -95,7 +92,7 @@ def test_half_precision_has_headroom(width: int, dtype: torch.dtype) -> None:
 def test_codes_are_int8_and_scales_absmax(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = (torch.randn(50, 33) * torch.logspace(-2, 2, 50)[:, None]).to(dtype)
-    codes, scale = quantise(x)
+    codes, scale, _ = quantise(x)
     assert codes.dtype == dtype and codes.shape == x.shape and scale.shape == (50, 1)
     assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(codes, codes.round()) and float(codes.min()) >= -128 and float(codes.max()) <= 127
@@ -110,7 +107,7 @@ def test_straight_through_gradient_is_the_identity() -> None:
     torch.manual_seed(0)
     x = (torch.randn(6, 17, dtype=torch.float64) * 5).requires_grad_()
     noise = torch.randn(6, 17, dtype=torch.float64)
-    codes, scale = quantise(x)
+    codes, scale, _ = quantise(x)
     assert codes.requires_grad and not scale.requires_grad
     (grad,) = torch.autograd.grad((codes / scale * noise).sum(), x)
     torch.testing.assert_close(grad, noise, atol=0, rtol=1e-14)
@@ -118,7 +115,7 @@ def test_straight_through_gradient_is_the_identity() -> None:
 
 def test_quantisers_off_pass_values_through() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.bfloat16)
-    codes, scale = quantise(x, enabled=False)
+    codes, scale, _ = quantise(x, 0.0)
     assert torch.equal(codes, x) and torch.equal(scale, torch.ones(3, 4, 1))
     x, weight = draw((4,), torch.float32)
     torch.testing.assert_close(bit_product(quantise(x, False), weight, (4,), False), x @ weight[0].T)
@@ -129,7 +126,7 @@ def test_rows_of_zeros(dtype: torch.dtype) -> None:
     x = torch.zeros(3, 8, dtype=dtype)
     x[1] = 1
     x.requires_grad_()
-    codes, scale = quantise(rms_norm(x))
+    codes, scale, _ = quantise(rms_norm(x))
     assert not bool(codes[[0, 2]].any()) and bool((codes[1] == 127).all()) and bool(scale.isfinite().all())
     weight = torch.randn(1, 4, 8, dtype=dtype).requires_grad_()
     out = bit_product(Quantised(codes, scale), weight, (3,))
@@ -182,3 +179,119 @@ def test_layer_keeps_leading_dimensions_and_draws_by_name() -> None:
     out = layers[0](quantise(x))
     rows = layers[0](quantise(x.flatten(0, 2)))
     assert out.shape == (2, 3, 5, 6) and torch.equal(out.flatten(0, 2), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3, 4, 10, 64])
+@pytest.mark.parametrize("counts", [(5,), (3, 0, 4)])
+def test_groups_of_scales_are_their_definition(counts: tuple[int, ...], group: int, dtype: torch.dtype) -> None:
+    x, weight = draw(counts)
+    with torch.no_grad():
+        weight *= torch.linspace(0.2, 3, OUTPUTS, dtype=torch.float64)[:, None]
+    noise = torch.randn(sum(counts), OUTPUTS, dtype=torch.float64)
+    exact_weight = weight.detach().to(dtype).double().requires_grad_()
+    rows = [w.split(group) for w in exact_weight]
+    gamma = torch.stack([torch.cat([p.detach().abs().mean().expand(len(p), 1) for p in parts]) for parts in rows])
+    used = exact_weight + ((exact_weight / gamma).round().clamp(-1, 1) * gamma - exact_weight).detach()
+    mine, its = x.detach().to(dtype).requires_grad_(), x.detach().to(dtype).double().requires_grad_()
+    small = weight.detach().to(dtype).requires_grad_()
+    read, exact = quantise(mine), quantise(its)
+    values = (exact.codes / exact.scale).split(list(counts))
+    expected = torch.cat([part @ matrix.T for part, matrix in zip(values, used, strict=True)])
+    wanted = torch.autograd.grad((expected * noise).sum(), (its, exact_weight))
+    for unscaled in (False, True):
+        product = unscaled_product(read, ternarise(small, 1.0, group), counts)
+        found = product.codes / product.scale if unscaled else bit_product(read, ternarise(small, 1.0, group), counts)
+        grads = torch.autograd.grad((found * noise.to(found.dtype)).sum(), (mine, small), retain_graph=True)
+        error = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        for one, other in zip((found, *grads), (expected, *wanted), strict=True):
+            torch.testing.assert_close(one.double(), other, atol=error * float(other.detach().abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.9])
+def test_between_plain_and_quantised(share: float) -> None:
+    counts = (4, 3)
+    x, weight = draw(counts)
+    noise = torch.randn(7, OUTPUTS, dtype=torch.float64)
+    whole = quantise(x)
+    blended = x + share * (whole.codes / whole.scale - x).detach()
+    codes, gamma = ternary(weight)
+    used = weight + share * (codes * gamma - weight).detach()
+    expected = torch.cat([part @ matrix.T for part, matrix in zip(blended.split([4, 3]), used, strict=True)])
+    read = quantise(x, share)
+    assert read.kept is None and bool((read.scale == 1).all())
+    found = bit_product(read, weight, counts, share)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    grads = [torch.autograd.grad((out * noise).sum(), (x, weight)) for out in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    for dtype in (torch.float32, torch.bfloat16):
+        near = normalise(x.detach().to(dtype), share)
+        assert near.codes.dtype == dtype and near.kept is None
+        exact = rms_norm(x.detach())
+        coded = quantise(exact)
+        wanted = exact + share * (coded.codes / coded.scale - exact)
+        torch.testing.assert_close(near.codes.double(), wanted, atol=0.03 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_and_fp32_products_are_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    counts = (33, 0, 20)
+    x, weight = quantise(torch.randn(53, 96).to(dtype)), torch.randn(3, 48, 96).to(dtype)
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr(bitlinear, "int8_products", lambda *_, fast=fast: fast)
+        product = unscaled_product(x, weight, counts)
+        found.append([bit_product(x, weight, counts), *product[:2]])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # Within one rounding of the exact result.
+    exact = integer_product(x.codes.double(), x.scale.double(), weight.double(), counts)
+    spacing = torch.finfo(dtype).eps * exact.abs()
+    assert bool(
+        ((found[0][0].double() - exact).abs() <= spacing * (0.51 if dtype != torch.float32 else 2) + 1e-30).all()
+    )
+
+
+def test_a_row_that_is_not_finite_stays_so() -> None:
+    x = torch.randn(4, 32)
+    x[1, 3], x[2, 0] = torch.nan, torch.inf
+    weight = torch.randn(1, 8, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = bit_product(normalise(x.to(dtype)), weight.to(dtype), (4,))
+        assert not bool(out[[1, 2]].isfinite().any()) and bool(out[[0, 3]].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_keeps_little_for_backward(dtype: torch.dtype) -> None:
+    """Norm, quantiser and four readers, six times, beside the fake-quantised form that quantises plain tensors."""
+    torch.manual_seed(0)
+    width = 256
+    layers = [BitLinear(width, width) for _ in range(24)]
+    for number, layer in enumerate(layers):
+        layer.initialise(0, str(number))
+        layer.to(dtype)
+    x = torch.randn(512, width).to(dtype).requires_grad_()
+
+    def ours() -> Tensor:
+        y = x
+        for step in range(6):
+            read = normalise(y)
+            y = sum(layer(read) for layer in layers[4 * step : 4 * step + 4]) * 0.5
+        return y
+
+    def fake() -> Tensor:
+        y = x
+        for step in range(6):
+            values = F.rms_norm(y, (width,))
+            scale = 127 / values.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+            read = values + ((values * scale).round().clamp(-128, 127) / scale - values).detach()
+            total = torch.zeros_like(y)
+            for layer in layers[4 * step : 4 * step + 4]:
+                gamma = layer.weight.abs().mean().clamp(min=1e-5)
+                used = layer.weight + ((layer.weight / gamma).round().clamp(-1, 1) * gamma - layer.weight).detach()
+                total = total + read @ used.T
+            y = total * 0.5
+        return y
+
+    assert kept_bytes(ours) <= 0.6 * kept_bytes(fake)

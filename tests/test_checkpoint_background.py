@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from kabrn_dist.checkpoint import lock as lock_module
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.lock import hold
 from kabrn_dist.checkpoint.shard import CHUNK_BYTES
@@ -348,8 +350,29 @@ def test_sigkill_at_every_point(tmp_path: Path, in_background: bool) -> None:
         assert names == ["latest", *(f"step-{step:08d}" for step in (expected - 1, expected))], point
 
 
-def test_a_second_run_on_one_folder_is_refused(tmp_path: Path) -> None:
+def test_a_lock_that_a_killed_run_leaves_to_its_child_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between fork and exec a child has all that its parent had open; it may outlive the parent by a moment."""
+    script = (
+        "import os, sys; from pathlib import Path; from kabrn_dist.checkpoint.lock import hold\n"
+        "lock = hold(Path(sys.argv[1]))\n"
+        "if os.fork() == 0:\n    sys.stdin.read(); os._exit(0)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE)
+    assert killed.wait() == -signal.SIGKILL and killed.stdin is not None
+    monkeypatch.setattr(lock_module, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=f"process {killed.pid}"):
+        hold(tmp_path)
+    monkeypatch.undo()
+    threading.Timer(0.3, killed.stdin.close).start()
+    hold(tmp_path).release()
+
+
+def test_a_second_run_on_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K10, and nothing stale is left by a holder that was killed."""
+    monkeypatch.setattr(lock_module, "PATIENCE_SECONDS", 0.2)
     folder = tmp_path / "run"
     script = (
         "import sys, time; from pathlib import Path; from kabrn_dist.checkpoint.lock import hold\n"

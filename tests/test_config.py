@@ -10,11 +10,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from data_prep.recipe import load_recipe
+from data_prep.sources.build import make_source
 from kabrn_dist.config import Config, Section
 from kabrn_dist.config_file import dump_config, load_config
 from kabrn_dist.errors import UserError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+# Recipes of data_prep lie beside the trainings that read what they make.
+RECIPES = [path for path in CONFIGS if path.name.startswith("data_")]
+TRAININGS = [path for path in CONFIGS if path not in RECIPES]
 
 BASE = """
 run: {folder: runs/x}
@@ -287,10 +292,17 @@ def test_frozen(base: Path) -> None:
     assert config.training.steps == 10
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
 def test_configs_load(path: Path) -> None:
     config = load_config(path)
     config.check_world(config.parallel.expert)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_load(path: Path) -> None:
+    recipe = load_recipe(path)
+    for source in recipe.sources:
+        assert make_source(source.kind, recipe.inputs(source), dict(source.options)).kind == source.kind
 
 
 @pytest.mark.parametrize("override", ["run.seed=7", "model.retention.decay=[1.5, 7]", "run.folder='runs/größe: x'"])
@@ -343,3 +355,35 @@ def test_layers_are_letters_or_a_number_of_retentions(base: Path) -> None:
     assert load_config(base, ["model.layers=RRA"]).model.layers == "RRA"
     for wrong in ("RXA", "0", "''"):
         assert "model.layers" in complaint(base, f"model.layers={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.bitlinear_shards=true", "parallel.zero=2"], "not to parallel.zero 2; set parallel.zero to 1"),
+        (
+            ["parallel.bitlinear_shards=true", "model.quantise=false"],
+            "model.quantise is false; set",
+        ),
+        (
+            ["parallel.bitlinear_shards=true", "model.quantise_warmup=3"],
+            "the first 3 steps .* set both to 0",
+        ),
+        (["model.quantise_from=6", "model.quantise_warmup=4"], "= 10 leaves none of training.steps 10 quantised"),
+        (["model.quantise_from=-1"], "model.quantise_from: .*greater than or equal to 0"),
+        (["model.quantise=false", "model.quantise_warmup=2"], "quantise_warmup 2 is for quantised models"),
+        (["model.scale_group=0"], "model.scale_group"),
+        (["model.scale_group=8", "model.experts.form=hat"], "scale_group 8 is not for model.experts.form hat"),
+        (["model.convolution=-1"], "model.convolution"),
+        (["parallel.bitlinear_packing=base_two"], "parallel.bitlinear_packing"),
+    ],
+)
+def test_ternary_weights_that_cannot_be_are_refused(base: Path, overrides: list[str], said: str) -> None:
+    assert re.search(said, complaint(base, *overrides))
+
+
+def test_ternary_weights_that_can_be(base: Path) -> None:
+    shared = ["parallel.bitlinear_shards=true", "model.scale_group=3", "parallel.bitlinear_packing=base_three"]
+    assert load_config(base, shared).parallel.bitlinear_shards
+    model = load_config(base, ["model.quantise_from=3", "model.quantise_warmup=4"]).model
+    assert [model.quantised_share(step) for step in (0, 2, 3, 5, 7, 9)] == [0, 0, 0.2, pytest.approx(0.6), 1, 1]

@@ -13,8 +13,8 @@ from kabrn_dist.config import Retention as Settings
 from kabrn_dist.mesh import find_place, join_processes
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.convolution import Convolution, State, convolve, convolve_naive
-from kabrn_dist.model.mixer import Mixer
+from kabrn_dist.model.convolution import Convolution, convolve, convolve_naive
+from kabrn_dist.model.mixer import Mixer, State
 from kabrn_dist.model.mixer import find_place as find_tokens
 from kabrn_dist.model.retention import Retention
 from kabrn_dist.parallel.shift import columns_before

@@ -30,12 +30,7 @@ SHORT: dict[str, Any] = {"training__steps": 4, "training__micro_batch": 4}
 PLAIN: dict[str, Any] = {**SHORT, "model__quantise": False}
 # Name → a trained run. The dense ones have one mixture or none.
 SOURCES: dict[str, dict[str, Any]] = {
-    "dense": {
-        **PLAIN,
-        "model__experts__first_dense": 2,
-        "model__experts__dense_hidden": 24,
-        "model__experts__convolution": 2,
-    },
+    "dense": {**PLAIN, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
     "half": {
         **PLAIN,
         "model__experts__first_dense": 1,
@@ -181,7 +176,6 @@ def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixture", {"model__width": 48}, "model.width is 32 in the run to start from and 48 here; .* set it to 32"),
     ("mixture", {"model__experts__hidden": 48}, "model.experts.hidden is 24 .* 48"),
-    ("dense", {"model__experts__convolution": 0}, "model.experts.convolution is 2 in the run to start from and 0 here"),
     ("one", {"model__convolution": 3}, "model.convolution is 2 in the run to start from and 3 here; .* set it to 2"),
     ("mixture", {"model__experts__routed": 6}, "routed is 4 .* 6 here.* use 4, 8, 12"),
     (

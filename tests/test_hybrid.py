@@ -23,7 +23,7 @@ COLLECTIVES = ("batch_isend_irecv", "all_gather", "all_reduce", "all_to_all_sing
 
 def settings(layers: str, kept: str = "keep", convolution: int = 3) -> Settings:
     retention = Retention(heads=2, key_width=4, value_width=6, decay=(1.5, 7.0), chunk=8)
-    experts = Experts(routed=4, top_k=2, hidden=8, groups=2, convolution=convolution)
+    experts = Experts(routed=4, top_k=2, hidden=8, groups=2)
     return Settings(
         vocabulary=11,
         width=8,
@@ -86,8 +86,8 @@ def count_collectives(rank: int, port: int) -> None:
             counts.clear()
             model(batch).language.backward()
             found.append(dict(counts))
-        exchanges = "forward and backward: one a retention, and one a convolution"
-        assert found[0]["batch_isend_irecv"] == 2 * (2 + 2 * 3), exchanges
+        exchanges = "forward and backward: one a retention, and two convolutions a layer"
+        assert found[0]["batch_isend_irecv"] == 2 * (2 + 6), exchanges
         assert found[1] == found[0] and found[2] == found[0], found
 
 

@@ -15,12 +15,14 @@ from torch import Tensor
 from kabrn_dist.config import Experts as Settings
 from kabrn_dist.kernels.build import Unavailable, load
 from kabrn_dist.kernels.choice import SWITCH, Kernels, choose
-from kabrn_dist.model import bitlinear
-from kabrn_dist.model.bitlinear import Quantised, bit_product, bit_product_naive, normalise, quantise, rms_norm, ternary
+from kabrn_dist.model import bitlinear, ternary
+from kabrn_dist.model.bitlinear import bit_product, bit_product_naive
 from kabrn_dist.model.kan.activation import activate, activate_eager
 from kabrn_dist.model.kan.chebyshev import ChebyshevExperts
 from kabrn_dist.model.kan.grouped import GroupedExperts
 from kabrn_dist.model.kan.rational import RationalExperts
+from kabrn_dist.model.quantised import Quantised, normalise, quantise, rms_norm
+from kabrn_dist.model.ternary import pack_naive, ternarise
 
 FORMS = {"rational": RationalExperts, "chebyshev": ChebyshevExperts}
 COUNTS = [(5,), (70, 0, 200, 1), (0, 0), (0, 64, 0), (65, 63)]
@@ -82,7 +84,7 @@ def test_activations_are_the_eager_ones(
 ) -> None:
     torch.manual_seed(0)
     module, coefficients = make(form, len(counts), width)
-    codes, scale = quantise(torch.randn(sum(counts), width), quantised)
+    codes, scale, _ = quantise(torch.randn(sum(counts), width), quantised)
     # A scale for every row, as a product has, and zeros, where the denominator has its corner.
     x = Quantised(codes.to(dtype), scale * torch.rand(sum(counts), 1).add(0.5))
     noise = torch.randn(x.codes.shape).to(dtype)
@@ -136,7 +138,7 @@ def test_threads_change_nothing(form: str, two_threads: None) -> None:
         part = results(lambda x, c: activate(x, module.function, module.eager, c, counts, True), x, coefficients, noise)
         kernels = choose("cpu").kernels
         assert kernels is not None
-        found.append([*part, *kernels.products.ternary(latents)])
+        found.append([*part, *ternarise(latents)[1:]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -155,6 +157,8 @@ def test_products_are_the_eager_ones(dtype: torch.dtype, enabled: bool, monkeypa
 
     mine = run(bit_product)
     monkeypatch.setattr(bitlinear, "kernels_for", lambda x: None)
+    monkeypatch.setattr(ternary, "kernels_for", lambda x: None)
+    monkeypatch.setattr(bitlinear, "int8_products", lambda *_: False)
     for found, eager in zip(mine, run(bit_product), strict=True):
         close(found, eager, 4 * torch.finfo(dtype).eps)
         assert found.dtype == eager.dtype == dtype
@@ -191,13 +195,19 @@ def test_ternary_codes_are_the_eager_ones(dtype: torch.dtype, shape: tuple[int, 
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     weight[0, 0, 0] = 300.0
-    codes, gamma, kept = kernels.products.ternary(weight)
-    expected, its = ternary(weight)
-    torch.testing.assert_close(gamma, its, atol=0, rtol=1e-6)
-    assert codes.dtype == dtype and torch.equal(codes.float(), expected)
-    assert torch.equal(kernels.products.widen(kept, dtype), codes)
-    nothing = kernels.products.ternary(torch.zeros(shape, dtype=dtype))
-    assert not bool(nothing[0].any()) and bool((nothing[1] > 0).all())
+    found = ternarise(weight)
+    assert found.gamma is not None and found.packed is not None and found.fresh is not None
+    wide = weight.double()
+    gamma = wide.abs().mean((1, 2), keepdim=True)
+    expected = (wide / gamma).round().clamp(-1, 1)
+    torch.testing.assert_close(found.gamma.double(), gamma, atol=0, rtol=1e-7)
+    assert torch.equal(found.fresh.double(), expected)
+    assert torch.equal(found.packed, pack_naive(found.fresh))
+    for wanted in (dtype, torch.int8, torch.float32):
+        assert torch.equal(found.codes(wanted), found._replace(fresh=None).codes(wanted))
+        assert found.codes(wanted).dtype == wanted and torch.equal(found.codes(wanted).double(), expected)
+    nothing = ternarise(torch.zeros(shape, dtype=dtype))
+    assert nothing.gamma is not None and not bool(nothing.codes(dtype).any()) and bool((nothing.gamma > 0).all())
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (1, 9000), (33, 17)])
@@ -208,7 +218,9 @@ def test_rows_are_scaled_and_rounded_as_torch_does(shape: tuple[int, int], kerne
     for dtype in DTYPES:
         rounded = x.to(dtype)
         expected = (rounded * factor).to(dtype)
-        torch.testing.assert_close(kernels.products.scale(rounded, factor), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            kernels.products.scale(rounded, factor, dtype), expected, rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_counts_that_do_not_fit_are_refused() -> None:

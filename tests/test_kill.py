@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from kabrn_dist.checkpoint.manifest import MANIFEST_NAME
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.errors import UserError
 from tests import forks
-from tests.harness import write_config
+from tests.harness import ROOT, write_config
 from tests.test_reshard import SMALLER, layout
 
 WORLD = 2
@@ -45,6 +46,7 @@ TINY: dict[str, Any] = {
 SAVING = ("save.begin", "save.written")
 COMMITTING = ("save.manifest", "save.before_rename", "save.renamed", "save.before_prune", "save.prune")
 LOADING = ("load.manifest", "load.tensors", "load.done")
+ASIDE = "save.aside"
 COMMITTED = ("save.renamed", "save.before_prune")
 
 
@@ -136,6 +138,12 @@ def strike(victim: Victim, point: str, rank: int | None, background: bool, resum
     victim.check_log()
 
 
+def test_every_point_that_the_code_names_is_struck() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "kabrn_dist" / "checkpoint").glob("*.py"))
+    named = set(re.findall(r'"((?:save|load)\.[a-z_]+)"', sources))
+    assert named == {*SAVING, *COMMITTING, *LOADING, ASIDE}
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_kill_at_any_point_loses_nothing_that_was_committed(background: bool, shards: Path, tmp_path: Path) -> None:
     victim = make_victim(shards, tmp_path, steps=90)
@@ -152,7 +160,7 @@ def test_a_kill_at_any_point_loses_nothing_that_was_committed(background: bool, 
     # Back behind what is there: newer checkpoints are set aside, and one of the same step is replaced.
     older = [path for path in list_checkpoints(victim.checkpoints) if (path / MANIFEST_NAME).exists()][-1]
     for rank in (0, None):
-        strike(victim, "save.aside", rank, background, str(older))
+        strike(victim, ASIDE, rank, background, str(older))
     finish(victim, older)
 
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kabrn_dist.draw.experts import draw_load
 from kabrn_dist.train.metrics import Metrics
-from kabrn_dist.train.watch import ExpertWatch, expert_lists, expert_values, measure_balance, ternary_values
+from kabrn_dist.train.watch import ExpertWatch, expert_lists, expert_values, measure_balance
 
 LOAD = torch.tensor([[6.0, 2.0, 4.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
 
@@ -58,11 +58,6 @@ def test_lists_are_whole_loads_and_each_ranks_traffic() -> None:
     lists = expert_lists(watch(traffic=traffic))
     assert lists["experts/copies"] == [[7, 5]] and lists["experts/bytes"] == [[1000, 900]]
     assert lists["experts/seconds"] == [[0.5, 0.25]]
-
-
-def test_ternary_shares_by_name() -> None:
-    values = ternary_values(torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.0, 0.5]]))
-    assert values["ternary/zero/layer_0"] == 0.5 and values["ternary/plus/layer_1"] == 0.5 and len(values) == 6
 
 
 def test_lists_go_to_the_log_only_and_the_picture_to_tensorboard_only(tmp_path: Path) -> None:

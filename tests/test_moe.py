@@ -14,10 +14,10 @@ from kabrn_dist.config import Model as ModelSettings
 from kabrn_dist.config import Retention as RetentionSettings
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import alone
-from kabrn_dist.model.bitlinear import quantise, rms_norm
 from kabrn_dist.model.kan.forms import FORMS
 from kabrn_dist.model.mixkabrn import MixKABRN, Sums
 from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts, mixture_naive
+from kabrn_dist.model.quantised import quantise, rms_norm
 from kabrn_dist.model.router import RouterStates
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.wire import Traffic, Wire
@@ -104,7 +104,7 @@ def test_dense_network_is_a_mixture_of_one(form: str, quantised: bool) -> None:
     dense = DenseFeedForward(settings(quantised, form=form, dense_hidden=20), 1.0)
     dense.shared.initialise(2, "expert")
     x = torch.randn(3, 5, WIDTH)
-    codes, scale = quantise(rms_norm(x).flatten(0, 1), quantised)
+    codes, scale, _ = quantise(rms_norm(x).flatten(0, 1), quantised)
     torch.testing.assert_close(dense(x).flatten(0, 1), dense.shared(codes, scale, [15]))
 
 

@@ -122,13 +122,7 @@ def test_every_placement_has_the_same_losses_quantised(shards: Path, tmp_path: P
 def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_path: Path) -> None:
     """Attention among the retentions, convolutions before both, and activations computed again, over slices and even
     and uneven expert groups."""
-    hybrid = {
-        "model__quantise": False,
-        "model__layers": "RA",
-        "model__convolution": 3,
-        "model__experts__convolution": 2,
-        "parallel__bucket": 3000,
-    }
+    hybrid = {"model__quantise": False, "model__layers": "RA", "model__convolution": 3, "parallel__bucket": 3000}
     cases: dict[int, list[dict[str, Any]]] = {
         1: [{}],
         2: [

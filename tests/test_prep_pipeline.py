@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,9 +97,12 @@ def test_duplicates_go_once_over_all_sources(tmp_path: Path) -> None:
     found = report_of(tmp_path)
     assert (found["a"]["exact_duplicates"], found["b"]["exact_duplicates"]) == (0, 1)
     assert (found["a"]["near_duplicates"], found["b"]["near_duplicates"]) == (0, 1)
+    same, alike = found["b"]["removed_samples"]["same text"], found["b"]["removed_samples"]["nearly the same"]
+    assert [text for _, text, _ in same] == [shared] and [text for _, text, _ in alike] == [nearly[:200]]
+    assert all(name.startswith("b.jsonl byte") and kept.startswith("as a.jsonl byte") for name, _, kept in same + alike)
 
 
-def test_evaluation_sets_are_kept_out(tmp_path: Path) -> None:
+def test_evaluation_sets_are_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = words(7, 40)
     write_lines(tmp_path / "test.jsonl", [{"question": question}])
     records = [{"text": f"before {question} after"}, *({"text": words(n, 50)} for n in range(10, 16))]
@@ -108,6 +112,10 @@ def test_evaluation_sets_are_kept_out(tmp_path: Path) -> None:
     assert len(texts_of(tmp_path, "a")) == 6
     source = report_of(tmp_path)["a"]
     assert source["removed"] == {"contamination": 1} and "test.jsonl" in json.dumps(source["removed_samples"])
+    write_lines(tmp_path / "test.jsonl", [{"question": words(8, 40)}])
+    capsys.readouterr()
+    code = prepare(tmp_path, [{"name": "a", "kind": "jsonl", "input": name}], clean=clean)
+    assert "sources that have changed since" in refused(capsys, code)
 
 
 def test_parallel_texts_follow_one_another(tmp_path: Path) -> None:
@@ -167,15 +175,20 @@ def test_unreadable_files_are_counted_and_too_many_refused(tmp_path: Path, capsy
     (tmp_path / "texts").mkdir()
     for n in range(199):
         (tmp_path / "texts" / f"{n}.txt").write_text(words(n, 20))
-    (tmp_path / "texts" / "bad.txt").write_bytes(b"\xff\xfe\x00\x01binary\x00" * 50)
+    (tmp_path / "texts" / "binary.txt").write_bytes(b"\x7fELF\x00\x01" * 50)
+    (tmp_path / "texts" / "cut.txt.gz").write_bytes(gzip.compress(words(0, 200).encode())[:-20])
+    (tmp_path / "texts" / "lost.txt").symlink_to(tmp_path / "nowhere")
     source = [{"name": "a", "kind": "text", "input": "texts"}]
     clean = NO_CLEANING | {"broken": "drop"}
-    assert prepare(tmp_path, source, clean=clean) == 0
+    assert prepare(tmp_path, source, clean=clean, max_unreadable=0.02) == 0
     found = report_of(tmp_path)["a"]
-    assert len(texts_of(tmp_path, "a")) == 199 and found["unreadable"] + sum(found["removed"].values()) == 1
-    if found["unreadable"]:
-        code = prepare(tmp_path, source, "--force", clean=clean, max_unreadable=0.001)
-        assert "bad.txt" in refused(capsys, code)
+    names = [name.partition(":")[0] for name in found["unreadable_names"]]
+    assert found["unreadable"] == 3 and names == ["texts/binary.txt", "texts/cut.txt.gz", "texts/lost.txt"]
+    assert len(texts_of(tmp_path, "a")) == 199 and found["documents"] == 202
+    capsys.readouterr()
+    code = prepare(tmp_path, source, "--force", clean=clean, max_unreadable=0.01)
+    assert "3 of 202 documents cannot be read (first: texts/binary.txt" in refused(capsys, code)
+    assert not (tmp_path / "set" / "index.json").exists()
 
 
 def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +196,8 @@ def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     good = {"name": "a", "kind": "jsonl", "input": name}
     for sources, settings, expected in (
         ([good | {"weight": 0}], {}, "sum to 0"),
+        ([good | {"weight": float("nan")}], {}, "weight nan of 'a'"),
+        ([good | {"epochs": 0}], {}, "sources.0.epochs: Input should be greater than 0, found 0\n"),
         ([good | {"colour": 1}], {}, "unknown key 'sources.0.colour'"),
         ([good, good], {}, "two sources are called 'a'"),
         ([good | {"kind": "poems"}], {}, "no such kind"),

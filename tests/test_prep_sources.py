@@ -208,6 +208,12 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "apps": ("code", data.APPS, {"layout": "apps"}),
     "code": ("code", {"a/b.py": "x", "a/c/d.js": "y", "../up.py": "z", "a/.git/h.py": "no"}, {}),
     "jsonl": ("jsonl", {"a/b.jsonl": data.jsonl([{"text": "é"}, {"text": "b"}])}, {}),
+    "openqa": ("openqa", {"nq/NQ-open.train.jsonl": data.jsonl([{"question": "q", "answer": ["a", "b"]}])}, {}),
+    "humaneval": (
+        "code",
+        {"human-eval/HumanEval.jsonl.gz": gzip.compress(b'{"task_id": "0", "prompt": "p", "canonical_solution": "s"}')},
+        {"layout": "humaneval"},
+    ),
     "packed": ("text", {"a/b.txt.gz": gzip.compress(b"b"), "a/c.txt.zst": zstandard.compress(b"c")}, {}),
 }
 

@@ -20,6 +20,7 @@ from data_prep.sources.packed import unpack
 from kabrn_dist.errors import UserError
 from tests import prep_fixtures as data
 
+LEVELS = list(enumerate(([], {"of": 3}, "Level 3", 3, None)))
 LINES = data.jsonl([{"text": f"line {n} é"} for n in range(400)]).encode()
 
 
@@ -95,7 +96,14 @@ def test_a_wrong_layout_says_what_was_found(
         ("jsonl", "a.jsonl", '{"question": "q", "answer": "a"}', "it looks like openqa"),
         ("jsonl", "a.jsonl", "[1]\n", "found a list"),
         ("jsonl", "a.jsonl", '{"text": \n', "found no JSON"),
+        ("jsonl", "a.jsonl", f'{{"text": {"1" * 5000}}}', "found no JSON (Exceeds the limit"),
         ("openqa", "a.jsonl", '{"text": "x"}\n', "found 'text'; it looks like jsonl"),
+        (
+            "openqa",
+            "a.jsonl",
+            '{"question": {"stem": "s", "choices": []}, "answerKey": ["A"]}',
+            "found 'question', 'answerKey'",
+        ),
         ("math", "train/x/1.json", '{"question": "q", "hints": []}', "it looks like amps. Source math expects"),
         ("amps", "khan/x/1.json", '{"problem": "q", "x": []}', "found 'problem', 'x'"),
         ("amps", "mathematica/x/y/1.txt", "Answer:\n1", "found 0 'Problem:' and 1 'Answer:' blocks"),
@@ -129,6 +137,12 @@ def test_single_bad_files_are_counted_not_fatal(tmp_path: Path) -> None:
         "lost.json": "No such file or directory",
     }
     assert len(found) == 301
+
+
+def test_a_level_of_another_kind_is_no_level(tmp_path: Path) -> None:
+    records = {f"train/algebra/{n}.json": {"problem": "p", "solution": "s", "level": level} for n, level in LEVELS}
+    found = read("math", data.folder(tmp_path / "MATH", records), levels=(3,))
+    assert [document.name.rpartition("/")[2] for document in found] == ["2.json"]
 
 
 def test_many_wrong_lines_end_the_reading(tmp_path: Path) -> None:

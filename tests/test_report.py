@@ -17,6 +17,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batches
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.mesh import alone
+from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN, build_model
 from kabrn_dist.model.saved import load_weights
 from kabrn_dist.report.elementary import write_formula
@@ -149,6 +150,40 @@ def test_symbolic(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 to 3" in refusal(capsys, "symbolic", "--run", trained, "--expert", 4)
 
 
+def test_ternary_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = rows(report(capsys, "weights", "--run", trained, "--out", tmp_path / "pictures"))
+    _, model, path = open_run(trained)
+    start = [weight.detach().clone() for _, weight in model.bit_weights()]
+    load_weights(model, path)
+    weights = list(model.bit_weights())
+    assert [row[0] for row in table] == [str(layer) for layer, _ in weights]
+    assert [row[1] for row in table[:6]] == [
+        *(f"mixer.inputs.{part}" for part in ("query", "key", "value", "gate")),
+        "mixer.output.out",
+        "mixture.shared.up",
+    ]
+    for row, (_, weight), first in zip(table, weights, start, strict=True):
+        (codes, gamma), (before, _) = (ternary(w.detach().view(-1, *w.shape[-2:])) for w in (weight, first))
+        assert row[2] == " × ".join(map(str, weight.shape))
+        means = [cell.split(" ")[0] for cell in row[3:]]
+        assert means[:3] == [f"{100 * float((codes == code).double().mean()):.1f}" for code in (-1, 0, 1)]
+        assert float(means[3]) == pytest.approx(1.3, abs=0.1)
+        assert float(means[4]) == pytest.approx(float(gamma.mean()), abs=1e-4)
+        assert float(means[5]) == pytest.approx(100 * float((codes != before).double().mean()), abs=0.06)
+        assert ("–" in row[4]) == (len(codes) > 1)
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == [f"weights_layer_{layer}.png" for layer in range(3)]
+    for name in pictures:
+        assert_picture(tmp_path / "pictures" / name)
+
+
+def test_a_run_without_ternary_weights_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = yaml.safe_load((copied / "config.yaml").read_text())
+    tree["model"]["quantise"] = False
+    (copied / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert "model.quantise is false" in refusal(capsys, "weights", "--run", copied)
+
+
 def test_weights_come_from_the_checkpoint(trained: Path) -> None:
     _, model, path = open_run(trained)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -159,7 +194,7 @@ def test_weights_come_from_the_checkpoint(trained: Path) -> None:
 
 
 def test_what_is_missing_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for what in ("experts", "functions", "symbolic"):
+    for what in ("experts", "functions", "symbolic", "weights"):
         assert "no such folder" in refusal(capsys, what, "--run", tmp_path / "none")
     assert "log.jsonl" in refusal(capsys, "experts", "--run", tmp_path)
     assert "config.yaml" in refusal(capsys, "functions", "--run", tmp_path)

@@ -28,7 +28,6 @@ SMALLER: dict[str, Any] = {
     "model__quantise": False,
     "model__layers": 1,
     "model__convolution": 3,
-    "model__experts__convolution": 2,
     "model__experts__routed": 6,
     # Differences of summation order grow with the rate from step to step.
     "optimizer__learning_rate": 1.0e-3,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.config import Model
-from kabrn_dist.model.bitlinear import rms_norm
 from kabrn_dist.model.noise import mix, noise_key, uniform
+from kabrn_dist.model.quantised import rms_norm
 from kabrn_dist.model.router import Places, Router, RouterStates, Routing, capacity, first_best, first_best_naive
 
 WIDTH, ROUTED = 16, 6

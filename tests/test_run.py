@@ -90,12 +90,15 @@ def _check_scalars(folder: Path) -> None:
         "experts/maxvio/layer_1",
         "experts/bias_range/layer_0",
         "experts/router_entropy/layer_0",
+        "optimizer/weight_decay",
         "ternary/zero/layer_1",
+        "ternary/flips/layer_1",
+        "ternary/saturation/layer_0",
         "validation/loss",
         "validation/bits_per_byte",
     }
     assert wanted <= tags, wanted - tags
-    pictures = {"experts/load", "functions/layer_0", "functions/layer_1"}
+    pictures = {"experts/load", *(f"{kind}/layer_{layer}" for kind in ("functions", "weights") for layer in (0, 1))}
     assert pictures == set(board.Tags()["images"])
     assert [event.step for event in board.Scalars("loss/total")] == list(range(1, 11))
     zeros = [event.value for event in board.Scalars("ternary/zero/layer_1")]

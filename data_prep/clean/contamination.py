@@ -89,10 +89,14 @@ def collect(settings: Contamination) -> Contaminants:
     return Contaminants(((str(path), _texts(path)) for path in settings.paths), settings)
 
 
+def evaluation_files(path: Path) -> list[Path]:
+    """The files of one of `settings.paths`, in the order in which they are read."""
+    return [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.name.endswith(_ENDINGS))
+
+
 def _texts(path: Path) -> Iterator[str]:
-    files = [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.name.endswith(_ENDINGS))
     empty = True
-    for file in files:
+    for file in evaluation_files(path):
         for text in _read(file):
             empty = False
             yield text
@@ -113,7 +117,7 @@ def _read(path: Path) -> Iterator[str]:
         for record in text.split("\n") if plain.endswith(".jsonl") else [text]:
             if record.strip():
                 yield from _strings(json.loads(record))
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"contamination.paths {path}: cannot be read ({error}). Replace it or leave it out.") from error
 
 

@@ -36,7 +36,7 @@ def problems(found: Iterator[Member], solutions: int, loss: Loss) -> Iterator[Do
 def _problem(folder: str, files: dict[str, str], solutions: int, loss: Loss) -> Iterator[Document | Mismatch]:
     try:
         answers = json.loads(files["solutions.json"] or "[]")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         yield Mismatch(f"{folder}/solutions.json", f"no JSON ({reason(error)})")
         return
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):

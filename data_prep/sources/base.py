@@ -151,7 +151,7 @@ def parse(name: str, text: str) -> Any | Mismatch:
     """Return the JSON value of `text`, which may begin with a byte order mark."""
     try:
         return json.loads(text.removeprefix("\ufeff"))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
         return Mismatch(name, f"no JSON ({reason(error)})")
 
 

@@ -55,7 +55,7 @@ class Math(FileSource):
         if not isinstance(problem, str) or not isinstance(solution, str):
             yield Mismatch(member.name, guess_keys(record))
             return
-        if self.options.levels and fields.get("level") not in {f"Level {n}" for n in self.options.levels}:
+        if self.options.levels and fields.get("level") not in [f"Level {n}" for n in self.options.levels]:
             return
         answer = last_boxed(solution) if self.options.answer == "final" else solution
         if answer is None:

@@ -100,9 +100,10 @@ def _question(record: dict[str, Any]) -> str | None:
 
 def _chosen(record: dict[str, Any]) -> list[str] | None:
     choices = _choices(record["question"])
-    if choices is None or "answerKey" not in record:
+    right = record.get("answerKey")
+    if choices is None or not isinstance(right, str | int):
         return None
-    return [choices[record["answerKey"]]] if record["answerKey"] in choices else []
+    return [choices[right]] if right in choices else []
 
 
 def _choices(question: dict[str, Any]) -> dict[str, str] | None:

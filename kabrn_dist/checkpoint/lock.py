@@ -7,12 +7,15 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 
 from kabrn_dist.errors import UserError
 
 LOCK_NAME = "lock"
+# A process that is killed while it starts another one leaves the lock to that one until it has become its program.
+PATIENCE_SECONDS = 3.0
 
 # What file systems without locks answer.
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -46,8 +49,9 @@ def hold(folder: Path) -> Lock:
     """Lock `folder`/lock, making the folder if need be, and write host and process into it.
 
     flock(2): gone with the process, also after SIGKILL, so nothing stale is ever left; NFS passes it to the
-    other machines. On a file system without locks a warning is logged and the run goes on unguarded. Not
-    collective: rank 0 takes it. Raises UserError where another holds it, or the folder cannot be written.
+    other machines. A held one is waited for, PATIENCE_SECONDS, in case its holder is just ending. On a file
+    system without locks a warning is logged and the run goes on unguarded. Not collective: rank 0 takes it.
+    Raises UserError where another holds it, or the folder cannot be written.
     """
     path = folder / LOCK_NAME
     try:
@@ -65,12 +69,12 @@ def hold(folder: Path) -> Lock:
 
 def _lock(descriptor: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
-        raise UserError(
-            f"{path.parent}: a run is going on in this folder ({holder}); stop it first, or choose another run.folder"
-        ) from None
+        if not _try_for(descriptor, PATIENCE_SECONDS):
+            holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"{path.parent}: a run is going on in this folder ({holder}); stop it first, or choose another "
+                "run.folder"
+            )
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise UserError(f"{path}: cannot be locked ({error.strerror}); choose another run.folder") from error
@@ -81,3 +85,16 @@ def _lock(descriptor: int, path: Path) -> None:
     except OSError as error:
         # The lock counts, not the note: a full disk must not keep a run from resuming.
         logger.warning("%s: cannot be written (%s)", path, error.strerror)
+
+
+def _try_for(descriptor: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,10 +136,11 @@ def open_corpus(settings: DataSettings) -> Corpus:
         each._replace(weight=settings.weights.get(name, each.weight), epochs=settings.epochs.get(name, each.epochs))
         for name, each in sources.items()
     )
-    if not any(each.weight for each in drawn):
+    total = sum(each.weight for each in drawn)
+    if not 0 < total < math.inf:
         raise UserError(
-            f"data.weights: the weights of {', '.join(sources)} sum to 0, so there is nothing to draw; give at least "
-            "one source a weight above 0."
+            f"data.weights: the weights of {', '.join(sources)} sum to {total:g}, so there is nothing to draw by; give "
+            "at least one source a weight above 0."
         )
     return Corpus(tuple(sets), drawn, settings.cache_gb * 1e9)
 

@@ -28,7 +28,6 @@ KEPT = (
     "retention.key_width",
     "retention.value_width",
     "experts.form",
-    "experts.convolution",
 )
 GROWN = {f"experts.{key}" for key in ("routed", "hidden", "dense_hidden", "every", "first_dense", "shared", *FUNCTIONS)}
 ROUTING = {"experts.top_k", "router.score", "router.renormalise", "router.groups", "router.groups_per_token"}

@@ -15,6 +15,7 @@ from kabrn_dist.checkpoint.exchange import Group, on_first, rank_of, size_of, to
 from kabrn_dist.checkpoint.folder import checkpoint_path, list_checkpoints
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
+from kabrn_dist.checkpoint.state import RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.config import Config
 from kabrn_dist.config_file import dump_config
@@ -142,26 +143,28 @@ def _router_states(growth: Growth) -> dict[str, Tensor]:
 
 def _fresh_state(growth: Growth) -> dict[str, Any]:
     """What the training loop keeps beside the tensors, of a run that has read nothing yet."""
-    config, old = growth.config, growth.manifest.state
+    config, old = growth.config, read_state(growth.path, growth.manifest.state)
     data = config.data
     corpus = open_corpus(data)
     cursor = Batches(corpus, "train", data.sequence_length, config.run.seed).cursor(0)
     tokenizer = corpus.tokenizer_sha256
-    if tokenizer != old["tokenizer_sha256"]:
+    if tokenizer != old.tokenizer_sha256:
         raise UserError(
             f"{data.path}/tokenizer.json is not the one that {growth.path} was trained with, so its embedding would "
             "mean nothing; prepare the data with that run's tokenizer (`python -m data_prep --tokenizer FILE`)"
         )
     is_fp16, was_fp16 = (c.training.precision == "fp16" for c in (config, growth.before))
-    scale = (old["loss_scale"] if was_fp16 else FP16_SCALE) if is_fp16 else 1.0
-    return {
-        "step": 0,
-        "updates": old["updates"],
-        "cursor": asdict(cursor),
-        "loss_scale": scale,
-        "config": config.model_dump(mode="json"),
-        "tokenizer_sha256": tokenizer,
-    }
+    scale = (old.loss_scale if was_fp16 else FP16_SCALE) if is_fp16 else 1.0
+    state = RunState(
+        step=0,
+        updates=old.updates,
+        cursor=asdict(cursor),
+        precision=config.training.precision,
+        loss_scale=scale,
+        config=config.model_dump(mode="json"),
+        tokenizer_sha256=tokenizer,
+    )
+    return state.model_dump()
 
 
 def _read_config(path: Path, manifest: Manifest) -> Config:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.build import Unavailable, find_compiler
@@ -57,3 +60,40 @@ def choose(device: str) -> Choice:
 def kernels_for(x: Tensor) -> Kernels | None:
     """The kernels that take x; None where torch's own operations must do."""
     return choose(x.device.type).kernels if x.dtype in DTYPES else None
+
+
+# Rows and widths of the product that is timed, and how often.
+_TIMED_SIZE, _TIMED_RUNS = 384, 5
+
+
+@cache
+def int8_products(device: str, dtype: torch.dtype) -> bool:
+    """Whether a type of device multiplies int8 codes faster than the same codes in fp32: measured once a process.
+
+    Both give the same bits, so that a choice of another kind changes speed only.
+    """
+    if dtype == torch.float64:
+        return False
+    size = _TIMED_SIZE
+    codes = (torch.arange(size * size, device=device) * 37 % 255 - 127).view(size, size).to(torch.int8)
+    signs = (torch.arange(size * size, device=device) * 11 % 3 - 1).view(size, size).to(torch.int8)
+    wide, wide_signs = codes.float(), signs.float()
+    try:
+        right = torch.equal(torch._int_mm(codes, signs.T).float(), wide @ wide_signs.T)
+    except RuntimeError:
+        return False
+    return right and _seconds(lambda: torch._int_mm(codes, signs.T), device) < _seconds(
+        lambda: wide @ wide_signs.T, device
+    )
+
+
+def _seconds(run: Callable[[], Tensor], device: str) -> float:
+    """The shortest of a few runs."""
+    times = []
+    for _ in range(_TIMED_RUNS):
+        begin = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -58,7 +58,7 @@ class Functions:
 
     def forward(
         self, function: Function, x: Tensor, factor: Tensor | None, coefficients: Tensor, counts: Sequence[int], q: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """One pass.
 
         Args:
@@ -69,13 +69,14 @@ class Functions:
             q: whether to quantise.
 
         Returns:
-            codes [N,D] in the dtype of x, scale [N,1] fp32 (1 where not quantised), 1/rms [N,1] fp32.
+            codes [N,D] in the dtype of x, scale [N,1] fp32 (1 where not quantised), 1/rms [N,1] fp32, and
+            where quantised the codes again as int8.
         """
         out, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-        rms = torch.empty_like(scale)
+        rms, kept = torch.empty_like(scale), torch.empty_like(x, dtype=torch.int8) if q else None
         job, scratch, _keep = self._job(function, x, factor, coefficients, counts, q)
-        self._call(function, "forward", job, x, scratch, out, scale, rms)
-        return out, scale, rms
+        self._call(function, "forward", job, x, scratch, out, scale, rms, kept)
+        return out, scale, rms, kept
 
     def backward(
         self,
@@ -120,6 +121,6 @@ class Functions:
         scratch = x.new_empty(job.threads * self._library.scratch_floats(ctypes.byref(job)), dtype=torch.float32)
         return job, scratch, rows
 
-    def _call(self, function: Function, way: str, job: Job, *tensors: Tensor) -> None:
-        run = getattr(self._library, f"{function.form}_{DTYPES[tensors[0].dtype]}_{way}")
-        run(ctypes.byref(job), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+    def _call(self, function: Function, way: str, job: Job, first: Tensor, *others: Tensor | None) -> None:
+        run = getattr(self._library, f"{function.form}_{DTYPES[first.dtype]}_{way}")
+        run(ctypes.byref(job), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))

@@ -30,8 +30,13 @@ INLINE void measure(vec y, vec *squares, vec *most) {
     *most = larger(magnitude(y), *most);
 }
 
+INLINE void store_code(int bf16, void *to, int8_t *kept, int64_t v, int64_t rest, vec code) {
+    store(bf16, to, v, rest, code);
+    store_whole(kept, v, rest, code);
+}
+
 INLINE void forward_row(int bf16, const job *j, int64_t row, const void *g, const void *u, vec *y, void *out,
-                        float *scale, float *rms) {
+                        float *scale, float *rms, int8_t *kept) {
     int64_t w = j->width;
     float a = j->a[row], b = j->b[row];
     const char *gates = row_of(g, bf16, j, row), *values = row_of(u, bf16, j, row);
@@ -40,9 +45,9 @@ INLINE void forward_row(int bf16, const job *j, int64_t row, const void *g, cons
     EACH(measure(y[v] = gate_of(bf16, gates, values, a, b, v, rest), &squares, &most));
     float norm = 1.0f / sqrtf(sum(squares) / (float)w + 1e-6f), peak = norm * largest(most);
     rms[row] = norm;
-    scale[row] = j->quantised ? 127.0f / (peak > 1e-5f ? peak : 1e-5f) : 1.0f;
+    scale[row] = j->quantised ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
     float times = norm * scale[row];
-    if (j->quantised) EACH(store(bf16, to, v, rest, nearest(y[v] * times)));
+    if (j->quantised) EACH(store_code(bf16, to, kept + row * w, v, rest, nearest(y[v] * times)));
     else EACH(store(bf16, to, v, rest, y[v] * times));
 }
 
@@ -87,10 +92,10 @@ INLINE vec *own(const job *j, float *scratch) {
 /* Arguments of both: g and u [N,D], scale [N] and rms [N], which forward writes and backward reads. */
 #define GATE(name, bf16)                                                                                            \
     void name##_forward(const job *j, const void *g, const void *u, float *scratch, void *out, float *scale,        \
-                        float *rms) {                                                                               \
+                        float *rms, int8_t *kept) {                                                                 \
         _Pragma("omp parallel for num_threads((int)j->threads) schedule(static)")                                   \
         for (int64_t row = 0; row < j->rows; row++)                                                                 \
-            forward_row(bf16, j, row, g, u, own(j, scratch), out, scale, rms);                                      \
+            forward_row(bf16, j, row, g, u, own(j, scratch), out, scale, rms, kept);                                \
     }                                                                                                               \
     void name##_backward(const job *j, const void *g, const void *u, const void *grad, const float *scale,          \
                          const float *rms, float *scratch, void *for_g, void *for_u) {                              \

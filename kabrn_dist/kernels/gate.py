@@ -40,13 +40,18 @@ class Gate:
 
     def forward(
         self, gate: Tensor, gate_factor: Tensor, up: Tensor, up_factor: Tensor, quantised: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass → codes [N,D] in the dtype of gate, scale [N,1] fp32 (1 where not quantised), 1/rms [N,1] fp32."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """One pass.
+
+        Returns:
+            codes [N,D] in the dtype of gate, scale [N,1] fp32 (1 where not quantised), 1/rms [N,1] fp32, and where
+            quantised the codes again as int8.
+        """
         out, scale = torch.empty_like(gate), torch.empty_like(gate_factor)
-        rms = torch.empty_like(scale)
+        rms, kept = torch.empty_like(scale), torch.empty_like(gate, dtype=torch.int8) if quantised else None
         job, scratch = self._job(gate, gate_factor, up, up_factor, quantised)
-        self._call("forward", job, gate, up, scratch, out, scale, rms)
-        return out, scale, rms
+        self._call("forward", job, gate, up, scratch, out, scale, rms, kept)
+        return out, scale, rms, kept
 
     def backward(
         self,
@@ -84,6 +89,6 @@ class Gate:
         floats = job.threads * self._library.scratch_floats(ctypes.byref(job))
         return job, gate.new_empty(floats, dtype=torch.float32)
 
-    def _call(self, way: str, job: Job, *tensors: Tensor) -> None:
-        run = getattr(self._library, f"{DTYPES[tensors[0].dtype]}_{way}")
-        run(ctypes.byref(job), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+    def _call(self, way: str, job: Job, first: Tensor, *others: Tensor | None) -> None:
+        run = getattr(self._library, f"{DTYPES[first.dtype]}_{way}")
+        run(ctypes.byref(job), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))

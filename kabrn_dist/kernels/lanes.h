@@ -67,6 +67,13 @@ INLINE void store(int bf16, void *to, int64_t v, int64_t rest, vec x) {
     else memcpy((float *)to + v * LANES, &x, rest * 4);
 }
 
+/* Whole numbers −128…127 as bytes. */
+INLINE void store_whole(int8_t *to, int64_t v, int64_t rest, vec x) {
+    bytes small = __builtin_convertvector(__builtin_convertvector(x, ivec), bytes);
+    if (rest >= LANES) ((loose_bytes *)to)[v] = small;
+    else memcpy(to + v * LANES, &small, rest);
+}
+
 /* For each vector of a row of width w: `rest` of its lanes are in use. Only the last can be short, and it has its own
  * copy of the step, for the others to keep their vectors in registers, which a call of memcpy would push out. */
 #define EACH(step)                                                                                                  \

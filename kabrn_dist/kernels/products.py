@@ -1,6 +1,6 @@
 """What a ternary product needs around the multiplication, each in one pass over memory on the CPU (products.c).
 
-Shapes: N rows, D width, E matrices, O output width, I input width.
+Shapes: N rows, D width, R runs of latents with a scale each.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from torch import Tensor
 from kabrn_dist.kernels.build import load
 from kabrn_dist.kernels.functions import DTYPES
 
+PACK_BLOCK = 64  # codes that are packed together, into 16 bytes
+NAMES = DTYPES | {torch.int32: "int32", torch.int8: "int8"}
+
 
 class Products:
-    """Rows scaled, latents rounded to −1, 0, 1, signs widened; for fp32 and bf16. All tensors contiguous.
+    """Latents rounded to −1, 0, 1 and packed, codes widened, results scaled; for fp32 and bf16. All contiguous.
 
     Raises:
         Unavailable: see `build.load`.
@@ -26,30 +29,53 @@ class Products:
         self._library = load(Path(__file__).with_name("products.c"))
         self._library.partials.restype = ctypes.c_int64
 
-    def scale(self, x: Tensor, factor: Tensor) -> Tensor:
-        """x [N,...] times factor [N] (of any shape with N elements, fp32) → the same in the dtype of x."""
-        out = torch.empty_like(x)
+    def scale(self, x: Tensor, factor: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
+        """x [N,...] of fp32, bf16 or int32 times factor [N] (of any shape with N elements) and columns [...].
+
+        Factors are fp32. Computed in fp32 and rounded once, to `dtype`, which is no wider than x.
+        """
+        out = torch.empty_like(x, dtype=dtype)
         rows, width = len(x), x[:1].numel()
-        self._call("scale", x.dtype, x, factor, rows, width, torch.get_num_threads(), out)
+        self._call("scale", (x.dtype, dtype), x, factor, columns, rows, width, torch.get_num_threads(), out)
         return out
 
-    def ternary(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[E,O,I] latents → codes [E,O,I] in their dtype, γ [E,1,1] fp32, and the codes again as int8."""
-        matrices, each = len(weight), weight[:1].numel()
-        codes, kept = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.int8)
-        gamma = weight.new_empty(matrices, 1, 1, dtype=torch.float32)
-        pieces = self._library.partials(ctypes.c_int64(matrices), ctypes.c_int64(each))
-        partial = weight.new_empty(pieces, dtype=torch.float32)
-        threads = torch.get_num_threads()
-        self._call("ternary", weight.dtype, weight, matrices, each, threads, partial, gamma, codes, kept)
-        return codes, gamma, kept
+    def magnitudes(self, latents: Tensor) -> Tensor:
+        """[R,n] → [R] fp64, Σ|w| of each run."""
+        rows, each = latents.shape
+        pieces = self._library.partials(ctypes.c_int64(rows), ctypes.c_int64(each))
+        partial = latents.new_empty(pieces, dtype=torch.float64)
+        self._call("magnitudes", (latents.dtype,), latents, rows, each, torch.get_num_threads(), partial)
+        return partial.view(rows, -1).sum(1)
+
+    def ternary(self, latents: Tensor, gamma: Tensor) -> Tensor:
+        """[R,n] latents and γ [R] fp32 → [R,n] int8 of −1, 0, 1."""
+        codes = torch.empty_like(latents, dtype=torch.int8)
+        rows, each = latents.shape
+        self._call("ternary", (latents.dtype,), latents, gamma, rows, each, torch.get_num_threads(), codes)
+        return codes
 
     def widen(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """int8 → the same numbers in fp32 or bf16."""
         out = torch.empty_like(codes, dtype=dtype)
-        self._call("widen", dtype, codes, codes.numel(), torch.get_num_threads(), out)
+        self._call("widen", (dtype,), codes, codes.numel(), torch.get_num_threads(), out)
         return out
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int) -> None:
-        function = getattr(self._library, f"{name}_{DTYPES[dtype]}")
-        function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments))
+    def pack(self, codes: Tensor) -> Tensor:
+        """int8 of −1, 0, 1 → uint8, 16 bytes for each 64 codes begun."""
+        packed = codes.new_empty(-(-codes.numel() // PACK_BLOCK) * (PACK_BLOCK // 4), dtype=torch.uint8)
+        self._call("pack", (), codes, codes.numel(), torch.get_num_threads(), packed)
+        return packed
+
+    def unpack(self, packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """The first `count` codes of what `pack` made, in int8, fp32 or bf16."""
+        out = packed.new_empty(count, dtype=dtype)
+        self._call("unpack", (dtype,), packed, count, torch.get_num_threads(), out)
+        return out
+
+    def _call(self, name: str, dtypes: tuple[torch.dtype, ...], *arguments: Tensor | int | None) -> None:
+        function = getattr(self._library, "_".join([name, *(NAMES[dtype] for dtype in dtypes)]))
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else _address(a) for a in arguments))
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

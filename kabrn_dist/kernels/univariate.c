@@ -139,7 +139,7 @@ INLINE float load_row(int kind, int bf16, const job *j, const void *x, int64_t r
 }
 
 INLINE void forward_row(int kind, int bf16, const job *j, int64_t expert, int64_t row, const void *x, vec *scratch,
-                        void *out, float *scale, float *rms) {
+                        void *out, float *scale, float *rms, int8_t *kept) {
     int64_t w = j->width / j->groups, vectors = padded(w) / LANES, n = vectors * j->groups, size = bf16 ? 2 : 4;
     ivec *keep = (ivec *)scratch;
     vec *z = scratch + vectors, *y = z + n;
@@ -152,13 +152,15 @@ INLINE void forward_row(int kind, int bf16, const job *j, int64_t expert, int64_
     }
     float norm = 1.0f / sqrtf(sum(squares) / (float)j->width + EPSILON), peak = norm * largest(most);
     rms[row] = norm;
-    scale[row] = j->quantised ? 127.0f / (peak > 1e-5f ? peak : 1e-5f) : 1.0f;
+    scale[row] = j->quantised ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
     float times = norm * scale[row];
     char *to = (char *)out + row * j->width * size;
     for (int64_t g = 0; g < j->groups; g++, to += w * size, y += vectors)
         for (int64_t v = 0; v < vectors; v++) {
             vec value = y[v] * times;
-            store(bf16, to, v, w - v * LANES, j->quantised ? nearest(value) : value);
+            int64_t rest = w - v * LANES;
+            store(bf16, to, v, rest, j->quantised ? nearest(value) : value);
+            if (j->quantised) store_whole(kept + row * j->width + g * w, v, rest, nearest(value));
         }
 }
 
@@ -198,11 +200,11 @@ INLINE void backward_row(int kind, int bf16, const job *j, int64_t expert, int64
 }
 
 INLINE void forward_block(int kind, int bf16, const job *j, int64_t b, const void *x, vec *scratch, void *out,
-                          float *scale, float *rms) {
+                          float *scale, float *rms, int8_t *kept) {
     span rows = find(j, b);
     mask(j->width / j->groups, (ivec *)scratch);
     for (int64_t row = rows.first; row < rows.last; row++)
-        forward_row(kind, bf16, j, rows.expert, row, x, scratch, out, scale, rms);
+        forward_row(kind, bf16, j, rows.expert, row, x, scratch, out, scale, rms, kept);
 }
 
 INLINE void backward_block(int kind, int bf16, const job *j, int64_t b, const void *x, const void *grad,
@@ -237,12 +239,13 @@ INLINE vec *own(const job *j, float *scratch) {
     return (vec *)(scratch + omp_get_thread_num() * scratch_floats(j));
 }
 
-/* Arguments of both: x [N,D], scale [N] and rms [N], which forward writes and backward reads. */
+/* Arguments of both: x [N,D], scale [N] and rms [N], which forward writes and backward reads; kept: codes as bytes. */
 #define FORWARD(name, kind, bf16)                                                                                   \
-    void name##_forward(const job *j, const void *x, float *scratch, void *out, float *scale, float *rms) {         \
+    void name##_forward(const job *j, const void *x, float *scratch, void *out, float *scale, float *rms,           \
+                        int8_t *kept) {                                                                             \
         _Pragma("omp parallel for num_threads((int)j->threads) schedule(static)")                                   \
         for (int64_t b = 0; b < j->blocks; b++)                                                                     \
-            forward_block(kind, bf16, j, b, x, own(j, scratch), out, scale, rms);                                   \
+            forward_block(kind, bf16, j, b, x, own(j, scratch), out, scale, rms, kept);                             \
     }
 #define BACKWARD(name, kind, bf16)                                                                                  \
     void name##_backward(const job *j, const void *x, const void *grad, const float *scale, const float *rms,       \

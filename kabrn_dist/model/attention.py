@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kabrn_dist.config import Retention as Settings
-from kabrn_dist.model.bitlinear import rms_norm
 from kabrn_dist.model.mixer import Mixer, Place
+from kabrn_dist.model.quantised import rms_norm
+from kabrn_dist.model.ternary import Blend
 from kabrn_dist.parallel.gather import gather_past, gather_past_ids
 
 # Queries whose mask is in memory at a time. On a CPU, 4,096 tokens took 0.8 of the time of blocks of 2,048 as one
@@ -126,7 +127,7 @@ class Attention(Mixer):
         self,
         width: int,
         settings: Settings,
-        quantised: bool,
+        quantised: bool | Blend,
         gain: float,
         group: dist.ProcessGroup | None = None,
         taps: int = 0,

@@ -1,213 +1,187 @@
 """BitLinear (BitNet b1.58, arXiv 2402.17764): ternary weights, int8 activations, straight-through gradients.
 
-The product is taken on integers, which every dtype here holds exactly, and scaled afterwards. One normalised and
-quantised input is shared by all matrices that read it.
+The product is taken on whole numbers, in int32 where the processor is fast at that and in fp32 elsewhere, which holds
+every sum there can be: the results are the same bits. It is scaled afterwards and rounded once. One normalised and
+quantised input is shared by all matrices that read it. Backward keeps one byte a value and two bits a weight.
 
 Shapes: N rows, I input width, O output width, E matrices (experts), rows sorted by matrix.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.kernels.choice import choose, kernels_for
-from kabrn_dist.kernels.functions import DTYPES, Function, Functions
+from kabrn_dist.kernels.choice import int8_products, kernels_for
 from kabrn_dist.model.initial import draw_normal
-
-SMALLEST = 1e-5
-IDENTITY = Function("identity")
-# A Gaussian latent keeps 0.4386 of its variance as γ·{-1,0,1} (31 % zeros).
-TERNARY_VARIANCE = 0.4386
-
-
-class Quantised(NamedTuple):
-    """A quantised input: `codes / scale` is the value.
-
-    Attributes:
-        codes: [..., I] whole numbers −128…127 in the compute dtype (plain values where quantisation is off).
-        scale: [..., 1] fp32, 127 / max|x| of each row (1 where quantisation is off).
-    """
-
-    codes: Tensor
-    scale: Tensor
+from kabrn_dist.model.packing import unpack
+from kabrn_dist.model.quantised import Quantised
+from kabrn_dist.model.ternary import (
+    Blend,
+    Matrices,
+    TernaryModule,
+    latent_std,
+    ternarise,
+    ternary,
+    widen_codes,
+)
 
 
-def widen(x: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Divide by the root mean square over the last dimension, in fp32 (or wider); no gain. Same dtype out."""
-    wide = widen(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-
-
-def quantise(x: Tensor, enabled: bool = True) -> Quantised:
-    """Absmax int8 per row (eq. 4 of arXiv 2402.17764), straight-through: d(codes/scale)/dx = 1.
-
-    Args:
-        x: [..., I] of any float dtype.
-        enabled: False passes x through, with a scale of 1.
-    """
-    if not enabled:
-        return Quantised(x, torch.ones_like(widen(x[..., :1])))
-    codes, scale = _Round.apply(x)
-    return Quantised(codes, scale)
-
-
-def normalise(x: Tensor, enabled: bool = True) -> Quantised:
-    """`quantise(rms_norm(x))`, what every product reads, in one pass where there is a kernel for it. x: [..., I]."""
-    kernels = kernels_for(x)
-    if kernels is None:
-        return quantise(rms_norm(x), enabled)
-    codes, scale = _Normalise.apply(x.reshape(-1, x.shape[-1]), enabled, kernels.functions)
-    return Quantised(codes.view_as(x), scale.view(*x.shape[:-1], 1))
-
-
-class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, enabled: bool, kernels: Functions) -> tuple[Tensor, Tensor]:
-        x, nothing = x.contiguous(), x.new_empty(1, 1, 0, dtype=torch.float32)
-        codes, scale, rms = kernels.forward(IDENTITY, x, None, nothing, [len(x)], enabled)
-        ctx.save_for_backward(x, nothing, scale, rms)
-        ctx.kernels = kernels
-        ctx.mark_non_differentiable(scale)
-        return codes, scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        x, nothing, scale, rms = ctx.saved_tensors
-        grads = ctx.kernels.backward(IDENTITY, x, None, nothing, [len(x)], grad.contiguous(), scale, rms)
-        return grads[0], None, None
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = widen(x)
-        scale = 127 / wide.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
-        codes = (wide * scale).round_().clamp_(-128, 127)
-        ctx.save_for_backward(scale)
-        ctx.mark_non_differentiable(scale)
-        return codes.to(x.dtype), scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
-        (scale,) = ctx.saved_tensors
-        return (grad * scale).to(grad.dtype)
-
-
-def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Absmean quantisation (eq. 1–3 of arXiv 2402.17764), one scale per matrix.
-
-    Args:
-        weight: [E,O,I] latent weights.
-
-    Returns:
-        codes [E,O,I] of −1, 0, 1 in fp32 (or wider), and γ [E,1,1], the mean |w| of each matrix.
-    """
-    kernels = kernels_for(weight)
-    if kernels is not None:
-        codes, gamma, _ = kernels.products.ternary(weight.detach().contiguous())
-        return widen(codes), gamma
-    wide = widen(weight)
-    gamma = wide.abs().mean((1, 2), keepdim=True).clamp_(min=SMALLEST)
-    return (wide / gamma).round_().clamp_(-1, 1), gamma
-
-
-def bit_product(x: Quantised, weight: Tensor, counts: Sequence[int], enabled: bool = True) -> Tensor:
+def bit_product(x: Quantised, weight: Matrices | Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
     """Rows times their ternary matrices.
 
     Args:
         x: codes [N,I] and scale [N,1]; rows sorted by matrix.
-        weight: [E,O,I] latent weights; matrices without rows get a gradient of zeros, never none.
+        weight: E matrices, or their latents [E,O,I]; matrices without rows get a gradient of zeros, never none.
         counts: rows of each of the E matrices, which sum to N.
-        enabled: False multiplies by the latent weights themselves.
+        share: of latents, how far they are quantised (see `Blend`).
 
     Returns:
         [N,O] in the dtype of the codes.
     """
-    return _ScaleRows.apply(*_Product.apply(x.codes, x.scale, weight, tuple(counts), enabled))
+    return _multiply(x, weight, counts, share, True).codes
 
 
-def unscaled_product(x: Quantised, weight: Tensor, counts: Sequence[int], enabled: bool = True) -> Quantised:
+def unscaled_product(x: Quantised, weight: Matrices | Tensor, counts: Sequence[int], share: float = 1.0) -> Quantised:
     """`bit_product` whose scaling is left to what reads it: product [N,O] / scale [N,1] is the result."""
-    product, factor = _Product.apply(x.codes, x.scale, weight, tuple(counts), enabled)
-    return Quantised(product, factor.reciprocal())
+    return _multiply(x, weight, counts, share, False)
 
 
-def bit_product_naive(x: Quantised, weight: Tensor, counts: Sequence[int], enabled: bool = True) -> Tensor:
-    """The same by definition: dequantise both sides, multiply, let autograd differentiate."""
+def bit_product_naive(x: Quantised, weight: Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
+    """The same by definition: dequantise both sides, multiply, let autograd differentiate. weight: latents [E,O,I]."""
     codes, gamma = ternary(weight)
-    used = weight + (codes * gamma - weight).detach() if enabled else weight
+    used = weight + share * (codes * gamma - weight).detach()
     rows = (x.codes / x.scale).split(list(counts))
     return torch.cat([part @ matrix.T for part, matrix in zip(rows, used, strict=True)])
 
 
+def _multiply(x: Quantised, weight: Matrices | Tensor, counts: Sequence[int], share: float, scaled: bool) -> Quantised:
+    if isinstance(weight, Tensor):
+        weight = ternarise(weight, share)
+    if weight.packed is None:
+        product = _PlainProduct.apply(x.codes, weight.latents, tuple(counts))
+        return Quantised(_ScaleRows.apply(product, x.scale.reciprocal()) if scaled else product, x.scale)
+    kept = x.kept if x.kept is not None else x.codes.detach().to(torch.int8)
+    product, factor = _Product.apply(x.codes, x.scale, kept, weight.latents, weight, tuple(counts), scaled)
+    return Quantised(product, factor if scaled else factor.reciprocal())
+
+
 class _Product(torch.autograd.Function):
-    """The product of codes, and the factor [N,1] that makes it the result."""
+    """The product of codes, scaled or not, and the factor [N,1] that makes it the result."""
 
     @staticmethod
     def forward(
-        ctx: Any, codes: Tensor, scale: Tensor, weight: Tensor, counts: tuple[int, ...], enabled: bool
+        ctx: Any,
+        codes: Tensor,
+        scale: Tensor,
+        kept: Tensor,
+        latents: Tensor,
+        weight: Matrices,
+        counts: tuple[int, ...],
+        scaled: bool,
     ) -> tuple[Tensor, Tensor]:
-        factor, kept, gamma = scale.reciprocal(), weight, None
-        if enabled:
-            weight, gamma, kept = _signs(weight, codes.dtype)
+        gamma, columns, dtype = weight.gamma, None, codes.dtype
+        assert gamma is not None
+        factor = scale.reciprocal()
+        if gamma.shape[1] == 1:
             factor = factor * _by_row(gamma, counts)
-        # Plain values are small, and who reads them unscaled would not know of a shift.
-        shift = _headroom(codes.dtype) if enabled else 1
-        if shift != 1:
-            codes, factor = codes * shift, factor / shift
-        product = grouped_product(codes, weight, counts)
-        ctx.save_for_backward(codes, kept, gamma)
-        ctx.counts, ctx.shift = counts, shift
+        else:
+            columns = gamma.squeeze(-1)
+        product = _integer_product(codes, kept, weight, counts)
+        if scaled:
+            out = _scale(product, factor, columns, counts, dtype)
+        else:
+            shift = _headroom(dtype)
+            # The rows' factors are left out, the columns' are not.
+            as_is = product.dtype == dtype and columns is None and shift == 1
+            out = product if as_is else _scale(product, torch.full_like(factor, shift), columns, counts, dtype)
+            factor = factor / shift
+        ctx.save_for_backward(kept, weight.packed, gamma, factor if scaled else None)
+        ctx.counts, ctx.scaled, ctx.shape = counts, scaled, tuple(latents.shape)
+        ctx.shift = 1 if scaled else _headroom(dtype)
         ctx.mark_non_differentiable(factor)
-        return product, factor
+        return out, factor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        codes, weight, gamma = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        kept, packed, gamma, factor = ctx.saved_tensors
+        counts, dtype, by_column = ctx.counts, grad.dtype, gamma.shape[1] != 1
+        grad = grad.contiguous()
+        if ctx.scaled:
+            grad = scale_rows(grad, factor)
+        elif ctx.shift != 1:
+            grad = grad * ctx.shift
         for_codes = for_weight = None
-        if ctx.needs_input_grad[0]:
-            for_codes = grouped_product(grad, _widen_signs(weight, grad.dtype).transpose(1, 2), ctx.counts)
-            for_codes = for_codes if ctx.shift == 1 else for_codes * ctx.shift
-        if ctx.needs_input_grad[2]:
-            for_weight = grouped_outer(grad, codes, ctx.counts)
+        if ctx.needs_input_grad[3]:
+            for_weight = grouped_outer(grad, widen_codes(kept, dtype), counts)
             # Straight through: the result's slope in a latent is that in γ·sign, 1/γ of that in the sign.
-            for_weight = for_weight if gamma is None else scale_rows(for_weight, gamma.reciprocal())
-        return for_codes, None, for_weight, None, None
+            if not by_column:
+                for_weight = scale_rows(for_weight, gamma.reciprocal())
+        if ctx.needs_input_grad[0]:
+            if by_column:
+                grad = _scale(grad, torch.ones_like(grad[:, :1], dtype=gamma.dtype), gamma.squeeze(-1), counts, dtype)
+            signs = unpack(packed, ctx.shape, dtype)
+            for_codes = grouped_product(grad, signs.transpose(1, 2), counts)
+        return for_codes, None, None, for_weight, None, None, None
 
 
-def _signs(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes in `dtype`, γ, and the codes as bytes to keep."""
-    kernels = kernels_for(weight)
-    if kernels is not None and weight.dtype == dtype:
-        return kernels.products.ternary(weight.contiguous())
-    signs, gamma = ternary(weight)
-    return signs.to(dtype), gamma, signs.to(torch.int8)
+class _PlainProduct(torch.autograd.Function):
+    """Rows times plain matrices, with a gradient for each matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        return grouped_product(x, weight, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        for_x = grouped_product(grad, weight.transpose(1, 2), ctx.counts) if ctx.needs_input_grad[0] else None
+        for_weight = grouped_outer(grad, x, ctx.counts) if ctx.needs_input_grad[1] else None
+        return for_x, for_weight, None
 
 
-def _widen_signs(kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """Kept bytes, or plain weights, in `dtype`."""
-    kernels = choose(kept.device.type).kernels
-    if kernels is not None and kept.dtype == torch.int8 and dtype in DTYPES:
-        return kernels.products.widen(kept, dtype)
-    return kept.to(dtype)
+def _integer_product(codes: Tensor, kept: Tensor, weight: Matrices, counts: tuple[int, ...]) -> Tensor:
+    """[N,I] × [E,O,I] → [N,O] without rounding: int32, fp32, or fp64 where the codes are that."""
+    if int8_products(codes.device.type, codes.dtype) and _int8_fits(codes.device, weight.latents.shape, counts):
+        return grouped_product(kept, weight.codes(torch.int8), counts)
+    exact = torch.promote_types(codes.dtype, torch.float32)
+    return grouped_product(codes.to(exact), weight.codes(exact), counts)
 
 
-def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
-    """x [N,...] times factor [N,1,...], multiplied in the wider dtype and rounded once to that of x."""
-    kernels = kernels_for(x)
-    if kernels is not None and factor.dtype == torch.float32:
-        return kernels.products.scale(x.contiguous(), factor.contiguous())
-    return (x * factor).to(x.dtype)
+def _int8_fits(device: torch.device, shape: torch.Size, counts: tuple[int, ...]) -> bool:
+    # torch's own on the CPU is wrong at width 1, where rows and columns look alike; the rest is what cuBLAS asks for.
+    if device.type == "cpu":
+        return shape[2] > 1
+    return shape[1] % 8 == 0 and shape[2] % 8 == 0 and all(n == 0 or n > 16 for n in counts)
+
+
+def _scale(
+    product: Tensor, factor: Tensor, columns: Tensor | None, counts: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """product [N,O] times factor [N,1] and the columns [E,O] of each row's matrix, rounded once, to `dtype`."""
+    if columns is None or len(columns) == 1:
+        return scale_rows(product, factor, dtype, None if columns is None else columns[0])
+    parts = zip(product.split(list(counts)), factor.split(list(counts)), columns, strict=True)
+    return torch.cat([scale_rows(rows, some, dtype, column) for rows, some, column in parts])
+
+
+def scale_rows(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, columns: Tensor | None = None) -> Tensor:
+    """x [N,...] times factor [N,1,...] and, where there are any, columns [...].
+
+    Multiplied in fp32 (or wider) and rounded once, to `dtype`, by default that of x.
+    """
+    dtype = dtype or x.dtype
+    kernels = kernels_for(x.new_empty(0, dtype=dtype))
+    if kernels is not None and factor.dtype == torch.float32 and x.dtype != torch.float64:
+        columns = None if columns is None else columns.contiguous()
+        return kernels.products.scale(x.contiguous(), factor.contiguous(), dtype, columns)
+    found = x * factor
+    return (found if columns is None else found * columns).to(dtype)
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -233,14 +207,15 @@ def _by_row(per_matrix: Tensor, counts: tuple[int, ...]) -> Tensor:
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    """[N,I] rows sorted by matrix × [E,O,I] → [N,O]."""
+    """[N,I] rows sorted by matrix × [E,O,I] → [N,O]; int8 gives int32."""
+    multiply, dtype = (torch._int_mm, torch.int32) if rows.dtype == torch.int8 else (torch.mm, rows.dtype)
     if len(counts) == 1:
-        return rows @ weight[0].T
-    out = rows.new_empty(len(rows), weight.shape[1])
+        return multiply(rows, weight[0].T)
+    out = rows.new_empty(len(rows), weight.shape[1], dtype=dtype)
     start = 0
     for matrix, n in zip(weight, counts, strict=True):
         if n:
-            torch.mm(rows[start : start + n], matrix.T, out=out[start : start + n])
+            multiply(rows[start : start + n], matrix.T, out=out[start : start + n])
         start += n
     return out
 
@@ -260,32 +235,24 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
     return out
 
 
-class BitLinear(nn.Module):
+class BitLinear(TernaryModule):
     """One ternary matrix, no bias. Its input is quantised outside, once for all that read it.
 
     Args:
         inputs, outputs: widths.
         gain: standard deviation of the output at the start, for an input of unit variance.
-        enabled: False makes it a plain matrix.
+        quantised: False makes it a plain matrix; a model's modules share a `Blend`.
     """
 
-    def __init__(self, inputs: int, outputs: int, gain: float = 1.0, enabled: bool = True) -> None:
-        super().__init__()
-        self.enabled = enabled
-        self.std = latent_std(inputs, gain, enabled)
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0, quantised: bool | Blend = True) -> None:
+        super().__init__({"weight": latent_std(inputs, gain, quantised)}, quantised)
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def initialise(self, seed: int, name: str) -> None:
-        self.weight.data.copy_(draw_normal(seed, f"{name}.weight", tuple(self.weight.shape), self.std))
+        self.weight.data.copy_(draw_normal(seed, f"{name}.weight", tuple(self.weight.shape), self.stds["weight"]))
 
     def forward(self, x: Quantised) -> Tensor:
         """[..., inputs] quantised → [..., outputs]."""
-        shape = x.codes.shape
-        rows = Quantised(x.codes.reshape(-1, shape[-1]), x.scale.reshape(-1, 1))
-        out = bit_product(rows, self.weight[None], (len(rows.codes),), self.enabled)
-        return out.view(*shape[:-1], -1)
-
-
-def latent_std(inputs: int, gain: float, enabled: bool) -> float:
-    """Standard deviation of latents whose product with unit-variance input has standard deviation `gain`."""
-    return gain / math.sqrt(inputs * (TERNARY_VARIANCE if enabled else 1.0))
+        rows = x.rows()
+        out = bit_product(rows, self.matrices("weight"), (len(rows.codes),))
+        return out.view(*x.codes.shape[:-1], -1)

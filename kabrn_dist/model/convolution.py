@@ -1,48 +1,21 @@
 """A short causal convolution: each channel sees the few tokens before its own, of the same document.
 
 In front of queries, keys and values it lets a layer compare neighbours without spending a head on them (H3, arXiv
-2212.14052; Primer, arXiv 2109.08668); in front of experts it shows them, and their router, more than one token.
+2212.14052; Primer, arXiv 2109.08668); in front of a feed-forward it lets router and experts tell a token by them.
 
 Shapes: B batch, T time, D width, J taps.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.model.bitlinear import widen
+from kabrn_dist.model.quantised import widen
 from kabrn_dist.parallel.shift import columns_before
-
-
-class State(NamedTuple):
-    """What decoding keeps of a part with a convolution in front.
-
-    Attributes:
-        rest: what the part itself keeps; None where it keeps nothing.
-        recent: [B,J,D], the last J inputs, which is all that the convolution needs.
-    """
-
-    rest: Any
-    recent: Tensor
-
-
-def find_before(x: Tensor, taps: int, state: State | None, group: dist.ProcessGroup | None) -> Tensor:
-    """[B,J,D], the inputs in front of x [B,T,D]: those kept, another slice's, or zeros at a row's start. Collective."""
-    if state is not None:
-        return state.recent
-    if group is not None:
-        return columns_before(x, taps, group)
-    return x.new_zeros(len(x), taps, x.shape[2])
-
-
-def keep_recent(rest: Any, before: Tensor, x: Tensor) -> State:
-    """The state after x, which follows `before`."""
-    taps = before.shape[1]
-    return State(rest, torch.cat([before, x[:, -taps:]], 1)[:, -taps:])
 
 
 def convolve_naive(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> Tensor:
@@ -109,6 +82,23 @@ def _reaching(positions: Tensor, j: int) -> Tensor:
     return (positions >= j).unsqueeze(-1)
 
 
+def find_before(x: Tensor, taps: int, recent: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+    """[B,J,D], the columns in front of x [B,T,D]: those kept, another rank's, or zeros at a row's start.
+
+    Collective with a group, which is the sequence group in the order of the slices.
+    """
+    if recent is not None:
+        return recent
+    if group is not None:
+        return columns_before(x, taps, group)
+    return x.new_zeros(len(x), taps, x.shape[2])
+
+
+def keep_recent(before: Tensor, x: Tensor) -> Tensor:
+    """[B,J,D], the last columns of both: what decoding keeps."""
+    return torch.cat([before, x[:, -before.shape[1] :]], 1)[:, -before.shape[1] :]
+
+
 class Convolution(nn.Module):
     """The layer's weights [J,D]: zeros at first, so that it begins as if it were not there.
 
@@ -117,7 +107,6 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, taps: int) -> None:
         super().__init__()
-        self.taps = taps
         self.weight = nn.Parameter(torch.empty(taps, width))
 
     def initialise(self, seed: int, name: str) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kabrn_dist.config import Retention as Settings
-from kabrn_dist.model.bitlinear import BitLinear, normalise, rms_norm, widen
+from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
+from kabrn_dist.model.quantised import normalise, rms_norm, widen
+from kabrn_dist.model.ternary import Blend
 
 
 class Place(NamedTuple):
@@ -34,6 +36,20 @@ class Place(NamedTuple):
     cos: Tensor
     sin: Tensor
     positions: Tensor
+
+
+class State(NamedTuple):
+    """What decoding keeps of a layer with a convolution.
+
+    Attributes:
+        mixed: what the mixer keeps; None where it keeps nothing.
+        recent: [B,J,D], the last J inputs of the mixer, which is all that its convolution needs.
+        between: [B,J,D], those of the feed-forward; None where a mixer stands alone.
+    """
+
+    mixed: Any
+    recent: Tensor
+    between: Tensor | None = None
 
 
 def find_place(documents: Tensor, positions: Tensor, key_width: int) -> Place:
@@ -54,15 +70,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Inputs(nn.Module):
     """One normalised and quantised input for queries, keys, values and the gate; convolved before, if it is to be."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool, taps: int = 0) -> None:
+    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, taps: int = 0) -> None:
         super().__init__()
-        self.heads, self.quantised = settings.heads, quantised
+        self.heads = settings.heads
         self.convolution = Convolution(width, taps) if taps else None
         keys, values = settings.heads * settings.key_width, settings.heads * settings.value_width
-        self.query = BitLinear(width, keys, enabled=quantised)
-        self.key = BitLinear(width, keys, enabled=quantised)
-        self.value = BitLinear(width, values, enabled=quantised)
-        self.gate = BitLinear(width, values, enabled=quantised)
+        self.query = BitLinear(width, keys, quantised=quantised)
+        self.key = BitLinear(width, keys, quantised=quantised)
+        self.value = BitLinear(width, values, quantised=quantised)
+        self.gate = BitLinear(width, values, quantised=quantised)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None, positions: Tensor
@@ -74,7 +90,7 @@ class Inputs(nn.Module):
         """
         if self.convolution is not None:
             x = self.convolution(x, before, positions)
-        shared = normalise(x, self.quantised)
+        shared = normalise(x, self.query.share)
         q, k, v = (
             matrix(shared).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for matrix in (self.query, self.key, self.value)
@@ -85,15 +101,15 @@ class Inputs(nn.Module):
 class Output(nn.Module):
     """Heads normalised one by one, a swish gate, and the output matrix."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool, gain: float, epsilon: float) -> None:
+    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, gain: float, epsilon: float) -> None:
         super().__init__()
-        self.quantised, self.epsilon = quantised, epsilon
-        self.out = BitLinear(settings.heads * settings.value_width, width, gain, enabled=quantised)
+        self.epsilon = epsilon
+        self.out = BitLinear(settings.heads * settings.value_width, width, gain, quantised=quantised)
 
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """[B,H,T,V] and gate [B,T,H·V] → [B,T,D]."""
         heads = rms_norm(mixed, self.epsilon).transpose(1, 2).flatten(2)
-        return self.out(normalise(heads * F.silu(gate), self.quantised))
+        return self.out(normalise(heads * F.silu(gate), self.out.share))
 
 
 class Mixer(nn.Module, ABC):
@@ -108,7 +124,7 @@ class Mixer(nn.Module, ABC):
         self,
         width: int,
         settings: Settings,
-        quantised: bool,
+        quantised: bool | Blend,
         gain: float,
         epsilon: float,
         taps: int = 0,
@@ -121,11 +137,12 @@ class Mixer(nn.Module, ABC):
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Any]:
         """[B,T,D] → [B,T,D] and the state after the last token; `state` continues an earlier call."""
-        before = find_before(x, self.taps, state, self.group) if self.taps else None
+        recent = state.recent if isinstance(state, State) else None
+        before = find_before(x, self.taps, recent, self.group) if self.taps else None
         q, k, v, gate = self.inputs(x, place.cos, place.sin, before, place.positions)
-        mixed, kept = self.mix(q, k, v, place, state.rest if self.taps and state else state)
+        mixed, kept = self.mix(q, k, v, place, state.mixed if isinstance(state, State) else state)
         if before is not None and self.group is None:
-            kept = keep_recent(kept, before, x)
+            kept = State(kept, keep_recent(before, x))
         return self.output(mixed, gate), kept
 
     @abstractmethod

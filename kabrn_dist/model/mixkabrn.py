@@ -19,14 +19,15 @@ from kabrn_dist.config import Model as Settings
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.attention import Attention
-from kabrn_dist.model.bitlinear import BitLinear, rms_norm
 from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.kan.stacked import StackedExperts
-from kabrn_dist.model.mixer import Mixer, Place, find_place
+from kabrn_dist.model.mixer import Mixer, Place, State, find_place
 from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
+from kabrn_dist.model.quantised import rms_norm
 from kabrn_dist.model.retention import Retention, log_decays
 from kabrn_dist.model.router import Places, Router, RouterStates, RouterSums
+from kabrn_dist.model.ternary import Blend, TernaryModule
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.sequence import SequenceLink
 from kabrn_dist.parallel.wire import Traffic, Wire
@@ -59,19 +60,14 @@ class Block(nn.Module):
 
     Args:
         mixer: retention or attention. mixture: of experts, or one dense network.
-        convolution: in front of the feed-forward; None: it sees one token at a time.
-        activations: what is kept for backward, see the configuration.
+        settings: of the model; whether convolutions stand in front of both, and what is kept for backward.
     """
 
-    def __init__(
-        self,
-        mixer: Mixer,
-        mixture: MixtureOfExperts | DenseFeedForward,
-        convolution: Convolution | None,
-        activations: str,
-    ) -> None:
+    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, settings: Settings) -> None:
         super().__init__()
-        self.mixer, self.mixture, self.convolution = mixer, mixture, convolution
+        self.mixer, self.mixture = mixer, mixture
+        self.convolution = Convolution(settings.width, settings.convolution) if settings.convolution else None
+        activations = settings.activations
         if activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             for part, names in ((mixer, ("inputs", "output")), (mixture, ("routed", "shared"))):
@@ -83,18 +79,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, place: Place, state: Any, guide: Guide | None
     ) -> tuple[Tensor, Any, RouterSums | None]:
-        """[B,T,D] → [B,T,D], the layer's state, the router's sums; no guide and no sums for a dense network."""
-        mixed, kept = self.mixer(x, place, state.rest if self.convolution and state else state)
-        x = seen = x + mixed
+        """[B,T,D] → [B,T,D], the mixer's state, the router's sums; no guide and no sums for a dense network."""
+        between = state.between if isinstance(state, State) else None
+        mixed, state = self.mixer(x, place, state)
+        x = read = x + mixed
         if self.convolution is not None:
-            group = self.mixer.group
-            before = find_before(x, self.convolution.taps, state, group)
-            seen = self.convolution(x, before, place.positions)
-            kept = keep_recent(kept, before, x) if group is None else None
+            before = find_before(x, self.mixer.taps, between, self.mixer.group)
+            read = self.convolution(x, before, place.positions)
+            state = state._replace(between=keep_recent(before, x)) if isinstance(state, State) else state
         if guide is None:
-            return x + self.mixture(seen), kept, None
-        thought, sums = self.mixture(seen, guide)
-        return x + thought, kept, sums
+            return x + self.mixture(read), state, None
+        thought, sums = self.mixture(read, guide)
+        return x + thought, state, sums
 
 
 class MixKABRN(nn.Module):
@@ -109,6 +105,7 @@ class MixKABRN(nn.Module):
     Attributes:
         routers: what the routers carry from step to step.
         traffic: of each mixture's exchange, counted by this process.
+        blend: how far all ternary modules are quantised.
     """
 
     def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, parallel: Parallel | None = None) -> None:
@@ -125,20 +122,20 @@ class MixKABRN(nn.Module):
         # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
         gain = 1 / math.sqrt(2 * len(settings.layers))
         link = make_link(settings, mesh, parallel)
+        self.blend = Blend(float(settings.quantise), settings.scale_group)
+        quantised = self.blend if settings.quantise else False
         blocks = []
         for layer, kind in enumerate(settings.layers):
-            heads = settings.width, settings.retention, settings.quantise, gain
+            heads = settings.width, settings.retention, quantised, gain
             taps = settings.convolution
             mixer = Retention(*heads, link, taps) if kind == "R" else Attention(*heads, mesh.sequence_group, taps)
             wire = wires.get(layer)
             mixture = (
-                MixtureOfExperts(settings, gain, wire, mesh.sequence_group)
+                MixtureOfExperts(settings, gain, wire, mesh.sequence_group, quantised=quantised)
                 if wire
-                else DenseFeedForward(settings, gain)
+                else DenseFeedForward(settings, gain, quantised)
             )
-            seen = settings.experts.convolution
-            convolution = Convolution(settings.width, seen) if seen else None
-            blocks.append(Block(mixer, mixture, convolution, settings.activations))
+            blocks.append(Block(mixer, mixture, settings))
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
 
@@ -201,13 +198,17 @@ class MixKABRN(nn.Module):
         """Router matrices, layer by layer."""
         yield from (module.weight for module in self.modules() if isinstance(module, Router))
 
+    def pieces(self) -> Iterator[nn.Parameter]:
+        """Pieces of ternary matrices that are shared out over ranks."""
+        for module in self.modules():
+            if isinstance(module, TernaryModule):
+                yield from (module.get_parameter(name) for name in module.sources)
+
     def bit_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
         """(layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
         for layer, block in enumerate(self.blocks):
             for module in block.modules():
-                if isinstance(module, BitLinear):
-                    yield layer, module.weight
-                elif isinstance(module, StackedExperts):
+                if isinstance(module, TernaryModule):
                     yield from ((layer, module.get_parameter(name)) for name in module.stds)
 
     def _stream(

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kabrn_dist.config import Model as Settings
-from kabrn_dist.model.bitlinear import normalise
 from kabrn_dist.model.kan.forms import FORMS
+from kabrn_dist.model.quantised import Quantised, normalise
 from kabrn_dist.model.router import Places, Router, RouterSums
+from kabrn_dist.model.ternary import Blend
 from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
 from kabrn_dist.parallel.route import plan_route
 from kabrn_dist.parallel.wire import Wire
@@ -40,6 +41,7 @@ class MixtureOfExperts(nn.Module):
     Args:
         wire: how copies travel to the experts of other ranks; this rank holds `wire.placement.local`.
         sequence_group: the ranks that hold slices of the same sequences; None when they are whole.
+        quantised: False for plain matrices, or what the modules of a model share; default: as the settings say.
         forced: see `Router`.
     """
 
@@ -50,65 +52,67 @@ class MixtureOfExperts(nn.Module):
         wire: Wire,
         sequence_group: dist.ProcessGroup | None = None,
         forced: bool = False,
+        quantised: bool | Blend | None = None,
     ) -> None:
         super().__init__()
-        experts, width, self.quantised = settings.experts, settings.width, settings.quantise
+        experts, width = settings.experts, settings.width
         self.settings, self.wire = experts, wire
+        quantised = settings.quantise if quantised is None else quantised
         form = FORMS[experts.form]
         self.router = Router(width, settings, sequence_group, forced)
-        self.routed = form(width, experts.hidden, experts, wire.placement.local, self.quantised, gain)
+        self.routed = form(width, experts.hidden, experts, wire.placement.local, quantised, gain)
         self.shared = None
         if experts.shared:
-            self.shared = form(width, experts.hidden, experts, range(experts.shared), self.quantised, gain)
+            self.shared = form(width, experts.hidden, experts, range(experts.shared), quantised, gain)
 
     def forward(self, x: Tensor, guide: Guide) -> tuple[Tensor, RouterSums]:
         """[B,T,D] → [B,T,D] and the router's sums.
 
         While copies travel there, the shared experts run; while results travel back, the router is summed up.
         """
-        plain = normalise(x, False)
+        plain, share = normalise(x, False), self.routed.share
         routing = self.router(plain.codes, *guide)
-        shared_input = normalise(x) if self.quantised else plain
-        codes, scale = (part.flatten(0, 1) for part in shared_input)
+        read = (normalise(x, share) if share else plain).rows()
         route = plan_route(routing.choice, self.wire)
-        flight = start_dispatch(codes, scale, route, self.wire)
-        shared = self._visit_shared(codes, scale)
-        results = self.routed(*finish_dispatch(flight), route.counts)
+        flight = start_dispatch(read.codes, read.scale, route, self.wire, read.kept)
+        shared = self._visit_shared(read)
+        codes, scale, kept = finish_dispatch(flight)
+        results = self.routed(codes, scale, route.counts, kept)
         back = start_combine(results, routing.weights, route, self.wire)
         sums = self.router.summarise(routing)
         out = finish_combine(back)
         return (out if shared is None else out + shared).view_as(x), sums
 
-    def _visit_shared(self, codes: Tensor, scale: Tensor) -> Tensor | None:
+    def _visit_shared(self, x: Quantised) -> Tensor | None:
         if self.shared is None:
             return None
-        copies = self.settings.shared
+        copies, rows = self.settings.shared, len(x.codes)
         if copies == 1:
-            return self.shared(codes, scale, [len(codes)])
-        every = self.shared(codes.repeat(copies, 1), scale.repeat(copies, 1), [len(codes)] * copies)
-        return every.view(copies, *codes.shape).sum(0)
+            return self.shared(x.codes, x.scale, [rows], x.kept)
+        codes, scale, kept = (None if part is None else part.repeat(copies, 1) for part in x)
+        return self.shared(codes, scale, [rows] * copies, kept).view(copies, *x.codes.shape).sum(0)
 
 
 class DenseFeedForward(nn.Module):
     """x → expert(x): one network of the experts' form that every token passes through."""
 
-    def __init__(self, settings: Settings, gain: float) -> None:
+    def __init__(self, settings: Settings, gain: float, quantised: bool | Blend | None = None) -> None:
         super().__init__()
-        self.quantised = settings.quantise
         form = FORMS[settings.experts.form]
-        self.shared = form(settings.width, settings.dense_hidden, settings.experts, range(1), self.quantised, gain)
+        quantised = settings.quantise if quantised is None else quantised
+        self.shared = form(settings.width, settings.dense_hidden, settings.experts, range(1), quantised, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] → [B,T,D]."""
-        codes, scale = (part.flatten(0, 1) for part in normalise(x, self.quantised))
-        return self.shared(codes, scale, [len(codes)]).view_as(x)
+        read = normalise(x, self.shared.share).rows()
+        return self.shared(read.codes, read.scale, [len(read.codes)], read.kept).view_as(x)
 
 
 def mixture_naive(layer: MixtureOfExperts, x: Tensor, guide: Guide) -> Tensor:
     """The layer by definition, on one process: every expert sees every token, and weights pick. [B,T,D] → same."""
     routing = layer.router(normalise(x, False).codes, *guide)
     experts = layer.wire.placement.total
-    codes, scale = (part.flatten(0, 1) for part in normalise(x, layer.quantised))
+    codes, scale, _ = normalise(x, layer.routed.share).rows()
     # A dropped copy's weight lands in a column of its own, which no expert reads.
     dense = torch.zeros(len(codes), experts + 1, dtype=routing.weights.dtype)
     dense = dense.scatter_add(1, routing.choice, routing.weights)[:, :experts]

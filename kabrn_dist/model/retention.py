@@ -16,6 +16,7 @@ from torch import Tensor
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.model.mixer import Mixer, Place
 from kabrn_dist.model.retention_chunk import retention_chunk, retention_slice
+from kabrn_dist.model.ternary import Blend
 from kabrn_dist.parallel.sequence import SequenceLink
 
 # A document's first tokens can retain almost nothing (q·k ≈ 0); a usual epsilon would let the norm blow that up to
@@ -78,7 +79,7 @@ class Retention(Mixer):
         self,
         width: int,
         settings: Settings,
-        quantised: bool,
+        quantised: bool | Blend,
         gain: float,
         link: SequenceLink | None = None,
         taps: int = 0,

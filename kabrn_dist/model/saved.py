@@ -54,6 +54,7 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
     fragments = [Fragment(name, tuple(v.shape), 0, v.view(-1), owned=True) for name, v in named.items()]
     manifest = CheckpointStore(path.parent).load(path, fragments)
     model.routers.step = manifest.step
+    model.blend.share = model.settings.quantised_share(manifest.step)
     return manifest
 
 

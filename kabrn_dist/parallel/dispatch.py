@@ -26,23 +26,29 @@ from kabrn_dist.parallel.route import Bags, Journey, Route, mask_bytes, spread_a
 from kabrn_dist.parallel.wire import Wire, launch
 
 
-def start_dispatch(codes: Tensor, scale: Tensor, route: Route, wire: Wire) -> Dispatch:
+def start_dispatch(codes: Tensor, scale: Tensor, route: Route, wire: Wire, kept: Tensor | None = None) -> Dispatch:
     """Send tokens to their experts. Collective; returns at once. Differentiable in `codes`.
 
     Args:
-        codes: [N,D] in the compute dtype, whole numbers −128…127 where `wire.int8`.
+        codes: [N,D] in the compute dtype.
         scale: [N,1] fp32 (or fp64), ones where nothing is quantised. It has no gradient.
+        kept: [N,D] int8, the codes where they are whole numbers: with `wire.int8` these bytes travel in their place.
     """
-    return Dispatch(codes, scale, route, wire)
+    return Dispatch(codes, scale, kept, route, wire)
 
 
-def finish_dispatch(flight: Dispatch) -> tuple[Tensor, Tensor]:
-    """Wait for codes [R,D] and scale [R,1], sorted by local expert, `route.counts` of each."""
+def finish_dispatch(flight: Dispatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Wait for codes [R,D], scale [R,1] and, where they came as bytes, these too [R,D] int8.
+
+    Sorted by local expert, `route.counts` of each.
+    """
     if flight.route.journey is None:
         tokens = flight.route.tokens
         flight.wire.traffic.rows += len(tokens)
-        return _Spread.apply(flight.ticket, flight.route), flight.scale.index_select(0, tokens)
-    return _Finish.apply(flight.ticket, flight), flight.scale
+        kept = None if flight.kept is None else flight.kept.index_select(0, tokens)
+        return _Spread.apply(flight.ticket, flight.route), flight.scale.index_select(0, tokens), kept
+    codes = _Finish.apply(flight.ticket, flight)
+    return codes, flight.scale, flight.kept
 
 
 def start_combine(results: Tensor, weights: Tensor, route: Route, wire: Wire) -> Combine:
@@ -105,16 +111,18 @@ class _Flight(ABC):
 class Dispatch(_Flight):
     """Codes under way to their experts."""
 
-    def __init__(self, codes: Tensor, scale: Tensor, route: Route, wire: Wire) -> None:
-        self.scale, self.width, self.dtype = scale, codes.shape[1], codes.dtype
-        self.sent_dtype = torch.int8 if wire.int8 else codes.dtype
+    def __init__(self, codes: Tensor, scale: Tensor, kept: Tensor | None, route: Route, wire: Wire) -> None:
+        self.scale, self.width, self.dtype, self.kept = scale, codes.shape[1], codes.dtype, kept
+        self.int8 = wire.int8 and kept is not None
+        self.sent_dtype = torch.int8 if self.int8 else self.dtype
         self.copies: Bags | None = None
         super().__init__(codes, route, wire)
 
     def launch(self, values: Tensor) -> None:
         """One message to each rank: values, scale and record of each row."""
         journey, traffic = self.journey, self.wire.traffic
-        codes = values.to(self.sent_dtype).index_select(0, journey.tokens).view(torch.uint8)
+        sent = self.kept if self.int8 and self.kept is not None else values
+        codes = sent.index_select(0, journey.tokens).view(torch.uint8)
         scale = self.scale.index_select(0, journey.tokens).view(torch.uint8)
         # Values are read in place where rows begin at multiples of their size.
         padding = -(scale.shape[1] + journey.wanted.shape[1]) % self.sent_dtype.itemsize
@@ -130,7 +138,9 @@ class Dispatch(_Flight):
         arrival, self.copies = spread_arrivals(wanted, len(placement.local))
         self.wire.traffic.rows += len(arrival)
         self.scale = scale.index_select(0, arrival).view(self.scale.dtype)
-        return codes.view(self.sent_dtype).index_select(0, arrival).to(self.dtype)
+        arrived = codes.view(self.sent_dtype).index_select(0, arrival)
+        self.kept = arrived if self.int8 else None
+        return arrived.to(self.dtype)
 
     def launch_gradient(self, grad: Tensor) -> None:
         assert self.copies is not None

@@ -52,7 +52,7 @@ class Wire:
         placement: experts on each rank of `group`.
         group: the expert group; None when all experts are here.
         nodes: groups inside and between machines, for an exchange in two steps; None for one step.
-        int8: codes are whole numbers −128…127 and travel as one byte each; otherwise as they are.
+        int8: codes that are whole numbers −128…127 travel as one byte each; otherwise all travel as they are.
         backward_int8: the gradient of codes travels as int8 with stochastic rounding; otherwise as it is.
         traffic: counts what is sent.
     """

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.data.batches import Batch
-from kabrn_dist.model.bitlinear import normalise
 from kabrn_dist.model.mixer import find_place
 from kabrn_dist.model.mixkabrn import Block, MixKABRN
 from kabrn_dist.model.moe import Guide, MixtureOfExperts
+from kabrn_dist.model.quantised import normalise
 from kabrn_dist.report.run import Network, list_networks
 
 
@@ -58,7 +58,7 @@ def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
         assert isinstance(block, Block)
         mixed = x + block.mixer(x, place, None)[0]
         normed = normalise(mixed, False).codes
-        codes, scale = (part.flatten(0, 1) for part in normalise(mixed, model.settings.quantise))
+        codes, scale, _ = normalise(mixed, model.settings.quantise).rows()
         guide, choice = None, None
         if isinstance(block.mixture, MixtureOfExperts):
             guide = Guide(model.routers.bias[row], model.routers.share[row], model.routers.step, None)

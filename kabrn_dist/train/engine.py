@@ -13,8 +13,9 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Batch
 from kabrn_dist.fault import fault
 from kabrn_dist.mesh import Mesh
-from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN, Sums
+from kabrn_dist.model.packing import PACKINGS
+from kabrn_dist.model.shards import Shard, Shards
 from kabrn_dist.train.losses import Losses, Totals, compute_losses
 from kabrn_dist.train.zero import gathered, is_expert, local_gradients, start_deepspeed
 
@@ -49,14 +50,18 @@ class Engine:
         self.stage = config.parallel.zero
         # Copies that chose each expert since the last optimizer step, on this rank.
         self.load = torch.zeros_like(model.routers.bias)
+        self.shards = share_out(model, config, mesh) if config.parallel.bitlinear_shards else None
         self.deepspeed = start_deepspeed(model, config, mesh)
         self.optimizer: Any = self.deepspeed.optimizer
+        # A second stage decays no more than the first, so groups that do not decay now never do.
+        self.decaying = [group["weight_decay"] > 0 for group in self.optimizer.param_groups]
 
     def accumulate(self, batch: Batch, totals: Totals) -> tuple[Losses, Sums]:
         """Forward and backward of one micro-batch; `update` or `drop` ends the step after its last one.
 
         Returns detached values of this rank.
         """
+        self._begin(self.deepspeed.is_gradient_accumulation_boundary())
         self.deepspeed.train()
         sums = self.deepspeed(batch)
         losses = compute_losses(sums, totals, self.config.model.router)
@@ -80,10 +85,11 @@ class Engine:
             return torch.zeros((), device=self.mesh.device)
         return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)).norm()
 
-    def update(self, learning_rate: float) -> Update:
+    def update(self, learning_rate: float, weight_decay: float) -> Update:
         """Clip and change the weights, after the step's last micro-batch. Collective."""
-        for group in self.optimizer.param_groups:
+        for group, decays in zip(self.optimizer.param_groups, self.decaying, strict=True):
             group["lr"] = learning_rate * group["rate"]
+            group["weight_decay"] = weight_decay if decays else 0.0
         norm = self._clip_unsharded() if self.stage == 0 else None
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
@@ -98,16 +104,39 @@ class Engine:
         self._end_step(applied=False)
         return Update(float("inf"), applied=False)
 
+    def _begin(self, last: bool) -> None:
+        """Before a forward pass, whose gradients, if any, complete a step where it is the `last`. Collective."""
+        self.model.blend.share = self.config.model.quantised_share(self.model.routers.step)
+        if self.shards is not None:
+            self.shards.expect(last)
+        self.refresh()
+
     def _end_step(self, applied: bool) -> None:
         if applied:
+            self.weights_changed()
             self.model.routers.update(self.mesh.sum(self.load), self.config.model.router.bias_rate)
         else:
             self.model.routers.step += 1
         self.load.zero_()
 
+    def refresh(self) -> None:
+        """Have the codes of the latents as they are now. Collective."""
+        if self.shards is not None and self.shards.stale:
+            self.shards.gather()
+
+    def shard_of(self, parameter: torch.nn.Parameter) -> Shard | None:
+        """What this rank's piece of a ternary matrix belongs to; None where it is whole."""
+        return None if self.shards is None else self.shards.find(parameter)
+
+    def weights_changed(self) -> None:
+        """Latents are others now, by an update or by loading: their codes are gathered again before they are used."""
+        if self.shards is not None:
+            self.shards.stale = True
+
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Sums:
         """Forward only."""
+        self._begin(last=True)
         self.deepspeed.eval()
         return self.deepspeed(batch)
 
@@ -126,16 +155,6 @@ class Engine:
             holder = "loss_scale_config" if self.stage == 0 else "loss_scaler"
             getattr(self.optimizer, holder).cur_scale = scale
 
-    def ternary_shares(self) -> Tensor:
-        """[L,3] share of −1, 0 and +1 among each layer's ternary weights, over all ranks' experts. Collective."""
-        counts = torch.zeros(len(self.config.model.layers), 3, device=self.mesh.device)
-        for layer, weight in self.model.bit_weights():
-            with gathered([weight], self.stage):
-                codes, _ = ternary(weight.detach().view(-1, *weight.shape[-2:]))
-                counts[layer] += torch.stack([(codes == value).sum() for value in (-1, 0, 1)])
-        counts = self.mesh.sum(counts)
-        return counts / counts.sum(1, keepdim=True)
-
     @torch.no_grad()
     def function_curves(self, points: Tensor, edges: int) -> dict[int, dict[str, Tensor]]:
         """Layer → values [E,F,P] of the learned functions of this rank's routed experts at `points` [P], on the host.
@@ -143,6 +162,7 @@ class Engine:
         Empty for forms without any. `edges`: how many are taken where each edge has one. Collective.
         """
         curves = {}
+        self.refresh()
         for layer in self.config.model.mixture_layers:
             experts: Any = self.model.get_submodule(f"blocks.{layer}.mixture.routed")
             with gathered(list(experts.parameters()), self.stage):
@@ -169,3 +189,12 @@ class Engine:
         if clip and clip < norm < float("inf"):
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
         return norm
+
+
+def share_out(model: MixKABRN, config: Config, mesh: Mesh) -> Shards:
+    """Keep this rank's pieces of the ternary matrices only."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.precision]
+    packing, bucket = PACKINGS[config.parallel.bitlinear_packing], config.parallel.bucket
+    everyone = dist.group.WORLD if mesh.world > 1 else None
+    holders = mesh.expert_data_group if mesh.world > mesh.expert else None
+    return Shards(model, everyone, holders, dtype, packing, bucket)

@@ -34,8 +34,12 @@ def list_fragments(engine: Engine) -> list[Fragment]:
     for name, parameter in engine.model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         offset, pieces = _local_pieces(engine, parameter)
-        first_copy = mesh.first
-        if is_expert(parameter):
+        first_copy, routed, shard = mesh.first, is_expert(parameter), engine.shard_of(parameter)
+        if shard is not None:
+            shape, routed = shard.logical, shard.routed
+            offset += shard.start
+            pieces = {part: values.view(-1)[: shard.count] for part, values in pieces.items()}
+        if routed:
             local = engine.model.placement.local
             offset += local.start * (torch.Size(shape).numel() // len(local))
             shape = (engine.config.model.experts.routed, *shape[1:])
@@ -58,6 +62,7 @@ def count_updates(engine: Engine) -> int:
 
 def publish(engine: Engine, updates: int) -> None:
     """After fragments were overwritten: refresh the working copy and set AdamW's counter. Collective."""
+    engine.weights_changed()
     optimizer, inner = engine.optimizer, _inner(engine)
     for state in inner.state.values():
         state["step"].fill_(updates)

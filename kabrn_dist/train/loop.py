@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.exchange import on_first
+from kabrn_dist.checkpoint.exchange import on_first, together
 from kabrn_dist.checkpoint.lock import hold
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
@@ -16,7 +16,7 @@ from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
 from kabrn_dist.fault import fault
 from kabrn_dist.grow.run import grow
-from kabrn_dist.kernels.choice import choose
+from kabrn_dist.kernels.choice import choose, int8_products
 from kabrn_dist.mesh import PATIENCE_SECONDS, Mesh, Place, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.train.engine import Engine
@@ -28,12 +28,13 @@ from kabrn_dist.train.reading import read_step
 from kabrn_dist.train.record import StepDone, record_step
 from kabrn_dist.train.resume import START, Position, choose_checkpoint, describe, restore
 from kabrn_dist.train.saving import Saver
-from kabrn_dist.train.schedule import learning_rate
+from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.train.shares import resolve_placement
 from kabrn_dist.train.sources import measure_step
 from kabrn_dist.train.splits import Splits, open_splits
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
+from kabrn_dist.train.weights import current_codes
 from kabrn_dist.train.wishes import Wishes
 
 
@@ -88,11 +89,10 @@ class Session:
         self.step, self.passed_over = position.step, position.passed_over
         self.guard = Guard(config.guard)
         self.guard.restore(position.guard)
-        if mesh.first:
-            write_whole(self.folder / "config.yaml", dump_config(config).encode())
-        self.metrics = Metrics(self.folder, mesh.first, self.step, config.training.steps)
+        on_first(None, write_whole, self.folder / "config.yaml", dump_config(config).encode())
+        self.metrics = together(None, Metrics, self.folder, mesh.first, self.step, config.training.steps)
         self.metrics.write_text("config", dump_config(config))
-        self.metrics.say(f"functions and products: {choose(mesh.device.type).reason}")
+        self.metrics.say(f"functions and products: {choose(mesh.device.type).reason}; {_say_products(config, mesh)}")
         if mesh.expert > 1:
             self.metrics.say(f"experts on the ranks of a group: {list(config.placement())}")
         self.saver = Saver(self.store, checkpoint.background, self.step if chosen else None, self.metrics.say)
@@ -133,12 +133,16 @@ class Session:
         start = self._consumed()
         batches, totals = read_step(config, mesh, self.splits.train, start)
         waited = time.perf_counter() - began
-        rate = learning_rate(self.step, config.training.steps, config.optimizer)
+        rate, decay = (
+            part(self.step, config.training.steps, config.optimizer) for part in (learning_rate, weight_decay)
+        )
         parts = [engine.accumulate(batch.to(mesh.device), totals) for batch in batches]
         losses = torch.stack([torch.stack(loss) for loss, _ in parts]).sum(0)
         agreed = agree(mesh, losses, engine.gradient_size(), self.wishes.stop(), self.saver.ended())
         verdict = self.guard.judge(agreed)
-        update = engine.drop() if verdict.skip else engine.update(rate)
+        logged = _due(self.step + 1, config.training.log_every) or self.step + 1 == config.training.steps
+        codes = current_codes(engine) if logged else []
+        update = engine.drop() if verdict.skip else engine.update(rate, decay)
         self.guard.settle(verdict, agreed, update.applied)
         self.step += 1
         self.stopping = agreed.stop
@@ -147,10 +151,12 @@ class Session:
         self._say_verdict(verdict, start)
         self.metrics.advance(self.step)
         traffic = [layer.take() for layer in engine.model.traffic]
-        if _due(self.step, config.training.log_every) or self.step == config.training.steps:
+        if logged:
             sums, seconds = [sums for _, sums in parts], time.perf_counter() - began
             sources = measure_step(mesh, self.splits.train, batches, sums, start + config.training.batch)
-            done = StepDone(self.step, agreed, update, rate, totals, sums, traffic, sources, seconds, waited)
+            done = StepDone(
+                self.step, agreed, update, rate, decay, codes, totals, sums, traffic, sources, seconds, waited
+            )
             self.load = record_step(done, self.metrics, engine, self.guard)
 
     def _say_verdict(self, verdict: Verdict, start: int) -> None:
@@ -216,6 +222,15 @@ class Session:
             raise UserError(f"{self.store.folder}: step {self.step} could not be saved; make room, then resume")
         self.metrics.say(f"{'finished' if finished else 'stopped'} at step {self.step}")
         return finished
+
+
+def _say_products(config: Config, mesh: Mesh) -> str:
+    if not config.model.quantise:
+        return "matrices are plain"
+    exact = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return (
+        f"codes are multiplied in {'int8' if int8_products(mesh.device.type, exact) else 'fp32'}, measured faster here"
+    )
 
 
 def _due(step: int, every: int) -> bool:

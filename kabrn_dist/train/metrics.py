@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from kabrn_dist.draw.figure import to_pixels
+from kabrn_dist.train.journal import Journal
 
 
 class Metrics:
@@ -27,13 +27,16 @@ class Metrics:
         step: steps done before this session; what TensorBoard holds beyond them (an earlier session's lost steps) is
             hidden.
         steps: last step of the run.
+
+    Raises:
+        UserError: where the files cannot be opened.
     """
 
     def __init__(self, folder: Path, active: bool, step: int, steps: int) -> None:
-        self.folder, self.active = folder, active
+        self.active = active
         if not active:
             return
-        self._open(step)
+        self._journal = Journal(folder, step)
         # A pipe or a file gets whole lines; only a terminal is folded to its width and gets the bar.
         self._console = Console(width=None if Console().is_terminal else 200, highlight=False)
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -41,23 +44,18 @@ class Metrics:
         self._task = self._progress.add_task("step", total=steps, completed=step)
         self._progress.start()
 
-    def _open(self, step: int) -> None:
-        _truncate_log(self.folder / "log.jsonl", step)
-        self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-
     def rewind(self, step: int) -> None:
         """Take back what was written of the steps after `step`: the run goes on from there another way."""
         if self.active:
-            self._log.close()
-            self._board.close()
-            self._open(step)
+            self._journal.rewind(step)
             self.advance(step)
 
     def say(self, text: str) -> None:
         """A line for people."""
         if self.active:
-            self._console.print(text, markup=False)
+            # Where stdout is a file on a full disk, that is no reason to end.
+            with suppress(OSError):
+                self._console.print(text, markup=False)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -75,27 +73,30 @@ class Metrics:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         entry = {"step": step, "time": round(time.time(), 3), **values, **(lists or {})}
-        self._log.write(json.dumps(entry) + "\n")
-        self._log.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._journal.write(entry)
+
+        def add(board: SummaryWriter) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._journal.show(step, add)
         self.say(line)
 
     def write_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
         """An image in TensorBoard. Drawing takes up to seconds, so `draw` is called where it is written only."""
         if self.active:
-            self._board.add_image(name, to_pixels(draw()), step, dataformats="HWC")
+            pixels = to_pixels(draw())
+            self._journal.show(step, lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     def write_text(self, name: str, text: str) -> None:
         """Text in TensorBoard."""
         if self.active:
-            self._board.add_text(name, f"```\n{text}\n```", 0)
+            self._journal.show(0, lambda board: board.add_text(name, f"```\n{text}\n```", 0))
 
     def close(self) -> None:
         if self.active:
             self._progress.stop()
-            self._log.close()
-            self._board.close()
+            self._journal.close()
 
 
 def memory_gib(device: torch.device) -> float:
@@ -105,21 +106,3 @@ def memory_gib(device: torch.device) -> float:
     status = Path("/proc/self/status").read_text(encoding="ascii") if Path("/proc/self/status").exists() else ""
     kib = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), "0")
     return int(kib) / 2**20
-
-
-def _truncate_log(path: Path, step: int) -> None:
-    """Drop what a lost session logged beyond the checkpoint that this one starts from."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _logged_step(line: str) -> float:
-    try:
-        entry: Any = json.loads(line)
-        return float(entry["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

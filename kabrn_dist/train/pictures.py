@@ -1,4 +1,4 @@
-"""Pictures of a run for TensorBoard: the experts' loads and what their functions have learned."""
+"""Pictures of a run for TensorBoard: experts' loads, what their functions have learned, and ternary weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 from kabrn_dist.config import Config
 from kabrn_dist.draw.experts import draw_load
 from kabrn_dist.draw.functions import draw_functions
+from kabrn_dist.draw.weights import draw_weights
 from kabrn_dist.model.kan.forms import function_range
 from kabrn_dist.train.engine import Engine
 from kabrn_dist.train.metrics import Metrics
+from kabrn_dist.train.weights import portray_layers
 
 # Functions of an expert that are drawn where each edge has one, and experts that are drawn.
 EDGES, EXPERTS = 4, 8
@@ -38,3 +40,6 @@ class Pictures:
             title = f"layer {layer}, the first rank's experts, step {step} (start: step {self.began})"
             drawn = partial(draw_functions, self.points, now, self.start[layer], self.span, title, EXPERTS)
             self.metrics.write_figure(step, f"functions/layer_{layer}", drawn)
+        for layer, portraits in portray_layers(self.engine).items():
+            drawn = partial(draw_weights, portraits, f"layer {layer}, step {step}")
+            self.metrics.write_figure(step, f"weights/layer_{layer}", drawn)

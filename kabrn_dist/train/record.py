@@ -12,7 +12,8 @@ from kabrn_dist.train.engine import Engine, Update
 from kabrn_dist.train.guard import Agreed, Guard
 from kabrn_dist.train.losses import Totals
 from kabrn_dist.train.metrics import Metrics, memory_gib
-from kabrn_dist.train.watch import expert_lists, expert_values, ternary_values, watch_experts
+from kabrn_dist.train.watch import expert_lists, expert_values, watch_experts
+from kabrn_dist.train.weights import measure_weights, weight_values
 
 
 class StepDone(NamedTuple):
@@ -20,7 +21,8 @@ class StepDone(NamedTuple):
 
     Attributes:
         number: of the step, the first is 1.
-        agreed: what all ranks know of it. update: what it did. rate: its learning rate.
+        agreed: what all ranks know of it. update: what it did. rate, decay: its learning rate and weight decay.
+        codes: this rank's ternary codes before it.
         totals: what it held. sums: this rank's, a micro-batch each. traffic: this rank's, a layer each.
         sources: what to log of the data's sources. seconds: how long it took, of which `waited` for data.
     """
@@ -29,6 +31,8 @@ class StepDone(NamedTuple):
     agreed: Agreed
     update: Update
     rate: float
+    decay: float
+    codes: list[Tensor]
     totals: Totals
     sums: list[Sums]
     traffic: list[Traffic]
@@ -42,7 +46,7 @@ def record_step(done: StepDone, metrics: Metrics, engine: Engine, guard: Guard) 
     layers, routers = engine.config.model.mixture_layers, engine.model.routers
     watch = watch_experts(engine.mesh, layers, done.totals.tokens, done.sums, routers.bias, done.traffic)
     values = _values(done, engine, guard) | done.sources | expert_values(watch)
-    values |= ternary_values(engine.ternary_shares())
+    values |= weight_values(measure_weights(engine, done.codes))
     metrics.write(done.number, values, _line(done, values), expert_lists(watch))
     return watch.load
 
@@ -50,8 +54,10 @@ def record_step(done: StepDone, metrics: Metrics, engine: Engine, guard: Guard) 
 def _values(done: StepDone, engine: Engine, guard: Guard) -> dict[str, float]:
     return {f"loss/{name}": value for name, value in done.agreed.losses.items()} | {
         "optimizer/learning_rate": done.rate,
+        "optimizer/weight_decay": done.decay,
         "optimizer/gradient_norm": done.update.gradient_norm,
         "optimizer/loss_scale": engine.loss_scale,
+        "optimizer/quantised_share": engine.model.blend.share,
         "guard/skipped": float(guard.skipped),
         "guard/spikes": float(guard.spikes),
         "guard/rollbacks": float(guard.rollbacks),

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kabrn_dist.checkpoint.state import RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.data.batches import Cursor
@@ -52,58 +53,42 @@ def restore(store: CheckpointStore, path: Path, engine: Engine, data: Splits, co
     Raises:
         UserError: for a checkpoint of other tensors or other data, or damaged.
     """
-    manifest = store.load(path, list_fragments(engine))
-    state = _read_state(path, dict(manifest.state))
-    state.cursor.check(data.train)
-    position = state.position
-    read = position.step + position.passed_over
-    consumed = state.cursor.consumed
-    if consumed != read * config.training.batch:
+    state = read_state(path, store.load(path, list_fragments(engine)).state)
+    cursor = _read_cursor(path, state)
+    cursor.check(data.train)
+    read = state.step + state.passed_over
+    if cursor.consumed != read * config.training.batch:
         raise UserError(
-            f"{path}: {consumed} sequences were consumed in {read} steps, which training.batch "
-            f"{config.training.batch} does not give; set it to {consumed // max(1, read)}"
+            f"{path}: {cursor.consumed} sequences were consumed in {read} steps, which training.batch "
+            f"{config.training.batch} does not give; set it to {cursor.consumed // max(1, read)}"
         )
     publish(engine, state.updates)
-    engine.model.routers.step = position.step
+    engine.model.routers.step = state.step
     # Another precision has no scale to hand on: fp16 then begins with its own.
     if state.precision == "fp16":
         engine.set_loss_scale(state.loss_scale)
-    return position
+    return Position(state.step, state.passed_over, state.guard)
 
 
-class _State(NamedTuple):
-    """What `describe` wrote."""
-
-    position: Position
-    cursor: Cursor
-    updates: int
-    precision: str
-    loss_scale: float
-
-
-def _read_state(path: Path, state: dict[str, Any]) -> _State:
-    # A checkpoint may come from a stranger, or from another version.
+def _read_cursor(path: Path, state: RunState) -> Cursor:
     try:
-        position = Position(int(state["step"]), int(state.get("passed_over", 0)), dict(state.get("guard", {})))
-        cursor = Cursor(**state["cursor"])
-        return _State(position, cursor, int(state["updates"]), str(state["precision"]), float(state["loss_scale"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: its state cannot be used ({type(error).__name__}: {error}); use a checkpoint of this version"
-        ) from error
+        return Cursor(**state.cursor)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(f"{path}: its cursor cannot be used ({error}); use a checkpoint of this version") from error
 
 
 def describe(position: Position, engine: Engine, data: Splits, config: Config) -> dict[str, Any]:
     """The state that a checkpoint keeps beside the tensors, JSON types only. Call `list_fragments` first."""
     consumed = (position.step + position.passed_over) * config.training.batch
-    return {
-        "step": position.step,
-        "updates": count_updates(engine),
-        "cursor": asdict(data.train.cursor(consumed)),
-        "passed_over": position.passed_over,
-        "loss_scale": engine.loss_scale,
-        "precision": config.training.precision,
-        "guard": position.guard,
-        "config": config.model_dump(mode="json"),
-        "tokenizer_sha256": data.train.corpus.tokenizer_sha256,
-    }
+    state = RunState(
+        step=position.step,
+        updates=count_updates(engine),
+        cursor=asdict(data.train.cursor(consumed)),
+        passed_over=position.passed_over,
+        precision=config.training.precision,
+        loss_scale=engine.loss_scale,
+        guard=position.guard,
+        config=config.model_dump(mode="json"),
+        tokenizer_sha256=data.train.corpus.tokenizer_sha256,
+    )
+    return state.model_dump()

@@ -12,6 +12,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.batches import sequence_slice
 from kabrn_dist.fault import fault
 from kabrn_dist.train.engine import Engine
+from kabrn_dist.train.saturation import watch_saturation
 from kabrn_dist.train.sources import SourceSums, validation_values
 from kabrn_dist.train.splits import Splits
 
@@ -19,18 +20,19 @@ from kabrn_dist.train.splits import Splits
 class Scores(NamedTuple):
     """Means over the scored tokens: nats a token, bits a byte of text, and what `gzip -9` needs for one.
 
-    `sources`: loss and bits a byte of each source, by the names of the log.
+    By the names of the log: `sources`, loss and bits a byte of each source; `saturation` of each layer's int8 codes.
     """
 
     loss: float
     bits_per_byte: float
     gzip_bits_per_byte: float
     sources: dict[str, float]
+    saturation: dict[str, float]
 
     def values(self) -> dict[str, float]:
         """By the names of the log."""
         whole = self._asdict()
-        return {f"validation/{name}": whole[name] for name in self._fields[:-1]} | self.sources
+        return {f"validation/{name}": whole[name] for name in self._fields[:-2]} | self.sources | self.saturation
 
     def line(self) -> str:
         """For people."""
@@ -51,18 +53,20 @@ def score(engine: Engine, data: Splits, config: Config, interrupted: Callable[[]
     count = len(positions)
     bytes_per_token = torch.from_numpy(data.bytes_per_token)
     sums = SourceSums(len(data.validation.counts))
-    for start in range(0, count, micro * mesh.data_world):
-        fault("validate")
-        if interrupted():
-            return None
-        # Ranks without a sequence of their own take part with a copy that does not count.
-        rows = [start + mesh.data_rank + i * mesh.data_world for i in range(micro)]
-        batch = data.validation.rows([positions[min(row, count - 1)] for row in rows])
-        batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence)
-        counts = torch.tensor([row < count for row in rows])
-        batch = batch._replace(targets=batch.targets.masked_fill(~counts[:, None], -100))
-        text = bytes_per_token[batch.targets.clamp(min=0)].masked_fill(batch.targets < 0, 0).sum(1)
-        sums.add(batch, engine.evaluate(batch.to(mesh.device)).rows, text)
+    with watch_saturation(engine.model) as saturation:
+        for start in range(0, count, micro * mesh.data_world):
+            fault("validate")
+            if interrupted():
+                return None
+            # Ranks without a sequence of their own take part with a copy that does not count.
+            rows = [start + mesh.data_rank + i * mesh.data_world for i in range(micro)]
+            batch = data.validation.rows([positions[min(row, count - 1)] for row in rows])
+            batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence)
+            counts = torch.tensor([row < count for row in rows])
+            saturation.rows = counts
+            batch = batch._replace(targets=batch.targets.masked_fill(~counts[:, None], -100))
+            text = bytes_per_token[batch.targets.clamp(min=0)].masked_fill(batch.targets < 0, 0).sum(1)
+            sums.add(batch, engine.evaluate(batch.to(mesh.device)).rows, text)
     total = sums.take(mesh)
     nats, tokens, text_bytes = total.sum(0).tolist()
     return Scores(
@@ -70,4 +74,5 @@ def score(engine: Engine, data: Splits, config: Config, interrupted: Callable[[]
         nats / math.log(2) / max(1, text_bytes),
         data.gzip_bits_per_byte,
         validation_values(data.validation.corpus.names, total),
+        saturation.values(mesh),
     )

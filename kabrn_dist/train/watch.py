@@ -127,12 +127,3 @@ def expert_lists(watch: ExpertWatch) -> dict[str, list[object]]:
         lists["experts/bytes"] = traffic[..., 1].round().to(torch.int64).tolist()
         lists["experts/seconds"] = [[round(value, 6) for value in rank] for rank in traffic[..., 2].tolist()]
     return lists
-
-
-def ternary_values(shares: Tensor) -> dict[str, float]:
-    """Shares [layers,3] of −1, 0 and +1 among each layer's ternary weights, by name."""
-    return {
-        f"ternary/{name}/layer_{layer}": share
-        for layer, row in enumerate(shares.tolist())
-        for name, share in zip(("minus", "zero", "plus"), row, strict=True)
-    }

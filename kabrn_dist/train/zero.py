@@ -31,7 +31,7 @@ from kabrn_dist.model.mixkabrn import MixKABRN
 
 
 def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEngine:
-    """The model under ZeRO, with AdamW. Collective.
+    """The model under ZeRO, with AdamW. Pieces of ternary matrices are left to each rank. Collective.
 
     Raises:
         UserError: where the device cannot train in the chosen precision, or ZeRO cannot in this placement.
@@ -40,10 +40,17 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed would compile a kernel at every machine's first start that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    pieces = list(model.pieces()) if mesh.world > 1 else []
+    apart = mesh.expert > 1 or bool(pieces)
     if mesh.expert > 1:
         _mark_experts(model, mesh, config.parallel.zero)
+    if pieces:
+        _mark_pieces(pieces, mesh)
+    if apart and config.parallel.zero < 3:
+        # Stage 3 refuses the marker and needs only the attributes of the parameters.
+        model.deepspeed_marker = _ExpertMarker(model.settings.experts.routed, mesh.expert)
     optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config, mesh),
+        _parameter_groups(model, config, apart),
         lr=0.0,
         betas=config.optimizer.betas,
         eps=config.optimizer.epsilon,
@@ -78,7 +85,8 @@ def local_gradients(engine: DeepSpeedEngine, stage: int) -> list[Tensor]:
 
 
 class _DeepSpeed(DeepSpeedEngine):
-    """Can drop a step, and casts the model to its working precision but for routers and function coefficients.
+    """Can drop a step, and casts the model to its working precision but for routers, function coefficients and
+    pieces of ternary matrices.
 
     ZeRO 0–2 keep each parameter group in the dtype it has. ZeRO 3 lays all parameters into one buffer of one dtype, so
     there they are working copies like all others, of fp32 masters; what is computed with them is fp32 in any case.
@@ -90,6 +98,7 @@ class _DeepSpeed(DeepSpeedEngine):
         kept = (
             [*self.module.coefficients(), *self.module.router_weights()] if self.zero_optimization_stage() < 3 else []
         )
+        kept += self.module.pieces()
         values = [p.data for p in kept]
         super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
         for parameter, value in zip(kept, values, strict=True):
@@ -221,12 +230,9 @@ class _ExpertMarker(MoE):
 
 def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
     """Tell DeepSpeed which parameters are experts and which of the mesh's groups they are averaged in."""
-    name = f"ep_size_{mesh.expert}"
-    groups._EXPERT_PARALLEL_GROUP[name] = mesh.expert_group
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_data_group
     first = mesh.rank - mesh.expert_rank
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = range(first, first + mesh.expert)
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = range(mesh.expert_rank, mesh.world, mesh.expert)
+    together, alike = range(first, first + mesh.expert), range(mesh.expert_rank, mesh.world, mesh.expert)
+    name = _register(mesh.expert, (mesh.expert_group, together), (mesh.expert_data_group, alike))
     tags: dict[str, Any] = {"allreduce": False, "group_name": name}
     if stage == 3:
         tags |= {
@@ -239,26 +245,40 @@ def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
     for parameter in model.routed_parameters():
         for tag, value in tags.items():
             setattr(parameter, tag, value)
-    if stage < 3:
-        # Stage 3 refuses the marker and needs only the attributes above.
-        model.deepspeed_marker = _ExpertMarker(model.settings.experts.routed, mesh.expert)
 
 
-def _parameter_groups(model: MixKABRN, config: Config, mesh: Mesh) -> list[dict[str, Any]]:
+def _mark_pieces(pieces: list[nn.Parameter], mesh: Mesh) -> None:
+    """Pieces of ternary matrices are to DeepSpeed what experts are that one rank holds: averaged over nobody."""
+    everyone, itself = range(mesh.world), range(mesh.rank, mesh.rank + 1)
+    name = _register(mesh.world, (dist.group.WORLD, everyone), (mesh.own_group, itself))
+    for parameter in pieces:
+        parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
+
+
+def _register(degree: int, together: tuple[Any, range], alike: tuple[Any, range]) -> str:
+    """Name an expert parallelism for DeepSpeed, with the groups, and their ranks, of all experts and of the same."""
+    name = f"ep_size_{degree}"
+    groups._EXPERT_PARALLEL_GROUP[name], groups._EXPERT_PARALLEL_GROUP_RANKS[name] = together
+    groups._EXPERT_DATA_PARALLEL_GROUP[name], groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = alike
+    return name
+
+
+def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict[str, Any]]:
     """Matrices decay; function coefficients do not. Each apart for experts where DeepSpeed must tell them.
 
     The first group's dtype is what DeepSpeed takes for the model's. `rate` multiplies the learning rate.
     """
-    coefficients, routers = list(model.coefficients()), list(model.router_weights())
-    apart = {id(p) for p in (*coefficients, *routers)}
+    coefficients, routers, pieces = list(model.coefficients()), list(model.router_weights()), list(model.pieces())
+    apart = {id(p) for p in (*coefficients, *routers, *pieces)}
     matrices = [p for p in model.parameters() if id(p) not in apart]
     decay, rate = config.optimizer.weight_decay, config.optimizer.coefficient_rate
-    split: list[dict[str, Any]] = [
+    found: list[dict[str, Any]] = [
         {"params": matrices, "name": "matrices", "weight_decay": decay, "rate": 1.0},
         {"params": routers, "name": "routers", "weight_decay": decay, "rate": 1.0},
+        {"params": pieces, "name": "pieces", "weight_decay": decay, "rate": 1.0},
         {"params": coefficients, "name": "coefficients", "weight_decay": 0.0, "rate": rate},
     ]
-    split = [group for group in split if group["params"]]
-    if mesh.expert > 1 and config.parallel.zero < 3:
-        split = split_params_into_different_moe_groups_for_optimizer(split, max_group_size=None)
-    return [group for group in split if group["params"]]
+    found = [group for group in found if group["params"]]
+    if split and config.parallel.zero < 3:
+        found = split_params_into_different_moe_groups_for_optimizer(found, max_group_size=None)
+    return [group for group in found if group["params"]]

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kabrn_dist.config import Experts as Settings
-from kabrn_dist.model.bitlinear import rms_norm, ternary, widen
 from kabrn_dist.model.kan.edges import edge_layer
 from kabrn_dist.model.kan.grids import Grid, refine
 from kabrn_dist.model.kan.splines import basis
 from kabrn_dist.model.kan.stacked import StackedExperts, check_counts, normal_mean
+from kabrn_dist.model.quantised import rms_norm, widen
+from kabrn_dist.model.ternary import Blend
 
 # The splines' share of a layer's variance at the start: functions begin near silu, as in the paper. Shares of 2 to 25 %
 # learned alike in trials, 50 % less well.
@@ -38,7 +39,13 @@ class BsplineExperts(StackedExperts):
     outer_spline: Tensor
 
     def __init__(
-        self, width: int, hidden: int, settings: Settings, experts: range, quantised: bool = True, gain: float = 1.0
+        self,
+        width: int,
+        hidden: int,
+        settings: Settings,
+        experts: range,
+        quantised: bool | Blend = True,
+        gain: float = 1.0,
     ) -> None:
         self.sizes, self.settings, self.gain, self.grid = (width, hidden), settings, gain, self._grid(settings)
         base, spline = _gains(self.grid)
@@ -55,14 +62,14 @@ class BsplineExperts(StackedExperts):
     def _grid(settings: Settings) -> Grid:
         return Grid(*settings.range, settings.grid, settings.degree)
 
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
         hidden = self._inner((codes / scale).to(codes.dtype), counts)
-        return edge_layer(hidden, self.outer_base, self.outer_spline, counts, self.grid, self.quantised)
+        return edge_layer(hidden, self.matrices("outer_base"), self.matrices("outer_spline"), counts, self.grid)
 
     def _inner(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         check_counts(len(x), counts, len(self.experts))
-        return rms_norm(edge_layer(x, self.inner_base, self.inner_spline, counts, self.grid, self.quantised))
+        return rms_norm(edge_layer(x, self.matrices("inner_base"), self.matrices("inner_spline"), counts, self.grid))
 
     @torch.no_grad()
     def functions(self, points: Tensor, edges: int) -> dict[str, Tensor]:
@@ -80,8 +87,10 @@ class BsplineExperts(StackedExperts):
 
     def _used(self, name: str) -> Tensor:
         """The matrix that rows are multiplied by."""
-        codes, gamma = ternary(weight := self.get_parameter(name))
-        return codes * gamma if self.quantised else widen(weight)
+        matrices = self.matrices(name)
+        if matrices.gamma is None:
+            return widen(matrices.latents)
+        return matrices.codes(matrices.gamma.dtype) * matrices.gamma
 
     @torch.no_grad()
     def outside(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
@@ -105,7 +114,7 @@ def extend_grid(experts: BsplineExperts, finer: int) -> BsplineExperts:
     """
     width, hidden = experts.sizes
     settings = experts.settings.model_copy(update={"grid": finer})
-    extended = type(experts)(width, hidden, settings, experts.experts, experts.quantised, experts.gain)
+    extended = type(experts)(width, hidden, settings, experts.experts, experts.blend, experts.gain)
     for name, old in experts.named_parameters():
         weight = old.detach()
         if name.endswith("spline"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kabrn_dist.config import Experts as Settings
 from kabrn_dist.kernels.functions import Function
 from kabrn_dist.model.kan.grouped import GroupedExperts, per_expert, per_row
+from kabrn_dist.model.ternary import Blend
 
 TERMS = 4
 NODES = 64  # of the fit at the start
@@ -126,7 +127,13 @@ class ChebyshevExperts(GroupedExperts):
     outer: Tensor
 
     def __init__(
-        self, width: int, hidden: int, settings: Settings, experts: range, quantised: bool = True, gain: float = 1.0
+        self,
+        width: int,
+        hidden: int,
+        settings: Settings,
+        experts: range,
+        quantised: bool | Blend = True,
+        gain: float = 1.0,
     ) -> None:
         low, high = settings.range
         function = Function("chebyshev", (low + high) / 2, (high - low) / 2)

@@ -24,40 +24,49 @@ from torch.nn import functional as F
 
 from kabrn_dist.kernels.choice import Kernels, kernels_for
 from kabrn_dist.kernels.spline import CODES, MOST_DEGREE, PLAIN, VALUES
-from kabrn_dist.model.bitlinear import SMALLEST, quantise, ternary, widen
 from kabrn_dist.model.kan.grids import Grid
 from kabrn_dist.model.kan.splines import basis, basis_naive, basis_slope, curve, largest
+from kabrn_dist.model.quantised import SMALLEST, quantise, widen
+from kabrn_dist.model.ternary import Matrices, ternarise, ternary
 
 # Values of a chunk: 8 MiB of fp32 on CPUs; elsewhere few large products are better.
 CHUNK, CHUNK_ELSEWHERE = 1 << 21, 1 << 26
 
 
 def edge_layer(
-    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+    x: Tensor,
+    base: Matrices | Tensor,
+    spline: Matrices | Tensor,
+    counts: Sequence[int],
+    grid: Grid,
+    quantised: bool = True,
 ) -> Tensor:
     """The layer of every expert over its rows.
 
     Args:
         x: [N,I] of any float dtype, rows sorted by expert.
-        base: [E,O,I] latent weights; spline: [E,O,I·K], the K coefficients of an edge side by side.
+        base: [E,O,I], matrices with one scale each, or latents; spline: [E,O,I·K], the K coefficients of an edge side
+            by side.
         counts: rows of each expert, which sum to N.
         grid: of the splines.
-        quantised: False multiplies by the latent weights themselves and rounds nothing.
+        quantised: of latents: False multiplies by them themselves. Values are rounded where matrices are.
 
     Returns:
         [N,O] in the dtype of x.
     """
+    base, spline = (m if isinstance(m, Matrices) else ternarise(m, quantised) for m in (base, spline))
     kernels = kernels_for(x)
-    if kernels is None or grid.degree > MOST_DEGREE or not x.dtype == base.dtype == spline.dtype:
-        return edge_layer_eager(x, base, spline, counts, grid, quantised)
-    return _FusedLayer.apply(x, base, spline, tuple(counts), grid, quantised, kernels)
+    if kernels is None or grid.degree > MOST_DEGREE or not x.dtype == base.latents.dtype == spline.latents.dtype:
+        return _EdgeLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(counts), grid)
+    return _FusedLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(counts), grid, kernels)
 
 
 def edge_layer_eager(
     x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
 ) -> Tensor:
     """The same in torch's own operations, for any device and dtype."""
-    return _EdgeLayer.apply(x, base, spline, tuple(counts), grid, quantised)
+    both = ternarise(base, quantised), ternarise(spline, quantised)
+    return _EdgeLayer.apply(x, both[0].latents, both[1].latents, both, tuple(counts), grid)
 
 
 def edge_layer_naive(
@@ -71,7 +80,7 @@ def edge_layer_naive(
 
     out = []
     for rows, b, s in zip(x.split(list(counts)), used(base), used(spline), strict=True):
-        silu, scale = quantise(F.silu(rows), quantised)
+        silu, scale, _ = quantise(F.silu(rows), quantised)
         values = basis_naive(rows, grid).flatten(-2)
         if quantised:
             steps = 127 / largest(rows, grid)
@@ -96,19 +105,16 @@ class _FusedLayer(torch.autograd.Function):
         x: Tensor,
         base: Tensor,
         spline: Tensor,
+        matrices: tuple[Matrices, Matrices],
         counts: tuple[int, ...],
         grid: Grid,
-        quantised: bool,
         kernels: Kernels,
     ) -> Tensor:
-        x, gammas = x.contiguous(), x.new_ones(len(base), 2, dtype=torch.float32)
-        weights: Sequence[Tensor] = (spline, base)
-        kept = weights
-        if quantised:
-            weights, scales, kept = zip(*(kernels.products.ternary(w.contiguous()) for w in weights), strict=True)
-            gammas = torch.cat([gamma.flatten(1) for gamma in scales], 1)
-        ctx.save_for_backward(x, gammas, *kept)
-        ctx.counts, ctx.grid, ctx.quantised, ctx.kernels = counts, grid, quantised, kernels
+        x, quantised = x.contiguous(), matrices[0].packed is not None
+        gammas = _gammas(matrices).flip(1)
+        ctx.save_for_backward(x, gammas, *_kept(matrices))
+        ctx.counts, ctx.grid, ctx.kernels, ctx.matrices = counts, grid, kernels, _empty(matrices)
+        weights = [_values(m, x.dtype) for m in reversed(matrices)]
         matrix, line, inner = _joined(weights, grid, x.dtype), curve(grid), spline.shape[2]
         out = x.new_empty(len(x), base.shape[1])
         values = _buffer(x, counts, matrix.shape[2])
@@ -128,7 +134,10 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gammas, *kept = ctx.saved_tensors
         kernel, grid, grad = ctx.kernels.spline, ctx.grid, grad.contiguous()
-        matrix, line, form = _joined(kept, grid, x.dtype), curve(grid), VALUES if ctx.quantised else PLAIN
+        base, spline = _filled(ctx.matrices, kept)
+        weights = [_values(m, x.dtype) for m in (spline, base)]
+        form = PLAIN if base.packed is None else VALUES
+        matrix, line = _joined(weights, grid, x.dtype), curve(grid)
         for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over chunks are taken in fp32.
         for_matrix = torch.zeros_like(matrix, dtype=torch.float32)
@@ -143,9 +152,38 @@ class _FusedLayer(torch.autograd.Function):
             if for_x is not None:
                 torch.mm(g, matrix[e], out=some)
                 for_x[rows] = kernel.gather(line, x[rows], some, gammas[e])
-        for_spline, for_base = for_matrix.split([kept[0].shape[2], x.shape[1]], 2)
+        for_spline, for_base = for_matrix.split([spline.latents.shape[2], x.shape[1]], 2)
         turned = _knots_last(for_spline.to(x.dtype), grid)
         return for_x, for_base.to(x.dtype), turned, None, None, None, None
+
+
+def _values(matrices: Matrices, dtype: torch.dtype) -> Tensor:
+    """[E,O,I] codes, or plain weights, in `dtype`."""
+    return matrices.latents.to(dtype) if matrices.packed is None else matrices.codes(dtype)
+
+
+def _gammas(matrices: tuple[Matrices, Matrices]) -> Tensor:
+    """[E,2] scales of the base and the spline, ones for plain matrices."""
+    ones = widen(matrices[0].latents.new_ones(len(matrices[0].latents), 1, 1))
+    return torch.cat([(ones if m.gamma is None else m.gamma).flatten(1) for m in matrices], 1)
+
+
+def _kept(matrices: tuple[Matrices, Matrices]) -> list[Tensor]:
+    """What backward needs of them: packed codes, or plain weights."""
+    return [m.latents if m.packed is None else m.packed for m in matrices]
+
+
+def _empty(matrices: tuple[Matrices, Matrices]) -> tuple[Matrices | None, Matrices | None]:
+    """What `_filled` makes matrices of; None for plain ones."""
+    base, spline = (None if m.packed is None else Matrices(m.latents.detach()) for m in matrices)
+    return base, spline
+
+
+def _filled(empty: tuple[Matrices | None, Matrices | None], kept: Sequence[Tensor]) -> tuple[Matrices, Matrices]:
+    base, spline = (
+        Matrices(values) if m is None else m._replace(packed=values) for m, values in zip(empty, kept, strict=True)
+    )
+    return base, spline
 
 
 def _joined(weights: Sequence[Tensor], grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -167,34 +205,43 @@ def _buffer(x: Tensor, counts: Sequence[int], values: int) -> Tensor:
 class _EdgeLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: Tensor, spline: Tensor, counts: tuple[int, ...], grid: Grid, quantised: bool
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        spline: Tensor,
+        matrices: tuple[Matrices, Matrices],
+        counts: tuple[int, ...],
+        grid: Grid,
     ) -> Tensor:
-        ones = widen(base.new_ones(len(base), 1, 1))
-        codes, gammas = zip(*(ternary(w) if quantised else (w, ones) for w in (base, spline)), strict=True)
-        ctx.save_for_backward(x, *gammas, *(c.to(torch.int8) if quantised else c for c in codes))
-        ctx.counts, ctx.grid, ctx.quantised, ctx.dtypes = counts, grid, quantised, (base.dtype, spline.dtype)
-        matrices = _matrices(codes, grid, x.dtype)
+        quantised = matrices[0].packed is not None
+        # [2][E,1,1]
+        gammas = _gammas(matrices).T[..., None, None]
+        ctx.save_for_backward(x, gammas, *_kept(matrices))
+        ctx.counts, ctx.grid, ctx.dtypes, ctx.matrices = counts, grid, (base.dtype, spline.dtype), _empty(matrices)
+        used = _matrices([_values(m, x.dtype) for m in matrices], grid, x.dtype)
         out = x.new_empty(len(x), base.shape[1])
         for e, rows in _chunks(counts, spline.shape[2], x.device):
             branches = _branches(widen(x[rows]), grid, quantised, x.dtype)
             base_part, spline_part = (
                 (branch.codes @ matrix[e].T) * (gamma[e] / branch.scale)
-                for branch, matrix, gamma in zip(branches, matrices, gammas, strict=True)
+                for branch, matrix, gamma in zip(branches, used, gammas, strict=True)
             )
             out[rows] = base_part.add_(spline_part)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma_base, gamma_spline, *codes = ctx.saved_tensors
-        gammas, grid = (gamma_base, gamma_spline), ctx.grid
+        x, gammas, *kept = ctx.saved_tensors
+        grid, filled = ctx.grid, _filled(ctx.matrices, kept)
+        quantised = filled[0].packed is not None
+        codes = [_values(m, x.dtype) for m in filled]
         matrices = _matrices(codes, grid, x.dtype)
         for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over chunks are taken in fp32 or wider.
-        for_weights = [torch.zeros_like(m, dtype=gamma_base.dtype) for m in matrices]
+        for_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices]
         for e, rows in _chunks(ctx.counts, codes[1].shape[2], x.device):
             z, g = widen(x[rows]), grad[rows]
-            for branch, total in zip(_branches(z, grid, ctx.quantised, x.dtype), for_weights, strict=True):
+            for branch, total in zip(_branches(z, grid, quantised, x.dtype), for_weights, strict=True):
                 total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
             if for_x is not None:
                 silu, splines = ((g * gamma[e]).to(g.dtype) @ m[e] for gamma, m in zip(gammas, matrices, strict=True))

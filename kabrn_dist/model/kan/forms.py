@@ -11,9 +11,10 @@ from kabrn_dist.model.kan.hat import HatExperts
 from kabrn_dist.model.kan.mlp import Relu2Experts, SwigluExperts
 from kabrn_dist.model.kan.rational import FITTED, RationalExperts
 from kabrn_dist.model.kan.stacked import StackedExperts
+from kabrn_dist.model.ternary import Blend
 
 # width, hidden, settings, global numbers of the experts here, quantised, gain → experts
-Form = Callable[[int, int, Settings, range, bool, float], StackedExperts]
+Form = Callable[[int, int, Settings, range, bool | Blend, float], StackedExperts]
 
 FORMS: dict[str, Form] = {
     "rational": RationalExperts,

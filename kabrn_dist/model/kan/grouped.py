@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.functions import Function
-from kabrn_dist.model.bitlinear import Quantised, bit_product, unscaled_product
+from kabrn_dist.model.bitlinear import bit_product, unscaled_product
 from kabrn_dist.model.kan.activation import activate
 from kabrn_dist.model.kan.stacked import StackedExperts, check_counts
+from kabrn_dist.model.quantised import Quantised
+from kabrn_dist.model.ternary import Blend
 
 LAYERS = ("inner", "outer")
 
@@ -48,7 +50,7 @@ class GroupedExperts(StackedExperts):
         width: int,
         hidden: int,
         experts: range,
-        quantised: bool,
+        quantised: bool | Blend,
         gain: float,
         function: Function,
         ends: tuple[float, float],
@@ -64,18 +66,18 @@ class GroupedExperts(StackedExperts):
     def eager(self, x: Tensor, coefficients: Tensor, counts: Sequence[int]) -> Tensor:
         """[N,D] → φ(x) [N,D] in torch's operations."""
 
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]. Raises ValueError: see `check_counts`."""
         check_counts(len(codes), counts, len(self.experts))
         x = self._activate("inner", Quantised(codes, scale), counts)
-        x = unscaled_product(x, self.up, counts, self.quantised)
+        x = unscaled_product(x, self.matrices("up"), counts)
         x = self._activate("outer", x, counts)
-        if not self.quantised:  # all scales are 1
-            return unscaled_product(x, self.down, counts, False).codes
-        return bit_product(x, self.down, counts)
+        if self.share < 1:  # all scales are 1
+            return unscaled_product(x, self.matrices("down"), counts).codes
+        return bit_product(x, self.matrices("down"), counts)
 
     def _activate(self, layer: str, x: Quantised, counts: Sequence[int]) -> Quantised:
-        return activate(x, self.function, self.eager, self.coefficients(layer), counts, self.quantised)
+        return activate(x, self.function, self.eager, self.coefficients(layer), counts, self.share)
 
     @torch.no_grad()
     def functions(self, points: Tensor, edges: int) -> dict[str, Tensor]:
@@ -93,7 +95,7 @@ class GroupedExperts(StackedExperts):
     def outside(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
         """Share of each function layer's inputs beyond the range: "inner" and "outer" [E], 0 without rows."""
         inner = Quantised(codes, scale)
-        outer = unscaled_product(self._activate("inner", inner, counts), self.up, counts, self.quantised)
+        outer = unscaled_product(self._activate("inner", inner, counts), self.matrices("up"), counts)
         return {layer: self._beyond(x, counts) for layer, x in zip(LAYERS, (inner, outer), strict=True)}
 
     def _beyond(self, x: Quantised, counts: Sequence[int]) -> Tensor:

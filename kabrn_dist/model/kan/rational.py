@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kabrn_dist.config import Experts as Settings
 from kabrn_dist.kernels.functions import Function
 from kabrn_dist.model.kan.grouped import LAYERS, GroupedExperts, per_expert, per_row
+from kabrn_dist.model.ternary import Blend
 
 # x·(1 + x²/50) / (1 + |x²/50|) is x itself, and its denominator has a slope to train along from the first step.
 IDENTITY = ((0.0, 1.0, 0.0, 0.02, 0.0, 0.0), (0.0, 0.02, 0.0, 0.0))
@@ -112,7 +113,13 @@ class RationalExperts(GroupedExperts):
     outer_denominator: Tensor
 
     def __init__(
-        self, width: int, hidden: int, settings: Settings, experts: range, quantised: bool = True, gain: float = 1.0
+        self,
+        width: int,
+        hidden: int,
+        settings: Settings,
+        experts: range,
+        quantised: bool | Blend = True,
+        gain: float = 1.0,
     ) -> None:
         super().__init__(width, hidden, experts, quantised, gain, Function("rational"), FITTED)
         for layer in LAYERS:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.model.bitlinear import Quantised, latent_std, normalise
 from kabrn_dist.model.initial import draw_experts
+from kabrn_dist.model.quantised import Quantised, normalise
+from kabrn_dist.model.ternary import Blend, TernaryModule, latent_std
 
 
-class StackedExperts(nn.Module, ABC):
+class StackedExperts(TernaryModule, ABC):
     """Experts with stacked matrices: draws each by its global number, the last scaled for the residual stream.
 
     A form is a subclass `Form(width, hidden, settings, experts, quantised, gain)`. Parameters whose names are in
@@ -27,13 +28,12 @@ class StackedExperts(nn.Module, ABC):
     Args:
         matrices: name → (outputs, inputs, gain).
         experts: global numbers of the experts here.
-        quantised: False trains plain matrices.
+        quantised: False trains plain matrices; a model's modules share a `Blend`.
     """
 
-    def __init__(self, matrices: dict[str, tuple[int, int, float]], experts: range, quantised: bool) -> None:
-        super().__init__()
-        self.experts, self.quantised = experts, quantised
-        self.stds = {name: latent_std(i, gain, quantised) for name, (_, i, gain) in matrices.items()}
+    def __init__(self, matrices: dict[str, tuple[int, int, float]], experts: range, quantised: bool | Blend) -> None:
+        super().__init__({name: latent_std(i, gain, quantised) for name, (_, i, gain) in matrices.items()}, quantised)
+        self.experts = experts
         for name, (outputs, inputs, _) in matrices.items():
             self.register_parameter(name, nn.Parameter(torch.empty(len(experts), outputs, inputs)))
 
@@ -56,18 +56,18 @@ class StackedExperts(nn.Module, ABC):
         return {}
 
     def outside(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
-        """As `forward`, but: "inner" and "outer" → [E] fp32, the share of a layer's function inputs outside the range.
+        """Of the inputs of `forward`: "inner" and "outer" → [E] fp32, the share of function inputs outside the range.
 
         0 for experts without rows; empty for forms without a range.
         """
         return {}
 
     def _requantise(self, x: Tensor) -> Quantised:
-        return normalise(x, self.quantised)
+        return normalise(x, self.share)
 
     @abstractmethod
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
-        """[N,D] codes and [N,1] scales (a `Quantised`), rows sorted by expert, `counts` of each → [N,D].
+    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
+        """[N,D] codes, [N,1] scales and kept bytes (a `Quantised`), rows sorted by expert, `counts` of each → [N,D].
 
         Raises:
             ValueError: `counts` are not one for each expert here, or do not sum to N (see `check_counts`).
