@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-retention bench-zero clean
+.PHONY: setup demo test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-zero clean
 
 setup: $(VENV)/.ready
 
@@ -43,6 +43,15 @@ bench: setup
 	$(BIN)/python -m benchmarks.data_prep --quick --json runs/bench-data.json
 	$(BIN)/python -m benchmarks.bitlinear --quick --json runs/bench-bitlinear.json
 	$(BIN)/python -m benchmarks.zero --quick --json runs/bench-zero.json
+	$(BIN)/python -m benchmarks.quality --quick --text $(QUALITY_TEXT) --json runs/bench-quality.json
+
+# The plays of Shakespeare where they are; the standard library's source is on every machine.
+QUALITY_TEXT := $(or $(wildcard ../shared/data/tinyshakespeare.txt),stdlib)
+
+# Hours on two cores; runs that have ended are in the log.
+bench-quality: setup
+	$(BIN)/python -m benchmarks.quality --text $(QUALITY_TEXT) --log runs/bench-quality.jsonl \
+		--json runs/bench-quality.json
 
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint --json runs/bench-checkpoint.json

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import data_prep, data_prep_rivals, kan_fits, kan_rivals, moe_inputs, moe_rivals
+from benchmarks import data_prep, data_prep_rivals, kan_fits, kan_rivals, moe_inputs, moe_rivals, quality_run
 from benchmarks.moe import peak_bytes
+from benchmarks.quality_models import Transformer, measure_ours
+from benchmarks.quality_text import read_text
 from benchmarks.report import Report, kept_bytes, measure
 from kabrn_dist.data.index import read_index
 from kabrn_dist.model.quantised import rms_norm
@@ -194,6 +196,89 @@ def test_rivals_of_data_prep_make_the_same_tokens(tmp_path: Path) -> None:
     assert index.documents("train") + index.documents("validation") == count
     # There must be shards for two workers to share.
     assert sum(len(source.train.shards) for source in index.sources) > 1
+
+
+def quality(*options: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.quality", "--quick", "--steps", "2", *options]
+
+
+@pytest.mark.slow
+def test_quality(tmp_path: Path) -> None:
+    path, log = tmp_path / "quality.json", tmp_path / "deep" / "log.jsonl"
+    options = "--text", "stdlib", "--jobs", "2", "--log", str(log), "--json", str(path)
+    result = finish(start(quality(*options), CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.code == 0, result.out
+    content = json.loads(path.read_text())
+    check_form(content)
+    for model in "bcdef":
+        names = [row["name"] for row in content["rows"] if row["name"].startswith(f"({model}) ")]
+        assert len(names) == 5 and f"({model}) validation, rival: (a)" in names
+    # Sizes, unlike losses after two steps, are what they will be.
+    rows = {row["name"]: row for row in content["rows"]}
+    assert all(abs(rows[f"({m}) active parameters, rival: (a)"]["ratio"] - 1) < 0.02 for m in "bcdef")
+    assert all(rows[f"({m}) weights, rival: (a)"]["ratio"] > 3 for m in "def")
+    (aim,) = content["aims"].values()
+    assert aim["measured"] > 0
+    runs = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(run["model"] for run in runs) == list("abcdef")
+    assert all(0 < run["nats"] < 6 and run["seconds"] > 0 for run in runs)
+
+
+def test_quality_sweeps_rates_and_repeats_the_best(tmp_path: Path) -> None:
+    text, log = tmp_path / "text.txt", tmp_path / "log.jsonl"
+    text.write_text("".join(chr(97 + i * i % 23) for i in range(2000)))
+    options = "--models", "a", "--rates", "1e-2,1e-9", "--seeds", "3", "--text", str(text), "--log", str(log)
+    result = finish(start(quality(*options, "--jobs", "1"), CUDA_VISIBLE_DEVICES=""))
+    assert result.code == 0 and "(a) validation" in result.out, result.out
+    runs = [json.loads(line) for line in log.read_text().splitlines()]
+    best = min(runs[:2], key=lambda run: run["nats"])["rate"]
+    assert [(run["rate"], run["seed"]) for run in runs[2:]] == [(best, 2), (best, 3)]
+    assert len({run["nats"] for run in runs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "nowhere.txt"], "--text nowhere.txt: cannot be read"),
+        (["--text", "Makefile", "--models", "xd"], "--models xd: there are a, b, c, d, e, f"),
+        (["--text", "stdlib", "--set", "model.convolutions=1"], "model.convolutions"),
+        (["--text", "stdlib", "--set", "steps=1"], "write it as model.KEY=VALUE"),
+        (["--text", "stdlib", "--rates", "fast"], "'fast' is not a number"),
+        (["--text", "stdlib", "--seeds", "0"], "--seeds 0: use 1 or more"),
+    ],
+)
+def test_quality_refuses_before_it_trains(options: list[str], message: str) -> None:
+    result = finish(start(quality(*options), CUDA_VISIBLE_DEVICES=""))
+    assert result.code == 2 and message in result.out and "Traceback" not in result.out, result.out
+
+
+def test_models_of_quality_are_one_part_apart() -> None:
+    runs = [quality_run.Run(model, 1e-3, 1, 100, "", 1) for model in "bcdef"]
+    b, c, d, e, f = (quality_run.configure(run, 65).model for run in runs)
+    assert b.model_copy(update={"quantise": True}) == c
+    assert c.model_copy(update={"experts": d.experts}) == d
+    assert d.model_copy(update={"experts": e.experts}) == e and d.model_copy(update={"layers": "RARR"}) == f
+    rival = Transformer(65, 128, 4, 4, quality_run.RIVAL_HIDDEN, quality_run.RIVAL_GATED)
+    size = rival.measure()
+    assert size.total == sum(p.numel() for p in rival.parameters()) and size.bytes == 2 * size.total
+    assert all(abs(measure_ours(model).active / size.active - 1) < 0.01 for model in (b, c, d, e, f))
+    tokens = torch.randint(65, (1, 20))
+    changed = tokens.clone()
+    changed[0, 12:] = 0
+    assert torch.equal(rival(tokens)[:, :12], rival(changed)[:, :12])
+
+
+def test_quality_scores_each_character_once(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(200, 1200))))
+    text = read_text(str(tmp_path / "text.txt"), 8)
+    assert (len(text.train), len(text.validation), text.vocabulary) == (900, 100, 1000)
+    windows = list(text.windows(5, 8, 1000))
+    assert torch.cat([batch.targets.flatten() for batch in windows]).tolist() == list(range(901, 901 + 12 * 8))
+    assert len(list(text.windows(5, 8, 3))) == 1
+    batch = text.draw(torch.Generator().manual_seed(1), 4, 8)
+    assert torch.equal(batch.targets, batch.tokens + 1) and batch.targets.max() < 900
+    assert batch.positions.tolist() == [list(range(8))] * 4 and not batch.documents.any()
+    assert read_text("stdlib", 64).vocabulary < 110
 
 
 def test_missing_rivals_are_named(tmp_path: Path) -> None:
