@@ -1,8 +1,8 @@
 """Does it learn? What ternary weights, retention and KAN experts cost in quality, at equal active parameters.
 
 All models see the same characters in the same batches for as many steps, each at the best learning rate of a sweep
-that is run with the first seed. (a) is a dense Transformer in plain torch, (b) to (f) are MixKABRN under the project's
-own engine, each one part away from another: `benchmarks/quality_run.py` says all that they differ in.
+that is run with the first seed. (a) and (g) are dense Transformers in plain torch, (b) to (f) are MixKABRN under the
+project's own engine, each one part away from another: `benchmarks/quality_run.py` says all that they differ in.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.quality_models import Size
 from benchmarks.quality_run import BASELINE, CONTEXT, MODELS, MOST_ROWS, Outcome, Run, begin, configure, train
 from benchmarks.quality_text import STDLIB, read_text
 from benchmarks.report import Report
@@ -100,7 +101,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs side by side (default: %(default)s)")
     add("--quick", action="store_true", help="a few steps of each model: shows that all of them run, not what they can")
-    add("--log", type=Path, metavar="FILE", help="append each run there as it ends, one line of JSON")
+    add(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="append each run there as it ends, a line of JSON; runs that it has are not run again",
+    )
     add("--json", type=Path, metavar="FILE", help="write rows and aims there")
     return parser
 
@@ -152,9 +158,11 @@ def read_rate(rate: str | float) -> float:
         raise ValueError(f"--rates: {rate!r} is not a number; write, say, 3e-3,5e-3") from None
 
 
-def train_all(workers: ProcessPoolExecutor, runs: Iterable[Run], log: Path | None) -> Iterator[tuple[Run, Outcome]]:
-    """Each run as it ends, told and logged."""
-    began = {workers.submit(train, run): run for run in runs}
+def train_all(workers: ProcessPoolExecutor, runs: Sequence[Run], log: Path | None) -> Iterator[tuple[Run, Outcome]]:
+    """Each run as it ends, told and logged; those that the log has already are not run again."""
+    done = read_log(log) if log is not None and log.exists() else {}
+    yield from ((run, done[run]) for run in runs if run in done)
+    began = {workers.submit(train, run): run for run in runs if run not in done}
     for future in as_completed(began):
         run, outcome = began[future], future.result()
         print(f"({run.model}) rate {run.rate:g}, seed {run.seed}: {outcome.nats:.4f} nats", flush=True)
@@ -163,6 +171,18 @@ def train_all(workers: ProcessPoolExecutor, runs: Iterable[Run], log: Path | Non
             with log.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({**asdict(run), **outcome._asdict(), "size": outcome.size._asdict()}) + "\n")
         yield run, outcome
+
+
+def read_log(log: Path) -> dict[Run, Outcome]:
+    """What ended before."""
+    done = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        run = {name: entry[name] for name in Run.__dataclass_fields__}
+        changes = tuple((key, value) for key, value in run.pop("changes"))
+        outcome = {name: entry[name] for name in Outcome._fields}
+        done[Run(**run, changes=changes)] = Outcome(**(outcome | {"size": Size(**entry["size"])}))
+    return done
 
 
 def find_best(model: str, outcomes: dict[Run, Outcome]) -> Run:

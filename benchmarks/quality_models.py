@@ -114,13 +114,16 @@ class Transformer(nn.Module):
     Args:
         hidden: of the feed-forward.
         gated: a SiLU gate on the heads' results, as retention has one (gated attention, arXiv 2505.06708).
+        taps: tokens that a convolution like ours sees in front of attention and feed-forward; 0: none.
     """
 
-    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, hidden: int, gated: bool) -> None:
+    def __init__(
+        self, vocabulary: int, width: int, layers: int, heads: int, hidden: int, gated: bool, taps: int = 0
+    ) -> None:
         super().__init__()
         self.key_width = width // heads
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Layer(width, heads, hidden, gated, layers) for _ in range(layers))
+        self.blocks = nn.ModuleList(Layer(width, heads, hidden, gated, layers, taps) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary, bias=False)
         for table in (self.embedding, self.head):
             nn.init.normal_(table.weight, std=0.02)
@@ -142,8 +145,9 @@ class Transformer(nn.Module):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
-    def __init__(self, width: int, heads: int, hidden: int, gated: bool, layers: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, gated: bool, layers: int, taps: int) -> None:
         super().__init__()
+        self.taps = nn.ParameterList(nn.Parameter(torch.zeros(taps, width)) for _ in range(2 if taps else 0))
         self.heads, self.gated = heads, gated
         self.inputs = nn.Linear(width, (3 + gated) * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -156,15 +160,21 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B,T,D] → [B,T,D]."""
-        q, k, v, *gate = self.inputs(rms(x)).chunk(3 + self.gated, -1)
+        q, k, v, *gate = self.inputs(rms(self._convolve(x, 0))).chunk(3 + self.gated, -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         q, k = (rms(rotate(part, cos, sin)) for part in (q, k))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         if gate:
             mixed = mixed * F.silu(gate[0])
         x = x + self.out(rms(mixed) if gate else mixed)
-        left, right = self.up(rms(x)).chunk(2, -1)
+        left, right = self.up(rms(self._convolve(x, 1))).chunk(2, -1)
         return x + self.down(F.silu(left) * right)
+
+    def _convolve(self, x: Tensor, place: int) -> Tensor:
+        if not self.taps:
+            return x
+        weight = self.taps[place]
+        return x + sum(weight[j] * F.pad(x, (0, 0, j + 1, 0))[:, : x.shape[1]] for j in range(len(weight)))
 
 
 def rms(x: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def test_quality(tmp_path: Path) -> None:
     (aim,) = content["aims"].values()
     assert aim["measured"] > 0
     runs = [json.loads(line) for line in log.read_text().splitlines()]
-    assert sorted(run["model"] for run in runs) == list("abcdef")
+    assert sorted(run["model"] for run in runs) == list("abcdefg")
     assert all(0 < run["nats"] < 6 and run["seconds"] > 0 for run in runs)
 
 
@@ -234,13 +234,16 @@ def test_quality_sweeps_rates_and_repeats_the_best(tmp_path: Path) -> None:
     best = min(runs[:2], key=lambda run: run["nats"])["rate"]
     assert [(run["rate"], run["seed"]) for run in runs[2:]] == [(best, 2), (best, 3)]
     assert len({run["nats"] for run in runs}) == 4
+    # Nothing is left to do.
+    again = finish(start(quality(*options, "--jobs", "1"), CUDA_VISIBLE_DEVICES=""))
+    assert again.code == 0 and "(a) rate" not in again.out and len(log.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--text", "nowhere.txt"], "--text nowhere.txt: cannot be read"),
-        (["--text", "Makefile", "--models", "xd"], "--models xd: there are a, b, c, d, e, f"),
+        (["--text", "Makefile", "--models", "xd"], "--models xd: there are a, b, c, d, e, f, g"),
         (["--text", "stdlib", "--set", "model.convolutions=1"], "model.convolutions"),
         (["--text", "stdlib", "--set", "steps=1"], "write it as model.KEY=VALUE"),
         (["--text", "stdlib", "--rates", "fast"], "'fast' is not a number"),
