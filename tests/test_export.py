@@ -53,8 +53,10 @@ def test_an_fp32_export_gives_the_same_logits_bit_for_bit(trained: Path, tmp_pat
     for file_bytes in (2 * 10**9, 30_000):
         out = tmp_path / str(file_bytes)
         export = plan_export(trained, torch.float32, file_bytes=file_bytes)
+        # Another test of this process may have left a group open.
+        grouped = torch.distributed.is_initialized()
         write_export(export, out)
-        assert not torch.distributed.is_initialized()
+        assert torch.distributed.is_initialized() == grouped
         model, tokenizer = load_export(out)
         assert torch.equal(logits(model), logits(reference)) and tokenizer.kind == "bytes"
         # As other tools read it.

@@ -21,8 +21,9 @@ from kabrn_dist.model.kan.activation import activate, activate_eager
 from kabrn_dist.model.kan.chebyshev import ChebyshevExperts
 from kabrn_dist.model.kan.grouped import GroupedExperts
 from kabrn_dist.model.kan.rational import RationalExperts
+from kabrn_dist.model.packing import pack_naive
 from kabrn_dist.model.quantised import Quantised, normalise, quantise, rms_norm
-from kabrn_dist.model.ternary import pack_naive, ternarise
+from kabrn_dist.model.ternary import ternarise
 
 FORMS = {"rational": RationalExperts, "chebyshev": ChebyshevExperts}
 COUNTS = [(5,), (70, 0, 200, 1), (0, 0), (0, 64, 0), (65, 63)]

@@ -45,6 +45,8 @@ LARGER: dict[str, Any] = {
     "model__width": 64,
     "model__experts__hidden": 48,
     "optimizer__learning_rate": 3.0e-4,
+    # A bias moves by the sign of its load: where one token more decides that, a larger rate is a larger jump.
+    "model__router__bias_rate": 1.0e-3,
     "training__batch": 16,
     "training__micro_batch": 4,
 }
@@ -104,7 +106,8 @@ def test_every_layout_has_the_same_losses_gradients_and_weights(shards: Path, tm
     losses = losses_apart(runs, steps)
     print(json.dumps(losses, indent=1))
     assert max(losses.values()) <= 1e-5, losses
-    for step, tolerance in ((1, 1e-5), (steps, 2e-3)):
+    # Of small products MKL sums some otherwise on AVX-512: moments of 4e-4 then differ by 6e-9.
+    for step, tolerance in ((1, 3e-5), (steps, 2e-3)):
         reference = read_checkpoint(runs[0], step)
         assert any(name.endswith("/exp_avg") and tensor.any() for name, tensor in reference.items())
         apart = {folder.name: farthest(read_checkpoint(folder, step), reference) for folder in runs}

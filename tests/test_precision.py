@@ -32,7 +32,8 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
             continue
         coefficients = ("numerator", "denominator", "convolution.weight")
         small = {name for name in dtypes if "router" in name or name.endswith(coefficients)}
-        assert fine == small and len(small - states) == 2 * (1 + 2 * 4 + 1)
+        # Of each layer the router, two function layers of routed and shared experts, and two convolutions.
+        assert fine == small and len(small - states) == 2 * (1 + 2 * 4 + 2)
 
 
 @pytest.mark.parametrize("expert", [1, 2])
@@ -74,4 +75,5 @@ def test_neither_validation_nor_recomputation_counts_towards_the_bias(shards: Pa
     # Ten steps of ±0.02, less the mean.
     steps = biases["plain"] / 0.02
     assert 1 < float(steps.abs().max()) <= 20 and float(steps.mean(1).abs().max()) < 1e-4
-    assert max(abs(a - b) for a, b in zip(read_losses(tmp_path / "accumulated"), expected, strict=True)) < 1e-3
+    # Where a load is next to the mean, one token routed elsewhere moves a bias the other way: by 0.02 here.
+    assert max(abs(a - b) for a, b in zip(read_losses(tmp_path / "accumulated"), expected, strict=True)) < 1e-2
