@@ -62,7 +62,7 @@ def questions(report: Report, quick: bool) -> None:
         count, size = make_corpus(folder / "texts", 4_000_000 if quick else 100_000_000)
         make_tokenizer(folder, 4096 if quick else 16384)
         write_recipes(folder, CLEANING, SHARD_MB[quick])
-        times = take_times(folder, rounds=1 if quick else 2)
+        times = take_times(folder)
         compare(report, times, size / 1e6)
         aims(report, times)
         kept = read_index(set_of(folder, "near duplicates too"))
@@ -108,25 +108,22 @@ def make_tokenizer(folder: Path, vocabulary: int) -> None:
     train_tokenizer((json.loads(line)["text"] for line in first), vocabulary).save(folder / "tokenizer.json")
 
 
-def take_times(folder: Path, rounds: int) -> Times:
-    """The fastest of some turns of each job that can run, on one core and, where there are two, on both.
+def take_times(folder: Path) -> Times:
+    """Each job that can run, on one core and, where there are two, on both.
 
     Raises RuntimeError when rivals have not made the same tokens of the same texts.
     """
     cores = sorted(os.sched_getaffinity(0))[:2]
     jobs = [job for job in JOBS if job != TROVE or find_spec("datatrove") is not None]
-    best: Times = {}
+    times: Times = {}
     tokens: dict[tuple[str, int], int] = {}
-    for _ in range(rounds):
-        for job in jobs:
-            for count in range(1, len(cores) + 1):
-                key = job, count
-                tokens[key], taken = take_time(folder, job, cores[:count])
-                best[key] = Time(*map(min, taken, best.get(key, taken)))
+    for job in jobs:
+        for count in range(1, len(cores) + 1):
+            tokens[job, count], times[job, count] = take_time(folder, job, cores[:count])
     alike = {key: number for key, number in tokens.items() if key[0] in ("not cleaned", ALONE, TROVE)}
     if len(set(alike.values())) > 1:
         raise RuntimeError(f"the rivals have not done the same work: tokens {alike}")
-    return best
+    return times
 
 
 def take_time(folder: Path, job: str, cores: list[int]) -> tuple[int, Time]:
