@@ -25,7 +25,7 @@ from benchmarks import moe_rivals as rivals
 from benchmarks.moe_inputs import Function, Inputs, Shape, both_passes
 from benchmarks.moe_rivals import Own
 from benchmarks.report import Report
-from benchmarks.wire import tcp_bytes_sent
+from benchmarks.wire import sent_by
 from kabrn_dist.mesh import free_port, keep_freed_memory
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.wire import Traffic, Wire
@@ -106,7 +106,7 @@ def _measure(rank: int, world: int, tokens: int, rounds: int) -> Figures:
         step()
         if name in wires:
             wires[name].traffic.take()
-        figures[name]["sent"] = _largest(_sent_by(step))[0]
+        figures[name]["sent"] = _largest(sent_by(step))[0]
         if name in wires:
             traffic = wires[name].traffic.take()
             counted = _largest(traffic.bytes_sent, traffic.bytes_dispatch)
@@ -125,17 +125,6 @@ def _largest(*values: float) -> list[float]:
     largest = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
-
-
-def _sent_by(step: Function) -> int:
-    """Bytes sent meanwhile, less those of the barrier that makes sure that all have arrived."""
-    dist.barrier()
-    before = tcp_bytes_sent()
-    dist.barrier()
-    barrier = tcp_bytes_sent() - before
-    step()
-    dist.barrier()
-    return tcp_bytes_sent() - before - 2 * barrier
 
 
 def _time(step: Function) -> tuple[float, float]:
