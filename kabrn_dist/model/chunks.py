@@ -19,6 +19,7 @@ class Chunks(NamedTuple):
     """How a state decays and where it is cut. G = B·H rows, N chunks of C tokens.
 
     Attributes:
+        heads: H.
         within: [G,1,C,C] γ^(i−j) on and below the diagonal, in the compute dtype.
         same: [B,N,C,C] 1 within a document, else 0, in the compute dtype; None where no document begins in a chunk.
         cut: for each row of the batch and chunk, whether a document begins in it; None on a card, where asking waits.
@@ -27,6 +28,7 @@ class Chunks(NamedTuple):
         kept: [G,N,1,1] weight of the state before the chunk in the state after it, fp32 or wider.
     """
 
+    heads: int
     within: Tensor
     same: Tensor | None
     cut: list[list[bool]] | None
@@ -53,6 +55,7 @@ def cut_chunks(log_decay: Tensor, documents: Tensor, before: Tensor, size: int, 
     cut = None if ids.is_cuda else (ids[:, :, 0] != last).tolist()
     whole = cut is not None and not any(map(any, cut))
     return Chunks(
+        heads,
         within.repeat(batch, 1, 1)[:, None],
         None if whole else (ids[:, :, :, None] == ids[:, :, None, :]).to(dtype),
         cut,
@@ -90,13 +93,18 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     merged(out).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
-def blocks(x: Tensor) -> list[tuple[slice, slice]]:
-    """Blocks of [G,N,C,…] whose scores stay in a core's cache between the products; all at once on a card."""
+def blocks(x: Tensor, heads: int) -> list[tuple[slice, slice]]:
+    """Blocks of [G,N,C,…] whose scores stay in a core's cache between the products; all at once on a card.
+
+    A block is many short sequences, all heads of each, or some chunks of one head of a long one.
+    """
     rows, chunks, size = x.shape[:3]
     if x.is_cuda:
         return [(slice(0, rows), slice(0, chunks))]
-    step = max(1, CACHED_SCORES // size**2)
-    return [(slice(row, row + 1), slice(n, n + step)) for row in range(rows) for n in range(0, chunks, step)]
+    most = max(1, CACHED_SCORES // size**2)
+    sequences = most // (heads * chunks)
+    step = max(1, heads * sequences)
+    return [(slice(row, row + step), slice(n, n + most)) for row in range(0, rows, step) for n in range(0, chunks, most)]
 
 
 def mask(scores: Tensor, chunks: Chunks, block: tuple[slice, slice]) -> Tensor:
@@ -105,12 +113,9 @@ def mask(scores: Tensor, chunks: Chunks, block: tuple[slice, slice]) -> Tensor:
     scores.mul_(chunks.within[rows])
     if chunks.same is None:
         return scores
-    batch = len(chunks.same)
-    if chunks.cut is None:
-        scores.unflatten(0, (batch, -1)).mul_(chunks.same[:, None])
-        return scores
+    sequences = slice(rows.start // chunks.heads, (rows.start + len(scores) - 1) // chunks.heads + 1)
     # Most chunks lie within a document; only the others need the second pass.
-    row = rows.start // (len(chunks.within) // batch)
-    if any(chunks.cut[row][places]):
-        scores.mul_(chunks.same[row, places])
+    if chunks.cut is None or any(any(row[places]) for row in chunks.cut[sequences]):
+        same = chunks.same[sequences, None, places]
+        scores.unflatten(0, (len(same), -1)).mul_(same)
     return scores

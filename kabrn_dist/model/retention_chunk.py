@@ -105,7 +105,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor
 def _within_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
     """What tokens see of their own chunk: [G,N,C,V] from folded q, k, v."""
     out = torch.empty_like(v)
-    for block in blocks(q):
+    for block in blocks(q, chunks.heads):
         scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block)
         torch.bmm(scores.flatten(0, 1), v[block].flatten(0, 1), out=merged(out[block]))
     return out
@@ -116,7 +116,7 @@ def _within_chunks_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of folded q, k, v from that of `_within_chunks`'s result."""
     for_q, for_k, for_v = (torch.empty_like(x) for x in (q, k, v))
-    for block in blocks(q):
+    for block in blocks(q, chunks.heads):
         qs, ks, gs = (x[block].flatten(0, 1) for x in (q, k, grad))
         outs = (merged(x[block]) for x in (for_q, for_k, for_v))
         out_q, out_k, out_v = outs
