@@ -102,9 +102,9 @@ def blocks(x: Tensor, heads: int) -> list[tuple[slice, slice]]:
     if x.is_cuda:
         return [(slice(0, rows), slice(0, chunks))]
     most = max(1, CACHED_SCORES // size**2)
-    sequences = most // (heads * chunks)
-    step = max(1, heads * sequences)
-    return [(slice(row, row + step), slice(n, n + most)) for row in range(0, rows, step) for n in range(0, chunks, most)]
+    step = max(1, most // (heads * chunks) * heads)
+    places = [slice(n, n + most) for n in range(0, chunks, most)]
+    return [(slice(row, row + step), place) for row in range(0, rows, step) for place in places]
 
 
 def mask(scores: Tensor, chunks: Chunks, block: tuple[slice, slice]) -> Tensor:
