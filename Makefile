@@ -48,7 +48,7 @@ bench: setup
 # The plays of Shakespeare where they are; the standard library's source is on every machine.
 QUALITY_TEXT := $(or $(wildcard ../shared/data/tinyshakespeare.txt),stdlib)
 
-# An hour and a quarter on two cores; runs that have ended are in the log, and are not run again.
+# Some 80 minutes on two cores; runs that have ended are in the log, and are not run again.
 bench-quality: setup
 	$(BIN)/python -m benchmarks.quality --text $(QUALITY_TEXT) --log runs/bench-quality.jsonl \
 		--json runs/bench-quality.json
