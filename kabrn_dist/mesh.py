@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -71,11 +72,24 @@ def _ask_mpi() -> None:
     )
 
 
+# Below those that Linux and others hand out to connections, and beside the launchers' 29500.
+_PORTS = range(20_000, 29_000)
+
+
 def free_port() -> int:
-    """Of TCP, on this machine, now."""
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port of this machine where nobody listens.
+
+    Not one that the system would choose: whoever connects to anything could be given the same one in the seconds that
+    pass until a process has started and listens.
+
+    Raises:
+        UserError: all such ports are taken.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("", port))
+            return port
+    raise UserError(f"no free TCP port among {_PORTS.start} to {_PORTS.stop - 1}; end what listens there")
 
 
 @dataclass(frozen=True)
