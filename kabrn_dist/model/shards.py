@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.packing import Packing, pack
 from kabrn_dist.model.ternary import Matrices, Source, TernaryModule, hollow, magnitudes, mean_of, round_latents
+from kabrn_dist.parallel.reduce import sum_at_owners
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,7 @@ class Shard(Source):
         padded = torch.nn.functional.pad(gradient.reshape(-1), (0, self.ranks * self.size - prod(self.shape)))
         if self.group is None:
             return padded.float()
-        piece = padded.new_empty(self.size)
-        dist.reduce_scatter_tensor(piece, padded, group=self.group)
-        return piece.float()
+        return sum_at_owners(padded.view(self.ranks, self.size), self.group).float()
 
 
 class _Read(torch.autograd.Function):

@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed both; the old names warn there, the new ones do not exist before.
+from kabrn_dist.parallel.reduce import sum_at_owners
+
+# torch 2.13 renamed it; the old name warns there, the new one does not exist before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather_past(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Keys and values from the row's start to the end of this rank's slice, in one message. Differentiable.
 
-    Backward is one reduce-scatter: each rank gets the sum of all ranks' gradients of its slice, in their dtype.
+    Backward is one exchange: each rank gets all ranks' gradients of its slice, and sums them.
 
     Args:
         k: [B,H,L,K]; v: [B,H,L,V], one dtype; L the same on all ranks.
@@ -49,10 +50,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        mine = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
-        # Collectives stack along the first dimension: as one long vector, that fits any shape.
-        _reduce_scatter(mine.view(-1), grad.contiguous().view(-1), group=ctx.group)
-        return mine, None
+        return sum_at_owners(grad, ctx.group).to(grad.dtype), None
 
 
 def _gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
