@@ -2,26 +2,26 @@
 
 Each rank of a matrix's group (all ranks, or those that hold the same experts) keeps an equal piece of the flattened
 fp32 latents, the last ones padded. Once an optimizer step the pieces are rounded where they lie and their codes
-gathered; all ranks then compute with the same packed codes. Gradients are summed at the owner of each piece.
+gathered; all ranks then compute with the same packed codes. Gradients come home to the owner of each piece.
 
 Shapes: E matrices, O output width, I input width, G ranks of the group, S latents of a rank's piece, padding included.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kabrn_dist.model.homing import Homing
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.packing import Packing, pack
-from kabrn_dist.model.ternary import Matrices, Source, TernaryModule, hollow, magnitudes, mean_of, round_latents
-from kabrn_dist.parallel.reduce import sum_at_owners
+from kabrn_dist.model.ternary import Matrices, Source, TernaryModule, magnitudes, mean_of, round_latents
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Shard(Source):
         dtype: torch.dtype,
         block: int,
         routed: bool,
+        under_way: deque[Homing],
     ) -> None:
         shape = tuple(whole.shape)
         self.shape, self.logical = shape if len(shape) == 3 else (1, *shape), shape
@@ -67,8 +68,7 @@ class Shard(Source):
         self.runs = list(self._find_runs())
         self.packed = whole.new_zeros(self.ranks * self.size // 4, dtype=torch.uint8)
         self.gamma = whole.new_ones(self.shape[0], 1, 1, dtype=torch.float32)
-        self.last = True
-        self.gradient: Tensor | None = None
+        self.homing = Homing(self.shape, (self.ranks, self.size), group, dtype, under_way)
 
     def _find_runs(self) -> Iterator[Run]:
         experts, outputs, inputs = self.shape
@@ -116,31 +116,7 @@ class Shard(Source):
         return Matrices(self.gamma.new_zeros(1, dtype=self.dtype).expand(self.shape), self.packed, self.gamma)
 
     def read(self, parameter: nn.Parameter) -> Matrices:
-        return Matrices(_Read.apply(parameter, self), self.packed, self.gamma)
-
-    def collect(self, gradient: Tensor) -> Tensor | None:
-        """From this rank's gradient [E,O,I] of the whole to the sum over ranks [S] of its piece, once a step."""
-        if self.gradient is not None:
-            gradient = gradient + self.gradient
-        if not self.last:
-            self.gradient = gradient
-            return None
-        self.gradient = None
-        padded = torch.nn.functional.pad(gradient.reshape(-1), (0, self.ranks * self.size - prod(self.shape)))
-        if self.group is None:
-            return padded.float()
-        return sum_at_owners(padded.view(self.ranks, self.size), self.group).float()
-
-
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, piece: Tensor, shard: Shard) -> Tensor:
-        ctx.shard = shard
-        return hollow(piece.to(shard.dtype), shard.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.shard.collect(gradient), None
+        return Matrices(self.homing.whole(), self.packed, self.gamma)
 
 
 class Shards:
@@ -174,20 +150,21 @@ class Shards:
         self.stale = True
         self.gatherings = 0
         routed = {id(p) for p in model.routed_parameters()}
+        under_way: deque[Homing] = deque()
         for prefix, module in model.named_modules():
             for name in module.stds if isinstance(module, TernaryModule) else ():
                 whole = module.get_parameter(name)
                 group = expert_data_group if id(whole) in routed else world_group
-                shard = Shard(whole, group, model.blend.group, dtype, packing.block, id(whole) in routed)
+                shard = Shard(whole, group, model.blend.group, dtype, packing.block, id(whole) in routed, under_way)
                 piece = nn.Parameter(shard.cut(whole))
                 setattr(module, name, piece)
                 module.sources[name] = shard
                 self.by_name[f"{prefix}.{name}"], self.parameters[f"{prefix}.{name}"] = shard, piece
 
     def expect(self, last: bool) -> None:
-        """Before a forward pass: do its gradients complete a step? Then they are summed at their owners."""
-        for shard in self.by_name.values():
-            shard.last = last
+        """Before each forward pass: do its gradients complete a step? Then they are summed at their owners."""
+        for name, shard in self.by_name.items():
+            shard.homing.draw_ticket(self.parameters[name], last)
 
     def find(self, parameter: nn.Parameter) -> Shard | None:
         """What a parameter is a piece of."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +21,20 @@ def sum_at_owners(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
     Returns:
         [...] in fp32, or fp64 where the pieces are that.
     """
+    return start_sum(pieces, group)()
+
+
+def start_sum(pieces: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """`sum_at_owners` that does not wait: what it returns does, when it is called, once."""
     sent = pieces.contiguous()
     arrived = torch.empty_like(sent)
-    dist.all_to_all_single(arrived, sent, group=group)
-    return arrived.sum(0, dtype=torch.promote_types(pieces.dtype, torch.float32))
+    work = dist.all_to_all_single(arrived, sent, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        total = arrived[0].to(torch.promote_types(arrived.dtype, torch.float32))
+        for piece in arrived[1:]:
+            total += piece
+        return total
+
+    return finish
