@@ -7,7 +7,15 @@ import torch
 
 from kabrn_dist.kernels.choice import choose
 from kabrn_dist.model import packing
-from kabrn_dist.model.packing import PACKINGS, pack, pack_base_three, pack_naive, unpack, unpack_base_three
+from kabrn_dist.model.packing import (
+    PACKINGS,
+    pack,
+    pack_base_three,
+    pack_naive,
+    unpack,
+    unpack_base_three,
+    unpack_base_three_naive,
+)
 
 SHAPES = [(0,), (1,), (63,), (64,), (65,), (3, 7, 11), (5, 130), (2, 64, 64)]
 
@@ -34,10 +42,16 @@ def test_base_three_comes_back_in_a_fifth_of_a_byte(blocks: int) -> None:
     codes = draw((blocks * 80,))
     packed = pack_base_three(codes)
     assert packed.dtype == torch.uint8 and len(packed) * 5 == len(codes)
-    assert torch.equal(unpack_base_three(packed), codes)
+    assert torch.equal(unpack_base_three(packed), codes) and torch.equal(unpack_base_three_naive(packed), codes)
     # Read digit by digit, as a number in base 3 is.
     block, byte = codes.view(blocks, 5, 16)[-1, :, 3].tolist(), int(packed.view(blocks, 16)[-1, 3])
     assert [byte // 3**j % 3 - 1 for j in range(5)] == block
+
+
+def test_every_byte_of_base_three_has_its_digits() -> None:
+    packed = torch.arange(3**5 // 16 * 16 + 16).clamp_(max=3**5 - 1).to(torch.uint8)
+    assert torch.equal(unpack_base_three(packed), unpack_base_three_naive(packed))
+    assert torch.equal(pack_base_three(unpack_base_three(packed)), packed)
 
 
 @pytest.mark.parametrize("name", sorted(PACKINGS))

@@ -9,7 +9,7 @@ from typing import Any
 from tests.harness import ranks, read_losses, sessions, write_config
 from tests.test_parity import LARGER
 
-STEPS = 10
+STEPS = 20
 # World size → (sequence parallelism, expert parallelism, experts per rank, micro-batch, other settings).
 LAYOUTS: dict[int, list[tuple[int, int, list[int] | None, int, dict[str, Any]]]] = {
     1: [(1, 1, None, 4, {})],

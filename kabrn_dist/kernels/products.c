@@ -8,6 +8,8 @@ enum { PIECE = 4096, BLOCK = 4 * LANES }; /* elements; of a piece, and of one ve
 enum { FP32, BF16, INT32 };
 
 typedef double wide __attribute__((vector_size(8 * LANES)));
+typedef uint8_t unsigned_bytes __attribute__((vector_size(LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 INLINE int64_t pieces(int64_t n) { return (n + PIECE - 1) / PIECE; }
 INLINE int64_t in_piece(int64_t n, int64_t p) { return n - p * PIECE < PIECE ? n - p * PIECE : PIECE; }
@@ -110,6 +112,22 @@ INLINE void unpack(int type, int whole, const uint8_t *packed, int64_t n, int64_
 }
 
 void unpack_int8(const uint8_t *packed, int64_t n, int64_t threads, void *out) { unpack(FP32, 1, packed, n, threads, out); }
+
+/* A block of 80 codes is 16 bytes: byte i is Σ (code 16·j + i, plus 1)·3^j. */
+void unpack_base_three(const uint8_t *packed, int64_t blocks, int64_t threads, int8_t *codes) {
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        unsigned_bytes digits;
+        memcpy(&digits, packed + b * LANES, LANES);
+        halves left = __builtin_convertvector(digits, halves);
+        for (int j = 0; j < 5; j++) {
+            halves third = left * 171 >> 9; /* rounded down, of any number below 256 */
+            bytes code = __builtin_convertvector(left - 3 * third - 1, bytes);
+            memcpy(codes + (5 * b + j) * LANES, &code, LANES);
+            left = third;
+        }
+    }
+}
 
 #define DTYPE(name, type)                                                                                           \
     void magnitudes_##name(const void *latent, int64_t rows, int64_t n, int64_t threads, double *partial) {             \

@@ -72,6 +72,12 @@ class Products:
         self._call("unpack", (dtype,), packed, count, torch.get_num_threads(), out)
         return out
 
+    def unpack_base_three(self, packed: Tensor) -> Tensor:
+        """uint8, 16 bytes for each 80 codes → int8 codes."""
+        codes = packed.new_empty(packed.numel() * 5, dtype=torch.int8)
+        self._call("unpack_base_three", (), packed, packed.numel() // 16, torch.get_num_threads(), codes)
+        return codes
+
     def _call(self, name: str, dtypes: tuple[torch.dtype, ...], *arguments: Tensor | int | None) -> None:
         function = getattr(self._library, "_".join([name, *(NAMES[dtype] for dtype in dtypes)]))
         function(*(ctypes.c_int64(a) if isinstance(a, int) else _address(a) for a in arguments))

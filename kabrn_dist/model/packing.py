@@ -49,12 +49,22 @@ def pack_base_three(codes: Tensor) -> Tensor:
     Byte i of a block is Σ (code 16·j + i, plus 1)·3^j over j = 0…4.
     """
     digits = (codes.reshape(-1, 5, THREE_BLOCK // 5) + 1).to(torch.uint8)
-    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
-    return (digits * powers[:, None]).sum(1, dtype=torch.uint8).view(-1)
+    packed = digits[:, 4].clone()
+    for place in (3, 2, 1, 0):
+        packed.mul_(3).add_(digits[:, place])
+    return packed.view(-1)
 
 
 def unpack_base_three(packed: Tensor) -> Tensor:
     """int8 codes of what `pack_base_three` made."""
+    kernels = choose(packed.device.type).kernels
+    if kernels is not None:
+        return kernels.products.unpack_base_three(packed.contiguous())
+    return unpack_base_three_naive(packed)
+
+
+def unpack_base_three_naive(packed: Tensor) -> Tensor:
+    """The same, a digit at a time."""
     left, digits = packed.view(-1, THREE_BLOCK // 5), []
     for _ in range(5):
         digits.append((left % 3).to(torch.int8) - 1)
