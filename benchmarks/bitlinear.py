@@ -4,7 +4,8 @@ One square matrix, forward and forward + backward to inputs and weights. Ours st
 yet: RMSNorm, quantiser, rounding of the latents and the product are all in its time. In one run, in turns:
 
 - nn.Linear in bf16 and fp32, without norm or quantiser: the floor that the aims are set against.
-- the same of ours in fp32 arithmetic instead of int8: what the choice of products is worth here.
+- ours in fp32 arithmetic instead of int8 forward, and with backward's products in the dtype they come in instead of the
+  faster one: what the choices are worth here.
 - the fake-quantised form by definition, differentiated by autograd.
 - transformers' AutoBitLinear (online) and torchao's BitNet training linear, where they are installed.
 
@@ -21,12 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.report import Report, kept_bytes, measure, run
-from kabrn_dist.kernels.choice import int8_products
+from kabrn_dist.kernels.choice import int8_products, product_dtype
 from kabrn_dist.model import bitlinear
 from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.quantised import normalise
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WAYS = ("forward", "forward + backward")
+# Of the products, as they would be without a measurement.
+CHOICES: dict[str, tuple[str, Callable[..., object]]] = {
+    "ours in fp32 arithmetic": ("int8_products", lambda *_: False),
+    "ours, backward as it comes": ("product_dtype", lambda _, dtype: dtype),
+}
 MILLI, MEGA = 1e3, 1e-6
 Layer = Callable[[Tensor], Tensor]
 
@@ -39,6 +46,8 @@ def questions(report: Report, quick: bool) -> None:
             one_width(report, device, tokens, width, seconds)
         chosen = int8_products(device, torch.bfloat16)
         report.compare(f"{device}: codes are multiplied in int8 (1) or fp32 (0), rival: always int8", chosen, 1.0, "")
+        wide = float(product_dtype(device, torch.bfloat16) == torch.float32)
+        report.compare(f"{device}: bf16's backward is in fp32 (1) or bf16 (0), rival: always fp32", wide, 1.0, "")
     if "cuda" not in devices:
         report.compare("GPU, rival: nn.Linear", None, "missing: no CUDA card", "ms")
     memory(report, 256 if quick else 1024)
@@ -56,11 +65,14 @@ def one_width(report: Report, device: str, tokens: int, width: int, seconds: flo
                 continue
             functions[f"{rival} {name} forward"] = forward_pass(layer, rows)
             functions[f"{rival} {name} forward + backward"] = both_passes(layer, rows)
+        for choice in CHOICES:
+            for way in WAYS:
+                functions[f"{choice} {name} {way}"] = with_choice(choice, functions[f"ours {name} {way}"])
     times = measure(functions, seconds)
     for name in DTYPES:
-        for way in ("forward", "forward + backward"):
+        for way in WAYS:
             here, ours = f"{device} {width} {name} {way}", times[f"ours {name} {way}"] * MILLI
-            for rival in ("nn.Linear", "ours in fp32 arithmetic", "fake-quantised", "AutoBitLinear", "torchao"):
+            for rival in ("nn.Linear", *CHOICES, "fake-quantised", "AutoBitLinear", "torchao"):
                 key = f"{rival} {name}"
                 figure: float | str = missing[key] if key in missing else times[f"{key} {way}"] * MILLI
                 report.compare(f"{here}, rival: {rival}", ours, figure, "ms")
@@ -77,7 +89,6 @@ def rivals(width: int, dtype: torch.dtype, device: str) -> dict[str, Layer | str
     plain = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
     return {
         "ours": lambda x: ours(normalise(x)),
-        "ours in fp32 arithmetic": lambda x: _without_int8(ours, x),
         "nn.Linear": plain,
         "fake-quantised": lambda x: fake_quantised(x, ours.weight),
         "AutoBitLinear": _auto_bitlinear(width, dtype, device),
@@ -85,9 +96,14 @@ def rivals(width: int, dtype: torch.dtype, device: str) -> dict[str, Layer | str
     }
 
 
-def _without_int8(layer: BitLinear, x: Tensor) -> Tensor:
-    with mock.patch.object(bitlinear, "int8_products", lambda *_: False):
-        return layer(normalise(x))
+def with_choice(choice: str, call: Callable[[], object]) -> Callable[[], object]:
+    """`call` as if the choice had been made otherwise."""
+
+    def run() -> None:
+        with mock.patch.object(bitlinear, *CHOICES[choice]):
+            call()
+
+    return run
 
 
 def fake_quantised(x: Tensor, weight: Tensor) -> Tensor:

@@ -295,3 +295,34 @@ def test_a_stack_keeps_little_for_backward(dtype: torch.dtype) -> None:
         return y
 
     assert kept_bytes(ours) <= 0.6 * kept_bytes(fake)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["ternary", "groups", "unscaled", "plain"])
+def test_half_precision_gradients_are_the_exact_ones_rounded(
+    form: str, dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiplied in fp32, they are rounded once; in half precision, at each operation."""
+    monkeypatch.setattr(bitlinear, "product_dtype", lambda _, own: torch.float32 if wide else own)
+    torch.manual_seed(0)
+    counts, share = (33, 0, 20), float(form != "plain")
+    x, latents = quantise(torch.randn(53, 96).to(dtype), bool(share)), (torch.randn(3, 48, 96) * 0.1).to(dtype)
+    noise = torch.randn(53, 48).to(dtype)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        codes, leaf = x.codes.to(dtype).requires_grad_(), latents.to(dtype).requires_grad_()
+        rows = Quantised(codes, x.scale.to(torch.promote_types(dtype, torch.float32)), None)
+        weight = ternarise(leaf, share, 10 if form == "groups" else None)
+        if form == "unscaled":
+            product, scale, *_ = unscaled_product(rows, weight, counts)
+            out = product / scale
+        else:
+            out = bit_product(rows, weight, counts)
+        return torch.autograd.grad(out, (codes, leaf), noise.to(out.dtype))
+
+    eps = torch.finfo(dtype).eps
+    for found, exact in zip(gradients(dtype), gradients(torch.float64), strict=True):
+        assert found.dtype == dtype
+        apart = float((found.double() - exact).norm() / exact.norm())
+        assert apart <= eps * (0.35 if wide and form != "unscaled" else 1), f"{apart / eps:.2f} of a rounding"

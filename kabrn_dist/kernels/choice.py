@@ -87,6 +87,31 @@ def int8_products(device: str, dtype: torch.dtype) -> bool:
     )
 
 
+# How much faster fp32 must be. Its sums are rounded otherwise, so a choice must not hang on a close race.
+_CLEARLY = 1.25
+
+
+@cache
+def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype values of `dtype` are multiplied, to be rounded to `dtype` afterwards: measured once a process.
+
+    fp32 on processors without units for half precision, or with slow ones; elsewhere `dtype` itself.
+    """
+    if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    size = _TIMED_SIZE
+    narrow = torch.linspace(-1, 1, size * size).view(size, size).to(dtype)
+    wide = narrow.float()
+    times: dict[torch.dtype, list[float]] = {dtype: [], torch.float32: []}
+    for _ in range(_TIMED_RUNS):
+        for values in (narrow, wide):
+            # Time of this process alone, whatever else runs.
+            begin = time.process_time()
+            torch.mm(values, values)
+            times[values.dtype].append(time.process_time() - begin)
+    return torch.float32 if min(times[dtype]) > _CLEARLY * min(times[torch.float32]) else dtype
+
+
 def _seconds(run: Callable[[], Tensor], device: str) -> float:
     """The shortest of a few runs."""
     times = []

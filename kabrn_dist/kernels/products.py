@@ -32,7 +32,7 @@ class Products:
     def scale(self, x: Tensor, factor: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
         """x [N,...] of fp32, bf16 or int32 times factor [N] (of any shape with N elements) and columns [...].
 
-        Factors are fp32. Computed in fp32 and rounded once, to `dtype`, which is no wider than x.
+        Factors are fp32. Computed in fp32 and rounded once, to `dtype`: fp32 or bf16.
         """
         out = torch.empty_like(x, dtype=dtype)
         rows, width = len(x), x[:1].numel()

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.kernels.choice import int8_products, kernels_for
+from kabrn_dist.kernels.choice import int8_products, kernels_for, product_dtype
+from kabrn_dist.kernels.functions import DTYPES
 from kabrn_dist.model.initial import draw_normal
 from kabrn_dist.model.packing import unpack
 from kabrn_dist.model.quantised import Quantised
@@ -109,22 +110,19 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         kept, packed, gamma, factor = ctx.saved_tensors
         counts, dtype, by_column = ctx.counts, grad.dtype, gamma.shape[1] != 1
+        wide = product_dtype(grad.device.type, dtype)
         grad = grad.contiguous()
-        if ctx.scaled:
-            grad = scale_rows(grad, factor)
-        elif ctx.shift != 1:
-            grad = grad * ctx.shift
+        grad = scale_rows(grad, factor, wide) if ctx.scaled else grad.to(wide) * ctx.shift
         for_codes = for_weight = None
         if ctx.needs_input_grad[3]:
-            for_weight = grouped_outer(grad, widen_codes(kept, dtype), counts)
+            for_weight = grouped_outer(grad, widen_codes(kept, wide), counts)
             # Straight through: the result's slope in a latent is that in γ·sign, 1/γ of that in the sign.
-            if not by_column:
-                for_weight = scale_rows(for_weight, gamma.reciprocal())
+            for_weight = for_weight.to(dtype) if by_column else scale_rows(for_weight, gamma.reciprocal(), dtype)
         if ctx.needs_input_grad[0]:
             if by_column:
-                grad = _scale(grad, torch.ones_like(grad[:, :1], dtype=gamma.dtype), gamma.squeeze(-1), counts, dtype)
-            signs = unpack(packed, ctx.shape, dtype)
-            for_codes = grouped_product(grad, signs.transpose(1, 2), counts)
+                grad = _scale(grad, torch.ones_like(grad[:, :1], dtype=gamma.dtype), gamma.squeeze(-1), counts, wide)
+            signs = unpack(packed, ctx.shape, wide)
+            for_codes = grouped_product(grad, signs.transpose(1, 2), counts).to(dtype)
         return for_codes, None, None, for_weight, None, None, None
 
 
@@ -135,13 +133,18 @@ class _PlainProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
-        return grouped_product(x, weight, counts)
+        wide = product_dtype(x.device.type, x.dtype)
+        return grouped_product(x.to(wide), weight.to(wide), counts).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        for_x = grouped_product(grad, weight.transpose(1, 2), ctx.counts) if ctx.needs_input_grad[0] else None
-        for_weight = grouped_outer(grad, x, ctx.counts) if ctx.needs_input_grad[1] else None
+        wide, for_x, for_weight = product_dtype(grad.device.type, grad.dtype), None, None
+        rows = grad.to(wide)
+        if ctx.needs_input_grad[0]:
+            for_x = grouped_product(rows, weight.to(wide).transpose(1, 2), ctx.counts).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            for_weight = grouped_outer(rows, x.to(wide), ctx.counts).to(grad.dtype)
         return for_x, for_weight, None
 
 
@@ -177,7 +180,7 @@ def scale_rows(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, colu
     """
     dtype = dtype or x.dtype
     kernels = kernels_for(x.new_empty(0, dtype=dtype))
-    if kernels is not None and factor.dtype == torch.float32 and x.dtype != torch.float64:
+    if kernels is not None and factor.dtype == torch.float32 and x.dtype in (torch.int32, *DTYPES):
         columns = None if columns is None else columns.contiguous()
         return kernels.products.scale(x.contiguous(), factor.contiguous(), dtype, columns)
     found = x * factor

@@ -17,6 +17,7 @@ from kabrn_dist.model.mixkabrn import MixKABRN, Sums
 from kabrn_dist.model.packing import PACKINGS
 from kabrn_dist.model.shards import Shard, Shards
 from kabrn_dist.train.losses import Losses, Totals, compute_losses
+from kabrn_dist.train.shares import DTYPES
 from kabrn_dist.train.zero import gathered, is_expert, local_gradients, start_deepspeed
 
 
@@ -193,7 +194,7 @@ class Engine:
 
 def share_out(model: MixKABRN, config: Config, mesh: Mesh) -> Shards:
     """Keep this rank's pieces of the ternary matrices only."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.precision]
+    dtype = DTYPES[config.training.precision]
     packing, bucket = PACKINGS[config.parallel.bitlinear_packing], config.parallel.bucket
     everyone = dist.group.WORLD if mesh.world > 1 else None
     holders = mesh.expert_data_group if mesh.world > mesh.expert else None

@@ -16,7 +16,7 @@ from kabrn_dist.data.files import write_whole
 from kabrn_dist.errors import UserError
 from kabrn_dist.fault import fault
 from kabrn_dist.grow.run import grow
-from kabrn_dist.kernels.choice import choose, int8_products
+from kabrn_dist.kernels.choice import choose, int8_products, product_dtype
 from kabrn_dist.mesh import PATIENCE_SECONDS, Mesh, Place, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.train.engine import Engine
@@ -29,7 +29,7 @@ from kabrn_dist.train.record import StepDone, record_step
 from kabrn_dist.train.resume import START, Position, choose_checkpoint, describe, restore
 from kabrn_dist.train.saving import Saver
 from kabrn_dist.train.schedule import learning_rate, weight_decay
-from kabrn_dist.train.shares import resolve_placement
+from kabrn_dist.train.shares import DTYPES, resolve_placement
 from kabrn_dist.train.sources import measure_step
 from kabrn_dist.train.splits import Splits, open_splits
 from kabrn_dist.train.validation import score
@@ -227,10 +227,10 @@ class Session:
 def _say_products(config: Config, mesh: Mesh) -> str:
     if not config.model.quantise:
         return "matrices are plain"
-    exact = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    return (
-        f"codes are multiplied in {'int8' if int8_products(mesh.device.type, exact) else 'fp32'}, measured faster here"
-    )
+    dtype = DTYPES[config.training.precision]
+    forward = "int8" if int8_products(mesh.device.type, dtype) else "fp32"
+    backward = "fp32" if product_dtype(mesh.device.type, dtype) == torch.float32 else config.training.precision
+    return f"products forward in {forward}, backward in {backward}, measured faster here"
 
 
 def _due(step: int, every: int) -> bool:
