@@ -57,11 +57,11 @@ DENSE = {"experts.form": "swiglu", "experts.first_dense": LAYERS, "experts.dense
 MODELS: dict[str, Recipe] = {
     "a": Recipe("dense Transformer, fp32", (2e-3, 3e-3, 1.3e-3), None),
     "b": Recipe("retention + dense SwiGLU, fp32", (5e-3, 8e-3, 3e-3), {**DENSE, "quantise": False}),
-    "c": Recipe("b, ternary", (8e-3, 1.2e-2, 5e-3), DENSE),
+    "c": Recipe("b, ternary", (1.2e-2, 8e-3, 1.8e-2), DENSE),
     "d": Recipe("MixKABRN: c with a mixture of rational KANs", (8e-3, 1.2e-2, 5e-3), {}),
-    "e": Recipe("d with SwiGLU experts", (8e-3, 1.2e-2, 5e-3), {"experts.form": "swiglu", "experts.hidden": 115}),
-    "f": Recipe("d with one softmax layer of four", (8e-3, 1.2e-2, 5e-3), {"layers": "RARR"}),
-    "g": Recipe("a with the convolutions of b to f", (3e-3, 5e-3, 2e-3), None, taps=3),
+    "e": Recipe("d with SwiGLU experts", (1.2e-2, 8e-3, 1.8e-2), {"experts.form": "swiglu", "experts.hidden": 115}),
+    "f": Recipe("d with one softmax layer of four", (1.2e-2, 8e-3, 1.8e-2), {"layers": "RARR"}),
+    "g": Recipe("a with the convolutions of b to f", (8e-3, 5e-3, 1.2e-2), None, taps=3),
 }
 BASELINE = "a"
 # Chosen so that (a) has as many active parameters as (d), and a gate on its heads as ours have.
