@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -31,7 +30,7 @@ def main() -> None:
         shapes = [(1, *pair) for pair in pairwise(WIDTHS)]
         sizes = [-(-a * b // (world * 4)) * 4 for _, a, b in shapes]
         group = dist.group.WORLD if world > 1 else None
-        under_way: deque[Homing] = deque()
+        under_way: list[Homing] = []
         homings = [Homing(s, (world, n), group, torch.float32, under_way) for s, n in zip(shapes, sizes, strict=True)]
         pieces = [nn.Parameter(torch.zeros(size)) for size in sizes]
         for step in range(2):

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.harness import ranks, read_losses, sessions, write_config
 from tests.test_parity import LARGER
 
 STEPS = 20
+SHORT: dict[str, Any] = {"training__steps": 5, "validation__every": 2}
 # World size → (sequence parallelism, expert parallelism, experts per rank, micro-batch, other settings).
 LAYOUTS: dict[int, list[tuple[int, int, list[int] | None, int, dict[str, Any]]]] = {
     1: [(1, 1, None, 4, {})],
@@ -51,6 +54,20 @@ def test_losses_are_those_of_zero_1_and_codes_agree(shards: Path, tmp_path: Path
             apart[path.stem] = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     print(apart)
     assert max(apart.values()) <= 1e-3, apart
+
+
+@pytest.mark.parametrize("form", ["hat", "bspline"])
+def test_functions_on_edges_are_drawn_and_learn_as_under_zero_1(form: str, shards: Path, tmp_path: Path) -> None:
+    """Their curves hang on the codes, and are drawn before the first step too."""
+    jobs: list[list[object]] = []
+    for name, shared in (("zero", False), ("shared", True)):
+        settings = {"parallel__zero": 1, "parallel__bitlinear_shards": shared, "model__experts__form": form}
+        path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **SHORT, **settings)
+        jobs.append([str(path), "never", None])
+    sessions(1, jobs, tmp_path)
+    expected, found = (read_losses(tmp_path / name) for name in ("zero", "shared"))
+    assert len(found) == len(expected) == SHORT["training__steps"]
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-3
 
 
 def test_checkpoints_are_those_of_any_stage(shards: Path, tmp_path: Path) -> None:

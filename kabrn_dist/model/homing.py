@@ -8,7 +8,6 @@ Shapes: G ranks that share the matrix, S latents of a rank's piece, padding incl
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +42,7 @@ class Homing:
         pieces: tuple[int, int],
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
-        under_way: deque[Homing],
+        under_way: list[Homing],
     ) -> None:
         self.shape, self.pieces, self.group, self.dtype = shape, pieces, group, dtype
         self.under_way = under_way

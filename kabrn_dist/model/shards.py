@@ -9,7 +9,6 @@ Shapes: E matrices, O output width, I input width, G ranks of the group, S laten
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -52,7 +51,7 @@ class Shard(Source):
         dtype: torch.dtype,
         block: int,
         routed: bool,
-        under_way: deque[Homing],
+        under_way: list[Homing],
     ) -> None:
         shape = tuple(whole.shape)
         self.shape, self.logical = shape if len(shape) == 3 else (1, *shape), shape
@@ -116,6 +115,9 @@ class Shard(Source):
         return Matrices(self.gamma.new_zeros(1, dtype=self.dtype).expand(self.shape), self.packed, self.gamma)
 
     def read(self, parameter: nn.Parameter) -> Matrices:
+        # Pictures and validation read at any time, also before the first step: no gradient, no ticket.
+        if not torch.is_grad_enabled():
+            return self.matrices()
         return Matrices(self.homing.whole(), self.packed, self.gamma)
 
 
@@ -150,7 +152,7 @@ class Shards:
         self.stale = True
         self.gatherings = 0
         routed = {id(p) for p in model.routed_parameters()}
-        under_way: deque[Homing] = deque()
+        under_way: list[Homing] = []
         for prefix, module in model.named_modules():
             for name in module.stds if isinstance(module, TernaryModule) else ():
                 whole = module.get_parameter(name)
