@@ -26,9 +26,10 @@ from benchmarks.moe_inputs import Function, Inputs, Shape, both_passes
 from benchmarks.moe_rivals import Own
 from benchmarks.report import Report
 from benchmarks.wire import sent_by
-from kabrn_dist.mesh import free_port, keep_freed_memory
+from kabrn_dist.mesh import keep_freed_memory
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.wire import Traffic, Wire
+from kabrn_dist.place import free_port
 
 # Ours in each of its ways: experts, int8 there, int8 back.
 OURS = {

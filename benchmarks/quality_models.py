@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import Config, Model, Optimizer
 from kabrn_dist.data.batches import Batch
-from kabrn_dist.mesh import find_place, make_mesh
+from kabrn_dist.mesh import make_mesh
 from kabrn_dist.model.count import count_parameters
 from kabrn_dist.model.mixkabrn import build_model
+from kabrn_dist.place import find_place
 from kabrn_dist.train.engine import Engine
 from kabrn_dist.train.losses import Totals
 from kabrn_dist.train.schedule import learning_rate, weight_decay

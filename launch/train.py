@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             return dry_run(config, options.world or int(os.environ.get("WORLD_SIZE", 1)))
         # DeepSpeed and torch take seconds to import: a mistake in the configuration has been reported by now.
-        from kabrn_dist.mesh import find_place
+        from kabrn_dist.place import find_place
         from kabrn_dist.train.loop import train
 
         place = find_place()

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.wire import tcp_bytes_sent
-from kabrn_dist.mesh import Mesh, Nodes, Place, join_processes, make_mesh
+from kabrn_dist.mesh import Mesh, Nodes, join_processes, make_mesh
 from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.route import plan_route
 from kabrn_dist.parallel.wire import Traffic, Wire
+from kabrn_dist.place import Place
 
 WIDTH = 5
 

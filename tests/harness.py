@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from kabrn_dist.mesh import free_port
+from kabrn_dist.place import free_port
 from tests import forks
 
 ROOT = Path(__file__).parent.parent

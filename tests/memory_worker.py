@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from kabrn_dist.config_file import load_config
-from kabrn_dist.mesh import find_place, join_processes, make_mesh
+from kabrn_dist.mesh import join_processes, make_mesh
+from kabrn_dist.place import find_place
 from kabrn_dist.train.loop import Session
 from kabrn_dist.train.splits import open_splits
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kabrn_dist.config import Experts, Model, Retention
 from kabrn_dist.data.batches import Batch
-from kabrn_dist.mesh import Mesh, Nodes, Place, join_processes, make_mesh
+from kabrn_dist.mesh import Mesh, Nodes, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.moe import Guide, MixtureOfExperts, mixture_naive
 from kabrn_dist.model.router import RouterStates
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.wire import Traffic, Wire
+from kabrn_dist.place import Place
 
 WIDTH, TIME = 8, 3
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kabrn_dist.config_file import load_config
-from kabrn_dist.mesh import Mesh, find_place, join_processes, make_mesh
+from kabrn_dist.mesh import Mesh, join_processes, make_mesh
 from kabrn_dist.model.shards import Shard
+from kabrn_dist.place import find_place
 from kabrn_dist.train.loop import Session
 from kabrn_dist.train.shares import resolve_placement
 from kabrn_dist.train.splits import open_splits

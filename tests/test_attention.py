@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kabrn_dist.config import Retention as Settings
-from kabrn_dist.mesh import Place, free_port, join_processes
+from kabrn_dist.mesh import join_processes
 from kabrn_dist.model import attention as module
 from kabrn_dist.model.attention import Attention, Cache, attention, attention_naive
 from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.mixer import find_place
 from kabrn_dist.parallel import gather
+from kabrn_dist.place import Place, free_port
 
 multiprocessing.set_forkserver_preload(["torch", "pytest", "kabrn_dist.model.attention"])
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kabrn_dist.config import Retention as Settings
-from kabrn_dist.mesh import find_place, join_processes
+from kabrn_dist.mesh import join_processes
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.convolution import Convolution, convolve, convolve_naive
@@ -18,6 +18,7 @@ from kabrn_dist.model.mixer import Mixer, State
 from kabrn_dist.model.mixer import find_place as find_tokens
 from kabrn_dist.model.retention import Retention
 from kabrn_dist.parallel.shift import columns_before
+from kabrn_dist.place import find_place
 from tests import forks
 
 BATCH, WIDTH = 2, 5

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from kabrn_dist.mesh import free_port
 from kabrn_dist.parallel.placement import Placement
 from kabrn_dist.parallel.rounding import round_rows
+from kabrn_dist.place import free_port
 from tests import dispatch_worker, mixture_worker
 
 multiprocessing.set_forkserver_preload(["torch", "pytest", "tests.dispatch_worker", "tests.mixture_worker"])

@@ -14,7 +14,8 @@ import torch
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
 from kabrn_dist.config import Guard as Settings
 from kabrn_dist.config_file import load_config
-from kabrn_dist.mesh import alone, find_place, join_processes, make_mesh
+from kabrn_dist.mesh import alone, join_processes, make_mesh
+from kabrn_dist.place import find_place
 from kabrn_dist.train.guard import Agreed, Guard, agree
 from kabrn_dist.train.loop import Session
 from kabrn_dist.train.losses import Losses

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.mesh import find_place, join_processes
+from kabrn_dist.mesh import join_processes
 from kabrn_dist.model.homing import MOST, Homing
+from kabrn_dist.place import find_place
 from tests.harness import ranks
 
 WIDTHS = [5, 3, 7, 2, 4, 6, 1, 3, 5]

@@ -14,9 +14,10 @@ import torch.multiprocessing as mp
 from kabrn_dist.config import Experts, Retention
 from kabrn_dist.config import Model as Settings
 from kabrn_dist.data.batches import Batch, sequence_slice
-from kabrn_dist.mesh import Place, alone, free_port, join_processes, make_mesh
+from kabrn_dist.mesh import alone, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.parallel.placement import Placement
+from kabrn_dist.place import Place, free_port
 
 COLLECTIVES = ("batch_isend_irecv", "all_gather", "all_reduce", "all_to_all_single")
 

@@ -22,6 +22,7 @@ LEVELS = {
     "kernels": 1,
     "config_file": 1,
     "mesh": 1,
+    "place": 0,
     "data": 2,
     "parallel": 2,
     "checkpoint": 2,
@@ -45,7 +46,8 @@ ONLY = {
     "draw": set(),
     "kernels": set(),
     "config_file": {"config", "errors"},
-    "mesh": {"errors"},
+    "mesh": {"errors", "place"},
+    "place": {"errors"},
 }
 NEVER = {"export": {"train"}, "generate": {"train", "estimate"}, "estimate": {"train", "generate"}}
 DEEPSPEED = {"kabrn_dist/train/zero.py", "kabrn_dist/train/fragments.py"}

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.wire import sent_by
-from kabrn_dist.mesh import find_place, join_processes
+from kabrn_dist.mesh import join_processes
 from kabrn_dist.parallel.reduce import sum_at_owners
+from kabrn_dist.place import find_place
 from tests.harness import ranks
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from kabrn_dist.mesh import free_port
 from kabrn_dist.model.retention import log_decays
 from kabrn_dist.model.retention_chunk import retention_chunk, retention_slice
 from kabrn_dist.parallel.sequence import SequenceLink, choose_exchange, compose, near_heads
+from kabrn_dist.place import free_port
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 3, 5
 SLOW = (4.0, 12.0)

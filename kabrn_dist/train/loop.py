@@ -17,8 +17,9 @@ from kabrn_dist.errors import UserError
 from kabrn_dist.fault import fault
 from kabrn_dist.grow.run import grow
 from kabrn_dist.kernels.choice import choose, int8_products, product_dtype
-from kabrn_dist.mesh import PATIENCE_SECONDS, Mesh, Place, join_processes, make_mesh
+from kabrn_dist.mesh import PATIENCE_SECONDS, Mesh, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import build_model
+from kabrn_dist.place import Place
 from kabrn_dist.train.engine import Engine
 from kabrn_dist.train.fragments import list_fragments
 from kabrn_dist.train.guard import Guard, Verdict, agree

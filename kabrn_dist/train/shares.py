@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from kabrn_dist.config import Config
-from kabrn_dist.mesh import Mesh, find_place
+from kabrn_dist.mesh import Mesh
 from kabrn_dist.model.count import count_parameters
 from kabrn_dist.parallel.placement import plan_shares, share_out
+from kabrn_dist.place import find_place
 
 # The rest is left to activations, buckets and whatever else runs there.
 STATE_SHARE = 0.5

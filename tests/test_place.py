@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kabrn_dist import mesh
+from kabrn_dist import place
 from kabrn_dist.errors import UserError
 
 # From which Linux takes the ports of connections; an administrator may have made it wider.
@@ -21,15 +21,15 @@ USUAL = [32768, 60999]
 )
 def test_a_free_port_is_none_that_a_connection_can_be_given() -> None:
     first, last = USUAL
-    ports = {mesh.free_port() for _ in range(20)}
+    ports = {place.free_port() for _ in range(20)}
     assert len(ports) > 1 and not any(first <= port <= last for port in ports)
 
 
 def test_a_port_that_is_taken_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
-        taken.bind(("", mesh.free_port()))
+        taken.bind(("", place.free_port()))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(mesh, "_PORTS", range(port, port + 1))
+        monkeypatch.setattr(place, "_PORTS", range(port, port + 1))
         with pytest.raises(UserError, match=f"{port} to {port}"):
-            mesh.free_port()
+            place.free_port()
