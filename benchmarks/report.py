@@ -25,7 +25,8 @@ from kabrn_dist.mesh import keep_freed_memory
 class Row:
     """One comparison. `ratio` is rival / ours: above 1, ours is faster or smaller.
 
-    A rival that could not run has its reason, "missing: …", in place of a number.
+    A rival that could not run has its reason, "missing: …", in place of a number. There is no ratio where a figure is
+    missing, nor where ours is 0.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Report:
 
     def compare(self, name: str, ours: float | None, rival: float | str, unit: str) -> None:
         """Add a row; `rival` may be "missing: why"."""
-        ratio = None if ours is None or isinstance(rival, str) else rival / ours
+        ratio = rival / ours if ours and not isinstance(rival, str) else None
         self.rows.append(Row(name, ours, rival, unit, ratio))
 
     def at_least(self, what: str, measured: float | None, aim: float) -> None:

@@ -32,7 +32,9 @@ def check_form(content: dict[str, Any]) -> None:
         if isinstance(row["rival"], str):
             assert row["rival"].startswith("missing: ") and row["ratio"] is None
         else:
-            assert isinstance(row["ours"], NUMBER) and isinstance(row["ratio"], NUMBER)
+            assert isinstance(row["ours"], NUMBER)
+            # A figure of 0, such as "not chosen here", has no ratio.
+            assert isinstance(row["ratio"], NUMBER) if row["ours"] else row["ratio"] is None
     for aim in content["aims"].values():
         assert set(aim) == {"measured", "aim", "holds"} and isinstance(aim["holds"], bool)
 
@@ -289,13 +291,15 @@ def test_missing_rivals_are_named(tmp_path: Path) -> None:
     report.compare("ours alone", 2.0, "missing: torchscale", "ms")
     report.compare("nobody", None, "missing: no CUDA card", "ms")
     report.compare("both", 2.0, 3.0, "ms")
+    report.compare("a choice that was not made", 0.0, 1.0, "")
+    report.compare("no, and no rival", False, "missing: no CUDA card", "")
     report.at_least("speed", None, 2.0)
     report.at_least("fast", 2.0, 2.0)
     report.at_most("small", 3.0, 2.0)
     report.write(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     check_form(content)
-    assert [row["ratio"] for row in content["rows"]] == [None, None, 1.5]
+    assert [row["ratio"] for row in content["rows"]] == [None, None, 1.5, None, None]
     assert [aim["holds"] for aim in content["aims"].values()] == [False, True, False]
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
