@@ -27,7 +27,7 @@ test: setup
 
 # Half an hour of random kills, and a run that must come out as if nothing had happened.
 soak: setup
-	$(BIN)/python -m tests.soak --minutes 30 --json runs/soak.json
+	$(BIN)/python -m tests.support.soak --minutes 30 --json runs/soak.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from benchmarks.report import Report, kept_bytes, measure, run
 from kabrn_dist.kernels.choice import int8_products, product_dtype
 from kabrn_dist.model import bitlinear
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.quantised import normalise
+from kabrn_dist.ops.activation_quant import normalise
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WAYS = ("forward", "forward + backward")

@@ -26,9 +26,10 @@ import yaml
 
 from benchmarks.report import Report, measure, run
 from data_prep.shards import Tokenised, write_shard
-from kabrn_dist.data.batches import Batch, Batches
 from kabrn_dist.data.corpus import read_corpus
-from kabrn_dist.data.index import Index, Shard, Source, Split, TokenizerInfo, read_index, write_index
+from kabrn_dist.data.dataset import Batch, Batches
+from kabrn_dist.data.index import Index, Shard, Source, Split, TokenizerInfo
+from kabrn_dist.data.index_io import read_index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 
 ROWS = 64

@@ -23,7 +23,7 @@ from benchmarks import data_loader
 from benchmarks.data_prep_rivals import clear, set_of, write_recipes
 from benchmarks.report import Report, run
 from data_prep.train_tokenizer import train_tokenizer
-from kabrn_dist.data.index import read_index
+from kabrn_dist.data.index_io import read_index
 
 NOTHING: dict[str, object] = {
     **{"unicode": "off", "control": False, "broken": "drop", "tag": False},

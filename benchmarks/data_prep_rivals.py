@@ -91,7 +91,7 @@ def datatrove(folder: Path, cores: int) -> Callable[[], int]:
 def ours(folder: Path, job: str, workers: int) -> Callable[[], int]:
     """The whole command. Its other workers start within it, so that is part of the work."""
     from data_prep.__main__ import main
-    from kabrn_dist.data.index import read_index
+    from kabrn_dist.data.index_io import read_index
 
     out = set_of(folder, job)
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import Report
-from kabrn_dist.model.kan.edges import edge_layer
-from kabrn_dist.model.kan.grids import Grid
+from kabrn_dist.ops.edge_layer import edge_layer
+from kabrn_dist.ops.grids import Grid
 
 SAMPLES = 1000
 GRID_UPDATES, UPDATED_UP_TO = 10, 50  # the defaults of pykan's `fit`

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import Experts as Settings
 from kabrn_dist.model.bitlinear import bit_product
-from kabrn_dist.model.kan.forms import FORMS
-from kabrn_dist.model.kan.stacked import StackedExperts
-from kabrn_dist.model.quantised import Quantised, quantise, rms_norm
+from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.experts.registry import FORMS
+from kabrn_dist.ops.activation_quant import Quantised, quantise, rms_norm
 
 GRID, DEGREE = 5, 3
 GAUSSIANS, REACH = 8, 2.0

@@ -26,10 +26,10 @@ from benchmarks.moe_inputs import Function, Inputs, Shape, both_passes
 from benchmarks.moe_rivals import Own
 from benchmarks.report import Report
 from benchmarks.wire import sent_by
-from kabrn_dist.mesh import keep_freed_memory
-from kabrn_dist.parallel.placement import Placement
-from kabrn_dist.parallel.wire import Traffic, Wire
-from kabrn_dist.place import free_port
+from kabrn_dist.distributed.all_to_all import Traffic, Wire
+from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.launch_env import free_port
+from kabrn_dist.distributed.mesh import keep_freed_memory
 
 # Ours in each of its ways: experts, int8 there, int8 back.
 OURS = {

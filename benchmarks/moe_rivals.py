@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from benchmarks.moe_inputs import Function, Inputs, Layer, Shape, Swiglu, of_module
 from kabrn_dist.config import Experts, Model, Retention
 from kabrn_dist.config import Router as RouterSettings
+from kabrn_dist.distributed.all_to_all import Traffic, Wire
+from kabrn_dist.distributed.expert_placement import Placement
 from kabrn_dist.model.bitlinear import grouped_product
 from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
-from kabrn_dist.parallel.placement import Placement
-from kabrn_dist.parallel.wire import Traffic, Wire
 
 # Bytes that batched_mm may copy of the experts' matrices, and fairscale may spend on one mask.
 TOO_MUCH = 5e8

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kabrn_dist.backend.engine import Engine
+from kabrn_dist.backend.losses import Totals
 from kabrn_dist.config import Config, Model, Optimizer
-from kabrn_dist.data.batches import Batch
-from kabrn_dist.mesh import make_mesh
-from kabrn_dist.model.count import count_parameters
+from kabrn_dist.data.dataset import Batch
+from kabrn_dist.distributed.launch_env import find_place
+from kabrn_dist.distributed.mesh import make_mesh
 from kabrn_dist.model.mixkabrn import build_model
-from kabrn_dist.place import find_place
-from kabrn_dist.train.engine import Engine
-from kabrn_dist.train.losses import Totals
+from kabrn_dist.planner.count import count_parameters
 from kabrn_dist.train.schedule import learning_rate, weight_decay
 
 

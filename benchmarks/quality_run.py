@@ -13,8 +13,8 @@ import yaml
 from benchmarks.quality_models import Learner, Ours, Rival, Size, Transformer, measure_ours
 from benchmarks.quality_text import Text, read_text
 from kabrn_dist.config import Config
-from kabrn_dist.mesh import join_processes, keep_freed_memory
-from kabrn_dist.place import find_place
+from kabrn_dist.distributed.launch_env import find_place
+from kabrn_dist.distributed.mesh import join_processes, keep_freed_memory
 
 # Setting A of the README.
 WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 4, 64, 12

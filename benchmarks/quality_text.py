@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.data.batches import Batch
+from kabrn_dist.data.dataset import Batch
 
 STDLIB = "stdlib"
 TRAINED_ON = 0.9

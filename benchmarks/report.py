@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kabrn_dist.mesh import keep_freed_memory
+from kabrn_dist.distributed.mesh import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from benchmarks import retention_rivals as rivals
 from benchmarks import retention_wire
 from benchmarks.report import Report, kept_bytes, measure, run
 from benchmarks.retention_rivals import Function, Inputs
-from kabrn_dist.model.retention import retention_chunk, retention_step
+from kabrn_dist.ops.retention import retention_chunk, retention_step
 
 CHUNK: int = inspect.signature(retention_chunk).parameters["chunk"].default
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.model.retention import log_decays, retention_chunk
+from kabrn_dist.ops.retention import log_decays, retention_chunk
 
 Function = Callable[[], object]
 

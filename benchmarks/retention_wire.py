@@ -23,9 +23,9 @@ from torch import multiprocessing
 
 from benchmarks.report import Report
 from benchmarks.wire import sent_by
-from kabrn_dist.model.retention_chunk import retention_slice
-from kabrn_dist.parallel.sequence import SequenceLink, Way
-from kabrn_dist.place import free_port
+from kabrn_dist.distributed.launch_env import free_port
+from kabrn_dist.distributed.state_scan import SequenceLink, Way
+from kabrn_dist.ops.retention_chunkwise import retention_slice
 
 HEADS, KEY, VALUE = 2, 32, 64
 # So slow that a state still matters after 64K tokens: of faster heads less would be sent.

@@ -23,14 +23,14 @@ from torch import multiprocessing
 
 from benchmarks.report import Report, run
 from benchmarks.wire import sent_by
+from kabrn_dist.backend.engine import Engine
+from kabrn_dist.backend.losses import Totals
 from kabrn_dist.config import Config
-from kabrn_dist.data.batches import Batch
-from kabrn_dist.mesh import Mesh, join_processes, make_mesh
-from kabrn_dist.model.count import count_parameters
+from kabrn_dist.data.dataset import Batch
+from kabrn_dist.distributed.launch_env import Place, free_port
+from kabrn_dist.distributed.mesh import Mesh, join_processes, make_mesh
 from kabrn_dist.model.mixkabrn import build_model
-from kabrn_dist.place import Place, free_port
-from kabrn_dist.train.engine import Engine
-from kabrn_dist.train.losses import Totals
+from kabrn_dist.planner.count import count_parameters
 
 WAYS: dict[str, dict[str, Any]] = {
     "shards": {"zero": 1, "bitlinear_shards": True},

@@ -13,11 +13,11 @@ from data_prep.inspect import inspect
 from data_prep.prepare import check_readable, prepare, scan
 from data_prep.recipe import Recipe, load_recipe, make_recipe
 from data_prep.report import summary
-from data_prep.team import MpiTeam, Team, start_team, under_mpirun
 from data_prep.train_tokenizer import check_vocabulary
-from data_prep.work import hold, let_go
+from data_prep.workers import MpiTeam, Team, start_team, under_mpirun
+from data_prep.workspace import hold, let_go
 from kabrn_dist.data.index import Index
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 _VOCABULARY = 4096
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.clean.near import BANDS, cluster
-from data_prep.runs import contains, keys_of, rows_of
-from kabrn_dist.data.files import whole_file
+from data_prep.clean.minhash import BANDS, cluster
+from data_prep.sorted_runs import contains, keys_of, rows_of
+from kabrn_dist.utils.atomic_io import whole_file
 
 # Rows that one task sorts, about: 24 bytes each, and as much again to sort them.
 _ROWS_A_RANGE = 1 << 20

@@ -11,15 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.progress import Tally
-from data_prep.runs import RunReader, Stored, merged
 from data_prep.shards import Tokenised, write_shard
+from data_prep.sorted_runs import RunReader, Stored, merged
 from data_prep.streams import ShardTask, Stream
 from data_prep.tokens import Encoder
-from data_prep.work import Work
-from kabrn_dist.data.files import write_whole
+from data_prep.workspace import Work
 from kabrn_dist.data.index import Shard, dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.fault import fault
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.fault_injection import fault
 
 
 class Made(NamedTuple):

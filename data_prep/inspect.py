@@ -9,8 +9,8 @@ import numpy as np
 from data_prep.progress import Meter
 from kabrn_dist.data.index import Source, Split
 from kabrn_dist.data.shard_set import FolderSet, open_folder
+from kabrn_dist.data.token_stream import TokenStream
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.data.tokens import TokenStream
 from kabrn_dist.data.verify import verify_shards
 
 # A sample document is shown up to here.

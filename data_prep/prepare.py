@@ -21,20 +21,21 @@ import numpy as np
 
 from data_prep.duplicates import dropped_of, find_exact, find_near, ranges_of, read_pairs
 from data_prep.encode import ShardMaker
+from data_prep.finalize import describe_dropped, make_index
 from data_prep.progress import Tally
 from data_prep.read import Reader, Record, inputs_of, runs_of
 from data_prep.recipe import Recipe
 from data_prep.report import write_report
-from data_prep.seal import describe_dropped, make_index
 from data_prep.streams import Stream, make_streams, read_cut, write_cut
-from data_prep.team import Team
 from data_prep.vocabulary import choose_tokenizer, plan_shards
-from data_prep.work import Work
-from kabrn_dist.data.files import whole_file
-from kabrn_dist.data.index import Index, write_index
+from data_prep.workers import Team
+from data_prep.workspace import Work
+from kabrn_dist.data.index import Index
+from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.errors import UserError
-from kabrn_dist.fault import fault
+from kabrn_dist.utils.atomic_io import whole_file
+from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.fault_injection import fault
 
 
 def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.clean.contamination import Contaminants, collect, evaluation_files
-from data_prep.clean.near import signature
-from data_prep.clean.outcome import Removed
+from data_prep.clean.minhash import signature
 from data_prep.clean.pipeline import Cleaner
+from data_prep.clean.removed import Removed
 from data_prep.documents import Document, Unit
 from data_prep.progress import Tally
 from data_prep.recipe import Recipe, SourceRecipe
-from data_prep.runs import RunWriter, document_id
+from data_prep.sorted_runs import RunWriter, document_id
 from data_prep.sources import Group, Source
 from data_prep.sources.build import make_source
 from data_prep.sources.files import walk
-from kabrn_dist.data.files import write_whole
-from kabrn_dist.errors import UserError
-from kabrn_dist.fault import fault
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.fault_injection import fault
 
 SAMPLES = 3
 SAMPLE_CHARACTERS = 200

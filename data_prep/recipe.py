@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from data_prep.clean.settings import Clean
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Option = str | int | float | bool | tuple[str, ...]

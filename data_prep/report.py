@@ -11,8 +11,9 @@ from data_prep.read import Record
 from data_prep.recipe import Recipe
 from data_prep.report_page import page
 from data_prep.samples import Duplicates
-from kabrn_dist.data.files import write_whole
-from kabrn_dist.data.index import Index, fingerprint
+from kabrn_dist.data.index import Index
+from kabrn_dist.data.index_io import fingerprint
+from kabrn_dist.utils.atomic_io import write_whole
 
 
 def write_report(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.read import SAMPLE_CHARACTERS, SAMPLES, Record
-from data_prep.runs import RunReader, Stored, rows_of
+from data_prep.sorted_runs import RunReader, Stored, rows_of
 
 _SHOWN = ("same text", "nearly the same")
 

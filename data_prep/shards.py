@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import webdataset
 
-from kabrn_dist.data.files import sha256_of, whole_file
 from kabrn_dist.data.index import Dtype, Shard
+from kabrn_dist.utils.atomic_io import sha256_of, whole_file
 
 BLOCK_TOKENS = 1 << 16
 

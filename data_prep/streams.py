@@ -15,10 +15,10 @@ import numpy as np
 
 from data_prep.read import Record
 from data_prep.recipe import Recipe, SourceRecipe
-from data_prep.runs import contains, rows_of
-from kabrn_dist.data.files import write_whole
+from data_prep.sorted_runs import contains, rows_of
 from kabrn_dist.data.index import SPLITS, SplitName
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
 
 _BUCKET_BITS = 16
 _LOWER_BITS = np.uint64(64 - _BUCKET_BITS)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data_prep.runs import Stored
 from data_prep.shards import Tokenised
+from data_prep.sorted_runs import Stored
 from kabrn_dist.data.index import dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
 

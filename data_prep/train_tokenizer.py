@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kabrn_dist.data.tokenizer import DOCUMENT, Tokenizer
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 # Merges settle long before this; more text only costs time and memory.
 SAMPLE_CHARACTERS = 32 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.recipe import Recipe
-from data_prep.runs import RunReader, Stored, merged
+from data_prep.sorted_runs import RunReader, Stored, merged
 from data_prep.streams import Census, ShardTask, Stream, cut, take_census
 from data_prep.tokens import Encoder
 from data_prep.train_tokenizer import SAMPLE_CHARACTERS, train_tokenizer

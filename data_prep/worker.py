@@ -1,4 +1,4 @@
-"""One of the other processes of `--workers N`: data_prep.team starts it with a socket to the first, and a job."""
+"""One of the other processes of `--workers N`: data_prep.workers starts it with a socket to the first, and a job."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 
 from data_prep.prepare import prepare
 from data_prep.recipe import Recipe
-from data_prep.team import Worker
-from kabrn_dist.errors import UserError
+from data_prep.workers import Worker
+from kabrn_dist.utils.errors import UserError
 
 
 def main(descriptor: int, rank: int, world: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 EXAMPLES = """examples:
   python launch/export.py --run runs/tiny --out exports/tiny
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     import torch
 
-    from kabrn_dist.export import plan_export, write_export
+    from kabrn_dist.inference.export import plan_export, write_export
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 EXAMPLES = """examples:
   python launch/generate.py --run runs/tiny --prompt "def "
@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from kabrn_dist.generate import generate, load_export, load_run
+    from kabrn_dist.inference.generate import generate, load_export, load_run
 
     try:
         if options.model is not None:

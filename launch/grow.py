@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kabrn_dist.config_file import load_config
-from kabrn_dist.errors import UserError
+from kabrn_dist.config.file import load_config
+from kabrn_dist.utils.errors import UserError
 
 EXAMPLES = """examples:
   python launch/grow.py --from runs/dense --config moe.yaml --dry-run

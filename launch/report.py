@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 EXAMPLES = """examples:
   python launch/report.py experts --run runs/tiny
@@ -50,19 +50,19 @@ def main(arguments: list[str]) -> int:
     console = Console(width=None if Console().is_terminal else 200, highlight=False, markup=False)
     try:
         if options.what == "experts":
-            from kabrn_dist.report.experts import report_experts
+            from kabrn_dist.analysis.experts import report_experts
 
             report_experts(options.run, options.last, options.layer, console)
         elif options.what == "functions":
-            from kabrn_dist.report.functions import report_functions
+            from kabrn_dist.analysis.functions import report_functions
 
             report_functions(options.run, options.edges, options.sequences, console)
         elif options.what == "weights":
-            from kabrn_dist.report.weights import report_weights
+            from kabrn_dist.analysis.weights import report_weights
 
             report_weights(options.run, options.out, console)
         else:
-            from kabrn_dist.report.names import report_symbolic
+            from kabrn_dist.analysis.symbolic_report import report_symbolic
 
             report_symbolic(options.run, options.edges, options.layer, options.expert, console)
     except UserError as error:

@@ -15,8 +15,8 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kabrn_dist.config import Config
-from kabrn_dist.config_file import load_config
-from kabrn_dist.errors import UserError
+from kabrn_dist.config.file import load_config
+from kabrn_dist.utils.errors import UserError
 
 AFTERMATH_SECONDS, HEARD_SECONDS = 2.0, 0.5
 
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             return dry_run(config, options.world or int(os.environ.get("WORLD_SIZE", 1)))
         # DeepSpeed and torch take seconds to import: a mistake in the configuration has been reported by now.
-        from kabrn_dist.place import find_place
-        from kabrn_dist.train.loop import train
+        from kabrn_dist.distributed.launch_env import find_place
+        from kabrn_dist.train.trainer import train
 
         place = find_place()
         # Of calls that DeepSpeed makes: nobody who trains can do anything about it.
@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> int:
 
 
 def dry_run(config: Config, world: int) -> int:
-    from kabrn_dist.estimate import describe
-    from kabrn_dist.train.splits import open_splits
+    from kabrn_dist.planner.estimate import describe
+    from kabrn_dist.train.datasets import open_splits
 
     config.check_world(world)
     print(describe(config, world))
@@ -91,7 +91,7 @@ def give_up(error: Exception) -> NoReturn:
     The rank that failed shows its traceback and then goes, which is how the others learn of it: what they have to say
     of it would only hide the cause.
     """
-    from kabrn_dist.mesh import is_aftermath
+    from kabrn_dist.distributed.mesh import is_aftermath
 
     rank = os.environ.get("RANK", "0")
     if is_aftermath(error):

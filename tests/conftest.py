@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import make_shards
+from tests.support.runs import make_shards
 
 # Several test processes share the cores; small products are slower on many threads than on one.
 torch.set_num_threads(1)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kabrn_dist.model.retention import log_decays
-from kabrn_dist.model.retention_chunk import retention_torch
-from kabrn_dist.model.retention_fla import find_kernel, retention_fla
-from tests.harness import read_losses, sessions, write_config
+from kabrn_dist.ops.retention import log_decays
+from kabrn_dist.ops.retention_chunkwise import retention_torch
+from kabrn_dist.ops.retention_fla import find_kernel, retention_fla
+from tests.support.runs import read_losses, sessions, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.clean.settings import Contamination
-from data_prep.clean.words import ngrams, plain_words
-from kabrn_dist.errors import UserError
+from data_prep.clean.tokenize_words import ngrams, plain_words
+from kabrn_dist.utils.errors import UserError
 
 _ENDINGS = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 _SIEVE_BITS = 22

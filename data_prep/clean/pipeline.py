@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from data_prep.clean.contamination import Contaminants
 from data_prep.clean.language import Tag, tag
-from data_prep.clean.outcome import Removed
 from data_prep.clean.quality import judge
+from data_prep.clean.removed import Removed
 from data_prep.clean.repetition import judge_repetition
 from data_prep.clean.settings import Clean
 from data_prep.clean.unicode import normalise

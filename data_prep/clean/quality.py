@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from data_prep.clean.settings import Quality
-from data_prep.clean.words import Shapes, blank_shapes
+from data_prep.clean.tokenize_words import Shapes, blank_shapes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 

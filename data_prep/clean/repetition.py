@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.clean.settings import Repetition
-from data_prep.clean.words import blank_words, joined, mostly_alone
+from data_prep.clean.tokenize_words import blank_words, joined, mostly_alone
 
 _LONGEST = 10
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")

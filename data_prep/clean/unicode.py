@@ -14,10 +14,10 @@ from itertools import accumulate, pairwise
 import ftfy
 from ftfy.badness import BADNESS_RE, badness
 
-from data_prep.clean.outcome import Removed
+from data_prep.clean.removed import Removed
 from data_prep.clean.settings import Clean
 from data_prep.documents import Document, Span
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 # Western accents stand alone among ASCII; other alphabets, and bytes that are no text, come in runs.
 _MOST_IN_RUNS = 0.5

@@ -15,7 +15,7 @@ from data_prep.sources.archive import Member, lines_of, members, text_of
 from data_prep.sources.files import UNIT_BYTES, Find, Group, find_units, found_names
 from data_prep.sources.layout import Mismatch, guess_keys, guess_names
 from data_prep.sources.packed import DAMAGE, reason
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 # So many files or lines of another layout, and not one of the right one, are the wrong input.
 _WRONG = 100

@@ -19,7 +19,7 @@ from data_prep.sources.openqa import OpenQA
 from data_prep.sources.parquet import Parquet
 from data_prep.sources.python_stdlib import PythonStdlib
 from data_prep.sources.text import Text
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 _SOURCES: tuple[type[FileSource], ...] = (M2D2, Math, Amps, Code, OpenQA, Text, Jsonl, Parquet, PythonStdlib)
 KINDS = {source.kind: source for source in _SOURCES}

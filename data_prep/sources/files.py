@@ -10,7 +10,7 @@ from typing import NamedTuple
 from data_prep.documents import Unit
 from data_prep.sources.lines import cuts
 from data_prep.sources.packed import PACKED, reason
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".zip")
 UNIT_BYTES = 8 << 20

@@ -18,7 +18,7 @@ from data_prep.sources.files import Find, Group, no_archive
 from data_prep.sources.jsonl import FieldOptions, from_fields
 from data_prep.sources.layout import Mismatch
 from data_prep.sources.packed import reason
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 _ROWS = 256
 _WORDS = 120

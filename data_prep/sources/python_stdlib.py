@@ -11,7 +11,7 @@ from data_prep.sources.archive import Member, text_of
 from data_prep.sources.base import FileSource, Options
 from data_prep.sources.files import UNIT_BYTES, Find, no_archive
 from data_prep.sources.layout import Mismatch
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 # Installed packages differ from machine to machine; test suites are large tables more than code.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})

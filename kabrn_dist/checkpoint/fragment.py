@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor
 
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kabrn_dist.checkpoint.manifest import CODES, DTYPES
-from kabrn_dist.checkpoint.plain import open_plain
-from kabrn_dist.errors import UserError
+from kabrn_dist.checkpoint.manifest import CODES, SAFETENSORS_DTYPES
+from kabrn_dist.checkpoint.safe_open import open_plain
+from kabrn_dist.utils.errors import UserError
 
 # The format's own limit.
 HEADER_BYTES_LIMIT = 100_000_000
@@ -78,12 +78,14 @@ def _entry(file: Path, key: str, value: Any, first: int) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _refusal(file, f"tensor {key[:80]!r} has not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _refusal(file, f"tensor {key[:80]!r} has dtype {str(dtype)[:80]!r}, none of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+        raise _refusal(
+            file, f"tensor {key[:80]!r} has dtype {str(dtype)[:80]!r}, none of {', '.join(SAFETENSORS_DTYPES)}"
+        )
     if not _are_counts(shape) or len(shape) > _DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
         raise _refusal(file, f"tensor {key[:80]!r} has shape or data_offsets that are no sizes")
     start, stop = offsets
-    if stop - start != prod(shape) * DTYPES[dtype].itemsize:
+    if stop - start != prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
         raise _refusal(file, f"tensor {key[:80]!r} has {stop - start} bytes, which its shape and dtype do not give")
     return Entry(dtype, tuple(shape), first + start, first + stop)
 

@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from kabrn_dist.checkpoint.plain import open_plain, read_plain
-from kabrn_dist.errors import UserError
+from kabrn_dist.checkpoint.safe_open import open_plain, read_plain
+from kabrn_dist.utils.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 256 * 2**20
@@ -28,7 +28,7 @@ HASH_CHUNK_BYTES = 4 * 2**20
 HASH_THREADS = 4
 
 # Codes of the safetensors format.
-DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -40,7 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 # Larger than any disk, smaller than what overflows an int64 product with an item size.
 Count = Annotated[int, Field(ge=0, le=2**50)]
@@ -87,12 +87,12 @@ class TensorRecord(Record):
     @property
     def item_bytes(self) -> int:
         """Bytes of one element."""
-        return DTYPES[self.dtype].itemsize
+        return SAFETENSORS_DTYPES[self.dtype].itemsize
 
     @model_validator(mode="after")
     def _check_coverage(self) -> TensorRecord:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.dtype not in SAFETENSORS_DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(SAFETENSORS_DTYPES)}")
         end = 0
         for piece in self.pieces:
             if piece.offset > end:

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from kabrn_dist.checkpoint.manifest import FileRecord, Manifest, first_error
-from kabrn_dist.checkpoint.shard import Holding
-from kabrn_dist.errors import UserError
+from kabrn_dist.checkpoint.writer import Holding
+from kabrn_dist.utils.errors import UserError
 
 
 def report(file: FileRecord, holdings: list[Holding]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, FiniteFloat, JsonValue, ValidationError
 
 from kabrn_dist.checkpoint.manifest import Count, Record, Sha256, first_error
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 
 class RunState(Record):
@@ -17,7 +17,7 @@ class RunState(Record):
 
     Attributes:
         step: steps done. updates: of them, those that changed the weights: AdamW's counter.
-        cursor: the data's place, fields of `kabrn_dist.data.cursor.Cursor`.
+        cursor: the data's place, fields of `kabrn_dist.data.state.Cursor`.
         passed_over: steps' worth of data that was read and not trained on.
         precision, loss_scale: of the training; the scale is 1 but in fp16.
         guard: what it remembers. config: the whole configuration. tokenizer_sha256: of the data's tokenizer.

@@ -19,16 +19,8 @@ import torch.distributed as dist
 from pydantic import JsonValue
 
 from kabrn_dist.checkpoint.background import Background, HostCopies
-from kabrn_dist.checkpoint.exchange import (
-    Group,
-    broadcast_json,
-    gather_json,
-    on_first,
-    rank_of,
-    size_of,
-    together,
-)
-from kabrn_dist.checkpoint.folder import (
+from kabrn_dist.checkpoint.fragment import Fragment
+from kabrn_dist.checkpoint.layout import (
     commit,
     drop_temporary,
     list_checkpoints,
@@ -36,7 +28,6 @@ from kabrn_dist.checkpoint.folder import (
     temporary_path,
     tidy,
 )
-from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -45,10 +36,19 @@ from kabrn_dist.checkpoint.manifest import (
     verify_files,
 )
 from kabrn_dist.checkpoint.merge import merge, report
-from kabrn_dist.checkpoint.ranges import check_headers, load_tensor, plan, read_copies
-from kabrn_dist.checkpoint.shard import Holding, write_shard
-from kabrn_dist.errors import UserError
-from kabrn_dist.fault import fault
+from kabrn_dist.checkpoint.reader import check_headers, load_tensor, plan, read_copies
+from kabrn_dist.checkpoint.writer import Holding, write_shard
+from kabrn_dist.distributed.collectives import (
+    Group,
+    broadcast_json,
+    gather_json,
+    on_first,
+    rank_of,
+    size_of,
+    together,
+)
+from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.fault_injection import fault
 
 __all__ = ["CheckpointStore", "load_tensor", "read_manifest"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 Fetch = Callable[[Path], None]
 

@@ -13,7 +13,7 @@ from kabrn_dist.data.index import Source, SplitName
 from kabrn_dist.data.remote import open_set
 from kabrn_dist.data.shard_set import ShardSet, open_folder
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 
 class AlsoSettings(Protocol):

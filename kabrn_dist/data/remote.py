@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import fsspec
 
 from kabrn_dist.data.cache import Cache
-from kabrn_dist.data.files import sha256_of
-from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Shard, parse_index
+from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Shard
+from kabrn_dist.data.index_io import parse_index
 from kabrn_dist.data.shard_set import ShardSet, open_folder
 from kabrn_dist.data.tokenizer import Tokenizer, check_tokenizer
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.atomic_io import sha256_of
+from kabrn_dist.utils.errors import UserError
 
 _log = logging.getLogger(__name__)
 

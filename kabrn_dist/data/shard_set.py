@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kabrn_dist.data.check import check_shards
-from kabrn_dist.data.index import Index, Shard, read_index
+from kabrn_dist.data.index import Index, Shard
+from kabrn_dist.data.index_checks import check_shards
+from kabrn_dist.data.index_io import read_index
 from kabrn_dist.data.tokenizer import Tokenizer, load_tokenizer
 
 # Files that a stream keeps open.

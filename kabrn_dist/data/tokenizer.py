@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 import tokenizers
 
-from kabrn_dist.data.files import write_whole
 from kabrn_dist.data.index import TOKENIZER_NAME, Index
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
 
 DOCUMENT = "<|document|>"
 

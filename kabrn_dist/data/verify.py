@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kabrn_dist.data.check import check_shards, mask_bytes
-from kabrn_dist.data.files import sha256_of
 from kabrn_dist.data.index import Index, Shard, Source
-from kabrn_dist.errors import UserError
+from kabrn_dist.data.index_checks import check_shards, mask_bytes
+from kabrn_dist.utils.atomic_io import sha256_of
+from kabrn_dist.utils.errors import UserError
 
 
 def verify_shards(folder: Path, index: Index, progress: Callable[[int], None] = lambda read: None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kabrn_dist.config import Model
-from kabrn_dist.errors import UserError
+from kabrn_dist.utils.errors import UserError
 
 # Settings of functions on a grid or in groups, and the forms that have them.
 FUNCTIONS = {

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.config import Config
+from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.mesh import alone
 from kabrn_dist.grow.plan import Plan
 from kabrn_dist.grow.tensors import Finer, Recipe
-from kabrn_dist.mesh import alone
-from kabrn_dist.model.kan.stacked import StackedExperts
+from kabrn_dist.model.experts.base import StackedExperts
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.router import Router
-from kabrn_dist.parallel.placement import Placement
 
 # What the forms of experts call the matrices that read hidden units.
 OUTPUTS = ("down", "outer")

@@ -11,22 +11,22 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from kabrn_dist.checkpoint.exchange import Group, on_first, rank_of, size_of, together
-from kabrn_dist.checkpoint.folder import checkpoint_path, list_checkpoints
 from kabrn_dist.checkpoint.fragment import Fragment
+from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints
 from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
 from kabrn_dist.checkpoint.state import RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.config import Config
-from kabrn_dist.config_file import dump_config
-from kabrn_dist.data.batches import Batches
+from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.corpus import open_corpus
-from kabrn_dist.data.files import write_whole
-from kabrn_dist.errors import UserError
+from kabrn_dist.data.dataset import Batches
+from kabrn_dist.distributed.collectives import Group, on_first, rank_of, size_of, together
 from kabrn_dist.grow.plan import Plan, make_plan
 from kabrn_dist.grow.recipes import draw_fresh, list_recipes, outline
 from kabrn_dist.grow.tensors import PARTS, Break, Recipe, Scratch, fill
 from kabrn_dist.model.router import RouterStates
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
 
 FP16_SCALE = 2.0**16
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kabrn_dist.model.initial import draw_normal
-from kabrn_dist.model.kan.grids import insertion
+from kabrn_dist.model.init import draw_normal
+from kabrn_dist.ops.grids import insertion
 
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 

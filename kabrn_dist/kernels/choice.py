@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.build import Unavailable, find_compiler
-from kabrn_dist.kernels.functions import DTYPES, Functions
+from kabrn_dist.kernels.functions import KERNEL_DTYPES, Functions
 from kabrn_dist.kernels.gate import Gate
 from kabrn_dist.kernels.products import Products
 from kabrn_dist.kernels.spline import Spline
@@ -59,7 +59,7 @@ def choose(device: str) -> Choice:
 
 def kernels_for(x: Tensor) -> Kernels | None:
     """The kernels that take x; None where torch's own operations must do."""
-    return choose(x.device.type).kernels if x.dtype in DTYPES else None
+    return choose(x.device.type).kernels if x.dtype in KERNEL_DTYPES else None
 
 
 # Rows and widths of the product that is timed, and how often.

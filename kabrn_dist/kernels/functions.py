@@ -16,7 +16,7 @@ from torch import Tensor
 from kabrn_dist.kernels.build import load
 
 # What the C files have names for.
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 BLOCK = 64  # rows whose gradients of coefficients are summed in one go
 
 
@@ -122,5 +122,5 @@ class Functions:
         return job, scratch, rows
 
     def _call(self, function: Function, way: str, job: Job, first: Tensor, *others: Tensor | None) -> None:
-        run = getattr(self._library, f"{function.form}_{DTYPES[first.dtype]}_{way}")
+        run = getattr(self._library, f"{function.form}_{KERNEL_DTYPES[first.dtype]}_{way}")
         run(ctypes.byref(job), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.build import load
-from kabrn_dist.kernels.functions import DTYPES
+from kabrn_dist.kernels.functions import KERNEL_DTYPES
 
 
 class Job(ctypes.Structure):
@@ -90,5 +90,5 @@ class Gate:
         return job, gate.new_empty(floats, dtype=torch.float32)
 
     def _call(self, way: str, job: Job, first: Tensor, *others: Tensor | None) -> None:
-        run = getattr(self._library, f"{DTYPES[first.dtype]}_{way}")
+        run = getattr(self._library, f"{KERNEL_DTYPES[first.dtype]}_{way}")
         run(ctypes.byref(job), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))

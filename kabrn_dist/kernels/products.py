@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.build import load
-from kabrn_dist.kernels.functions import DTYPES
+from kabrn_dist.kernels.functions import KERNEL_DTYPES
 
 PACK_BLOCK = 64  # codes that are packed together, into 16 bytes
-NAMES = DTYPES | {torch.int32: "int32", torch.int8: "int8"}
+NAMES = KERNEL_DTYPES | {torch.int32: "int32", torch.int8: "int8"}
 
 
 class Products:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.build import load
-from kabrn_dist.kernels.functions import DTYPES
+from kabrn_dist.kernels.functions import KERNEL_DTYPES
 
 MOST_DEGREE = 7
 # What `expand` leaves of a value: itself, its int8 code, or its code over the scale.
@@ -85,7 +85,7 @@ class Spline:
             *(curve.low, curve.high, per_step, curve.peak),
             *ends,
         )
-        run = getattr(self._library, f"{DTYPES[x.dtype]}_{way}")
+        run = getattr(self._library, f"{KERNEL_DTYPES[x.dtype]}_{way}")
         run(ctypes.byref(job), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, *tensors)))
 
 

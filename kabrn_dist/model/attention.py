@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kabrn_dist.config import Retention as Settings
+from kabrn_dist.distributed.kv_gather import gather_past, gather_past_ids
 from kabrn_dist.model.mixer import Mixer, Place
-from kabrn_dist.model.quantised import rms_norm
-from kabrn_dist.model.ternary import Blend
-from kabrn_dist.parallel.gather import gather_past, gather_past_ids
+from kabrn_dist.ops.activation_quant import rms_norm
+from kabrn_dist.ops.weight_quant import Blend
 
 # Queries whose mask is in memory at a time. On a CPU, 4,096 tokens took 0.8 of the time of blocks of 2,048 as one
 # document and 0.3 as documents of 512.

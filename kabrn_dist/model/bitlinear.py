@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from kabrn_dist.kernels.choice import int8_products, kernels_for, product_dtype
-from kabrn_dist.kernels.functions import DTYPES
-from kabrn_dist.model.initial import draw_normal
-from kabrn_dist.model.packing import unpack
-from kabrn_dist.model.quantised import Quantised
-from kabrn_dist.model.ternary import (
+from kabrn_dist.kernels.functions import KERNEL_DTYPES
+from kabrn_dist.model.init import draw_normal
+from kabrn_dist.ops.activation_quant import Quantised
+from kabrn_dist.ops.packing import unpack
+from kabrn_dist.ops.weight_quant import (
     Blend,
     Matrices,
     TernaryModule,
@@ -180,7 +180,7 @@ def scale_rows(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, colu
     """
     dtype = dtype or x.dtype
     kernels = kernels_for(x.new_empty(0, dtype=dtype))
-    if kernels is not None and factor.dtype == torch.float32 and x.dtype in (torch.int32, *DTYPES):
+    if kernels is not None and factor.dtype == torch.float32 and x.dtype in (torch.int32, *KERNEL_DTYPES):
         columns = None if columns is None else columns.contiguous()
         return kernels.products.scale(x.contiguous(), factor.contiguous(), dtype, columns)
     found = x * factor

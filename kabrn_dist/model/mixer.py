@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import Retention as Settings
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
-from kabrn_dist.model.quantised import normalise, rms_norm, widen
-from kabrn_dist.model.ternary import Blend
+from kabrn_dist.model.short_conv import Convolution, find_before, keep_recent
+from kabrn_dist.ops.activation_quant import normalise, rms_norm, widen
+from kabrn_dist.ops.weight_quant import Blend
 
 
 class Place(NamedTuple):

@@ -16,21 +16,22 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import Config, Parallel
 from kabrn_dist.config import Model as Settings
-from kabrn_dist.data.batches import Batch
-from kabrn_dist.mesh import Mesh
+from kabrn_dist.data.dataset import Batch
+from kabrn_dist.distributed.all_to_all import Traffic, Wire
+from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.mesh import Mesh
+from kabrn_dist.distributed.state_scan import SequenceLink
 from kabrn_dist.model.attention import Attention
-from kabrn_dist.model.convolution import Convolution, find_before, keep_recent
-from kabrn_dist.model.initial import draw_normal
-from kabrn_dist.model.kan.stacked import StackedExperts
+from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.init import draw_normal
 from kabrn_dist.model.mixer import Mixer, Place, State, find_place
 from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
-from kabrn_dist.model.quantised import rms_norm
-from kabrn_dist.model.retention import Retention, log_decays
+from kabrn_dist.model.retention import Retention
 from kabrn_dist.model.router import Places, Router, RouterStates, RouterSums
-from kabrn_dist.model.ternary import Blend, TernaryModule
-from kabrn_dist.parallel.placement import Placement
-from kabrn_dist.parallel.sequence import SequenceLink
-from kabrn_dist.parallel.wire import Traffic, Wire
+from kabrn_dist.model.short_conv import Convolution, find_before, keep_recent
+from kabrn_dist.ops.activation_quant import rms_norm
+from kabrn_dist.ops.retention import log_decays
+from kabrn_dist.ops.weight_quant import Blend, TernaryModule
 
 
 class Sums(NamedTuple):

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kabrn_dist.config import Model as Settings
-from kabrn_dist.model.kan.forms import FORMS
-from kabrn_dist.model.quantised import Quantised, normalise
+from kabrn_dist.distributed.all_to_all import Wire
+from kabrn_dist.distributed.token_dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
+from kabrn_dist.distributed.token_permutation import plan_route
+from kabrn_dist.model.experts.registry import FORMS
 from kabrn_dist.model.router import Places, Router, RouterSums
-from kabrn_dist.model.ternary import Blend
-from kabrn_dist.parallel.dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
-from kabrn_dist.parallel.route import plan_route
-from kabrn_dist.parallel.wire import Wire
+from kabrn_dist.ops.activation_quant import Quantised, normalise
+from kabrn_dist.ops.weight_quant import Blend
 
 
 class Guide(NamedTuple):

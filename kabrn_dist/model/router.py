@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kabrn_dist.config import Experts, Model
-from kabrn_dist.model.initial import draw_normal
-from kabrn_dist.model.noise import mix, noise_key, uniform
-from kabrn_dist.model.quantised import widen
+from kabrn_dist.model.init import draw_normal
+from kabrn_dist.ops.activation_quant import widen
+from kabrn_dist.ops.counter_rng import mix, noise_key, uniform
 
 
 @dataclass

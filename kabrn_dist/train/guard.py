@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kabrn_dist.backend.losses import Losses
 from kabrn_dist.config import Guard as Settings
-from kabrn_dist.mesh import Mesh
-from kabrn_dist.train.losses import Losses
+from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.train.spikes import SpikeWindow
 
 # What a rank reports of its step; the worst is named first in a message.

@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kabrn_dist.backend.engine import Engine
+from kabrn_dist.backend.sharded_state import count_updates, list_fragments, publish
 from kabrn_dist.checkpoint.state import RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
-from kabrn_dist.data.batches import Cursor
-from kabrn_dist.errors import UserError
-from kabrn_dist.train.engine import Engine
-from kabrn_dist.train.fragments import count_updates, list_fragments, publish
-from kabrn_dist.train.splits import Splits
+from kabrn_dist.data.dataset import Cursor
+from kabrn_dist.train.datasets import Splits
+from kabrn_dist.utils.errors import UserError
 
 
 class Position(NamedTuple):

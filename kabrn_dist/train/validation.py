@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
+from kabrn_dist.backend.engine import Engine
 from kabrn_dist.config import Config
-from kabrn_dist.data.batches import sequence_slice
-from kabrn_dist.fault import fault
-from kabrn_dist.train.engine import Engine
-from kabrn_dist.train.saturation import watch_saturation
-from kabrn_dist.train.sources import SourceSums, validation_values
-from kabrn_dist.train.splits import Splits
+from kabrn_dist.data.dataset import sequence_slice
+from kabrn_dist.metrics.activations import watch_saturation
+from kabrn_dist.metrics.sources import SourceSums, validation_values
+from kabrn_dist.train.datasets import Splits
+from kabrn_dist.utils.fault_injection import fault
 
 
 class Scores(NamedTuple):

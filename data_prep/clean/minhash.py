@@ -1,0 +1,89 @@
+"""Near duplicates by MinHash and locality-sensitive hashing (Broder 1997; 14 bands of 8 hashes as in FineWeb).
+
+Two texts whose sets of 5 words in a row have Jaccard similarity s share at least one of the 14 keys with
+probability 1 − (1 − s^8)^14: 0.924 at 0.8, 0.053 at 0.5.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import numpy as np
+
+from data_prep.clean.tokenize_words import mix, ngrams, plain_words
+
+SHINGLE = 5
+BANDS = 14
+ROWS = 8
+
+# 112 × 256 products of 8 bytes fit the second-level cache.
+_BLOCK = 256
+
+
+def signature(text: str, numbers: Literal["alike", "distinct"] = "alike") -> np.ndarray:
+    """Return the keys of a text, one a band, uint64 [14]: texts that agree in any key are near duplicates.
+
+    Case, punctuation and blanks do not count, and with `numbers` "alike" all numbers are one. A text of fewer
+    than 5 words is one shingle; one of none is equal only to itself.
+    """
+    shingles = _shingles(text, numbers == "alike")
+    lowest = np.full((BANDS * ROWS, 1), np.iinfo(np.uint64).max, np.uint64)
+    for start in range(0, len(shingles), _BLOCK):
+        hashes = _multipliers() * shingles[start : start + _BLOCK]
+        np.minimum(lowest, hashes.min(axis=1, keepdims=True), out=lowest)
+    # A random sum of a band's minima, each with a factor of its own: different bands never share a key by design.
+    return mix((lowest * _multipliers()).reshape(BANDS, ROWS).sum(axis=1, dtype=np.uint64))
+
+
+def probability(similarity: float) -> float:
+    """Return the probability that texts of this Jaccard similarity share a key."""
+    return float(1 - (1 - similarity**ROWS) ** BANDS)
+
+
+def edges(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return pairs of ids that share a key of one band, uint64 [n, 2]: the least of those with the key, another.
+
+    `keys` is uint64 [documents] of one band, or [documents, bands]; `ids` uint64 [documents].
+    """
+    columns = keys.T if keys.ndim == 2 else keys[None]
+    found = [np.zeros((0, 2), np.uint64)]
+    for column in columns:
+        order = np.lexsort((ids, column))
+        ranked, sorted_ids = column[order], ids[order]
+        same = ranked[1:] == ranked[:-1]
+        first = np.concatenate([np.ones(1, bool), ~same])[: len(ids)]
+        heads = sorted_ids[np.flatnonzero(first)][np.cumsum(first) - 1]
+        found.append(np.stack([heads, sorted_ids], axis=1)[~first])
+    return np.concatenate(found)
+
+
+def cluster(edges: np.ndarray) -> np.ndarray:
+    """Return the ids to drop: all but the least of each group that `edges`, [n, 2], connect; sorted, same dtype."""
+    ids, ends = np.unique(edges, return_inverse=True)
+    ends = ends.reshape(-1, 2)
+    parents = np.arange(len(ids))
+    while True:
+        # The lesser root of each edge becomes the parent of the greater, then every id looks past its parent.
+        low, high = np.sort(parents[ends], axis=1).T if len(ends) else (parents, parents)
+        joined = parents.copy()
+        np.minimum.at(joined, high, low)
+        while not np.array_equal(joined, shorter := joined[joined]):
+            joined = shorter
+        if np.array_equal(joined, parents):
+            return np.asarray(ids[parents != np.arange(len(ids))])
+        parents = joined
+
+
+def _shingles(text: str, numbers_alike: bool) -> np.ndarray:
+    hashes = plain_words(text, numbers_alike).hashes
+    if not len(hashes):
+        hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+        return ngrams(hashes, max(len(hashes), 1))
+    return ngrams(hashes, min(len(hashes), SHINGLE))
+
+
+@cache
+def _multipliers() -> np.ndarray:
+    # Odd, so that each multiplication is a permutation of the 64-bit values.
+    return (mix(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1))[:, None]

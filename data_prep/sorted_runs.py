@@ -1,0 +1,213 @@
+"""Runs: sorted pieces of the kept documents on disk, between reading and sharding.
+
+`NAME.texts` holds documents one after another, each as its spans (pairs of little-endian int64: bytes of the text),
+its name and its text (UTF-8). `NAME.npy` has a row for each, in the order in which shards hold them, and
+`NAME.keys.npy` the near-duplicate keys of the rows, uint64 [documents, keys], where they are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.documents import Document
+from kabrn_dist.utils.atomic_io import whole_file
+
+# A run is closed by the document that takes it here. What a worker holds of documents is some twice that.
+RUN_BYTES = 32 << 20
+_OPEN_FILES = 128
+
+# `place`: the first 16 bytes of a sha256, as two big-endian numbers, by which shards are ordered; `text`: those of the
+# text; `id`: source, work item and place in it, so ids rise in the order of reading; `spans`: −1 for none given.
+ROW = np.dtype(
+    [
+        ("place", "<u8"),
+        ("place_low", "<u8"),
+        ("text", "<u8"),
+        ("text_low", "<u8"),
+        ("id", "<u8"),
+        ("offset", "<u8"),
+        ("bytes", "<u8"),
+        ("name_bytes", "<u4"),
+        ("spans", "<i4"),
+    ]
+)
+
+
+class Stored(NamedTuple):
+    """A document as a run holds it. `spans`: bytes of the UTF-8 text, int64 [n, 2], that carry loss; None: all."""
+
+    id: int
+    name: str
+    text: bytes
+    spans: np.ndarray | None
+
+
+def document_id(item: int, number: int) -> int:
+    """The id of a work item's document: larger than that of any before it."""
+    return (item << 32) | number
+
+
+def place_of(content: bytes) -> tuple[int, int]:
+    """The first 16 bytes of the sha256 of `content` as two numbers, which order as the bytes do."""
+    digest = hashlib.sha256(content).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+
+class RunWriter:
+    """Collects the documents of one work item and writes them as runs `NAME-00`, `NAME-01`, ….
+
+    `texts` False: rows alone, for counting. Raises UserError when the disk refuses.
+    """
+
+    def __init__(self, folder: Path, name: str, texts: bool = True) -> None:
+        self.names: list[str] = []
+        self._folder, self._name, self._texts = folder, name, texts
+        self._records: list[bytes] = []
+        self._rows: list[tuple[int, ...]] = []
+        self._keys: list[np.ndarray] = []
+        self._bytes = 0
+
+    def add(self, id: int, document: Document, text: bytes, keys: np.ndarray | None) -> None:
+        """Take one document; `text` is its text as UTF-8, `keys` are those of near duplicates, uint64 [keys]."""
+        content = place_of(text)
+        place = content if document.key is None else place_of(document.key.encode())
+        spans, count = _pack_spans(document)
+        name = document.name.encode("utf-8", "replace")
+        size = len(spans) + len(name) + len(text)
+        self._rows.append((*place, *content, id, size, len(text), len(name), count))
+        if self._texts:
+            self._records.append(spans + name + text)
+            self._bytes += size
+        if keys is not None:
+            self._keys.append(keys)
+        if self._bytes >= RUN_BYTES or len(self._rows) * ROW.itemsize >= RUN_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected, if anything."""
+        if not self._rows:
+            return
+        name = f"{self._name}-{len(self.names):02d}"
+        rows = np.array(self._rows, ROW)
+        order = np.lexsort((rows["id"], rows["place_low"], rows["place"]))
+        rows = rows[order]
+        # Until here the column held sizes.
+        rows["offset"] = np.cumsum(rows["offset"]) - rows["offset"]
+        if self._texts:
+            with whole_file(self._folder / f"{name}.texts") as file:
+                file.writelines(self._records[place] for place in order)
+        if self._keys:
+            _write_array(self._folder / f"{name}.keys.npy", np.stack(self._keys)[order])
+        _write_array(self._folder / f"{name}.npy", rows)
+        self.names.append(name)
+        self._records, self._rows, self._keys, self._bytes = [], [], [], 0
+
+
+class RunReader:
+    """Reads documents of runs by their rows. For one thread; keeps some files open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, run: str, row: np.void) -> Stored:
+        """The document of one row of `run`."""
+        count = max(int(row["spans"]), 0)
+        spans, name = count * 16, int(row["name_bytes"])
+        size = spans + name + int(row["bytes"])
+        content = _pread(self._file(run), size, int(row["offset"]))
+        return Stored(
+            id=int(row["id"]),
+            name=content[spans : spans + name].decode(),
+            text=content[spans + name :],
+            spans=None if row["spans"] < 0 else np.frombuffer(content[:spans], "<i8").reshape(-1, 2),
+        )
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _file(self, run: str) -> int:
+        if run not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[run] = os.open(self._folder / f"{run}.texts", os.O_RDONLY)
+        self._files.move_to_end(run)
+        return self._files[run]
+
+
+def rows_of(folder: Path, run: str) -> np.ndarray:
+    """The rows of a run, ROW [documents], mapped and not read."""
+    return np.load(folder / f"{run}.npy", mmap_mode="r")
+
+
+def keys_of(folder: Path, run: str) -> np.ndarray:
+    """The near-duplicate keys of a run's rows, uint64 [documents, keys], mapped and not read."""
+    return np.load(folder / f"{run}.keys.npy", mmap_mode="r")
+
+
+def within(rows: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The rows with low ≤ place < high (high ≤ 2^64), of rows in order."""
+    places = rows["place"]
+    start = int(np.searchsorted(places, np.uint64(low)))
+    stop = len(rows) if high >= 1 << 64 else int(np.searchsorted(places, np.uint64(high)))
+    return rows[start:stop]
+
+
+def merged(
+    folder: Path, runs: Sequence[str], low: int, high: int, dropped: np.ndarray
+) -> Iterator[tuple[str, np.void]]:
+    """Yield (run, row) of all `runs` with low ≤ place < high in their common order, without the `dropped` ids.
+
+    Holds the rows of the range, not the texts. `dropped`: uint64, sorted.
+    """
+    parts = [np.array(within(rows_of(folder, run), low, high)) for run in runs]
+    rows = np.concatenate(parts) if parts else np.empty(0, ROW)
+    of_run = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    keep = ~contains(dropped, rows["id"])
+    rows, of_run = rows[keep], of_run[keep]
+    for place in np.lexsort((rows["id"], rows["place_low"], rows["place"])):
+        yield runs[of_run[place]], rows[place]
+
+
+def contains(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Which of `ids` are among `sorted_ids`, bool [ids]; both uint64."""
+    if not len(sorted_ids):
+        return np.zeros(len(ids), bool)
+    found = np.searchsorted(sorted_ids, ids)
+    return np.asarray(sorted_ids[np.minimum(found, len(sorted_ids) - 1)] == ids)
+
+
+def _pack_spans(document: Document) -> tuple[bytes, int]:
+    if document.spans is None:
+        return b"", -1
+    assert document.text is not None
+    text = document.text
+    # Characters to bytes: the bytes of the pieces between the edges, added up.
+    edges = [edge for span in document.spans for edge in span]
+    pieces = [len(text[a:b].encode()) for a, b in zip([0, *edges], edges, strict=False)]
+    return np.cumsum(np.array(pieces, "<i8")).astype("<i8").tobytes(), len(document.spans)
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    with whole_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _pread(file: int, size: int, offset: int) -> bytes:
+    content = os.pread(file, size, offset)
+    # One call reads no more than 2 GiB.
+    while len(content) < size:
+        more = os.pread(file, size - len(content), offset + len(content))
+        if not more:
+            raise EOFError(f"a run ends at byte {offset + len(content)}, not at {offset + size}")
+        content += more
+    return content

@@ -1,0 +1,190 @@
+"""The learned univariate functions of a run: a table, a picture a layer, and how far they and their inputs have gone.
+
+Shapes: E experts, F functions of an expert (its groups, or the edges that are shown), P points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kabrn_dist.analysis.function_inputs import Reach, measure_reach
+from kabrn_dist.analysis.run import list_networks, open_run
+from kabrn_dist.config import Config
+from kabrn_dist.data.corpus import open_corpus
+from kabrn_dist.data.dataset import Batch, Batches
+from kabrn_dist.inference.load import load_weights
+from kabrn_dist.model.experts.registry import function_range
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.plots.figure import draw_cells, to_png
+from kabrn_dist.plots.functions import draw_functions
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
+
+POINTS = 121
+
+
+class Curves(NamedTuple):
+    """The functions of one network, "inner" before and "outer" after its hidden layer, each [E,F,P]."""
+
+    layer: int
+    kind: str
+    now: dict[str, Tensor]
+    start: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer} {self.kind}"
+
+
+class LearnedFunctions(NamedTuple):
+    """Of one run: its curves at `points` [P], of which `span` is the range, in `model` as `step` left it."""
+
+    config: Config
+    model: MixKABRN
+    step: int
+    points: Tensor
+    span: tuple[float, float]
+    curves: list[Curves]
+
+
+def read_functions(folder: Path, edges: int, beyond: float = 0.5) -> LearnedFunctions:
+    """Evaluate the functions of a run's newest intact checkpoint, and of its initial weights.
+
+    Args:
+        edges: functions of an expert that are read where every edge has its own.
+        beyond: how far the points go beyond the range, as a share of its half.
+
+    Raises:
+        UserError: where the folder holds no such run, or its experts have no learned functions.
+    """
+    config, model, path = open_run(folder)
+    span = function_range(config.model.experts)
+    middle, half = sum(span) / 2, (span[1] - span[0]) / 2 * (1 + beyond)
+    points = torch.linspace(middle - half, middle + half, POINTS)
+    start = _evaluate(model, points, edges)
+    load_weights(model, path)
+    step = model.routers.step
+    now = _evaluate(model, points, edges)
+    networks = list_networks(model)
+    curves = [Curves(n.layer, n.kind, last, first) for n, last, first in zip(networks, now, start, strict=True) if last]
+    if not curves:
+        raise UserError(
+            f"{folder}: model.experts.form {config.model.experts.form} has no learned functions; the forms "
+            "rational, chebyshev, hat and bspline have"
+        )
+    return LearnedFunctions(config, model, step, points, span, curves)
+
+
+def report_functions(folder: Path, edges: int, sequences: int, console: Console) -> None:
+    """Print the table and write the pictures of `folder` to `folder`/report.
+
+    Args:
+        edges: functions of an expert that are shown where every edge has its own.
+        sequences: of the validation split that are read to see how far inputs reach.
+    """
+    learned = read_functions(folder, edges)
+    batch = _read_data(learned.config, sequences, console)
+    reaches = measure_reach(learned.model, batch) if batch else None
+    console.print(_make_table(learned, reaches, f"{folder}: learned functions at step {learned.step}"))
+    console.print("change: RMS difference since the start, inside the range; mean and largest over the experts.")
+    if learned.config.run.start_from is not None:
+        console.print("start: freshly drawn weights, not those of run.start_from.")
+    for path in _draw(learned, reaches, folder / "report"):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def measure_change(curves: Curves, points: Tensor, span: tuple[float, float]) -> dict[str, Tensor]:
+    """[E] RMS over functions and points of the range of what was learned since the start."""
+    inside = (points >= span[0]) & (points <= span[1])
+    return {
+        role: (now - curves.start[role])[..., inside].double().square().mean((1, 2)).sqrt()
+        for role, now in curves.now.items()
+    }
+
+
+@torch.no_grad()
+def _evaluate(model: MixKABRN, points: Tensor, edges: int) -> list[dict[str, Tensor]]:
+    return [
+        {role: values.detach().clone() for role, values in network.experts.functions(points, edges).items()}
+        for network in list_networks(model)
+    ]
+
+
+def _read_data(config: Config, sequences: int, console: Console) -> Batch | None:
+    """The first validation sequences of each source; None, and a line that says why, where they cannot be read."""
+    data = config.data
+    try:
+        split = Batches(open_corpus(data), "validation", data.sequence_length, config.run.seed, ordered=False)
+        return split.rows(split.spread(sequences))
+    except UserError as error:
+        console.print(f"without data, so without the inputs' reach: {error}", soft_wrap=True)
+        return None
+
+
+def _make_table(learned: LearnedFunctions, reaches: list[Reach] | None, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", "experts", "function", "number", "change mean", "change max", "of expert"):
+        table.add_column(name, justify="right")
+    for name in ("outside % mean", "outside % max", "99.9 % of |inputs| <"):
+        table.add_column(name, justify="right")
+    for curves, reach in zip(learned.curves, _matching(learned, reaches), strict=True):
+        for role, change in measure_change(curves, learned.points, learned.span).items():
+            figures = f"{change.mean():.4f}", f"{change.max():.4f}", str(int(change.argmax()))
+            number = f"{curves.now[role].shape[0]} × {curves.now[role].shape[1]}"
+            table.add_row(str(curves.layer), curves.kind, role, number, *figures, *_reach_columns(reach, role))
+    return table
+
+
+def _reach_columns(reach: Reach | None, role: str) -> tuple[str, str, str]:
+    if reach is None:
+        return "–", "–", "–"
+    known = reach.outside[role][reach.counts > 0]
+    share = (f"{100 * known.mean():.2f}", f"{100 * known.max():.2f}") if len(known) else ("–", "–")
+    return *share, f"{reach.quantile:.2f}" if role == "inner" else "–"
+
+
+def _matching(learned: LearnedFunctions, reaches: list[Reach] | None) -> list[Reach | None]:
+    """Of all networks' reaches those of the networks that have curves."""
+    if reaches is None:
+        return [None] * len(learned.curves)
+    return [reach for reach in reaches if reach.outside]
+
+
+def _draw(learned: LearnedFunctions, reaches: list[Reach] | None, folder: Path) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for curves in learned.curves:
+        title = f"{learned.config.model.experts.form}: {curves.name}, step {learned.step}"
+        figure = draw_functions(learned.points, curves.now, curves.start, learned.span, title)
+        yield _write(folder / f"functions_layer_{curves.layer}_{curves.kind}.png", figure)
+    names = [f"{curves.name} {role}" for curves in learned.curves for role in curves.now]
+    changes = [measure_change(curves, learned.points, learned.span) for curves in learned.curves]
+    cells = _stack([row for change in changes for row in change.values()])
+    yield _write(folder / "change.png", draw_cells(cells, names, "Change since the start", "RMS difference"))
+    if reaches is not None:
+        low, high = learned.span
+        rows = [100 * row for reach in reaches for row in reach.outside.values()]
+        title = f"Inputs outside [{low:g}, {high:g}]"
+        yield _write(folder / "outside.png", draw_cells(_stack(rows), names, title, "% of the values"))
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    """[R,max E], NaN where a network has fewer experts."""
+    wide = max(len(row) for row in rows)
+    cells = torch.full((len(rows), wide), math.nan, dtype=torch.float64)
+    for cell, row in zip(cells, rows, strict=True):
+        cell[: len(row)] = row
+    return cells
+
+
+def _write(path: Path, figure: Figure) -> Path:
+    write_whole(path, to_png(figure))
+    return path

@@ -1,0 +1,95 @@
+"""The experts' part of a run's log.jsonl.
+
+Shapes: S logged steps, L mixture layers, E routed experts, W ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.utils.errors import UserError
+
+
+class ExpertLog(NamedTuple):
+    """What was logged of the mixtures, oldest step first.
+
+    Attributes:
+        layers: numbers of the L layers. steps: S of them.
+        load: [S,L,E] float64, copies that chose each expert.
+        entropy, bias_range, dropped: [S,L] float64: mean nats a token, max − min of the bias, share of the copies.
+        traffic: S times [W,L,3] of each rank: copies that arrived, bytes sent, seconds; None where not logged. W may
+            differ from session to session.
+    """
+
+    layers: list[int]
+    steps: list[int]
+    load: Tensor
+    entropy: Tensor
+    bias_range: Tensor
+    dropped: Tensor
+    traffic: list[Tensor | None]
+
+    def last(self, steps: int) -> ExpertLog:
+        """The last so many logged steps of it."""
+        tail = slice(-steps, None)
+        load, entropy, bias_range, dropped = (
+            part[tail] for part in (self.load, self.entropy, self.bias_range, self.dropped)
+        )
+        return ExpertLog(self.layers, self.steps[tail], load, entropy, bias_range, dropped, self.traffic[tail])
+
+
+def read_expert_log(folder: Path) -> ExpertLog:
+    """Read `folder`/log.jsonl.
+
+    Raises:
+        UserError: where the folder is no run, has no log, or nothing in the log tells of experts.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--run {folder}: no such folder; name the run.folder of a run's configuration")
+    path = folder / "log.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; --run must name the folder of a run that has trained")
+    entries = [entry for entry in map(_parse, path.read_text(encoding="utf-8").splitlines()) if "experts/load" in entry]
+    if not entries:
+        raise UserError(
+            f"{path}: no step tells of experts: the model has no mixture layer, no step was logged, or an older "
+            "version wrote it; train with a mixture and training.log_every below training.steps"
+        )
+    # A folder may have been used again for another model: only what is shaped like the newest entry is one run.
+    shape = torch.tensor(entries[-1]["experts/load"]).shape
+    entries = [entry for entry in entries if torch.tensor(entry["experts/load"]).shape == shape]
+    layers = [int(layer) for layer in entries[-1]["experts/layers"]]
+    entropy, bias_range, dropped = (
+        _column(entries, name, layers) for name in ("router_entropy", "bias_range", "dropped")
+    )
+    load = torch.tensor([entry["experts/load"] for entry in entries], dtype=torch.float64)
+    steps = [int(entry["step"]) for entry in entries]
+    return ExpertLog(layers, steps, load, entropy, bias_range, dropped, [_traffic(entry) for entry in entries])
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A line's object; nothing for a line that a crash cut short."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _column(entries: list[dict[str, Any]], name: str, layers: list[int]) -> Tensor:
+    """[S,L] of a scalar; a share that was not logged, as none was dropped, is 0."""
+    rows = [[float(entry.get(f"experts/{name}/layer_{layer}", 0.0)) for layer in layers] for entry in entries]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _traffic(entry: Mapping[str, Any]) -> Tensor | None:
+    if "experts/copies" not in entry:
+        return None
+    parts = [torch.tensor(entry[f"experts/{name}"], dtype=torch.float64) for name in ("copies", "bytes", "seconds")]
+    return torch.stack(parts, -1)

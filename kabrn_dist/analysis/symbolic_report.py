@@ -1,0 +1,95 @@
+"""The elementary function nearest to each learned one of a run: a table and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kabrn_dist.analysis.elementary import write_formula
+from kabrn_dist.analysis.functions import Curves, LearnedFunctions, read_functions
+from kabrn_dist.analysis.symbolic import Fit, fit_all
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
+
+# Fits that JSON keeps of each function.
+KEPT = 5
+# Rows of the table; JSON has all.
+SHOWN = 200
+
+
+class Named(NamedTuple):
+    """One learned function and its fits, best first."""
+
+    layer: int
+    kind: str
+    expert: int
+    role: str
+    function: int
+    fits: list[Fit]
+
+
+def report_symbolic(folder: Path, edges: int, layer: int | None, expert: int | None, console: Console) -> None:
+    """Print the table of `folder` and write report/symbolic.json.
+
+    Args:
+        edges: functions of an expert that are named where every edge has its own.
+        layer, expert: only these; None for all.
+
+    Raises:
+        UserError: where the run has no learned functions, or none of that layer and expert.
+    """
+    learned = read_functions(folder, edges, beyond=0.0)
+    curves = [each for each in learned.curves if layer in (None, each.layer)]
+    named = [one for each in curves for one in _name(learned, each, expert)]
+    if not named:
+        layers = ", ".join(str(n) for n in sorted({curves.layer for curves in learned.curves}))
+        most = max(next(iter(curves.now.values())).shape[0] for curves in learned.curves)
+        asked = " ".join(f"--{k} {v}" for k, v in (("layer", layer), ("expert", expert)) if v is not None)
+        raise UserError(f"{asked}: there are functions in layers {layers}, of experts 0 to {most - 1}")
+    console.print(_make_table(named[:SHOWN], f"{folder}: nearest elementary functions at step {learned.step}"))
+    if len(named) > SHOWN:
+        console.print(f"{len(named) - SHOWN} more are in symbolic.json; --layer and --expert choose")
+    path = folder / "report" / "symbolic.json"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, (json.dumps(_as_json(learned, named), indent=1, ensure_ascii=False) + "\n").encode())
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _name(learned: LearnedFunctions, curves: Curves, expert: int | None) -> list[Named]:
+    found = []
+    for role, values in curves.now.items():
+        chosen = [e for e in range(len(values)) if expert in (None, e)]
+        if not chosen:
+            continue
+        per_expert = values.shape[1]
+        fits = fit_all(learned.points, torch.cat([values[e] for e in chosen]))
+        found += [
+            Named(curves.layer, curves.kind, chosen[i // per_expert], role, i % per_expert, each)
+            for i, each in enumerate(fits)
+        ]
+    return found
+
+
+def _make_table(named: list[Named], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", "experts", "expert", "function", "number", "name", "R²"):
+        table.add_column(name, justify="right")
+    table.add_column("formula")
+    table.add_column("next best")
+    for one in named:
+        best, *others = one.fits
+        place = str(one.layer), one.kind, str(one.expert), one.role, str(one.function)
+        rest = ", ".join(f"{fit.name} {fit.r2:.5f}" for fit in others[:2])
+        table.add_row(*place, best.name, f"{best.r2:.5f}", write_formula(*best[:5]), rest)
+    return table
+
+
+def _as_json(learned: LearnedFunctions, named: list[Named]) -> dict[str, object]:
+    functions = [one._asdict() | {"fits": [fit._asdict() for fit in one.fits[:KEPT]]} for one in named]
+    form = learned.config.model.experts.form
+    return {"step": learned.step, "form": form, "range": list(learned.span), "functions": functions}

@@ -1,0 +1,111 @@
+"""The ternary weights of a run: a table with a row a matrix, and a picture a layer of its latents and codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kabrn_dist.analysis.run import open_run
+from kabrn_dist.inference.load import load_weights
+from kabrn_dist.metrics.ternary import WeightSums, named_bit_weights, portray, weight_sums
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.ops.weight_quant import ternary
+from kabrn_dist.plots.figure import to_png
+from kabrn_dist.plots.weights import Portrait, draw_weights
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
+
+COLUMNS = ("layer", "matrix", "shape", "−1 %", "zeros %", "+1 %", "margin", "scale", "changed %")
+
+
+class Matrix(NamedTuple):
+    """A ternary matrix, or a stack of them: [E] sums a matrix each, whose flips are since the start."""
+
+    layer: int
+    sums: WeightSums
+    portrait: Portrait
+
+
+def report_weights(folder: Path, out: Path | None, console: Console) -> None:
+    """Print the table and write a picture a layer to `out` (default: `folder`/report).
+
+    Raises:
+        UserError: where the folder holds no such run, or one without ternary weights.
+    """
+    config, model, path = open_run(folder)
+    if not config.model.quantise:
+        raise UserError(f"{folder}: model.quantise is false, so no weight is ternary; name a run that has them")
+    start = _read_codes(model)
+    load_weights(model, path)
+    matrices = list(_measure(model, start))
+    console.print(_make_table(matrices, f"{folder}: ternary weights at step {model.routers.step}"))
+    console.print(
+        "margin: mean distance of |latent| from the threshold γ/2, over that threshold. scale: γ, the mean |latent|. "
+        "changed: codes that are not those of the start. Stacks: mean, then lowest–highest of the experts.",
+        soft_wrap=True,
+    )
+    if config.run.start_from is not None:
+        console.print("start: freshly drawn weights, not those of run.start_from.")
+    for picture in _draw(matrices, model.routers.step, out or folder / "report"):
+        console.print(f"wrote {picture}", soft_wrap=True)
+
+
+@torch.no_grad()
+def _read_codes(model: MixKABRN) -> list[Tensor]:
+    return [
+        ternary(_stack(weight), model.settings.scale_group)[0].to(torch.int8)
+        for _, _, weight in named_bit_weights(model)
+    ]
+
+
+@torch.no_grad()
+def _measure(model: MixKABRN, start: list[Tensor]) -> Iterator[Matrix]:
+    for (layer, name, weight), before in zip(named_bit_weights(model), start, strict=True):
+        latent = _stack(weight)
+        each = [
+            weight_sums(*parts)
+            for parts in zip(latent, *ternary(latent, model.settings.scale_group), before, strict=True)
+        ]
+        yield Matrix(
+            layer,
+            WeightSums(*map(torch.stack, zip(*each, strict=True))),
+            portray(name, weight, model.settings.scale_group),
+        )
+
+
+def _stack(weight: Tensor) -> Tensor:
+    return weight.detach().view(-1, *weight.shape[-2:])
+
+
+def _make_table(matrices: list[Matrix], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "matrix" else "right")
+    for layer, sums, portrait in matrices:
+        shares = (_show(sums, name, ".1f", 100) for name in ("minus", "zero", "plus"))
+        rest = _show(sums, "margin", ".3f"), _show(sums, "scale", ".4f"), _show(sums, "flips", ".1f", 100)
+        table.add_row(str(layer), portrait.name, " × ".join(map(str, portrait.shape)), *shares, *rest)
+    return table
+
+
+def _show(sums: WeightSums, name: str, style: str, unit: float = 1.0) -> str:
+    """The mean over all weights, and the range of the matrices' where there are several."""
+    each = sums.values()[name]
+    mean = WeightSums(*(part.sum() for part in sums)).values()[name]
+    text, low, high = (format(unit * float(value), style) for value in (mean, each.min(), each.max()))
+    return text if len(each) == 1 else f"{text} ({low}–{high})"
+
+
+def _draw(matrices: list[Matrix], step: int, folder: Path) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer in dict.fromkeys(matrix.layer for matrix in matrices):
+        portraits = [matrix.portrait for matrix in matrices if matrix.layer == layer]
+        path = folder / f"weights_layer_{layer}.png"
+        write_whole(path, to_png(draw_weights(portraits, f"layer {layer}, step {step}")))
+        yield path

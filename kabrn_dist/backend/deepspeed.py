@@ -1,0 +1,284 @@
+"""How DeepSpeed 0.19.8 is started: its dictionary, parameter groups, expert groups, and what stays fp32.
+
+This file and train/fragments.py are the only ones that know DeepSpeed. Facts it rests on are in the comments; the
+version is pinned because some of them are private.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed import set_optimizer_flags
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from deepspeed.utils import groups
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from kabrn_dist.config import Config
+from kabrn_dist.distributed.mesh import Mesh
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.utils.errors import UserError
+
+
+def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEngine:
+    """The model under ZeRO, with AdamW. Pieces of ternary matrices are left to each rank. Collective.
+
+    Raises:
+        UserError: where the device cannot train in the chosen precision, or ZeRO cannot in this placement.
+    """
+    _check_precision(config.training.precision, mesh.device)
+    deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed would compile a kernel at every machine's first start that only inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    pieces = list(model.pieces()) if mesh.world > 1 else []
+    apart = mesh.expert > 1 or bool(pieces)
+    if mesh.expert > 1:
+        _mark_experts(model, mesh, config.parallel.zero)
+    if pieces:
+        _mark_pieces(pieces, mesh)
+    if apart and config.parallel.zero < 3:
+        # Stage 3 refuses the marker and needs only the attributes of the parameters.
+        model.deepspeed_marker = _ExpertMarker(model.settings.experts.routed, mesh.expert)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config, apart),
+        lr=0.0,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.epsilon,
+        fused=mesh.device.type == "cuda",
+    )
+    settings = deepspeed_config(config, mesh.world, _reduce_bucket(model, config))
+    # As deepspeed.initialize does, with a class of our own.
+    deepspeed.init_distributed(dist_init_required=False)
+    parsed = DeepSpeedConfig(settings)
+    set_optimizer_flags(parsed, model)
+    started = _DeepSpeed(
+        args=None, model=model, optimizer=optimizer, config=settings, config_class=parsed, dist_init_required=False
+    )
+    # Without ZeRO, half precision begins with an update by zero gradients (hence the rate of 0), which AdamW counts:
+    # its first real updates would be half as large.
+    for state in started.optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
+    return started
+
+
+def gathered(weights: list[nn.Parameter], stage: int) -> AbstractContextManager[Any]:
+    """Within it the weights are whole, also under ZeRO 3. Collective there."""
+    return GatheredParameters(weights) if stage == 3 else nullcontext()
+
+
+def local_gradients(engine: DeepSpeedEngine, stage: int) -> list[Tensor]:
+    """What this rank holds of the whole step's reduced gradients, after the backward of its last micro-batch."""
+    if stage == 0:
+        return [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
+
+
+class _DeepSpeed(DeepSpeedEngine):
+    """Can drop a step, and casts the model to its working precision but for routers, function coefficients and
+    pieces of ternary matrices.
+
+    ZeRO 0–2 keep each parameter group in the dtype it has. ZeRO 3 lays all parameters into one buffer of one dtype, so
+    there they are working copies like all others, of fp32 masters; what is computed with them is fp32 in any case.
+    """
+
+    _dropping = False
+
+    def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
+        kept = (
+            [*self.module.coefficients(), *self.module.router_weights()] if self.zero_optimization_stage() < 3 else []
+        )
+        kept += self.module.pieces()
+        values = [p.data for p in kept]
+        super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
+        for parameter, value in zip(kept, values, strict=True):
+            parameter.data = value
+
+    def drop_step(self) -> None:
+        """End an optimizer step without changing anything; its gradients are forgotten wherever they are kept."""
+        self._dropping = True
+        self.step()
+        self._dropping = False
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if not self._dropping:
+            super()._take_model_step(lr_kwargs)
+            return
+        if self.zero_optimization_stage() > 0:
+            _forget_gradients(self.optimizer, self.zero_optimization_stage())
+        self.zero_grad()
+        self.losses = None
+        self.global_steps += 1
+        self.skipped_steps += 1
+
+
+def _forget_gradients(optimizer: Any, stage: int) -> None:
+    """What DeepSpeed's own steps do where gradients have overflowed, but for the loss scale, which stays."""
+    if stage == 3:
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+        # fp16 notes overflows here as they come, and would skip the next step for them too.
+        optimizer.inf_or_nan_tracker.zero_()
+        return
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    optimizer.zero_grad(set_to_none=True)
+    optimizer._release_preflattened_grad_buffers()
+    for group in optimizer.averaged_gradients:
+        optimizer.averaged_gradients[group] = None
+        optimizer.all_grad_tensors[group] = None
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """True for parameters that other ranks of the expert group do not hold."""
+    return getattr(parameter, "allreduce", True) is False
+
+
+def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str, Any]:
+    """The DeepSpeed dictionary: derived, never written by the user."""
+    stage, bucket = config.parallel.zero, config.parallel.bucket
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": reduce_bucket,
+        # ZeRO 1 and 2 refuse odd ones.
+        "allgather_bucket_size": bucket + bucket % 2,
+        "contiguous_gradients": True,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 20 * bucket,
+        }
+        if _uneven(config):
+            # Gradients of experts never share a bucket with dense ones here, but these three count elements of both:
+            # ranks with other experts would gather dense weights at other times, or in other parts.
+            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "sub_group_size": 1 << 60}
+    else:
+        # Reductions then follow the order of the parameter groups, dense ones first, on every rank.
+        zero["overlap_comm"] = False
+    return {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch,
+        "gradient_accumulation_steps": config.accumulation(world),
+        "gradient_clipping": config.optimizer.clip if stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.training.precision == "bf16"},
+        "fp16": {"enabled": config.training.precision == "fp16", "initial_scale_power": 16},
+        "steps_per_print": 1 << 40,
+    }
+
+
+def _uneven(config: Config) -> bool:
+    return config.parallel.expert > 1 and len(set(config.placement())) > 1
+
+
+def _reduce_bucket(model: MixKABRN, config: Config) -> int:
+    """Elements of gradients that are reduced together.
+
+    ZeRO 2 fills one bucket with dense and expert gradients in the order of backward, which is the same on all ranks,
+    and reduces it when the next one would not fit. With uneven placement the bucket is made smaller than any expert
+    tensor on any rank: each of them is then reduced alone, whatever its size, so sizes of dense tensors, equal on all
+    ranks, decide alone which of these go together. ZeRO 1 reduces after backward, dense gradients before any expert.
+    """
+    if config.parallel.zero != 2 or not _uneven(config):
+        return config.parallel.bucket
+    local = len(model.placement.local)
+    smallest = min(p.numel() // local for p in model.routed_parameters()) * min(config.placement())
+    if smallest < 2:
+        raise UserError(
+            f"parallel.experts_per_rank {list(config.placement())} is uneven, and an expert has a parameter of one "
+            "element, which ZeRO 2 cannot reduce alone; set parallel.zero to 1 or 3"
+        )
+    return min(config.parallel.bucket, smallest - 1)
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    accelerator = deepspeed.accelerator.get_accelerator()
+    supported = {
+        "fp32": True,
+        "bf16": accelerator.is_bf16_supported(),
+        "fp16": bool(accelerator.is_fp16_supported()),
+    }
+    if not supported[precision]:
+        possible = ", ".join(name for name, works in supported.items() if works)
+        raise UserError(
+            f"training.precision {precision} does not work on this {device.type}; set it to one of: {possible}"
+        )
+
+
+class _ExpertMarker(MoE):
+    """DeepSpeed's ZeRO 0–2 look for experts only where a module of its own class stands; this one is empty."""
+
+    def __init__(self, experts: int, degree: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.ep_size, self.num_local_experts = experts, degree, 0
+        self.expert_group_name = f"ep_size_{degree}"
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        pass
+
+
+def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
+    """Tell DeepSpeed which parameters are experts and which of the mesh's groups they are averaged in."""
+    first = mesh.rank - mesh.expert_rank
+    together, alike = range(first, first + mesh.expert), range(mesh.expert_rank, mesh.world, mesh.expert)
+    name = _register(mesh.expert, (mesh.expert_group, together), (mesh.expert_data_group, alike))
+    tags: dict[str, Any] = {"allreduce": False, "group_name": name}
+    if stage == 3:
+        tags |= {
+            "ds_zero_placement_family": "autoep_expert",
+            "ds_zero_partition_group_name": name,
+            "ds_zero_partition_process_group": mesh.expert_data_group,
+            "ds_zero_partition_rank": dist.get_rank(mesh.expert_data_group),
+            "ds_zero_partition_world_size": dist.get_world_size(mesh.expert_data_group),
+        }
+    for parameter in model.routed_parameters():
+        for tag, value in tags.items():
+            setattr(parameter, tag, value)
+
+
+def _mark_pieces(pieces: list[nn.Parameter], mesh: Mesh) -> None:
+    """Pieces of ternary matrices are to DeepSpeed what experts are that one rank holds: averaged over nobody."""
+    everyone, itself = range(mesh.world), range(mesh.rank, mesh.rank + 1)
+    name = _register(mesh.world, (dist.group.WORLD, everyone), (mesh.own_group, itself))
+    for parameter in pieces:
+        parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
+
+
+def _register(degree: int, together: tuple[Any, range], alike: tuple[Any, range]) -> str:
+    """Name an expert parallelism for DeepSpeed, with the groups, and their ranks, of all experts and of the same."""
+    name = f"ep_size_{degree}"
+    groups._EXPERT_PARALLEL_GROUP[name], groups._EXPERT_PARALLEL_GROUP_RANKS[name] = together
+    groups._EXPERT_DATA_PARALLEL_GROUP[name], groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = alike
+    return name
+
+
+def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict[str, Any]]:
+    """Matrices decay; function coefficients do not. Each apart for experts where DeepSpeed must tell them.
+
+    The first group's dtype is what DeepSpeed takes for the model's. `rate` multiplies the learning rate.
+    """
+    coefficients, routers, pieces = list(model.coefficients()), list(model.router_weights()), list(model.pieces())
+    apart = {id(p) for p in (*coefficients, *routers, *pieces)}
+    matrices = [p for p in model.parameters() if id(p) not in apart]
+    decay, rate = config.optimizer.weight_decay, config.optimizer.coefficient_rate
+    found: list[dict[str, Any]] = [
+        {"params": matrices, "name": "matrices", "weight_decay": decay, "rate": 1.0},
+        {"params": routers, "name": "routers", "weight_decay": decay, "rate": 1.0},
+        {"params": pieces, "name": "pieces", "weight_decay": decay, "rate": 1.0},
+        {"params": coefficients, "name": "coefficients", "weight_decay": 0.0, "rate": rate},
+    ]
+    found = [group for group in found if group["params"]]
+    if split and config.parallel.zero < 3:
+        found = split_params_into_different_moe_groups_for_optimizer(found, max_group_size=None)
+    return [group for group in found if group["params"]]

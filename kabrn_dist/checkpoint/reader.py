@@ -1,0 +1,189 @@
+"""Ranges of logical tensors read back from a checkpoint's files, straight into where they belong.
+
+Files may come from a stranger: a header must agree with the manifest in everything before its data is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.checkpoint.fragment import Fragment, check_fragment, intersect
+from kabrn_dist.checkpoint.header import HEADER_BYTES_LIMIT, Entry, read_header
+from kabrn_dist.checkpoint.manifest import SAFETENSORS_DTYPES, FileRecord, Manifest, Piece, TensorRecord
+from kabrn_dist.checkpoint.safe_open import open_plain
+from kabrn_dist.checkpoint.writer import CHUNK_BYTES
+from kabrn_dist.utils.errors import UserError
+
+
+class Copy(NamedTuple):
+    """Elements [start, stop) of tensor `piece.key` in its file, to be written into `target` (1-D)."""
+
+    piece: Piece
+    dtype: str
+    start: int
+    stop: int
+    target: Tensor
+
+
+def plan(path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_missing: bool = False) -> list[Copy]:
+    """The reads that fill all `fragments`.
+
+    Raises UserError for one that the checkpoint in `path` lacks (unless skipped) or has in another shape.
+    """
+    copies: list[Copy] = []
+    for fragment in fragments:
+        check_fragment(fragment)
+        if skip_missing and fragment.name not in manifest.tensors:
+            continue
+        record = tensor_record(path, manifest, fragment.name)
+        if record.shape != fragment.shape:
+            raise UserError(
+                f"{path}: tensor {fragment.name!r} has shape {record.shape} in the checkpoint and "
+                f"{fragment.shape} in this run; use the config this checkpoint was written with"
+            )
+        copies.extend(_copies(record, fragment))
+    return copies
+
+
+def read_copies(path: Path, copies: Iterable[Copy]) -> None:
+    """Carry out `copies` from the files in `path`, converting dtype and device on the way.
+
+    Raises UserError if a file is not safetensors or holds something else than the manifest says.
+    """
+    Reader(path).carry_out(copies)
+
+
+class Reader:
+    """Reads from the files of one checkpoint; each header is read once, and checked for every piece asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, dict[str, Entry]] = {}
+
+    def carry_out(self, copies: Iterable[Copy]) -> None:
+        """See `read_copies`."""
+        by_file: dict[str, list[Copy]] = defaultdict(list)
+        for copy in copies:
+            by_file[copy.piece.file].append(copy)
+        for name, wanted in by_file.items():
+            file = self._path / name
+            if name not in self._entries:
+                self._entries[name] = read_header(file)
+            entries = self._entries[name]
+            for copy in wanted:
+                _check_piece(file, entries, copy.piece.key, copy.dtype, copy.piece.count)
+            read_entries(file, ((entries[c.piece.key], c.start, c.stop, c.target) for c in wanted))
+
+
+def read_entries(file: Path, wanted: Iterable[tuple[Entry, int, int, Tensor]]) -> None:
+    """Read elements [start, stop) of each entry of a safetensors file into its 1-D tensor, converted to its dtype.
+
+    The entries come from `read_header(file)`. Stages CHUNK_BYTES where dtype or device differ, else nothing.
+    Raises UserError where the file cannot be read or has become shorter.
+    """
+    try:
+        with open_plain(file) as stream:
+            for entry, start, stop, target in wanted:
+                _read_entry(stream, entry, start, stop, target)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}; use another one") from error
+
+
+def check_headers(path: Path, manifest: Manifest, files: Iterable[FileRecord]) -> None:
+    """UserError unless the header of each of `files` says just what the manifest says."""
+    pieces = _pieces_of(manifest)
+    for file in files:
+        _check_header(path / file.name, pieces[file.name])
+
+
+def load_tensor(path: Path, manifest: Manifest, name: str) -> Tensor:
+    """The whole logical tensor `name` of the checkpoint in `path`, in its shape and stored dtype, on the CPU.
+
+    `manifest` comes from `read_manifest(path)`. Not collective. Raises UserError for an unknown name or
+    an unreadable file.
+    """
+    record = tensor_record(path, manifest, name)
+    values = torch.empty(record.total, dtype=SAFETENSORS_DTYPES[record.dtype])
+    read_copies(path, _copies(record, Fragment(name, record.shape, 0, values, owned=False)))
+    return values.view(record.shape)
+
+
+def tensor_record(path: Path, manifest: Manifest, name: str) -> TensorRecord:
+    """The record of `name`; UserError if the checkpoint lacks it."""
+    if name not in manifest.tensors:
+        raise UserError(
+            f"{path}: has no tensor {name!r}; use the config this checkpoint was written with, "
+            "it is in the manifest's state"
+        )
+    return manifest.tensors[name]
+
+
+def _copies(record: TensorRecord, fragment: Fragment) -> Iterator[Copy]:
+    bounds = [*(piece.offset for piece in record.pieces), record.total]
+    values = fragment.values.detach()
+    stop = fragment.offset + values.numel()
+    for index, first, last in intersect(fragment.offset, stop, bounds):
+        piece = record.pieces[index]
+        target = values[first - fragment.offset : last - fragment.offset]
+        yield Copy(piece, record.dtype, first - piece.offset, last - piece.offset, target)
+
+
+def _pieces_of(manifest: Manifest) -> dict[str, dict[str, tuple[str, int]]]:
+    """For each file, dtype and elements of each of its keys."""
+    pieces: dict[str, dict[str, tuple[str, int]]] = {file.name: {} for file in manifest.files}
+    for tensor in manifest.tensors.values():
+        for piece in tensor.pieces:
+            pieces[piece.file][piece.key] = (tensor.dtype, piece.count)
+    return pieces
+
+
+def _check_header(file: Path, pieces: dict[str, tuple[str, int]]) -> None:
+    # No header of these keys is longer: a letter takes 12 bytes at most, the numbers of a tensor fewer than 200.
+    limit = 1024 + sum(12 * len(key) + 200 for key in pieces)
+    entries = read_header(file, min(limit, HEADER_BYTES_LIMIT))
+    for key, (dtype, count) in pieces.items():
+        _check_piece(file, entries, key, dtype, count)
+    if len(entries) > len(pieces):
+        raise UserError(f"{file}: holds tensors that the manifest does not know; use another checkpoint")
+
+
+def _check_piece(file: Path, entries: dict[str, Entry], key: str, dtype: str, count: int) -> None:
+    if key not in entries:
+        raise UserError(f"{file}: lacks {key!r}, which the manifest says it holds; use another checkpoint")
+    found = entries[key]
+    if (found.dtype, found.shape) != (dtype, (count,)):
+        raise UserError(
+            f"{file}: {key} is {found.dtype} {list(found.shape)}, the manifest says {dtype} {[count]}; "
+            "use another checkpoint"
+        )
+
+
+def _read_entry(stream: FileIO, entry: Entry, start: int, stop: int, target: Tensor) -> None:
+    dtype = SAFETENSORS_DTYPES[entry.dtype]
+    is_direct = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+    step = CHUNK_BYTES // dtype.itemsize
+    staging = target if is_direct else torch.empty(min(step, stop - start), dtype=dtype)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        into = target[first - start : last - start]
+        values = into if is_direct else staging[: last - first]
+        _fill(stream, values, entry.start + first * dtype.itemsize)
+        if not is_direct:
+            into.copy_(values)
+
+
+def _fill(stream: FileIO, values: Tensor, position: int) -> None:
+    view = values.view(torch.uint8).numpy().data
+    while view:
+        count = os.preadv(stream.fileno(), [view], position)
+        if count == 0:
+            raise OSError("ends too early")
+        view, position = view[count:], position + count

@@ -1,0 +1,106 @@
+"""One rank's file: owned fragments streamed out as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.checkpoint.fragment import Fragment, check_fragment
+from kabrn_dist.checkpoint.header import header_bytes
+from kabrn_dist.checkpoint.manifest import CODES, FileRecord, Piece
+from kabrn_dist.utils.errors import UserError
+
+CHUNK_BYTES = 16 * 2**20
+
+
+class Holding(NamedTuple):
+    """What one rank reports of one fragment; `piece` is None where it wrote nothing (a copy, or empty)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    piece: Piece | None
+
+
+def write_shard(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[Holding]]:
+    """Write what is owned to `file`, durable on return, and say what it holds.
+
+    Written by hand rather than by `safetensors.torch.save_file`, which copies every GPU tensor to the
+    host at once and leaves a second reading for the hash: here CHUNK_BYTES are staged, on a CPU nothing.
+    Raises UserError for a fragment outside its tensor or held twice, OSError from the file system.
+    """
+    if not file.parent.is_dir():
+        raise UserError(
+            f"{file.parent}: made by rank 0 but not seen by this one; "
+            "put the checkpoint folder on a file system that all ranks share"
+        )
+    holdings, owned = _take_stock(file.name, fragments)
+    # Wide types first: offsets then stay aligned for readers that map the file.
+    owned = dict(sorted(owned.items(), key=lambda item: -item[1].itemsize))
+    digest = hashlib.sha256()
+    waiting: list[memoryview | bytes] = []
+    # The disk first: hashing, which takes as long as writing, runs while fsync waits for it. Only what will be
+    # overwritten in memory is hashed on the way.
+    with open(file, "wb") as stream, ThreadPoolExecutor(max_workers=1) as hasher:
+        for chunk, is_staged in _file_chunks(owned):
+            waiting.append(chunk)
+            if is_staged:
+                hashed = hasher.submit(_update, digest, waiting)
+                stream.write(chunk)
+                hashed.result()
+                waiting = []
+            else:
+                stream.write(chunk)
+        stream.flush()
+        hashed = hasher.submit(_update, digest, waiting)
+        os.fsync(stream.fileno())
+        hashed.result()
+        size = stream.tell()
+    return FileRecord(name=file.name, bytes=size, sha256=digest.hexdigest()), holdings
+
+
+def _update(digest: hashlib._Hash, chunks: list[memoryview | bytes]) -> None:
+    for chunk in chunks:
+        digest.update(chunk)
+
+
+def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[Holding], dict[str, Tensor]]:
+    holdings: list[Holding] = []
+    owned: dict[str, Tensor] = {}
+    for fragment in fragments:
+        check_fragment(fragment)
+        if fragment.values.dtype not in CODES:
+            raise UserError(f"{fragment.name}: {fragment.values.dtype} cannot be stored; use one of {[*CODES]}")
+        piece = None
+        if fragment.owned and fragment.values.numel():
+            key = f"{fragment.name}@{fragment.offset}"
+            if key in owned:
+                raise UserError(f"{key}: owned twice by one rank; pass each fragment once")
+            count = fragment.values.numel()
+            piece = Piece(file=file_name, key=key, offset=fragment.offset, count=count)
+            owned[key] = fragment.values.detach()
+        holdings.append(Holding(fragment.name, CODES[fragment.values.dtype], fragment.shape, piece))
+    return holdings, owned
+
+
+def _file_chunks(owned: dict[str, Tensor]) -> Iterator[tuple[memoryview | bytes, bool]]:
+    """What the file holds, in order, and for each piece whether the next one overwrites it in memory."""
+    yield header_bytes({key: (values.dtype, (values.numel(),)) for key, values in owned.items()}, {}), False
+    staging: Tensor | None = None
+    for values in owned.values():
+        is_staged = values.device.type != "cpu" or not values.is_contiguous()
+        step = CHUNK_BYTES // values.itemsize
+        for start in range(0, values.numel(), step):
+            chunk = values[start : start + step]
+            if is_staged:
+                if staging is None:
+                    staging = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=values.is_cuda)
+                chunk = staging.view(values.dtype)[: len(chunk)].copy_(chunk)
+            yield chunk.view(torch.uint8).numpy().data, is_staged

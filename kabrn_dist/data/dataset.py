@@ -1,0 +1,237 @@
+"""From positions to batches: what a training step or an evaluation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kabrn_dist.data.corpus import Corpus
+from kabrn_dist.data.index import Shard, SplitName
+from kabrn_dist.data.prefetch import Ahead
+from kabrn_dist.data.sampler import Drawing
+from kabrn_dist.data.shard_set import ShardSet
+from kabrn_dist.data.state import Cursor, describe, fingerprint_of
+from kabrn_dist.data.token_stream import TokenStream
+from kabrn_dist.utils.errors import UserError
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, int64 [B, T] but for the last.
+
+    tokens     what the model reads
+    targets    the token that follows each; −100 where there is no loss
+    documents  number of document starts in columns 1 to t: starts at 0 and rises within a row
+    positions  index within the document, counted from its start or the row's start, whichever is later
+    sources    int64 [B], number of the source that the row is from
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    documents: torch.Tensor
+    positions: torch.Tensor
+    sources: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on `device`; from pinned memory the copy runs beside the computation."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+class Batches:
+    """The sequences of one split of a corpus. Sequence i of a source is its tokens [i·L, i·L + L], L `sequence_length`.
+
+    With `ordered` global positions go through the mixture of the sources and the shuffled order of each, until
+    `length`; without it positions go through all sources one after another, once, whatever their weights.
+
+    Attributes:
+        corpus: what is read.
+        counts: sequences of each source, 0 where it is left out.
+        sequences: their sum.
+        length: positions there are; None where they never end.
+        sequence_length: tokens of a sequence. seed: of the order.
+
+    Raises UserError when the split, or a source that is to be drawn from, is shorter than one sequence.
+    """
+
+    def __init__(self, corpus: Corpus, split: SplitName, sequence_length: int, seed: int, ordered: bool = True) -> None:
+        if sequence_length < 1:
+            raise UserError(f"sequence_length: {sequence_length} is not a length; use at least 1.")
+        self.corpus, self.sequence_length, self.seed = corpus, sequence_length, seed
+        self._streams = [TokenStream(drawn.shards, drawn.source, split) for drawn in corpus.sources]
+        # The last sequence needs one token more, the target of its last column.
+        there = [max(0, len(stream) - 1) // sequence_length for stream in self._streams]
+        drawn_from = [drawn.weight > 0 or not ordered for drawn in corpus.sources]
+        _check_lengths(corpus, split, sequence_length, there, drawn_from if ordered else [])
+        self.counts = [count if used else 0 for count, used in zip(there, drawn_from, strict=True)]
+        self.sequences = sum(self.counts)
+        self._firsts = np.cumsum([0, *self.counts])
+        self._drawing = Drawing(corpus.sources, self.counts, seed) if ordered else None
+        self.length = self.sequences if self._drawing is None else self._drawing.length
+        # Half of the cache for what comes leaves the other half for what is being read.
+        self._ahead = Ahead(self._upcoming, corpus.cache_bytes / 2) if ordered and corpus.is_remote else None
+
+    def rows(self, positions: Sequence[int]) -> Batch:
+        """Return the sequences at these global positions, one row each, in the order given.
+
+        Raises UserError when a shard cannot be read or an ordered split has come to its end, IndexError for a position
+        that an unordered one does not have.
+        """
+        numbers = np.asarray(positions, np.int64)
+        if self._drawing is not None and numbers.size:
+            self.check_length(int(numbers.max()) + 1)
+        if self._ahead is not None and numbers.size:
+            self._ahead.move(int(numbers.max()))
+        sources, sequences = self._find(numbers)
+        length = self.sequence_length
+        streams = np.empty((len(numbers), length + 1), np.int64)
+        masked = [drawn.source.masked for drawn in self.corpus.sources]
+        used = np.ones((len(numbers), length), bool) if any(masked) else None
+        for row, (source, number) in enumerate(zip(sources.tolist(), sequences.tolist(), strict=True)):
+            stream, start = self._streams[source], number * length
+            streams[row] = stream.read(start, start + length + 1)
+            if used is not None and masked[source]:
+                used[row] = stream.read_mask(start + 1, start + length + 1)
+        return make_batch(streams, self.corpus.document_token, used, sources)
+
+    def spread(self, count: int) -> list[int]:
+        """Choose `count` positions of an unordered split: as many of each source as of the others, its first ones.
+
+        A source that has fewer gives all of its own; fewer than `count` come where there are no more.
+        """
+        wanted = [0] * len(self.counts)
+        left = min(count, self.sequences)
+        while left:
+            for source in (s for s, n in enumerate(self.counts) if wanted[s] < n):
+                if left:
+                    wanted[source], left = wanted[source] + 1, left - 1
+        firsts = self._firsts[:-1].tolist()
+        return [first + n for first, number in zip(firsts, wanted, strict=True) for n in range(number)]
+
+    def drawn(self, consumed: int) -> list[int]:
+        """Return how many sequences of each source lie below a global position of an ordered split."""
+        assert self._drawing is not None, "only an ordered split is drawn from"
+        return self._drawing.before(consumed)
+
+    def check_length(self, positions: int) -> None:
+        """Raise UserError when the data ends before so many sequences have been drawn."""
+        if self.length is not None and positions > self.length:
+            ends = ", ".join(f"{d.name} {d.epochs:g}" for d in self.corpus.sources if d.weight and d.epochs)
+            raise UserError(
+                f"training.steps × training.batch needs {positions:,} sequences, the data has {self.length:,} (epochs: "
+                f"{ends}). Lower training.steps, or raise or leave out data.epochs for one of them."
+            )
+
+    def cursor(self, consumed: int) -> Cursor:
+        """Return what a checkpoint keeps of the data: all positions below `consumed` are done."""
+        assert self._drawing is not None, "only an ordered split is gone on with"
+        drawn = describe(self.corpus, self._drawing.slots)
+        fingerprint = fingerprint_of(self.corpus, drawn)
+        return Cursor(consumed, self.seed, self.sequence_length, fingerprint, drawn)
+
+    def close(self) -> None:
+        """Close the shard files, and fetch no more ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+        for stream in self._streams:
+            stream.close()
+
+    def _find(self, positions: np.ndarray) -> np.ndarray:
+        """Sources and sequence numbers of positions, int64 [2, N]."""
+        if self._drawing is not None:
+            return self._drawing.find_again(positions)
+        if positions.size and not 0 <= positions.min() <= positions.max() < self.sequences:
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.sequences} sequences")
+        sources = np.searchsorted(self._firsts, positions, "right") - 1
+        return np.stack([sources, positions - self._firsts[sources]])
+
+    def _upcoming(self, position: int, count: int) -> Iterator[tuple[ShardSet, Shard]]:
+        stop = position + count if self.length is None else min(self.length, position + count)
+        assert self._drawing is not None
+        sources, sequences = self._drawing.find(np.arange(position, stop))
+        starts = sequences * self.sequence_length
+        shards: list[list[Shard]] = [[] for _ in starts]
+        for source in np.unique(sources).tolist():
+            here = np.flatnonzero(sources == source)
+            found = self._streams[source].shards_of(starts[here], starts[here] + self.sequence_length + 1)
+            for place, each in zip(here.tolist(), found, strict=True):
+                shards[place] = each
+        for source, each in zip(sources.tolist(), shards, strict=True):
+            yield from ((self.corpus.sources[source].shards, shard) for shard in each)
+
+
+def make_batch(
+    streams: np.ndarray, document_token: int, used: np.ndarray | None = None, sources: np.ndarray | None = None
+) -> Batch:
+    """Turn rows of consecutive tokens, int64 [B, T + 1], into a Batch.
+
+    A document's last token predicts the next document's start, its "end of document". `used`, bool [B, T], says which
+    targets count (None: all), `sources` [B] where rows are from (None: source 0).
+    """
+    tokens, targets = streams[:, :-1], streams[:, 1:]
+    if used is not None:
+        targets = np.where(used, targets, -100)
+    starts = tokens == document_token
+    # A row's first token opens document 0 whether or not a document starts there.
+    starts[:, 0] = True
+    # Documents are few against tokens: runs of equal values are faster than running sums.
+    first = np.flatnonzero(starts)
+    lengths = np.diff(first, append=starts.size)
+    row = first // max(1, tokens.shape[1])
+    opening = np.flatnonzero(np.diff(row, prepend=-1))
+    documents = np.repeat(np.arange(len(first)) - opening[row], lengths).reshape(tokens.shape)
+    positions = (np.arange(starts.size) - np.repeat(first, lengths)).reshape(tokens.shape)
+    origins = np.zeros(len(streams), np.int64) if sources is None else sources
+    parts = (tokens, targets, documents, positions, origins)
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
+
+
+def make_batch_naive(
+    streams: np.ndarray, document_token: int, used: np.ndarray | None = None, sources: np.ndarray | None = None
+) -> Batch:
+    """`make_batch` one token at a time."""
+    rows: tuple[list[list[int]], ...] = ([], [], [], [])
+    for number, stream in enumerate(streams.tolist()):
+        document, position, documents, positions = 0, 0, [0], [0]
+        for token in stream[1:-1]:
+            starts = token == document_token
+            document, position = document + starts, 0 if starts else position + 1
+            documents.append(document)
+            positions.append(position)
+        targets = [t if used is None or used[number][column] else -100 for column, t in enumerate(stream[1:])]
+        for part, row in zip(rows, (stream[:-1], targets, documents, positions), strict=True):
+            part.append(row)
+    origins = [0] * len(streams) if sources is None else sources.tolist()
+    return Batch(*(torch.tensor(part, dtype=torch.int64) for part in (*rows, origins)))
+
+
+def sequence_slice(batch: Batch, rank: int, degree: int) -> Batch:
+    """Return the contiguous columns of sequence rank `rank` out of `degree`, [B, T / degree].
+
+    Documents and positions stay those of the whole row. Raises UserError when `degree` does not divide T.
+    """
+    length = batch.tokens.shape[1]
+    if length % degree:
+        raise UserError(
+            f"sequence_length: {length} columns do not split evenly over a sequence degree of {degree}. "
+            "Use a sequence_length that the degree divides."
+        )
+    share = length // degree
+    columns = [part[:, rank * share : (rank + 1) * share].contiguous() for part in batch[:-1]]
+    return Batch(*(*columns, batch.sources))
+
+
+def _check_lengths(corpus: Corpus, split: SplitName, length: int, there: list[int], needed: list[bool]) -> None:
+    """Refuse a source without a sequence where it is needed, and a split without any."""
+    short = [drawn for drawn, count, need in zip(corpus.sources, there, needed, strict=False) if need and not count]
+    if not any(there):
+        short = [max(corpus.sources, key=lambda drawn: drawn.source.split(split).tokens)]
+    if short:
+        name, tokens = short[0].name, short[0].source.split(split).tokens
+        alone = "" if len(corpus.sources) == 1 else f" of source {name}"
+        other = "" if len(corpus.sources) == 1 else f", set data.weights.{name} to 0,"
+        raise UserError(
+            f"{short[0].shards.where}: the {split} split{alone} has {tokens} tokens, one sequence of "
+            f"sequence_length {length} needs {length + 1}. Shorten sequence_length{other} or prepare more data."
+        )

@@ -1,0 +1,103 @@
+"""The quick checks of a shard set: an index that agrees with itself, and files of the right sizes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from kabrn_dist.data.index import Index, Shard, Source
+from kabrn_dist.utils.errors import UserError
+
+# No slash, no leading dot: a name from the index can only be a plain file of the folder itself.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+def mask_bytes(tokens: int) -> int:
+    """Bytes that the loss mask of so many tokens takes."""
+    return (tokens + 7) // 8
+
+
+def check_shards(folder: Path, index: Index) -> None:
+    """Check that every shard is present and has the right size (one `stat` each).
+
+    Raises UserError that names the first shard that is not so.
+    """
+    for shard in index.shards():
+        path = folder / shard.name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}. Copy this shard again, or prepare the data again.") from error
+        if found != shard.bytes:
+            raise UserError(
+                f"{path}: {found} bytes, the index says {shard.bytes}. Copy this shard again, or prepare "
+                "the data again."
+            )
+
+
+def check_contents(origin: str, index: Index) -> None:
+    """Check that the index agrees with itself. Raises UserError, naming `origin`, where it does not."""
+    problem = next(_contradictions(index), None)
+    if problem is not None:
+        raise UserError(f"{origin}: {problem}. The index is damaged: copy it again, or prepare the data again.")
+
+
+def _contradictions(index: Index) -> Iterator[str]:
+    wanted = "uint16" if index.vocabulary <= 1 << 16 else "uint32"
+    if index.dtype != wanted:
+        yield f"dtype is {index.dtype!r}, a vocabulary of {index.vocabulary} needs {wanted!r}"
+    if not 0 <= index.document_token < index.vocabulary:
+        yield f"document_token is {index.document_token}, outside the vocabulary of {index.vocabulary}"
+    if not index.sources:
+        yield "sources is empty"
+    for kind, names in (
+        ("sources", [source.name for source in index.sources]),
+        ("shards", [shard.name for shard in index.shards()]),
+    ):
+        if len(set(names)) != len(names):
+            yield f"two {kind} have the same name"
+    for source in index.sources:
+        yield from _of_source(index, source)
+
+
+def _of_source(index: Index, source: Source) -> Iterator[str]:
+    if not _SOURCE_NAME.fullmatch(source.name):
+        yield f"source name {source.name!r} is not made of a-z, 0-9, _ and -"
+    for key, value in (("weight", source.weight), ("epochs", source.epochs)):
+        if value is not None and not 0 < value < math.inf:
+            yield f"{source.name}.{key} is {value}, not above 0"
+    for name, split in (("train", source.train), ("validation", source.validation)):
+        for shard in split.shards:
+            yield from _of_shard(index, source, shard)
+        if split.tokens != sum(shard.tokens for shard in split.shards):
+            yield f"{source.name}.{name}.tokens is {split.tokens}, its shards do not add up to that"
+        if split.documents != sum(shard.documents for shard in split.shards):
+            yield f"{source.name}.{name}.documents is {split.documents}, its shards do not add up to that"
+        if not 0 <= split.loss_tokens <= split.tokens or (not source.masked and split.loss_tokens != split.tokens):
+            yield f"{source.name}.{name}.loss_tokens is {split.loss_tokens} of {split.tokens} tokens"
+
+
+def _of_shard(index: Index, source: Source, shard: Shard) -> Iterator[str]:
+    if not _SHARD_NAME.fullmatch(shard.name):
+        yield f"shard name {shard.name!r} is not a plain file name that ends in .tar"
+    if not _SHA256.fullmatch(shard.sha256):
+        yield f"{shard.name}: sha256 {shard.sha256!r} is none"
+    end = 0
+    for number, (offset, tokens, mask) in enumerate(shard.blocks):
+        start, end = end, offset + tokens * index.item_bytes
+        if offset < start or tokens <= 0 or end > shard.bytes:
+            yield (
+                f"{shard.name} block {number} lies at bytes {offset} to {end}, which cannot be: the "
+                f"block before ends at {start} and the shard has {shard.bytes}"
+            )
+        # The mask lies between the block before and the tokens.
+        if source.masked and not start < mask <= mask + mask_bytes(tokens) <= offset:
+            yield f"{shard.name} block {number}: its loss mask at byte {mask} lies outside the block"
+        if not source.masked and mask:
+            yield f"{shard.name} block {number} has a loss mask, its source has none"
+    if sum(tokens for _, tokens, _ in shard.blocks) != shard.tokens:
+        yield f"{shard.name}: its blocks do not add up to its {shard.tokens} tokens"

@@ -1,0 +1,162 @@
+"""The token stream of one split of a source: all its blocks one after another, read by byte offset."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+
+from kabrn_dist.data.index import Index, Shard, Source, SplitName
+from kabrn_dist.data.shard_set import ShardSet
+from kabrn_dist.utils.errors import UserError
+
+# Network disks have bad moments: this long after a failed try comes the next one.
+_RETRY_AFTER_SECONDS = (0.1, 0.4)
+
+
+class TokenStream:
+    """Random access to the concatenated tokens of one split of a source. For one thread at a time.
+
+    Raises UserError when the split's name is unknown.
+    """
+
+    def __init__(self, shards: ShardSet, source: Source, split: SplitName) -> None:
+        self._set = shards
+        self._shards = source.split(split).shards
+        blocks = [(number, *block) for number, shard in enumerate(self._shards) for block in shard.blocks]
+        table = np.array(blocks, np.int64).reshape(-1, 4)
+        self._first_blocks = np.cumsum([0, *(len(shard.blocks) for shard in self._shards)])
+        self._shard, self._offset, self._mask = table[:, 0], table[:, 1], table[:, 3]
+        self._start = np.concatenate([[0], np.cumsum(table[:, 2])])
+        self._vocabulary = shards.index.vocabulary
+        self._dtype = np.dtype("<u2" if shards.index.dtype == "uint16" else "<u4")
+        self._files: OrderedDict[int, FileIO] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Tokens in the split."""
+        return int(self._start[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) as int64 [stop - start].
+
+        Raises IndexError when the range leaves the stream, UserError when a shard cannot be read or holds a
+        token outside the vocabulary.
+        """
+        self._check_range(start, stop)
+        tokens = np.empty(stop - start, np.int64)
+        for block, skip, count, at in self._pieces(start, stop):
+            tokens[at : at + count] = self._read_tokens(block, skip, count)
+        return tokens
+
+    def read_mask(self, start: int, stop: int) -> np.ndarray:
+        """Return bool [stop - start]: which of the tokens [start, stop) of a masked source count as targets.
+
+        Raises as `read`.
+        """
+        self._check_range(start, stop)
+        mask = np.empty(stop - start, bool)
+        for block, skip, count, at in self._pieces(start, stop):
+            first, last = skip // 8, (skip + count + 7) // 8
+            content = self._read_bytes(block, int(self._mask[block]) + first, last - first)
+            bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
+            mask[at : at + count] = bits[skip % 8 : skip % 8 + count]
+        return mask
+
+    def shards_of(self, starts: np.ndarray, stops: np.ndarray) -> list[list[Shard]]:
+        """Return the shards that each range [start, stop) of tokens touches. Reads nothing; any thread may ask."""
+        first = self._shard[np.searchsorted(self._start, starts, "right") - 1]
+        last = self._shard[np.searchsorted(self._start, stops, "left") - 1]
+        return [list(self._shards[a : b + 1]) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(block, tokens to skip in it, tokens to take, place in the range) of each block that the range touches."""
+        block = int(np.searchsorted(self._start, start, "right")) - 1
+        at = start
+        while at < stop:
+            end = min(stop, int(self._start[block + 1]))
+            yield block, at - int(self._start[block]), end - at, at - start
+            at, block = end, block + 1
+
+    def _read_tokens(self, block: int, skip: int, count: int) -> np.ndarray:
+        size = self._dtype.itemsize
+        content = self._read_bytes(block, int(self._offset[block]) + skip * size, count * size)
+        tokens = np.frombuffer(content, self._dtype)
+        if tokens.max() >= self._vocabulary:
+            raise self._damaged(block, f"token {tokens.max()} in a vocabulary of {self._vocabulary}")
+        return tokens
+
+    def _read_bytes(self, block: int, offset: int, wanted: int) -> bytes:
+        shard = int(self._shard[block])
+        for pause in (*_RETRY_AFTER_SECONDS, None):
+            try:
+                content = os.pread(self._file(shard).fileno(), wanted, offset)
+                problem = f"{len(content)} bytes instead of {wanted} at byte {offset}"
+            except OSError as error:
+                content, problem = b"", str(error.strerror)
+            if len(content) == wanted:
+                return content
+            # A stale network handle never recovers, so the next try opens the file anew.
+            if shard in self._files:
+                self._files.pop(shard).close()
+            if pause is not None:
+                time.sleep(pause)
+        raise self._damaged(block, problem)
+
+    def _file(self, shard: int) -> FileIO:
+        if shard not in self._files:
+            if len(self._files) >= self._set.open_files:
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = FileIO(self._set.locate(self._shards[shard]), "r")
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _damaged(self, block: int, problem: str) -> UserError:
+        number = int(self._shard[block])
+        shard, where = self._shards[number], self._set.where
+        return UserError(
+            f"{where}/{shard.name} block {block - int(self._first_blocks[number]):06d}: {problem}. Find every bad "
+            f"shard with `python -m data_prep inspect {where}` and copy it again."
+        )
+
+
+def stream_naive(folder: Path, index: Index, split: SplitName, source: str | None = None) -> np.ndarray:
+    """Return a source's stream, int64 [tokens], by unpacking every tar: what `TokenStream` must agree with.
+
+    `source` None: all sources, one after another.
+    """
+    dtype = "<u2" if index.dtype == "uint16" else "<u4"
+    parts = [np.frombuffer(content, dtype) for content in _members(folder, index, split, source, ".tok")]
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+def mask_naive(folder: Path, index: Index, split: SplitName, source: str) -> np.ndarray:
+    """Return a masked source's loss mask, bool [tokens], bit by bit from every tar."""
+    sizes = [tokens for shard in index.source(source).split(split).shards for _, tokens, _ in shard.blocks]
+    masks = _members(folder, index, split, source, ".use")
+    bits = [mask[n // 8] >> (n % 8) & 1 for mask, size in zip(masks, sizes, strict=True) for n in range(size)]
+    return np.array(bits, bool)
+
+
+def _members(folder: Path, index: Index, split: SplitName, source: str | None, suffix: str) -> Iterator[bytes]:
+    for each in index.sources if source is None else [index.source(source)]:
+        for shard in each.split(split).shards:
+            with tarfile.open(folder / shard.name) as tar:
+                for member in tar:
+                    file = tar.extractfile(member)
+                    if file is not None and member.name.endswith(suffix):
+                        yield file.read()

@@ -1,1 +1,0 @@
-"""Pictures of numbers: plain tensors → matplotlib figures. Needs no display and keeps no state."""

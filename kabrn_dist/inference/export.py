@@ -1,0 +1,201 @@
+"""A run's checkpoint as one folder of plain safetensors: to publish, to evaluate, to generate from without the run.
+
+    model.safetensors             or model-00001-of-00003.safetensors … and model.safetensors.index.json
+    config.yaml, tokenizer.json   as the run had them
+    README.md                     what this is
+
+Tensors have the parameters' names; experts are stacked by global number. No process group, no whole tensor in memory:
+each goes from the checkpoint's fragments to the file in chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from kabrn_dist.checkpoint.fragment import Fragment
+from kabrn_dist.checkpoint.header import header_bytes
+from kabrn_dist.checkpoint.layout import checkpoint_path, fsync_directory, write_durably
+from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.reader import Reader, plan
+from kabrn_dist.checkpoint.store import CheckpointStore
+from kabrn_dist.config import Config
+from kabrn_dist.config.file import dump_config, load_config
+from kabrn_dist.data.remote import open_set
+from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.inference.load import INDEX_NAME, WEIGHTS_NAME, list_shapes
+from kabrn_dist.utils.errors import UserError
+
+FILE_BYTES = 2 * 10**9
+CHUNK_ELEMENTS = 4 * 2**20
+
+README = """# {name}: weights at step {step}
+
+A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {parameters:,} parameters in {dtype}.
+
+- `*.safetensors`: the fp32 masters cast to {dtype}, under the parameters' names; the weights of ternary layers are the
+  latent ones, which the model quantises itself. Experts are stacked in the first dimension. The routers' biases stay
+  in fp32.
+- `config.yaml`: the whole configuration of the run. `tokenizer.json`: its tokenizer (sha256 {tokenizer}).
+
+    python launch/generate.py --model THIS_FOLDER --prompt "Once"
+"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported, from where: `files` holds the names of the tensors in each."""
+
+    config: Config
+    path: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, list[str]]
+
+    @property
+    def parameters(self) -> int:
+        """Of the model; the routers' states are none."""
+        return sum(prod(shape) for name, shape in self.shapes.items() if not _is_state(name))
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(prod(shape) * self.stored(name).itemsize for name, shape in self.shapes.items())
+
+    def stored(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is written in."""
+        return torch.float32 if _is_state(name) else self.dtype
+
+
+def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_bytes: int = FILE_BYTES) -> Export:
+    """Choose and verify the checkpoint, and find the tokenizer. Writes nothing.
+
+    Args:
+        run: the run's folder.
+        step: of the checkpoint; None takes the newest intact one.
+        file_bytes: most bytes of tensors in one file; a tensor that is larger is alone in its own.
+
+    Raises:
+        UserError: without a run, an intact checkpoint or its tokenizer, or where they do not fit each other.
+    """
+    config = load_config(run / "config.yaml")
+    store = CheckpointStore(run / "checkpoints")
+    path = store.find() if step is None else checkpoint_path(store.folder, step)
+    if path is None:
+        raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
+    manifest = store.check(path, verify=step is not None)
+    shapes = list_shapes(config)
+    for name, shape in shapes.items():
+        record = manifest.tensors.get(_source(name))
+        if record is None or record.shape != shape:
+            found = "missing" if record is None else record.shape
+            raise UserError(f"{path}: {name!r} is {found}, {run}/config.yaml asks for {shape}; restore that file")
+    tokenizer = open_set(config.data.path, config.data.cache, config.data.cache_gb).tokenizer()
+    if tokenizer.sha256 != manifest.state.get("tokenizer_sha256"):
+        raise UserError(
+            f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
+            f"restore it or point data.path in {run}/config.yaml to it"
+        )
+    export = Export(config, path, manifest, tokenizer, dtype, shapes, {})
+    export.files.update(_spread(export, file_bytes))
+    return export
+
+
+def write_export(export: Export, out: Path, progress: Callable[[str], None] = lambda file: None) -> None:
+    """Write the folder `out`, whole or not at all; `progress` is told each file that is done.
+
+    Raises:
+        UserError: where `out` exists, or the disk refuses; nothing is left behind then.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"--out {out}: exists; name a new folder")
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        reader = Reader(export.path)
+        for file, names in export.files.items():
+            with open(temporary / file, "wb") as stream:
+                _write_tensors(export, reader, names, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            progress(file)
+        for file, content in _small_files(export, out.name).items():
+            write_durably(temporary / file, content)
+        fsync_directory(temporary)
+        temporary.rename(out)
+        fsync_directory(out.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{out}: cannot be written ({error.strerror}); make room or choose another folder"
+            ) from error
+        raise
+
+
+def _write_tensors(export: Export, reader: Reader, names: list[str], stream: BinaryIO) -> None:
+    header = {name: (export.stored(name), export.shapes[name]) for name in names}
+    stream.write(header_bytes(header, {"format": "pt", "step": str(export.manifest.step)}))
+    for name in names:
+        total = prod(export.shapes[name])
+        for start in range(0, total, CHUNK_ELEMENTS):
+            values = torch.empty(min(CHUNK_ELEMENTS, total - start), dtype=export.stored(name))
+            piece = Fragment(_source(name), export.shapes[name], start, values, owned=False)
+            reader.carry_out(plan(export.path, export.manifest, [piece]))
+            stream.write(values.view(torch.uint8).numpy().data)
+
+
+def _small_files(export: Export, name: str) -> dict[str, bytes]:
+    dtype = str(export.dtype).removeprefix("torch.")
+    readme = README.format(
+        name=name,
+        step=export.manifest.step,
+        parameters=export.parameters,
+        dtype=dtype,
+        tokenizer=export.tokenizer.sha256,
+    )
+    files = {
+        "config.yaml": dump_config(export.config).encode(),
+        "tokenizer.json": export.tokenizer.content,
+        "README.md": readme.encode(),
+    }
+    if len(export.files) > 1:
+        weight_map = {name: file for file, names in export.files.items() for name in names}
+        index = {"metadata": {"total_size": export.bytes}, "weight_map": weight_map}
+        files[INDEX_NAME] = json.dumps(index, indent=1).encode()
+    return files
+
+
+def _spread(export: Export, file_bytes: int) -> dict[str, list[str]]:
+    """Tensors in files, the routers' fp32 first: what follows stays aligned for readers that map the file."""
+    groups: list[list[str]] = [[]]
+    room = file_bytes
+    for name in sorted(export.shapes, key=lambda name: not _is_state(name)):
+        size = prod(export.shapes[name]) * export.stored(name).itemsize
+        if size > room and groups[-1]:
+            groups.append([])
+            room = file_bytes
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {WEIGHTS_NAME: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _is_state(name: str) -> bool:
+    return "/" in name
+
+
+def _source(name: str) -> str:
+    """A tensor's name in the checkpoint."""
+    return name if _is_state(name) else f"{name}/master"

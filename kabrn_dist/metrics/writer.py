@@ -1,0 +1,123 @@
+"""What a run writes of itself, log.jsonl and TensorBoard: where a disk refuses, that is lost and the run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """One process writes a run's journal.
+
+    Args:
+        folder: the run's folder.
+        step: steps done before this session; what is there of later ones, which an earlier session lost, is taken back.
+
+    Raises:
+        UserError: where the files cannot be opened. Later refusals are warned of, once for each streak.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._lines, self._folder = folder / "log.jsonl", folder / "tensorboard"
+        self._board: SummaryWriter | None = None
+        self._refused: set[Path] = set()
+        try:
+            _truncate_log(self._lines, step)
+            self._log = _open_log(self._lines)
+            self._open_board(step + 1)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written to ({error}); make room or choose another run.folder"
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Take back what was written of the steps after `step`: the run goes on from there another way."""
+        self._attempt(self._lines, lambda: self._take_back(step))
+        self._close_board()
+        self._attempt(self._folder, lambda: self._open_board(step + 1))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """One line in log.jsonl, whole or not at all."""
+        self._attempt(self._lines, lambda: self._append(f"{json.dumps(entry)}\n".encode()))
+
+    def show(self, step: int, add: Callable[[SummaryWriter], None]) -> None:
+        """What `add` adds to TensorBoard, which may be on disk much later."""
+        if self._board is None:
+            # A new file: what the last one holds may end in the middle.
+            self._attempt(self._folder, lambda: self._open_board(step))
+        board = self._board
+        if board is not None and not self._attempt(self._folder, lambda: add(board)):
+            self._close_board()
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if self._log >= 0:
+            os.close(self._log)
+        self._log = -1
+        self._close_board()
+
+    def _open_board(self, step: int) -> None:
+        self._board = SummaryWriter(str(self._folder), purge_step=step)
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            self._attempt(self._folder, board.close)
+
+    def _append(self, line: bytes) -> None:
+        end = os.fstat(self._log).st_size
+        try:
+            while line:
+                line = line[os.write(self._log, line) :]
+        except OSError:
+            # What follows must not begin in the middle of this line.
+            os.ftruncate(self._log, end)
+            raise
+
+    def _take_back(self, step: int) -> None:
+        _truncate_log(self._lines, step)
+        # Opened first: where that fails there is still one that can be written to and closed.
+        log, self._log = self._log, _open_log(self._lines)
+        os.close(log)
+
+    def _attempt(self, path: Path, work: Callable[[], object]) -> bool:
+        try:
+            work()
+        except (OSError, UserError) as error:
+            if path not in self._refused:
+                logger.warning("%s: cannot be written (%s); the run goes on without", path, error)
+            self._refused.add(path)
+            return False
+        self._refused.discard(path)
+        return True
+
+
+def _open_log(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop what a lost session logged beyond the checkpoint that this one starts from."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
+    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _logged_step(line: str) -> float:
+    try:
+        entry: Any = json.loads(line)
+        return float(entry["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

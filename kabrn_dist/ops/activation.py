@@ -1,0 +1,77 @@
+"""Learned functions of groups of channels, normalised and quantised: q(RMSNorm(φ(x))), fused where a kernel is.
+
+Shapes: N rows, D width, E experts, G groups of channels, C coefficients of a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kabrn_dist.kernels.choice import kernels_for
+from kabrn_dist.kernels.functions import Function, Functions
+from kabrn_dist.ops.activation_quant import Quantised, blend, quantise, rms_norm
+
+# x [N,D], coefficients [E,G,C], counts → φ(x) [N,D]
+Eager = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
+
+def activate(
+    x: Quantised, function: Function, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float
+) -> Quantised:
+    """q(RMSNorm(φ(x.codes / x.scale))): what the next product reads.
+
+    Args:
+        x: codes [N,D] and scale [N,1], rows sorted by expert; also a product that is not yet scaled.
+        function: what the kernel computes.
+        eager: the same in torch's operations, for whatever the kernel does not take.
+        coefficients: [E,G,C].
+        counts: rows of each expert, which sum to N.
+        share: how far the quantiser goes; 0 (or False) leaves it out.
+    """
+    kernels = kernels_for(x.codes)
+    if kernels is not None:
+        fused = _Activation.apply(
+            x.codes, x.scale, coefficients.float(), tuple(counts), function, share == 1, kernels.functions
+        )
+        return blend(Quantised(*fused), share) if 0 < share < 1 else Quantised(*fused)
+    return activate_eager(x, eager, coefficients, counts, share)
+
+
+def activate_eager(x: Quantised, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float) -> Quantised:
+    """`activate` step by step."""
+    values = (x.codes / x.scale).to(x.codes.dtype)
+    return quantise(rms_norm(eager(values, coefficients, counts)), share)
+
+
+class _Activation(torch.autograd.Function):
+    """Keeps its input and two numbers a row; backward computes the functions again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_scale: Tensor,
+        coefficients: Tensor,
+        counts: tuple[int, ...],
+        function: Function,
+        quantised: bool,
+        kernels: Functions,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, coefficients, factor = x.contiguous(), coefficients.contiguous(), x_scale.reciprocal()
+        codes, scale, rms, kept = kernels.forward(function, x, factor, coefficients, counts, quantised)
+        ctx.save_for_backward(x, factor, coefficients, scale, rms)
+        ctx.counts, ctx.function, ctx.kernels = counts, function, kernels
+        ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))
+        return codes, scale, kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, factor, coefficients, scale, rms = ctx.saved_tensors
+        grads = ctx.kernels.backward(ctx.function, x, factor, coefficients, ctx.counts, grad.contiguous(), scale, rms)
+        return grads[0], None, grads[1], None, None, None, None

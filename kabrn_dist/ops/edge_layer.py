@@ -1,0 +1,293 @@
+"""A layer of a Kolmogorov-Arnold network with a function on every edge: y_o = Σᵢ [b_oi·silu(xᵢ) + Σₖ s_oik·Bₖ(xᵢ)].
+
+Source: KAN (arXiv 2404.19756, eq. 2.10), with one ternary matrix for all base weights and one for all coefficients.
+
+In the ternary mode both branches are int8 codes with a scale for each row. The base branch is scaled by the largest
+silu(x) of the row. The basis branch is scaled by the largest value that basis functions can take in the row: inside
+the grid that is a constant (1 for hats), so all rows share one scale; where an input leaves the grid it grows with
+the distance, and its resolution is what int8 codes of such an outlier have anyway.
+
+Rows are expanded to K values an input chunk by chunk, in memory that stays in the cache, and expanded once more in
+backward: what is kept is x.
+
+Shapes: N rows, I inputs, O outputs, K = G + p basis functions, E experts, rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kabrn_dist.kernels.choice import Kernels, kernels_for
+from kabrn_dist.kernels.spline import CODES, MOST_DEGREE, PLAIN, VALUES
+from kabrn_dist.ops.activation_quant import SMALLEST, quantise, widen
+from kabrn_dist.ops.grids import Grid
+from kabrn_dist.ops.splines import basis, basis_naive, basis_slope, curve, largest
+from kabrn_dist.ops.weight_quant import Matrices, ternarise, ternary
+
+# Values of a chunk: 8 MiB of fp32 on CPUs; elsewhere few large products are better.
+CHUNK, CHUNK_ELSEWHERE = 1 << 21, 1 << 26
+
+
+def edge_layer(
+    x: Tensor,
+    base: Matrices | Tensor,
+    spline: Matrices | Tensor,
+    counts: Sequence[int],
+    grid: Grid,
+    quantised: bool = True,
+) -> Tensor:
+    """The layer of every expert over its rows.
+
+    Args:
+        x: [N,I] of any float dtype, rows sorted by expert.
+        base: [E,O,I], matrices with one scale each, or latents; spline: [E,O,I·K], the K coefficients of an edge side
+            by side.
+        counts: rows of each expert, which sum to N.
+        grid: of the splines.
+        quantised: of latents: False multiplies by them themselves. Values are rounded where matrices are.
+
+    Returns:
+        [N,O] in the dtype of x.
+    """
+    base, spline = (m if isinstance(m, Matrices) else ternarise(m, quantised) for m in (base, spline))
+    kernels = kernels_for(x)
+    if kernels is None or grid.degree > MOST_DEGREE or not x.dtype == base.latents.dtype == spline.latents.dtype:
+        return _EdgeLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(counts), grid)
+    return _FusedLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(counts), grid, kernels)
+
+
+def edge_layer_eager(
+    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+) -> Tensor:
+    """The same in torch's own operations, for any device and dtype."""
+    both = ternarise(base, quantised), ternarise(spline, quantised)
+    return _EdgeLayer.apply(x, both[0].latents, both[1].latents, both, tuple(counts), grid)
+
+
+def edge_layer_naive(
+    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+) -> Tensor:
+    """The same by definition, expert by expert, differentiated by autograd (straight through what is rounded)."""
+
+    def used(weight: Tensor) -> Tensor:
+        codes, gamma = ternary(weight)
+        return weight + (codes * gamma - weight).detach() if quantised else weight
+
+    out = []
+    for rows, b, s in zip(x.split(list(counts)), used(base), used(spline), strict=True):
+        silu, scale, _ = quantise(F.silu(rows), quantised)
+        values = basis_naive(rows, grid).flatten(-2)
+        if quantised:
+            steps = 127 / largest(rows, grid)
+            values = values + ((values * steps).round() / steps - values).detach()
+        out.append((silu / scale) @ b.T + values @ s.T)
+    return torch.cat(out)
+
+
+class _Branch(NamedTuple):
+    """A branch's input for some rows: `codes / scale` is the value."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+class _FusedLayer(torch.autograd.Function):
+    """Both branches as one: the splines of all inputs and then their silu, [N,(K+1)·I], by the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        spline: Tensor,
+        matrices: tuple[Matrices, Matrices],
+        counts: tuple[int, ...],
+        grid: Grid,
+        kernels: Kernels,
+    ) -> Tensor:
+        x, quantised = x.contiguous(), matrices[0].packed is not None
+        gammas = _gammas(matrices).flip(1)
+        ctx.save_for_backward(x, gammas, *_kept(matrices))
+        ctx.counts, ctx.grid, ctx.kernels, ctx.matrices = counts, grid, kernels, _empty(matrices)
+        weights = [_values(m, x.dtype) for m in reversed(matrices)]
+        matrix, line, inner = _joined(weights, grid, x.dtype), curve(grid), spline.shape[2]
+        out = x.new_empty(len(x), base.shape[1])
+        values = _buffer(x, counts, matrix.shape[2])
+        for e, rows in _chunks(counts, matrix.shape[2], x.device):
+            some = values[: rows.stop - rows.start]
+            scale = kernels.spline.expand(line, x[rows], CODES if quantised else PLAIN, some)
+            if quantised:
+                factor = gammas[e] / scale
+                part = (some[:, inner:] @ matrix[e, :, inner:].T) * factor[:, 1:]
+                part.addcmul_(some[:, :inner] @ matrix[e, :, :inner].T, factor[:, :1])
+                out[rows] = part
+            else:
+                torch.mm(some, matrix[e].T, out=out[rows])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gammas, *kept = ctx.saved_tensors
+        kernel, grid, grad = ctx.kernels.spline, ctx.grid, grad.contiguous()
+        base, spline = _filled(ctx.matrices, kept)
+        weights = [_values(m, x.dtype) for m in (spline, base)]
+        form = PLAIN if base.packed is None else VALUES
+        matrix, line = _joined(weights, grid, x.dtype), curve(grid)
+        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        # Sums over chunks are taken in fp32.
+        for_matrix = torch.zeros_like(matrix, dtype=torch.float32)
+        values = _buffer(x, ctx.counts, matrix.shape[2])
+        for e, rows in _chunks(ctx.counts, matrix.shape[2], x.device):
+            some, g = values[: rows.stop - rows.start], grad[rows]
+            kernel.expand(line, x[rows], form, some)
+            if x.dtype == torch.float32:
+                for_matrix[e].addmm_(g.T, some)
+            else:
+                for_matrix[e] += g.T @ some
+            if for_x is not None:
+                torch.mm(g, matrix[e], out=some)
+                for_x[rows] = kernel.gather(line, x[rows], some, gammas[e])
+        for_spline, for_base = for_matrix.split([spline.latents.shape[2], x.shape[1]], 2)
+        turned = _knots_last(for_spline.to(x.dtype), grid)
+        return for_x, for_base.to(x.dtype), turned, None, None, None, None
+
+
+def _values(matrices: Matrices, dtype: torch.dtype) -> Tensor:
+    """[E,O,I] codes, or plain weights, in `dtype`."""
+    return matrices.latents.to(dtype) if matrices.packed is None else matrices.codes(dtype)
+
+
+def _gammas(matrices: tuple[Matrices, Matrices]) -> Tensor:
+    """[E,2] scales of the base and the spline, ones for plain matrices."""
+    ones = widen(matrices[0].latents.new_ones(len(matrices[0].latents), 1, 1))
+    return torch.cat([(ones if m.gamma is None else m.gamma).flatten(1) for m in matrices], 1)
+
+
+def _kept(matrices: tuple[Matrices, Matrices]) -> list[Tensor]:
+    """What backward needs of them: packed codes, or plain weights."""
+    return [m.latents if m.packed is None else m.packed for m in matrices]
+
+
+def _empty(matrices: tuple[Matrices, Matrices]) -> tuple[Matrices | None, Matrices | None]:
+    """What `_filled` makes matrices of; None for plain ones."""
+    base, spline = (None if m.packed is None else Matrices(m.latents.detach()) for m in matrices)
+    return base, spline
+
+
+def _filled(empty: tuple[Matrices | None, Matrices | None], kept: Sequence[Tensor]) -> tuple[Matrices, Matrices]:
+    base, spline = (
+        Matrices(values) if m is None else m._replace(packed=values) for m, values in zip(empty, kept, strict=True)
+    )
+    return base, spline
+
+
+def _joined(weights: Sequence[Tensor], grid: Grid, dtype: torch.dtype) -> Tensor:
+    """[E,O,(K+1)·I] of a spline's matrix [E,O,I·K] and a base's [E,O,I]."""
+    spline, base = weights
+    experts, outputs, inputs = base.shape
+    matrix = torch.empty(experts, outputs, grid.size + 1, inputs, dtype=dtype)
+    matrix[:, :, :-1].copy_(spline.unflatten(-1, (inputs, grid.size)).transpose(-1, -2))
+    matrix[:, :, -1].copy_(base)
+    return matrix.flatten(-2)
+
+
+def _buffer(x: Tensor, counts: Sequence[int], values: int) -> Tensor:
+    """For the largest chunk, of `values` a row. All chunks use it, so that its memory stays in the cache."""
+    most = max((rows.stop - rows.start for _, rows in _chunks(counts, values, x.device)), default=0)
+    return x.new_empty(most, values)
+
+
+class _EdgeLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        spline: Tensor,
+        matrices: tuple[Matrices, Matrices],
+        counts: tuple[int, ...],
+        grid: Grid,
+    ) -> Tensor:
+        quantised = matrices[0].packed is not None
+        # [2][E,1,1]
+        gammas = _gammas(matrices).T[..., None, None]
+        ctx.save_for_backward(x, gammas, *_kept(matrices))
+        ctx.counts, ctx.grid, ctx.dtypes, ctx.matrices = counts, grid, (base.dtype, spline.dtype), _empty(matrices)
+        used = _matrices([_values(m, x.dtype) for m in matrices], grid, x.dtype)
+        out = x.new_empty(len(x), base.shape[1])
+        for e, rows in _chunks(counts, spline.shape[2], x.device):
+            branches = _branches(widen(x[rows]), grid, quantised, x.dtype)
+            base_part, spline_part = (
+                (branch.codes @ matrix[e].T) * (gamma[e] / branch.scale)
+                for branch, matrix, gamma in zip(branches, used, gammas, strict=True)
+            )
+            out[rows] = base_part.add_(spline_part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gammas, *kept = ctx.saved_tensors
+        grid, filled = ctx.grid, _filled(ctx.matrices, kept)
+        quantised = filled[0].packed is not None
+        codes = [_values(m, x.dtype) for m in filled]
+        matrices = _matrices(codes, grid, x.dtype)
+        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        # Sums over chunks are taken in fp32 or wider.
+        for_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices]
+        for e, rows in _chunks(ctx.counts, codes[1].shape[2], x.device):
+            z, g = widen(x[rows]), grad[rows]
+            for branch, total in zip(_branches(z, grid, quantised, x.dtype), for_weights, strict=True):
+                total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
+            if for_x is not None:
+                silu, splines = ((g * gamma[e]).to(g.dtype) @ m[e] for gamma, m in zip(gammas, matrices, strict=True))
+                slope = basis_slope(z, splines.unflatten(-1, (grid.size, -1)), grid)
+                for_x[rows] = slope.add_(torch.ops.aten.silu_backward(silu.to(z.dtype), z))
+        for_base, for_spline = for_weights
+        for_spline = _knots_last(for_spline, grid)
+        return for_x, for_base.to(ctx.dtypes[0]), for_spline.to(ctx.dtypes[1]), None, None, None
+
+
+def _matrices(codes: Sequence[Tensor], grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both branches' matrices for the product; the spline's inputs go last, which makes expanding contiguous."""
+    base, spline = codes
+    turned = spline.unflatten(-1, (-1, grid.size)).transpose(-1, -2)
+    return base.to(dtype), turned.to(dtype, memory_format=torch.contiguous_format).flatten(-2)
+
+
+def _knots_last(spline: Tensor, grid: Grid) -> Tensor:
+    return spline.unflatten(-1, (grid.size, -1)).transpose(-1, -2).flatten(-2)
+
+
+def _branches(z: Tensor, grid: Grid, quantised: bool, dtype: torch.dtype) -> tuple[_Branch, _Branch]:
+    """Rows [n,I] → base branch [n,I] and basis branch [n,K·I], each with a scale [n,1]."""
+    silu = F.silu(z)
+    most = silu.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
+    values = basis(z, grid).flatten(-2)
+    return _encode(silu, most, quantised, dtype), _encode(values, largest(z, grid), quantised, dtype)
+
+
+def _encode(values: Tensor, most: Tensor, quantised: bool, dtype: torch.dtype) -> _Branch:
+    """Codes in `dtype` of values [n,I] that exceed `most` [n,1] nowhere; writes into the values."""
+    scale = 127 / most if quantised else torch.ones_like(most)
+    if quantised:
+        values = values.mul_(scale).round_()
+    if dtype == torch.float16:
+        # It ends at 65,504, so its sums are of values up to 1. In the ternary mode that is a power of two.
+        shift = torch.full_like(most, 1 / 128) if quantised else 1 / most
+        values, scale = values.mul_(shift), scale * shift
+    return _Branch(values.to(dtype), scale)
+
+
+def _chunks(counts: Sequence[int], values: int, device: torch.device) -> Iterator[tuple[int, slice]]:
+    """Every expert's rows in chunks, of `values` a row."""
+    most = max(1, (CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE) // values)
+    first = 0
+    for e, n in enumerate(counts):
+        for start in range(first, first + n, most):
+            yield e, slice(start, min(start + most, first + n))
+        first += n

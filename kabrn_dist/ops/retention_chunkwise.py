@@ -1,0 +1,179 @@
+"""The chunkwise form of retention, with its gradient, on one rank or on a slice of a sequence that many ranks share.
+
+Only differences of positions inside a chunk are exponentiated, so no length overflows; memory grows linearly with it.
+
+Shapes: B batch, H heads, T time, K key width of a head, V value width of a head, N chunks of C tokens, G = B·H.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kabrn_dist.distributed.state_scan import SequenceLink
+from kabrn_dist.ops.chunks import Chunks, add_product, blocks, cut_chunks, fold, mask, merged, product, unfold
+
+
+def retention_torch(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor, state: Tensor, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """`retention_chunk` in plain torch: on CPUs, on cards without Triton, and what kernels are held against."""
+    return _Retention.apply(q, k, v, log_decay, documents, state, documents[:, 0], chunk, None)
+
+
+def retention_slice(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    documents: Tensor,
+    starts: Tensor,
+    link: SequenceLink,
+    chunk: int = 64,
+) -> Tensor:
+    """This rank's slice of sequences that are spread over the ranks of `link` (design §3.3). Collective.
+
+    Args:
+        q, k, v, log_decay, chunk: as for `retention_chunk`; `T` is the length of a slice.
+        documents: [B,T] int64 of this slice, numbered over the whole sequence.
+        starts: [B] bool, true where the slice's first token begins a document.
+
+    Returns:
+        out [B,H,T,V]. Gradients of q, k and v are right on every rank.
+    """
+    check_retention_inputs(q, k, v, log_decay, documents, None)
+    before = torch.where(starts, documents[:, 0] - 1, documents[:, 0])
+    state = torch.zeros_like(q[:, :, 0, :, None] * v[:, :, 0, None, :], dtype=log_decay.dtype)
+    return _Retention.apply(q, k, v, log_decay, documents, state, before, chunk, link)[0]
+
+
+def check_retention_inputs(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor, state: Tensor | None
+) -> None:
+    batch, heads, time, key = q.shape
+    wanted = {
+        "k": (k, (batch, heads, time, key)),
+        "v": (v, (batch, heads, time, v.shape[-1])),
+        "log_decay": (log_decay, (heads,)),
+        "documents": (documents, (batch, time)),
+        "state": (state, (batch, heads, key, v.shape[-1])),
+    }
+    if time == 0:
+        raise ValueError("q: there are no tokens (T = 0)")
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit q {tuple(q.shape)}; expected {shape}")
+    # On a card the answer would have to be waited for.
+    if not documents.is_cuda and bool((documents.diff() < 0).any()):
+        raise ValueError("documents: their numbers fall along a row; number them in the order of the text")
+
+
+def _within_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
+    """What tokens see of their own chunk: [G,N,C,V] from folded q, k, v."""
+    out = torch.empty_like(v)
+    for block in blocks(q, chunks.heads):
+        scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block)
+        torch.bmm(scores.flatten(0, 1), v[block].flatten(0, 1), out=merged(out[block]))
+    return out
+
+
+def _within_chunks_backward(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, chunks: Chunks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of folded q, k, v from that of `_within_chunks`'s result."""
+    for_q, for_k, for_v = (torch.empty_like(x) for x in (q, k, v))
+    for block in blocks(q, chunks.heads):
+        qs, ks, gs = (x[block].flatten(0, 1) for x in (q, k, grad))
+        outs = (merged(x[block]) for x in (for_q, for_k, for_v))
+        out_q, out_k, out_v = outs
+        scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
+        torch.bmm(scores.transpose(1, 2), gs, out=out_v)
+        scores = mask(product(grad[block], v[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
+        torch.bmm(scores, ks, out=out_q)
+        torch.bmm(scores.transpose(1, 2), qs, out=out_k)
+    return for_q, for_k, for_v
+
+
+def _run_up(added: Tensor, kept: Tensor, state: Tensor) -> Tensor:
+    """States [G,N+1,K,V] before each chunk and after the last, from what each adds [G,N,K,V] and the first."""
+    states = state.new_empty(added.shape[0], added.shape[1] + 1, *added.shape[2:])
+    states[:, 0] = state
+    for n in range(added.shape[1]):
+        torch.addcmul(added[:, n], kept[:, n], states[:, n], out=states[:, n + 1])
+    return states
+
+
+def _run_down(added: Tensor, kept: Tensor, state: Tensor) -> Tensor:
+    """The same from the end: what is before each chunk, from what is after the last, which comes last."""
+    states = state.new_empty(added.shape[0], added.shape[1] + 1, *added.shape[2:])
+    states[:, -1] = state
+    for n in range(added.shape[1] - 1, -1, -1):
+        torch.addcmul(added[:, n], kept[:, n], states[:, n + 1], out=states[:, n])
+    return states
+
+
+class _Retention(torch.autograd.Function):
+    """Keeps q, k, v and one state a chunk; scores are computed again in backward.
+
+    Without a link, `state` is known at the start. With one, the state before the slice (and in backward the gradient
+    of the state after it) travels while the slice's own scores are computed, and is added when it has come.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        documents: Tensor,
+        state: Tensor,
+        before: Tensor,
+        chunk: int,
+        link: SequenceLink | None,
+    ) -> tuple[Tensor, Tensor]:
+        time, size = q.shape[2], min(chunk, q.shape[2])
+        chunks = cut_chunks(log_decay, documents, before, size, q.dtype)
+        qs, ks, vs = (fold(x, size) for x in (q, k, v))
+        added = product((ks * chunks.leaving).transpose(-1, -2), vs).to(state.dtype)
+        states = _run_up(added, chunks.kept, state.flatten(0, 1))
+        wait = None
+        if link is not None:
+            wait = link.begin(states[:, -1].view_as(state), chunks.kept.prod(1).view(state.shape[:2]), time)
+        out = _within_chunks(qs, ks, vs, chunks)
+        if wait is not None:
+            came = wait().flatten(0, 1)[:, None]
+            states[:, :1] = came
+            states[:, 1:].addcmul_(chunks.kept.cumprod(1), came)
+        used = states[:, :-1].to(q.dtype).contiguous()
+        add_product(out, qs * chunks.entering, used)
+        ctx.save_for_backward(q, k, v, log_decay, documents, before, used)
+        ctx.size, ctx.link = size, link
+        return unfold(out, v), states[:, -1].reshape(state.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, documents, before, states = ctx.saved_tensors
+        size, link, time = ctx.size, ctx.link, q.shape[2]
+        chunks = cut_chunks(log_decay, documents, before, size, q.dtype)
+        qs, ks, vs, gs = (fold(x, size) for x in (q, k, v, grad))
+        after = grad_state if link is None else torch.zeros_like(grad_state)
+        sent = product((qs * chunks.entering).transpose(-1, -2), gs).to(after.dtype)
+        back = _run_down(sent, chunks.kept, after.flatten(0, 1))
+        wait = None
+        if link is not None:
+            kept = chunks.kept.prod(1).view(after.shape[:2])
+            wait = link.begin(back[:, 0].reshape(after.shape), kept, time, reverse=True)
+        for_q, for_k, for_v = _within_chunks_backward(qs, ks, vs, gs, chunks)
+        if wait is not None:
+            came = wait().flatten(0, 1)[:, None]
+            back[:, -1:] = came
+            back[:, :-1].addcmul_(chunks.kept.flip(1).cumprod(1).flip(1), came)
+        behind = back[:, 1:].to(q.dtype).contiguous()
+        for_q.addcmul_(product(gs, states.transpose(-1, -2)), chunks.entering)
+        for_k.addcmul_(product(vs, behind.transpose(-1, -2)), chunks.leaving)
+        add_product(for_v, ks * chunks.leaving, behind)
+        for_state = back[:, 0].reshape(after.shape) if link is None else None
+        return (unfold(for_q, q), unfold(for_k, k), unfold(for_v, v), None, None, for_state, None, None, None)

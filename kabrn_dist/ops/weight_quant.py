@@ -1,0 +1,194 @@
+"""Ternary matrices: latents rounded to −1, 0, 1 (BitNet b1.58, arXiv 2402.17764), two bits a code.
+
+A product reads `Matrices`, whatever their latents are: a whole parameter here, or shards that other ranks hold.
+
+Shapes: E matrices (experts), O output width, I input width, R rows of outputs with a scale each.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kabrn_dist.kernels.choice import choose, kernels_for
+from kabrn_dist.kernels.functions import KERNEL_DTYPES
+from kabrn_dist.ops.activation_quant import SMALLEST, widen
+from kabrn_dist.ops.packing import pack, unpack
+
+# A Gaussian latent keeps 0.4386 of its variance as γ·{-1,0,1} (31 % zeros).
+TERNARY_VARIANCE = 0.4386
+
+
+class Matrices(NamedTuple):
+    """Ternary matrices as a product reads them.
+
+    Attributes:
+        latents: [E,O,I]; carries the gradient, straight through the rounding. Its values are read only where nothing is
+            packed: a plain, or not yet wholly quantised, matrix.
+        packed: uint8, two bits a code (`pack`); None for plain matrices.
+        gamma: [E,1,1] fp32, or [E,O,1] where groups of outputs have a scale of their own; None for plain matrices.
+        fresh: [E,O,I] int8, the codes where they have just been made.
+    """
+
+    latents: Tensor
+    packed: Tensor | None = None
+    gamma: Tensor | None = None
+    fresh: Tensor | None = None
+
+    def codes(self, dtype: torch.dtype) -> Tensor:
+        """[E,O,I] codes in `dtype`."""
+        assert self.packed is not None
+        if self.fresh is None:
+            return unpack(self.packed, tuple(self.latents.shape), dtype)
+        return self.fresh if dtype == torch.int8 else widen_codes(self.fresh, dtype)
+
+
+class Blend:
+    """How far values have gone from plain to quantised ones, for all ternary modules of a model.
+
+    Attributes:
+        share: 0 plain, 1 quantised; between them a value is x + share·(q(x) − x).
+        group: outputs that share a scale; None: all of a matrix.
+    """
+
+    def __init__(self, share: float, group: int | None = None) -> None:
+        self.share, self.group = float(share), group
+
+
+class Source(ABC):
+    """Where the codes of a parameter's matrices come from if not from the parameter itself."""
+
+    @abstractmethod
+    def read(self, parameter: nn.Parameter) -> Matrices:
+        """Differentiable in the parameter."""
+
+
+class TernaryModule(nn.Module):
+    """Holds latents of ternary matrices by name.
+
+    Args:
+        stds: standard deviations of the latents at the start, by name.
+        quantised: False for plain matrices, or what the modules of a model share.
+
+    Attributes:
+        sources: by name, where it is not the parameter itself.
+    """
+
+    def __init__(self, stds: dict[str, float], quantised: bool | Blend) -> None:
+        super().__init__()
+        self.stds = stds
+        self.blend = quantised if isinstance(quantised, Blend) else Blend(quantised)
+        self.sources: dict[str, Source] = {}
+
+    @property
+    def share(self) -> float:
+        """How far values are quantised now."""
+        return self.blend.share
+
+    def matrices(self, name: str) -> Matrices:
+        """As products read them now."""
+        parameter = self.get_parameter(name)
+        source = self.sources.get(name)
+        if source is not None:
+            return source.read(parameter)
+        return ternarise(parameter if parameter.ndim == 3 else parameter[None], self.blend.share, self.blend.group)
+
+
+def ternarise(latents: Tensor, share: float = 1.0, group: int | None = None) -> Matrices:
+    """Matrices of whole latents [E,O,I]; `share` and `group` as in `Blend`."""
+    if share == 1:
+        found, *rest = _Ternarise.apply(latents, group)
+        return Matrices(found, *rest)
+    if not share:
+        return Matrices(latents)
+    with torch.no_grad():
+        codes, gamma = ternary(latents, group)
+        step = (share * (codes * gamma - widen(latents))).to(latents.dtype)
+    return Matrices(latents + step)
+
+
+class _Ternarise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, group: int | None) -> tuple[Tensor, ...]:
+        gamma = scales(latents, group)
+        codes = round_latents(latents, gamma)
+        packed = pack(codes)
+        ctx.mark_non_differentiable(packed, gamma, codes)
+        return hollow(latents), packed, gamma, codes
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def hollow(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Zeros of a shape (by default that of x) without memory for them: a place for a gradient to come to."""
+    return x.new_zeros(1).expand(shape or x.shape)
+
+
+def ternary(latents: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Absmean quantisation (eq. 1–3 of arXiv 2402.17764).
+
+    Args:
+        latents: [E,O,I].
+        group: outputs that share a scale, the last group of a matrix may be smaller; None: all of a matrix.
+
+    Returns:
+        codes [E,O,I] of −1, 0, 1 in fp32 (or wider), and γ, the mean |w|: [E,1,1], or [E,O,1] with groups.
+    """
+    gamma = scales(latents, group)
+    return round_latents(latents, gamma).to(gamma.dtype), gamma
+
+
+def scales(latents: Tensor, group: int | None = None) -> Tensor:
+    """γ [E,1,1] or [E,O,1] fp32 (or wider) of latents [E,O,I]. Sums are taken in fp64, so that no layout shows."""
+    experts, outputs, inputs = latents.shape
+    if group is None:
+        return mean_of(magnitudes(latents.view(experts, -1)), outputs * inputs, latents.dtype).view(-1, 1, 1)
+    sums = magnitudes(latents.reshape(-1, inputs)).view(experts, outputs)
+    grouped = [part.sum(1) for part in sums.split(group, 1)]
+    means = [mean_of(total, min(group, outputs - i * group) * inputs, latents.dtype) for i, total in enumerate(grouped)]
+    return torch.stack(means, 1).repeat_interleave(group, 1)[:, :outputs, None].contiguous()
+
+
+def mean_of(total: Tensor, count: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """γ of Σ|w| [R] fp64, in fp32 or, for fp64 latents, in fp64."""
+    mean = total / count
+    return mean.to(torch.promote_types(dtype, torch.float32)).clamp_(min=SMALLEST)
+
+
+def magnitudes(runs: Tensor) -> Tensor:
+    """[R,n] latents → [R] fp64, Σ|w| of each run."""
+    kernels = kernels_for(runs)
+    if kernels is not None:
+        return kernels.products.magnitudes(runs.detach().contiguous())
+    return runs.detach().double().abs().sum(1)
+
+
+def round_latents(latents: Tensor, gamma: Tensor) -> Tensor:
+    """int8 codes of latents [..., n] with γ that broadcasts, one for each row or for each matrix."""
+    latents, kernels = latents.detach().contiguous(), kernels_for(latents)
+    if kernels is not None and gamma.numel() and latents.numel() % gamma.numel() == 0:
+        return kernels.products.ternary(latents.view(gamma.numel(), -1), gamma.contiguous()).view_as(latents)
+    return (widen(latents) / gamma).round_().clamp_(-1, 1).to(torch.int8)
+
+
+def widen_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 codes in `dtype`."""
+    kernels = choose(codes.device.type).kernels
+    if kernels is not None and dtype in KERNEL_DTYPES:
+        return kernels.products.widen(codes.contiguous(), dtype)
+    return codes.to(dtype)
+
+
+def latent_std(inputs: int, gain: float, quantised: bool | Blend) -> float:
+    """Standard deviation of latents whose product with unit-variance input has standard deviation `gain`.
+
+    Where matrices are to be ternary in the end, it is that of the ternary product.
+    """
+    ends_ternary = isinstance(quantised, Blend) or quantised
+    return gain / math.sqrt(inputs * (TERNARY_VARIANCE if ends_ternary else 1.0))

@@ -1,1 +1,0 @@
-"""Moving tokens between ranks."""

@@ -1,0 +1,69 @@
+"""Pictures of how a router spreads its tokens.
+
+Shapes: L mixture layers, E routed experts, S logged steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kabrn_dist.plots.figure import COLOURS, draw_cells, make_figure
+
+_DASHES = ("-", "--", ":")
+
+
+def draw_load(load: Tensor, layers: Sequence[int], step: int) -> Figure:
+    """Heat map layer × expert of load over its ideal, the mean of its layer.
+
+    Args:
+        load: [L,E] copies sent to each expert, or any multiple of them.
+        layers: numbers of the L layers.
+    """
+    share = load.double() / load.double().mean(1, keepdim=True).clamp(min=1e-9)
+    rows = [f"layer {layer}" for layer in layers]
+    return draw_cells(share, rows, f"Load of each expert at step {step}", "load / ideal (1 = balanced)", centre=1.0)
+
+
+def draw_violation(steps: Sequence[int], violation: Tensor, layers: Sequence[int]) -> Figure:
+    """MaxVio [S,L] over the steps, a line a layer."""
+    figure = make_figure(9, 4.5)
+    axes = figure.add_subplot()
+    for column, layer in enumerate(layers):
+        _line(axes, steps, violation[:, column], column, f"layer {layer}")
+    axes.set(title="Balance of the experts", xlabel="step", ylabel="MaxVio = (max − mean) / mean of the load")
+    axes.set_ylim(bottom=0)
+    _legend(axes, len(layers))
+    return figure
+
+
+def draw_history(steps: Sequence[int], share: Tensor, layer: int) -> Figure:
+    """Load over ideal [S,E] of each expert of one layer over the steps; beyond 14 experts the busiest and idlest."""
+    figure = make_figure(10, 5)
+    axes = figure.add_subplot()
+    order = share[-1].argsort(stable=True).tolist()
+    named = order if len(order) <= 14 else order[:7] + order[-7:]
+    for expert in set(order) - set(named):
+        axes.plot(steps, share[:, expert], color="0.8", linewidth=0.8)
+    for place, expert in enumerate(sorted(named)):
+        _line(axes, steps, share[:, expert], place, f"expert {expert}")
+    axes.axhline(1.0, color="0.4", linewidth=0.8)
+    others = "" if len(named) == len(order) else " (the 7 idlest and 7 busiest named, the others grey)"
+    axes.set(title=f"Load of layer {layer}'s experts{others}", xlabel="step", ylabel="load / ideal (1 = balanced)")
+    axes.set_ylim(bottom=0)
+    _legend(axes, len(named))
+    return figure
+
+
+def _line(axes: Axes, steps: Sequence[int], values: Tensor, place: int, label: str) -> None:
+    colour, dash = COLOURS[place % len(COLOURS)], _DASHES[place // len(COLOURS) % len(_DASHES)]
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, values.tolist(), color=colour, linestyle=dash, marker=marker, linewidth=1.4, label=label)
+
+
+def _legend(axes: Axes, count: int) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, ncols=1 + (count - 1) // 20, frameon=False)

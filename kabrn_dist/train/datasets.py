@@ -1,0 +1,47 @@
+"""The data of a run: both splits, opened and checked before any process group forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kabrn_dist.config import Config
+from kabrn_dist.data.corpus import open_corpus
+from kabrn_dist.data.dataset import Batches
+from kabrn_dist.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Attributes:
+    train, validation: the sequences, of the same sources in the same order.
+    bytes_per_token: [vocabulary] int64, UTF-8 bytes that each token stands for.
+    gzip_bits_per_byte: what `gzip -9` makes of the validation text: a yardstick.
+    """
+
+    train: Batches
+    validation: Batches
+    bytes_per_token: np.ndarray
+    gzip_bits_per_byte: float
+
+
+def open_splits(config: Config) -> Splits:
+    """Open both splits and check them against the model and the run's length.
+
+    Raises:
+        UserError: for missing or damaged shards, a wrong tokenizer, weights that name no source or sum to 0, data that
+            ends before the run does, or a vocabulary larger than the model's.
+    """
+    data = config.data
+    corpus = open_corpus(data)
+    train = Batches(corpus, "train", data.sequence_length, config.run.seed)
+    validation = Batches(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
+    train.check_length(config.training.steps * config.training.batch)
+    tokenizer = corpus.tokenizer()
+    if tokenizer.vocabulary > config.model.vocabulary:
+        raise UserError(
+            f"model.vocabulary {config.model.vocabulary} is smaller than the {tokenizer.vocabulary} tokens of "
+            f"{data.path}/tokenizer.json; set model.vocabulary to at least {tokenizer.vocabulary}"
+        )
+    return Splits(train, validation, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())

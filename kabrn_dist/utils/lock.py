@@ -1,0 +1,100 @@
+"""One run on one folder: a lock that the system takes back when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from kabrn_dist.utils.errors import UserError
+
+LOCK_NAME = "lock"
+# A process that is killed while it starts another one leaves the lock to that one until it has become its program.
+PATIENCE_SECONDS = 3.0
+
+# What file systems without locks answer.
+_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+logger = logging.getLogger(__name__)
+
+
+class Lock:
+    """A held lock. `release` it, use it as a context, or leave it to the end of the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        """Let another process have it; a second call does nothing."""
+        # The file stays: were it removed, two processes could each lock a file of that name.
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def hold(folder: Path) -> Lock:
+    """Lock `folder`/lock, making the folder if need be, and write host and process into it.
+
+    flock(2): gone with the process, also after SIGKILL, so nothing stale is ever left; NFS passes it to the
+    other machines. A held one is waited for, PATIENCE_SECONDS, in case its holder is just ending. On a file
+    system without locks a warning is logged and the run goes on unguarded. Not collective: rank 0 takes it.
+    Raises UserError where another holds it, or the folder cannot be written.
+    """
+    path = folder / LOCK_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror}); choose a run.folder you can write to") from error
+    try:
+        _lock(descriptor, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return Lock(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        if not _try_for(descriptor, PATIENCE_SECONDS):
+            holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"{path.parent}: a run is going on in this folder ({holder}); stop it first, or choose another "
+                "run.folder"
+            )
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise UserError(f"{path}: cannot be locked ({error.strerror}); choose another run.folder") from error
+        logger.warning("%s: this file system has no locks; never start two runs on one folder", path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"host {socket.gethostname()}, process {os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        # The lock counts, not the note: a full disk must not keep a run from resuming.
+        logger.warning("%s: cannot be written (%s)", path, error.strerror)
+
+
+def _try_for(descriptor: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True

@@ -1,0 +1,91 @@
+"""Gradients that travel to their owners while backward goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kabrn_dist.backend.overlapped_reduce import MOST, Homing
+from kabrn_dist.distributed.launch_env import find_place
+from kabrn_dist.distributed.mesh import join_processes
+from tests.support.runs import ranks
+
+WIDTHS = [5, 3, 7, 2, 4, 6, 1, 3, 5]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_gets_its_piece_of_the_summed_gradient_and_waits_last(world: int) -> None:
+    ranks(world, "test_homing")
+
+
+def main() -> None:
+    place = find_place()
+    with join_processes(place):
+        world, rank = place.world, place.rank
+        shapes = [(1, *pair) for pair in pairwise(WIDTHS)]
+        sizes = [-(-a * b // (world * 4)) * 4 for _, a, b in shapes]
+        group = dist.group.WORLD if world > 1 else None
+        under_way: list[Homing] = []
+        homings = [Homing(s, (world, n), group, torch.float32, under_way) for s, n in zip(shapes, sizes, strict=True)]
+        pieces = [nn.Parameter(torch.zeros(size)) for size in sizes]
+        for step in range(2):
+            expected = [torch.zeros(shape) for shape in shapes]
+            for micro in range(3):
+                for one, piece in zip(homings, pieces, strict=True):
+                    one.draw_ticket(piece, last=micro == 2)
+                order = note_order()
+                _through([one.whole() for one in homings], step, micro, rank).backward()
+                if micro < 2:
+                    assert order == ["departs"] * len(shapes) and all(piece.grad is None for piece in pieces)
+                for other in range(world):
+                    leaves = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+                    _through(leaves, step, micro, other).backward()
+                    for total, leaf in zip(expected, leaves, strict=True):
+                        total.add_(leaf.grad)
+            assert order == ["departs"] * len(shapes) + ["arrives"] * len(shapes)
+            assert not under_way
+            for piece, total, size in zip(pieces, expected, sizes, strict=True):
+                padded = nn.functional.pad(total.view(-1), (0, world * size - total.numel()))
+                torch.testing.assert_close(piece.grad, padded.view(world, size)[rank], atol=1e-5, rtol=1e-5)
+                piece.grad = None
+
+
+def note_order() -> list[str]:
+    """What happens to the gradients from now on, as it happens; checks how many travel."""
+    order: list[str] = []
+    Homing.depart = noted(DEPART, "departs", order)
+    Homing.arrive = noted(ARRIVE, "arrives", order)
+    return order
+
+
+DEPART, ARRIVE = Homing.depart, Homing.arrive
+
+
+def noted(plain: Callable[..., Any], name: str, order: list[str]) -> Callable[..., Any]:
+    def call(one: Homing, *arguments: Tensor) -> Any:
+        order.append(name)
+        found = plain(one, *arguments)
+        assert len(one.under_way) <= MOST
+        return found
+
+    return call
+
+
+def _through(matrices: list[Tensor], step: int, micro: int, rank: int) -> Tensor:
+    """A loss that goes through all matrices, one after another."""
+    generator = torch.Generator().manual_seed(100 * step + 10 * micro + rank)
+    x = torch.randn(2, WIDTHS[0], generator=generator)
+    for matrix in matrices:
+        # Matrices are zero; what stands beside them keeps a gradient alive.
+        x = x @ (matrix[0] + torch.randn(matrix.shape[1:], generator=generator))
+    return x.sum()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""The configuration: mistakes are named with a remedy that works, and what is loaded is what was written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from data_prep.recipe import load_recipe
+from data_prep.sources.build import make_source
+from kabrn_dist.config import Config
+from kabrn_dist.config.file import dump_config, load_config
+from kabrn_dist.config.model import Section
+from kabrn_dist.utils.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+# Recipes of data_prep lie beside the trainings that read what they make.
+RECIPES = [path for path in CONFIGS if path.name.startswith("data_")]
+TRAININGS = [path for path in CONFIGS if path not in RECIPES]
+
+BASE = """
+run: {folder: runs/x}
+data: {path: data/x, sequence_length: 32}
+model:
+  vocabulary: 64
+  width: 16
+  layers: 1
+  retention: {heads: 2, key_width: 4, value_width: 8}
+  experts: {routed: 8, top_k: 2, hidden: 8}
+optimizer: {learning_rate: 1.0e-3}
+training: {steps: 10, batch: 24, micro_batch: 2}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("modle.width=3", "unknown key 'modle'; did you mean 'model'?"),
+        ("model.retention.head=3", "unknown key 'model.retention.head'; did you mean 'heads'?"),
+        ("training.stepps=3", "unknown key 'training.stepps'; did you mean 'steps'?"),
+        ("parallel.experts=2", "unknown key 'parallel.experts'; did you mean"),
+        ("checkpoint.qqqq=3", "unknown key 'checkpoint.qqqq'; known keys: every, keep, keep_every"),
+    ],
+)
+def test_unknown_keys(base: Path, override: str, said: str) -> None:
+    assert said in complaint(base, override)
+    assert str(base) in complaint(base, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "found"),
+    [
+        ("training.steps=many", "training.steps", "'many'"),
+        ("training.steps=0", "training.steps", "0"),
+        ("training.steps=1.5", "training.steps", "1.5"),
+        ("model.quantise=perhaps", "model.quantise", "'perhaps'"),
+        ("parallel.zero=4", "parallel.zero", "4"),
+        ("training.precision=bf61", "training.precision", "'bf61'"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan"),
+        ("model=3", "model", "3"),
+        ("model.retention=[2]", "model.retention", "[2]"),
+        ("parallel.experts_per_rank=[0, 8]", "parallel.experts_per_rank.0", "0"),
+        ("model.retention.key_width=3", "model.retention.key_width", "3"),
+        ("checkpoint.keep=1", "checkpoint.keep", "1"),
+    ],
+)
+def test_wrong_values_are_named(base: Path, override: str, key: str, found: str) -> None:
+    message = complaint(base, override)
+    assert f"{key}: " in message and message.endswith(f"found {found}")
+
+
+def test_all_mistakes_are_told_at_once(base: Path) -> None:
+    message = complaint(base, "training.steps=many", "model.widht=3")
+    assert "training.steps" in message and "did you mean 'width'?" in message
+
+
+def test_a_wrong_decay_is_named_by_its_key_alone(base: Path) -> None:
+    for wrong in ("fast", "[1, 2, 3]"):
+        message = complaint(base, f"model.retention.decay={wrong}")
+        assert "model.retention.decay: " in message and "decay.literal" not in message
+    assert "[7.0, 1.0]" in complaint(base, "model.retention.decay=[7, 1]")
+    assert load_config(base, ["model.retention.decay=[1.5, 7]"]).model.retention.decay == (1.5, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.experts.routed=8", "model.experts.top_k=9"], "top_k 9 exceeds the 8 routed experts"),
+        (["model.experts.routed=8", "model.router.groups=3"], "it can be 1, 2, 4, 8"),
+        (["model.experts.routed=8", "model.router.groups=4", "model.router.groups_per_token=5"], "set it to 4 or less"),
+        (
+            [
+                "model.experts.routed=8",
+                "model.experts.top_k=5",
+                "model.router.groups=4",
+                "model.router.groups_per_token=2",
+            ],
+            "2 groups of 2 experts hold fewer than model.experts.top_k 5; set groups_per_token to 3 or more",
+        ),
+        (["model.experts.form=hat", "model.experts.grid=1"], "model.experts.grid: "),
+        (["model.experts.form=hat", "model.experts.range=[2, -2]"], "range [2.0, -2.0] must be [low, high]"),
+        (
+            ["model.experts.form=bspline", "model.experts.grid=4", "model.experts.degree=5"],
+            "degree 5 needs more knots than the 5 of grid 4; set degree <= 4 or grid >= 5",
+        ),
+        (["model.experts.form=chebyshev", "model.experts.groups=5"], "groups 5 does not divide"),
+    ],
+)
+def test_experts_and_routers_that_cannot_be_are_refused(base: Path, overrides: list[str], said: str) -> None:
+    message = complaint(base, *overrides)
+    assert said in message and "\n" not in message
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    tree = yaml.safe_load(BASE)
+    del tree["optimizer"], tree["model"]["experts"]["top_k"]
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    message = complaint(path)
+    assert "model.experts.top_k is missing" in message and "optimizer is missing" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [1\nb: }", "not valid YAML"),
+        (b"", "expected a mapping"),
+        (b"- 1\n- 2\n", "expected a mapping"),
+        (b"run: \xff\xfe", "cannot be read"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    message = complaint(path)
+    assert str(path) in message and said in message and "\n" not in message
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    assert "no such file" in complaint(tmp_path / "none.yaml")
+    assert "cannot be read" in complaint(tmp_path)
+
+
+def test_overrides(base: Path) -> None:
+    config = load_config(
+        base,
+        ["training.steps=99", "parallel.expert=2", "parallel.experts_per_rank=[3, 5]", "run.folder=runs/a=b"],
+    )
+    assert config.training.steps == 99 and config.placement() == (3, 5)
+    assert config.run.folder == Path("runs/a=b")
+    assert load_config(base, ["training.steps=1", "training.steps=2"]).training.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.steps", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("training.steps={", "is not a YAML value"),
+        ("training.steps.more=3", "'steps' is a value, not a section"),
+    ],
+)
+def test_bad_overrides(base: Path, override: str, said: str) -> None:
+    message = complaint(base, override)
+    assert "--set" in message and override in message and said in message
+
+
+def refusal(path: Path, world: int, *overrides: str) -> str:
+    config = load_config(path, overrides)
+    with pytest.raises(UserError) as caught:
+        config.check_world(world)
+    return str(caught.value)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]
+
+
+@pytest.mark.parametrize(("world", "expert"), [(2, 4), (6, 4), (12, 5), (3, 2)])
+def test_expert_that_does_not_divide_the_processes(base: Path, world: int, expert: int) -> None:
+    message = refusal(base, world, f"parallel.expert={expert}")
+    assert f"parallel.expert {expert} " in message and f"{world} processes" in message
+    remedies = numbers(message.split("can be ")[1].split(" or start")[0])
+    assert 1 in remedies
+    for remedy in remedies:
+        load_config(base, [f"parallel.expert={remedy}"]).check_world(world)
+
+
+def test_a_multiple_of_expert_processes_is_a_remedy_too(base: Path) -> None:
+    assert "a multiple of 4 processes" in refusal(base, 6, "parallel.expert=4")
+    load_config(base, ["parallel.expert=4"]).check_world(4)
+    load_config(base, ["parallel.expert=4"]).check_world(12)
+
+
+def test_expert_that_does_not_divide_the_experts(base: Path) -> None:
+    message = refusal(base, 12, "parallel.expert=3")
+    assert "parallel.expert 3 " in message and "model.experts.routed 8" in message
+    remedies = numbers(message.split("set it to ")[1].split(", or name")[0])
+    assert remedies == [1, 2, 4]
+    for remedy in remedies:
+        load_config(base, [f"parallel.expert={remedy}"]).check_world(12)
+    load_config(base, ["parallel.expert=3", "parallel.experts_per_rank=[3, 3, 2]"]).check_world(12)
+
+
+@pytest.mark.parametrize("shares", [[4, 5], [8], [2, 3, 3]])
+def test_shares_that_do_not_add_up(base: Path, shares: list[int]) -> None:
+    message = refusal(base, 4, "parallel.expert=2", f"parallel.experts_per_rank={shares}")
+    for number in (str(shares), f"{len(shares)} entries", f"sum to {sum(shares)}", "parallel.expert = 2", "routed = 8"):
+        assert number in message
+    load_config(base, ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]"]).check_world(4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_uneven_shares_in_every_stage(base: Path, stage: int) -> None:
+    uneven = ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]", f"parallel.zero={stage}"]
+    load_config(base, uneven).check_world(4)
+
+
+@pytest.mark.parametrize(
+    ("shares", "near"), [("[4, 5]", [4, 4]), ("[1, 6]", [2, 6]), ("[8]", [4, 4]), ("[1000000000, 1]", [4, 4])]
+)
+def test_the_nearest_shares_are_named_and_work(base: Path, shares: str, near: list[int]) -> None:
+    message = refusal(base, 4, "parallel.expert=2", f"parallel.experts_per_rank={shares}")
+    assert message.endswith(f"such as {near}")
+    load_config(base, ["parallel.expert=2", f"parallel.experts_per_rank={near}"]).check_world(4)
+
+
+def test_more_ranks_than_experts(base: Path) -> None:
+    for shares in ("null", "auto", "[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"):
+        message = refusal(base, 16, "parallel.expert=16", f"parallel.experts_per_rank={shares}")
+        assert "parallel.expert 16" in message and "model.experts.routed 8" in message
+        assert numbers(message.split("set it to")[1]) == [1, 2, 4, 8]
+
+
+def test_weights_of_ranks_go_with_auto(base: Path) -> None:
+    auto = ["parallel.expert=2", "parallel.experts_per_rank=auto"]
+    load_config(base, [*auto, "parallel.rank_weights=[1, 2.5]"]).check_world(4)
+    load_config(base, auto).check_world(4)
+    assert "3 entries for the 2 ranks" in complaint(base, *auto, "parallel.rank_weights=[1, 2, 3]")
+    assert "experts_per_rank: auto" in complaint(base, "parallel.expert=2", "parallel.rank_weights=[1, 2]")
+    assert "parallel.rank_weights.1: " in complaint(base, *auto, "parallel.rank_weights=[1, 0]")
+    message = complaint(base, "parallel.experts_per_rank=fast")
+    assert "parallel.experts_per_rank: " in message and "literal[" not in message and "tuple[" not in message
+
+
+@pytest.mark.parametrize(("batch", "world"), [(1, 4), (23, 4), (25, 5), (100, 3), (7, 1), (12, 4)])
+def test_batch_that_does_not_divide(base: Path, batch: int, world: int) -> None:
+    message = refusal(base, world, f"training.batch={batch}")
+    assert f"training.batch {batch} " in message and f"2 × {world} processes = {2 * world}" in message
+    (remedy,) = numbers(message.split("set training.batch to")[1])
+    fixed = load_config(base, [f"training.batch={remedy}"])
+    fixed.check_world(world)
+    assert abs(remedy - batch) <= world or remedy == 2 * world
+    assert fixed.accumulation(world) * world * 2 == remedy
+
+
+@pytest.mark.parametrize(("key", "value"), [("model.width", 18), ("model.experts.hidden", 7), ("model.width", 1)])
+def test_groups_that_do_not_divide(base: Path, key: str, value: int) -> None:
+    message = complaint(base, f"{key}={value}")
+    assert f"{key} {value}" in message and "model.experts.groups 4" in message
+    for remedy in numbers(message.split("it can be")[1]):
+        load_config(base, [f"{key}={value}", f"model.experts.groups={remedy}"])
+    assert load_config(base, [f"{key}={value}", "model.experts.form=swiglu"]).model.experts.form == "swiglu"
+
+
+def test_top_k_beyond_the_experts(base: Path) -> None:
+    message = complaint(base, "model.experts.top_k=9")
+    assert "top_k 9" in message and "8 routed" in message
+    load_config(base, ["model.experts.top_k=8"])
+
+
+def test_frozen(base: Path) -> None:
+    config = load_config(base)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.steps = 3  # type: ignore[misc]
+    assert config.training.steps == 10
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
+def test_configs_load(path: Path) -> None:
+    config = load_config(path)
+    config.check_world(config.parallel.expert)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_load(path: Path) -> None:
+    recipe = load_recipe(path)
+    for source in recipe.sources:
+        assert make_source(source.kind, recipe.inputs(source), dict(source.options)).kind == source.kind
+
+
+@pytest.mark.parametrize("override", ["run.seed=7", "model.retention.decay=[1.5, 7]", "run.folder='runs/größe: x'"])
+def test_what_is_dumped_loads_the_same(base: Path, tmp_path: Path, override: str) -> None:
+    config = load_config(base, [override, "parallel.expert=2", "parallel.experts_per_rank=[1, 7]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config and dump_config(load_config(again)) == dump_config(config)
+    assert list(yaml.safe_load(dump_config(config))) == list(Config.model_fields)
+
+
+def sections(section: type[Section], place: str = "") -> dict[str, type[Section]]:
+    """Every section by its dotted name."""
+    found = {place: section}
+    for name, field in section.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= sections(kind, f"{place}.{name}".strip("."))
+    return found
+
+
+def test_every_field_has_a_description_and_refuses_unknown_keys() -> None:
+    found = sections(Config)
+    assert {"", "model.retention", "model.experts", "parallel", "checkpoint"} <= set(found)
+    for place, section in found.items():
+        assert section.model_config.get("frozen") and section.model_config.get("extra") == "forbid", place
+        for name, field in section.model_fields.items():
+            if f"{place}.{name}".strip(".") not in found:
+                text = field.description or ""
+                assert len(text) > 15 and text.endswith("."), f"{place}.{name}: {text!r}"
+
+
+@pytest.mark.parametrize(("length", "sequence", "near"), [(64, 3, [63, 66]), (100, 8, [96, 104]), (2, 4, [4])])
+def test_a_length_that_slices_do_not_divide(base: Path, length: int, sequence: int, near: list[int]) -> None:
+    changes = [f"data.sequence_length={length}", f"parallel.sequence={sequence}", "training.batch=64"]
+    message = refusal(base, sequence, *changes)
+    assert f"data.sequence_length {length}" in message and f"parallel.sequence {sequence}" in message
+    assert numbers(message.split("can:")[1]) == near
+    for remedy in near:
+        load_config(base, [*changes, f"data.sequence_length={remedy}", "training.batch=48"]).check_world(sequence)
+
+
+def test_slices_that_do_not_divide_the_processes(base: Path) -> None:
+    message = refusal(base, 4, "parallel.sequence=3")
+    assert "parallel.sequence 3" in message and "4 processes" in message
+
+
+def test_layers_are_letters_or_a_number_of_retentions(base: Path) -> None:
+    assert load_config(base, ["model.layers=3"]).model.layers == "RRR"
+    assert load_config(base, ["model.layers=RRA"]).model.layers == "RRA"
+    for wrong in ("RXA", "0", "''"):
+        assert "model.layers" in complaint(base, f"model.layers={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.bitlinear_shards=true", "parallel.zero=2"], "not to parallel.zero 2; set parallel.zero to 1"),
+        (
+            ["parallel.bitlinear_shards=true", "model.quantise=false"],
+            "model.quantise is false; set",
+        ),
+        (
+            ["parallel.bitlinear_shards=true", "model.quantise_warmup=3"],
+            "the first 3 steps .* set both to 0",
+        ),
+        (["model.quantise_from=6", "model.quantise_warmup=4"], "= 10 leaves none of training.steps 10 quantised"),
+        (["model.quantise_from=-1"], "model.quantise_from: .*greater than or equal to 0"),
+        (["model.quantise=false", "model.quantise_warmup=2"], "quantise_warmup 2 is for quantised models"),
+        (["model.scale_group=0"], "model.scale_group"),
+        (["model.scale_group=8", "model.experts.form=hat"], "scale_group 8 is not for model.experts.form hat"),
+        (["model.convolution=-1"], "model.convolution"),
+        (["parallel.bitlinear_packing=base_two"], "parallel.bitlinear_packing"),
+    ],
+)
+def test_ternary_weights_that_cannot_be_are_refused(base: Path, overrides: list[str], said: str) -> None:
+    assert re.search(said, complaint(base, *overrides))
+
+
+def test_ternary_weights_that_can_be(base: Path) -> None:
+    shared = ["parallel.bitlinear_shards=true", "model.scale_group=3", "parallel.bitlinear_packing=base_three"]
+    assert load_config(base, shared).parallel.bitlinear_shards
+    model = load_config(base, ["model.quantise_from=3", "model.quantise_warmup=4"]).model
+    assert [model.quantised_share(step) for step in (0, 2, 3, 5, 7, 9)] == [0, 0, 0.2, pytest.approx(0.6), 1, 1]

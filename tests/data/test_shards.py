@@ -1,0 +1,266 @@
+"""Shards, their index and the stream read from them: agreement with slow ways, and every kind of damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from data_prep.inspect import inspect
+from kabrn_dist.data.index import Index
+from kabrn_dist.data.index_checks import check_shards
+from kabrn_dist.data.index_io import fingerprint, read_index
+from kabrn_dist.data.shard_set import FolderSet, open_folder
+from kabrn_dist.data.token_stream import TokenStream, mask_naive, stream_naive
+from kabrn_dist.data.tokenizer import load_tokenizer
+from kabrn_dist.data.verify import verify_shards
+from kabrn_dist.utils.errors import UserError
+from tests.support.shard_sets import DOCUMENT, Texts, make_set
+
+
+def make_folder(folder: Path, vocabulary: int = 257, masked: bool = False) -> Index:
+    """Random documents: about 450,000 training tokens in 8 blocks and 4 shards, and a small second source."""
+    return make_set(
+        folder,
+        Texts("random", train=100, validation=3, sizes=(1, 9000), per_shard=29, masked=masked),
+        Texts("more", train=5, validation=0, masked=not masked),
+        vocabulary=vocabulary,
+    )
+
+
+def open_stream(folder: Path, source: str = "random") -> TokenStream:
+    shards = open_folder(folder)
+    return TokenStream(shards, shards.index.source(source), "train")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_folder(tmp_path / "set")
+    return tmp_path / "set"
+
+
+def rewrite(folder: Path, change: dict[str, object], seal: bool = True) -> None:
+    """Change keys of index.json (dotted, numbers index lists) as someone with an editor would."""
+    fields = json.loads((folder / "index.json").read_text())
+    for key, value in change.items():
+        at, parts = fields, key.split(".")
+        for part in parts[:-1]:
+            at = at[int(part)] if isinstance(at, list) else at[part]
+        at[int(parts[-1]) if isinstance(at, list) else parts[-1]] = value
+    if seal:
+        fields["fingerprint"] = fingerprint(Index.model_validate_json(json.dumps(fields)))
+    (folder / "index.json").write_text(json.dumps(fields))
+
+
+def refusal(call: object, *arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)  # type: ignore[operator]
+    return str(caught.value)
+
+
+def ranges_of(index: Index, total: int) -> list[tuple[int, int]]:
+    """The whole, nothing, and around the edges of blocks."""
+    shards = index.sources[0].train.shards
+    edges = np.cumsum([0, *(tokens for shard in shards for _, tokens, _ in shard.blocks)]).tolist()
+    ranges = [(0, total), (0, 0), (total, total), (total - 1, total), (3, 200_001)]
+    return ranges + [(max(0, e - 1), min(e + n, total)) for e in edges for n in (0, 1, 7, 8, 9)]
+
+
+@pytest.mark.parametrize(("vocabulary", "masked"), [(257, True), (70_000, False)])
+def test_stream_agrees_with_unpacking(tmp_path: Path, vocabulary: int, masked: bool) -> None:
+    folder = tmp_path / "set"
+    index = make_folder(folder, vocabulary, masked)
+    assert index == read_index(folder)
+    source = index.sources[0]
+    assert len(source.train.shards) > 2 and len(source.train.shards[0].blocks) > 1
+    whole = stream_naive(folder, index, "train", "random")
+    stream = open_stream(folder)
+    assert len(stream) == len(whole) == source.train.tokens
+    for start, stop in ranges_of(index, len(whole)):
+        read = stream.read(start, stop)
+        assert read.dtype == np.int64 and np.array_equal(read, whole[start:stop]), (start, stop)
+    if masked:
+        mask = mask_naive(folder, index, "train", "random")
+        assert len(mask) == len(whole) and mask.sum() == source.train.loss_tokens < source.train.tokens
+        for start, stop in ranges_of(index, len(whole)):
+            assert np.array_equal(stream.read_mask(start, stop), mask[start:stop]), (start, stop)
+    stream.close()
+    assert np.array_equal(stream.read(5, 9), whole[5:9])
+    for start, stop in ((-1, 3), (5, 4), (0, len(whole) + 1)):
+        with pytest.raises(IndexError):
+            stream.read(start, stop)
+
+
+def test_the_shards_of_a_range_are_known_without_reading(folder: Path) -> None:
+    index, stream = read_index(folder), open_stream(folder)
+    shards = index.sources[0].train.shards
+    edges = np.cumsum([0, *(shard.tokens for shard in shards)])
+    starts = np.array([0, edges[1] - 1, edges[1] - 5, edges[1], 0])
+    stops = np.array([1, edges[1], edges[1] + 1, edges[2], edges[-1]])
+    wanted = [shards[:1], shards[:1], shards[:2], shards[1:2], shards]
+    assert [tuple(found) for found in stream.shards_of(starts, stops)] == wanted
+
+
+def test_totals_add_up_over_the_sources(folder: Path) -> None:
+    index = read_index(folder)
+    for split in ("train", "validation"):
+        parts = [source.split(split) for source in index.sources]
+        assert index.tokens(split) == sum(part.tokens for part in parts) == len(stream_naive(folder, index, split))
+        assert index.documents(split) == sum(part.documents for part in parts)
+        assert index.text_bytes(split) == sum(part.text_bytes for part in parts) and index.gzip9_bytes(split) == 0
+    assert "there is no 'x'; there are random, more" in refusal(index.source, "x")
+
+
+def test_plain_webdataset_reads_the_shards(folder: Path) -> None:
+    index = read_index(folder)
+    paths = [str(folder / shard.name) for shard in index.sources[0].train.shards]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False))
+    assert all(set(sample) >= {"tok", "len"} for sample in samples)
+    read = np.concatenate([np.frombuffer(sample["tok"], "<u2") for sample in samples])
+    assert np.array_equal(read, stream_naive(folder, index, "train", "random"))
+    assert sum(len(sample["len"]) // 4 for sample in samples) == index.sources[0].train.documents
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    index = make_set(folder, Texts("random", train=70, validation=0, sizes=(50, 51), per_shard=1))
+    stream = TokenStream(FolderSet(folder, index), index.sources[0], "train")
+    for document in [*range(70), 0]:
+        assert stream.read(50 * document, 50 * document + 1).tolist() == [DOCUMENT]
+    assert len(stream._files) <= 64
+    assert len(TokenStream(FolderSet(folder, index), index.sources[0], "validation")) == 0
+
+
+def test_whole_set_verifies(folder: Path) -> None:
+    index = read_index(folder)
+    read: list[int] = []
+    verify_shards(folder, index, read.append)
+    assert sum(read) == sum(shard.bytes for shard in index.shards())
+
+
+def test_damaged_shards_are_found(folder: Path) -> None:
+    index = read_index(folder)
+    path = folder / index.sources[0].train.shards[1].name
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    path.write_bytes(flipped)
+    check_shards(folder, index)
+    message = refusal(verify_shards, folder, index)
+    assert str(path) in message and "sha256" in message and "Copy this shard again" in message
+    path.write_bytes(whole[:-1000])
+    message = refusal(check_shards, folder, index)
+    assert f"{len(whole) - 1000} bytes, the index says {len(whole)}" in message and str(path) in message
+    path.unlink()
+    assert f"{path}: No such file" in refusal(check_shards, folder, index)
+
+
+def test_reading_a_bad_block_names_shard_and_block(folder: Path) -> None:
+    index = read_index(folder)
+    stream = open_stream(folder)
+    path = folder / index.sources[0].train.shards[0].name
+    offset, _, _ = index.sources[0].train.shards[0].blocks[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: offset + 10])
+    message = refusal(stream.read, 0, 100_000)
+    assert f"{path} block 000001" in message and "bytes instead of" in message and "inspect" in message
+    path.write_bytes(whole[:offset] + b"\xff\xff" + whole[offset + 2 :])
+    assert "token 65535 in a vocabulary of 257" in refusal(stream.read, 0, 100_000)
+    path.write_bytes(whole)
+    assert len(stream.read(0, 100_000)) == 100_000
+    stream.close()
+    path.unlink()
+    assert "No such file" in refusal(stream.read, 0, 5)
+
+
+def test_verify_finds_an_index_that_does_not_fit_its_shards(folder: Path) -> None:
+    index = read_index(folder)
+    offset, tokens, _ = index.sources[0].train.shards[0].blocks[0]
+    rewrite(folder, {"sources.0.train.shards.0.blocks.0": [offset - 512, tokens, 0]})
+    assert "block 0 is not at byte" in refusal(verify_shards, folder, read_index(folder))
+    rewrite(folder, {"sources.0.train.shards.0.blocks.0": [offset, tokens, 0], "document_token": 7})
+    assert "document token is not exactly at the start" in refusal(verify_shards, folder, read_index(folder))
+
+
+def test_verify_reads_the_masks(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    make_folder(folder, masked=True)
+    verify_shards(folder, read_index(folder))
+    used = read_index(folder).sources[0].train.loss_tokens
+    rewrite(folder, {"sources.0.train.loss_tokens": used - 1})
+    assert f"{used} tokens of source random count" in refusal(verify_shards, folder, read_index(folder))
+    offset, tokens, mask = read_index(folder).sources[0].train.shards[0].blocks[0]
+    rewrite(folder, {"sources.0.train.shards.0.blocks.0": [offset, tokens, mask + 1]})
+    assert "block 0: no loss mask at byte" in refusal(verify_shards, folder, read_index(folder))
+    rewrite(folder, {"sources.0.train.shards.0.blocks.0": [offset, tokens, offset - 1]})
+    assert "lies outside the block" in refusal(read_index, folder)
+
+
+def test_inspect_shows_every_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(folder, 2)
+    shown, index = capsys.readouterr().out, read_index(folder)
+    assert "source random (random), weight 1\n" in shown
+    assert "source more (random), weight 1, loss on a part of each document" in shown
+    assert shown.count("--- train document") == 4 and "--- train document 1 of more" in shown
+    assert f"{index.sources[1].train.loss_tokens:,}" in shown and f"fingerprint {index.fingerprint}" in shown
+    assert f"all sources: {index.tokens('train'):,} + {index.tokens('validation'):,} tokens" in shown
+
+
+def test_bad_indexes_are_refused(folder: Path) -> None:
+    path = folder / "index.json"
+    whole = path.read_text()
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"format": 1}, "format: Input should be 2, found '1'. Prepare the data again"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+        ({"vocabulary": "many"}, "vocabulary: Input should be a valid integer, found 'many'"),
+        ({"sources.0.train.shards.0.name": "../elsewhere.tar"}, "'../elsewhere.tar' is not a plain file name"),
+        ({"sources.0.train.shards.0.name": "/etc/x.tar"}, "not a plain file name"),
+        ({"sources.0.train.shards.0.name": "random-train-00001.tar"}, "two shards have the same name"),
+        ({"sources.0.train.shards.0.blocks.0": [2**50, 5, 0]}, "which cannot be"),
+        ({"sources.0.train.shards.0.blocks.0": [-512, 5, 0]}, "which cannot be"),
+        ({"sources.0.train.shards.0.blocks.0": [1024, 2**40, 0]}, "which cannot be"),
+        ({"sources.0.train.shards.0.tokens": 1}, "do not add up to its 1 tokens"),
+        ({"sources.0.train.tokens": 1}, "random.train.tokens is 1"),
+        ({"sources.0.validation.documents": 1}, "random.validation.documents is 1"),
+        ({"document_token": 257}, "document_token is 257"),
+        ({"dtype": "uint32"}, "dtype is 'uint32'"),
+        ({"sources.0.name": "more"}, "two sources have the same name"),
+        ({"sources.0.name": "../x"}, "source name '../x'"),
+        ({"sources.0.weight": -1.0}, "random.weight is -1.0"),
+        ({"sources.1.epochs": 0.0}, "more.epochs is 0.0"),
+        ({"sources.0.train.shards.0.sha256": "../../x"}, "sha256 '../../x' is none"),
+        ({"sources.0.train.loss_tokens": 5}, "random.train.loss_tokens is 5 of"),
+        ({"sources.0.masked": True}, "its loss mask at byte 0 lies outside the block"),
+        ({"sources.1.masked": False}, "has a loss mask, its source has none"),
+        ({"sources": []}, "sources is empty"),
+        ({"sources.0.kind": "other"}, "fingerprint is"),
+    ]
+    for change, expected in cases:
+        path.write_text(whole)
+        rewrite(folder, change, seal=False)
+        message = refusal(read_index, folder)
+        assert expected in message and str(path) in message and "\n" not in message, message
+        assert "again" in message
+    for text, expected in (
+        (whole[:100], "not JSON"),
+        ("", "not JSON"),
+        ("{}", "dtype: Field required"),
+        ('{"format": 1}', "found '1'"),
+    ):
+        path.write_text(text)
+        assert expected in refusal(read_index, folder)
+    path.unlink()
+    assert "writes the index last" in refusal(read_index, folder)
+
+
+def test_another_tokenizer_and_another_split_are_refused(folder: Path) -> None:
+    index = read_index(folder)
+    assert load_tokenizer(folder, index).kind == "bytes"
+    (folder / "tokenizer.json").write_text('{"kind":  "bytes"}')
+    assert "not the tokenizer that made the shards" in refusal(load_tokenizer, folder, index)
+    (folder / "tokenizer.json").unlink()
+    assert "No such file" in refusal(load_tokenizer, folder, index)
+    assert "there is no 'test'" in refusal(index.sources[0].split, "test")

@@ -1,0 +1,294 @@
+"""Growing: the loss is unchanged where that is promised, any world grows alike, and what cannot grow is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kabrn_dist.checkpoint.store import load_tensor, read_manifest
+from kabrn_dist.config import Experts
+from kabrn_dist.config.file import load_config
+from kabrn_dist.data.corpus import read_corpus
+from kabrn_dist.data.dataset import Batches
+from kabrn_dist.grow.describe import describe
+from kabrn_dist.grow.plan import make_plan
+from kabrn_dist.grow.recipes import OUTPUTS
+from kabrn_dist.grow.run import grow, plan_growth
+from kabrn_dist.grow.tensors import Break, Finer, Recipe, fill, refine_part
+from kabrn_dist.inference.generate import load_run
+from kabrn_dist.model.experts.registry import FORMS
+from kabrn_dist.ops.grids import insertion
+from kabrn_dist.utils.errors import UserError
+from tests.support.runs import read_losses, run, sessions, write_config
+
+SHORT: dict[str, Any] = {"training__steps": 4, "training__micro_batch": 4}
+PLAIN: dict[str, Any] = {**SHORT, "model__quantise": False}
+# Name → a trained run. The dense ones have one mixture or none.
+SOURCES: dict[str, dict[str, Any]] = {
+    "dense": {**PLAIN, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
+    "half": {
+        **PLAIN,
+        "model__experts__first_dense": 1,
+        "model__experts__dense_hidden": 24,
+        "model__experts__form": "hat",
+        "model__experts__shared": 0,
+        "model__experts__grid": 3,
+    },
+    "ternary": {**SHORT, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
+    "mixture": PLAIN,
+    "softmax": {**PLAIN, "model__router__score": "softmax", "model__router__renormalise": False},
+    "one": {**PLAIN, "model__experts__top_k": 1, "model__experts__form": "swiglu", "model__convolution": 2},
+    "limited": {
+        **PLAIN,
+        "model__experts__routed": 6,
+        "model__experts__shared": 0,
+        "model__router__groups": 3,
+        "model__router__groups_per_token": 2,
+    },
+    "bspline": {**PLAIN, "model__experts__form": "bspline", "model__experts__grid": 3},
+}
+TWICE_ALL = {"model__experts__routed": 8, "model__experts__top_k": 4}
+TWICE_ONE = {"model__experts__routed": 8, "model__router__groups": 2, "model__router__groups_per_token": 1}
+# Name → source, changes. The loss of each is promised to be unchanged.
+GROWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "same": ("mixture", {}),
+    "upcycled": ("dense", {"model__experts__first_dense": 0, "model__experts__shared": 0}),
+    "upcycled-above": ("dense", {"model__experts__first_dense": 1, "model__experts__shared": 0}),
+    "upcycled-beside-shared": ("dense", {"model__experts__first_dense": 0, "model__experts__shared": 2}),
+    "upcycled-softmax": ("dense", {"model__experts__first_dense": 0, "model__router__score": "softmax"}),
+    "upcycled-ternary": ("ternary", {"model__experts__first_dense": 0}),
+    "all-copies": ("mixture", TWICE_ALL),
+    "one-copy": ("mixture", TWICE_ONE),
+    "thrice": ("mixture", {"model__experts__routed": 12, "model__experts__top_k": 6}),
+    "softmax": ("softmax", TWICE_ALL),
+    "top-1": ("one", {"model__experts__routed": 8}),
+    "groups": (
+        "limited",
+        {
+            "model__experts__routed": 12,
+            "model__experts__top_k": 4,
+            "model__router__groups": 6,
+            "model__router__groups_per_token": 4,
+        },
+    ),
+    "finer-bspline": ("bspline", {"model__experts__grid": 6}),
+    "all-at-once": ("half", {**TWICE_ALL, "model__experts__first_dense": 0, "model__experts__grid": 9}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all SOURCES, trained in one process."""
+    folder = tmp_path_factory.mktemp("sources")
+    paths = {
+        name: write_config(folder / f"{name}.yaml", shards, folder / name, **changes)
+        for name, changes in SOURCES.items()
+    }
+    sessions(1, [[str(path), "never", None] for path in paths.values()], folder)
+    return folder
+
+
+def configure(trained: Path, shards: Path, folder: Path, source: str, changes: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    return write_config(folder / "grown.yaml", shards, folder / "grown", **(SOURCES[source] | changes))
+
+
+def load(path: Path, name: str) -> Tensor:
+    return load_tensor(path, read_manifest(path), name)
+
+
+def score(folder: Path, shards: Path) -> Tensor:
+    """Mean loss of a few validation sequences in nats, of the run's newest checkpoint."""
+    model, _, _ = load_run(folder)
+    batch = Batches(read_corpus(shards), "validation", 32, 3, ordered=False).rows(range(16))
+    with torch.no_grad():
+        return model(batch).language / batch.targets.numel()
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_the_loss_is_unchanged_where_that_is_promised(name: str, trained: Path, shards: Path, tmp_path: Path) -> None:
+    source, changes = GROWN[name]
+    config = load_config(configure(trained, shards, tmp_path, source, changes))
+    plan = make_plan(load_config(trained / f"{source}.yaml").model, config.model)
+    assert plan.disturbances(0.0, 0.0) == []
+    path = grow(trained / source, config, noise=0.0)
+    before, after = score(trained / source, shards), score(config.run.folder, shards)
+    assert abs(before - after) < 1e-6, (before, after)
+    state = read_manifest(path).state
+    assert (state["step"], state["updates"]) == (0, 4)
+    assert not (config.run.folder / "growing").exists()
+
+
+def test_noise_moves_the_loss_a_little_and_redrawing_more(trained: Path, shards: Path, tmp_path: Path) -> None:
+    before, after = score(trained / "mixture", shards), []
+    for noise, redraw in ((None, 0.0), (0.0, 0.5)):
+        config = load_config(configure(trained, shards, tmp_path / f"{redraw}", "mixture", TWICE_ALL))
+        grow(trained / "mixture", config, noise, redraw)
+        after.append(float(abs(score(config.run.folder, shards) - before)))
+    assert 0 < after[0] < 1e-3 < after[1] < 0.5
+
+
+def test_copies_share_their_moments_and_router(trained: Path, shards: Path, tmp_path: Path) -> None:
+    config = load_config(configure(trained, shards, tmp_path, "mixture", TWICE_ONE))
+    new = grow(trained / "mixture", config)
+    old = trained / "mixture" / "checkpoints" / "step-00000004"
+    for name in ("routed.up", "routed.outer_numerator", "router.weight"):
+        first, second = (f"blocks.1.mixture.{name}/{part}" for part in ("exp_avg", "exp_avg_sq"))
+        assert torch.equal(load(new, first), load(old, first).repeat(2, *[1] * (load(old, first).ndim - 1)) / 2)
+        assert torch.equal(load(new, second)[:4], load(new, second)[4:])
+        assert torch.equal(load(new, second)[:4], load(old, second) / 2)
+    assert torch.equal(load(new, "router/bias"), load(old, "router/bias").repeat(1, 2))
+    assert load(new, "router/share").sum(1).tolist() == pytest.approx([1, 1])
+    up = load(new, "blocks.1.mixture.routed.up/master")
+    noise = (up[:4] - up[4:]).std() / up.std()
+    assert 0.7 < noise / (0.01 * 2**0.5) < 1.4
+    assert torch.equal(load(new, "embedding.weight/exp_avg"), load(old, "embedding.weight/exp_avg"))
+
+
+def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_path: Path) -> None:
+    start, changes = (
+        str(trained / "dense"),
+        {"model__experts__first_dense": 0, "training__steps": 8, "checkpoint__keep": 9},
+    )
+    alone = configure(trained, shards, tmp_path / "alone", "dense", changes)
+    command = [sys.executable, "launch/grow.py", "--from", start, "--config", str(alone), "--redraw", "0.0"]
+    result = run(command)
+    assert result.code == 0 and "loss at the start: unchanged" in result.out, result.out
+    more = {"run__start_from": start, "parallel__expert": 2, "parallel__zero": 2}
+    pair = configure(trained, shards, tmp_path / "pair", "dense", changes | more)
+    sessions(1, [[str(alone), "must", None]], tmp_path / "alone")
+    sessions(2, [[str(pair), "auto", 5], [str(pair), "auto", None]], tmp_path / "pair")
+    one, two = (read_losses(tmp_path / name / "grown") for name in ("alone", "pair"))
+    assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
+    starts = [tmp_path / name / "grown" / "checkpoints" / "step-00000000" for name in ("alone", "pair")]
+    tensors = read_manifest(starts[0]).tensors
+    assert tensors.keys() == read_manifest(starts[1]).tensors.keys()
+    assert all(torch.equal(load(starts[0], name), load(starts[1], name)) for name in tensors)
+    # It goes on from what was learnt: a fresh model starts at log 257.
+    assert one[0] < read_losses(trained / "dense")[0] - 0.1
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("mixture", {"model__width": 48}, "model.width is 32 in the run to start from and 48 here; .* set it to 32"),
+    ("mixture", {"model__experts__hidden": 48}, "model.experts.hidden is 24 .* 48"),
+    ("one", {"model__convolution": 3}, "model.convolution is 2 in the run to start from and 3 here; .* set it to 2"),
+    ("mixture", {"model__experts__routed": 6}, "routed is 4 .* 6 here.* use 4, 8, 12"),
+    (
+        "mixture",
+        {"model__experts__routed": 8},
+        "top_k 2 → 2.* do not add up.*top_k 4 .*, or top_k 2 with router.groups 2",
+    ),
+    ("mixture", {"model__experts__first_dense": 1}, "layers 0 had a mixture .* set them back to 1 and 0"),
+    ("mixture", {"model__experts__shared": 2}, "model.experts.shared is 1 .* 2 here"),
+    (
+        "softmax",
+        TWICE_ONE,
+        "do not add up .*; use model.experts.top_k 4 with no group limit .a token visits all copies.$",
+    ),
+    (
+        "limited",
+        {"model__experts__routed": 12, "model__experts__top_k": 4},
+        "use model.experts.top_k 4 with groups 6 and groups_per_token 4",
+    ),
+    ("dense", {"model__experts__first_dense": 0, "model__experts__hidden": 48}, "hidden 48 is not the .* 24"),
+    ("dense", {"model__experts__first_dense": 0, "model__router__renormalise": False}, "renormalise false"),
+    ("dense", {"model__experts__dense_hidden": 48}, "model.experts.dense_hidden is 24 .* 48 here"),
+    ("bspline", {"model__experts__grid": 4}, "model.experts.grid is 3 .* use 3, 6, 9"),
+    ("bspline", {"model__experts__grid": 6, "model__experts__degree": 2}, "model.experts.degree is 3"),
+]
+
+
+@pytest.mark.parametrize(("source", "changes", "message"), REFUSED)
+def test_what_cannot_grow_is_refused(
+    source: str, changes: dict[str, Any], message: str, trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = load_config(configure(trained, shards, tmp_path, source, changes))
+    with pytest.raises(UserError, match=message):
+        grow(trained / source, config)
+    assert not config.run.folder.exists()
+
+
+def test_a_run_that_has_begun_is_not_grown_over(trained: Path, shards: Path, tmp_path: Path) -> None:
+    config = load_config(configure(trained, shards, tmp_path, "mixture", {}))
+    with pytest.raises(UserError, match=r"redraw 2 is a share .* such as 0.5"):
+        grow(trained / "mixture", config, redraw=2)
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        grow(tmp_path, config)
+    grow(trained / "mixture", config)
+    with pytest.raises(UserError, match="has begun already"):
+        grow(trained / "mixture", config)
+
+
+def test_the_table_says_what_becomes_of_each_tensor(trained: Path, shards: Path, tmp_path: Path) -> None:
+    changes = GROWN["all-at-once"][1] | {"model__experts__shared": 0}
+    config = load_config(configure(trained, shards, tmp_path, "half", changes))
+    table = describe(plan_growth(trained / "half", config), None, 0.0).splitlines()
+    rows = {" ".join(line.split()) for line in table}
+    assert "mixture.routed.inner_spline 0 1×24×128 8×24×320 8 copies of the dense layer's, grid 3 → 9" in rows
+    assert "mixture.routed.inner_spline 1 4×24×128 8×24×320 2 copies of each, grid 3 → 9" in rows
+    assert "mixture.router.weight 0 8×32 drawn afresh" in rows
+    assert "head.weight 257×32 257×32 as it was" in rows
+    assert table[-1] == "loss at the start: not as it was, by noise of 0.01 on the copies"
+    assert not config.run.folder.exists()
+
+
+def test_a_difference_without_shapes_is_named_and_silent_ones_are_not(trained: Path) -> None:
+    old = load_config(trained / "mixture.yaml").model
+    new = old.model_copy(
+        update={
+            "quantise": True,
+            "experts": old.experts.model_copy(update={"top_k": 3}),
+            "router": old.router.model_copy(update={"z": 0.5}),
+        }
+    )
+    plan = make_plan(old, new)
+    assert plan.changes == ("model.experts.top_k 2 → 3", "model.quantise False → True")
+    assert len(plan.disturbances(0.1, 0.5)) == 2
+
+
+def test_redrawn_units_are_the_same_in_all_matrices_of_a_copy() -> None:
+    breaking = Break(0.0, 0.5, seed=1)
+    up, down = torch.randn(1, 6, 4), torch.randn(1, 4, 6 * 3)
+    touched = []
+    for leaf, old in (("up", up), ("down", down)):
+        shape = (2, *old.shape[1:])
+        recipe = Recipe(f"routed.{leaf}", shape, "shared", "", copies=2, hidden=6, output=leaf == "down")
+        new, moment = torch.empty(shape), torch.empty(shape)
+        fill(new, old, recipe, "master", breaking)
+        fill(moment, torch.ones_like(old), recipe, "exp_avg", breaking)
+        rows = (new != old) if leaf == "up" else (new != old).unflatten(-1, (6, 3)).transpose(1, 2).flatten(2)
+        assert torch.equal(rows.any(-1), rows.all(-1))
+        assert torch.equal(new != old, moment == 0)
+        touched.append(rows.any(-1))
+    assert torch.equal(*touched) and touched[0].sum(1).tolist() == [3, 3]
+    assert not torch.equal(touched[0][0], touched[0][1])
+
+
+@pytest.mark.parametrize(("grid", "finer", "degree"), [(3, 6, 1), (5, 10, 3), (4, 12, 2), (2, 10, 3)])
+def test_moments_of_a_finer_grid_make_no_longer_steps(grid: int, finer: int, degree: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(200, 1, generator=generator)
+    mean = torch.randn(200, 2 * (grid + degree), generator=generator) * spread
+    square = mean.square() * (1 + torch.rand(mean.shape, generator=generator))
+    refined = [
+        refine_part(values, Finer(grid, finer, degree), part)
+        for values, part in ((mean, "exp_avg"), (square, "exp_avg_sq"))
+    ]
+    assert (refined[1] > 0).all()
+    assert (refined[0] / refined[1].sqrt()).abs().max() <= 1.0
+    ones = refine_part(torch.ones(1, grid + degree), Finer(grid, finer, degree), "master")
+    assert torch.allclose(ones, torch.ones_like(ones), atol=1e-12)
+    assert insertion(grid, finer, degree).shape == (finer + degree, grid + degree)
+
+
+def test_every_form_names_the_matrices_that_read_hidden_units() -> None:
+    for name, form in FORMS.items():
+        experts = form(8, 24, Experts(form=name, routed=2, top_k=1, hidden=24), range(1), True, 1.0)
+        for leaf in experts.stds:
+            rows, columns = experts.get_parameter(leaf).shape[1:]
+            assert (rows, columns % 24) == (8, 0) if leaf.startswith(OUTPUTS) else rows == 24, (name, leaf)

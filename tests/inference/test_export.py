@@ -1,0 +1,130 @@
+"""Exports: the same logits as the checkpoint's, whole or not at all, and usable without the run and its shards."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kabrn_dist.inference.export import plan_export, write_export
+from kabrn_dist.inference.generate import load_export, load_run
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.utils.errors import UserError
+from launch.export import main
+from tests.support.runs import ROOT, make_shards, run, torchrun, write_config
+
+CHANGES: dict[str, Any] = {
+    "model__layers": 2,
+    "model__convolution": 2,
+    "parallel__expert": 2,
+    "parallel__zero": 1,
+    "training__steps": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, its experts spread over both."""
+    folder = tmp_path_factory.mktemp("export")
+    config = write_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
+    result = run(torchrun(2, "launch/train.py", "--config", str(config)))
+    assert result.code == 0, result.out
+    return folder / "run"
+
+
+def logits(model: MixKABRN) -> Tensor:
+    tokens = torch.arange(24)[None] * 7 % 256
+    with torch.no_grad():
+        return model.read(tokens, torch.zeros_like(tokens), torch.arange(24)[None], None)[0]
+
+
+def test_an_fp32_export_gives_the_same_logits_bit_for_bit(trained: Path, tmp_path: Path) -> None:
+    reference, _, step = load_run(trained)
+    for file_bytes in (2 * 10**9, 30_000):
+        out = tmp_path / str(file_bytes)
+        export = plan_export(trained, torch.float32, file_bytes=file_bytes)
+        # Another test of this process may have left a group open.
+        grouped = torch.distributed.is_initialized()
+        write_export(export, out)
+        assert torch.distributed.is_initialized() == grouped
+        model, tokenizer = load_export(out)
+        assert torch.equal(logits(model), logits(reference)) and tokenizer.kind == "bytes"
+        # As other tools read it.
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(out.glob("*.safetensors")):
+            tensors |= load_file(file)
+            assert file.stat().st_size <= file_bytes + 4000 or len(load_file(file)) == 1
+        expected = dict(reference.named_parameters()) | reference.routers.named()
+        assert set(tensors) == set(expected)
+        assert all(torch.equal(tensors[name], values) for name, values in expected.items())
+        assert export.parameters == sum(p.numel() for p in reference.parameters())
+        assert f"step {step}" in (out / "README.md").read_text()
+    index = json.loads((tmp_path / "30000" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(expected) and index["metadata"]["total_size"] == export.bytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2000000000", "30000"]
+
+
+def test_a_bf16_export_is_the_rounded_one_and_writes_alone(trained: Path, tmp_path: Path) -> None:
+    moved, out = tmp_path / "run", tmp_path / "exports" / "tiny"
+    shutil.copytree(trained, moved)
+    assert main(["--run", str(moved), "--out", str(out), "--dry-run"]) == 0 and not out.exists()
+    assert main(["--run", str(moved), "--out", str(out), "--step", "3"]) == 0
+    reference, _, _ = load_run(moved)
+    shutil.rmtree(moved)
+    model, _ = load_export(out)
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16().float()), name
+    for name, values in model.routers.named().items():
+        assert torch.equal(values, reference.routers.named()[name])
+    command = [sys.executable, "launch/generate.py", "--model", str(out), "--prompt", "def ", "--tokens", "20"]
+    written = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("def ") and str(out) in written.stderr
+
+
+def test_refusals_leave_nothing_behind(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert "config.yaml" in refused("--run", tmp_path, "--out", out)
+    assert "step-00000099" in refused("--run", trained, "--out", out, "--step", 99)
+    assert "exists" in refused("--run", trained, "--out", trained)
+    export = plan_export(trained, torch.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            write_export(export, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+    write_export(export, out)
+    (out / "tokenizer.json").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_export(out)
+    (tmp_path / "elsewhere").rename(out / "tokenizer.json")
+    config = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(config.replace("width: 32", "width: 1000000"))
+    with pytest.raises(UserError, match=r"config\.yaml asks for"):
+        load_export(out)
+    (out / "config.yaml").write_text(config)
+    (out / "model.safetensors").rename(out / "model.bin")
+    (out / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere"}}')
+    with pytest.raises(UserError, match="no plain file name"):
+        load_export(out)

@@ -1,0 +1,96 @@
+"""Whole models with retention and attention: decoding equals training's forward pass, and no collective runs twice."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from kabrn_dist.config import Experts, Retention
+from kabrn_dist.config import Model as Settings
+from kabrn_dist.data.dataset import Batch, sequence_slice
+from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.launch_env import Place, free_port
+from kabrn_dist.distributed.mesh import alone, join_processes, make_mesh
+from kabrn_dist.model.mixkabrn import MixKABRN
+
+COLLECTIVES = ("batch_isend_irecv", "all_gather", "all_reduce", "all_to_all_single")
+
+
+def settings(layers: str, kept: str = "keep", convolution: int = 3) -> Settings:
+    retention = Retention(heads=2, key_width=4, value_width=6, decay=(1.5, 7.0), chunk=8)
+    experts = Experts(routed=4, top_k=2, hidden=8, groups=2)
+    return Settings(
+        vocabulary=11,
+        width=8,
+        layers=layers,
+        convolution=convolution,
+        retention=retention,
+        experts=experts,
+        quantise=False,
+        activations=kept,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("layers", ["A", "RA", "ARRA"])
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [17, 1, 22]])
+@pytest.mark.parametrize("convolution", [0, 3])
+def test_reading_in_pieces_is_one_pass(layers: str, pieces: list[int], convolution: int) -> None:
+    model = MixKABRN(settings(layers, convolution=convolution), Placement((4,), 0), alone())
+    model.initialise(1)
+    for name, weight in model.named_parameters():
+        if "convolution" in name:
+            # At the zeros it starts with it would do nothing.
+            weight.data.normal_()
+    tokens = torch.randint(0, 11, (1, 40), generator=torch.Generator().manual_seed(2))
+    documents, positions = torch.zeros_like(tokens), torch.arange(40)[None]
+    whole, _ = model.read(tokens, documents, positions, None)
+    states: list[Any] | None = None
+    for start, stop in zip([sum(pieces[:i]) for i in range(len(pieces))], torch.tensor(pieces).cumsum(0), strict=True):
+        here = slice(start, int(stop))
+        logits, states = model.read(tokens[:, here], documents[:, here], positions[:, here], states)
+    torch.testing.assert_close(logits, whole, atol=2e-5, rtol=0)
+
+
+def count_collectives(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    place = Place(rank, 2, rank, 2)
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, call: Any) -> Any:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return call(*arguments, **options)
+
+        return wrapper
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counted(name, getattr(dist, name)))
+    with join_processes(place) as device:
+        mesh = make_mesh(place, device, expert=2, sequence=2)
+        tokens = torch.randint(0, 11, (1, 16), generator=torch.Generator().manual_seed(3))
+        whole = Batch(
+            tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.arange(16)[None], torch.zeros_like(tokens[:, 0])
+        )
+        batch = sequence_slice(whole, mesh.sequence_rank, 2)
+        found = []
+        for kept in ("keep", "recompute", "offload"):
+            model = MixKABRN(settings("RRA", kept), Placement((2, 2), mesh.expert_rank), mesh)
+            model.initialise(1)
+            counts.clear()
+            model(batch).language.backward()
+            found.append(dict(counts))
+        exchanges = "forward and backward: one a retention, and two convolutions a layer"
+        assert found[0]["batch_isend_irecv"] == 2 * (2 + 6), exchanges
+        assert found[1] == found[0] and found[2] == found[0], found
+
+
+def test_no_collective_runs_twice_under_activation_checkpointing() -> None:
+    mp.spawn(count_collectives, (free_port(),), nprocs=2)

@@ -1,0 +1,147 @@
+"""Real training in tests: a small shard set, a small configuration, and N processes that the launcher starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kabrn_dist.distributed.launch_env import free_port
+from tests.support import fork_server as forks
+
+ROOT = Path(__file__).parents[2]
+
+SMALL: dict[str, Any] = {
+    "data": {"sequence_length": 32},
+    "model": {
+        "vocabulary": 257,
+        "width": 32,
+        "layers": 2,
+        "retention": {"heads": 2, "key_width": 8, "value_width": 16, "decay": [1.5, 7], "chunk": 8},
+        "experts": {"form": "rational", "routed": 4, "shared": 1, "top_k": 2, "hidden": 24, "groups": 4},
+    },
+    # Elements whose gradient is summation noise would otherwise move by a full learning rate, in either direction.
+    "optimizer": {"learning_rate": 3.0e-3, "warmup": 2, "clip": 0.5, "epsilon": 1.0e-5},
+    "training": {"steps": 10, "batch": 8, "micro_batch": 2, "log_every": 1},
+    "validation": {"every": 0, "sequences": 5},
+    "checkpoint": {"every": 0},
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished command left behind."""
+
+    code: int
+    out: str
+
+
+def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a command in the repository's root with one thread a process; stdout and stderr together."""
+    environment = {
+        **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: int = 300) -> Result:
+    """Wait for a started command; a hang is a failure, not a wait for ever."""
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Result(process.returncode, out)
+
+
+def run(command: list[str], timeout: int = 300, **variables: str) -> Result:
+    """Run a command to its end."""
+    return finish(start(command, **variables), timeout)
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    """Until a started run has logged so many steps."""
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= steps):
+        assert process.poll() is None and time.monotonic() < deadline, "the run must begin"
+        time.sleep(0.05)
+
+
+def torchrun(world: int, script: str, *arguments: str) -> list[str]:
+    """The command that starts `world` processes of a script."""
+    # It finds its own port: one that was free a second ago may be taken by another test's process by now.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    return [*launcher, script, *arguments]
+
+
+def deepspeed(world: int, script: str, *arguments: str) -> list[str]:
+    """The same through the deepspeed launcher."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_gpus", str(world), "--master_port", str(free_port()), script, *arguments]
+
+
+def make_shards(folder: Path, *options: str) -> Path:
+    """A byte-level shard set of a few files of the standard library, made by the real command."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [str(library / name) for name in ("textwrap.py", "bisect.py", "heapq.py", "string.py", "keyword.py")]
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    for file in files:
+        (texts / Path(file).with_suffix(".txt").name).write_text(Path(file).read_text(encoding="utf-8"))
+    tokenizer = options or ("--tokenizer", "bytes")
+    share = ("--validation-share", "0.2")
+    command = [sys.executable, "-m", "data_prep", "--source", "text", "--input", str(texts), "--out"]
+    result = run([*command, str(folder / "shards"), *tokenizer, *share])
+    assert result.code == 0, result.out
+    return folder / "shards"
+
+
+def write_config(path: Path, shards: Path, folder: Path, **changes: Any) -> Path:
+    """SMALL with dotted `changes`, as a YAML file."""
+    tree = json.loads(json.dumps(SMALL)) | {"run": {"folder": str(folder), "seed": 3}}
+    tree["data"]["path"] = str(shards)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def read_losses(folder: Path, key: str = "loss/total") -> list[float]:
+    """One value a step from a run's log."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [entry[key] for entry in map(json.loads, lines) if key in entry]
+
+
+def sessions(world: int, jobs: list[list[object]], folder: Path, timeout: int = 300, **variables: str) -> None:
+    """Run [config path, resume, stop_after] jobs one after another in one group of `world` processes."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    ranks(world, "sessions_worker", str(folder / "jobs.json"), timeout=timeout, **variables)
+
+
+def ranks(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
+    """Run `main` of tests/<worker>.py in `world` processes that must all end well."""
+    if torch.cuda.is_available():
+        # DeepSpeed looks for cards when it is imported, and a process that has looked cannot share one with its forks.
+        launched = run(torchrun(world, f"tests/{worker}.py", *arguments), timeout, **variables)
+        assert launched.code == 0, launched.out
+        return
+    ended = forks.run(f"tests.{worker}:main", arguments, world, timeout, **variables)
+    assert ended.code == 0, ended.out

@@ -1,0 +1,155 @@
+"""Losses, gradients and weights are the same for every layout (design §2): world × sequence × expert × ZeRO."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kabrn_dist.checkpoint.store import load_tensor, read_manifest
+from tests.support.runs import read_losses, sessions, write_config
+
+STEPS = 10
+# World size → (sequence parallelism, expert parallelism, experts per rank).
+PLACEMENTS: dict[int, list[tuple[int, int, list[int] | None]]] = {
+    1: [(1, 1, None)],
+    2: [(1, 1, None), (1, 2, None), (1, 2, [1, 3]), (2, 1, None), (2, 2, None)],
+    4: [(1, 1, None), (1, 2, None), (1, 4, None), (1, 2, [3, 1]), (2, 2, None), (4, 1, None), (2, 4, None)],
+}
+
+
+def layouts(world: int, quantised: bool) -> list[dict[str, Any]]:
+    """Every placement of a world with every ZeRO stage, in tiny buckets; quantised, with one stage each in turn."""
+    found = []
+    for number, (sequence, expert, counts) in enumerate(PLACEMENTS[world]):
+        for zero in (number % 4,) if quantised else (0, 1, 2, 3):
+            layout = {
+                "parallel__sequence": sequence,
+                "parallel__expert": expert,
+                "parallel__experts_per_rank": counts,
+                "parallel__zero": zero,
+                "parallel__bucket": 3000,
+            }
+            if counts is not None and not quantised:
+                # Gradients add up over several micro-batches in each world.
+                layout["training__micro_batch"] = 1
+            found.append(layout)
+    return found
+
+
+# One flipped code weighs less where more tokens share the loss, and grows less where the rate is lower.
+LARGER: dict[str, Any] = {
+    "data__sequence_length": 64,
+    "model__width": 64,
+    "model__experts__hidden": 48,
+    "optimizer__learning_rate": 3.0e-4,
+    # A bias moves by the sign of its load: where one token more decides that, a larger rate is a larger jump.
+    "model__router__bias_rate": 1.0e-3,
+    "training__batch": 16,
+    "training__micro_batch": 4,
+}
+
+
+def train_all(world: int, sizes: dict[str, Any], shards: Path, folder: Path) -> list[Path]:
+    """Folders of the runs of all layouts."""
+    folder.mkdir()
+    jobs: list[list[object]] = []
+    runs = []
+    for layout in layouts(world, sizes.get("model__quantise", True)):
+        name = f"w{world}-" + "-".join(f"{key.split('__')[1]}{value}" for key, value in layout.items())
+        path = write_config(folder / f"{name}.yaml", shards, folder / name, **sizes, **layout)
+        jobs.append([str(path), "never", None])
+        runs.append(folder / name)
+    sessions(world, jobs, folder, timeout=900)
+    return runs
+
+
+def read_checkpoint(folder: Path, step: int) -> dict[str, Tensor]:
+    """Every logical tensor: masters, both moments, routers' states."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    manifest = read_manifest(path)
+    return {name: load_tensor(path, manifest, name) for name in manifest.tensors}
+
+
+def farthest(tensors: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """The largest difference of an element, as a share of its tensor's largest."""
+    assert set(tensors) == set(reference)
+    return max(
+        float((tensors[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-30))
+        for name, tensor in reference.items()
+    )
+
+
+def losses_apart(runs: list[Path], steps: int = STEPS) -> dict[str, float]:
+    """How far each run's losses are from the first one's, by name."""
+    reference = read_losses(runs[0])
+    assert len(reference) == steps
+    assert reference[-1] < reference[0] - 0.1, "the model must learn for parity to mean anything"
+    return {
+        folder.name: max(abs(a - b) for a, b in zip(read_losses(folder), reference, strict=True)) for folder in runs
+    }
+
+
+def test_every_layout_has_the_same_losses_gradients_and_weights(shards: Path, tmp_path: Path) -> None:
+    """After the first step the first moment is a tenth of the clipped gradient, gathered here from all ranks."""
+    steps = 6
+    sizes = {
+        "model__quantise": False,
+        "training__steps": steps,
+        "checkpoint__every": 1,
+        "checkpoint__keep": steps,
+    }
+    runs = [folder for world in PLACEMENTS for folder in train_all(world, sizes, shards, tmp_path / str(world))]
+    assert len(runs) == 4 + 20 + 28
+    losses = losses_apart(runs, steps)
+    print(json.dumps(losses, indent=1))
+    assert max(losses.values()) <= 1e-5, losses
+    # Of small products MKL sums some otherwise on AVX-512: moments of 4e-4 then differ by 6e-9.
+    for step, tolerance in ((1, 3e-5), (steps, 2e-3)):
+        reference = read_checkpoint(runs[0], step)
+        assert any(name.endswith("/exp_avg") and tensor.any() for name, tensor in reference.items())
+        apart = {folder.name: farthest(read_checkpoint(folder, step), reference) for folder in runs}
+        print(step, json.dumps(apart, indent=1))
+        assert max(apart.values()) <= tolerance, (step, apart)
+
+
+def test_every_placement_has_the_same_losses_quantised(shards: Path, tmp_path: Path) -> None:
+    runs = [folder for world in PLACEMENTS for folder in train_all(world, LARGER, shards, tmp_path / str(world))]
+    losses = losses_apart(runs)
+    print(json.dumps(losses, indent=1))
+    assert max(losses.values()) <= 1e-3, losses
+
+
+def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_path: Path) -> None:
+    """Attention among the retentions, convolutions before both, and activations computed again, over slices and even
+    and uneven expert groups."""
+    hybrid = {"model__quantise": False, "model__layers": "RA", "model__convolution": 3, "parallel__bucket": 3000}
+    cases: dict[int, list[dict[str, Any]]] = {
+        1: [{}],
+        2: [
+            {"sequence": 2, "zero": 3},
+            {"sequence": 2, "expert": 2, "experts_per_rank": [3, 1], "zero": 2, "exchange": "ring"},
+        ],
+        4: [
+            {"sequence": 4, "expert": 2, "experts_per_rank": [1, 3], "zero": 2, "exchange": "scan"},
+            {"sequence": 2, "expert": 2, "experts_per_rank": [1, 3], "zero": 3, "exchange": "allgather"},
+            {"sequence": 2, "expert": 4, "zero": 1},
+        ],
+    }
+    runs: list[Path] = []
+    for world, layouts_of_world in cases.items():
+        jobs: list[list[object]] = []
+        for number, layout in enumerate(layouts_of_world):
+            for kept in ("keep", "recompute", "offload") if world == 1 else ("recompute", "offload"):
+                name = f"w{world}-{number}-{kept}"
+                changes = {f"parallel__{key}": value for key, value in layout.items()}
+                path = write_config(
+                    tmp_path / f"{name}.yaml", shards, tmp_path / name, **hybrid, **changes, model__activations=kept
+                )
+                jobs.append([str(path), "never", None])
+                runs.append(tmp_path / name)
+        sessions(world, jobs, tmp_path, timeout=900)
+    losses = losses_apart(runs)
+    assert max(losses.values()) <= 1e-5, losses

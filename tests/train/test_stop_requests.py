@@ -1,0 +1,179 @@
+"""Ways to end a run: whoever is asked, all ranks save and go; one that hangs or fails takes the others with it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kabrn_dist.checkpoint.store import read_manifest
+from kabrn_dist.config import Guard as Settings
+from kabrn_dist.train.stop_requests import ECHO_SECONDS, Wishes
+from tests.support import fork_server as forks
+from tests.support.runs import deepspeed, finish, start, torchrun, wait_for_steps, write_config
+
+TRAIN = "launch/train.py"
+LONG = {"training__steps": 5000, "parallel__expert": 2}
+
+
+def train(config: Path, world: int, *options: str, **variables: str) -> forks.Group:
+    """launch/train.py in `world` processes."""
+    return forks.start("launch.train:main", [["--config", str(config), *options]], world, **variables)
+
+
+def until(happened: Callable[[], bool], group: forks.Group) -> None:
+    """Wait for what a running group does."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert None in group.codes() and time.monotonic() < deadline, group.out()
+        time.sleep(0.01)
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log."""
+    log = folder / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
+
+
+def check_saved(folder: Path) -> int:
+    """The last step that was taken is the one that was saved; returns it."""
+    last = int(entries(folder)[-1]["step"])
+    assert read_manifest(folder / "checkpoints" / f"step-{last:08d}").state["step"] == last
+    return last
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (0, signal.SIGINT)], ids=lambda v: str(int(v))
+)
+def test_a_signal_to_one_rank_stops_and_saves_all(
+    rank: int, number: signal.Signals, shards: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__stop_code=75, **LONG)
+    with train(config, 2) as group:
+        until(lambda: len(entries(tmp_path / "run")) >= 2, group)
+        group.kill(rank, number)
+        ended = group.wait(60, grace=None)
+    assert ended.codes == (75, 75), ended.out
+    last = check_saved(tmp_path / "run")
+    assert f"stopped at step {last}" in ended.out and "error" not in ended.out and "Traceback" not in ended.out
+    with train(config, 2, "--resume", "must", "--set", f"training.steps={last + 1}") as group:
+        ended = group.wait(60)
+    assert ended.codes == (0, 0) and f"at step {last}\n" in ended.out, ended.out
+
+
+def test_a_stop_file_is_seen_while_validating(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    every = {"validation__every": 2, "validation__sequences": 4096}
+    config = write_config(tmp_path / "c.yaml", shards, folder, **LONG, **every)
+    with train(config, 2) as group:
+        until(lambda: bool(entries(folder)) and entries(folder)[-1]["step"] == 2, group)
+        (folder / "STOP").touch()
+        ended = group.wait(60, grace=None)
+    assert ended.codes == (0, 0), ended.out
+    assert check_saved(folder) == 2
+    assert "validation" not in ended.out and not any("validation/loss" in entry for entry in entries(folder))
+
+
+def test_a_run_ends_when_its_time_is_up(shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__max_minutes=0.03, **LONG)
+    with train(config, 2) as group:
+        ended = group.wait(60, grace=None)
+    assert ended.codes == (0, 0), ended.out
+    check_saved(tmp_path / "run")
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time; from pathlib import Path; from kabrn_dist.train import wishes\n"
+        "wishes.ECHO_SECONDS = 0.3\n"
+        "w = wishes.Wishes(Path(sys.argv[1]), True, None)\n"
+        "with w.listening():\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); print(w.stop(), flush=True)\n"
+        "    time.sleep(0.4); os.kill(os.getpid(), signal.SIGINT); time.sleep(1); print('still here')\n"
+    )
+    ended = finish(start([sys.executable, "-c", code, str(tmp_path)]), 60)
+    assert (ended.code, ended.out) == (-signal.SIGINT, "True\n")
+
+
+def test_time_and_file_are_wishes(tmp_path: Path) -> None:
+    assert ECHO_SECONDS < 10 and Settings().max_minutes is None
+    (tmp_path / "STOP").touch()
+    wishes = Wishes(tmp_path, watch_file=True, max_minutes=None)
+    assert wishes.stop() and not Wishes(tmp_path, watch_file=False, max_minutes=None).stop()
+    with wishes.listening():
+        assert not wishes.stop(), "a leftover file is removed"
+    assert Wishes(tmp_path, watch_file=False, max_minutes=0.0).stop()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_end_of_the_launcher_ends_in_a_checkpoint(launcher: str, shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
+    command = {"torchrun": torchrun, "deepspeed": deepspeed}[launcher](2, TRAIN, "--config", str(config))
+    process = start(command)
+    wait_for_steps(process, tmp_path / "run", 2)
+    parent = psutil.Process(process.pid)
+    if launcher == "deepspeed":
+        # `deepspeed` starts the process that starts and ends the ranks; schedulers signal all of them.
+        parent = next(child for child in parent.children() if "deepspeed.launcher.launch" in child.cmdline())
+    parent.terminate()
+    ended = finish(process, timeout=60)
+    assert "stopped at step" in ended.out, ended.out
+    check_saved(tmp_path / "run")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_error_of_one_rank_comes_first_and_ends_all(launcher: str, shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
+    command = {"torchrun": torchrun, "deepspeed": deepspeed}[launcher](2, TRAIN, "--config", str(config))
+    ended = finish(start(command, KABRN_FAULT="step.begin@1#3:raise"), timeout=60)
+    assert ended.code != 0
+    _check_cause(ended.out)
+
+
+def test_the_others_say_one_line_of_a_rank_that_has_gone(shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
+    with train(config, 2, KABRN_FAULT="step.begin@1#3:raise") as group:
+        ended = group.wait(60, grace=None)
+    assert ended.codes == (1, 1), ended.out
+    _check_cause(ended.out)
+    assert "rank 0 ends, as another rank has gone" in ended.out
+
+
+def _check_cause(out: str) -> None:
+    assert "error on rank 1" in out and "RuntimeError: a failure on purpose at step.begin" in out, out
+    traces = out.split("Traceback (most recent call last):")[1:]
+    # torchrun, started as a module, has a traceback of its own after all of ours.
+    assert len([trace for trace in traces if "<frozen runpy>" not in trace]) == 1, out
+
+
+def test_a_rank_that_hangs_shows_its_stacks_and_ends(shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__hang_seconds=3, **LONG)
+    with train(config, 2, KABRN_FAULT="step.begin@1#3:sleep") as group:
+        ended = group.wait(60, grace=None)
+    assert ended.codes == (70, 70), ended.out
+    for rank in (0, 1):
+        assert f"error: rank {rank} made no progress for" in ended.out
+    assert "while in step 3" in ended.out and "in _strike" in ended.out and "in read_step" in ended.out
+
+
+def test_a_second_run_on_one_folder_is_refused(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", shards, folder, **LONG)
+    with train(config, 2) as first:
+        until(lambda: len(entries(folder)) >= 2, first)
+        before = (folder / "config.yaml").stat().st_mtime_ns
+        with train(config, 2) as second:
+            refused = second.wait(60, grace=None)
+        assert refused.codes == (2, 2) and f"{folder}: a run is going on in this folder" in refused.out, refused.out
+        assert (folder / "config.yaml").stat().st_mtime_ns == before
+        first.kill(1, signal.SIGTERM)
+        ended = first.wait(60, grace=None)
+    assert ended.codes == (0, 0), ended.out
+    assert [entry["step"] for entry in entries(folder)] == list(range(1, check_saved(folder) + 1))
