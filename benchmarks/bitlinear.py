@@ -25,7 +25,7 @@ from benchmarks.report import Report, kept_bytes, measure, run
 from kabrn_dist.kernels.choice import int8_products, product_dtype
 from kabrn_dist.model import bitlinear
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.ops.activation_quant import normalise
+from kabrn_dist.ops.activation_quant import normalize_quantize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WAYS = ("forward", "forward + backward")
@@ -85,12 +85,12 @@ def one_width(report: Report, device: str, tokens: int, width: int, seconds: flo
 def rivals(width: int, dtype: torch.dtype, device: str) -> dict[str, Layer | str]:
     """By name: a layer with a weight that requires gradients, or why there is none."""
     ours = BitLinear(width, width).to(device, dtype)
-    ours.initialise(0, "ours")
+    ours.initialize(0, "ours")
     plain = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
     return {
-        "ours": lambda x: ours(normalise(x)),
+        "ours": lambda x: ours(normalize_quantize(x)),
         "nn.Linear": plain,
-        "fake-quantised": lambda x: fake_quantised(x, ours.weight),
+        "fake-quantised": lambda x: fake_quantized(x, ours.weight),
         "AutoBitLinear": _auto_bitlinear(width, dtype, device),
         "torchao": _torchao(width, dtype, device),
     }
@@ -106,7 +106,7 @@ def with_choice(choice: str, call: Callable[[], object]) -> Callable[[], object]
     return run
 
 
-def fake_quantised(x: Tensor, weight: Tensor) -> Tensor:
+def fake_quantized(x: Tensor, weight: Tensor) -> Tensor:
     """RMSNorm and BitLinear by definition: both sides dequantised, [N,D] × [D,D]."""
     values = F.rms_norm(x, x.shape[-1:])
     scale = 127 / values.abs().amax(-1, keepdim=True).clamp(min=1e-5)
@@ -158,19 +158,19 @@ def memory(report: Report, width: int) -> None:
     layers = [BitLinear(width, width) for _ in range(24)]
     for name, dtype in DTYPES.items():
         for number, layer in enumerate(layers):
-            layer.initialise(0, str(number))
+            layer.initialize(0, str(number))
             layer.to(dtype)
         x = torch.randn(1024, width).to(dtype).requires_grad_()
 
         def ours(x: Tensor = x) -> Tensor:
             for step in range(6):
-                read = normalise(x)
+                read = normalize_quantize(x)
                 x = torch.stack([layer(read) for layer in layers[4 * step : 4 * step + 4]]).sum(0)
             return x
 
         def fake(x: Tensor = x) -> Tensor:
             for step in range(6):
-                x = torch.stack([fake_quantised(x, layer.weight) for layer in layers[4 * step : 4 * step + 4]]).sum(0)
+                x = torch.stack([fake_quantized(x, layer.weight) for layer in layers[4 * step : 4 * step + 4]]).sum(0)
             return x
 
         kept = kept_bytes(ours) * MEGA, kept_bytes(fake) * MEGA

@@ -25,9 +25,9 @@ import webdataset
 import yaml
 
 from benchmarks.report import Report, measure, run
-from data_prep.shards import Tokenised, write_shard
+from data_prep.shards import Tokenized, write_tar_shard
 from kabrn_dist.data.corpus import read_corpus
-from kabrn_dist.data.dataset import Batch, Batches
+from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.data.index import Index, Shard, Source, Split, TokenizerInfo
 from kabrn_dist.data.index_io import read_index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -41,8 +41,15 @@ MOST_WAITING = 0.01
 MODEL: dict[str, Any] = {
     "width": 128,
     "layers": 4,
-    "retention": {"heads": 4, "key_width": 32, "value_width": 32, "decay": [1.5, 7]},
-    "experts": {"form": "rational", "routed": 8, "shared": 1, "top_k": 2, "hidden": 172, "groups": 4},
+    "retention": {"num_heads": 4, "key_dim": 32, "value_dim": 32, "decay": [1.5, 7]},
+    "experts": {
+        "type": "rational",
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "top_k": 2,
+        "expert_hidden_size": 172,
+        "function_groups": 4,
+    },
 }
 
 
@@ -56,7 +63,7 @@ def questions(report: Report, quick: bool) -> None:
 def reading(report: Report, folder: Path, seconds: float, rounds: int) -> None:
     """Tokens a second of one process from the shard set in `folder`, ours beside WebDataset's."""
     for length in LENGTHS:
-        batches = Batches(read_corpus(folder), "train", length, seed=1)
+        batches = TokenDataset(read_corpus(folder), "train", length, seed=1)
         # The rival reads a block of 65,536 tokens at a time: calls must be long enough to hold many of them.
         turns = -(-TURN_TOKENS // (ROWS * length))
         functions: dict[str, Callable[[], object]] = {
@@ -77,11 +84,11 @@ def waiting(report: Report, folder: Path, steps: int) -> None:
         config = {
             "run": {"folder": f"{place}/run"},
             "data": {"path": str(folder), "sequence_length": 256},
-            "model": {**MODEL, "vocabulary": read_index(folder).vocabulary},
+            "model": {**MODEL, "vocab_size": read_index(folder).vocabulary},
             "optimizer": {"learning_rate": 1.0e-3},
-            "training": {"steps": steps, "batch": 16, "micro_batch": 8},
-            "validation": {"every": 0, "sequences": 1},
-            "checkpoint": {"every": 0},
+            "training": {"steps": steps, "global_batch_size": 16, "micro_batch_size": 8},
+            "validation": {"eval_interval": 0, "eval_sequences": 1},
+            "checkpoint": {"save_interval": 0},
         }
         path = Path(place) / "config.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -97,10 +104,10 @@ def waiting(report: Report, folder: Path, steps: int) -> None:
     report.at_most("share of a training step that waits for data", share, MOST_WAITING)
 
 
-def shuffle_batches(batches: Batches) -> Iterator[Batch]:
+def shuffle_batches(batches: TokenDataset) -> Iterator[Batch]:
     """64 sequences at a time of the shuffled mixture, without end."""
     for first in count(0, ROWS):
-        yield batches.rows(range(first, first + ROWS))
+        yield batches.get(range(first, first + ROWS))
 
 
 def _take(batches: Iterator[object], turns: int) -> None:
@@ -171,7 +178,7 @@ def _make_shard(path: Path, tokens: int, masked: bool, random: np.random.Generat
     """The shard, and how many of its tokens carry loss."""
     used = 0
 
-    def documents() -> Iterator[Tokenised]:
+    def documents() -> Iterator[Tokenized]:
         nonlocal used
         left = tokens
         while left:
@@ -181,9 +188,9 @@ def _make_shard(path: Path, tokens: int, masked: bool, random: np.random.Generat
             use = random.random(size) < 0.5 if masked else None
             used += size if use is None else int(use.sum())
             left -= size
-            yield Tokenised(ids, use)
+            yield Tokenized(ids, use)
 
-    return write_shard(path, documents(), "uint16", masked), used
+    return write_tar_shard(path, documents(), "uint16", masked), used
 
 
 if __name__ == "__main__":

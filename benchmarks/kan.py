@@ -53,28 +53,28 @@ def questions(report: Report, quick: bool) -> None:
 
 def beside_mlps(report: Report, name: str, x: Inputs, size: Size) -> None:
     """Grouped forms and controls beside the same products, forms with a function on every edge at equal FLOPs."""
-    for matrices, quantised in MATRICES.items():
+    for matrices, quantized in MATRICES.items():
         here = f"{name} E={x.experts} {matrices}"
-        mlp = rivals.experts("silu", x, HIDDEN, True) if quantised else rivals.silu(x, HIDDEN)
-        rival = "BitLinear MLP" if quantised else "products with SiLU"
+        mlp = rivals.experts("silu", x, HIDDEN, True) if quantized else rivals.silu(x, HIDDEN)
+        rival = "BitLinear MLP" if quantized else "products with SiLU"
         # The ternary MLP is the rival itself; the plain one with norms tells what the norms cost.
-        forms = [form for form in (*GROUPED, *CONTROLS) if not (quantised and form == "silu")]
-        passes = {form: rivals.experts(form, x, HIDDEN, quantised) for form in forms}
+        forms = [form for form in (*GROUPED, *CONTROLS) if not (quantized and form == "silu")]
+        passes = {form: rivals.experts(form, x, HIDDEN, quantized) for form in forms}
         times = compare(report, here, passes, {rival: mlp}, x, size)
         for form in GROUPED:
             report.at_most(f"{here} {form}: time over {rival}", times[form] / times[rival], OVER_MLP[name])
         for form in EDGES:
-            at_equal_flops(report, here, form, x, quantised, size)
+            at_equal_flops(report, here, form, x, quantized, size)
 
 
-def at_equal_flops(report: Report, here: str, form: str, x: Inputs, quantised: bool, size: Size) -> None:
+def at_equal_flops(report: Report, here: str, form: str, x: Inputs, quantized: bool, size: Size) -> None:
     """Beside an MLP so wide that it has as many weights, each of them one multiplication a token."""
-    ours = rivals.experts(form, x, HIDDEN, quantised)
+    ours = rivals.experts(form, x, HIDDEN, quantized)
     wide = ours.parameters // (2 * x.width * x.experts)
-    mlp = rivals.experts("silu", x, wide, True) if quantised else rivals.silu(x, wide)
-    rival = f"{'BitLinear' if quantised else 'plain'} MLP of hidden width {wide}"
+    mlp = rivals.experts("silu", x, wide, True) if quantized else rivals.silu(x, wide)
+    rival = f"{'BitLinear' if quantized else 'plain'} MLP of hidden width {wide}"
     times = compare(report, here, {form: ours}, {rival: mlp}, x, size)
-    if form == "hat" and quantised:
+    if form == "hat" and quantized:
         over = times[form] / times[rival]
         report.at_most(f"{here} {form}: time over a BitLinear MLP of equal FLOPs", over, OVER_EQUAL_FLOPS)
 

@@ -72,7 +72,7 @@ class Edges(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for base, spline, grid in zip(self.bases, self.splines, self.grids, strict=True):
-            x = edge_layer(x, base, spline, (len(x),), grid, quantised=False)
+            x = edge_layer(x, base, spline, (len(x),), grid, quantized=False)
         return x
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts as Settings
-from kabrn_dist.model.bitlinear import bit_product
+from kabrn_dist.config import ExpertsConfig
+from kabrn_dist.model.bitlinear import bitlinear
 from kabrn_dist.model.experts.base import StackedExperts
-from kabrn_dist.model.experts.registry import FORMS
-from kabrn_dist.ops.activation_quant import Quantised, quantise, rms_norm
+from kabrn_dist.model.experts.registry import EXPERT_TYPES
+from kabrn_dist.ops.activation_quant import Quantized, quantize, rms_norm
 
 GRID, DEGREE = 5, 3
 GAUSSIANS, REACH = 8, 2.0
@@ -74,31 +74,37 @@ class SiluExperts(StackedExperts):
     down: Tensor
 
     def __init__(
-        self, width: int, hidden: int, settings: Settings, experts: range, quantised: bool = True, gain: float = 1.0
+        self,
+        width: int,
+        hidden: int,
+        settings: ExpertsConfig,
+        experts: range,
+        quantized: bool = True,
+        gain: float = 1.0,
     ) -> None:
-        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
+        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantized)
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
-        hidden = F.silu(bit_product(Quantised(codes, scale), self.matrices("up"), counts))
-        return bit_product(self._requantise(hidden), self.matrices("down"), counts)
+        hidden = F.silu(bitlinear(Quantized(codes, scale), self.matrices("up"), counts))
+        return bitlinear(self._requantize(hidden), self.matrices("down"), counts)
 
 
-def experts(form: str, x: Inputs, hidden: int, quantised: bool) -> Pass:
+def experts(form: str, x: Inputs, hidden: int, quantized: bool) -> Pass:
     """A form of ours, or `silu`. The norm and quantiser that all experts of a token share were before."""
     silu = form == "silu"
-    settings = Settings.model_validate(
-        {"form": "relu2" if silu else form, "routed": x.experts, "top_k": 1, "hidden": hidden}
-        | {"grid": GRID, "degree": DEGREE}
+    settings = ExpertsConfig.model_validate(
+        {"type": "relu2" if silu else form, "num_experts": x.experts, "top_k": 1, "expert_hidden_size": hidden}
+        | {"grid_size": GRID, "spline_order": DEGREE}
     )
-    build = SiluExperts if silu else FORMS[form]
-    module = build(x.width, hidden, settings, range(x.experts), quantised, 1.0)
-    module.initialise(0, form)
+    build = SiluExperts if silu else EXPERT_TYPES[form]
+    module = build(x.width, hidden, settings, range(x.experts), quantized, 1.0)
+    module.initialize(0, form)
     module.to(x.device)
     for name in module.stds:
         # As in training: matrices in the compute dtype, coefficients in fp32.
         matrix = module.get_parameter(name)
         matrix.data = matrix.data.to(x.dtype)
-    codes, scale, _ = quantise(x.rows, quantised)
+    codes, scale, _ = quantize(x.rows, quantized)
     codes.requires_grad_()
     return Pass(lambda: module(codes, scale, x.counts), [codes, *module.parameters()], x.grad)
 
@@ -118,7 +124,7 @@ def silu(x: Inputs, hidden: int) -> Pass:
 def fastkan(x: Inputs, hidden: int) -> Pass:
     """y = W_s exp(−((LayerNorm(x) − c)/δ)²) + W_b SiLU(x) + bias in each of two layers, δ the distance of centres."""
     rows = x.learns()
-    centres = torch.linspace(-REACH, REACH, GAUSSIANS, device=x.device, dtype=x.dtype)
+    centers = torch.linspace(-REACH, REACH, GAUSSIANS, device=x.device, dtype=x.dtype)
     inverse = (GAUSSIANS - 1) / (2 * REACH)
     layers = []
     for inputs, outputs in ((x.width, hidden), (hidden, x.width)):
@@ -131,7 +137,7 @@ def fastkan(x: Inputs, hidden: int) -> Pass:
         z = rows
         for gain, shift, spline, base, bias in layers:
             normal = F.layer_norm(z, gain.shape, gain, shift)
-            basis = torch.exp(-(((normal.unsqueeze(-1) - centres) * inverse) ** 2)).flatten(-2)
+            basis = torch.exp(-(((normal.unsqueeze(-1) - centers) * inverse) ** 2)).flatten(-2)
             z = F.linear(basis, spline) + F.linear(F.silu(z), base, bias)
         return z
 

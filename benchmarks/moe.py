@@ -20,7 +20,7 @@ from benchmarks.report import Report, kept_bytes, measure, run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACK_ENDS = ("eager", "grouped_mm", "batched_mm")
-RATIONAL = Own("rational", quantised=True)
+RATIONAL = Own("rational", quantized=True)
 MILLI, MEGA = 1e3, 1e-6
 
 

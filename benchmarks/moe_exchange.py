@@ -26,17 +26,17 @@ from benchmarks.moe_inputs import Function, Inputs, Shape, both_passes
 from benchmarks.moe_rivals import Own
 from benchmarks.report import Report
 from benchmarks.wire import sent_by
-from kabrn_dist.distributed.all_to_all import Traffic, Wire
-from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import free_port
 from kabrn_dist.distributed.mesh import keep_freed_memory
 
 # Ours in each of its ways: experts, int8 there, int8 back.
 OURS = {
-    "int8": (Own("swiglu", quantised=True), True, False),
-    "int8 both ways": (Own("swiglu", quantised=True), True, True),
-    "bf16": (Own("swiglu", quantised=True), False, False),
-    "plain experts": (Own("swiglu", quantised=False), False, False),
+    "int8": (Own("swiglu", quantized=True), True, False),
+    "int8 both ways": (Own("swiglu", quantized=True), True, True),
+    "bf16": (Own("swiglu", quantized=True), False, False),
+    "plain experts": (Own("swiglu", quantized=False), False, False),
 }
 DEEPSPEED = "deepspeed dropless"
 ROWS = (("", "seconds", 1e3, "ms"), (" in exchange", "exchange", 100, "%"), (" wire", "sent", 1, "B"))
@@ -95,9 +95,10 @@ def _rank(rank: int, world: int, tokens: int, rounds: int, port: int, result: Pa
 def _measure(rank: int, world: int, tokens: int, rounds: int) -> Figures:
     shape = Shape(tokens, experts=8, top_k=2, hidden=512)
     x = Inputs(shape, torch.bfloat16, seed=rank)
-    placement = Placement((shape.experts // world,) * world, rank)
+    placement = ExpertPlacement((shape.experts // world,) * world, rank)
     wires = {
-        name: Wire(placement, dist.group.WORLD, None, there, back, Traffic()) for name, (_, there, back) in OURS.items()
+        name: ExpertLink(placement, dist.group.WORLD, None, there, back, Traffic())
+        for name, (_, there, back) in OURS.items()
     }
     layers = {name: rivals.ours(x, OURS[name][0], wire) for name, wire in wires.items()}
     layers[DEEPSPEED] = rivals.deepspeed(x, dropless=True, ranks=world, rank=rank)

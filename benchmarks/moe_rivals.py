@@ -31,12 +31,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.moe_inputs import Function, Inputs, Layer, Shape, Swiglu, of_module
-from kabrn_dist.config import Experts, Model, Retention
-from kabrn_dist.config import Router as RouterSettings
-from kabrn_dist.distributed.all_to_all import Traffic, Wire
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.model.bitlinear import grouped_product
-from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
+from kabrn_dist.config import ExpertsConfig, ModelConfig, RetentionConfig, RouterConfig
+from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.model.bitlinear import grouped_mm
+from kabrn_dist.model.moe import DenseFeedForward, MixtureOfExperts, RouterInputs
 
 # Bytes that batched_mm may copy of the experts' matrices, and fairscale may spend on one mask.
 TOO_MUCH = 5e8
@@ -46,41 +45,41 @@ class Own(NamedTuple):
     """What our layer is made of: the form of experts, ternary and int8 or plain."""
 
     form: Literal["rational", "swiglu"] = "swiglu"
-    quantised: bool = False
+    quantized: bool = False
 
-    def settings(self, shape: Shape) -> Model:
-        return Model(
-            vocabulary=1,
-            width=shape.width,
+    def settings(self, shape: Shape) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=1,
+            hidden_size=shape.width,
             layers="R",
-            retention=Retention(heads=1, key_width=2, value_width=1),
-            experts=Experts(
-                form=self.form,
-                routed=shape.experts,
-                shared=0,
+            retention=RetentionConfig(num_heads=1, key_dim=2, value_dim=1),
+            experts=ExpertsConfig(
+                type=self.form,
+                num_experts=shape.experts,
+                num_shared_experts=0,
                 top_k=shape.top_k,
-                hidden=shape.hidden,
-                dense_hidden=shape.top_k * shape.hidden,
+                expert_hidden_size=shape.hidden,
+                dense_hidden_size=shape.top_k * shape.hidden,
             ),
-            router=RouterSettings(score="softmax"),
-            quantise=self.quantised,
+            router=RouterConfig(score_func="softmax"),
+            quantize=self.quantized,
         )
 
 
 PLAIN = Own()
-HERE = Wire(Placement((), 0), None, None, int8=False, backward_int8=False, traffic=Traffic())
+HERE = ExpertLink(ExpertPlacement((), 0), None, None, int8=False, backward_int8=False, traffic=Traffic())
 
 
-def ours(inputs: Inputs, own: Own = PLAIN, wire: Wire = HERE) -> Layer:
+def ours(inputs: Inputs, own: Own = PLAIN, wire: ExpertLink = HERE) -> Layer:
     """Its experts are drawn anew but for the router."""
     shape = inputs.shape
     if wire is HERE:
-        wire = replace(HERE, placement=Placement((shape.experts,), 0))
+        wire = replace(HERE, placement=ExpertPlacement((shape.experts,), 0))
     layer = MixtureOfExperts(own.settings(shape), 1.0, wire)
-    layer.routed.initialise(0, "experts")
+    layer.routed.initialize(0, "experts")
     layer.router.weight.data.copy_(inputs.router)
     layer.to(inputs.dtype)
-    guide = Guide(torch.zeros(shape.experts), torch.full((shape.experts,), 1 / shape.experts), 0, None)
+    guide = RouterInputs(torch.zeros(shape.experts), torch.full((shape.experts,), 1 / shape.experts), 0, None)
 
     def forward(x: Tensor) -> Tensor:
         out, _ = layer(x, guide)
@@ -91,7 +90,7 @@ def ours(inputs: Inputs, own: Own = PLAIN, wire: Wire = HERE) -> Layer:
 
 def own_dense(inputs: Inputs, own: Own = PLAIN) -> Layer:
     layer = DenseFeedForward(own.settings(inputs.shape), 1.0)
-    layer.shared.initialise(0, "dense")
+    layer.shared.initialize(0, "dense")
     return of_module(layer.to(inputs.dtype))
 
 
@@ -228,7 +227,7 @@ def grouped_products(inputs: Inputs, device: str) -> dict[str, Function]:
     ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
     columns = weight.transpose(1, 2)
     return {
-        "ours": lambda: grouped_product(rows, weight, counts),
+        "ours": lambda: grouped_mm(rows, weight, counts),
         "torch._grouped_mm": lambda: torch._grouped_mm(rows, columns, offs=ends),
         "one large matrix": lambda: rows @ columns[0],
     }

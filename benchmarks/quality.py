@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help="a setting of all models but the "
-        f"({BASELINE}), such as model.convolution=0 or optimizer.final=0; may be repeated",
+        f"({BASELINE}), such as model.short_conv_size=0 or optimizer.min_lr_ratio=0; may be repeated",
     )
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs side by side (default: %(default)s)")
     add("--quick", action="store_true", help="a few steps of each model: shows that all of them run, not what they can")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kabrn_dist.backend.engine import Engine
-from kabrn_dist.backend.losses import Totals
-from kabrn_dist.config import Config, Model, Optimizer
+from kabrn_dist.backend.losses import StepTotals
+from kabrn_dist.config import Config, ModelConfig, OptimizerConfig
 from kabrn_dist.data.dataset import Batch
-from kabrn_dist.distributed.launch_env import find_place
+from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import make_mesh
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
@@ -57,16 +57,16 @@ class Ours(Learner):
     """The real model under the real engine, in this process alone; a process group must be there."""
 
     def __init__(self, config: Config) -> None:
-        place = find_place()
+        place = read_launch_env()
         mesh = make_mesh(place, torch.device("cpu"), expert=1, sequence=1)
         self.config = config
         self.engine = Engine(build_model(config, mesh), config, mesh)
 
     def learn(self, batch: Batch, step: int) -> float:
         rows, tokens = batch.tokens.shape[0], batch.tokens.numel()
-        losses, _ = self.engine.accumulate(batch, Totals(tokens, tokens, rows, ranks=1))
+        losses, _ = self.engine.forward_backward(batch, StepTotals(tokens, tokens, rows, ranks=1))
         steps, settings = self.config.training.steps, self.config.optimizer
-        self.engine.update(learning_rate(step, steps, settings), weight_decay(step, steps, settings))
+        self.engine.optimizer_step(learning_rate(step, steps, settings), weight_decay(step, steps, settings))
         return float(losses.language)
 
     def score(self, batch: Batch) -> float:
@@ -76,7 +76,7 @@ class Ours(Learner):
         self.engine.close()
 
 
-def measure_ours(model: Model) -> Size:
+def measure_ours(model: ModelConfig) -> Size:
     counts = count_parameters(model)
     return Size(counts.total, counts.active, counts.ternary / 4 + 2 * (counts.total - counts.ternary))
 
@@ -84,17 +84,17 @@ def measure_ours(model: Model) -> Size:
 class Rival(Learner):
     """A dense Transformer in fp32, trained with torch alone."""
 
-    def __init__(self, model: Transformer, settings: Optimizer, steps: int) -> None:
+    def __init__(self, model: Transformer, settings: OptimizerConfig, steps: int) -> None:
         self.model, self.settings, self.steps = model, settings, steps
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.0, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
+            model.parameters(), lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
         )
 
     def learn(self, batch: Batch, step: int) -> float:
         loss = F.cross_entropy(self.model(batch.tokens).flatten(0, 1), batch.targets.flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.steps, self.settings)
             group["weight_decay"] = weight_decay(step, self.steps, self.settings)

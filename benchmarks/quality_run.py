@@ -13,8 +13,8 @@ import yaml
 from benchmarks.quality_models import Learner, Ours, Rival, Size, Transformer, measure_ours
 from benchmarks.quality_text import Text, read_text
 from kabrn_dist.config import Config
-from kabrn_dist.distributed.launch_env import find_place
-from kabrn_dist.distributed.mesh import join_processes, keep_freed_memory
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import init_distributed, keep_freed_memory
 
 # Setting A of the README.
 WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 4, 64, 12
@@ -44,23 +44,38 @@ class Recipe:
 
 # The mixture: 1 + 2 experts of 2·128·172 weights are active, as many as of a dense SwiGLU of hidden width 344.
 OURS: dict[str, Any] = {
-    "width": WIDTH,
+    "hidden_size": WIDTH,
     "layers": "R" * LAYERS,
-    "convolution": 3,
-    "retention": {"heads": HEADS, "key_width": WIDTH // HEADS, "value_width": WIDTH // HEADS, "decay": [1.5, 7]},
-    "experts": {"form": "rational", "routed": 8, "shared": 1, "top_k": 2, "hidden": 172, "groups": 4},
-    "router": {"bias_rate": 1e-2},
+    "short_conv_size": 4,
+    "retention": {"num_heads": HEADS, "key_dim": WIDTH // HEADS, "value_dim": WIDTH // HEADS, "decay": [1.5, 7]},
+    "experts": {
+        "type": "rational",
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "top_k": 2,
+        "expert_hidden_size": 172,
+        "function_groups": 4,
+    },
+    "router": {"bias_update_rate": 1e-2},
 }
-OPTIMIZER: dict[str, Any] = {"betas": [0.9, 0.99], "weight_decay": 0.1, "clip": 1.0, "decay": "linear", "final": 0.0}
+OPTIMIZER: dict[str, Any] = {
+    "betas": [0.9, 0.99],
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "lr_schedule": "linear",
+    "min_lr_ratio": 0.0,
+}
 # One of so many steps is of the warm-up.
 WARMUP = 20
-DENSE = {"experts.form": "swiglu", "experts.first_dense": LAYERS, "experts.dense_hidden": 344}
+DENSE = {"experts.type": "swiglu", "experts.num_dense_layers": LAYERS, "experts.dense_hidden_size": 344}
 MODELS: dict[str, Recipe] = {
     "a": Recipe("dense Transformer, fp32", (2e-3, 3e-3, 1.3e-3), None),
-    "b": Recipe("retention + dense SwiGLU, fp32", (5e-3, 8e-3, 3e-3), {**DENSE, "quantise": False}),
+    "b": Recipe("retention + dense SwiGLU, fp32", (5e-3, 8e-3, 3e-3), {**DENSE, "quantize": False}),
     "c": Recipe("b, ternary", (1.2e-2, 8e-3, 1.8e-2), DENSE),
     "d": Recipe("MixKABRN: c with a mixture of rational KANs", (8e-3, 1.2e-2, 5e-3), {}),
-    "e": Recipe("d with SwiGLU experts", (1.2e-2, 8e-3, 1.8e-2), {"experts.form": "swiglu", "experts.hidden": 115}),
+    "e": Recipe(
+        "d with SwiGLU experts", (1.2e-2, 8e-3, 1.8e-2), {"experts.type": "swiglu", "experts.expert_hidden_size": 115}
+    ),
     "f": Recipe("d with one softmax layer of four", (1.2e-2, 8e-3, 1.8e-2), {"layers": "RARR"}),
     "g": Recipe("a with the convolutions of b to f", (8e-3, 5e-3, 1.2e-2), None, taps=3),
 }
@@ -106,7 +121,7 @@ def begin() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     # Left open: the process trains until it is told to end, and is alone in its group.
-    join_processes(find_place()).__enter__()
+    init_distributed(read_launch_env()).__enter__()
 
 
 def train(run: Run) -> Outcome:
@@ -147,10 +162,10 @@ def configure(run: Run, vocabulary: int) -> Config:
     tree: dict[str, Any] = {
         "run": {"folder": os.devnull, "seed": run.seed},
         "data": {"path": os.devnull, "sequence_length": CONTEXT},
-        "model": {**OURS, "vocabulary": vocabulary},
-        "parallel": {"zero": 0},
+        "model": {**OURS, "vocab_size": vocabulary},
+        "parallel": {"zero_stage": 0},
         "optimizer": optimizer,
-        "training": {"steps": run.steps, "batch": BATCH, "micro_batch": BATCH},
+        "training": {"steps": run.steps, "global_batch_size": BATCH, "micro_batch_size": BATCH},
     }
     for key, value in (recipe.model or {}).items():
         put(tree, f"model.{key}", value)

@@ -1,7 +1,7 @@
 """What do ternary matrices cost between ranks: bytes, memory and time of a step, shared out in two bits and under ZeRO.
 
 P processes on this machine, gloo, bf16. Each trains one model by ZeRO 1, 2 and 3, and with ternary matrices shared out
-(`parallel.bitlinear_shards`, in two bits and in base 3), with one micro-batch a step and with four. Counted by the
+(`parallel.shard_ternary`, in two bits and in base 3), with one micro-batch a step and with four. Counted by the
 kernel: bytes of the rank that sends most, in one optimizer step; and of one gathering of the codes alone, beside an
 all-gather of the same weights in bf16. Memory: tensors that a rank holds between two steps, each storage once.
 """
@@ -24,17 +24,17 @@ from torch import multiprocessing
 from benchmarks.report import Report, run
 from benchmarks.wire import sent_by
 from kabrn_dist.backend.engine import Engine
-from kabrn_dist.backend.losses import Totals
+from kabrn_dist.backend.losses import StepTotals
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import Batch
-from kabrn_dist.distributed.launch_env import Place, free_port
-from kabrn_dist.distributed.mesh import Mesh, join_processes, make_mesh
+from kabrn_dist.distributed.launch_env import LaunchEnv, free_port
+from kabrn_dist.distributed.mesh import Mesh, init_distributed, make_mesh
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 
 WAYS: dict[str, dict[str, Any]] = {
-    "shards": {"zero": 1, "bitlinear_shards": True},
-    "shards in base 3": {"zero": 1, "bitlinear_shards": True, "bitlinear_packing": "base_three"},
+    "shards": {"zero": 1, "shard_ternary": True},
+    "shards in base 3": {"zero": 1, "shard_ternary": True, "ternary_wire_format": "base_three"},
     "ZeRO 1": {"zero": 1},
     "ZeRO 2": {"zero": 2},
     "ZeRO 3": {"zero": 3},
@@ -80,16 +80,16 @@ def run_processes(world: int, width: int, steps: int) -> Figures:
 
 def configure(width: int, way: str, world: int, micro: int) -> Config:
     """A model whose weights are nearly all ternary."""
-    retention = {"heads": 4, "key_width": width // 4, "value_width": width // 4}
-    experts = {"routed": 4, "top_k": 2, "hidden": 2 * width}
-    model = {"vocabulary": 257, "width": width, "layers": 4, "retention": retention, "experts": experts}
-    batch = {"steps": 100, "batch": MICRO_BATCH * world * micro, "micro_batch": MICRO_BATCH, "precision": "bf16"}
+    retention = {"heads": 4, "key_dim": width // 4, "value_dim": width // 4}
+    experts = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 2 * width}
+    model = {"vocab_size": 257, "hidden_size": width, "layers": 4, "retention": retention, "experts": experts}
+    batch = {"steps": 100, "batch": MICRO_BATCH * world * micro, "micro_batch_size": MICRO_BATCH, "precision": "bf16"}
     return Config.model_validate(
         {
             "run": {"folder": "unused"},
             "data": {"path": "unused", "sequence_length": LENGTH},
             "model": model,
-            "parallel": {"bucket": 5_000_000, **WAYS[way]},
+            "parallel": {"bucket_size": 5_000_000, **WAYS[way]},
             "optimizer": {"learning_rate": 1e-3},
             "training": batch,
         }
@@ -100,8 +100,8 @@ def _rank(rank: int, world: int, port: int, width: int, steps: int, result: Path
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
     figures: Figures = {}
-    place = Place(rank, world, rank, world)
-    with join_processes(place) as device:
+    place = LaunchEnv(rank, world, rank, world)
+    with init_distributed(place) as device:
         for way in WAYS:
             for micro in MICRO_BATCHES:
                 config = configure(width, way, world, micro)
@@ -122,7 +122,7 @@ def _rank(rank: int, world: int, port: int, width: int, steps: int, result: Path
 def _measure(engine: Engine, mesh: Mesh, micro: int, steps: int) -> Figures:
     """Bytes, time and memory of one way to train."""
     batches = [_draw(mesh.rank * micro + number) for number in range(micro)]
-    step = _step(engine, batches, mesh.world)
+    step = _step(engine, batches, mesh.world_size)
     for _ in range(2):
         step()
     before = engine.shards.gatherings if engine.shards else 0
@@ -162,12 +162,12 @@ def _draw(seed: int) -> Batch:
 
 def _step(engine: Engine, batches: list[Batch], ranks: int) -> Callable[[], None]:
     sequences = MICRO_BATCH * len(batches) * ranks
-    totals = Totals(sequences * LENGTH, sequences * LENGTH, sequences, ranks)
+    totals = StepTotals(sequences * LENGTH, sequences * LENGTH, sequences, ranks)
 
     def step() -> None:
         for batch in batches:
-            engine.accumulate(batch, totals)
-        engine.update(1e-3, 0.1)
+            engine.forward_backward(batch, totals)
+        engine.optimizer_step(1e-3, 0.1)
 
     return step
 

@@ -14,8 +14,8 @@ from data_prep.prepare import check_readable, prepare, scan
 from data_prep.recipe import Recipe, load_recipe, make_recipe
 from data_prep.report import summary
 from data_prep.train_tokenizer import check_vocabulary
-from data_prep.workers import MpiTeam, Team, start_team, under_mpirun
-from data_prep.workspace import hold, let_go
+from data_prep.workers import MpiTeam, WorkerGroup, start_team, under_mpirun
+from data_prep.workspace import acquire, release
 from kabrn_dist.data.index import Index
 from kabrn_dist.utils.errors import UserError
 
@@ -41,7 +41,7 @@ A run that was stopped or killed goes on with the same command; what is finished
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; return 0, 2 after a UserError (one line on stderr), or 130 after Ctrl-C."""
-    team = Team()
+    team = WorkerGroup()
     try:
         if arguments[:1] == ["inspect"]:
             _inspect(arguments[1:])
@@ -163,14 +163,14 @@ def _tokenizer(options: argparse.Namespace) -> dict[str, Any]:
     return {"bytes": True} if options.tokenizer == "bytes" else {"file": options.tokenizer}
 
 
-def _prepare(options: argparse.Namespace, recipe: Recipe, team: Team) -> None:
+def _prepare(options: argparse.Namespace, recipe: Recipe, team: WorkerGroup) -> None:
     if options.dry_run:
         if team.rank == 0:
             _look(recipe)
         return
     held: list[int] = []
     try:
-        team.first(lambda: held.append(hold(recipe.out)))
+        team.first(lambda: held.append(acquire(recipe.out)))
         if team.world > 1 or options.workers == 1:
             index = prepare(recipe, team, options.force)
         else:
@@ -181,7 +181,7 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, team: Team) -> None:
             _say(recipe, index)
     finally:
         for descriptor in held:
-            let_go(recipe.out, descriptor)
+            release(recipe.out, descriptor)
 
 
 def _look(recipe: Recipe) -> None:

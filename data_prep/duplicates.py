@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.clean.minhash import BANDS, cluster
 from data_prep.sorted_runs import contains, keys_of, rows_of
-from kabrn_dist.utils.atomic_io import whole_file
+from kabrn_dist.utils.atomic_io import atomic_open
 
 # Rows that one task sorts, about: 24 bytes each, and as much again to sort them.
 _ROWS_A_RANGE = 1 << 20
@@ -104,5 +104,5 @@ def _pairs(ids: np.ndarray, same_as_before: np.ndarray) -> np.ndarray:
 
 
 def _write(out: Path, kind: str, task: HashRange, pairs: np.ndarray) -> None:
-    with whole_file(pairs_path(out, kind, task)) as file:
+    with atomic_open(pairs_path(out, kind, task)) as file:
         np.save(file, pairs, allow_pickle=False)

@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.progress import Tally
-from data_prep.shards import Tokenised, write_shard
-from data_prep.sorted_runs import RunReader, Stored, merged
+from data_prep.progress import StageProgress
+from data_prep.shards import Tokenized, write_tar_shard
+from data_prep.sorted_runs import RunReader, StoredDocument, merge_sorted
 from data_prep.streams import ShardTask, Stream
 from data_prep.tokens import Encoder
 from data_prep.workspace import Work
 from kabrn_dist.data.index import Shard, dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.utils.atomic_io import write_whole
-from kabrn_dist.utils.fault_injection import fault
+from kabrn_dist.utils.atomic_io import atomic_write
+from kabrn_dist.utils.fault_injection import inject_fault
 
 
 class Made(NamedTuple):
@@ -41,14 +41,14 @@ class ShardMaker:
 
     def finished(self, task: ShardTask) -> bool:
         """Whether an earlier run has made the shard."""
-        return record_of(self._work, self._streams, task).exists()
+        return shard_record(self._work, self._streams, task).exists()
 
-    def make(self, task: ShardTask, tally: Tally) -> None:
+    def make(self, task: ShardTask, tally: StageProgress) -> None:
         """Write the shard and its record. Raises UserError when the disk refuses."""
         stream = self._streams[task.stream]
         text_bytes = loss_tokens = 0
 
-        def tokenised() -> Iterator[Tokenised]:
+        def tokenized() -> Iterator[Tokenized]:
             nonlocal text_bytes, loss_tokens
             sizes: list[int] = []
             for document in self._encoder.encode(_noting(self._documents(task), sizes)):
@@ -59,10 +59,10 @@ class ShardMaker:
                 yield document
 
         path = self._work.out / f"{name_of(stream, task)}.tar"
-        shard = write_shard(path, tokenised(), self._dtype, stream.masked)
-        fault("data.shard")
+        shard = write_tar_shard(path, tokenized(), self._dtype, stream.masked)
+        inject_fault("data.shard")
         record = {"shard": shard.model_dump(), "text_bytes": text_bytes, "loss_tokens": loss_tokens}
-        write_whole(record_of(self._work, self._streams, task), json.dumps(record).encode())
+        atomic_write(shard_record(self._work, self._streams, task), json.dumps(record).encode())
 
     def measure(self, number: int, tasks: Sequence[ShardTask]) -> None:
         """Write how many bytes gzip -9 needs for the validation texts of stream `number`."""
@@ -74,11 +74,11 @@ class ShardMaker:
         for task in tasks:
             if task.stream == number and task.split == "validation":
                 size += sum(len(packer.compress(document.text)) for document in self._documents(task))
-        write_whole(path, json.dumps(size + len(packer.flush())).encode())
+        atomic_write(path, json.dumps(size + len(packer.flush())).encode())
 
-    def _documents(self, task: ShardTask) -> Iterator[Stored]:
+    def _documents(self, task: ShardTask) -> Iterator[StoredDocument]:
         runs = self._streams[task.stream].runs
-        for run, row in merged(self._work.runs, runs, task.low, task.high, self._dropped):
+        for run, row in merge_sorted(self._work.runs, runs, task.low, task.high, self._dropped):
             yield self._reader.read(run, row)
 
 
@@ -87,7 +87,7 @@ def name_of(stream: Stream, task: ShardTask) -> str:
     return f"{stream.name}-{task.split}-{task.number:05d}"
 
 
-def record_of(work: Work, streams: Sequence[Stream], task: ShardTask) -> Path:
+def shard_record(work: Work, streams: Sequence[Stream], task: ShardTask) -> Path:
     """Where a shard's record is."""
     return work.shards / f"{name_of(streams[task.stream], task)}.json"
 
@@ -103,7 +103,7 @@ def read_made(path: Path) -> Made:
     return Made(Shard.model_validate_json(json.dumps(fields["shard"])), fields["text_bytes"], fields["loss_tokens"])
 
 
-def _noting(documents: Iterator[Stored], sizes: list[int]) -> Iterator[Stored]:
+def _noting(documents: Iterator[StoredDocument], sizes: list[int]) -> Iterator[StoredDocument]:
     # The encoder reads ahead by a batch, so sizes wait in a queue.
     for document in documents:
         sizes.append(len(document.text))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.duplicates import ranges_of, read_pairs
-from data_prep.encode import gzip_of, read_made, record_of
-from data_prep.read import Record, runs_of
+from data_prep.encode import gzip_of, read_made, shard_record
+from data_prep.read import ReadRecord, runs_of
 from data_prep.recipe import Recipe, SourceRecipe
 from data_prep.samples import Duplicates, sample_duplicates
 from data_prep.streams import ShardTask, Stream, read_cut
@@ -25,7 +25,7 @@ from kabrn_dist.data.tokenizer import Tokenizer
 _PACKAGES = ("ftfy", "py3langid")
 
 
-def make_index(work: Work, recipe: Recipe, streams: Sequence[Stream], records: Sequence[Record]) -> Index:
+def make_index(work: Work, recipe: Recipe, streams: Sequence[Stream], records: Sequence[ReadRecord]) -> Index:
     """The index of all shards, not yet sealed."""
     tokenizer = Tokenizer.load(work.tokenizer)
     tasks = read_cut(work.cut)
@@ -51,7 +51,7 @@ def make_index(work: Work, recipe: Recipe, streams: Sequence[Stream], records: S
     )
 
 
-def describe_dropped(work: Work, recipe: Recipe, records: Sequence[Record]) -> list[Duplicates]:
+def describe_dropped(work: Work, recipe: Recipe, records: Sequence[ReadRecord]) -> list[Duplicates]:
     """What was dropped of each source because another document has the same text, or nearly the same."""
     same, alike = (_pairs(work, recipe, records, stage) for stage in ("exact", "near"))
     exact = same[:, 1]
@@ -62,14 +62,16 @@ def describe_dropped(work: Work, recipe: Recipe, records: Sequence[Record]) -> l
     return [Duplicates(*each) for each in zip(*counts, samples, strict=True)]
 
 
-def _pairs(work: Work, recipe: Recipe, records: Sequence[Record], stage: str) -> np.ndarray:
+def _pairs(work: Work, recipe: Recipe, records: Sequence[ReadRecord], stage: str) -> np.ndarray:
     """All pairs (earlier, later) of ids that a stage has found, uint64 [n, 2]."""
     runs, documents = runs_of(recipe, records, stage)
     return read_pairs(work.pairs, stage, ranges_of(stage, documents) if runs else [])
 
 
 def _split(work: Work, streams: Sequence[Stream], number: int, tasks: Sequence[ShardTask], name: SplitName) -> Split:
-    made = [read_made(record_of(work, streams, task)) for task in tasks if task.stream == number and task.split == name]
+    made = [
+        read_made(shard_record(work, streams, task)) for task in tasks if task.stream == number and task.split == name
+    ]
     shards = tuple(each.shard for each in made)
     gzip9 = json.loads(gzip_of(work, streams[number]).read_bytes()) if name == "validation" and shards else None
     return Split(

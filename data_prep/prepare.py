@@ -22,23 +22,23 @@ import numpy as np
 from data_prep.duplicates import dropped_of, find_exact, find_near, ranges_of, read_pairs
 from data_prep.encode import ShardMaker
 from data_prep.finalize import describe_dropped, make_index
-from data_prep.progress import Tally
-from data_prep.read import Reader, Record, inputs_of, runs_of
+from data_prep.progress import StageProgress
+from data_prep.read import ReadRecord, SourceReader, inputs_of, runs_of
 from data_prep.recipe import Recipe
 from data_prep.report import write_report
 from data_prep.streams import Stream, make_streams, read_cut, write_cut
 from data_prep.vocabulary import choose_tokenizer, plan_shards
-from data_prep.workers import Team
+from data_prep.workers import WorkerGroup
 from data_prep.workspace import Work
 from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.utils.atomic_io import whole_file
+from kabrn_dist.utils.atomic_io import atomic_open
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.fault_injection import fault
+from kabrn_dist.utils.fault_injection import inject_fault
 
 
-def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
+def prepare(recipe: Recipe, team: WorkerGroup, force: bool = False) -> Index | None:
     """Make `recipe.out`; its index comes last, so that a folder that has one is complete. Collective over the team.
 
     Returns the index on rank 0; None on the others, and where the folder was finished before from the same inputs.
@@ -46,10 +46,10 @@ def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
     """
     began = time.monotonic()
     work = Work(recipe.out)
-    opened: list[tuple[Tokenizer | None, Reader, str]] = []
+    opened: list[tuple[Tokenizer | None, SourceReader, str]] = []
 
     def look() -> None:
-        reader = Reader(recipe, work.runs)
+        reader = SourceReader(recipe, work.runs)
         opened.append((choose_tokenizer(recipe), reader, inputs_of(reader, recipe)))
 
     # Files may be missing on one machine alone.
@@ -72,8 +72,8 @@ def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
         index = make_index(work, recipe, streams, records)
         Tokenizer.load(work.tokenizer).save(recipe.out / work.tokenizer.name)
         dropped = describe_dropped(work, recipe, records)
-        write_report(recipe.out, recipe, records, dropped, index, reader.licences(), time.monotonic() - began)
-        fault("data.index")
+        write_report(recipe.out, recipe, records, dropped, index, reader.licenses(), time.monotonic() - began)
+        inject_fault("data.index")
         sealed.append(write_index(recipe.out, index))
         work.end(inputs)
 
@@ -81,7 +81,7 @@ def prepare(recipe: Recipe, team: Team, force: bool = False) -> Index | None:
     return sealed[0] if sealed else None
 
 
-def check_readable(recipe: Recipe, records: Sequence[Record]) -> None:
+def check_readable(recipe: Recipe, records: Sequence[ReadRecord]) -> None:
     """Raise UserError where more of a source's documents are unreadable than `max_unreadable`."""
     for source, record in zip(recipe.sources, records, strict=True):
         if record.unreadable > recipe.max_unreadable * record.documents:
@@ -92,14 +92,14 @@ def check_readable(recipe: Recipe, records: Sequence[Record]) -> None:
             )
 
 
-def _read(work: Work, reader: Reader, team: Team) -> None:
+def _read(work: Work, reader: SourceReader, team: WorkerGroup) -> None:
     team.together(reader.prepare_cleaners)
     items = sorted(reader.items, key=lambda item: -item.unit.bytes)
     finished = {item.number for item in items if reader.finished(item)}
     total, done = (
         sum(item.unit.bytes for item in some) for some in (items, [i for i in items if i.number in finished])
     )
-    with Tally(work.notes, team.rank, "read", total, done) as tally:
+    with StageProgress(work.notes, team.rank, "read", total, done) as tally:
 
         def read(number: int) -> None:
             if items[number].number not in finished:
@@ -109,7 +109,7 @@ def _read(work: Work, reader: Reader, team: Team) -> None:
         team.share(work.claims, "read", range(len(items)), read)
 
 
-def _find_duplicates(work: Work, recipe: Recipe, records: Sequence[Record], team: Team) -> np.ndarray:
+def _find_duplicates(work: Work, recipe: Recipe, records: Sequence[ReadRecord], team: WorkerGroup) -> np.ndarray:
     """Ids of all documents of which the corpus has another that stays: uint64, sorted."""
     if not team.agreed(work.dropped.exists()):
         exact = runs_of(recipe, records, "exact")
@@ -133,7 +133,7 @@ def _join(work: Work, exact: np.ndarray, near: tuple[list[str], int]) -> None:
     dropped = exact
     if near[0]:
         dropped = np.union1d(exact, dropped_of(read_pairs(work.pairs, "near", ranges_of("near", near[1]))))
-    with whole_file(work.dropped) as file:
+    with atomic_open(work.dropped) as file:
         np.save(file, dropped, allow_pickle=False)
 
 
@@ -152,13 +152,17 @@ def _plan(
     write_cut(work.cut, tasks)
 
 
-def _write_shards(work: Work, recipe: Recipe, streams: Sequence[Stream], dropped: np.ndarray, team: Team) -> None:
+def _write_shards(
+    work: Work, recipe: Recipe, streams: Sequence[Stream], dropped: np.ndarray, team: WorkerGroup
+) -> None:
     tasks = read_cut(work.cut)
     order = sorted(range(len(tasks)), key=lambda number: -tasks[number].bytes)
     maker = ShardMaker(work, streams, dropped, Tokenizer.load(work.tokenizer))
     finished = {number for number in order if maker.finished(tasks[number])}
     total = sum(task.bytes for task in tasks)
-    with Tally(work.notes, team.rank, "tokenise", total, sum(tasks[number].bytes for number in finished)) as tally:
+    with StageProgress(
+        work.notes, team.rank, "tokenise", total, sum(tasks[number].bytes for number in finished)
+    ) as tally:
 
         def make(number: int) -> None:
             if number not in finished:
@@ -170,11 +174,11 @@ def _write_shards(work: Work, recipe: Recipe, streams: Sequence[Stream], dropped
     team.share(work.claims, "gzip", range(len(streams)), lambda number: maker.measure(number, tasks))
 
 
-def scan(recipe: Recipe, folder: Path) -> list[Record]:
+def scan(recipe: Recipe, folder: Path) -> list[ReadRecord]:
     """Read and clean everything, one record a source; texts are not kept. For `--dry-run`, in a temporary `folder`."""
-    reader = Reader(recipe, folder, texts=False)
+    reader = SourceReader(recipe, folder, texts=False)
     total = sum(item.unit.bytes for item in reader.items)
-    with Tally(folder, 0, "read", total) as tally:
+    with StageProgress(folder, 0, "read", total) as tally:
         for item in reader.items:
             reader.read(item, tally)
         tally.note()

@@ -61,7 +61,7 @@ class Meter:
         return f"{documents}{self._bytes / 1e6:,.1f} MB, {self._bytes / 1e6 / seconds:,.1f} MB/s"
 
 
-class Tally:
+class StageProgress:
     """What this worker has done of a stage. It is noted in a file, and rank 0 shows the sum over all workers.
 
     As a context manager around the stage and the meeting at its end. `total`: what the `work` of all will add up to;
@@ -79,7 +79,7 @@ class Tally:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Tally:
+    def __enter__(self) -> StageProgress:
         if self._meter is not None:
             self._meter.__enter__()
             self._thread.start()

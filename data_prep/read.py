@@ -15,15 +15,15 @@ from data_prep.clean.minhash import signature
 from data_prep.clean.pipeline import Cleaner
 from data_prep.clean.removed import Removed
 from data_prep.documents import Document, Unit
-from data_prep.progress import Tally
+from data_prep.progress import StageProgress
 from data_prep.recipe import Recipe, SourceRecipe
 from data_prep.sorted_runs import RunWriter, document_id
-from data_prep.sources import Group, Source
+from data_prep.sources import DataSource, Group
 from data_prep.sources.build import make_source
 from data_prep.sources.files import walk
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.fault_injection import fault
+from kabrn_dist.utils.fault_injection import inject_fault
 
 SAMPLES = 3
 SAMPLE_CHARACTERS = 200
@@ -44,7 +44,7 @@ class Item(NamedTuple):
 
 
 @dataclass
-class Record:
+class ReadRecord:
     """What reading one item has given. All counts but `documents` and `bytes` are of what was kept or left out.
 
     `lengths[n]` counts kept documents of 2^(n−1) ≤ bytes < 2^n. `samples`: by reason, (name, beginning, particulars).
@@ -78,7 +78,7 @@ class Record:
         if len(self.unreadable_names) < _LISTED_UNREADABLE:
             self.unreadable_names.append(f"{document.name}: {document.problem}")
 
-    def include(self, other: Record) -> None:
+    def include(self, other: ReadRecord) -> None:
         """Add the counts of a later item of the same source."""
         for name in ("items", "documents", "bytes", "kept", "kept_bytes", "unreadable"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -91,15 +91,15 @@ class Record:
         self.runs = self.runs + other.runs
 
 
-def read_record(path: Path) -> Record:
+def load_record(path: Path) -> ReadRecord:
     """The record of a finished item."""
     fields = json.loads(path.read_bytes())
     fields["lengths"] = Counter({int(size): count for size, count in fields["lengths"].items()})
     fields["removed"], fields["languages"] = Counter(fields["removed"]), Counter(fields["languages"])
-    return Record(**fields)
+    return ReadRecord(**fields)
 
 
-def runs_of(recipe: Recipe, records: Sequence[Record], stage: str) -> tuple[list[str], int]:
+def runs_of(recipe: Recipe, records: Sequence[ReadRecord], stage: str) -> tuple[list[str], int]:
     """Runs of the sources that take part in stage "exact" or "near", and how many documents they hold."""
     taking = [
         record
@@ -109,7 +109,7 @@ def runs_of(recipe: Recipe, records: Sequence[Record], stage: str) -> tuple[list
     return [run for record in taking for run in record.runs], sum(record.kept for record in taking)
 
 
-class Reader:
+class SourceReader:
     """Opens the recipe's sources, lists the items, and reads them one at a time.
 
     Raises UserError for inputs that are not there or not in the layout of their kind.
@@ -129,27 +129,27 @@ class Reader:
         """Whether an earlier run has read `item`."""
         return self._record(item).exists()
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[ReadRecord]:
         """One record a source, all its items added up."""
-        sums = [Record(number, items=0) for number in range(len(self._sources))]
+        sums = [ReadRecord(number, items=0) for number in range(len(self._sources))]
         for item in self.items:
-            sums[item.source].include(read_record(self._record(item)))
+            sums[item.source].include(load_record(self._record(item)))
         return sums
 
-    def licences(self) -> dict[str, str]:
+    def licenses(self) -> dict[str, str]:
         """What the publishers ask for, by the recipe's names of sources; "" where that is not known."""
         named = zip(self._recipe.sources, self._sources, strict=True)
-        return {recipe.name: source.licence for recipe, source in named}
+        return {recipe.name: source.license for recipe, source in named}
 
     def prepare_cleaners(self) -> None:
         """Read the evaluation sets. Raises UserError when they cannot be read."""
         for number in range(len(self._sources)):
             self._cleaner(number)
 
-    def read(self, item: Item, tally: Tally) -> None:
+    def read(self, item: Item, tally: StageProgress) -> None:
         """Read, clean and store the documents of one item. Raises UserError as sources and cleaning do."""
         source, cleaner = self._recipe.sources[item.source], self._cleaner(item.source)
-        record = Record(item.source)
+        record = ReadRecord(item.source)
         writer = RunWriter(self._folder, item.name, self._texts)
         left = item.unit.bytes
         for document in self._sources[item.source].read(item.unit):
@@ -165,8 +165,8 @@ class Reader:
             _keep(document, cleaner, record, writer, item, source)
         writer.flush()
         record.runs = writer.names
-        fault("data.part")
-        write_whole(self._record(item), json.dumps(vars(record), sort_keys=True).encode())
+        inject_fault("data.part")
+        atomic_write(self._record(item), json.dumps(vars(record), sort_keys=True).encode())
         tally.advance(0, 0, left)
 
     def _record(self, item: Item) -> Path:
@@ -183,7 +183,7 @@ class Reader:
 
 
 def _keep(
-    document: Document, cleaner: Cleaner, record: Record, writer: RunWriter, item: Item, source: SourceRecipe
+    document: Document, cleaner: Cleaner, record: ReadRecord, writer: RunWriter, item: Item, source: SourceRecipe
 ) -> None:
     """Clean one document and store it, or count why not."""
     outcome = cleaner(document)
@@ -219,11 +219,11 @@ def _keep(
     )
 
 
-def _open(recipe: Recipe, source: SourceRecipe) -> Source:
+def _open(recipe: Recipe, source: SourceRecipe) -> DataSource:
     return make_source(source.kind, recipe.inputs(source), dict(source.options))
 
 
-def inputs_of(reader: Reader, recipe: Recipe) -> str:
+def inputs_of(reader: SourceReader, recipe: Recipe) -> str:
     """What the set depends on, as one line: the recipe, and name, size and time of every file to read."""
     digest = hashlib.sha256(recipe.model_dump_json(exclude={"out"}).encode())
     for path in _files_beside(recipe):

@@ -7,22 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.read import Record
+from data_prep.read import ReadRecord
 from data_prep.recipe import Recipe
 from data_prep.report_page import page
 from data_prep.samples import Duplicates
 from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_io import fingerprint
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 
 
 def write_report(
     out: Path,
     recipe: Recipe,
-    records: Sequence[Record],
+    records: Sequence[ReadRecord],
     dropped: Sequence[Duplicates],
     index: Index,
-    licences: Mapping[str, str],
+    licenses: Mapping[str, str],
     seconds: float,
 ) -> None:
     """Write report.json and report.html into `out`.
@@ -33,7 +33,7 @@ def write_report(
     Raises UserError when the disk refuses.
     """
     sources = [
-        _source(recipe, number, record, dropped[number]) | {"licence": licences[recipe.sources[number].name]}
+        _source(recipe, number, record, dropped[number]) | {"licence": licenses[recipe.sources[number].name]}
         for number, record in enumerate(records)
     ]
     read = sum(record.bytes for record in records)
@@ -50,11 +50,11 @@ def write_report(
         "sources": sources,
         "streams": [_stream(index, number) for number in range(len(index.sources))],
     }
-    write_whole(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_whole(out / "report.html", page(report).encode("utf-8", "replace"))
+    atomic_write(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    atomic_write(out / "report.html", page(report).encode("utf-8", "replace"))
 
 
-def summary(recipe: Recipe, records: Sequence[Record]) -> str:
+def summary(recipe: Recipe, records: Sequence[ReadRecord]) -> str:
     """A line a source: what was read, and what was left out for which reason."""
     lines = []
     for source, record in zip(recipe.sources, records, strict=True):
@@ -67,7 +67,7 @@ def summary(recipe: Recipe, records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _source(recipe: Recipe, number: int, record: Record, dropped: Duplicates) -> dict[str, Any]:
+def _source(recipe: Recipe, number: int, record: ReadRecord, dropped: Duplicates) -> dict[str, Any]:
     source = recipe.sources[number]
     return {
         "name": source.name,

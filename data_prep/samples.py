@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.read import SAMPLE_CHARACTERS, SAMPLES, Record
-from data_prep.sorted_runs import RunReader, Stored, rows_of
+from data_prep.read import SAMPLE_CHARACTERS, SAMPLES, ReadRecord
+from data_prep.sorted_runs import RunReader, StoredDocument, rows_of
 
 _SHOWN = ("same text", "nearly the same")
 
@@ -25,7 +25,7 @@ class Duplicates(NamedTuple):
     samples: Samples
 
 
-def sample_duplicates(runs: Path, records: Sequence[Record], same: np.ndarray, alike: np.ndarray) -> list[Samples]:
+def sample_duplicates(runs: Path, records: Sequence[ReadRecord], same: np.ndarray, alike: np.ndarray) -> list[Samples]:
     """By source and kind: name and beginning of dropped documents, and the name of one that came before.
 
     `same`, `alike`: pairs of ids (earlier, dropped), uint64 [n, 2]. Those dropped first are shown.
@@ -45,7 +45,7 @@ def sample_duplicates(runs: Path, records: Sequence[Record], same: np.ndarray, a
 
 
 def _sample(
-    reader: RunReader, runs: Path, records: Sequence[Record], earlier: int, dropped: int
+    reader: RunReader, runs: Path, records: Sequence[ReadRecord], earlier: int, dropped: int
 ) -> tuple[str, str, str]:
     document, other = (next(_stored(reader, runs, records, id)) for id in (dropped, earlier))
     # A character may be cut in two at the end.
@@ -56,7 +56,7 @@ def _sample(
     )
 
 
-def _stored(reader: RunReader, runs: Path, records: Sequence[Record], id: int) -> Iterator[Stored]:
+def _stored(reader: RunReader, runs: Path, records: Sequence[ReadRecord], id: int) -> Iterator[StoredDocument]:
     item = f"item-{id >> 32:06d}-"
     for run in (run for record in records for run in record.runs if run.startswith(item)):
         rows = rows_of(runs, run)

@@ -11,19 +11,19 @@ import numpy as np
 import webdataset
 
 from kabrn_dist.data.index import Dtype, Shard
-from kabrn_dist.utils.atomic_io import sha256_of, whole_file
+from kabrn_dist.utils.atomic_io import atomic_open, sha256_of
 
 BLOCK_TOKENS = 1 << 16
 
 
-class Tokenised(NamedTuple):
+class Tokenized(NamedTuple):
     """A document: ids [tokens], the document token first, and which of them carry loss as targets (None: all)."""
 
     tokens: np.ndarray
     use: np.ndarray | None = None
 
 
-def write_shard(path: Path, documents: Iterable[Tokenised], dtype: Dtype, masked: bool) -> Shard:
+def write_tar_shard(path: Path, documents: Iterable[Tokenized], dtype: Dtype, masked: bool) -> Shard:
     """Write `documents` in stream order as one tar; blocks of a `masked` shard hold a loss mask.
 
     The same documents give the same bytes. No more than a block and a document are held. Raises UserError when the
@@ -33,7 +33,7 @@ def write_shard(path: Path, documents: Iterable[Tokenised], dtype: Dtype, masked
     count = 0
     # Fixed time and owner: what is in the tar depends on the documents alone.
     with (
-        whole_file(path) as file,
+        atomic_open(path) as file,
         webdataset.TarWriter(file, encoder=False, mtime=0, user="kabrn", group="kabrn") as tar,
     ):
         for number, block in enumerate(_blocks(documents)):
@@ -55,20 +55,20 @@ def write_shards(
     A shard is closed by the document that takes it to `shard_bytes` of tokens. Raises UserError as `write_shard` does.
     """
     itemsize = np.dtype(dtype).itemsize
-    parts: list[list[Tokenised]] = [[]]
+    parts: list[list[Tokenized]] = [[]]
     waiting = 0
     for document in documents:
         if waiting >= shard_bytes:
             parts.append([])
             waiting = 0
-        parts[-1].append(Tokenised(document))
+        parts[-1].append(Tokenized(document))
         waiting += len(document) * itemsize
     numbered = enumerate(part for part in parts if part)
-    return tuple(write_shard(folder / f"{stem}-{n:05d}.tar", part, dtype, masked=False) for n, part in numbered)
+    return tuple(write_tar_shard(folder / f"{stem}-{n:05d}.tar", part, dtype, masked=False) for n, part in numbered)
 
 
-def _blocks(documents: Iterable[Tokenised]) -> Iterator[list[Tokenised]]:
-    block: list[Tokenised] = []
+def _blocks(documents: Iterable[Tokenized]) -> Iterator[list[Tokenized]]:
+    block: list[Tokenized] = []
     tokens = 0
     for document in documents:
         # One larger than a block is a block of its own.
@@ -84,7 +84,7 @@ def _blocks(documents: Iterable[Tokenised]) -> Iterator[list[Tokenised]]:
         yield block
 
 
-def _packed(block: Sequence[Tokenised]) -> bytes:
+def _packed(block: Sequence[Tokenized]) -> bytes:
     uses = [np.ones(len(tokens), bool) if use is None else use for tokens, use in block]
     return np.packbits(np.concatenate(uses), bitorder="little").tobytes()
 

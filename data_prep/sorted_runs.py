@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.documents import Document
-from kabrn_dist.utils.atomic_io import whole_file
+from kabrn_dist.utils.atomic_io import atomic_open
 
 # A run is closed by the document that takes it here. What a worker holds of documents is some twice that.
 RUN_BYTES = 32 << 20
@@ -40,7 +40,7 @@ ROW = np.dtype(
 )
 
 
-class Stored(NamedTuple):
+class StoredDocument(NamedTuple):
     """A document as a run holds it. `spans`: bytes of the UTF-8 text, int64 [n, 2], that carry loss; None: all."""
 
     id: int
@@ -101,7 +101,7 @@ class RunWriter:
         # Until here the column held sizes.
         rows["offset"] = np.cumsum(rows["offset"]) - rows["offset"]
         if self._texts:
-            with whole_file(self._folder / f"{name}.texts") as file:
+            with atomic_open(self._folder / f"{name}.texts") as file:
                 file.writelines(self._records[place] for place in order)
         if self._keys:
             _write_array(self._folder / f"{name}.keys.npy", np.stack(self._keys)[order])
@@ -117,13 +117,13 @@ class RunReader:
         self._folder = folder
         self._files: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, run: str, row: np.void) -> Stored:
+    def read(self, run: str, row: np.void) -> StoredDocument:
         """The document of one row of `run`."""
         count = max(int(row["spans"]), 0)
         spans, name = count * 16, int(row["name_bytes"])
         size = spans + name + int(row["bytes"])
         content = _pread(self._file(run), size, int(row["offset"]))
-        return Stored(
+        return StoredDocument(
             id=int(row["id"]),
             name=content[spans : spans + name].decode(),
             text=content[spans + name :],
@@ -162,7 +162,7 @@ def within(rows: np.ndarray, low: int, high: int) -> np.ndarray:
     return rows[start:stop]
 
 
-def merged(
+def merge_sorted(
     folder: Path, runs: Sequence[str], low: int, high: int, dropped: np.ndarray
 ) -> Iterator[tuple[str, np.void]]:
     """Yield (run, row) of all `runs` with low ≤ place < high in their common order, without the `dropped` ids.
@@ -198,7 +198,7 @@ def _pack_spans(document: Document) -> tuple[bytes, int]:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    with whole_file(path) as file:
+    with atomic_open(path) as file:
         np.save(file, array, allow_pickle=False)
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.read import Record
+from data_prep.read import ReadRecord
 from data_prep.recipe import Recipe, SourceRecipe
 from data_prep.sorted_runs import contains, rows_of
 from kabrn_dist.data.index import SPLITS, SplitName
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 _BUCKET_BITS = 16
@@ -45,7 +45,7 @@ class ShardTask(NamedTuple):
     bytes: int
 
 
-class Census(NamedTuple):
+class SizeHistogram(NamedTuple):
     """Of the kept documents of a stream: the first place of training, and bytes of text by the upper bits of places."""
 
     limit: int
@@ -58,7 +58,7 @@ class Census(NamedTuple):
         return min((bucket + 1) << int(_LOWER_BITS), _END)
 
 
-def make_streams(recipe: Recipe, records: Sequence[Record]) -> list[Stream]:
+def make_streams(recipe: Recipe, records: Sequence[ReadRecord]) -> list[Stream]:
     """The streams in the order of their first sources. `records`: one a source, all its items added up."""
     names: dict[str, list[int]] = {}
     for number, source in enumerate(recipe.sources):
@@ -74,7 +74,7 @@ def make_streams(recipe: Recipe, records: Sequence[Record]) -> list[Stream]:
     ]
 
 
-def take_census(folder: Path, stream: Stream, dropped: np.ndarray, share: float) -> Census:
+def take_census(folder: Path, stream: Stream, dropped: np.ndarray, share: float) -> SizeHistogram:
     """Count a stream, cut in two: places below `share` of all are validation, and at least one is if there are two.
 
     Raises UserError when nothing is left to train on.
@@ -99,10 +99,10 @@ def take_census(folder: Path, stream: Stream, dropped: np.ndarray, share: float)
             f"source {stream.name!r}: {documents} distinct documents leave none to train on with a validation share of "
             f"{share}. Give more documents, or remove fewer of them."
         )
-    return Census(limit, buckets["train"], buckets["validation"])
+    return SizeHistogram(limit, buckets["train"], buckets["validation"])
 
 
-def cut(number: int, census: Census, shard_text_bytes: float) -> list[ShardTask]:
+def cut(number: int, census: SizeHistogram, shard_text_bytes: float) -> list[ShardTask]:
     """Cut stream `number` into shards of about `shard_text_bytes` of text, at edges that depend on the texts alone."""
     return [
         *_cut_split(number, "validation", (0, census.limit), census.validation, shard_text_bytes),
@@ -127,7 +127,7 @@ def _cut_split(
 
 def write_cut(path: Path, tasks: Sequence[ShardTask]) -> None:
     """Write the shards to make."""
-    write_whole(path, json.dumps([task._asdict() for task in tasks]).encode())
+    atomic_write(path, json.dumps([task._asdict() for task in tasks]).encode())
 
 
 def read_cut(path: Path) -> list[ShardTask]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data_prep.shards import Tokenised
-from data_prep.sorted_runs import Stored
+from data_prep.shards import Tokenized
+from data_prep.sorted_runs import StoredDocument
 from kabrn_dist.data.index import dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ class Encoder:
         self._dtype = np.dtype(dtype_for(tokenizer.vocabulary))
         self._lengths = tokenizer.bytes_per_token()
 
-    def encode(self, documents: Iterable[Stored]) -> Iterator[Tokenised]:
+    def encode(self, documents: Iterable[StoredDocument]) -> Iterator[Tokenized]:
         """Yield each document with the document token in front, which counts as a target: the end of the one before.
 
         A token carries loss when a byte of it lies in one of the document's spans.
@@ -34,7 +34,7 @@ class Encoder:
                 tokens = np.empty(len(ids) + 1, self._dtype)
                 tokens[0] = self._tokenizer.document_token
                 tokens[1:] = ids
-                yield Tokenised(tokens, None if document.spans is None else self.mask(tokens, document.spans))
+                yield Tokenized(tokens, None if document.spans is None else self.mask(tokens, document.spans))
 
     def mask(self, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
         """Which of a document's `tokens` carry loss, bool [tokens]. `spans`: bytes of its text, int64 [n, 2]."""
@@ -60,8 +60,8 @@ def mask_naive(tokenizer: Tokenizer, ids: list[int], text: str, spans: Iterable[
     return use
 
 
-def _batched(documents: Iterable[Stored]) -> Iterator[list[Stored]]:
-    batch: list[Stored] = []
+def _batched(documents: Iterable[StoredDocument]) -> Iterator[list[StoredDocument]]:
+    batch: list[StoredDocument] = []
     size = 0
     for document in documents:
         batch.append(document)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.recipe import Recipe
-from data_prep.sorted_runs import RunReader, Stored, merged
-from data_prep.streams import Census, ShardTask, Stream, cut, take_census
+from data_prep.sorted_runs import RunReader, StoredDocument, merge_sorted
+from data_prep.streams import ShardTask, SizeHistogram, Stream, cut, take_census
 from data_prep.tokens import Encoder
 from data_prep.train_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 from kabrn_dist.data.index import dtype_for
@@ -66,7 +66,7 @@ def sizes_of_sample(budget: int, weights: Sequence[float], available: Sequence[i
 
 
 def _sample(
-    reader: RunReader, runs: Path, streams: Sequence[Stream], censuses: Sequence[Census], dropped: np.ndarray
+    reader: RunReader, runs: Path, streams: Sequence[Stream], censuses: Sequence[SizeHistogram], dropped: np.ndarray
 ) -> Iterator[str]:
     """Yield training texts from the front of each stream, its share of the mix of them."""
     weights = [sum(source.weight for source in stream.sources) for stream in streams]
@@ -78,11 +78,11 @@ def _sample(
 
 
 def _first(
-    reader: RunReader, runs: Path, stream: Stream, census: Census, dropped: np.ndarray, size: int
-) -> Iterator[Stored]:
+    reader: RunReader, runs: Path, stream: Stream, census: SizeHistogram, dropped: np.ndarray, size: int
+) -> Iterator[StoredDocument]:
     """Yield the first `size` bytes of a stream's training texts, the last document cut."""
     left = size
-    for run, row in merged(runs, stream.runs, census.limit, census.reach(size), dropped):
+    for run, row in merge_sorted(runs, stream.runs, census.limit, census.reach(size), dropped):
         if left <= 0:
             return
         document = reader.read(run, row)

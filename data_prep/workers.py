@@ -29,7 +29,7 @@ _STOP = "stop"
 _PATIENCE_SECONDS = 10
 
 
-class Team:
+class WorkerGroup:
     """One process that works alone; the base of those that work with others."""
 
     rank = 0
@@ -107,7 +107,7 @@ def _claim(path: Path) -> bool:
     return True
 
 
-class Leader(Team):
+class Coordinator(WorkerGroup):
     """Rank 0 of several processes of this machine; it started the others."""
 
     def __init__(self, world: int, job: dict[str, Any], keep_open: Sequence[int]) -> None:
@@ -142,7 +142,7 @@ class Leader(Team):
             process.wait()
 
 
-class Worker(Team):
+class Worker(WorkerGroup):
     """One of the others: rank ≥ 1, with a socket to rank 0. It ends at once when rank 0 does."""
 
     def __init__(self, rank: int, world: int, connection: socket.socket) -> None:
@@ -166,7 +166,7 @@ class Worker(Team):
         os._exit(3)
 
 
-class MpiTeam(Team):
+class MpiTeam(WorkerGroup):
     """One of the processes that mpirun started."""
 
     def __init__(self) -> None:
@@ -198,16 +198,16 @@ def under_mpirun() -> bool:
 
 
 @contextlib.contextmanager
-def start_team(workers: int, job: dict[str, Any], keep_open: Sequence[int] = ()) -> Iterator[Team]:
+def start_team(workers: int, job: dict[str, Any], keep_open: Sequence[int] = ()) -> Iterator[WorkerGroup]:
     """The team of `workers` processes, this one among them: `data_prep.worker` gets `job` (JSON) in the others.
 
     The file descriptors `keep_open` stay open in them. Whatever ends the block ends the others.
     """
     _share_processors(workers)
     if workers == 1:
-        yield Team()
+        yield WorkerGroup()
         return
-    leader = Leader(workers, job, keep_open)
+    leader = Coordinator(workers, job, keep_open)
     ended_well = False
     try:
         yield leader

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.workers import clear_claims
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 _OWN_FILES = ("*-train-*.tar", "*-validation-*.tar", "*.tar.tmp", f"{TOKENIZER_NAME}*", f"{INDEX_NAME}.tmp", "report.*")
@@ -53,11 +53,11 @@ class Work:
             clear_claims(self.notes)
         except OSError as error:
             raise UserError(f"--out {self.out}: {error.strerror}. Choose a folder you can write to.") from error
-        write_whole(self.folder / _INPUTS, inputs.encode())
+        atomic_write(self.folder / _INPUTS, inputs.encode())
 
     def end(self, inputs: str) -> None:
         """Note what `out` was made from, and remove the folder."""
-        write_whole(self.out / _INPUTS, inputs.encode())
+        atomic_write(self.out / _INPUTS, inputs.encode())
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _refuse_strangers(self, begun: str | None, inputs: str) -> None:
@@ -90,7 +90,7 @@ class Work:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def hold(out: Path) -> int:
+def acquire(out: Path) -> int:
     """Lock the preparation of `out` and return the descriptor that holds the lock, for `let_go`.
 
     Raises UserError where another preparation holds it, or the folder cannot be made.
@@ -109,7 +109,7 @@ def hold(out: Path) -> int:
     return descriptor
 
 
-def let_go(out: Path, descriptor: int) -> None:
+def release(out: Path, descriptor: int) -> None:
     """Unlock `out`, and leave no trace of a preparation that was refused before it began."""
     os.close(descriptor)
     folder = out / ".work"

@@ -2,14 +2,14 @@
 
 Writes step 0 of the new run, whose training then starts as usual:
 
-  dense layer → mixture    model.experts.first_dense or every lowered; hidden as wide as the dense layer was.
+  dense layer → mixture    model.experts.num_dense_layers or every lowered; hidden as wide as the dense layer was.
                            Experts are copies of it, the router is new; shared experts start by adding nothing.
-  E → m·E routed experts   model.experts.routed multiplied; a token visits all copies of its experts (top_k multiplied
-                           too) or one (router.groups multiplied, router.groups_per_token 1).
-  grid G → m·G             model.experts.grid multiplied, for the forms hat and bspline.
+  E → m·E routed experts   model.experts.num_experts multiplied; a token visits all copies of its experts (top_k multiplied
+                           too) or one (router.n_group multiplied, router.topk_group 1).
+  grid G → m·G             model.experts.grid_size multiplied, for the forms hat and bspline.
 
 Everything else of the model's shape stays. Weights and both of AdamW's moments are carried over; data, schedule and
-step start anew. The same happens without this command where the new configuration has run.start_from: RUN.
+step start anew. The same happens without this command where the new configuration has run.init_from: RUN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   python launch/grow.py --from runs/dense --config moe.yaml --dry-run
   python launch/grow.py --from runs/dense --config moe.yaml --redraw 0.5
   python launch/grow.py --from runs/tiny --config configs/tiny.yaml --set run.folder=runs/wide \\
-      --set model.experts.routed=16 --set model.experts.top_k=4
+      --set model.experts.num_experts=16 --set model.experts.top_k=4
 then:
   deepspeed --num_gpus 2 launch/train.py --config moe.yaml
 """
@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(options.config, options.set)
         # A mistake in the configuration is reported before torch is imported.
-        from kabrn_dist.grow.describe import describe
+        from kabrn_dist.grow.describe import describe_growth
         from kabrn_dist.grow.run import grow, plan_growth
 
-        print(describe(plan_growth(options.source, config), options.noise, options.redraw))
+        print(describe_growth(plan_growth(options.source, config), options.noise, options.redraw))
         if options.dry_run:
             print("nothing was written (--dry-run)")
         else:

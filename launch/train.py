@@ -39,10 +39,10 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             return dry_run(config, options.world or int(os.environ.get("WORLD_SIZE", 1)))
         # DeepSpeed and torch take seconds to import: a mistake in the configuration has been reported by now.
-        from kabrn_dist.distributed.launch_env import find_place
+        from kabrn_dist.distributed.launch_env import read_launch_env
         from kabrn_dist.train.trainer import train
 
-        place = find_place()
+        place = read_launch_env()
         # Of calls that DeepSpeed makes: nobody who trains can do anything about it.
         warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -51,24 +51,24 @@ def main(arguments: list[str]) -> int:
         return report(error)
     except Exception as error:
         give_up(error)
-    return 0 if finished else config.guard.stop_code
+    return 0 if finished else config.guard.stop_exit_code
 
 
 def dry_run(config: Config, world: int) -> int:
-    from kabrn_dist.planner.estimate import describe
-    from kabrn_dist.train.datasets import open_splits
+    from kabrn_dist.planner.estimate import describe_plan
+    from kabrn_dist.train.datasets import open_datasets
 
-    config.check_world(world)
-    print(describe(config, world))
-    splits = open_splits(config)
-    train, total = splits.train, config.training.steps * config.training.batch
+    config.check_world_size(world)
+    print(describe_plan(config, world))
+    splits = open_datasets(config)
+    train, total = splits.train, config.training.steps * config.training.global_batch_size
     corpus = train.corpus
     print(
         f"data                 {corpus.tokens('train'):,} training tokens = {train.sequences:,} sequences, "
         f"{total / train.sequences:.2f} passes over them; {corpus.tokens('validation'):,} validation tokens"
     )
     if len(train.counts) > 1:
-        for name, count, drawn in zip(corpus.names, train.counts, train.drawn(total), strict=True):
+        for name, count, drawn in zip(corpus.names, train.counts, train.sequences_drawn(total), strict=True):
             passes = f", {drawn / count:.2f} passes" if count else ""
             print(f"  {name:<19}{count:,} sequences, {drawn / total:.1%} of what is drawn{passes}")
     print("nothing was started or written (--dry-run)")
@@ -91,10 +91,10 @@ def give_up(error: Exception) -> NoReturn:
     The rank that failed shows its traceback and then goes, which is how the others learn of it: what they have to say
     of it would only hide the cause.
     """
-    from kabrn_dist.distributed.mesh import is_aftermath
+    from kabrn_dist.distributed.mesh import is_peer_failure
 
     rank = os.environ.get("RANK", "0")
-    if is_aftermath(error):
+    if is_peer_failure(error):
         # Whatever the launcher shows of several ranks, the cause comes first.
         time.sleep(AFTERMATH_SECONDS)
         print(f"rank {rank} ends, as another rank has gone", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ def test_each_stage_learns_and_resumes(precision: str, shards: Path, tmp_path: P
                 tmp_path / f"{name}{zero}.yaml",
                 shards,
                 tmp_path / f"{name}{zero}",
-                parallel__zero=zero,
+                parallel__zero_stage=zero,
                 training__precision=precision,
                 training__steps=20,
             )
@@ -43,7 +43,7 @@ def test_each_stage_learns_and_resumes(precision: str, shards: Path, tmp_path: P
 
 def test_fp32_agrees_with_the_cpu(shards: Path, tmp_path: Path) -> None:
     for name, variables in (("card", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})):
-        path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, model__quantise=False)
+        path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, model__quantize=False)
         sessions(1, [[str(path), "never", None]], tmp_path, **variables)
     assert read_losses(tmp_path / "card") == pytest.approx(read_losses(tmp_path / "cpu"), abs=1e-4)
 

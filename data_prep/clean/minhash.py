@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.clean.tokenize_words import mix, ngrams, plain_words
+from data_prep.clean.tokenize_words import mix_hashes, ngrams, plain_words
 
 SHINGLE = 5
 BANDS = 14
@@ -33,7 +33,7 @@ def signature(text: str, numbers: Literal["alike", "distinct"] = "alike") -> np.
         hashes = _multipliers() * shingles[start : start + _BLOCK]
         np.minimum(lowest, hashes.min(axis=1, keepdims=True), out=lowest)
     # A random sum of a band's minima, each with a factor of its own: different bands never share a key by design.
-    return mix((lowest * _multipliers()).reshape(BANDS, ROWS).sum(axis=1, dtype=np.uint64))
+    return mix_hashes((lowest * _multipliers()).reshape(BANDS, ROWS).sum(axis=1, dtype=np.uint64))
 
 
 def probability(similarity: float) -> float:
@@ -86,4 +86,4 @@ def _shingles(text: str, numbers_alike: bool) -> np.ndarray:
 @cache
 def _multipliers() -> np.ndarray:
     # Odd, so that each multiplication is a permutation of the 64-bit values.
-    return (mix(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1))[:, None]
+    return (mix_hashes(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1))[:, None]

@@ -10,7 +10,7 @@ from data_prep.clean.quality import judge
 from data_prep.clean.removed import Removed
 from data_prep.clean.repetition import judge_repetition
 from data_prep.clean.settings import Clean
-from data_prep.clean.unicode import normalise
+from data_prep.clean.unicode import normalize_text
 from data_prep.documents import Document
 
 
@@ -38,7 +38,7 @@ class Cleaner:
         A document that needs no change comes back as the same object. Raises UserError, naming the document,
         for broken encodings when the settings refuse them.
         """
-        clean = normalise(document, self.settings)
+        clean = normalize_text(document, self.settings)
         if isinstance(clean, Removed):
             return clean
         assert clean.text is not None, "normalise removes what has no text"

@@ -164,10 +164,10 @@ def hash_runs(points: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.n
     if not len(starts):
         return np.zeros(0, np.uint64)
     powers, inverses = _powers(len(points))
-    values = _random_values()[points] if points.dtype == np.uint8 else mix(points.astype(np.uint64))
+    values = _random_values()[points] if points.dtype == np.uint8 else mix_hashes(points.astype(np.uint64))
     sums = np.zeros(len(points) + 1, np.uint64)
     np.cumsum(values * powers[: len(points)], out=sums[1:])
-    return mix((sums[stops] - sums[starts]) * inverses[starts] + (stops - starts).astype(np.uint64))
+    return mix_hashes((sums[stops] - sums[starts]) * inverses[starts] + (stops - starts).astype(np.uint64))
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
@@ -176,7 +176,7 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     found = hashes[:count]
     for step in range(1, n):
         found = joined(found, hashes[step : step + count])
-    return mix(found)
+    return mix_hashes(found)
 
 
 def joined(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -184,7 +184,7 @@ def joined(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return before * _JOIN + after
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def mix_hashes(values: np.ndarray) -> np.ndarray:
     """Return splitmix64's finaliser of each uint64 value plus its increment: a bijection that looks random."""
     mixed = values + np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(30)
@@ -213,7 +213,7 @@ def _powers_up_to(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _random_values() -> np.ndarray:
-    return mix(np.arange(128, dtype=np.uint64))
+    return mix_hashes(np.arange(128, dtype=np.uint64))
 
 
 @cache

@@ -40,7 +40,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 _ESCAPED_RUN = re.compile("[\udc80-\udcff]{2,}")
 
 
-def normalise(document: Document, settings: Clean) -> Document | Removed:
+def normalize_text(document: Document, settings: Clean) -> Document | Removed:
     """Return the document as `settings` want it, the same object where nothing changes, or why it is removed.
 
     Reasons: "unreadable" (no text and no bytes), "binary", "encoding" (only where that is to be dropped, or
@@ -96,7 +96,7 @@ def _decoded(document: Document, settings: Clean) -> Document | Removed:
     text = decode(raw)
     if text is None:
         return Removed("encoding", document, "neither UTF-8 nor Western")
-    return normalise(document._replace(text=text, raw=None, problem=""), settings)
+    return normalize_text(document._replace(text=text, raw=None, problem=""), settings)
 
 
 def _broken(document: Document, settings: Clean, problem: str, reason: str = "encoding") -> Removed:

@@ -8,10 +8,10 @@ from typing import Protocol
 from data_prep.documents import Document, Unit
 from data_prep.sources.files import Group
 
-__all__ = ["Document", "Group", "Source", "Unit"]
+__all__ = ["DataSource", "Document", "Group", "Unit"]
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """A published data set or somebody's files. Sources can be pickled: workers get a copy.
 
     Raises UserError where the input is not what the source reads; single bad files are documents without text.
@@ -22,7 +22,7 @@ class Source(Protocol):
         """The name that recipes call it by."""
 
     @property
-    def licence(self) -> str:
+    def license(self) -> str:
         """What the publisher asks for, "" where that is not known."""
 
     @property

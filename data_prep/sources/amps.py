@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member, text_of
-from data_prep.sources.base import FileSource, Options, record_of
+from data_prep.sources.base import FileSource, Options, parse_record
 from data_prep.sources.layout import Mismatch, guess_keys
 from data_prep.sources.template import Loss, render
 
@@ -35,7 +35,7 @@ class Amps(FileSource):
     kind = "amps"
     expected = "khan/<exercise>/<id>.json ('problem' or 'question', 'hints') and mathematica/<subject>/<module>/<n>.txt"
     endings = (".json", ".txt")
-    licence = "MIT"
+    license = "MIT"
     settings = AmpsOptions
 
     def wants(self, name: str) -> bool:
@@ -48,7 +48,7 @@ class Amps(FileSource):
         return self._khan(member) if ".json" in member.name.rpartition("/")[2] else self._mathematica(member)
 
     def _khan(self, member: Member) -> Iterator[Document | Mismatch]:
-        record = record_of(member)
+        record = parse_record(member)
         if isinstance(record, Document | Mismatch):
             yield record
             return

@@ -17,7 +17,7 @@ from data_prep.documents import Document, Unit
 from data_prep.sources.decode import decoded, printable
 from data_prep.sources.files import ARCHIVES, Find, Group, hidden, walk
 from data_prep.sources.lines import LINE_BYTES, lines
-from data_prep.sources.packed import DAMAGE, open_stream, reason, unpack
+from data_prep.sources.packed import DAMAGE, decompress, open_stream, reason
 
 MEMBER_BYTES = 64 << 20
 _END = bytes(1024)
@@ -171,7 +171,7 @@ def _check_end(path: Path) -> None:
 
 
 def _unpacked(name: str, file: BinaryIO) -> BinaryIO:
-    return unpack(io.BufferedReader(cast(io.RawIOBase, file), _MEMBER_BUFFER), name)
+    return decompress(io.BufferedReader(cast(io.RawIOBase, file), _MEMBER_BUFFER), name)
 
 
 def _member_name(name: str) -> str:

@@ -36,7 +36,7 @@ class FileSource(ABC):
     kind: ClassVar[str]
     expected: ClassVar[str]
     endings: ClassVar[tuple[str, ...]]
-    licence: ClassVar[str] = ""
+    license: ClassVar[str] = ""
     settings: ClassVar[type[Options]]
 
     def __init__(self, inputs: Sequence[Path], options: Options, unit_bytes: int = UNIT_BYTES) -> None:
@@ -141,7 +141,7 @@ class FileSource(ABC):
         return UserError(f"input {where}: no file for source {self.kind}; {found}. Expected: {self.expected}.")
 
 
-def record_of(member: Member) -> Any | Document | Mismatch:
+def parse_record(member: Member) -> Any | Document | Mismatch:
     """Return the JSON value that a whole file holds, or what is wrong with it."""
     whole = text_of(member)
     return whole._replace(raw=None) if whole.text is None else parse(whole.name, whole.text)

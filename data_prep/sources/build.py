@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data_prep.sources import Source
+from data_prep.sources import DataSource
 from data_prep.sources.amps import Amps
 from data_prep.sources.base import FileSource
 from data_prep.sources.code import Code
@@ -25,7 +25,7 @@ _SOURCES: tuple[type[FileSource], ...] = (M2D2, Math, Amps, Code, OpenQA, Text, 
 KINDS = {source.kind: source for source in _SOURCES}
 
 
-def make_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -> Source:
+def make_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -> DataSource:
     """Return the source of `kind` over `inputs`. Raises UserError for an unknown kind and unknown or wrong options."""
     if kind not in KINDS:
         raise UserError(f"source {kind!r}: no such kind; choose from {', '.join(KINDS)}.")

@@ -70,7 +70,7 @@ class Code(FileSource):
         "source files, or with layout: humaneval|mbpp|apps .jsonl with 'prompt' and 'canonical_solution' | "
         ".jsonl with 'text' and 'code' | {train,test}/<id>/question.txt and solutions.json"
     )
-    licence = "HumanEval and APPS MIT, MBPP CC-BY-4.0; of other code that of its files"
+    license = "HumanEval and APPS MIT, MBPP CC-BY-4.0; of other code that of its files"
     settings = CodeOptions
     endings = ()
 

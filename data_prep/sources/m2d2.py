@@ -46,7 +46,7 @@ class M2D2(FileSource):
     kind = "m2d2"
     expected = "{domain}.tar.gz with {domain}/train.txt, valid.txt and test.txt, or such folders"
     endings = (".txt",)
-    licence = "CC-BY-NC-4.0 (not for commercial use)"
+    license = "CC-BY-NC-4.0 (not for commercial use)"
     settings = M2D2Options
 
     def find(self) -> Find:

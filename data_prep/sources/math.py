@@ -12,7 +12,7 @@ from typing import Literal
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member
-from data_prep.sources.base import FileSource, Options, record_of
+from data_prep.sources.base import FileSource, Options, parse_record
 from data_prep.sources.layout import Mismatch, guess_keys
 from data_prep.sources.template import Loss, render
 
@@ -34,7 +34,7 @@ class Math(FileSource):
     kind = "math"
     expected = "{train,test}/<subject>/<n>.json with 'problem' and 'solution' (MATH, folder or archive)"
     endings = (".json",)
-    licence = "MIT"
+    license = "MIT"
     settings = MathOptions
 
     def wants(self, name: str) -> bool:
@@ -46,7 +46,7 @@ class Math(FileSource):
 
     def documents(self, member: Member) -> Iterator[Document | Mismatch]:
         """Yield the problem, nothing if it is of another level."""
-        record = record_of(member)
+        record = parse_record(member)
         if isinstance(record, Document | Mismatch):
             yield record
             return

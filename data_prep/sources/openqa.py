@@ -47,7 +47,7 @@ class OpenQA(FileSource):
         "with the split in the file's name; set split, or give the file itself"
     )
     endings = (".jsonl",)
-    licence = "NQ-open CC-BY-SA-3.0, GSM8K MIT"
+    license = "NQ-open CC-BY-SA-3.0, GSM8K MIT"
     settings = OpenQAOptions
 
     def wants(self, name: str) -> bool:

@@ -32,10 +32,10 @@ _WINDOW_BYTES = 1 << 31
 
 def open_stream(path: Path) -> BinaryIO:
     """Open `path` for reading from its begin; raises one of `DAMAGE` now or while it is read."""
-    return unpack(path.open("rb", buffering=BUFFER_BYTES), path.name)
+    return decompress(path.open("rb", buffering=BUFFER_BYTES), path.name)
 
 
-def unpack(file: BinaryIO, name: str) -> BinaryIO:
+def decompress(file: BinaryIO, name: str) -> BinaryIO:
     """Return the unpacked bytes of `file`, packed as the end of its `name` says; closing it closes `file`."""
     if name.endswith((".gz", ".tgz")):
         return io.BufferedReader(_Gzip(file), BUFFER_BYTES)

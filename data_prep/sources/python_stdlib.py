@@ -23,7 +23,7 @@ class PythonStdlib(FileSource):
     kind = "python-stdlib"
     expected = "the Python library's .py files"
     endings = (".py",)
-    licence = "PSF-2.0"
+    license = "PSF-2.0"
     settings = Options
 
     def __init__(self, inputs: Sequence[Path], options: Options, unit_bytes: int = UNIT_BYTES) -> None:

@@ -14,7 +14,7 @@ from kabrn_dist.analysis.log import ExpertLog, read_expert_log
 from kabrn_dist.metrics.moe import NEARLY_DEAD, measure_balance
 from kabrn_dist.plots.experts import draw_history, draw_load, draw_violation
 from kabrn_dist.plots.figure import to_png
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 COLUMNS = (
@@ -88,7 +88,7 @@ def draw(log: ExpertLog, tail: ExpertLog, layer: int | None, folder: Path) -> It
         f"load_layer_{layer}.png": draw_history(log.steps, load / load.mean(-1, keepdim=True).clamp(min=1e-9), layer),
     }
     for name, figure in figures.items():
-        write_whole(folder / name, to_png(figure))
+        atomic_write(folder / name, to_png(figure))
         yield folder / name
 
 

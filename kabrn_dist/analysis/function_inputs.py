@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kabrn_dist.analysis.run import Network, list_networks
 from kabrn_dist.data.dataset import Batch
-from kabrn_dist.model.mixer import find_place
+from kabrn_dist.model.mixer import make_position_info
 from kabrn_dist.model.mixkabrn import Block, MixKABRN
-from kabrn_dist.model.moe import Guide, MixtureOfExperts
-from kabrn_dist.ops.activation_quant import normalise
+from kabrn_dist.model.moe import MixtureOfExperts, RouterInputs
+from kabrn_dist.ops.activation_quant import normalize_quantize
 
 
 class Rows(NamedTuple):
@@ -51,18 +51,18 @@ def measure_reach(model: MixKABRN, batch: Batch) -> list[Reach]:
 
 def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
     """The stream of a forward pass, stopped in front of every network."""
-    place = find_place(batch.documents, batch.positions, model.settings.retention.key_width)
+    place = make_position_info(batch.documents, batch.positions, model.settings.retention.key_dim)
     x, row = model.embedding(batch.tokens), 0
     networks = list_networks(model)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         mixed = x + block.mixer(x, place, None)[0]
-        normed = normalise(mixed, False).codes
-        codes, scale, _ = normalise(mixed, model.settings.quantise).rows()
+        normed = normalize_quantize(mixed, False).codes
+        codes, scale, _ = normalize_quantize(mixed, model.settings.quantize).rows()
         guide, choice = None, None
         if isinstance(block.mixture, MixtureOfExperts):
-            guide = Guide(model.routers.bias[row], model.routers.share[row], model.routers.step, None)
-            choice, row = block.mixture.router(normed, *guide).choice, row + 1
+            guide = RouterInputs(model.routers.bias[row], model.routers.prev_load[row], model.routers.step, None)
+            choice, row = block.mixture.router(normed, *guide).expert_ids, row + 1
         for network in (each for each in networks if each.layer == layer):
             everyone = torch.arange(len(network.experts.experts)).expand(len(codes), -1)
             chosen = choice if network.kind == "routed" and choice is not None else everyone

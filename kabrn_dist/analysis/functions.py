@@ -20,13 +20,13 @@ from kabrn_dist.analysis.function_inputs import Reach, measure_reach
 from kabrn_dist.analysis.run import list_networks, open_run
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
-from kabrn_dist.data.dataset import Batch, Batches
+from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.model.experts.registry import function_range
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.plots.figure import draw_cells, to_png
 from kabrn_dist.plots.functions import draw_functions
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 POINTS = 121
@@ -78,7 +78,7 @@ def read_functions(folder: Path, edges: int, beyond: float = 0.5) -> LearnedFunc
     curves = [Curves(n.layer, n.kind, last, first) for n, last, first in zip(networks, now, start, strict=True) if last]
     if not curves:
         raise UserError(
-            f"{folder}: model.experts.form {config.model.experts.form} has no learned functions; the forms "
+            f"{folder}: model.experts.type {config.model.experts.type} has no learned functions; the forms "
             "rational, chebyshev, hat and bspline have"
         )
     return LearnedFunctions(config, model, step, points, span, curves)
@@ -96,8 +96,8 @@ def report_functions(folder: Path, edges: int, sequences: int, console: Console)
     reaches = measure_reach(learned.model, batch) if batch else None
     console.print(_make_table(learned, reaches, f"{folder}: learned functions at step {learned.step}"))
     console.print("change: RMS difference since the start, inside the range; mean and largest over the experts.")
-    if learned.config.run.start_from is not None:
-        console.print("start: freshly drawn weights, not those of run.start_from.")
+    if learned.config.run.init_from is not None:
+        console.print("start: freshly drawn weights, not those of run.init_from.")
     for path in _draw(learned, reaches, folder / "report"):
         console.print(f"wrote {path}", soft_wrap=True)
 
@@ -123,8 +123,8 @@ def _read_data(config: Config, sequences: int, console: Console) -> Batch | None
     """The first validation sequences of each source; None, and a line that says why, where they cannot be read."""
     data = config.data
     try:
-        split = Batches(open_corpus(data), "validation", data.sequence_length, config.run.seed, ordered=False)
-        return split.rows(split.spread(sequences))
+        split = TokenDataset(open_corpus(data), "validation", data.sequence_length, config.run.seed, ordered=False)
+        return split.get(split.validation_positions(sequences))
     except UserError as error:
         console.print(f"without data, so without the inputs' reach: {error}", soft_wrap=True)
         return None
@@ -162,7 +162,7 @@ def _matching(learned: LearnedFunctions, reaches: list[Reach] | None) -> list[Re
 def _draw(learned: LearnedFunctions, reaches: list[Reach] | None, folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for curves in learned.curves:
-        title = f"{learned.config.model.experts.form}: {curves.name}, step {learned.step}"
+        title = f"{learned.config.model.experts.type}: {curves.name}, step {learned.step}"
         figure = draw_functions(learned.points, curves.now, curves.start, learned.span, title)
         yield _write(folder / f"functions_layer_{curves.layer}_{curves.kind}.png", figure)
     names = [f"{curves.name} {role}" for curves in learned.curves for role in curves.now]
@@ -186,5 +186,5 @@ def _stack(rows: list[Tensor]) -> Tensor:
 
 
 def _write(path: Path, figure: Figure) -> Path:
-    write_whole(path, to_png(figure))
+    atomic_write(path, to_png(figure))
     return path

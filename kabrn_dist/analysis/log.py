@@ -59,7 +59,7 @@ def read_expert_log(folder: Path) -> ExpertLog:
     if not entries:
         raise UserError(
             f"{path}: no step tells of experts: the model has no mixture layer, no step was logged, or an older "
-            "version wrote it; train with a mixture and training.log_every below training.steps"
+            "version wrote it; train with a mixture and training.log_interval below training.steps"
         )
     # A folder may have been used again for another model: only what is shaped like the newest entry is one run.
     shape = torch.tensor(entries[-1]["experts/load"]).shape

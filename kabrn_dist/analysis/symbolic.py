@@ -78,9 +78,9 @@ def _trivial(fit: Fit) -> int:
 def _fit_one(function: Elementary, x: Tensor, ys: Tensor) -> list[Fit]:
     """The best a and b of one elementary function for each of N functions, then c and d."""
     middle, half = float(x.min() + x.max()) / 2, float(x.max() - x.min()) / 2
-    target = _normalise(ys)
+    target = _normalize(ys)
     slopes, shifts = _first_grid(function, half)
-    scores = (_normalise(function.apply(_arguments(slopes, shifts, x, middle))) @ target.T).square()
+    scores = (_normalize(function.apply(_arguments(slopes, shifts, x, middle))) @ target.T).square()
     chosen = scores.nan_to_num(-1.0).argmax(0)
     slope, shift = slopes[chosen], shifts[chosen]
     wide, far = math.log(20 / 0.05) / _SLOPES, 2 * (math.pi + half) / _SHIFTS
@@ -123,7 +123,7 @@ def _refine(
     shifts = (shift[:, None, None] + reach * moves).expand(-1, len(stretches), -1).reshape(-1, count)
     picked = []
     for s, t, y in zip(slopes.split(64), shifts.split(64), target.split(64), strict=True):
-        basis = _normalise(function.apply(_arguments(s, t, x, middle)))
+        basis = _normalize(function.apply(_arguments(s, t, x, middle)))
         picked.append((basis @ y[:, :, None]).squeeze(-1).square().nan_to_num(-1.0).argmax(1))
     chosen = torch.cat(picked)[:, None]
     return slopes.gather(1, chosen).squeeze(1), shifts.gather(1, chosen).squeeze(1)
@@ -133,19 +133,19 @@ def _arguments(slope: Tensor, shift: Tensor, x: Tensor, middle: float) -> Tensor
     return slope[..., None] * (x - middle) + shift[..., None]
 
 
-def _normalise(values: Tensor) -> Tensor:
+def _normalize(values: Tensor) -> Tensor:
     """Mean 0 and length 1 along the last axis; NaN where the values do not vary, or not by a meaningful digit."""
-    centred = values - values.mean(-1, keepdim=True)
-    length = centred.norm(dim=-1, keepdim=True)
-    return centred / length.masked_fill(length <= 1e-9 * values.norm(dim=-1, keepdim=True), float("nan"))
+    centered = values - values.mean(-1, keepdim=True)
+    length = centered.norm(dim=-1, keepdim=True)
+    return centered / length.masked_fill(length <= 1e-9 * values.norm(dim=-1, keepdim=True), float("nan"))
 
 
 def _solve(function: Elementary, slope: Tensor, shift: Tensor, basis: Tensor, y: Tensor) -> Fit:
     """c, d and R² of one function by least squares."""
-    f, centred = basis - basis.mean(), y - y.mean()
-    c = (f @ centred) / (f @ f)
+    f, centered = basis - basis.mean(), y - y.mean()
+    c = (f @ centered) / (f @ f)
     d = y.mean() - c * basis.mean()
-    r2 = 1 - (y - c * basis - d).square().sum() / centred.square().sum()
+    r2 = 1 - (y - c * basis - d).square().sum() / centered.square().sum()
     b = float(shift)
     if function.period:
         turns = round(b / (function.period / 2))

@@ -13,7 +13,7 @@ from rich.table import Table
 from kabrn_dist.analysis.elementary import write_formula
 from kabrn_dist.analysis.functions import Curves, LearnedFunctions, read_functions
 from kabrn_dist.analysis.symbolic import Fit, fit_all
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 # Fits that JSON keeps of each function.
@@ -56,7 +56,7 @@ def report_symbolic(folder: Path, edges: int, layer: int | None, expert: int | N
         console.print(f"{len(named) - SHOWN} more are in symbolic.json; --layer and --expert choose")
     path = folder / "report" / "symbolic.json"
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, (json.dumps(_as_json(learned, named), indent=1, ensure_ascii=False) + "\n").encode())
+    atomic_write(path, (json.dumps(_as_json(learned, named), indent=1, ensure_ascii=False) + "\n").encode())
     console.print(f"wrote {path}", soft_wrap=True)
 
 
@@ -91,5 +91,5 @@ def _make_table(named: list[Named], title: str) -> Table:
 
 def _as_json(learned: LearnedFunctions, named: list[Named]) -> dict[str, object]:
     functions = [one._asdict() | {"fits": [fit._asdict() for fit in one.fits[:KEPT]]} for one in named]
-    form = learned.config.model.experts.form
+    form = learned.config.model.experts.type
     return {"step": learned.step, "form": form, "range": list(learned.span), "functions": functions}

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from kabrn_dist.analysis.run import open_run
 from kabrn_dist.inference.load import load_weights
-from kabrn_dist.metrics.ternary import WeightSums, named_bit_weights, portray, weight_sums
+from kabrn_dist.metrics.ternary import TernaryStats, collect_figure, named_bit_weights, weight_sums
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import ternary
 from kabrn_dist.plots.figure import to_png
-from kabrn_dist.plots.weights import Portrait, draw_weights
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.plots.weights import TernaryFigure, draw_weights
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 COLUMNS = ("layer", "matrix", "shape", "−1 %", "zeros %", "+1 %", "margin", "scale", "changed %")
@@ -28,8 +28,8 @@ class Matrix(NamedTuple):
     """A ternary matrix, or a stack of them: [E] sums a matrix each, whose flips are since the start."""
 
     layer: int
-    sums: WeightSums
-    portrait: Portrait
+    sums: TernaryStats
+    portrait: TernaryFigure
 
 
 def report_weights(folder: Path, out: Path | None, console: Console) -> None:
@@ -39,8 +39,8 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
         UserError: where the folder holds no such run, or one without ternary weights.
     """
     config, model, path = open_run(folder)
-    if not config.model.quantise:
-        raise UserError(f"{folder}: model.quantise is false, so no weight is ternary; name a run that has them")
+    if not config.model.quantize:
+        raise UserError(f"{folder}: model.quantize is false, so no weight is ternary; name a run that has them")
     start = _read_codes(model)
     load_weights(model, path)
     matrices = list(_measure(model, start))
@@ -50,8 +50,8 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
         "changed: codes that are not those of the start. Stacks: mean, then lowest–highest of the experts.",
         soft_wrap=True,
     )
-    if config.run.start_from is not None:
-        console.print("start: freshly drawn weights, not those of run.start_from.")
+    if config.run.init_from is not None:
+        console.print("start: freshly drawn weights, not those of run.init_from.")
     for picture in _draw(matrices, model.routers.step, out or folder / "report"):
         console.print(f"wrote {picture}", soft_wrap=True)
 
@@ -59,7 +59,7 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
 @torch.no_grad()
 def _read_codes(model: MixKABRN) -> list[Tensor]:
     return [
-        ternary(_stack(weight), model.settings.scale_group)[0].to(torch.int8)
+        ternary(_stack(weight), model.settings.scale_group_size)[0].to(torch.int8)
         for _, _, weight in named_bit_weights(model)
     ]
 
@@ -70,12 +70,12 @@ def _measure(model: MixKABRN, start: list[Tensor]) -> Iterator[Matrix]:
         latent = _stack(weight)
         each = [
             weight_sums(*parts)
-            for parts in zip(latent, *ternary(latent, model.settings.scale_group), before, strict=True)
+            for parts in zip(latent, *ternary(latent, model.settings.scale_group_size), before, strict=True)
         ]
         yield Matrix(
             layer,
-            WeightSums(*map(torch.stack, zip(*each, strict=True))),
-            portray(name, weight, model.settings.scale_group),
+            TernaryStats(*map(torch.stack, zip(*each, strict=True))),
+            collect_figure(name, weight, model.settings.scale_group_size),
         )
 
 
@@ -94,10 +94,10 @@ def _make_table(matrices: list[Matrix], title: str) -> Table:
     return table
 
 
-def _show(sums: WeightSums, name: str, style: str, unit: float = 1.0) -> str:
+def _show(sums: TernaryStats, name: str, style: str, unit: float = 1.0) -> str:
     """The mean over all weights, and the range of the matrices' where there are several."""
     each = sums.values()[name]
-    mean = WeightSums(*(part.sum() for part in sums)).values()[name]
+    mean = TernaryStats(*(part.sum() for part in sums)).values()[name]
     text, low, high = (format(unit * float(value), style) for value in (mean, each.min(), each.max()))
     return text if len(each) == 1 else f"{text} ({low}–{high})"
 
@@ -107,5 +107,5 @@ def _draw(matrices: list[Matrix], step: int, folder: Path) -> Iterator[Path]:
     for layer in dict.fromkeys(matrix.layer for matrix in matrices):
         portraits = [matrix.portrait for matrix in matrices if matrix.layer == layer]
         path = folder / f"weights_layer_{layer}.png"
-        write_whole(path, to_png(draw_weights(portraits, f"layer {layer}, step {step}")))
+        atomic_write(path, to_png(draw_weights(portraits, f"layer {layer}, step {step}")))
         yield path

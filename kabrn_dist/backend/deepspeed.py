@@ -40,23 +40,23 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed would compile a kernel at every machine's first start that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    pieces = list(model.pieces()) if mesh.world > 1 else []
-    apart = mesh.expert > 1 or bool(pieces)
-    if mesh.expert > 1:
-        _mark_experts(model, mesh, config.parallel.zero)
+    pieces = list(model.sharded_parameters()) if mesh.world_size > 1 else []
+    apart = mesh.expert_parallel > 1 or bool(pieces)
+    if mesh.expert_parallel > 1:
+        _mark_experts(model, mesh, config.parallel.zero_stage)
     if pieces:
         _mark_pieces(pieces, mesh)
-    if apart and config.parallel.zero < 3:
+    if apart and config.parallel.zero_stage < 3:
         # Stage 3 refuses the marker and needs only the attributes of the parameters.
-        model.deepspeed_marker = _ExpertMarker(model.settings.experts.routed, mesh.expert)
+        model.deepspeed_marker = _ExpertMarker(model.settings.experts.num_experts, mesh.expert_parallel)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config, apart),
         lr=0.0,
         betas=config.optimizer.betas,
-        eps=config.optimizer.epsilon,
+        eps=config.optimizer.eps,
         fused=mesh.device.type == "cuda",
     )
-    settings = deepspeed_config(config, mesh.world, _reduce_bucket(model, config))
+    settings = deepspeed_config(config, mesh.world_size, _reduce_bucket(model, config))
     # As deepspeed.initialize does, with a class of our own.
     deepspeed.init_distributed(dist_init_required=False)
     parsed = DeepSpeedConfig(settings)
@@ -146,7 +146,7 @@ def is_expert(parameter: nn.Parameter) -> bool:
 
 def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str, Any]:
     """The DeepSpeed dictionary: derived, never written by the user."""
-    stage, bucket = config.parallel.zero, config.parallel.bucket
+    stage, bucket = config.parallel.zero_stage, config.parallel.bucket_size
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": reduce_bucket,
@@ -168,9 +168,9 @@ def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str
         # Reductions then follow the order of the parameter groups, dense ones first, on every rank.
         zero["overlap_comm"] = False
     return {
-        "train_micro_batch_size_per_gpu": config.training.micro_batch,
-        "gradient_accumulation_steps": config.accumulation(world),
-        "gradient_clipping": config.optimizer.clip if stage > 0 else 0.0,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(world),
+        "gradient_clipping": config.optimizer.max_grad_norm if stage > 0 else 0.0,
         "zero_optimization": zero,
         "bf16": {"enabled": config.training.precision == "bf16"},
         "fp16": {"enabled": config.training.precision == "fp16", "initial_scale_power": 16},
@@ -179,7 +179,7 @@ def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str
 
 
 def _uneven(config: Config) -> bool:
-    return config.parallel.expert > 1 and len(set(config.placement())) > 1
+    return config.parallel.expert_parallel > 1 and len(set(config.expert_counts())) > 1
 
 
 def _reduce_bucket(model: MixKABRN, config: Config) -> int:
@@ -190,16 +190,16 @@ def _reduce_bucket(model: MixKABRN, config: Config) -> int:
     tensor on any rank: each of them is then reduced alone, whatever its size, so sizes of dense tensors, equal on all
     ranks, decide alone which of these go together. ZeRO 1 reduces after backward, dense gradients before any expert.
     """
-    if config.parallel.zero != 2 or not _uneven(config):
-        return config.parallel.bucket
+    if config.parallel.zero_stage != 2 or not _uneven(config):
+        return config.parallel.bucket_size
     local = len(model.placement.local)
-    smallest = min(p.numel() // local for p in model.routed_parameters()) * min(config.placement())
+    smallest = min(p.numel() // local for p in model.routed_parameters()) * min(config.expert_counts())
     if smallest < 2:
         raise UserError(
-            f"parallel.experts_per_rank {list(config.placement())} is uneven, and an expert has a parameter of one "
-            "element, which ZeRO 2 cannot reduce alone; set parallel.zero to 1 or 3"
+            f"parallel.experts_per_rank {list(config.expert_counts())} is uneven, and an expert has a parameter of one "
+            "element, which ZeRO 2 cannot reduce alone; set parallel.zero_stage to 1 or 3"
         )
-    return min(config.parallel.bucket, smallest - 1)
+    return min(config.parallel.bucket_size, smallest - 1)
 
 
 def _check_precision(precision: str, device: torch.device) -> None:
@@ -231,8 +231,11 @@ class _ExpertMarker(MoE):
 def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
     """Tell DeepSpeed which parameters are experts and which of the mesh's groups they are averaged in."""
     first = mesh.rank - mesh.expert_rank
-    together, alike = range(first, first + mesh.expert), range(mesh.expert_rank, mesh.world, mesh.expert)
-    name = _register(mesh.expert, (mesh.expert_group, together), (mesh.expert_data_group, alike))
+    together, alike = (
+        range(first, first + mesh.expert_parallel),
+        range(mesh.expert_rank, mesh.world_size, mesh.expert_parallel),
+    )
+    name = _register(mesh.expert_parallel, (mesh.expert_group, together), (mesh.expert_data_group, alike))
     tags: dict[str, Any] = {"allreduce": False, "group_name": name}
     if stage == 3:
         tags |= {
@@ -249,8 +252,8 @@ def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
 
 def _mark_pieces(pieces: list[nn.Parameter], mesh: Mesh) -> None:
     """Pieces of ternary matrices are to DeepSpeed what experts are that one rank holds: averaged over nobody."""
-    everyone, itself = range(mesh.world), range(mesh.rank, mesh.rank + 1)
-    name = _register(mesh.world, (dist.group.WORLD, everyone), (mesh.own_group, itself))
+    everyone, itself = range(mesh.world_size), range(mesh.rank, mesh.rank + 1)
+    name = _register(mesh.world_size, (dist.group.WORLD, everyone), (mesh.self_group, itself))
     for parameter in pieces:
         parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
 
@@ -268,10 +271,14 @@ def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict
 
     The first group's dtype is what DeepSpeed takes for the model's. `rate` multiplies the learning rate.
     """
-    coefficients, routers, pieces = list(model.coefficients()), list(model.router_weights()), list(model.pieces())
+    coefficients, routers, pieces = (
+        list(model.function_parameters()),
+        list(model.router_weights()),
+        list(model.sharded_parameters()),
+    )
     apart = {id(p) for p in (*coefficients, *routers, *pieces)}
     matrices = [p for p in model.parameters() if id(p) not in apart]
-    decay, rate = config.optimizer.weight_decay, config.optimizer.coefficient_rate
+    decay, rate = config.optimizer.weight_decay, config.optimizer.function_lr_ratio
     found: list[dict[str, Any]] = [
         {"params": matrices, "name": "matrices", "weight_decay": decay, "rate": 1.0},
         {"params": routers, "name": "routers", "weight_decay": decay, "rate": 1.0},
@@ -279,6 +286,6 @@ def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict
         {"params": coefficients, "name": "coefficients", "weight_decay": 0.0, "rate": rate},
     ]
     found = [group for group in found if group["params"]]
-    if split and config.parallel.zero < 3:
+    if split and config.parallel.zero_stage < 3:
         found = split_params_into_different_moe_groups_for_optimizer(found, max_group_size=None)
     return [group for group in found if group["params"]]

@@ -10,19 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kabrn_dist.backend.deepspeed import gathered, is_expert, local_gradients, start_deepspeed
-from kabrn_dist.backend.losses import Losses, Totals, compute_losses
-from kabrn_dist.backend.ternary_sharding import Shard, Shards
+from kabrn_dist.backend.losses import Losses, StepTotals, compute_losses
+from kabrn_dist.backend.ternary_sharding import TernaryShard, TernaryShards
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.mesh import Mesh
-from kabrn_dist.model.mixkabrn import MixKABRN, Sums
+from kabrn_dist.model.mixkabrn import BatchStats, MixKABRN
 from kabrn_dist.ops.packing import PACKINGS
-from kabrn_dist.utils.fault_injection import fault
+from kabrn_dist.utils.fault_injection import inject_fault
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
-class Update:
+class StepResult:
     """Outcome of an optimizer step.
 
     Attributes:
@@ -48,16 +48,16 @@ class Engine:
 
     def __init__(self, model: MixKABRN, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh, self.model = config, mesh, model
-        self.stage = config.parallel.zero
+        self.stage = config.parallel.zero_stage
         # Copies that chose each expert since the last optimizer step, on this rank.
         self.load = torch.zeros_like(model.routers.bias)
-        self.shards = share_out(model, config, mesh) if config.parallel.bitlinear_shards else None
+        self.shards = shard_ternary(model, config, mesh) if config.parallel.shard_ternary else None
         self.deepspeed = start_deepspeed(model, config, mesh)
         self.optimizer: Any = self.deepspeed.optimizer
         # A second stage decays no more than the first, so groups that do not decay now never do.
         self.decaying = [group["weight_decay"] > 0 for group in self.optimizer.param_groups]
 
-    def accumulate(self, batch: Batch, totals: Totals) -> tuple[Losses, Sums]:
+    def forward_backward(self, batch: Batch, totals: StepTotals) -> tuple[Losses, BatchStats]:
         """Forward and backward of one micro-batch; `update` or `drop` ends the step after its last one.
 
         Returns detached values of this rank.
@@ -66,17 +66,17 @@ class Engine:
         self.deepspeed.train()
         sums = self.deepspeed(batch)
         losses = compute_losses(sums, totals, self.config.model.router)
-        if fault("loss"):
+        if inject_fault("loss"):
             losses = losses._replace(total=losses.total * float("nan"))
         # Losses are shares of the whole step already, so DeepSpeed must not divide by the micro-batches again.
         self.deepspeed.backward(losses.total, scale_wrt_gas=False)
-        self.load += sums.load.detach()
+        self.load += sums.tokens_per_expert.detach()
         if not self.deepspeed.is_gradient_accumulation_boundary():
             # Only counts it.
             self.deepspeed.step()
-        return Losses(*(x.detach() for x in losses)), Sums(*(x.detach() for x in sums))
+        return Losses(*(x.detach() for x in losses)), BatchStats(*(x.detach() for x in sums))
 
-    def gradient_size(self) -> Tensor:
+    def local_grad_norm(self) -> Tensor:
         """Scalar that is finite where this rank's gradients of the whole step are: an L2 norm of what it holds of them.
 
         Not under fp16, whose loss scaling looks for overflows by itself: there it is always 0.
@@ -86,7 +86,7 @@ class Engine:
             return torch.zeros((), device=self.mesh.device)
         return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)).norm()
 
-    def update(self, learning_rate: float, weight_decay: float) -> Update:
+    def optimizer_step(self, learning_rate: float, weight_decay: float) -> StepResult:
         """Clip and change the weights, after the step's last micro-batch. Collective."""
         for group, decays in zip(self.optimizer.param_groups, self.decaying, strict=True):
             group["lr"] = learning_rate * group["rate"]
@@ -97,17 +97,17 @@ class Engine:
         self._end_step(applied)
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm())
-        return Update(norm, applied)
+        return StepResult(norm, applied)
 
-    def drop(self) -> Update:
+    def skip_step(self) -> StepResult:
         """End the step as if its micro-batches had never been: gradients and loads are forgotten."""
         self.deepspeed.drop_step()
         self._end_step(applied=False)
-        return Update(float("inf"), applied=False)
+        return StepResult(float("inf"), applied=False)
 
     def _begin(self, last: bool) -> None:
         """Before a forward pass, whose gradients, if any, complete a step where it is the `last`. Collective."""
-        self.model.blend.share = self.config.model.quantised_share(self.model.routers.step)
+        self.model.blend.lam = self.config.model.quantization_lambda(self.model.routers.step)
         if self.shards is not None:
             self.shards.expect(last)
         self.refresh()
@@ -115,7 +115,7 @@ class Engine:
     def _end_step(self, applied: bool) -> None:
         if applied:
             self.weights_changed()
-            self.model.routers.update(self.mesh.sum(self.load), self.config.model.router.bias_rate)
+            self.model.routers.update(self.mesh.all_reduce_sum(self.load), self.config.model.router.bias_update_rate)
         else:
             self.model.routers.step += 1
         self.load.zero_()
@@ -125,7 +125,7 @@ class Engine:
         if self.shards is not None and self.shards.stale:
             self.shards.gather()
 
-    def shard_of(self, parameter: torch.nn.Parameter) -> Shard | None:
+    def ternary_shard(self, parameter: torch.nn.Parameter) -> TernaryShard | None:
         """What this rank's piece of a ternary matrix belongs to; None where it is whole."""
         return None if self.shards is None else self.shards.find(parameter)
 
@@ -135,7 +135,7 @@ class Engine:
             self.shards.stale = True
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Sums:
+    def evaluate(self, batch: Batch) -> BatchStats:
         """Forward only."""
         self._begin(last=True)
         self.deepspeed.eval()
@@ -164,7 +164,7 @@ class Engine:
         """
         curves = {}
         self.refresh()
-        for layer in self.config.model.mixture_layers:
+        for layer in self.config.model.moe_layers:
             experts: Any = self.model.get_submodule(f"blocks.{layer}.mixture.routed")
             with gathered(list(experts.parameters()), self.stage):
                 found = experts.functions(points.to(self.mesh.device), edges)
@@ -186,16 +186,16 @@ class Engine:
         if self.mesh.expert_group is not None:
             dist.all_reduce(square[1:], group=self.mesh.expert_group)
         norm = float(square.sum().sqrt()) / self.loss_scale
-        clip = self.config.optimizer.clip
+        clip = self.config.optimizer.max_grad_norm
         if clip and clip < norm < float("inf"):
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
         return norm
 
 
-def share_out(model: MixKABRN, config: Config, mesh: Mesh) -> Shards:
+def shard_ternary(model: MixKABRN, config: Config, mesh: Mesh) -> TernaryShards:
     """Keep this rank's pieces of the ternary matrices only."""
     dtype = TORCH_DTYPES[config.training.precision]
-    packing, bucket = PACKINGS[config.parallel.bitlinear_packing], config.parallel.bucket
-    everyone = dist.group.WORLD if mesh.world > 1 else None
-    holders = mesh.expert_data_group if mesh.world > mesh.expert else None
-    return Shards(model, everyone, holders, dtype, packing, bucket)
+    packing, bucket = PACKINGS[config.parallel.ternary_wire_format], config.parallel.bucket_size
+    everyone = dist.group.WORLD if mesh.world_size > 1 else None
+    holders = mesh.expert_data_group if mesh.world_size > mesh.expert_parallel else None
+    return TernaryShards(model, everyone, holders, dtype, packing, bucket)

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kabrn_dist.config import Router
-from kabrn_dist.model.mixkabrn import Sums
+from kabrn_dist.config import RouterConfig
+from kabrn_dist.model.mixkabrn import BatchStats
 
 
 @dataclass(frozen=True)
-class Totals:
+class StepTotals:
     """What one optimizer step holds over all ranks and micro-batches.
 
     Attributes:
@@ -20,7 +20,7 @@ class Totals:
         ranks: DeepSpeed divides gradients by this; each rank's share of a loss is multiplied by it.
     """
 
-    targets: int
+    valid_tokens: int
     tokens: int
     sequences: int
     ranks: int
@@ -44,13 +44,18 @@ class Losses(NamedTuple):
     router_z: Tensor
 
 
-def compute_losses(sums: Sums, totals: Totals, settings: Router) -> Losses:
+def compute_losses(sums: BatchStats, totals: StepTotals, settings: RouterConfig) -> Losses:
     """One rank's share of a step's losses, from its micro-batch's sums."""
-    layers = max(1, len(sums.load))
+    layers = max(1, len(sums.tokens_per_expert))
     # A step of nothing but masked targets has a language loss of 0.
-    language = sums.language * (totals.ranks / max(1, totals.targets))
+    language = sums.language * (totals.ranks / max(1, totals.valid_tokens))
     balance = sums.balance * (totals.ranks / (totals.sequences * layers))
     per_token = totals.ranks / (totals.tokens * layers)
     global_balance, router_z = sums.global_balance * per_token, sums.z * per_token
-    total = language + settings.balance * balance + settings.global_balance * global_balance + settings.z * router_z
+    total = (
+        language
+        + settings.seq_aux_loss_weight * balance
+        + settings.global_aux_loss_weight * global_balance
+        + settings.z_loss_weight * router_z
+    )
     return Losses(total, language, balance, global_balance, router_z)

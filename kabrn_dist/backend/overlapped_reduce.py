@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.distributed.reduce_scatter import start_sum
-from kabrn_dist.ops.weight_quant import hollow
+from kabrn_dist.distributed.reduce_scatter import start_reduce_scatter
+from kabrn_dist.ops.weight_quant import grad_placeholder
 
 # Exchanges under way at a time. Each holds the gradient of a whole matrix twice.
 MOST = 4
 
 
-class Homing:
+class GradReduceScatter:
     """The gradient of one shared-out matrix.
 
     Args:
@@ -42,7 +42,7 @@ class Homing:
         pieces: tuple[int, int],
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
-        under_way: list[Homing],
+        under_way: list[GradReduceScatter],
     ) -> None:
         self.shape, self.pieces, self.group, self.dtype = shape, pieces, group, dtype
         self.under_way = under_way
@@ -74,7 +74,7 @@ class Homing:
         if self.group is None:
             self.sum = padded[0].float()
             return True
-        self.finish = start_sum(padded, self.group)
+        self.finish = start_reduce_scatter(padded, self.group)
         self.under_way.append(self)
         if len(self.under_way) > MOST:
             self.under_way[0].land()
@@ -98,7 +98,7 @@ class _Arrive(torch.autograd.Function):
     """Piece → ticket, of one element."""
 
     @staticmethod
-    def forward(ctx: Any, piece: Tensor, homing: Homing) -> Tensor:
+    def forward(ctx: Any, piece: Tensor, homing: GradReduceScatter) -> Tensor:
         ctx.homing = homing
         ctx.set_materialize_grads(False)
         return piece.new_zeros(1)
@@ -112,9 +112,9 @@ class _Depart(torch.autograd.Function):
     """Ticket → whole."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, homing: Homing) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, homing: GradReduceScatter) -> Tensor:
         ctx.homing = homing
-        return hollow(ticket.to(homing.dtype), homing.shape)
+        return grad_placeholder(ticket.to(homing.dtype), homing.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:

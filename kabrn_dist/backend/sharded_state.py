@@ -34,7 +34,7 @@ def list_fragments(engine: Engine) -> list[Fragment]:
     for name, parameter in engine.model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         offset, pieces = _local_pieces(engine, parameter)
-        first_copy, routed, shard = mesh.first, is_expert(parameter), engine.shard_of(parameter)
+        first_copy, routed, shard = mesh.is_main, is_expert(parameter), engine.ternary_shard(parameter)
         if shard is not None:
             shape, routed = shard.logical, shard.routed
             offset += shard.start
@@ -42,14 +42,14 @@ def list_fragments(engine: Engine) -> list[Fragment]:
         if routed:
             local = engine.model.placement.local
             offset += local.start * (torch.Size(shape).numel() // len(local))
-            shape = (engine.config.model.experts.routed, *shape[1:])
-            first_copy = mesh.rank < mesh.expert
+            shape = (engine.config.model.experts.num_experts, *shape[1:])
+            first_copy = mesh.rank < mesh.expert_parallel
         owned = engine.stage > 0 or first_copy
         fragments += [
             Fragment(f"{name}/{part}", shape, offset, values.view(-1), owned) for part, values in pieces.items()
         ]
     fragments += [
-        Fragment(name, tuple(values.shape), 0, values.view(-1), mesh.first)
+        Fragment(name, tuple(values.shape), 0, values.view(-1), mesh.is_main)
         for name, values in engine.model.routers.named().items()
     ]
     return fragments
@@ -60,7 +60,7 @@ def count_updates(engine: Engine) -> int:
     return int(next(iter(_inner(engine).state.values()))["step"].item())
 
 
-def publish(engine: Engine, updates: int) -> None:
+def sync_working_copy(engine: Engine, updates: int) -> None:
     """After fragments were overwritten: refresh the working copy and set AdamW's counter. Collective."""
     engine.weights_changed()
     optimizer, inner = engine.optimizer, _inner(engine)

@@ -17,14 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.backend.overlapped_reduce import Homing
+from kabrn_dist.backend.overlapped_reduce import GradReduceScatter
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.packing import Packing, pack
-from kabrn_dist.ops.weight_quant import Matrices, Source, TernaryModule, magnitudes, mean_of, round_latents
+from kabrn_dist.ops.weight_quant import (
+    TernaryMatrices,
+    TernaryModule,
+    TernarySource,
+    magnitudes,
+    mean_of,
+    round_latents,
+)
 
 
 @dataclass(frozen=True)
-class Run:
+class ScaleRun:
     """Neighbouring latents of a piece that share a scale: elements [first, last) of the piece, scale number `scale`."""
 
     first: int
@@ -32,7 +39,7 @@ class Run:
     scale: int
 
 
-class Shard(Source):
+class TernaryShard(TernarySource):
     """One parameter's matrices, of which this rank holds a piece of the latents.
 
     Attributes:
@@ -51,7 +58,7 @@ class Shard(Source):
         dtype: torch.dtype,
         block: int,
         routed: bool,
-        under_way: list[Homing],
+        under_way: list[GradReduceScatter],
     ) -> None:
         shape = tuple(whole.shape)
         self.shape, self.logical = shape if len(shape) == 3 else (1, *shape), shape
@@ -67,9 +74,9 @@ class Shard(Source):
         self.runs = list(self._find_runs())
         self.packed = whole.new_zeros(self.ranks * self.size // 4, dtype=torch.uint8)
         self.gamma = whole.new_ones(self.shape[0], 1, 1, dtype=torch.float32)
-        self.homing = Homing(self.shape, (self.ranks, self.size), group, dtype, under_way)
+        self.homing = GradReduceScatter(self.shape, (self.ranks, self.size), group, dtype, under_way)
 
-    def _find_runs(self) -> Iterator[Run]:
+    def _find_runs(self) -> Iterator[ScaleRun]:
         experts, outputs, inputs = self.shape
         stops = [*self.begins[1:], outputs]
         for expert in range(experts):
@@ -77,7 +84,7 @@ class Shard(Source):
                 first = max((expert * outputs + begin) * inputs - self.start, 0)
                 last = min((expert * outputs + stop) * inputs - self.start, self.count)
                 if first < last:
-                    yield Run(first, last, expert * len(self.begins) + number)
+                    yield ScaleRun(first, last, expert * len(self.begins) + number)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's piece [S] fp32 of the whole latents, padded with zeros."""
@@ -110,18 +117,18 @@ class Shard(Source):
         for run in self.runs:
             yield piece[run.first : run.last], scales[run.scale]
 
-    def matrices(self) -> Matrices:
+    def matrices(self) -> TernaryMatrices:
         """As they are now, without a way for gradients."""
-        return Matrices(self.gamma.new_zeros(1, dtype=self.dtype).expand(self.shape), self.packed, self.gamma)
+        return TernaryMatrices(self.gamma.new_zeros(1, dtype=self.dtype).expand(self.shape), self.packed, self.gamma)
 
-    def read(self, parameter: nn.Parameter) -> Matrices:
+    def read(self, parameter: nn.Parameter) -> TernaryMatrices:
         # Pictures and validation read at any time, also before the first step: no gradient, no ticket.
         if not torch.is_grad_enabled():
             return self.matrices()
-        return Matrices(self.homing.whole(), self.packed, self.gamma)
+        return TernaryMatrices(self.homing.whole(), self.packed, self.gamma)
 
 
-class Shards:
+class TernaryShards:
     """All ternary matrices of a model, shared out.
 
     Args:
@@ -147,17 +154,19 @@ class Shards:
         bucket: int,
     ) -> None:
         self.packing, self.bucket = packing, bucket
-        self.by_name: dict[str, Shard] = {}
+        self.by_name: dict[str, TernaryShard] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.stale = True
         self.gatherings = 0
         routed = {id(p) for p in model.routed_parameters()}
-        under_way: list[Homing] = []
+        under_way: list[GradReduceScatter] = []
         for prefix, module in model.named_modules():
             for name in module.stds if isinstance(module, TernaryModule) else ():
                 whole = module.get_parameter(name)
                 group = expert_data_group if id(whole) in routed else world_group
-                shard = Shard(whole, group, model.blend.group, dtype, packing.block, id(whole) in routed, under_way)
+                shard = TernaryShard(
+                    whole, group, model.blend.scale_group_size, dtype, packing.block, id(whole) in routed, under_way
+                )
                 piece = nn.Parameter(shard.cut(whole))
                 setattr(module, name, piece)
                 module.sources[name] = shard
@@ -168,14 +177,14 @@ class Shards:
         for name, shard in self.by_name.items():
             shard.homing.draw_ticket(self.parameters[name], last)
 
-    def find(self, parameter: nn.Parameter) -> Shard | None:
+    def find(self, parameter: nn.Parameter) -> TernaryShard | None:
         """What a parameter is a piece of."""
         return next((self.by_name[name] for name, piece in self.parameters.items() if piece is parameter), None)
 
     @torch.no_grad()
     def gather(self) -> None:
         """Round all pieces and gather their codes. Collective."""
-        groups: dict[bool, list[tuple[Shard, Tensor]]] = {}
+        groups: dict[bool, list[tuple[TernaryShard, Tensor]]] = {}
         for name, shard in self.by_name.items():
             groups.setdefault(shard.routed, []).append((shard, self.parameters[name].data))
         for members in groups.values():
@@ -185,7 +194,7 @@ class Shards:
         self.gatherings += 1
         self.stale = False
 
-    def _sum_up(self, members: list[tuple[Shard, Tensor]]) -> list[Tensor]:
+    def _sum_up(self, members: list[tuple[TernaryShard, Tensor]]) -> list[Tensor]:
         """Σ|w| over all pieces of each shard's scales: one all-reduce."""
         sums = [shard.sums(piece) for shard, piece in members]
         fused, first = torch.cat(sums), members[0][0]
@@ -193,7 +202,7 @@ class Shards:
             dist.all_reduce(fused, group=first.group)
         return list(fused.split([len(part) for part in sums]))
 
-    def _gather_codes(self, members: list[tuple[Shard, Tensor]]) -> None:
+    def _gather_codes(self, members: list[tuple[TernaryShard, Tensor]]) -> None:
         first = members[0][0]
         if first.group is None:
             for shard, codes in members:
@@ -212,10 +221,10 @@ class Shards:
 
 
 def _buckets(
-    members: list[tuple[tuple[Shard, Tensor], Tensor]], most: int
-) -> Iterator[list[tuple[tuple[Shard, Tensor], Tensor]]]:
+    members: list[tuple[tuple[TernaryShard, Tensor], Tensor]], most: int
+) -> Iterator[list[tuple[tuple[TernaryShard, Tensor], Tensor]]]:
     """Neighbours whose pieces have at most so many codes in all; a larger one goes alone."""
-    some: list[tuple[tuple[Shard, Tensor], Tensor]] = []
+    some: list[tuple[tuple[TernaryShard, Tensor], Tensor]] = []
     size = 0
     for member in members:
         codes = member[0][0].size

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kabrn_dist.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.fault_injection import fault
+from kabrn_dist.utils.fault_injection import inject_fault
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def commit(folder: Path, step: int, manifest: bytes) -> None:
     checkpoint and a newer one of a future that this run went back behind, and the next start would take that.
     """
     temporary, final = temporary_path(folder, step), checkpoint_path(folder, step)
-    fault("save.manifest")
+    inject_fault("save.manifest")
     write_durably(temporary / MANIFEST_NAME, manifest)
     # Read back as a later load will, so that nothing is committed that would then be refused.
     read_manifest(temporary)
@@ -96,7 +96,7 @@ def commit(folder: Path, step: int, manifest: bytes) -> None:
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             _set_aside(path, step)
-    fault("save.before_rename")
+    inject_fault("save.before_rename")
     if final.exists():
         old = final.with_name(final.name + ".old")
         if old.exists():
@@ -106,12 +106,12 @@ def commit(folder: Path, step: int, manifest: bytes) -> None:
             final.rename(old)
     temporary.rename(final)
     fsync_directory(folder)
-    fault("save.renamed")
+    inject_fault("save.renamed")
 
 
 def tidy(folder: Path, step: int, keep: int, keep_every: int, spare: Path | None) -> None:
     """What follows the commit of `step`: prune, and point `latest` at it."""
-    fault("save.before_prune")
+    inject_fault("save.before_prune")
     final = checkpoint_path(folder, step)
     old = final.with_name(f"{final.name}.old")
     if old.exists():
@@ -165,7 +165,7 @@ def _is_intact(path: Path) -> bool:
 def _remove(path: Path) -> None:
     # Manifest first: a crash half-way leaves a directory that nothing takes for a checkpoint.
     (path / MANIFEST_NAME).unlink(missing_ok=True)
-    fault("save.prune")
+    inject_fault("save.prune")
     # A call frees all that the kernel has cached of a file, a quarter of a second a gigabyte.
     files = [entry.path for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)]
     with ThreadPoolExecutor(max_workers=4) as removers:
@@ -196,7 +196,7 @@ def _free_name(path: Path) -> Path:
 
 def _set_aside(path: Path, step: int) -> None:
     # The run went back to before this checkpoint; left in place, a restart would resume the wrong future.
-    fault("save.aside")
+    inject_fault("save.aside")
     aside = path.with_name(path.name + ".aside")
     try:
         _remove_any(aside)

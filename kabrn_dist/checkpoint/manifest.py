@@ -49,13 +49,13 @@ FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Record(BaseModel):
+class ManifestRecord(BaseModel):
     """What all parts of a manifest share: frozen, strict, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class FileRecord(Record):
+class FileRecord(ManifestRecord):
     """One file of the checkpoint."""
 
     name: FileName
@@ -63,7 +63,7 @@ class FileRecord(Record):
     sha256: Sha256
 
 
-class Piece(Record):
+class Piece(ManifestRecord):
     """Elements [offset, offset + count) of a flattened logical tensor: all of tensor `key` in `file`."""
 
     file: FileName
@@ -72,7 +72,7 @@ class Piece(Record):
     count: Annotated[int, Field(ge=1, le=2**50)]
 
 
-class TensorRecord(Record):
+class TensorRecord(ManifestRecord):
     """A logical tensor: `pieces`, ordered by offset, cover it exactly once."""
 
     dtype: str
@@ -105,7 +105,7 @@ class TensorRecord(Record):
         return self
 
 
-class Manifest(Record):
+class Manifest(ManifestRecord):
     """Everything a checkpoint says about itself.
 
     state: the caller's JSON (data cursor, schedule, config, tokenizer hash …), returned as it was given.
@@ -133,7 +133,7 @@ class Manifest(Record):
         return self
 
 
-class SealedManifest(Record):
+class SealedManifest(ManifestRecord):
     """manifest.json: the manifest and the sha256 of its canonical JSON, as a flipped digit still parses."""
 
     sha256: Sha256

@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from kabrn_dist.checkpoint.manifest import FileRecord, Manifest, first_error
-from kabrn_dist.checkpoint.writer import Holding
+from kabrn_dist.checkpoint.writer import WrittenRange
 from kabrn_dist.utils.errors import UserError
 
 
-def report(file: FileRecord, holdings: list[Holding]) -> list[Any]:
+def describe_rank_file(file: FileRecord, holdings: list[WrittenRange]) -> list[Any]:
     """What one rank tells rank 0, as JSON."""
     return [
         file.model_dump(),

@@ -23,7 +23,7 @@ from kabrn_dist.checkpoint.writer import CHUNK_BYTES
 from kabrn_dist.utils.errors import UserError
 
 
-class Copy(NamedTuple):
+class RangeCopy(NamedTuple):
     """Elements [start, stop) of tensor `piece.key` in its file, to be written into `target` (1-D)."""
 
     piece: Piece
@@ -33,12 +33,12 @@ class Copy(NamedTuple):
     target: Tensor
 
 
-def plan(path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_missing: bool = False) -> list[Copy]:
+def plan(path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_missing: bool = False) -> list[RangeCopy]:
     """The reads that fill all `fragments`.
 
     Raises UserError for one that the checkpoint in `path` lacks (unless skipped) or has in another shape.
     """
-    copies: list[Copy] = []
+    copies: list[RangeCopy] = []
     for fragment in fragments:
         check_fragment(fragment)
         if skip_missing and fragment.name not in manifest.tensors:
@@ -53,24 +53,24 @@ def plan(path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_mis
     return copies
 
 
-def read_copies(path: Path, copies: Iterable[Copy]) -> None:
+def read_copies(path: Path, copies: Iterable[RangeCopy]) -> None:
     """Carry out `copies` from the files in `path`, converting dtype and device on the way.
 
     Raises UserError if a file is not safetensors or holds something else than the manifest says.
     """
-    Reader(path).carry_out(copies)
+    CheckpointReader(path).carry_out(copies)
 
 
-class Reader:
+class CheckpointReader:
     """Reads from the files of one checkpoint; each header is read once, and checked for every piece asked for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._entries: dict[str, dict[str, Entry]] = {}
 
-    def carry_out(self, copies: Iterable[Copy]) -> None:
+    def carry_out(self, copies: Iterable[RangeCopy]) -> None:
         """See `read_copies`."""
-        by_file: dict[str, list[Copy]] = defaultdict(list)
+        by_file: dict[str, list[RangeCopy]] = defaultdict(list)
         for copy in copies:
             by_file[copy.piece.file].append(copy)
         for name, wanted in by_file.items():
@@ -126,14 +126,14 @@ def tensor_record(path: Path, manifest: Manifest, name: str) -> TensorRecord:
     return manifest.tensors[name]
 
 
-def _copies(record: TensorRecord, fragment: Fragment) -> Iterator[Copy]:
+def _copies(record: TensorRecord, fragment: Fragment) -> Iterator[RangeCopy]:
     bounds = [*(piece.offset for piece in record.pieces), record.total]
     values = fragment.values.detach()
     stop = fragment.offset + values.numel()
     for index, first, last in intersect(fragment.offset, stop, bounds):
         piece = record.pieces[index]
         target = values[first - fragment.offset : last - fragment.offset]
-        yield Copy(piece, record.dtype, first - piece.offset, last - piece.offset, target)
+        yield RangeCopy(piece, record.dtype, first - piece.offset, last - piece.offset, target)
 
 
 def _pieces_of(manifest: Manifest) -> dict[str, dict[str, tuple[str, int]]]:

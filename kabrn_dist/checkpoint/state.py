@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat, JsonValue, ValidationError
 
-from kabrn_dist.checkpoint.manifest import Count, Record, Sha256, first_error
+from kabrn_dist.checkpoint.manifest import Count, ManifestRecord, Sha256, first_error
 from kabrn_dist.utils.errors import UserError
 
 
-class RunState(Record):
+class RunState(ManifestRecord):
     """Where a run stands.
 
     Attributes:
@@ -26,7 +26,7 @@ class RunState(Record):
     step: Count
     updates: Count
     cursor: dict[str, JsonValue]
-    passed_over: Count = 0
+    skipped_data_steps: Count = 0
     precision: str
     loss_scale: Annotated[FiniteFloat, Field(gt=0)]
     guard: dict[str, JsonValue] = Field(default_factory=dict)

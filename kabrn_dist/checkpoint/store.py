@@ -35,20 +35,20 @@ from kabrn_dist.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from kabrn_dist.checkpoint.merge import merge, report
+from kabrn_dist.checkpoint.merge import describe_rank_file, merge
 from kabrn_dist.checkpoint.reader import check_headers, load_tensor, plan, read_copies
-from kabrn_dist.checkpoint.writer import Holding, write_shard
+from kabrn_dist.checkpoint.writer import WrittenRange, write_rank_file
 from kabrn_dist.distributed.collectives import (
     Group,
     broadcast_json,
     gather_json,
-    on_first,
     rank_of,
+    run_on_all,
+    run_on_main,
     size_of,
-    together,
 )
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.fault_injection import fault
+from kabrn_dist.utils.fault_injection import inject_fault
 
 __all__ = ["CheckpointStore", "load_tensor", "read_manifest"]
 
@@ -140,7 +140,7 @@ class CheckpointStore:
         each rank reading its share. Each one passed over is logged with what is wrong with it. Raises
         UserError if the folder cannot be listed.
         """
-        listed = on_first(self.group, list_checkpoints, self.folder)
+        listed = run_on_main(self.group, list_checkpoints, self.folder)
         for name in broadcast_json([path.name for path in listed or []], self.group):
             try:
                 self.check(self.folder / name, verify)
@@ -153,11 +153,11 @@ class CheckpointStore:
 
     def check(self, path: Path, verify: bool = True) -> Manifest:
         """The manifest of `path` if it is intact in `find`'s sense; UserError on every rank if not."""
-        manifest = together(self.group, read_manifest, path)
+        manifest = run_on_all(self.group, read_manifest, path)
         share = manifest.files[rank_of(self.group) :: size_of(self.group)]
-        together(self.group, check_headers, path, manifest, share)
+        run_on_all(self.group, check_headers, path, manifest, share)
         if verify:
-            together(self.group, verify_files, path, share)
+            run_on_all(self.group, verify_files, path, share)
         return manifest
 
     def load(self, path: Path, fragments: Iterable[Fragment], missing: Literal["error", "keep"] = "error") -> Manifest:
@@ -169,10 +169,10 @@ class CheckpointStore:
         that is missing or has another shape, before any value is touched; for an unreadable file, after
         which the values are undefined.
         """
-        manifest = together(self.group, _passing, "load.manifest", read_manifest, path)
-        copies = together(self.group, plan, path, manifest, fragments, missing == "keep")
-        together(self.group, _passing, "load.tensors", read_copies, path, copies)
-        together(self.group, fault, "load.done")
+        manifest = run_on_all(self.group, _passing, "load.manifest", read_manifest, path)
+        copies = run_on_all(self.group, plan, path, manifest, fragments, missing == "keep")
+        run_on_all(self.group, _passing, "load.tensors", read_copies, path, copies)
+        run_on_all(self.group, inject_fault, "load.done")
         self._loaded = path.resolve()
         return manifest
 
@@ -188,7 +188,7 @@ class CheckpointStore:
         try:
             self._write(group, step, taken)
         except UserError as error:
-            on_first(group, drop_temporary, self.folder, step)
+            run_on_main(group, drop_temporary, self.folder, step)
             if rank_of(group) == 0:
                 logger.error("checkpoint of step %d was not saved: %s", step, error)
             return False
@@ -197,14 +197,14 @@ class CheckpointStore:
         return True
 
     def _write(self, group: Group, step: int, taken: Callable[[], Taken]) -> None:
-        fragments, state = together(group, self._begin, group, step, taken)
+        fragments, state = run_on_all(group, self._begin, group, step, taken)
         file = temporary_path(self.folder, step) / f"rank-{rank_of(group):05d}.safetensors"
-        record, holdings = together(group, _write_own, file, fragments)
-        reports = gather_json(report(record, holdings), group)
-        on_first(group, self._commit, step, reports, state)
+        record, holdings = run_on_all(group, _write_own, file, fragments)
+        reports = gather_json(describe_rank_file(record, holdings), group)
+        run_on_main(group, self._commit, step, reports, state)
 
     def _begin(self, group: Group, step: int, taken: Callable[[], Taken]) -> Taken:
-        fault("save.begin")
+        inject_fault("save.begin")
         if rank_of(group) == 0:
             start_temporary(self.folder, step)
         return taken()
@@ -234,12 +234,12 @@ def _outcome_of(work: Callable[..., Result], *arguments: Any) -> Callable[[], Re
     return lambda: result
 
 
-def _write_own(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[Holding]]:
-    written = write_shard(file, fragments)
-    fault("save.written")
+def _write_own(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[WrittenRange]]:
+    written = write_rank_file(file, fragments)
+    inject_fault("save.written")
     return written
 
 
 def _passing(point: str, work: Callable[..., Result], *arguments: Any) -> Result:
-    fault(point)
+    inject_fault(point)
     return work(*arguments)

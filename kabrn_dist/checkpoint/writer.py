@@ -20,7 +20,7 @@ from kabrn_dist.utils.errors import UserError
 CHUNK_BYTES = 16 * 2**20
 
 
-class Holding(NamedTuple):
+class WrittenRange(NamedTuple):
     """What one rank reports of one fragment; `piece` is None where it wrote nothing (a copy, or empty)."""
 
     name: str
@@ -29,7 +29,7 @@ class Holding(NamedTuple):
     piece: Piece | None
 
 
-def write_shard(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[Holding]]:
+def write_rank_file(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[WrittenRange]]:
     """Write what is owned to `file`, durable on return, and say what it holds.
 
     Written by hand rather than by `safetensors.torch.save_file`, which copies every GPU tensor to the
@@ -71,8 +71,8 @@ def _update(digest: hashlib._Hash, chunks: list[memoryview | bytes]) -> None:
         digest.update(chunk)
 
 
-def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[Holding], dict[str, Tensor]]:
-    holdings: list[Holding] = []
+def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[WrittenRange], dict[str, Tensor]]:
+    holdings: list[WrittenRange] = []
     owned: dict[str, Tensor] = {}
     for fragment in fragments:
         check_fragment(fragment)
@@ -86,7 +86,7 @@ def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[Hol
             count = fragment.values.numel()
             piece = Piece(file=file_name, key=key, offset=fragment.offset, count=count)
             owned[key] = fragment.values.detach()
-        holdings.append(Holding(fragment.name, CODES[fragment.values.dtype], fragment.shape, piece))
+        holdings.append(WrittenRange(fragment.name, CODES[fragment.values.dtype], fragment.shape, piece))
     return holdings, owned
 
 

@@ -34,7 +34,7 @@ class Cache:
         try:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache {folder}: {error.strerror}. Choose a folder you can write to.") from error
+            raise UserError(f"data.cache_dir {folder}: {error.strerror}. Choose a folder you can write to.") from error
 
     def get(self, key: str, size: int, fetch: Fetch) -> Path:
         """Return the file of `key`, a sha256, of `size` bytes; `fetch` completes a part that it is given.
@@ -76,7 +76,7 @@ class Cache:
             os.replace(part, path)
         except OSError as error:
             raise UserError(
-                f"data.cache {self._folder}: {error.strerror or error}. Free some space there, lower data.cache_gb, or "
+                f"data.cache_dir {self._folder}: {error.strerror or error}. Free some space there, lower data.cache_size_gb, or "
                 "choose another folder."
             ) from error
         return path

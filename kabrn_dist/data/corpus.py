@@ -16,8 +16,8 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.errors import UserError
 
 
-class AlsoSettings(Protocol):
-    """One more shard set: see `data.also` of the configuration."""
+class ExtraSetSettings(Protocol):
+    """One more shard set: see `data.extra_sets` of the configuration."""
 
     @property
     def path(self) -> str: ...
@@ -31,18 +31,18 @@ class DataSettings(Protocol):
     @property
     def path(self) -> str: ...
     @property
-    def also(self) -> Sequence[AlsoSettings]: ...
+    def extra_sets(self) -> Sequence[ExtraSetSettings]: ...
     @property
     def weights(self) -> Mapping[str, float]: ...
     @property
     def epochs(self) -> Mapping[str, float]: ...
     @property
-    def cache(self) -> Path: ...
+    def cache_dir(self) -> Path: ...
     @property
-    def cache_gb(self) -> float: ...
+    def cache_size_gb(self) -> float: ...
 
 
-class Drawn(NamedTuple):
+class WeightedSource(NamedTuple):
     """A source as a run draws from it.
 
     `name` is unique in the run; `weight` its share in any unit, 0 to leave it out of training; `epochs` the passes
@@ -67,7 +67,7 @@ class Corpus:
     """
 
     sets: tuple[ShardSet, ...]
-    sources: tuple[Drawn, ...]
+    sources: tuple[WeightedSource, ...]
     cache_bytes: float = 0.0
 
     @property
@@ -113,21 +113,21 @@ def open_corpus(settings: DataSettings) -> Corpus:
     Raises UserError when one cannot be read or is wrong, they have different tokenizers, or `weights` and `epochs` name
     a source that there is not or leave nothing to draw.
     """
-    paths = [settings.path, *(each.path for each in settings.also)]
-    sets = [open_set(path, settings.cache, settings.cache_gb) for path in paths]
+    paths = [settings.path, *(each.path for each in settings.extra_sets)]
+    sets = [open_set(path, settings.cache_dir, settings.cache_size_gb) for path in paths]
     for other in sets[1:]:
         found, wanted = other.index.tokenizer.sha256, sets[0].index.tokenizer.sha256
         if found != wanted:
             raise UserError(
-                f"data.also: {other.where} has tokenizer {found[:12]}, {sets[0].where} has {wanted[:12]}. "
+                f"data.extra_sets: {other.where} has tokenizer {found[:12]}, {sets[0].where} has {wanted[:12]}. "
                 "Prepare both with the same (--tokenizer of data_prep)."
             )
-    factors = [1.0, *(each.weight for each in settings.also)]
-    sources: dict[str, Drawn] = {}
+    factors = [1.0, *(each.weight for each in settings.extra_sets)]
+    sources: dict[str, WeightedSource] = {}
     for each, factor in zip(sets, factors, strict=True):
         for source in each.index.sources:
             name = _free_name(source.name, sources)
-            sources[name] = Drawn(name, each, source, factor * source.weight, source.epochs)
+            sources[name] = WeightedSource(name, each, source, factor * source.weight, source.epochs)
     for key, given in (("weights", settings.weights), ("epochs", settings.epochs)):
         for name in given:
             if name not in sources:
@@ -142,17 +142,17 @@ def open_corpus(settings: DataSettings) -> Corpus:
             f"data.weights: the weights of {', '.join(sources)} sum to {total:g}, so there is nothing to draw by; give "
             "at least one source a weight above 0."
         )
-    return Corpus(tuple(sets), drawn, settings.cache_gb * 1e9)
+    return Corpus(tuple(sets), drawn, settings.cache_size_gb * 1e9)
 
 
 def read_corpus(folder: Path) -> Corpus:
     """Open one folder as its index says. Raises UserError when the index or a shard is missing or wrong."""
     shards = open_folder(folder)
-    drawn = (Drawn(s.name, shards, s, s.weight, s.epochs) for s in shards.index.sources)
+    drawn = (WeightedSource(s.name, shards, s, s.weight, s.epochs) for s in shards.index.sources)
     return Corpus((shards,), tuple(drawn))
 
 
-def _free_name(name: str, taken: Mapping[str, Drawn]) -> str:
+def _free_name(name: str, taken: Mapping[str, WeightedSource]) -> str:
     """`name`, or `name.2`, `name.3` and so on where there is one of that name."""
     candidates = (name if number == 1 else f"{name}.{number}" for number in itertools.count(1))
     return next(free for free in candidates if free not in taken)

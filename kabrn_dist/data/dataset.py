@@ -10,10 +10,10 @@ import torch
 
 from kabrn_dist.data.corpus import Corpus
 from kabrn_dist.data.index import Shard, SplitName
-from kabrn_dist.data.prefetch import Ahead
-from kabrn_dist.data.sampler import Drawing
+from kabrn_dist.data.prefetch import Prefetcher
+from kabrn_dist.data.sampler import MixtureSampler
 from kabrn_dist.data.shard_set import ShardSet
-from kabrn_dist.data.state import Cursor, describe, fingerprint_of
+from kabrn_dist.data.state import DataState, describe, fingerprint_of
 from kabrn_dist.data.token_stream import TokenStream
 from kabrn_dist.utils.errors import UserError
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
-class Batches:
+class TokenDataset:
     """The sequences of one split of a corpus. Sequence i of a source is its tokens [i·L, i·L + L], L `sequence_length`.
 
     With `ordered` global positions go through the mixture of the sources and the shuffled order of each, until
@@ -67,12 +67,12 @@ class Batches:
         self.counts = [count if used else 0 for count, used in zip(there, drawn_from, strict=True)]
         self.sequences = sum(self.counts)
         self._firsts = np.cumsum([0, *self.counts])
-        self._drawing = Drawing(corpus.sources, self.counts, seed) if ordered else None
+        self._drawing = MixtureSampler(corpus.sources, self.counts, seed) if ordered else None
         self.length = self.sequences if self._drawing is None else self._drawing.length
         # Half of the cache for what comes leaves the other half for what is being read.
-        self._ahead = Ahead(self._upcoming, corpus.cache_bytes / 2) if ordered and corpus.is_remote else None
+        self._ahead = Prefetcher(self._upcoming, corpus.cache_bytes / 2) if ordered and corpus.is_remote else None
 
-    def rows(self, positions: Sequence[int]) -> Batch:
+    def get(self, positions: Sequence[int]) -> Batch:
         """Return the sequences at these global positions, one row each, in the order given.
 
         Raises UserError when a shard cannot be read or an ordered split has come to its end, IndexError for a position
@@ -95,7 +95,7 @@ class Batches:
                 used[row] = stream.read_mask(start + 1, start + length + 1)
         return make_batch(streams, self.corpus.document_token, used, sources)
 
-    def spread(self, count: int) -> list[int]:
+    def validation_positions(self, count: int) -> list[int]:
         """Choose `count` positions of an unordered split: as many of each source as of the others, its first ones.
 
         A source that has fewer gives all of its own; fewer than `count` come where there are no more.
@@ -109,7 +109,7 @@ class Batches:
         firsts = self._firsts[:-1].tolist()
         return [first + n for first, number in zip(firsts, wanted, strict=True) for n in range(number)]
 
-    def drawn(self, consumed: int) -> list[int]:
+    def sequences_drawn(self, consumed: int) -> list[int]:
         """Return how many sequences of each source lie below a global position of an ordered split."""
         assert self._drawing is not None, "only an ordered split is drawn from"
         return self._drawing.before(consumed)
@@ -119,16 +119,16 @@ class Batches:
         if self.length is not None and positions > self.length:
             ends = ", ".join(f"{d.name} {d.epochs:g}" for d in self.corpus.sources if d.weight and d.epochs)
             raise UserError(
-                f"training.steps × training.batch needs {positions:,} sequences, the data has {self.length:,} (epochs: "
+                f"training.steps × training.global_batch_size needs {positions:,} sequences, the data has {self.length:,} (epochs: "
                 f"{ends}). Lower training.steps, or raise or leave out data.epochs for one of them."
             )
 
-    def cursor(self, consumed: int) -> Cursor:
+    def cursor(self, consumed: int) -> DataState:
         """Return what a checkpoint keeps of the data: all positions below `consumed` are done."""
         assert self._drawing is not None, "only an ordered split is gone on with"
         drawn = describe(self.corpus, self._drawing.slots)
         fingerprint = fingerprint_of(self.corpus, drawn)
-        return Cursor(consumed, self.seed, self.sequence_length, fingerprint, drawn)
+        return DataState(consumed, self.seed, self.sequence_length, fingerprint, drawn)
 
     def close(self) -> None:
         """Close the shard files, and fetch no more ahead."""
@@ -140,7 +140,7 @@ class Batches:
     def _find(self, positions: np.ndarray) -> np.ndarray:
         """Sources and sequence numbers of positions, int64 [2, N]."""
         if self._drawing is not None:
-            return self._drawing.find_again(positions)
+            return self._drawing.lookup_cached(positions)
         if positions.size and not 0 <= positions.min() <= positions.max() < self.sequences:
             raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.sequences} sequences")
         sources = np.searchsorted(self._firsts, positions, "right") - 1
@@ -149,7 +149,7 @@ class Batches:
     def _upcoming(self, position: int, count: int) -> Iterator[tuple[ShardSet, Shard]]:
         stop = position + count if self.length is None else min(self.length, position + count)
         assert self._drawing is not None
-        sources, sequences = self._drawing.find(np.arange(position, stop))
+        sources, sequences = self._drawing.lookup(np.arange(position, stop))
         starts = sequences * self.sequence_length
         shards: list[list[Shard]] = [[] for _ in starts]
         for source in np.unique(sources).tolist():

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from kabrn_dist.data.index import INDEX_NAME, Index
 from kabrn_dist.data.index_checks import check_contents
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 
@@ -27,7 +27,7 @@ def write_index(folder: Path, index: Index) -> Index:
     """
     sealed = index.model_copy(update={"fingerprint": fingerprint(index)})
     check_contents(str(folder / INDEX_NAME), sealed)
-    write_whole(folder / INDEX_NAME, (sealed.model_dump_json() + "\n").encode())
+    atomic_write(folder / INDEX_NAME, (sealed.model_dump_json() + "\n").encode())
     return sealed
 
 

@@ -13,7 +13,7 @@ from kabrn_dist.utils.errors import UserError
 WINDOW, STRIDE = 4096, 512
 
 
-class Ahead:
+class Prefetcher:
     """A thread that fetches, in the order of first need, what the next 4096 sequences read.
 
     `upcoming(position, count)` names the shards of `count` sequences from a position on. It fetches no more than

@@ -130,14 +130,14 @@ class RemoteSet:
         largest = max((shard.bytes for shard in self.index.shards()), default=1)
         if largest > limit:
             raise UserError(
-                f"data.cache_gb {limit / 1e9:g}: too small for a single shard of {self.where}, which has "
-                f"{largest / 1e9:.2g} GB. Set data.cache_gb to the size of the whole set, "
+                f"data.cache_size_gb {limit / 1e9:g}: too small for a single shard of {self.where}, which has "
+                f"{largest / 1e9:.2g} GB. Set data.cache_size_gb to the size of the whole set, "
                 f"{total / 1e9:.3g}, if the disk has room."
             )
         if total > limit:
             # The order draws from all over the set.
             _log.warning(
-                "data.cache_gb %g: %s has %.3g GB, so shards will come again and again; the cache should hold it whole",
+                "data.cache_size_gb %g: %s has %.3g GB, so shards will come again and again; the cache should hold it whole",
                 limit / 1e9,
                 self.where,
                 total / 1e9,

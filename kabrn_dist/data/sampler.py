@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kabrn_dist.data.corpus import Drawn
+from kabrn_dist.data.corpus import WeightedSource
 from kabrn_dist.data.mixture import Mixture
-from kabrn_dist.data.shuffle import Order
+from kabrn_dist.data.shuffle import BlockShuffle
 
 # Positions that are looked up together: the order of one costs as much as that of hundreds.
 _WINDOW = 4096
 _WINDOWS_KEPT = 4
 
 
-class Drawing:
+class MixtureSampler:
     """What a run draws, a pure function of the position. `counts`: sequences of each source, 0 for one left out.
 
     Attributes:
@@ -24,17 +24,18 @@ class Drawing:
         slots: of a period of the mixture, those of each source.
     """
 
-    def __init__(self, sources: Sequence[Drawn], counts: Sequence[int], seed: int) -> None:
+    def __init__(self, sources: Sequence[WeightedSource], counts: Sequence[int], seed: int) -> None:
         limits = [_limit(drawn.epochs, count) for drawn, count in zip(sources, counts, strict=True)]
         self._mixture = Mixture([drawn.weight for drawn in sources], limits)
         self._orders = [
-            Order(max(1, count), _seed_of(seed, drawn.name)) for drawn, count in zip(sources, counts, strict=True)
+            BlockShuffle(max(1, count), _seed_of(seed, drawn.name))
+            for drawn, count in zip(sources, counts, strict=True)
         ]
         self._windows: dict[int, np.ndarray] = {}
         self.length = self._mixture.length
         self.slots: list[int] = self._mixture.counts.tolist()
 
-    def find(self, positions: np.ndarray) -> np.ndarray:
+    def lookup(self, positions: np.ndarray) -> np.ndarray:
         """Map positions, int64 [N], to sources and sequence numbers, int64 [2, N].
 
         Raises IndexError when a position is negative or beyond the end.
@@ -45,7 +46,7 @@ class Drawing:
             numbers[here] = self._orders[source](numbers[here])
         return np.stack([sources, numbers])
 
-    def find_again(self, positions: np.ndarray) -> np.ndarray:
+    def lookup_cached(self, positions: np.ndarray) -> np.ndarray:
         """`find` that remembers what lies around: quicker for positions close together. For one thread at a time."""
         if positions.size and not 0 <= positions.min() <= positions.max() < (self.length or np.inf):
             raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.length} sequences")
@@ -65,7 +66,9 @@ class Drawing:
             while len(self._windows) >= _WINDOWS_KEPT:
                 del self._windows[next(iter(self._windows))]
             first, last = window * _WINDOW, (window + 1) * _WINDOW
-            self._windows[window] = self.find(np.arange(first, last if self.length is None else min(last, self.length)))
+            self._windows[window] = self.lookup(
+                np.arange(first, last if self.length is None else min(last, self.length))
+            )
         return self._windows[window]
 
 

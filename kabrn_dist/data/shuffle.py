@@ -61,7 +61,7 @@ def permute_naive(x: int, n: int, key: int) -> int:
 
 
 @dataclass(frozen=True)
-class Order:
+class BlockShuffle:
     """Global position → sequence number. Each epoch visits each of the `sequences` exactly once.
 
     Runs of consecutive sequences are shuffled, not single ones, and many runs are read in turn: a batch is drawn from
@@ -72,11 +72,11 @@ class Order:
 
     sequences: int
     seed: int
-    run: int = 16
+    block_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.sequences < 1 or self.run < 1:
-            raise ValueError(f"Order: sequences {self.sequences} and run {self.run} must be at least 1")
+        if self.sequences < 1 or self.block_size < 1:
+            raise ValueError(f"Order: sequences {self.sequences} and run {self.block_size} must be at least 1")
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Map global positions, int [...] from 0 on without end, to sequence numbers, int64 [...].
@@ -95,7 +95,7 @@ class Order:
 
     def _epoch(self, slots: np.ndarray, epoch: int) -> np.ndarray:
         key, rotation = epoch_keys(self.seed, epoch)
-        run = max(1, min(self.run, self.sequences // _RUNS_WANTED))
+        run = max(1, min(self.block_size, self.sequences // _RUNS_WANTED))
         runs = self.sequences // run
         numbers = slots.copy()
         whole = slots < runs * run

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kabrn_dist.data.corpus import Corpus, Drawn
+from kabrn_dist.data.corpus import Corpus, WeightedSource
 from kabrn_dist.utils.errors import UserError
 
 
-class Resumable(Protocol):
+class HasDataState(Protocol):
     """What has cursors: see `Batches`."""
 
-    def cursor(self, consumed: int) -> Cursor: ...
+    def cursor(self, consumed: int) -> DataState: ...
 
 
 @dataclass(frozen=True)
-class Cursor:
+class DataState:
     """Where a run stands in its data: `consumed` sequences over all ranks since its start, and of what.
 
     `fingerprint` covers the sets and their weights; `drawn` says the same in words, source by source.
@@ -31,7 +31,7 @@ class Cursor:
     fingerprint: str
     drawn: dict[str, str] = field(default_factory=dict)
 
-    def check(self, data: Resumable) -> None:
+    def check(self, data: HasDataState) -> None:
         """Raise UserError when `data` would not go on with the stream that this cursor was taken from."""
         now = data.cursor(self.consumed)
         if self.fingerprint != now.fingerprint:
@@ -41,7 +41,7 @@ class Cursor:
             )
             raise UserError(
                 f"the checkpoint was trained on data {self.fingerprint[:12]}, the run has {now.fingerprint[:12]}"
-                f"{f' ({changes})' if changes else ''}. Resume with the old data, data.also, data.weights and "
+                f"{f' ({changes})' if changes else ''}. Resume with the old data, data.extra_sets, data.weights and "
                 "data.epochs, or start a new run."
             )
         for key, then, here in (
@@ -68,6 +68,6 @@ def fingerprint_of(corpus: Corpus, drawn: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
 
 
-def _describe_one(drawn: Drawn) -> str:
+def _describe_one(drawn: WeightedSource) -> str:
     passes = "no end" if drawn.epochs is None else f"{drawn.epochs:g} epochs"
     return f"data {drawn.shards.index.fingerprint[:16]}, {passes}"

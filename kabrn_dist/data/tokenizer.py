@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from kabrn_dist.data.index import TOKENIZER_NAME, Index
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 DOCUMENT = "<|document|>"
@@ -72,7 +72,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, byte for byte what was loaded. Raises UserError when the disk refuses."""
-        write_whole(path, self.content)
+        atomic_write(path, self.content)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, which is all ordinary text: no document token is added or recognised."""

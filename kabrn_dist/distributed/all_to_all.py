@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.distributed.mesh import Nodes
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.mesh import NodeGroups
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Wire:
+class ExpertLink:
     """How one layer's copies travel.
 
     Attributes:
@@ -57,16 +57,16 @@ class Wire:
         traffic: counts what is sent.
     """
 
-    placement: Placement
+    placement: ExpertPlacement
     group: dist.ProcessGroup | None
-    nodes: Nodes | None
+    nodes: NodeGroups | None
     int8: bool
     backward_int8: bool
     traffic: Traffic
 
 
 @dataclass(frozen=True)
-class Splits:
+class SplitSizes:
     """Rows between this rank and each other one, seen from the tokens' home.
 
     Attributes:
@@ -81,7 +81,7 @@ class Splits:
     through: tuple[tuple[int, ...], ...] | None = None
 
 
-def launch(rows: Tensor, splits: Splits, homeward: bool, wire: Wire) -> Callable[[], Tensor]:
+def start_exchange(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
     """Start an exchange. Collective, in the same order on all ranks.
 
     Args:
@@ -104,7 +104,7 @@ def launch(rows: Tensor, splits: Splits, homeward: bool, wire: Wire) -> Callable
     return arrive
 
 
-def _launch(rows: Tensor, splits: Splits, homeward: bool, wire: Wire) -> Callable[[], Tensor]:
+def _launch(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
     sends, receives = (splits.receives, splits.sends) if homeward else (splits.sends, splits.receives)
     arrived = rows.new_empty(sum(receives), rows.shape[1])
     wire.traffic.bytes_sent += (sum(sends) - sends[wire.placement.rank]) * rows.shape[1]
@@ -117,7 +117,7 @@ def _launch(rows: Tensor, splits: Splits, homeward: bool, wire: Wire) -> Callabl
     return wait
 
 
-def _launch_steps(rows: Tensor, splits: Splits, homeward: bool, wire: Wire) -> Callable[[], Tensor]:
+def _launch_steps(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
     nodes = wire.nodes
     assert nodes is not None and splits.through is not None
     place, machine = wire.placement.rank % nodes.size, wire.placement.rank // nodes.size
@@ -135,12 +135,12 @@ def _launch_steps(rows: Tensor, splits: Splits, homeward: bool, wire: Wire) -> C
 
     def out() -> Tensor:
         by_place = _swap(rows, splits.sends, nodes.count)
-        here = _exchange(by_place, to_places, from_places, nodes.inner)
-        return _exchange(_swap(here, through, nodes.size), to_machines, from_machines, nodes.outer)
+        here = _exchange(by_place, to_places, from_places, nodes.intra_node)
+        return _exchange(_swap(here, through, nodes.size), to_machines, from_machines, nodes.inter_node)
 
     def home() -> Tensor:
-        here = _exchange(rows, from_machines, to_machines, nodes.outer)
-        by_place = _exchange(_swap(here, back, nodes.count), from_places, to_places, nodes.inner)
+        here = _exchange(rows, from_machines, to_machines, nodes.inter_node)
+        by_place = _exchange(_swap(here, back, nodes.count), from_places, to_places, nodes.intra_node)
         sizes = [n for j in range(nodes.size) for n in splits.sends[j :: nodes.size]]
         return _swap(by_place, sizes, nodes.size)
 
@@ -160,7 +160,7 @@ def _exchange(rows: Tensor, sends: list[int], receives: list[int], group: dist.P
     return arrived
 
 
-def _beside(run: Callable[[], Tensor], rows: Tensor, nodes: Nodes) -> Callable[[], Tensor]:
+def _beside(run: Callable[[], Tensor], rows: Tensor, nodes: NodeGroups) -> Callable[[], Tensor]:
     if rows.device.type != "cuda":
         return nodes.background.submit(run).result
     side, main = torch.cuda.Stream(rows.device), torch.cuda.current_stream(rows.device)
@@ -178,7 +178,7 @@ def _beside(run: Callable[[], Tensor], rows: Tensor, nodes: Nodes) -> Callable[[
     return wait
 
 
-def exchange_counts(loads: Sequence[Tensor], wire: Wire) -> Tensor:
+def exchange_counts(loads: Sequence[Tensor], wire: ExpertLink) -> Tensor:
     """Tell each rank of the group a few numbers. Collective.
 
     Args:
@@ -196,21 +196,23 @@ def exchange_counts(loads: Sequence[Tensor], wire: Wire) -> Tensor:
     return heard.view(len(sizes), own)
 
 
-def make_splits(sends: list[list[int]], receives: list[list[int]], wire: Wire, device: torch.device) -> list[Splits]:
+def make_splits(
+    sends: list[list[int]], receives: list[list[int]], wire: ExpertLink, device: torch.device
+) -> list[SplitSizes]:
     """Splits of several exchanges at once, [P] rows each way for each. Collective where there are nodes."""
     pairs = list(zip(map(tuple, sends), map(tuple, receives), strict=True))
     nodes = wire.nodes
     if nodes is None:
-        return [Splits(*pair) for pair in pairs]
+        return [SplitSizes(*pair) for pair in pairs]
     # [L, exchanges, A]: to the neighbour with place j, all rows for that place on any machine.
     told = torch.tensor(sends, device=device).view(len(sends), nodes.count, nodes.size).permute(2, 0, 1).contiguous()
     wire.traffic.bytes_sent += told[1:].numel() * told.element_size()
 
     def tell() -> Tensor:
         heard = torch.empty_like(told)
-        dist.all_to_all_single(heard, told, group=nodes.inner)
+        dist.all_to_all_single(heard, told, group=nodes.intra_node)
         return heard
 
     # In turn with the other exchanges of that group.
     numbers = _beside(tell, told, nodes)().tolist()
-    return [Splits(*pair, tuple(tuple(row[i]) for row in numbers)) for i, pair in enumerate(pairs)]
+    return [SplitSizes(*pair, tuple(tuple(row[i]) for row in numbers)) for i, pair in enumerate(pairs)]

@@ -32,7 +32,7 @@ def size_of(group: Group) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def together(group: Group, work: Callable[..., Result], *arguments: Any) -> Result:
+def run_on_all(group: Group, work: Callable[..., Result], *arguments: Any) -> Result:
     """`work(*arguments)` on every rank, returned only if no rank failed.
 
     Raises the same UserError on every rank if any rank raised: one that raised alone would leave the
@@ -50,9 +50,9 @@ def together(group: Group, work: Callable[..., Result], *arguments: Any) -> Resu
     return result[0]
 
 
-def on_first(group: Group, work: Callable[..., Result], *arguments: Any) -> Result | None:
+def run_on_main(group: Group, work: Callable[..., Result], *arguments: Any) -> Result | None:
     """`work(*arguments)` on rank 0 only, None on the others; UserError on every rank if it failed."""
-    return together(group, work, *arguments) if rank_of(group) == 0 else together(group, _nothing)
+    return run_on_all(group, work, *arguments) if rank_of(group) == 0 else run_on_all(group, _nothing)
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:

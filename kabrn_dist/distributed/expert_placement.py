@@ -10,7 +10,7 @@ from kabrn_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Placement:
+class ExpertPlacement:
     """Contiguous runs of experts on the ranks of an expert group; the runs may differ in length.
 
     Attributes:
@@ -32,7 +32,7 @@ class Placement:
         return range(first, first + self.counts[self.rank])
 
 
-def share_out(experts: int, weights: Sequence[float], most: Sequence[int] | None = None) -> tuple[int, ...]:
+def allocate_experts(experts: int, weights: Sequence[float], most: Sequence[int] | None = None) -> tuple[int, ...]:
     """Whole experts for each rank, at least one, so that the slowest rank is done as early as possible.
 
     A rank with n experts of equal load takes a time of n / weight. One after another, experts go to the rank that would
@@ -49,13 +49,13 @@ def share_out(experts: int, weights: Sequence[float], most: Sequence[int] | None
     room = [experts] * ranks if most is None else list(most)
     if experts < ranks:
         raise UserError(
-            f"model.experts.routed {experts} is too few for the {ranks} ranks of an expert group, which each hold "
-            f"one or more; set parallel.expert to {experts} or less"
+            f"model.experts.num_experts {experts} is too few for the {ranks} ranks of an expert group, which each hold "
+            f"one or more; set parallel.expert_parallel to {experts} or less"
         )
     if sum(room) < experts or min(room) < 1:
         raise UserError(
-            f"the ranks of an expert group have room for {room} experts of model.experts.routed {experts}, and each "
-            "must hold one or more; raise parallel.expert or parallel.zero, or name the shares in "
+            f"the ranks of an expert group have room for {room} experts of model.experts.num_experts {experts}, and each "
+            "must hold one or more; raise parallel.expert_parallel or parallel.zero_stage, or name the shares in "
             "parallel.experts_per_rank if you know better"
         )
     counts = [1] * ranks
@@ -65,11 +65,11 @@ def share_out(experts: int, weights: Sequence[float], most: Sequence[int] | None
     return tuple(counts)
 
 
-def plan_shares(config: Config) -> tuple[int, ...] | None:
+def plan_expert_counts(config: Config) -> tuple[int, ...] | None:
     """Experts on each rank of an expert group, as far as the configuration alone tells; None where it is measured."""
     parallel = config.parallel
-    if parallel.experts_per_rank != "auto" or parallel.expert == 1:
-        return config.placement()
+    if parallel.experts_per_rank != "auto" or parallel.expert_parallel == 1:
+        return config.expert_counts()
     if parallel.rank_weights is None:
         return None
-    return share_out(config.model.experts.routed, parallel.rank_weights)
+    return allocate_experts(config.model.experts.num_experts, parallel.rank_weights)

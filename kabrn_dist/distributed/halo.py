@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def columns_before(x: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+def halo_exchange(x: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     """The `count` columns in front of this rank's slice, zeros in front of the row's start. Differentiable.
 
     A message of `count` columns to the next rank; where slices are shorter than that, ⌈J/L⌉ messages of a slice, each

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kabrn_dist.distributed.reduce_scatter import sum_at_owners
+from kabrn_dist.distributed.reduce_scatter import reduce_scatter_sum
 
 # torch 2.13 renamed it; the old name warns there, the new one does not exist before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,7 +50,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_at_owners(grad, ctx.group).to(grad.dtype), None
+        return reduce_scatter_sum(grad, ctx.group).to(grad.dtype), None
 
 
 def _gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:

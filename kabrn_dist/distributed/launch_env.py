@@ -12,16 +12,16 @@ from kabrn_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchEnv:
     """Where this process stands among those that were started, read from the launcher's variables."""
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
-    local_world: int
+    local_world_size: int
 
 
-def find_place() -> Place:
+def read_launch_env() -> LaunchEnv:
     """Read the launcher's variables (deepspeed, torchrun), ask MPI under mpirun, or stand alone.
 
     Under mpirun the processes agree through mpi4py on the address where they will meet.
@@ -30,7 +30,7 @@ def find_place() -> Place:
         _ask_mpi()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
-    return Place(rank, world, int(os.environ.get("LOCAL_RANK", 0)), local_world)
+    return LaunchEnv(rank, world, int(os.environ.get("LOCAL_RANK", 0)), local_world)
 
 
 def _ask_mpi() -> None:
@@ -39,7 +39,7 @@ def _ask_mpi() -> None:
     except ImportError:
         raise UserError("started by mpirun, but mpi4py is not installed; pip install mpi4py mpich") from None
     everyone = MPI.COMM_WORLD
-    neighbours = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    neighbors = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     meeting = bytearray(256)
     if everyone.rank == 0:
         text = f"{socket.gethostbyname(socket.gethostname())} {free_port()}".encode()
@@ -49,8 +49,8 @@ def _ask_mpi() -> None:
     os.environ.update(
         RANK=str(everyone.rank),
         WORLD_SIZE=str(everyone.size),
-        LOCAL_RANK=str(neighbours.rank),
-        LOCAL_WORLD_SIZE=str(neighbours.size),
+        LOCAL_RANK=str(neighbors.rank),
+        LOCAL_WORLD_SIZE=str(neighbors.size),
         MASTER_ADDR=address,
         MASTER_PORT=port,
     )

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kabrn_dist.distributed.launch_env import Place, free_port
+from kabrn_dist.distributed.launch_env import LaunchEnv, free_port
 from kabrn_dist.utils.errors import UserError
 
 # Parameters of glibc's mallopt (malloc.h).
@@ -27,7 +27,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeGroups:
     """An expert group that spans several machines with the same number of its ranks on each.
 
     Attributes:
@@ -40,8 +40,8 @@ class Nodes:
 
     size: int
     count: int
-    inner: dist.ProcessGroup
-    outer: dist.ProcessGroup
+    intra_node: dist.ProcessGroup
+    inter_node: dist.ProcessGroup
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
 
@@ -60,57 +60,57 @@ class Mesh:
     """
 
     rank: int
-    world: int
-    sequence: int
-    expert: int
+    world_size: int
+    sequence_parallel: int
+    expert_parallel: int
     device: torch.device
     sequence_group: dist.ProcessGroup | None
     expert_group: dist.ProcessGroup | None
     expert_data_group: dist.ProcessGroup | None
-    own_group: dist.ProcessGroup | None = None
-    expert_nodes: Nodes | None = None
-    background_group: dist.ProcessGroup | None = None
+    self_group: dist.ProcessGroup | None = None
+    expert_nodes: NodeGroups | None = None
+    checkpoint_group: dist.ProcessGroup | None = None
 
     @property
     def sequence_rank(self) -> int:
         """Which slice of its sequences this rank holds."""
-        return self.rank % self.sequence
+        return self.rank % self.sequence_parallel
 
     @property
     def data_rank(self) -> int:
         """Which sequences this rank holds a slice of."""
-        return self.rank // self.sequence
+        return self.rank // self.sequence_parallel
 
     @property
-    def data_world(self) -> int:
+    def data_world_size(self) -> int:
         """How many ranks, or groups of them, read different sequences."""
-        return self.world // self.sequence
+        return self.world_size // self.sequence_parallel
 
     @property
     def expert_rank(self) -> int:
         """This rank's place in its expert group."""
-        return self.rank % self.expert
+        return self.rank % self.expert_parallel
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """True on the one rank that writes logs."""
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks; `values` is left as it is."""
         total = values.detach().clone()
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """True on all ranks where it is true on one: the way to decide anything together."""
-        if self.world == 1:
+        if self.world_size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
+        return bool(self.all_reduce_sum(torch.tensor(float(flag), device=self.device)).item() > 0)
 
 
-def alone(device: torch.device | str = "cpu") -> Mesh:
+def single_process_mesh(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of a single process that needs no process group (generation, export, tests)."""
     return Mesh(0, 1, 1, 1, torch.device(device), None, None, None)
 
@@ -120,20 +120,20 @@ PATIENCE_SECONDS = 600.0
 
 
 @contextmanager
-def join_processes(place: Place, patience: float = PATIENCE_SECONDS) -> Iterator[torch.device]:
+def init_distributed(place: LaunchEnv, patience: float = PATIENCE_SECONDS) -> Iterator[torch.device]:
     """Meet the other processes, and leave them at the end. Yields this process's device.
 
     Args:
         patience: seconds that a rank waits for another in a collective before it gives up.
     """
     device = _choose_device(place)
-    if place.world == 1:
+    if place.world_size == 1:
         # A process that was started plainly; DeepSpeed reads these variables too.
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         os.environ.setdefault("LOCAL_RANK", "0")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=patience))
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=patience))
     try:
         yield device
     except UserError:
@@ -160,7 +160,7 @@ _GONE = (
 )
 
 
-def is_aftermath(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """True for an exception that only says that another rank is gone."""
     seen: BaseException | None = error
     while seen is not None:
@@ -173,29 +173,29 @@ def is_aftermath(error: BaseException) -> bool:
     return False
 
 
-def make_mesh(place: Place, device: torch.device, expert: int, sequence: int = 1, node: int | None = None) -> Mesh:
+def make_mesh(place: LaunchEnv, device: torch.device, expert: int, sequence: int = 1, node: int | None = None) -> Mesh:
     """Make the groups. Collective.
 
     Args:
         expert, sequence: degrees of parallelism; each divides `place.world` (checked by `Config.check_world`).
         node: ranks of one machine; default: as the launcher says.
     """
-    slices = _runs(place.world, sequence)
-    data_ranks = [list(range(e, place.world, expert)) for e in range(expert)]
+    slices = _runs(place.world_size, sequence)
+    data_ranks = [list(range(e, place.world_size, expert)) for e in range(expert)]
     expert_data_group = _own_group(data_ranks, place.rank)
-    own_group = expert_data_group if expert == place.world else _own_group(_runs(place.world, 1), place.rank)
+    own_group = expert_data_group if expert == place.world_size else _own_group(_runs(place.world_size, 1), place.rank)
     return Mesh(
         place.rank,
-        place.world,
+        place.world_size,
         sequence,
         expert,
         device,
         sequence_group=_own_group(slices, place.rank) if sequence > 1 else None,
-        expert_group=_own_group(_runs(place.world, expert), place.rank) if expert > 1 else None,
+        expert_group=_own_group(_runs(place.world_size, expert), place.rank) if expert > 1 else None,
         expert_data_group=expert_data_group,
-        own_group=own_group,
+        self_group=own_group,
         expert_nodes=_make_nodes(place, device, expert, node),
-        background_group=dist.new_group(backend="gloo"),
+        checkpoint_group=dist.new_group(backend="gloo"),
     )
 
 
@@ -203,21 +203,21 @@ def _runs(world: int, length: int) -> list[list[int]]:
     return [list(range(a, a + length)) for a in range(0, world, length)]
 
 
-def _make_nodes(place: Place, device: torch.device, expert: int, node: int | None) -> Nodes | None:
-    if place.world == 1 or expert == 1:
+def _make_nodes(place: LaunchEnv, device: torch.device, expert: int, node: int | None) -> NodeGroups | None:
+    if place.world_size == 1 or expert == 1:
         return None
     # Machines may differ in ranks: then no rank must make groups.
-    size = node or place.local_world
+    size = node or place.local_world_size
     ends = torch.tensor([size, -size], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     largest, smallest = ends.tolist()
     if largest != -smallest or size == 1 or size >= expert or expert % size:
         return None
-    inner = _own_group(_runs(place.world, size), place.rank)
-    groups = _runs(place.world, expert)
+    inner = _own_group(_runs(place.world_size, size), place.rank)
+    groups = _runs(place.world_size, expert)
     outer = _own_group([ranks[number::size] for ranks in groups for number in range(size)], place.rank)
     assert inner is not None and outer is not None
-    return Nodes(size, expert // size, inner, outer)
+    return NodeGroups(size, expert // size, inner, outer)
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup | None:
@@ -226,13 +226,13 @@ def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup | Non
     return next(group for ranks, group in groups if rank in ranks)
 
 
-def _choose_device(place: Place) -> torch.device:
+def _choose_device(place: LaunchEnv) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
     keep_freed_memory()
     return torch.device("cpu")
 

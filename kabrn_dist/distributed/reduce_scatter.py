@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def sum_at_owners(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter_sum(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Piece r of all ranks, summed on rank r of the group: what a reduce-scatter returns. Collective.
 
     Pieces travel in their dtype and are summed where they belong, in fp32 and in the order of ranks, so the bits do not
@@ -21,10 +21,10 @@ def sum_at_owners(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
     Returns:
         [...] in fp32, or fp64 where the pieces are that.
     """
-    return start_sum(pieces, group)()
+    return start_reduce_scatter(pieces, group)()
 
 
-def start_sum(pieces: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+def start_reduce_scatter(pieces: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     """`sum_at_owners` that does not wait: what it returns does, when it is called, once."""
     sent = pieces.contiguous()
     arrived = torch.empty_like(sent)

@@ -123,18 +123,18 @@ class SequenceLink:
             work.wait()
         return came
 
-    def _neighbours(self, reverse: bool) -> tuple[int | None, int | None]:
+    def _neighbors(self, reverse: bool) -> tuple[int | None, int | None]:
         place = self._place(reverse)
         after = self._peer(place + 1, reverse) if place + 1 < self.degree else None
         before = self._peer(place - 1, reverse) if place > 0 else None
         return after, before
 
     def _shift(self, packed: Tensor, reverse: bool) -> Tensor:
-        after, before = self._neighbours(reverse)
+        after, before = self._neighbors(reverse)
         return self._trade(after, packed.contiguous(), before, packed)
 
     def _ring(self, packed: Tensor, reverse: bool) -> Tensor:
-        after, before = self._neighbours(reverse)
+        after, before = self._neighbors(reverse)
         came = self._trade(None, None, before, packed)
         self._trade(after, compose(came, packed), None, packed)
         return came

@@ -21,12 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kabrn_dist.distributed.all_to_all import Wire, launch
+from kabrn_dist.distributed.all_to_all import ExpertLink, start_exchange
 from kabrn_dist.distributed.stochastic_rounding import round_rows
-from kabrn_dist.distributed.token_permutation import Bags, Journey, Route, mask_bytes, spread_arrivals
+from kabrn_dist.distributed.token_permutation import (
+    DispatchPlan,
+    RemotePlan,
+    Segments,
+    expert_mask_bytes,
+    spread_arrivals,
+)
 
 
-def start_dispatch(codes: Tensor, scale: Tensor, route: Route, wire: Wire, kept: Tensor | None = None) -> Dispatch:
+def start_dispatch(
+    codes: Tensor, scale: Tensor, route: DispatchPlan, wire: ExpertLink, kept: Tensor | None = None
+) -> Dispatch:
     """Send tokens to their experts. Collective; returns at once. Differentiable in `codes`.
 
     Args:
@@ -42,7 +50,7 @@ def finish_dispatch(flight: Dispatch) -> tuple[Tensor, Tensor, Tensor | None]:
 
     Sorted by local expert, `route.counts` of each.
     """
-    if flight.route.journey is None:
+    if flight.route.remote is None:
         tokens = flight.route.tokens
         flight.wire.traffic.rows += len(tokens)
         kept = None if flight.kept is None else flight.kept.index_select(0, tokens)
@@ -51,7 +59,7 @@ def finish_dispatch(flight: Dispatch) -> tuple[Tensor, Tensor, Tensor | None]:
     return codes, flight.scale, flight.kept
 
 
-def start_combine(results: Tensor, weights: Tensor, route: Route, wire: Wire) -> Combine:
+def start_combine(results: Tensor, weights: Tensor, route: DispatchPlan, wire: ExpertLink) -> Combine:
     """Send experts' results home. Collective; returns at once. Differentiable in `results` and `weights`.
 
     Args:
@@ -64,31 +72,31 @@ def start_combine(results: Tensor, weights: Tensor, route: Route, wire: Wire) ->
 def finish_combine(flight: Combine) -> Tensor:
     """Wait for the results and sum them, weighed, for each token: [N,D] in their dtype."""
     ticket = flight.take_ticket()
-    at_home = ticket if flight.route.journey is None else _Finish.apply(ticket, flight)
+    at_home = ticket if flight.route.remote is None else _Finish.apply(ticket, flight)
     return _weigh(at_home, flight.weights.to(at_home.dtype).flatten(), flight.route)
 
 
-def _weigh(rows: Tensor, weights: Tensor, route: Route) -> Tensor:
+def _weigh(rows: Tensor, weights: Tensor, route: DispatchPlan) -> Tensor:
     """[M,D] results sorted by expert and [N·k] weights → [N,D] sums."""
-    by_token = weights if route.kept is None else weights.index_select(0, route.kept)
+    by_token = weights if route.undropped is None else weights.index_select(0, route.undropped)
     # Differentiable in the weights alone.
     sums = route.home.sum(rows, by_token)
     return _TieRows.apply(sums, rows, weights.detach().index_select(0, route.order), route.tokens)
 
 
-class _Flight(ABC):
+class _AsyncExchange(ABC):
     """Rows under way, and later their gradients under way back. Holds what the two ends share."""
 
-    def __init__(self, values: Tensor, route: Route, wire: Wire) -> None:
+    def __init__(self, values: Tensor, route: DispatchPlan, wire: ExpertLink) -> None:
         self.route, self.wire = route, wire
         self.wait: Callable[[], Tensor] | None = None
         # Without journey the rows themselves; else an empty tensor that ties the two ends together in the graph.
-        self.ticket: Tensor | None = values if route.journey is None else _Start.apply(values, self)
+        self.ticket: Tensor | None = values if route.remote is None else _Start.apply(values, self)
 
     @property
-    def journey(self) -> Journey:
-        assert self.route.journey is not None
-        return self.route.journey
+    def journey(self) -> RemotePlan:
+        assert self.route.remote is not None
+        return self.route.remote
 
     def take_ticket(self) -> Tensor:
         """Once: the graph that it belongs to holds this flight, which must not hold the graph for ever."""
@@ -115,14 +123,16 @@ class _Flight(ABC):
     def land_gradient(self) -> Tensor: ...
 
 
-class Dispatch(_Flight):
+class Dispatch(_AsyncExchange):
     """Codes under way to their experts."""
 
-    def __init__(self, codes: Tensor, scale: Tensor, kept: Tensor | None, route: Route, wire: Wire) -> None:
+    def __init__(
+        self, codes: Tensor, scale: Tensor, kept: Tensor | None, route: DispatchPlan, wire: ExpertLink
+    ) -> None:
         self.scale, self.width, self.dtype, self.kept = scale, codes.shape[1], codes.dtype, kept
         self.int8 = wire.int8 and kept is not None
         self.sent_dtype = torch.int8 if self.int8 else self.dtype
-        self.copies: Bags | None = None
+        self.copies: Segments | None = None
         super().__init__(codes, route, wire)
 
     def launch(self, values: Tensor) -> None:
@@ -132,15 +142,15 @@ class Dispatch(_Flight):
         codes = sent.index_select(0, journey.tokens).view(torch.uint8)
         scale = self.scale.index_select(0, journey.tokens).view(torch.uint8)
         # Values are read in place where rows begin at multiples of their size.
-        padding = -(scale.shape[1] + journey.wanted.shape[1]) % self.sent_dtype.itemsize
-        rows = torch.cat([codes, scale, journey.wanted, journey.wanted.new_zeros(len(codes), padding)], 1)
+        padding = -(scale.shape[1] + journey.expert_mask.shape[1]) % self.sent_dtype.itemsize
+        rows = torch.cat([codes, scale, journey.expert_mask, journey.expert_mask.new_zeros(len(codes), padding)], 1)
         before = traffic.bytes_sent
-        self.wait = launch(rows, journey.rows, False, self.wire)
+        self.wait = start_exchange(rows, journey.rows, False, self.wire)
         traffic.bytes_dispatch += traffic.bytes_sent - before
 
     def land(self) -> Tensor:
         rows, placement = self.landed(), self.wire.placement
-        ends = [self.width * self.sent_dtype.itemsize, self.scale.element_size(), mask_bytes(placement)]
+        ends = [self.width * self.sent_dtype.itemsize, self.scale.element_size(), expert_mask_bytes(placement)]
         codes, scale, wanted, _ = rows.split([*ends, rows.shape[1] - sum(ends)], 1)
         arrival, self.copies = spread_arrivals(wanted, len(placement.local))
         self.wire.traffic.rows += len(arrival)
@@ -155,7 +165,7 @@ class Dispatch(_Flight):
         if self.wire.backward_int8:
             codes, step = round_rows(rows)
             rows = torch.cat([codes.view(torch.uint8), step.view(torch.uint8)], 1)
-        self.wait = launch(rows, self.journey.rows, True, self.wire)
+        self.wait = start_exchange(rows, self.journey.rows, True, self.wire)
 
     def land_gradient(self) -> Tensor:
         rows = self.landed()
@@ -166,29 +176,31 @@ class Dispatch(_Flight):
         return self.journey.home.sum(rows).to(self.dtype)
 
 
-class Combine(_Flight):
+class Combine(_AsyncExchange):
     """Experts' results under way home."""
 
-    def __init__(self, results: Tensor, weights: Tensor, route: Route, wire: Wire) -> None:
+    def __init__(self, results: Tensor, weights: Tensor, route: DispatchPlan, wire: ExpertLink) -> None:
         self.weights = weights
         super().__init__(results, route, wire)
 
     def launch(self, values: Tensor) -> None:
-        self.wait = launch(values.index_select(0, self.journey.swap), self.journey.copies, True, self.wire)
+        self.wait = start_exchange(
+            values.index_select(0, self.journey.to_source_order), self.journey.copies, True, self.wire
+        )
 
     def land(self) -> Tensor:
         return self.landed()
 
     def launch_gradient(self, grad: Tensor) -> None:
-        self.wait = launch(grad, self.journey.copies, False, self.wire)
+        self.wait = start_exchange(grad, self.journey.copies, False, self.wire)
 
     def land_gradient(self) -> Tensor:
-        return self.landed().index_select(0, self.journey.unswap)
+        return self.landed().index_select(0, self.journey.to_expert_order)
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, values: Tensor, flight: _AsyncExchange) -> Tensor:
         ctx.flight = flight
         flight.launch(values)
         return values.new_empty(0)
@@ -200,7 +212,7 @@ class _Start(torch.autograd.Function):
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, flight: _AsyncExchange) -> Tensor:
         ctx.flight = flight
         return flight.land()
 
@@ -214,7 +226,7 @@ class _Spread(torch.autograd.Function):
     """Copy each token for its experts. Backward sums a token's copies in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, route: Route) -> Tensor:
+    def forward(ctx: Any, values: Tensor, route: DispatchPlan) -> Tensor:
         ctx.home = route.home
         return values.index_select(0, route.tokens)
 
@@ -234,5 +246,5 @@ class _TieRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         weights, tokens = ctx.saved_tensors
-        one_each = Bags(tokens, torch.arange(len(tokens), device=tokens.device))
+        one_each = Segments(tokens, torch.arange(len(tokens), device=tokens.device))
         return grad, one_each.sum(grad.contiguous(), weights), None, None

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.distributed.all_to_all import Splits, Wire, exchange_counts, make_splits
-from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.all_to_all import ExpertLink, SplitSizes, exchange_counts, make_splits
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
 
 
-class Bags(NamedTuple):
+class Segments(NamedTuple):
     """Which rows add up to which sum.
 
     Attributes:
@@ -36,7 +36,7 @@ class Bags(NamedTuple):
         return F.embedding_bag(self.members, rows.detach(), self.offsets, mode="sum", per_sample_weights=weights)
 
 
-class Journey(NamedTuple):
+class RemotePlan(NamedTuple):
     """The part of a route that leaves the process.
 
     Attributes:
@@ -50,15 +50,15 @@ class Journey(NamedTuple):
     """
 
     tokens: Tensor
-    wanted: Tensor
-    home: Bags
-    rows: Splits
-    copies: Splits
-    swap: Tensor
-    unswap: Tensor
+    expert_mask: Tensor
+    home: Segments
+    rows: SplitSizes
+    copies: SplitSizes
+    to_source_order: Tensor
+    to_expert_order: Tensor
 
 
-class Route(NamedTuple):
+class DispatchPlan(NamedTuple):
     """How copies travel: index tensors and plain integers.
 
     Attributes:
@@ -70,15 +70,15 @@ class Route(NamedTuple):
         journey: None when all experts are here.
     """
 
-    counts: list[int]
+    tokens_per_expert: list[int]
     order: Tensor
     tokens: Tensor
-    home: Bags
-    kept: Tensor | None
-    journey: Journey | None
+    home: Segments
+    undropped: Tensor | None
+    remote: RemotePlan | None
 
 
-def plan_route(choice: Tensor, wire: Wire) -> Route:
+def plan_dispatch(choice: Tensor, wire: ExpertLink) -> DispatchPlan:
     """Sort copies by expert, and agree with the other ranks on who sends how much to whom. Collective.
 
     Args:
@@ -99,10 +99,10 @@ def plan_route(choice: Tensor, wire: Wire) -> Route:
     if dropped:
         order, kept = order[: len(flat) - dropped], (flat < total).nonzero().flatten()
         places, offsets = places[kept], _starts((choice < total).sum(1))
-    return Route(counts, order, order // k, Bags(places, offsets), kept, journey)
+    return DispatchPlan(counts, order, order // k, Segments(places, offsets), kept, journey)
 
 
-def _plan_journey(choice: Tensor, load: Tensor, wire: Wire) -> tuple[Journey, list[int], int]:
+def _plan_journey(choice: Tensor, load: Tensor, wire: ExpertLink) -> tuple[RemotePlan, list[int], int]:
     """The journey, copies for each local expert, and how many are dropped here."""
     placement = wire.placement
     ranks, local = len(placement.counts), len(placement.local)
@@ -120,13 +120,13 @@ def _plan_journey(choice: Tensor, load: Tensor, wire: Wire) -> tuple[Journey, li
     for_rows, for_copies = make_splits([sends, copies], [rows, [sum(part) for part in arriving]], wire, choice.device)
     where, tokens, home = _by_column(visits)
     swap = _swap_blocks(heard[:, :local], sum(for_copies.receives))
-    journey = Journey(tokens, wanted[tokens, where], home, for_rows, for_copies, swap, _inverse(swap))
+    journey = RemotePlan(tokens, wanted[tokens, where], home, for_rows, for_copies, swap, _inverse(swap))
     return journey, [sum(column) for column in zip(*arriving, strict=True)], numbers[placement.total]
 
 
-def _mark(choice: Tensor, placement: Placement) -> Tensor:
+def _mark(choice: Tensor, placement: ExpertPlacement) -> Tensor:
     """[N,k] → [N,P,m] uint8 with a bit set for each expert that a token visits, m bytes for the experts of a rank."""
-    width = mask_bytes(placement)
+    width = expert_mask_bytes(placement)
     slots = [(r * width + i // 8, 1 << i % 8) for r, n in enumerate(placement.counts) for i in range(n)]
     ranks = len(placement.counts)
     byte, bit = torch.tensor([*slots, (ranks * width, 0)], device=choice.device).unbind(1)
@@ -135,12 +135,12 @@ def _mark(choice: Tensor, placement: Placement) -> Tensor:
     return marks[:, :-1].reshape(len(choice), ranks, width)
 
 
-def mask_bytes(placement: Placement) -> int:
+def expert_mask_bytes(placement: ExpertPlacement) -> int:
     """Bytes of the record which experts of a rank want a row: one bit an expert."""
     return -(-max(placement.counts) // 8)
 
 
-def spread_arrivals(wanted: Tensor, local: int) -> tuple[Tensor, Bags]:
+def spread_arrivals(wanted: Tensor, local: int) -> tuple[Tensor, Segments]:
     """[R',m] records of arrived rows → [R] rows in the order of local experts, and for each row its copies therein."""
     expert = torch.arange(local, device=wanted.device)
     bits = (wanted[:, expert // 8] >> (expert % 8).to(torch.uint8)) & 1
@@ -148,12 +148,12 @@ def spread_arrivals(wanted: Tensor, local: int) -> tuple[Tensor, Bags]:
     return arrival, copies
 
 
-def _by_column(present: Tensor) -> tuple[Tensor, Tensor, Bags]:
+def _by_column(present: Tensor) -> tuple[Tensor, Tensor, Segments]:
     """[A,B] bool → columns and rows of its true elements, column by column, and where each row's are among them."""
     by_column = present.T.contiguous()
     columns, rows = by_column.nonzero(as_tuple=True)
     places = by_column.view(-1).cumsum(0).view_as(by_column).T[present] - 1
-    return columns, rows, Bags(places, _starts(present.sum(1)))
+    return columns, rows, Segments(places, _starts(present.sum(1)))
 
 
 def _swap_blocks(arriving: Tensor, total: int) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import prod
 
 from kabrn_dist.grow.run import Growth, default_noise
-from kabrn_dist.grow.tensors import Recipe
+from kabrn_dist.grow.tensors import TensorMapping
 
 
-def describe(growth: Growth, noise: float | None = None, redraw: float = 0.0) -> str:
+def describe_growth(growth: Growth, noise: float | None = None, redraw: float = 0.0) -> str:
     """One line for each kind of tensor, layers taken together, and what becomes of the loss."""
     rows = [("tensor", "layers", "from", "to", "what")]
     rows += [_row(growth, recipes) for recipes in _by_kind(growth.recipes).values()]
@@ -28,26 +28,26 @@ def _remarks(growth: Growth, noise: float, redraw: float) -> list[str]:
     remarks = [f"loss at the start: {'not as it was, by ' + '; '.join(disturbed) if disturbed else 'unchanged'}"]
     if plan.copies > 1 and not noise and not redraw and plan.visited > 1:
         remarks.append("copies of an expert see the same tokens and will never part: use --noise or --redraw")
-    if growth.config.model.experts.capacity is not None and (plan.copies > 1 or plan.upcycled):
-        remarks.append("model.experts.capacity drops copies in training until the new experts are balanced")
+    if growth.config.model.experts.capacity_factor is not None and (plan.copies > 1 or plan.upcycled):
+        remarks.append("model.experts.capacity_factor drops copies in training until the new experts are balanced")
     return remarks
 
 
-def _by_kind(recipes: list[Recipe]) -> dict[tuple[str, ...], list[Recipe]]:
-    kinds: dict[tuple[str, ...], list[Recipe]] = {}
+def _by_kind(recipes: list[TensorMapping]) -> dict[tuple[str, ...], list[TensorMapping]]:
+    kinds: dict[tuple[str, ...], list[TensorMapping]] = {}
     for recipe in recipes:
         kinds.setdefault((_name(recipe), str(recipe.shape), recipe.what), []).append(recipe)
     return kinds
 
 
-def _row(growth: Growth, recipes: list[Recipe]) -> tuple[str, str, str, str, str]:
+def _row(growth: Growth, recipes: list[TensorMapping]) -> tuple[str, str, str, str, str]:
     first = recipes[0]
     layers = [int(recipe.name.split(".")[1]) for recipe in recipes if recipe.name.startswith("blocks.")]
     source = "" if first.source is None else _shape(growth.manifest.tensors[f"{first.source}/master"].shape)
     return _name(first), _ranges(layers), source, _shape(first.shape), first.what
 
 
-def _name(recipe: Recipe) -> str:
+def _name(recipe: TensorMapping) -> str:
     return recipe.name.split(".", 2)[2] if recipe.name.startswith("blocks.") else recipe.name
 
 

@@ -9,33 +9,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kabrn_dist.config import Model
+from kabrn_dist.config import ModelConfig
 from kabrn_dist.utils.errors import UserError
 
 # Settings of functions on a grid or in groups, and the forms that have them.
 FUNCTIONS = {
-    "groups": ("rational", "chebyshev"),
-    "grid": ("hat", "bspline"),
-    "degree": ("bspline",),
-    "range": ("chebyshev", "hat", "bspline"),
+    "function_groups": ("rational", "chebyshev"),
+    "grid_size": ("hat", "bspline"),
+    "spline_order": ("bspline",),
+    "grid_range": ("chebyshev", "hat", "bspline"),
 }
 KEPT = (
-    "vocabulary",
-    "width",
+    "vocab_size",
+    "hidden_size",
     "layers",
-    "convolution",
-    "retention.heads",
-    "retention.key_width",
-    "retention.value_width",
-    "experts.form",
+    "short_conv_size",
+    "retention.num_heads",
+    "retention.key_dim",
+    "retention.value_dim",
+    "experts.type",
 )
-GROWN = {f"experts.{key}" for key in ("routed", "hidden", "dense_hidden", "every", "first_dense", "shared", *FUNCTIONS)}
-ROUTING = {"experts.top_k", "router.score", "router.renormalise", "router.groups", "router.groups_per_token"}
+GROWN = {
+    f"experts.{key}"
+    for key in (
+        "num_experts",
+        "expert_hidden_size",
+        "dense_hidden_size",
+        "moe_layer_interval",
+        "num_dense_layers",
+        "num_shared_experts",
+        *FUNCTIONS,
+    )
+}
+ROUTING = {"experts.top_k", "router.score_func", "router.norm_topk_prob", "router.n_group", "router.topk_group"}
 # They say how training goes on, not what the model computes.
 SILENT = {
-    "activations",
-    "retention.chunk",
-    *(f"router.{key}" for key in ("bias_rate", "balance", "global_balance", "z", "jitter")),
+    "activation_checkpointing",
+    "retention.chunk_size",
+    *(
+        f"router.{key}"
+        for key in ("bias_update_rate", "seq_aux_loss_weight", "global_aux_loss_weight", "z_loss_weight", "jitter_eps")
+    ),
 }
 
 
@@ -49,8 +63,8 @@ class Plan:
         changes: settings that make another function of the same tensors, as `key old → new`.
     """
 
-    old: Model
-    new: Model
+    old: ModelConfig
+    new: ModelConfig
     upcycled: tuple[int, ...]
     kept: tuple[int, ...]
     copies: int
@@ -59,7 +73,7 @@ class Plan:
     @property
     def refined(self) -> bool:
         """True where grids become finer."""
-        return self.new.experts.form in FUNCTIONS["grid"] and self.new.experts.grid > self.old.experts.grid
+        return self.new.experts.type in FUNCTIONS["grid"] and self.new.experts.grid_size > self.old.experts.grid_size
 
     @property
     def visited(self) -> int:
@@ -73,12 +87,12 @@ class Plan:
             found.append(f"noise of {noise:g} on the copies")
         if (self.copies > 1 or self.upcycled) and redraw:
             found.append(f"{redraw:.0%} of the copies' hidden units are drawn anew")
-        if self.refined and self.new.quantise:
+        if self.refined and self.new.quantize:
             found.append("ternary codes of the finer grid are taken anew")
         return found
 
 
-def make_plan(old: Model, new: Model) -> Plan:
+def make_plan(old: ModelConfig, new: ModelConfig) -> Plan:
     """What turns `old` into `new`.
 
     Raises:
@@ -88,7 +102,7 @@ def make_plan(old: Model, new: Model) -> Plan:
     for key in KEPT:
         _same(key, before[key], after[key])
     _check_functions(old, new)
-    had, has = set(old.mixture_layers), set(new.mixture_layers)
+    had, has = set(old.moe_layers), set(new.moe_layers)
     _check_layers(old, new, had, has)
     kept, upcycled = tuple(sorted(had & has)), tuple(sorted(has - had))
     if upcycled:
@@ -101,69 +115,69 @@ def make_plan(old: Model, new: Model) -> Plan:
     return Plan(old, new, upcycled, kept, copies, tuple(c for c in changes if c.split()[0][6:] not in free))
 
 
-def _check_functions(old: Model, new: Model) -> None:
+def _check_functions(old: ModelConfig, new: ModelConfig) -> None:
     for key, forms in FUNCTIONS.items():
         then, now = getattr(old.experts, key), getattr(new.experts, key)
-        if new.experts.form not in forms:
+        if new.experts.type not in forms:
             continue
         if key != "grid":
             _same(f"experts.{key}", then, now)
         elif now % then:
             raise UserError(
-                f"{_differs('experts.grid', then, now)}, whose knots do not hold the old ones; "
+                f"{_differs('experts.grid_size', then, now)}, whose knots do not hold the old ones; "
                 f"use {then}, {2 * then}, {3 * then} or another multiple"
             )
 
 
-def _check_layers(old: Model, new: Model, had: set[int], has: set[int]) -> None:
+def _check_layers(old: ModelConfig, new: ModelConfig, had: set[int], has: set[int]) -> None:
     if lost := sorted(had - has):
         raise UserError(
-            f"layers {_join(lost)} had a mixture and would have a dense feed-forward by model.experts.every "
-            f"{new.experts.every} and first_dense {new.experts.first_dense}; growing goes the other way only: set them "
-            f"back to {old.experts.every} and {old.experts.first_dense}"
+            f"layers {_join(lost)} had a mixture and would have a dense feed-forward by model.experts.moe_layer_interval "
+            f"{new.experts.moe_layer_interval} and num_dense_layers {new.experts.num_dense_layers}; growing goes the other way only: set them "
+            f"back to {old.experts.moe_layer_interval} and {old.experts.num_dense_layers}"
         )
     if len(had | has) < len(new.layers):
-        _same("experts.dense_hidden", old.dense_hidden, new.dense_hidden)
+        _same("experts.dense_hidden_size", old.dense_hidden_size, new.dense_hidden_size)
     if had:
-        _same("experts.hidden", old.experts.hidden, new.experts.hidden)
-        _same("experts.shared", old.experts.shared, new.experts.shared)
+        _same("experts.expert_hidden_size", old.experts.expert_hidden_size, new.experts.expert_hidden_size)
+        _same("experts.num_shared_experts", old.experts.num_shared_experts, new.experts.num_shared_experts)
 
 
-def _check_upcycling(old: Model, new: Model, layers: tuple[int, ...]) -> None:
-    if new.experts.hidden != old.dense_hidden:
+def _check_upcycling(old: ModelConfig, new: ModelConfig, layers: tuple[int, ...]) -> None:
+    if new.experts.expert_hidden_size != old.dense_hidden_size:
         raise UserError(
-            f"model.experts.hidden {new.experts.hidden} is not the hidden width {old.dense_hidden} of the dense layers "
-            f"{_join(layers)}, which experts are copied from; set it to {old.dense_hidden}"
+            f"model.experts.expert_hidden_size {new.experts.expert_hidden_size} is not the hidden width {old.dense_hidden_size} of the dense layers "
+            f"{_join(layers)}, which experts are copied from; set it to {old.dense_hidden_size}"
         )
-    if not new.router.renormalise:
+    if not new.router.norm_topk_prob:
         raise UserError(
-            "model.router.renormalise false lets the weights of a token's experts sum to anything, so copies of a "
+            "model.router.norm_topk_prob false lets the weights of a token's experts sum to anything, so copies of a "
             "dense layer would not add up to it; set it to true"
         )
 
 
-def _count_copies(old: Model, new: Model) -> int:
-    then, now = old.experts.routed, new.experts.routed
+def _count_copies(old: ModelConfig, new: ModelConfig) -> int:
+    then, now = old.experts.num_experts, new.experts.num_experts
     if now % then:
         raise UserError(
-            f"{_differs('experts.routed', then, now)}, and each expert is copied equally often; "
+            f"{_differs('experts.num_experts', then, now)}, and each expert is copied equally often; "
             f"use {then}, {2 * then}, {3 * then} or another multiple"
         )
     return now // then
 
 
-def _check_copies(old: Model, new: Model, copies: int) -> None:
+def _check_copies(old: ModelConfig, new: ModelConfig, copies: int) -> None:
     """Refuse a routing in which copies of an expert crowd others out of a token's top k, or do not add up to it.
 
     Copies score alike. Either a token visits all copies of its experts, which share their weight, or the copies lie in
     virtual groups, each a whole set of the experts, of which it visits one (arXiv 2410.07524).
     """
-    for key in ("score", "renormalise"):
+    for key in ("score_func", "norm_topk_prob"):
         _same(f"router.{key}", getattr(old.router, key), getattr(new.router, key))
     (old_groups, old_most), limit = _limit(old), _limit(new)
     k, top_k = old.experts.top_k, new.experts.top_k
     # Without renormalisation copies split a softmax score, and each has a sigmoid score whole.
-    splits, whole = (new.router.renormalise or new.router.score == score for score in ("softmax", "sigmoid"))
+    splits, whole = (new.router.norm_topk_prob or new.router.score_func == score for score in ("softmax", "sigmoid"))
     all_limit = (copies * old_groups, copies * old_most) if old_groups > 1 else (1, 1)
     if splits and (top_k, limit) == (copies * k, all_limit):
         return
@@ -171,28 +185,28 @@ def _check_copies(old: Model, new: Model, copies: int) -> None:
         return
     ways = []
     if splits:
-        limited = f"groups {all_limit[0]} and groups_per_token {all_limit[1]}" if old_groups > 1 else "no group limit"
+        limited = f"groups {all_limit[0]} and topk_group {all_limit[1]}" if old_groups > 1 else "no group limit"
         ways.append(f"model.experts.top_k {copies * k} with {limited} (a token visits all copies)")
     if whole and old_most == 1:
-        ways.append(f"top_k {k} with router.groups {copies * old_groups} and groups_per_token 1 (it visits one copy)")
+        ways.append(f"top_k {k} with router.n_group {copies * old_groups} and topk_group 1 (it visits one copy)")
     raise UserError(
-        f"model.experts.routed {old.experts.routed} → {new.experts.routed} copies each expert {copies} times, and with "
-        f"top_k {k} → {top_k}, router.groups {new.router.groups} and groups_per_token "
-        f"{new.router.groups_per_token or 'null'} the copies do not add up to what they were; "
+        f"model.experts.num_experts {old.experts.num_experts} → {new.experts.num_experts} copies each expert {copies} times, and with "
+        f"top_k {k} → {top_k}, router.n_group {new.router.n_group} and topk_group "
+        f"{new.router.topk_group or 'null'} the copies do not add up to what they were; "
         f"{'use ' + ', or '.join(ways) if ways else 'no routing lets them'}"
     )
 
 
-def _limit(model: Model) -> tuple[int, int]:
+def _limit(model: ModelConfig) -> tuple[int, int]:
     """Groups, and how many a token's experts may come from; 1, 1 where that is no limit."""
-    groups, most = model.router.groups, model.router.groups_per_token
+    groups, most = model.router.n_group, model.router.topk_group
     return (1, 1) if most is None or most == groups else (groups, most)
 
 
 def _same(key: str, then: Any, now: Any) -> None:
     if then != now:
         raise UserError(
-            f"{_differs(key, then, now)}; growing can multiply model.experts.routed and model.experts.grid and turn "
+            f"{_differs(key, then, now)}; growing can multiply model.experts.num_experts and model.experts.grid_size and turn "
             f"dense layers into mixtures, nothing else: set it to {then}, or train anew"
         )
 
@@ -201,7 +215,7 @@ def _differs(key: str, then: Any, now: Any) -> str:
     return f"model.{key} is {then} in the run to start from and {now} here"
 
 
-def _flatten(model: Model) -> dict[str, Any]:
+def _flatten(model: ModelConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in model.model_dump(mode="json").items():
         flat |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}

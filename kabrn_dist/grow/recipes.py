@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.config import Config
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.distributed.mesh import alone
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.grow.plan import Plan
-from kabrn_dist.grow.tensors import Finer, Recipe
+from kabrn_dist.grow.tensors import GridRefinement, TensorMapping
 from kabrn_dist.model.experts.base import StackedExperts
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.router import Router
@@ -18,39 +18,41 @@ from kabrn_dist.model.router import Router
 OUTPUTS = ("down", "outer")
 
 
-def outline(config: Config) -> MixKABRN:
+def empty_model(config: Config) -> MixKABRN:
     """The whole model with weights that were never written, so that (on Linux) they take addresses, not memory."""
-    return MixKABRN(config.model, Placement((config.model.experts.routed,), 0), alone())
+    return MixKABRN(config.model, ExpertPlacement((config.model.experts.num_experts,), 0), single_process_mesh())
 
 
-def list_recipes(plan: Plan, old: MixKABRN, new: MixKABRN) -> list[Recipe]:
+def list_recipes(plan: Plan, old: MixKABRN, new: MixKABRN) -> list[TensorMapping]:
     """One for each parameter of `new`, in its order."""
     shapes = {name: tuple(p.shape) for name, p in old.named_parameters()}
     return [_recipe(plan, new, name, tuple(p.shape), shapes) for name, p in new.named_parameters()]
 
 
-def draw_fresh(model: MixKABRN, recipe: Recipe, seed: int) -> Tensor:
+def draw_fresh(model: MixKABRN, recipe: TensorMapping, seed: int) -> Tensor:
     """The values that a new run would start this parameter with, or zeros. Memory: its module's, which stays."""
     module_name, _, leaf = recipe.name.rpartition(".")
     if recipe.zero:
         return torch.zeros(recipe.shape)
     module = model.get_submodule(module_name)
     assert isinstance(module, Router | StackedExperts)
-    module.initialise(seed, module_name)
+    module.initialize(seed, module_name)
     return module.get_parameter(leaf).detach()
 
 
-def _recipe(plan: Plan, new: MixKABRN, name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> Recipe:
+def _recipe(
+    plan: Plan, new: MixKABRN, name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
+) -> TensorMapping:
     module_name, _, leaf = name.rpartition(".")
     layer, part = _layer(name), module_name.rpartition(".")[2]
     module = new.get_submodule(module_name)
     is_matrix = isinstance(module, StackedExperts) and leaf in module.stds
     is_output = is_matrix and leaf.startswith(OUTPUTS)
     if layer in plan.upcycled and part == "router":
-        return Recipe(name, shape, None, "drawn afresh")
+        return TensorMapping(name, shape, None, "drawn afresh")
     if layer in plan.upcycled and part == "shared":
         what = "zeros: it adds nothing yet" if is_output else "drawn afresh"
-        return Recipe(name, shape, None, what, zero=is_output)
+        return TensorMapping(name, shape, None, what, zero=is_output)
     source = name
     copies, visited = 1, 1
     if layer in plan.upcycled and part == "routed":
@@ -60,7 +62,7 @@ def _recipe(plan: Plan, new: MixKABRN, name: str, shape: tuple[int, ...], shapes
         copies, visited = plan.copies, plan.visited
     finer = _finer(plan) if shapes[source][1:] != shape[1:] else None
     breaks = copies > 1
-    return Recipe(
+    return TensorMapping(
         name,
         shape,
         source,
@@ -68,7 +70,7 @@ def _recipe(plan: Plan, new: MixKABRN, name: str, shape: tuple[int, ...], shapes
         copies,
         visited,
         finer,
-        hidden=plan.new.experts.hidden if breaks and is_matrix else 0,
+        hidden=plan.new.experts.expert_hidden_size if breaks and is_matrix else 0,
         output=is_output,
         noised=breaks and (is_matrix or part == "router"),
     )
@@ -80,12 +82,12 @@ def _layer(name: str) -> int | None:
     return int(rest.partition(".")[0]) if first == "blocks" else None
 
 
-def _finer(plan: Plan) -> Finer:
+def _finer(plan: Plan) -> GridRefinement:
     old, new = plan.old.experts, plan.new.experts
-    return Finer(old.grid, new.grid, new.degree if new.form == "bspline" else 1)
+    return GridRefinement(old.grid_size, new.grid_size, new.spline_order if new.type == "bspline" else 1)
 
 
-def _describe(source: str, copies: int, finer: Finer | None) -> str:
+def _describe(source: str, copies: int, finer: GridRefinement | None) -> str:
     said = []
     if source:
         said.append(f"{copies} copies of the dense layer's")

@@ -19,13 +19,13 @@ from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.corpus import open_corpus
-from kabrn_dist.data.dataset import Batches
-from kabrn_dist.distributed.collectives import Group, on_first, rank_of, size_of, together
+from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.distributed.collectives import Group, rank_of, run_on_all, run_on_main, size_of
 from kabrn_dist.grow.plan import Plan, make_plan
-from kabrn_dist.grow.recipes import draw_fresh, list_recipes, outline
-from kabrn_dist.grow.tensors import PARTS, Break, Recipe, Scratch, fill
+from kabrn_dist.grow.recipes import draw_fresh, empty_model, list_recipes
+from kabrn_dist.grow.tensors import PARTS, Scratch, SymmetryBreaking, TensorMapping, fill
 from kabrn_dist.model.router import RouterStates
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 FP16_SCALE = 2.0**16
@@ -40,7 +40,7 @@ class Growth:
     before: Config
     config: Config
     plan: Plan
-    recipes: list[Recipe]
+    recipes: list[TensorMapping]
 
 
 def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
@@ -54,10 +54,10 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
     path = CheckpointStore(source / "checkpoints", group=group).find()
     if path is None:
         raise UserError(f"{source}/checkpoints: no intact checkpoint to start from; name the folder of a trained run")
-    manifest = together(group, read_manifest, path)
+    manifest = run_on_all(group, read_manifest, path)
     before = _read_config(path, manifest)
     plan = make_plan(before.model, config.model)
-    recipes = list_recipes(plan, outline(before), outline(config))
+    recipes = list_recipes(plan, empty_model(before), empty_model(config))
     missing = [r.source for r in recipes if r.source and f"{r.source}/master" not in manifest.tensors]
     if missing:
         raise UserError(f"{path}: has no tensor {missing[0]!r}, so another version wrote it; start from a newer run")
@@ -85,19 +85,19 @@ def grow(source: Path, config: Config, noise: float | None = None, redraw: float
     """
     _check_shares(noise, redraw)
     folder = config.run.folder
-    on_first(group, _refuse_existing, folder)
+    run_on_main(group, _refuse_existing, folder)
     growth = plan_growth(source, config, group)
-    state = together(group, _fresh_state, growth)
+    state = run_on_all(group, _fresh_state, growth)
     if noise is None:
         noise = default_noise(growth.plan)
     scratch = folder / "growing"
-    on_first(group, _make_empty, scratch)
-    fragments = _grown(growth, Break(noise, redraw, config.run.seed), scratch, group)
+    run_on_main(group, _make_empty, scratch)
+    fragments = _grown(growth, SymmetryBreaking(noise, redraw, config.run.seed), scratch, group)
     saved = CheckpointStore(folder / "checkpoints", group=group).save(0, fragments, state)
-    on_first(group, shutil.rmtree, scratch)
+    run_on_main(group, shutil.rmtree, scratch)
     if not saved:
         raise UserError(f"{folder}: the grown checkpoint could not be written, for the reason logged; then start again")
-    on_first(group, write_whole, folder / "config.yaml", dump_config(config).encode())
+    run_on_main(group, atomic_write, folder / "config.yaml", dump_config(config).encode())
     return checkpoint_path(folder / "checkpoints", 0)
 
 
@@ -106,11 +106,11 @@ def default_noise(plan: Plan) -> float:
     return 0.01 if plan.copies > 1 else 0.0
 
 
-def _grown(growth: Growth, breaking: Break, scratch: Path, group: Group) -> Iterator[Fragment]:
+def _grown(growth: Growth, breaking: SymmetryBreaking, scratch: Path, group: Group) -> Iterator[Fragment]:
     """This rank's share of the grown checkpoint, each fragment grown when it is asked for."""
     rank, size = rank_of(group), size_of(group)
     store = Scratch(scratch / str(rank))
-    model = outline(growth.config)
+    model = empty_model(growth.config)
     for recipe in growth.recipes[rank::size]:
         for part in PARTS:
             values = store.empty(recipe.shape)
@@ -128,16 +128,16 @@ def _grown(growth: Growth, breaking: Break, scratch: Path, group: Group) -> Iter
 def _router_states(growth: Growth) -> dict[str, Tensor]:
     """Copies keep the bias of the expert they come from and share its tokens; new mixtures start even."""
     plan = growth.plan
-    states = RouterStates.fresh(len(plan.new.mixture_layers), plan.new.experts.routed, "cpu").named()
+    states = RouterStates.initial(len(plan.new.moe_layers), plan.new.experts.num_experts, "cpu").named()
     # Copies split a softmax among them, and the bias competes with what is left of a score.
-    shares = {"router/bias": 1 if plan.new.router.score == "sigmoid" else plan.copies, "router/share": plan.copies}
+    shares = {"router/bias": 1 if plan.new.router.score_func == "sigmoid" else plan.copies, "router/share": plan.copies}
     for name, values in states.items():
         if not plan.kept or name not in growth.manifest.tensors:
             continue
         old = load_tensor(growth.path, growth.manifest, name) / shares[name]
-        for row, layer in enumerate(plan.new.mixture_layers):
+        for row, layer in enumerate(plan.new.moe_layers):
             if layer in plan.kept:
-                values[row] = old[plan.old.mixture_layers.index(layer)].repeat(plan.copies)
+                values[row] = old[plan.old.moe_layers.index(layer)].repeat(plan.copies)
     return states
 
 
@@ -146,7 +146,7 @@ def _fresh_state(growth: Growth) -> dict[str, Any]:
     config, old = growth.config, read_state(growth.path, growth.manifest.state)
     data = config.data
     corpus = open_corpus(data)
-    cursor = Batches(corpus, "train", data.sequence_length, config.run.seed).cursor(0)
+    cursor = TokenDataset(corpus, "train", data.sequence_length, config.run.seed).cursor(0)
     tokenizer = corpus.tokenizer_sha256
     if tokenizer != old.tokenizer_sha256:
         raise UserError(

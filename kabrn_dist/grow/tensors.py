@@ -21,7 +21,7 @@ from kabrn_dist.ops.grids import insertion
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 
 
-class Finer(NamedTuple):
+class GridRefinement(NamedTuple):
     """A grid that becomes finer: intervals before and after, degree of the pieces (1 for hats)."""
 
     grid: int
@@ -30,7 +30,7 @@ class Finer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorMapping:
     """Where a tensor of the grown model comes from.
 
     Attributes:
@@ -52,7 +52,7 @@ class Recipe:
     what: str
     copies: int = 1
     visited: int = 1
-    finer: Finer | None = None
+    finer: GridRefinement | None = None
     hidden: int = 0
     output: bool = False
     noised: bool = False
@@ -60,7 +60,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Break:
+class SymmetryBreaking:
     """How copies are made to differ.
 
     Attributes:
@@ -74,7 +74,7 @@ class Break:
     seed: int
 
 
-def fill(target: Tensor, old: Tensor, recipe: Recipe, part: str, breaking: Break) -> None:
+def fill(target: Tensor, old: Tensor, recipe: TensorMapping, part: str, breaking: SymmetryBreaking) -> None:
     """Write one part of the grown tensor into `target`, from the same part of the old one. Both fp32.
 
     Moments: the gradients of an expert's copies add up to the gradient it had, so each has 1/copies of its mean. With
@@ -95,7 +95,7 @@ def fill(target: Tensor, old: Tensor, recipe: Recipe, part: str, breaking: Break
             _redraw(values, recipe, expert, part, breaking)
 
 
-def _redraw(values: Tensor, recipe: Recipe, expert: int, part: str, breaking: Break) -> None:
+def _redraw(values: Tensor, recipe: TensorMapping, expert: int, part: str, breaking: SymmetryBreaking) -> None:
     """Draw the rows (columns of an output matrix) of some hidden units anew, with the mean and spread they had.
 
     The same units in all matrices of an expert, others in each expert.
@@ -113,7 +113,7 @@ def _redraw(values: Tensor, recipe: Recipe, expert: int, part: str, breaking: Br
         rows[units] = drawn + lost.mean()
 
 
-def refine_part(values: Tensor, finer: Finer | None, part: str) -> Tensor:
+def refine_part(values: Tensor, finer: GridRefinement | None, part: str) -> Tensor:
     """[O,I·K] → [O,I·K']: coefficients of the same functions on the finer grid, or their moments.
 
     A coefficient's gradient sums over the inputs under its basis function, and a finer one has grid/finer as many: so

@@ -25,7 +25,7 @@ from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import header_bytes
 from kabrn_dist.checkpoint.layout import checkpoint_path, fsync_directory, write_durably
 from kabrn_dist.checkpoint.manifest import Manifest
-from kabrn_dist.checkpoint.reader import Reader, plan
+from kabrn_dist.checkpoint.reader import CheckpointReader, plan
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, load_config
@@ -100,7 +100,7 @@ def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_byt
         if record is None or record.shape != shape:
             found = "missing" if record is None else record.shape
             raise UserError(f"{path}: {name!r} is {found}, {run}/config.yaml asks for {shape}; restore that file")
-    tokenizer = open_set(config.data.path, config.data.cache, config.data.cache_gb).tokenizer()
+    tokenizer = open_set(config.data.path, config.data.cache_dir, config.data.cache_size_gb).tokenizer()
     if tokenizer.sha256 != manifest.state.get("tokenizer_sha256"):
         raise UserError(
             f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
@@ -122,7 +122,7 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        reader = Reader(export.path)
+        reader = CheckpointReader(export.path)
         for file, names in export.files.items():
             with open(temporary / file, "wb") as stream:
                 _write_tensors(export, reader, names, stream)
@@ -143,7 +143,7 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
         raise
 
 
-def _write_tensors(export: Export, reader: Reader, names: list[str], stream: BinaryIO) -> None:
+def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], stream: BinaryIO) -> None:
     header = {name: (export.stored(name), export.shapes[name]) for name in names}
     stream.write(header_bytes(header, {"format": "pt", "step": str(export.manifest.step)}))
     for name in names:

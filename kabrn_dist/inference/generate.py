@@ -33,7 +33,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN
         raise UserError(f"{folder}/checkpoints: no intact checkpoint; train with --config first")
     model = build_whole(config, device)
     manifest = load_weights(model, path)
-    tokenizer = open_set(config.data.path, config.data.cache, config.data.cache_gb).tokenizer()
+    tokenizer = open_set(config.data.path, config.data.cache_dir, config.data.cache_size_gb).tokenizer()
     if tokenizer.sha256 != manifest.state.get("tokenizer_sha256"):
         raise UserError(
             f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
@@ -50,10 +50,10 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKA
     """
     config = load_config(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocabulary > config.model.vocabulary:
+    if tokenizer.vocabulary > config.model.vocab_size:
         raise UserError(
-            f"{folder}/tokenizer.json has {tokenizer.vocabulary} tokens, model.vocabulary in config.yaml is "
-            f"{config.model.vocabulary}: not of one export; copy the folder again"
+            f"{folder}/tokenizer.json has {tokenizer.vocabulary} tokens, model.vocab_size in config.yaml is "
+            f"{config.model.vocab_size}: not of one export; copy the folder again"
         )
     return load_exported(config, folder, device), tokenizer
 
@@ -80,7 +80,7 @@ def generate(
     length = len(ids)
     read = torch.tensor([ids], device=device)
     positions = torch.arange(length, device=device)[None]
-    logits, states = model.read(read, torch.zeros_like(read), positions, None)
+    logits, states = model.decode(read, torch.zeros_like(read), positions, None)
     decoder = StreamDecoder(tokenizer)
     one = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for position in range(length, length + tokens):
@@ -88,7 +88,7 @@ def generate(
         if chosen == tokenizer.document_token:
             break
         yield decoder.push(chosen)
-        logits, states = model.read(one + chosen, one, one + position, states)
+        logits, states = model.decode(one + chosen, one, one + position, states)
     yield decoder.finish()
 
 

@@ -19,8 +19,8 @@ from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.checkpoint.safe_open import read_plain
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.distributed.mesh import alone
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.model.mixkabrn import MixKABRN, build_model
 from kabrn_dist.utils.errors import UserError
 
@@ -30,15 +30,15 @@ INDEX_BYTES_LIMIT = 16 * 2**20
 
 def build_whole(config: Config, device: torch.device | str = "cpu") -> MixKABRN:
     """The model of a run with its initial weights, all experts here, for evaluation."""
-    layout = {"expert": 1, "experts_per_rank": None, "sequence": 1, "node": None}
+    layout = {"expert_parallel": 1, "experts_per_rank": None, "sequence_parallel": 1, "ranks_per_node": None}
     parallel = config.parallel.model_copy(update=layout)
-    return build_model(config.model_copy(update={"parallel": parallel}), alone(device)).eval()
+    return build_model(config.model_copy(update={"parallel": parallel}), single_process_mesh(device)).eval()
 
 
 def list_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a whole model's parameters and routers' states; takes no memory for their values."""
     with torch.device("meta"):
-        model = MixKABRN(config.model, Placement((config.model.experts.routed,), 0), alone())
+        model = MixKABRN(config.model, ExpertPlacement((config.model.experts.num_experts,), 0), single_process_mesh())
     named = dict(model.named_parameters()) | model.routers.named()
     return {name: tuple(values.shape) for name, values in named.items()}
 
@@ -54,7 +54,7 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
     fragments = [Fragment(name, tuple(v.shape), 0, v.view(-1), owned=True) for name, v in named.items()]
     manifest = CheckpointStore(path.parent).load(path, fragments)
     model.routers.step = manifest.step
-    model.blend.share = model.settings.quantised_share(manifest.step)
+    model.blend.lam = model.settings.quantization_lambda(manifest.step)
     return manifest
 
 

@@ -27,7 +27,7 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("width", "groups", "experts", "block", "blocks", "threads")),
         *((name, ctypes.c_void_p) for name in ("counts", "coefficients", "factor")),
         *((name, ctypes.c_float) for name in ("centre", "reach")),
-        ("quantised", ctypes.c_int32),
+        ("quantized", ctypes.c_int32),
     ]
 
 
@@ -41,7 +41,7 @@ class Function(NamedTuple):
     """
 
     form: str
-    centre: float = 0.0
+    center: float = 0.0
     reach: float = 1.0
 
 
@@ -114,7 +114,7 @@ class Functions:
             ctypes.addressof(rows),
             coefficients.data_ptr(),
             None if factor is None else factor.data_ptr(),
-            function.centre,
+            function.center,
             function.reach,
             q,
         )

@@ -21,7 +21,7 @@ class Job(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "width", "threads")),
         *((name, ctypes.c_void_p) for name in ("gate_factor", "up_factor")),
-        ("quantised", ctypes.c_int32),
+        ("quantized", ctypes.c_int32),
     ]
 
 
@@ -39,7 +39,7 @@ class Gate:
         self._library.scratch_floats.restype = ctypes.c_int64
 
     def forward(
-        self, gate: Tensor, gate_factor: Tensor, up: Tensor, up_factor: Tensor, quantised: bool
+        self, gate: Tensor, gate_factor: Tensor, up: Tensor, up_factor: Tensor, quantized: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """One pass.
 
@@ -48,8 +48,8 @@ class Gate:
             quantised the codes again as int8.
         """
         out, scale = torch.empty_like(gate), torch.empty_like(gate_factor)
-        rms, kept = torch.empty_like(scale), torch.empty_like(gate, dtype=torch.int8) if quantised else None
-        job, scratch = self._job(gate, gate_factor, up, up_factor, quantised)
+        rms, kept = torch.empty_like(scale), torch.empty_like(gate, dtype=torch.int8) if quantized else None
+        job, scratch = self._job(gate, gate_factor, up, up_factor, quantized)
         self._call("forward", job, gate, up, scratch, out, scale, rms, kept)
         return out, scale, rms, kept
 
@@ -77,7 +77,7 @@ class Gate:
         return out
 
     def _job(
-        self, gate: Tensor, gate_factor: Tensor, up: Tensor, up_factor: Tensor, quantised: bool
+        self, gate: Tensor, gate_factor: Tensor, up: Tensor, up_factor: Tensor, quantized: bool
     ) -> tuple[Job, Tensor]:
         rows, width = gate.shape
         if up.shape != gate.shape or up.dtype != gate.dtype or not len(gate_factor) == len(up_factor) == rows:
@@ -85,7 +85,7 @@ class Gate:
             shapes = [list(part.shape) for part in (gate_factor, up, up_factor)]
             raise ValueError(f"gate {list(gate.shape)} does not fit its factor, up and its factor: {shapes}")
         factors = gate_factor.data_ptr(), up_factor.data_ptr()
-        job = Job(rows, width, torch.get_num_threads(), *factors, quantised)
+        job = Job(rows, width, torch.get_num_threads(), *factors, quantized)
         floats = job.threads * self._library.scratch_floats(ctypes.byref(job))
         return job, gate.new_empty(floats, dtype=torch.float32)
 

@@ -17,7 +17,7 @@ from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.moe import DenseFeedForward, MixtureOfExperts
-from kabrn_dist.ops.activation_quant import Quantised, normalise
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
 
 
 class Saturation:
@@ -47,7 +47,7 @@ class Saturation:
         Each token is scaled by its largest value, so the share is at least 1/D; the nearer it is to that, the more of
         the 8 bits is spent on a few outliers' range. 1 means that all values are ± one size.
         """
-        sums = mesh.sum(self._sums).cpu()
+        sums = mesh.all_reduce_sum(self._sums).cpu()
         shares = (sums[0] / sums[1]).tolist() if bool((sums[1] > 0).all()) else []
         return {f"ternary/saturation/layer_{layer}": share for layer, share in enumerate(shares)}
 
@@ -57,12 +57,12 @@ def watch_saturation(model: MixKABRN) -> Iterator[Saturation]:
     """Within it the model's forward passes are counted; nothing is where it is not wholly quantised."""
     saturation = Saturation(len(model.blocks), next(model.parameters()).device)
     hooks = []
-    for layer, block in enumerate(model.blocks if model.blend.share == 1 else ()):
+    for layer, block in enumerate(model.blocks if model.blend.lam == 1 else ()):
         for module in block.modules():
             # Matrices of one module read one input. (ZeRO 3 hands each its own view, so it cannot be told by identity.)
             readers = [part for part in module.children() if isinstance(part, BitLinear)]
             if readers:
-                hooks.append(readers[0].register_forward_pre_hook(partial(_see_quantised, saturation, layer)))
+                hooks.append(readers[0].register_forward_pre_hook(partial(_see_quantized, saturation, layer)))
             if isinstance(module, MixtureOfExperts | DenseFeedForward):
                 hooks.append(module.register_forward_pre_hook(partial(_see_plain, saturation, layer)))
     try:
@@ -72,14 +72,14 @@ def watch_saturation(model: MixKABRN) -> Iterator[Saturation]:
             hook.remove()
 
 
-def _see_quantised(saturation: Saturation, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    x: Quantised = inputs[0]
-    if x.kept is not None:
-        saturation.add(layer, x.kept)
+def _see_quantized(saturation: Saturation, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    x: Quantized = inputs[0]
+    if x.int8_codes is not None:
+        saturation.add(layer, x.int8_codes)
 
 
 def _see_plain(saturation: Saturation, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Its first act is to normalise and quantise: once more here, as tokens travel to experts without their rows."""
-    kept = normalise(inputs[0].detach()).kept
+    kept = normalize_quantize(inputs[0].detach()).int8_codes
     assert kept is not None
     saturation.add(layer, kept)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.config import Config
-from kabrn_dist.metrics.logger import Metrics
-from kabrn_dist.metrics.ternary import portray_layers
+from kabrn_dist.metrics.logger import MetricsLogger
+from kabrn_dist.metrics.ternary import collect_layer_figures
 from kabrn_dist.model.experts.registry import function_range
 from kabrn_dist.plots.experts import draw_load
 from kabrn_dist.plots.functions import draw_functions
@@ -20,11 +20,11 @@ from kabrn_dist.plots.weights import draw_weights
 EDGES, EXPERTS = 4, 8
 
 
-class Pictures:
+class TrainingFigures:
     """Draws now and then; what a function was is what it was when this session began."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, config: Config, step: int) -> None:
-        self.engine, self.metrics, self.layers = engine, metrics, config.model.mixture_layers
+    def __init__(self, engine: Engine, metrics: MetricsLogger, config: Config, step: int) -> None:
+        self.engine, self.metrics, self.layers = engine, metrics, config.model.moe_layers
         experts = config.model.experts
         low, high = self.span = function_range(experts)
         reach = (high - low) / 4
@@ -40,6 +40,6 @@ class Pictures:
             title = f"layer {layer}, the first rank's experts, step {step} (start: step {self.began})"
             drawn = partial(draw_functions, self.points, now, self.start[layer], self.span, title, EXPERTS)
             self.metrics.write_figure(step, f"functions/layer_{layer}", drawn)
-        for layer, portraits in portray_layers(self.engine).items():
+        for layer, portraits in collect_layer_figures(self.engine).items():
             drawn = partial(draw_weights, portraits, f"layer {layer}, step {step}")
             self.metrics.write_figure(step, f"weights/layer_{layer}", drawn)

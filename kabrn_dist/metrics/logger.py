@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from kabrn_dist.metrics.writer import Journal
+from kabrn_dist.metrics.writer import LogWriter
 from kabrn_dist.plots.figure import to_pixels
 
 
-class Metrics:
+class MetricsLogger:
     """Writes on the first rank only; on the others every call does nothing.
 
     Args:
@@ -36,7 +36,7 @@ class Metrics:
         self.active = active
         if not active:
             return
-        self._journal = Journal(folder, step)
+        self._journal = LogWriter(folder, step)
         # A pipe or a file gets whole lines; only a terminal is folded to its width and gets the bar.
         self._console = Console(width=None if Console().is_terminal else 200, highlight=False)
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -44,13 +44,13 @@ class Metrics:
         self._task = self._progress.add_task("step", total=steps, completed=step)
         self._progress.start()
 
-    def rewind(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Take back what was written of the steps after `step`: the run goes on from there another way."""
         if self.active:
-            self._journal.rewind(step)
+            self._journal.truncate_after(step)
             self.advance(step)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line for people."""
         if self.active:
             # Where stdout is a file on a full disk, that is no reason to end.
@@ -79,19 +79,19 @@ class Metrics:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
 
-        self._journal.show(step, add)
-        self.say(line)
+        self._journal.log_tensorboard(step, add)
+        self.print_line(line)
 
     def write_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
         """An image in TensorBoard. Drawing takes up to seconds, so `draw` is called where it is written only."""
         if self.active:
             pixels = to_pixels(draw())
-            self._journal.show(step, lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+            self._journal.log_tensorboard(step, lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     def write_text(self, name: str, text: str) -> None:
         """Text in TensorBoard."""
         if self.active:
-            self._journal.show(0, lambda board: board.add_text(name, f"```\n{text}\n```", 0))
+            self._journal.log_tensorboard(0, lambda board: board.add_text(name, f"```\n{text}\n```", 0))
 
     def close(self) -> None:
         if self.active:

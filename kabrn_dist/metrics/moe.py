@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kabrn_dist.distributed.all_to_all import Traffic
 from kabrn_dist.distributed.mesh import Mesh
-from kabrn_dist.model.mixkabrn import Sums
+from kabrn_dist.model.mixkabrn import BatchStats
 
 # An expert with less than this share of its ideal load learns next to nothing.
 NEARLY_DEAD = 0.1
 
 
-class ExpertWatch(NamedTuple):
+class MoEStepStats(NamedTuple):
     """One optimizer step's mixtures, over all ranks and micro-batches.
 
     Attributes:
@@ -42,27 +42,28 @@ class ExpertWatch(NamedTuple):
     traffic: Tensor | None = None
 
 
-def watch_experts(
-    mesh: Mesh, layers: Sequence[int], tokens: int, sums: Sequence[Sums], bias: Tensor, traffic: Sequence[Traffic]
-) -> ExpertWatch:
+def gather_moe_stats(
+    mesh: Mesh, layers: Sequence[int], tokens: int, sums: Sequence[BatchStats], bias: Tensor, traffic: Sequence[Traffic]
+) -> MoEStepStats:
     """Add up what all ranks and micro-batches of a step say. Collective.
 
     Args:
         sums: this rank's, a micro-batch each; traffic: this rank's, a layer each.
     """
     load, entropy, dropped = (
-        mesh.sum(torch.stack([getattr(s, name) for s in sums]).sum(0)) for name in ("load", "entropy", "dropped")
+        mesh.all_reduce_sum(torch.stack([getattr(s, name) for s in sums]).sum(0))
+        for name in ("tokens_per_expert", "entropy", "dropped")
     )
     everyone = None
-    if mesh.expert > 1:
+    if mesh.expert_parallel > 1:
         own = [[taken.rows, taken.bytes_sent, taken.seconds] for taken in traffic]
-        everyone = torch.zeros(mesh.world, len(traffic), 3, dtype=torch.float64, device=mesh.device)
+        everyone = torch.zeros(mesh.world_size, len(traffic), 3, dtype=torch.float64, device=mesh.device)
         everyone[mesh.rank] = torch.tensor(own, dtype=torch.float64).view(-1, 3)
-        everyone = mesh.sum(everyone)
-    return ExpertWatch(layers, tokens, load, entropy, dropped, bias, everyone)
+        everyone = mesh.all_reduce_sum(everyone)
+    return MoEStepStats(layers, tokens, load, entropy, dropped, bias, everyone)
 
 
-class Balance(NamedTuple):
+class LoadBalance(NamedTuple):
     """How even loads are; every field has the loads' shape without its last axis, float64.
 
     Attributes:
@@ -77,19 +78,19 @@ class Balance(NamedTuple):
     variation: Tensor
     violation: Tensor
     dead: Tensor
-    starving: Tensor
+    underused: Tensor
 
 
-def measure_balance(load: Tensor) -> Balance:
+def measure_balance(load: Tensor) -> LoadBalance:
     """[…,E] copies of each expert → their balance. A layer without a copy has a load of 0 everywhere."""
     load = load.detach().double().cpu()
     share = load / load.mean(-1, keepdim=True).clamp(min=1e-9)
     most = share.amax(-1)
     dead, starving = ((share <= limit).sum(-1).double() for limit in (0.0, NEARLY_DEAD))
-    return Balance(most, share.amin(-1), share.std(-1, correction=0), most - 1, dead, starving)
+    return LoadBalance(most, share.amin(-1), share.std(-1, correction=0), most - 1, dead, starving)
 
 
-def expert_values(watch: ExpertWatch) -> dict[str, float]:
+def expert_values(watch: MoEStepStats) -> dict[str, float]:
     """The few figures of each layer that tell a healthy mixture from an ailing one, for TensorBoard and the log."""
     balance = measure_balance(watch.load)
     bias = watch.bias.detach().double().cpu()
@@ -111,7 +112,7 @@ def expert_values(watch: ExpertWatch) -> dict[str, float]:
     }
 
 
-def expert_lists(watch: ExpertWatch) -> dict[str, list[object]]:
+def expert_lists(watch: MoEStepStats) -> dict[str, list[object]]:
     """What `launch/report.py experts` draws from, for the log alone: whole loads, and each rank's traffic.
 
     Keys: experts/layers [L], experts/load [L][E], and with traffic experts/copies, experts/bytes, experts/seconds,

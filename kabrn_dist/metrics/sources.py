@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kabrn_dist.data.dataset import Batch, Batches
+from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.distributed.mesh import Mesh
-from kabrn_dist.model.mixkabrn import Sums
+from kabrn_dist.model.mixkabrn import BatchStats
 
 
 class SourceSums:
@@ -39,11 +39,11 @@ class SourceSums:
 
     def take(self, mesh: Mesh) -> Tensor:
         """Nats, targets and text bytes of each source over all ranks, float64 [S,3] on the host. Collective."""
-        return mesh.sum(self._sums.to(mesh.device)).cpu()
+        return mesh.all_reduce_sum(self._sums.to(mesh.device)).cpu()
 
 
 def measure_step(
-    mesh: Mesh, data: Batches, batches: Sequence[Batch], sums: Sequence[Sums], consumed: int
+    mesh: Mesh, data: TokenDataset, batches: Sequence[Batch], sums: Sequence[BatchStats], consumed: int
 ) -> dict[str, float]:
     """What to log of a step's sources: this rank's micro-batches and what the model said of them. Collective.
 
@@ -55,7 +55,7 @@ def measure_step(
         parts.add(batch, each.rows)
     total = parts.take(mesh)
     everything = max(1.0, float(total[:, 1].sum()))
-    drawn_all = data.drawn(consumed)
+    drawn_all = data.sequences_drawn(consumed)
     values: dict[str, float] = {}
     for number, name in enumerate(data.corpus.names):
         nats, targets, _ = total[number].tolist()

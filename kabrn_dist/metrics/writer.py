@@ -11,13 +11,13 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from kabrn_dist.utils.atomic_io import write_whole
+from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class Journal:
+class LogWriter:
     """One process writes a run's journal.
 
     Args:
@@ -41,7 +41,7 @@ class Journal:
                 f"{folder}: cannot be written to ({error}); make room or choose another run.folder"
             ) from error
 
-    def rewind(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Take back what was written of the steps after `step`: the run goes on from there another way."""
         self._attempt(self._lines, lambda: self._take_back(step))
         self._close_board()
@@ -51,7 +51,7 @@ class Journal:
         """One line in log.jsonl, whole or not at all."""
         self._attempt(self._lines, lambda: self._append(f"{json.dumps(entry)}\n".encode()))
 
-    def show(self, step: int, add: Callable[[SummaryWriter], None]) -> None:
+    def log_tensorboard(self, step: int, add: Callable[[SummaryWriter], None]) -> None:
         """What `add` adds to TensorBoard, which may be on disk much later."""
         if self._board is None:
             # A new file: what the last one holds may end in the middle.
@@ -112,7 +112,7 @@ def _truncate_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
-    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+    atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _logged_step(line: str) -> float:

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kabrn_dist.config import Retention as Settings
+from kabrn_dist.config import RetentionConfig
 from kabrn_dist.distributed.kv_gather import gather_past, gather_past_ids
-from kabrn_dist.model.mixer import Mixer, Place
+from kabrn_dist.model.mixer import Mixer, PositionInfo
 from kabrn_dist.ops.activation_quant import rms_norm
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.ops.weight_quant import QuantState
 
 # Queries whose mask is in memory at a time. On a CPU, 4,096 tokens took 0.8 of the time of blocks of 2,048 as one
 # document and 0.3 as documents of 512.
@@ -31,7 +31,7 @@ BLOCK = 512
 HEAD_EPSILON = 1e-6
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """All that decoding keeps of the tokens seen; it grows with them.
 
     Attributes:
@@ -126,16 +126,18 @@ class Attention(Mixer):
     def __init__(
         self,
         width: int,
-        settings: Settings,
-        quantised: bool | Blend,
+        settings: RetentionConfig,
+        quantized: bool | QuantState,
         gain: float,
         group: dist.ProcessGroup | None = None,
         taps: int = 0,
     ) -> None:
-        super().__init__(width, settings, quantised, gain, HEAD_EPSILON, taps, group)
+        super().__init__(width, settings, quantized, gain, HEAD_EPSILON, taps, group)
         self.block = BLOCK
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Cache | None) -> tuple[Tensor, Cache | None]:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, place: PositionInfo, state: KVCache | None
+    ) -> tuple[Tensor, KVCache | None]:
         """[B,H,T,K], [B,H,T,K], [B,H,T,V] → [B,H,T,V], and the cache after the last token (None with a group).
 
         Raises:
@@ -154,4 +156,4 @@ class Attention(Mixer):
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
             documents = torch.cat([state.documents, documents], 1)
-        return attention(q, k, v, documents, self.block), Cache(k, v, documents)
+        return attention(q, k, v, documents, self.block), KVCache(k, v, documents)

@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from kabrn_dist.kernels.choice import int8_products, kernels_for, product_dtype
 from kabrn_dist.kernels.functions import KERNEL_DTYPES
 from kabrn_dist.model.init import draw_normal
-from kabrn_dist.ops.activation_quant import Quantised
+from kabrn_dist.ops.activation_quant import Quantized
 from kabrn_dist.ops.packing import unpack
 from kabrn_dist.ops.weight_quant import (
-    Blend,
-    Matrices,
+    QuantState,
+    TernaryMatrices,
     TernaryModule,
+    cast_codes,
     latent_std,
-    ternarise,
+    ternarize,
     ternary,
-    widen_codes,
 )
 
 
-def bit_product(x: Quantised, weight: Matrices | Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
+def bitlinear(x: Quantized, weight: TernaryMatrices | Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
     """Rows times their ternary matrices.
 
     Args:
@@ -46,12 +46,14 @@ def bit_product(x: Quantised, weight: Matrices | Tensor, counts: Sequence[int], 
     return _multiply(x, weight, counts, share, True).codes
 
 
-def unscaled_product(x: Quantised, weight: Matrices | Tensor, counts: Sequence[int], share: float = 1.0) -> Quantised:
+def bitlinear_unscaled(
+    x: Quantized, weight: TernaryMatrices | Tensor, counts: Sequence[int], share: float = 1.0
+) -> Quantized:
     """`bit_product` whose scaling is left to what reads it: product [N,O] / scale [N,1] is the result."""
     return _multiply(x, weight, counts, share, False)
 
 
-def bit_product_naive(x: Quantised, weight: Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
+def bitlinear_naive(x: Quantized, weight: Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
     """The same by definition: dequantise both sides, multiply, let autograd differentiate. weight: latents [E,O,I]."""
     codes, gamma = ternary(weight)
     used = weight + share * (codes * gamma - weight).detach()
@@ -59,15 +61,17 @@ def bit_product_naive(x: Quantised, weight: Tensor, counts: Sequence[int], share
     return torch.cat([part @ matrix.T for part, matrix in zip(rows, used, strict=True)])
 
 
-def _multiply(x: Quantised, weight: Matrices | Tensor, counts: Sequence[int], share: float, scaled: bool) -> Quantised:
+def _multiply(
+    x: Quantized, weight: TernaryMatrices | Tensor, counts: Sequence[int], share: float, scaled: bool
+) -> Quantized:
     if isinstance(weight, Tensor):
-        weight = ternarise(weight, share)
+        weight = ternarize(weight, share)
     if weight.packed is None:
         product = _PlainProduct.apply(x.codes, weight.latents, tuple(counts))
-        return Quantised(_ScaleRows.apply(product, x.scale.reciprocal()) if scaled else product, x.scale)
-    kept = x.kept if x.kept is not None else x.codes.detach().to(torch.int8)
+        return Quantized(_ScaleRows.apply(product, x.scale.reciprocal()) if scaled else product, x.scale)
+    kept = x.int8_codes if x.int8_codes is not None else x.codes.detach().to(torch.int8)
     product, factor = _Product.apply(x.codes, x.scale, kept, weight.latents, weight, tuple(counts), scaled)
-    return Quantised(product, factor if scaled else factor.reciprocal())
+    return Quantized(product, factor if scaled else factor.reciprocal())
 
 
 class _Product(torch.autograd.Function):
@@ -80,7 +84,7 @@ class _Product(torch.autograd.Function):
         scale: Tensor,
         kept: Tensor,
         latents: Tensor,
-        weight: Matrices,
+        weight: TernaryMatrices,
         counts: tuple[int, ...],
         scaled: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -115,14 +119,14 @@ class _Product(torch.autograd.Function):
         grad = scale_rows(grad, factor, wide) if ctx.scaled else grad.to(wide) * ctx.shift
         for_codes = for_weight = None
         if ctx.needs_input_grad[3]:
-            for_weight = grouped_outer(grad, widen_codes(kept, wide), counts)
+            for_weight = grouped_weight_grad(grad, cast_codes(kept, wide), counts)
             # Straight through: the result's slope in a latent is that in γ·sign, 1/γ of that in the sign.
             for_weight = for_weight.to(dtype) if by_column else scale_rows(for_weight, gamma.reciprocal(), dtype)
         if ctx.needs_input_grad[0]:
             if by_column:
                 grad = _scale(grad, torch.ones_like(grad[:, :1], dtype=gamma.dtype), gamma.squeeze(-1), counts, wide)
             signs = unpack(packed, ctx.shape, wide)
-            for_codes = grouped_product(grad, signs.transpose(1, 2), counts).to(dtype)
+            for_codes = grouped_mm(grad, signs.transpose(1, 2), counts).to(dtype)
         return for_codes, None, None, for_weight, None, None, None
 
 
@@ -134,7 +138,7 @@ class _PlainProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
         wide = product_dtype(x.device.type, x.dtype)
-        return grouped_product(x.to(wide), weight.to(wide), counts).to(x.dtype)
+        return grouped_mm(x.to(wide), weight.to(wide), counts).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -142,18 +146,18 @@ class _PlainProduct(torch.autograd.Function):
         wide, for_x, for_weight = product_dtype(grad.device.type, grad.dtype), None, None
         rows = grad.to(wide)
         if ctx.needs_input_grad[0]:
-            for_x = grouped_product(rows, weight.to(wide).transpose(1, 2), ctx.counts).to(grad.dtype)
+            for_x = grouped_mm(rows, weight.to(wide).transpose(1, 2), ctx.counts).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            for_weight = grouped_outer(rows, x.to(wide), ctx.counts).to(grad.dtype)
+            for_weight = grouped_weight_grad(rows, x.to(wide), ctx.counts).to(grad.dtype)
         return for_x, for_weight, None
 
 
-def _integer_product(codes: Tensor, kept: Tensor, weight: Matrices, counts: tuple[int, ...]) -> Tensor:
+def _integer_product(codes: Tensor, kept: Tensor, weight: TernaryMatrices, counts: tuple[int, ...]) -> Tensor:
     """[N,I] × [E,O,I] → [N,O] without rounding: int32, fp32, or fp64 where the codes are that."""
     if int8_products(codes.device.type, codes.dtype) and _int8_fits(codes.device, weight.latents.shape, counts):
-        return grouped_product(kept, weight.codes(torch.int8), counts)
+        return grouped_mm(kept, weight.codes(torch.int8), counts)
     exact = torch.promote_types(codes.dtype, torch.float32)
-    return grouped_product(codes.to(exact), weight.codes(exact), counts)
+    return grouped_mm(codes.to(exact), weight.codes(exact), counts)
 
 
 def _int8_fits(device: torch.device, shape: torch.Size, counts: tuple[int, ...]) -> bool:
@@ -209,7 +213,7 @@ def _by_row(per_matrix: Tensor, counts: tuple[int, ...]) -> Tensor:
     return torch.cat([value.expand(n, 1) for value, n in zip(per_matrix.view(-1, 1), counts, strict=True)])
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_mm(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """[N,I] rows sorted by matrix × [E,O,I] → [N,O]; int8 gives int32."""
     multiply, dtype = (torch._int_mm, torch.int32) if rows.dtype == torch.int8 else (torch.mm, rows.dtype)
     if len(counts) == 1:
@@ -223,7 +227,7 @@ def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tens
     return out
 
 
-def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_weight_grad(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
     """[N,O] and [N,I] rows sorted by matrix → [E,O,I] sums of outer products; zeros where no row is."""
     if len(counts) == 1:
         return (left.T @ right)[None]
@@ -247,15 +251,15 @@ class BitLinear(TernaryModule):
         quantised: False makes it a plain matrix; a model's modules share a `Blend`.
     """
 
-    def __init__(self, inputs: int, outputs: int, gain: float = 1.0, quantised: bool | Blend = True) -> None:
-        super().__init__({"weight": latent_std(inputs, gain, quantised)}, quantised)
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0, quantized: bool | QuantState = True) -> None:
+        super().__init__({"weight": latent_std(inputs, gain, quantized)}, quantized)
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         self.weight.data.copy_(draw_normal(seed, f"{name}.weight", tuple(self.weight.shape), self.stds["weight"]))
 
-    def forward(self, x: Quantised) -> Tensor:
+    def forward(self, x: Quantized) -> Tensor:
         """[..., inputs] quantised → [..., outputs]."""
         rows = x.rows()
-        out = bit_product(rows, self.matrices("weight"), (len(rows.codes),))
+        out = bitlinear(rows, self.matrices("weight"), (len(rows.codes),))
         return out.view(*x.codes.shape[:-1], -1)

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kabrn_dist.config import Retention as Settings
+from kabrn_dist.config import RetentionConfig
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.short_conv import Convolution, find_before, keep_recent
-from kabrn_dist.ops.activation_quant import normalise, rms_norm, widen
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.model.short_conv import ShortConv, find_before, keep_recent
+from kabrn_dist.ops.activation_quant import normalize_quantize, rms_norm, to_fp32
+from kabrn_dist.ops.weight_quant import QuantState
 
 
-class Place(NamedTuple):
+class PositionInfo(NamedTuple):
     """What all layers need to know about a batch's tokens, computed once per forward pass.
 
     Attributes:
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     positions: Tensor
 
 
-class State(NamedTuple):
+class MixerState(NamedTuple):
     """What decoding keeps of a layer with a convolution.
 
     Attributes:
@@ -47,38 +47,38 @@ class State(NamedTuple):
         between: [B,J,D], those of the feed-forward; None where a mixer stands alone.
     """
 
-    mixed: Any
-    recent: Tensor
-    between: Tensor | None = None
+    mixer_state: Any
+    mixer_conv_state: Tensor
+    ffn_conv_state: Tensor | None = None
 
 
-def find_place(documents: Tensor, positions: Tensor, key_width: int) -> Place:
+def make_position_info(documents: Tensor, positions: Tensor, key_width: int) -> PositionInfo:
     """Rotary angles (RoFormer, arXiv 2104.09864, base 10,000) for [B,T] documents and positions in them."""
     half = key_width // 2
     # In fp32 an angle at position 10⁶ would be off by 0.06.
     speeds = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
     angles = positions[:, None, :, None] * speeds
-    return Place(documents, positions == 0, angles.cos().float(), angles.sin().float(), positions)
+    return PositionInfo(documents, positions == 0, angles.cos().float(), angles.sin().float(), positions)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (first half, second half) of [B,H,T,K] by its angle, in fp32; same dtype out."""
-    left, right = widen(x).chunk(2, -1)
+    left, right = to_fp32(x).chunk(2, -1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], -1).to(x.dtype)
 
 
-class Inputs(nn.Module):
+class MixerInputs(nn.Module):
     """One normalised and quantised input for queries, keys, values and the gate; convolved before, if it is to be."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, taps: int = 0) -> None:
+    def __init__(self, width: int, settings: RetentionConfig, quantized: bool | QuantState, taps: int = 0) -> None:
         super().__init__()
-        self.heads = settings.heads
-        self.convolution = Convolution(width, taps) if taps else None
-        keys, values = settings.heads * settings.key_width, settings.heads * settings.value_width
-        self.query = BitLinear(width, keys, quantised=quantised)
-        self.key = BitLinear(width, keys, quantised=quantised)
-        self.value = BitLinear(width, values, quantised=quantised)
-        self.gate = BitLinear(width, values, quantised=quantised)
+        self.heads = settings.num_heads
+        self.convolution = ShortConv(width, taps) if taps else None
+        keys, values = settings.num_heads * settings.key_dim, settings.num_heads * settings.value_dim
+        self.query = BitLinear(width, keys, quantized=quantized)
+        self.key = BitLinear(width, keys, quantized=quantized)
+        self.value = BitLinear(width, values, quantized=quantized)
+        self.gate = BitLinear(width, values, quantized=quantized)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None, positions: Tensor
@@ -90,7 +90,7 @@ class Inputs(nn.Module):
         """
         if self.convolution is not None:
             x = self.convolution(x, before, positions)
-        shared = normalise(x, self.query.share)
+        shared = normalize_quantize(x, self.query.lam)
         q, k, v = (
             matrix(shared).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for matrix in (self.query, self.key, self.value)
@@ -98,18 +98,20 @@ class Inputs(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v, self.gate(shared)
 
 
-class Output(nn.Module):
+class MixerOutput(nn.Module):
     """Heads normalised one by one, a swish gate, and the output matrix."""
 
-    def __init__(self, width: int, settings: Settings, quantised: bool | Blend, gain: float, epsilon: float) -> None:
+    def __init__(
+        self, width: int, settings: RetentionConfig, quantized: bool | QuantState, gain: float, epsilon: float
+    ) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.out = BitLinear(settings.heads * settings.value_width, width, gain, quantised=quantised)
+        self.out = BitLinear(settings.num_heads * settings.value_dim, width, gain, quantized=quantized)
 
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """[B,H,T,V] and gate [B,T,H·V] → [B,T,D]."""
         heads = rms_norm(mixed, self.epsilon).transpose(1, 2).flatten(2)
-        return self.out(normalise(heads * F.silu(gate), self.out.share))
+        return self.out(normalize_quantize(heads * F.silu(gate), self.out.lam))
 
 
 class Mixer(nn.Module, ABC):
@@ -123,8 +125,8 @@ class Mixer(nn.Module, ABC):
     def __init__(
         self,
         width: int,
-        settings: Settings,
-        quantised: bool | Blend,
+        settings: RetentionConfig,
+        quantized: bool | QuantState,
         gain: float,
         epsilon: float,
         taps: int = 0,
@@ -132,19 +134,19 @@ class Mixer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.settings, self.taps, self.group = settings, taps, group
-        self.inputs = Inputs(width, settings, quantised, taps)
-        self.output = Output(width, settings, quantised, gain, epsilon)
+        self.inputs = MixerInputs(width, settings, quantized, taps)
+        self.output = MixerOutput(width, settings, quantized, gain, epsilon)
 
-    def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, place: PositionInfo, state: Any = None) -> tuple[Tensor, Any]:
         """[B,T,D] → [B,T,D] and the state after the last token; `state` continues an earlier call."""
-        recent = state.recent if isinstance(state, State) else None
+        recent = state.mixer_conv_state if isinstance(state, MixerState) else None
         before = find_before(x, self.taps, recent, self.group) if self.taps else None
         q, k, v, gate = self.inputs(x, place.cos, place.sin, before, place.positions)
-        mixed, kept = self.mix(q, k, v, place, state.mixed if isinstance(state, State) else state)
+        mixed, kept = self.mix(q, k, v, place, state.mixer_state if isinstance(state, MixerState) else state)
         if before is not None and self.group is None:
-            kept = State(kept, keep_recent(before, x))
+            kept = MixerState(kept, keep_recent(before, x))
         return self.output(mixed, gate), kept
 
     @abstractmethod
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: Place, state: Any) -> tuple[Tensor, Any]:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: PositionInfo, state: Any) -> tuple[Tensor, Any]:
         """[B,H,T,K], [B,H,T,K], [B,H,T,V] → [B,H,T,V] and the state after the last token."""

@@ -14,27 +14,26 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kabrn_dist.config import Config, Parallel
-from kabrn_dist.config import Model as Settings
+from kabrn_dist.config import Config, ModelConfig, ParallelConfig
 from kabrn_dist.data.dataset import Batch
-from kabrn_dist.distributed.all_to_all import Traffic, Wire
-from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.distributed.state_scan import SequenceLink
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.experts.base import StackedExperts
 from kabrn_dist.model.init import draw_normal
-from kabrn_dist.model.mixer import Mixer, Place, State, find_place
-from kabrn_dist.model.moe import DenseFeedForward, Guide, MixtureOfExperts
+from kabrn_dist.model.mixer import Mixer, MixerState, PositionInfo, make_position_info
+from kabrn_dist.model.moe import DenseFeedForward, MixtureOfExperts, RouterInputs
 from kabrn_dist.model.retention import Retention
-from kabrn_dist.model.router import Places, Router, RouterStates, RouterSums
-from kabrn_dist.model.short_conv import Convolution, find_before, keep_recent
+from kabrn_dist.model.router import Router, RouterStates, RouterStats, TokenCoordinates
+from kabrn_dist.model.short_conv import ShortConv, find_before, keep_recent
 from kabrn_dist.ops.activation_quant import rms_norm
 from kabrn_dist.ops.retention import log_decays
-from kabrn_dist.ops.weight_quant import Blend, TernaryModule
+from kabrn_dist.ops.weight_quant import QuantState, TernaryModule
 
 
-class Sums(NamedTuple):
+class BatchStats(NamedTuple):
     """What one forward pass says of its batch, as sums over it; batches and ranks add up.
 
     Attributes:
@@ -50,7 +49,7 @@ class Sums(NamedTuple):
     balance: Tensor
     global_balance: Tensor
     z: Tensor
-    load: Tensor
+    tokens_per_expert: Tensor
     entropy: Tensor
     dropped: Tensor
     rows: Tensor
@@ -64,11 +63,13 @@ class Block(nn.Module):
         settings: of the model; whether convolutions stand in front of both, and what is kept for backward.
     """
 
-    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, settings: Settings) -> None:
+    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, settings: ModelConfig) -> None:
         super().__init__()
         self.mixer, self.mixture = mixer, mixture
-        self.convolution = Convolution(settings.width, settings.convolution) if settings.convolution else None
-        activations = settings.activations
+        self.convolution = (
+            ShortConv(settings.hidden_size, settings.short_conv_size - 1) if settings.short_conv_size else None
+        )
+        activations = settings.activation_checkpointing
         if activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             for part, names in ((mixer, ("inputs", "output")), (mixture, ("routed", "shared"))):
@@ -78,16 +79,16 @@ class Block(nn.Module):
                         setattr(part, name, wrapped)
 
     def forward(
-        self, x: Tensor, place: Place, state: Any, guide: Guide | None
-    ) -> tuple[Tensor, Any, RouterSums | None]:
+        self, x: Tensor, place: PositionInfo, state: Any, guide: RouterInputs | None
+    ) -> tuple[Tensor, Any, RouterStats | None]:
         """[B,T,D] → [B,T,D], the mixer's state, the router's sums; no guide and no sums for a dense network."""
-        between = state.between if isinstance(state, State) else None
+        between = state.ffn_conv_state if isinstance(state, MixerState) else None
         mixed, state = self.mixer(x, place, state)
         x = read = x + mixed
         if self.convolution is not None:
             before = find_before(x, self.mixer.taps, between, self.mixer.group)
             read = self.convolution(x, before, place.positions)
-            state = state._replace(between=keep_recent(before, x)) if isinstance(state, State) else state
+            state = state._replace(ffn_conv_state=keep_recent(before, x)) if isinstance(state, MixerState) else state
         if guide is None:
             return x + self.mixture(read), state, None
         thought, sums = self.mixture(read, guide)
@@ -109,66 +110,68 @@ class MixKABRN(nn.Module):
         blend: how far all ternary modules are quantised.
     """
 
-    def __init__(self, settings: Settings, placement: Placement, mesh: Mesh, parallel: Parallel | None = None) -> None:
+    def __init__(
+        self, settings: ModelConfig, placement: ExpertPlacement, mesh: Mesh, parallel: ParallelConfig | None = None
+    ) -> None:
         super().__init__()
-        parallel = parallel or Parallel()
+        parallel = parallel or ParallelConfig()
         self.settings, self.placement = settings, placement
-        self.embedding = nn.Embedding(settings.vocabulary, settings.width)
-        self.routers = RouterStates.fresh(len(settings.mixture_layers), settings.experts.routed, mesh.device)
-        self.traffic = [Traffic() for _ in settings.mixture_layers]
+        self.embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
+        self.routers = RouterStates.initial(len(settings.moe_layers), settings.experts.num_experts, mesh.device)
+        self.traffic = [Traffic() for _ in settings.moe_layers]
         wires = {
-            layer: make_wire(settings, placement, mesh, parallel, traffic)
-            for layer, traffic in zip(settings.mixture_layers, self.traffic, strict=True)
+            layer: make_expert_link(settings, placement, mesh, parallel, traffic)
+            for layer, traffic in zip(settings.moe_layers, self.traffic, strict=True)
         }
         # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
         gain = 1 / math.sqrt(2 * len(settings.layers))
-        link = make_link(settings, mesh, parallel)
-        self.blend = Blend(float(settings.quantise), settings.scale_group)
-        quantised = self.blend if settings.quantise else False
+        link = make_sequence_link(settings, mesh, parallel)
+        self.blend = QuantState(float(settings.quantize), settings.scale_group_size)
+        quantized = self.blend if settings.quantize else False
         blocks = []
         for layer, kind in enumerate(settings.layers):
-            heads = settings.width, settings.retention, quantised, gain
-            taps = settings.convolution
+            heads = settings.hidden_size, settings.retention, quantized, gain
+            taps = max(0, settings.short_conv_size - 1)
             mixer = Retention(*heads, link, taps) if kind == "R" else Attention(*heads, mesh.sequence_group, taps)
             wire = wires.get(layer)
             mixture = (
-                MixtureOfExperts(settings, gain, wire, mesh.sequence_group, quantised=quantised)
+                MixtureOfExperts(settings, gain, wire, mesh.sequence_group, quantized=quantized)
                 if wire
-                else DenseFeedForward(settings, gain, quantised)
+                else DenseFeedForward(settings, gain, quantized)
             )
             blocks.append(Block(mixer, mixture, settings))
         self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(settings.width, settings.vocabulary, bias=False)
+        self.head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
 
-    def initialise(self, seed: int) -> None:
+    def initialize(self, seed: int) -> None:
         """Draw every logical tensor from `seed` and its name: the same for any world size and placement."""
         self.embedding.weight.data.copy_(draw_normal(seed, "embedding", tuple(self.embedding.weight.shape), 0.5))
         self.head.weight.data.copy_(draw_normal(seed, "head", tuple(self.head.weight.shape), 0.02))
         for name, module in self.blocks.named_modules():
-            if hasattr(module, "initialise"):
-                module.initialise(seed, f"blocks.{name}")
+            if hasattr(module, "initialize"):
+                module.initialize(seed, f"blocks.{name}")
 
-    def forward(self, batch: Batch) -> Sums:
+    def forward(self, batch: Batch) -> BatchStats:
         """The batch's sums. Every sequence starts with an empty state."""
-        places = Places(batch.tokens, batch.documents, batch.positions)
+        places = TokenCoordinates(batch.tokens, batch.documents, batch.positions)
         x, _, routers = self._stream(batch.tokens, batch.documents, batch.positions, None, places)
         logits = self.head(rms_norm(x)).float()
         nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         rows = nats.view_as(batch.targets).sum(1)
         language = rows.sum()
-        return Sums(*(language, *self._add_up(routers, language), rows.detach()))
+        return BatchStats(*(language, *self._add_up(routers, language), rows.detach()))
 
-    def _add_up(self, routers: list[RouterSums], like: Tensor) -> Iterator[Tensor]:
+    def _add_up(self, routers: list[RouterStats], like: Tensor) -> Iterator[Tensor]:
         """The layers' sums: losses summed up, statistics stacked."""
         if not routers:
             nothing = like.new_zeros(())
             return iter((nothing, nothing, nothing, self.routers.bias.clone(), like.new_zeros(0), like.new_zeros(0)))
-        total = RouterSums(*(torch.stack(parts) for parts in zip(*routers, strict=True)))
+        total = RouterStats(*(torch.stack(parts) for parts in zip(*routers, strict=True)))
         losses = total.balance.sum(), total.global_balance.sum(), total.z.sum()
-        return iter((*losses, total.load, total.entropy, total.dropped))
+        return iter((*losses, total.tokens_per_expert, total.entropy, total.dropped))
 
     @torch.no_grad()
-    def read(
+    def decode(
         self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Any] | None
     ) -> tuple[Tensor, list[Any]]:
         """Read tokens [B,T] on top of `states` (None: nothing read yet; else of the first token's document).
@@ -187,10 +190,10 @@ class MixKABRN(nn.Module):
             if isinstance(module, MixtureOfExperts):
                 yield from module.routed.parameters()
 
-    def coefficients(self) -> Iterator[nn.Parameter]:
+    def function_parameters(self) -> Iterator[nn.Parameter]:
         """Of learnable functions and convolutions: they do not decay and have a learning rate of their own."""
         for module in self.modules():
-            if isinstance(module, Convolution):
+            if isinstance(module, ShortConv):
                 yield module.weight
             if isinstance(module, StackedExperts):
                 yield from (p for name, p in module.named_parameters() if name not in module.stds)
@@ -199,13 +202,13 @@ class MixKABRN(nn.Module):
         """Router matrices, layer by layer."""
         yield from (module.weight for module in self.modules() if isinstance(module, Router))
 
-    def pieces(self) -> Iterator[nn.Parameter]:
+    def sharded_parameters(self) -> Iterator[nn.Parameter]:
         """Pieces of ternary matrices that are shared out over ranks."""
         for module in self.modules():
             if isinstance(module, TernaryModule):
                 yield from (module.get_parameter(name) for name in module.sources)
 
-    def bit_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
+    def ternary_weights(self) -> Iterator[tuple[int, nn.Parameter]]:
         """(layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
         for layer, block in enumerate(self.blocks):
             for module in block.modules():
@@ -218,17 +221,17 @@ class MixKABRN(nn.Module):
         documents: Tensor,
         positions: Tensor,
         states: list[Any] | None,
-        places: Places | None,
-    ) -> tuple[Tensor, list[Any], list[RouterSums]]:
-        place = find_place(documents, positions, self.settings.retention.key_width)
+        places: TokenCoordinates | None,
+    ) -> tuple[Tensor, list[Any], list[RouterStats]]:
+        place = make_position_info(documents, positions, self.settings.retention.key_dim)
         x = self.embedding(tokens)
         ends: list[Any] = []
-        routers: list[RouterSums] = []
+        routers: list[RouterStats] = []
         for layer, block in enumerate(self.blocks):
             guide = None
             if isinstance(block.mixture, MixtureOfExperts):
                 row = len(routers)
-                guide = Guide(self.routers.bias[row], self.routers.share[row], self.routers.step, places)
+                guide = RouterInputs(self.routers.bias[row], self.routers.prev_load[row], self.routers.step, places)
             x, state, sums = block(x, place, None if states is None else states[layer], guide)
             ends.append(state)
             if sums is not None:
@@ -236,28 +239,30 @@ class MixKABRN(nn.Module):
         return x, ends, routers
 
 
-def make_wire(settings: Settings, placement: Placement, mesh: Mesh, parallel: Parallel, traffic: Traffic) -> Wire:
+def make_expert_link(
+    settings: ModelConfig, placement: ExpertPlacement, mesh: Mesh, parallel: ParallelConfig, traffic: Traffic
+) -> ExpertLink:
     """How one mixture's copies travel; only quantised inputs can travel as int8."""
-    int8 = settings.quantise and parallel.wire == "int8"
-    backward_int8 = parallel.wire_backward == "int8"
-    return Wire(placement, mesh.expert_group, mesh.expert_nodes, int8, backward_int8, traffic)
+    int8 = settings.quantize and parallel.dispatch_dtype == "int8"
+    backward_int8 = parallel.dispatch_grad_dtype == "int8"
+    return ExpertLink(placement, mesh.expert_group, mesh.expert_nodes, int8, backward_int8, traffic)
 
 
-def make_link(settings: Settings, mesh: Mesh, parallel: Parallel) -> SequenceLink | None:
+def make_sequence_link(settings: ModelConfig, mesh: Mesh, parallel: ParallelConfig) -> SequenceLink | None:
     """How retention's states travel between slices; None where sequences are whole."""
     if mesh.sequence_group is None:
         return None
-    decays = log_decays(settings.retention.decay, settings.retention.heads)
-    return SequenceLink(mesh.sequence_group, mesh.sequence, decays, parallel.exchange)
+    decays = log_decays(settings.retention.decay, settings.retention.num_heads)
+    return SequenceLink(mesh.sequence_group, mesh.sequence_parallel, decays, parallel.state_exchange)
 
 
 def build_model(config: Config, mesh: Mesh) -> MixKABRN:
     """This rank's part of the model, on its device, with its initial weights."""
     placement = (
-        Placement(config.placement(), mesh.expert_rank)
-        if mesh.expert > 1
-        else Placement((config.model.experts.routed,), 0)
+        ExpertPlacement(config.expert_counts(), mesh.expert_rank)
+        if mesh.expert_parallel > 1
+        else ExpertPlacement((config.model.experts.num_experts,), 0)
     )
     model = MixKABRN(config.model, placement, mesh, config.parallel)
-    model.initialise(config.run.seed)
+    model.initialize(config.run.seed)
     return model.to(mesh.device)

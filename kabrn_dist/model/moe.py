@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.config import Model as Settings
-from kabrn_dist.distributed.all_to_all import Wire
+from kabrn_dist.config import ModelConfig
+from kabrn_dist.distributed.all_to_all import ExpertLink
 from kabrn_dist.distributed.token_dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
-from kabrn_dist.distributed.token_permutation import plan_route
-from kabrn_dist.model.experts.registry import FORMS
-from kabrn_dist.model.router import Places, Router, RouterSums
-from kabrn_dist.ops.activation_quant import Quantised, normalise
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.distributed.token_permutation import plan_dispatch
+from kabrn_dist.model.experts.registry import EXPERT_TYPES
+from kabrn_dist.model.router import Router, RouterStats, TokenCoordinates
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
+from kabrn_dist.ops.weight_quant import QuantState
 
 
-class Guide(NamedTuple):
+class RouterInputs(NamedTuple):
     """What a layer's router goes by beside the tokens themselves: its rows of the `RouterStates`, and the places.
 
     Attributes:
@@ -30,9 +30,9 @@ class Guide(NamedTuple):
     """
 
     bias: Tensor
-    share: Tensor
+    prev_load: Tensor
     step: int
-    places: Places | None
+    coordinates: TokenCoordinates | None
 
 
 class MixtureOfExperts(nn.Module):
@@ -47,48 +47,50 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ModelConfig,
         gain: float,
-        wire: Wire,
+        wire: ExpertLink,
         sequence_group: dist.ProcessGroup | None = None,
         forced: bool = False,
-        quantised: bool | Blend | None = None,
+        quantized: bool | QuantState | None = None,
     ) -> None:
         super().__init__()
-        experts, width = settings.experts, settings.width
+        experts, width = settings.experts, settings.hidden_size
         self.settings, self.wire = experts, wire
-        quantised = settings.quantise if quantised is None else quantised
-        form = FORMS[experts.form]
+        quantized = settings.quantize if quantized is None else quantized
+        form = EXPERT_TYPES[experts.type]
         self.router = Router(width, settings, sequence_group, forced)
-        self.routed = form(width, experts.hidden, experts, wire.placement.local, quantised, gain)
+        self.routed = form(width, experts.expert_hidden_size, experts, wire.placement.local, quantized, gain)
         self.shared = None
-        if experts.shared:
-            self.shared = form(width, experts.hidden, experts, range(experts.shared), quantised, gain)
+        if experts.num_shared_experts:
+            self.shared = form(
+                width, experts.expert_hidden_size, experts, range(experts.num_shared_experts), quantized, gain
+            )
 
-    def forward(self, x: Tensor, guide: Guide) -> tuple[Tensor, RouterSums]:
+    def forward(self, x: Tensor, guide: RouterInputs) -> tuple[Tensor, RouterStats]:
         """[B,T,D] → [B,T,D] and the router's sums.
 
         While copies travel there, the shared experts run; while results travel back, the router is summed up.
         """
-        plain, share = normalise(x, False), self.routed.share
+        plain, share = normalize_quantize(x, False), self.routed.lam
         routing = self.router(plain.codes, *guide)
-        read = (normalise(x, share) if share else plain).rows()
-        route = plan_route(routing.choice, self.wire)
-        flight = start_dispatch(read.codes, read.scale, route, self.wire, read.kept)
+        read = (normalize_quantize(x, share) if share else plain).rows()
+        route = plan_dispatch(routing.expert_ids, self.wire)
+        flight = start_dispatch(read.codes, read.scale, route, self.wire, read.int8_codes)
         shared = self._visit_shared(read)
         codes, scale, kept = finish_dispatch(flight)
-        results = self.routed(codes, scale, route.counts, kept)
+        results = self.routed(codes, scale, route.tokens_per_expert, kept)
         back = start_combine(results, routing.weights, route, self.wire)
-        sums = self.router.summarise(routing)
+        sums = self.router.summarize(routing)
         out = finish_combine(back)
         return (out if shared is None else out + shared).view_as(x), sums
 
-    def _visit_shared(self, x: Quantised) -> Tensor | None:
+    def _visit_shared(self, x: Quantized) -> Tensor | None:
         if self.shared is None:
             return None
-        copies, rows = self.settings.shared, len(x.codes)
+        copies, rows = self.settings.num_shared_experts, len(x.codes)
         if copies == 1:
-            return self.shared(x.codes, x.scale, [rows], x.kept)
+            return self.shared(x.codes, x.scale, [rows], x.int8_codes)
         codes, scale, kept = (None if part is None else part.repeat(copies, 1) for part in x)
         return self.shared(codes, scale, [rows] * copies, kept).view(copies, *x.codes.shape).sum(0)
 
@@ -96,26 +98,28 @@ class MixtureOfExperts(nn.Module):
 class DenseFeedForward(nn.Module):
     """x → expert(x): one network of the experts' form that every token passes through."""
 
-    def __init__(self, settings: Settings, gain: float, quantised: bool | Blend | None = None) -> None:
+    def __init__(self, settings: ModelConfig, gain: float, quantized: bool | QuantState | None = None) -> None:
         super().__init__()
-        form = FORMS[settings.experts.form]
-        quantised = settings.quantise if quantised is None else quantised
-        self.shared = form(settings.width, settings.dense_hidden, settings.experts, range(1), quantised, gain)
+        form = EXPERT_TYPES[settings.experts.type]
+        quantized = settings.quantize if quantized is None else quantized
+        self.shared = form(
+            settings.hidden_size, settings.dense_hidden_size, settings.experts, range(1), quantized, gain
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] → [B,T,D]."""
-        read = normalise(x, self.shared.share).rows()
-        return self.shared(read.codes, read.scale, [len(read.codes)], read.kept).view_as(x)
+        read = normalize_quantize(x, self.shared.lam).rows()
+        return self.shared(read.codes, read.scale, [len(read.codes)], read.int8_codes).view_as(x)
 
 
-def mixture_naive(layer: MixtureOfExperts, x: Tensor, guide: Guide) -> Tensor:
+def moe_naive(layer: MixtureOfExperts, x: Tensor, guide: RouterInputs) -> Tensor:
     """The layer by definition, on one process: every expert sees every token, and weights pick. [B,T,D] → same."""
-    routing = layer.router(normalise(x, False).codes, *guide)
+    routing = layer.router(normalize_quantize(x, False).codes, *guide)
     experts = layer.wire.placement.total
-    codes, scale, _ = normalise(x, layer.routed.share).rows()
+    codes, scale, _ = normalize_quantize(x, layer.routed.lam).rows()
     # A dropped copy's weight lands in a column of its own, which no expert reads.
     dense = torch.zeros(len(codes), experts + 1, dtype=routing.weights.dtype)
-    dense = dense.scatter_add(1, routing.choice, routing.weights)[:, :experts]
+    dense = dense.scatter_add(1, routing.expert_ids, routing.weights)[:, :experts]
     everyone = _every_expert(layer.routed, codes, scale)
     out = torch.einsum("ne,end->nd", dense.to(everyone.dtype), everyone)
     if layer.shared is not None:

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts, Model
+from kabrn_dist.config import ExpertsConfig, ModelConfig
 from kabrn_dist.model.init import draw_normal
-from kabrn_dist.ops.activation_quant import widen
-from kabrn_dist.ops.counter_rng import mix, noise_key, uniform
+from kabrn_dist.ops.activation_quant import to_fp32
+from kabrn_dist.ops.counter_rng import hash_combine, hash_uniform, noise_key
 
 
 @dataclass
@@ -33,18 +33,18 @@ class RouterStates:
     """
 
     bias: Tensor
-    share: Tensor
+    prev_load: Tensor
     step: int = 0
 
     @classmethod
-    def fresh(cls, layers: int, experts: int, device: torch.device | str) -> RouterStates:
+    def initial(cls, layers: int, experts: int, device: torch.device | str) -> RouterStates:
         """No bias, and a last step that was perfectly even."""
         even = torch.full((layers, experts), 1 / experts, device=device)
         return cls(torch.zeros_like(even), even)
 
     def named(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds, by their names there; writing into them changes the model."""
-        return {"router/bias": self.bias, "router/share": self.share} if len(self.bias) else {}
+        return {"router/bias": self.bias, "router/share": self.prev_load} if len(self.bias) else {}
 
     def update(self, load: Tensor, rate: float) -> None:
         """After an optimizer step: remember its load, and move each bias by `rate` towards a fair one, in place.
@@ -57,13 +57,13 @@ class RouterStates:
         """
         load = load.to(self.bias)
         mean = load.mean(1, keepdim=True)
-        self.share.copy_(load / (load.sum(1, keepdim=True).clamp(min=1)))
+        self.prev_load.copy_(load / (load.sum(1, keepdim=True).clamp(min=1)))
         self.bias += rate * (mean - load).sign()
         self.bias -= self.bias.mean(1, keepdim=True)
         self.step += 1
 
 
-class RouterSums(NamedTuple):
+class RouterStats(NamedTuple):
     """What a router says of its tokens, as sums over them, so that batches can be added up in any split.
 
     Attributes:
@@ -78,7 +78,7 @@ class RouterSums(NamedTuple):
     balance: Tensor
     global_balance: Tensor
     z: Tensor
-    load: Tensor
+    tokens_per_expert: Tensor
     entropy: Tensor
     dropped: Tensor
 
@@ -93,15 +93,15 @@ class Routing(NamedTuple):
         share: [E] of the last step's copies.
     """
 
-    choice: Tensor
+    expert_ids: Tensor
     weights: Tensor
     logits: Tensor
-    shares: Tensor
-    sent: Tensor
-    share: Tensor
+    probs: Tensor
+    assignment: Tensor
+    prev_load: Tensor
 
 
-class Places(NamedTuple):
+class TokenCoordinates(NamedTuple):
     """What the jitter's noise depends on, the same for a token in every layout: int64 [B,T] each."""
 
     tokens: Tensor
@@ -118,66 +118,72 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, width: int, settings: Model, sequence_group: dist.ProcessGroup | None = None, forced: bool = False
+        self,
+        width: int,
+        settings: ModelConfig,
+        sequence_group: dist.ProcessGroup | None = None,
+        force_load_balance: bool = False,
     ) -> None:
         super().__init__()
         self.experts, self.settings = settings.experts, settings.router
-        self.sequence_group, self.forced = sequence_group, forced
+        self.sequence_group, self.force_load_balance = sequence_group, force_load_balance
         self.key = 0
-        self.weight = nn.Parameter(torch.empty(self.experts.routed, width))
+        self.weight = nn.Parameter(torch.empty(self.experts.num_experts, width))
 
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         self.key = noise_key(seed, name)
         self.weight.data.copy_(draw_normal(seed, f"{name}.weight", tuple(self.weight.shape), 0.02))
 
-    def forward(self, x: Tensor, bias: Tensor, share: Tensor, step: int = 0, places: Places | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, bias: Tensor, share: Tensor, step: int = 0, places: TokenCoordinates | None = None
+    ) -> Routing:
         """[B,T,D] normalised, and this layer's rows of the states → where its tokens go.
 
         Args:
             places: needed for jitter in training only.
         """
-        wide = widen(x)
-        if self.training and self.settings.jitter and places is not None:
+        wide = to_fp32(x)
+        if self.training and self.settings.jitter_eps and places is not None:
             wide = wide * self._jitter(x.shape[-1], step, places)
-        logits = F.linear(wide, widen(self.weight))
-        scores = logits.sigmoid() if self.settings.score == "sigmoid" else logits.softmax(-1)
+        logits = F.linear(wide, to_fp32(self.weight))
+        scores = logits.sigmoid() if self.settings.score_func == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
-            choice = self._deal(scores) if self.forced else self._choose(scores + bias)
+            choice = self._deal(scores) if self.force_load_balance else self._choose(scores + bias)
         chosen = scores.gather(-1, choice)
-        if self.settings.renormalise:
+        if self.settings.norm_topk_prob:
             chosen = chosen / chosen.sum(-1, keepdim=True)
         sent = torch.zeros_like(scores).scatter_(-1, choice, 1.0).detach()
-        if self.training and self.experts.capacity is not None:
+        if self.training and self.experts.capacity_factor is not None:
             choice = self._drop(choice, sent)
-        shares = scores / scores.sum(-1, keepdim=True) if self.settings.score == "sigmoid" else scores
+        shares = scores / scores.sum(-1, keepdim=True) if self.settings.score_func == "sigmoid" else scores
         return Routing(choice.flatten(0, 1), chosen.flatten(0, 1), logits, shares, sent, share)
 
-    def summarise(self, routing: Routing) -> RouterSums:
+    def summarize(self, routing: Routing) -> RouterStats:
         """The sums of what was routed; apart, so that it can run while the copies travel.
 
         Balance, sequence-wise: DeepSeek-V3 (arXiv 2412.19437, eq. 17–20), so no split of the batch changes it. Global
         batch: arXiv 2501.11873, with the frequencies of the last step, which every rank knows exactly before the first
         micro-batch; those of the running step would depend on the split. z: ST-MoE (arXiv 2202.08906, eq. 5).
         """
-        shares, sent, experts, k = routing.shares, routing.sent, self.experts.routed, self.experts.top_k
+        shares, sent, experts, k = routing.probs, routing.assignment, self.experts.num_experts, self.experts.top_k
         balance = (self._frequency(sent) * (experts / k) * shares.sum(1)).sum()
-        global_balance = (routing.share.to(shares) * experts * shares.sum((0, 1))).sum()
+        global_balance = (routing.prev_load.to(shares) * experts * shares.sum((0, 1))).sum()
         z = routing.logits.logsumexp(-1).square().sum()
         entropy = -torch.special.xlogy(shares.detach(), shares.detach()).sum()
-        dropped = (routing.choice == experts).sum().to(z.dtype)
-        return RouterSums(balance, global_balance, z, sent.sum((0, 1)), entropy, dropped)
+        dropped = (routing.expert_ids == experts).sum().to(z.dtype)
+        return RouterStats(balance, global_balance, z, sent.sum((0, 1)), entropy, dropped)
 
     def _choose(self, scores: Tensor) -> Tensor:
         """[B,T,E] biased scores → [B,T,k]; ties go to the lowest number, on every device and in every run."""
-        groups, most, k = self.settings.groups, self.settings.groups_per_token, self.experts.top_k
+        groups, most, k = self.settings.n_group, self.settings.topk_group, self.experts.top_k
         if most is not None and most < groups:
             grouped = scores.unflatten(-1, (groups, -1))
             # DeepSeek-V3 rates a group by its k / M best experts.
             best = min(max(1, k // most), grouped.shape[-1])
             rating = grouped.topk(best, -1).values.sum(-1)
-            kept = torch.zeros_like(rating, dtype=torch.bool).scatter_(-1, first_best(rating, most), True)
+            kept = torch.zeros_like(rating, dtype=torch.bool).scatter_(-1, stable_topk(rating, most), True)
             scores = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
-        return first_best(scores, k)
+        return stable_topk(scores, k)
 
     def _deal(self, scores: Tensor) -> Tensor:
         """Token n visits experts n·k … n·k + k − 1, modulo E."""
@@ -185,12 +191,12 @@ class Router(nn.Module):
         copies = torch.arange(batch * time * self.experts.top_k, device=scores.device) % experts
         return copies.view(batch, time, -1)
 
-    def _jitter(self, width: int, step: int, places: Places) -> Tensor:
+    def _jitter(self, width: int, step: int, places: TokenCoordinates) -> Tensor:
         """[B,T,D] factors between 1 − jitter and 1 + jitter (Switch Transformer, arXiv 2101.03961, appendix)."""
         salt = torch.tensor([step, self.key], device=places.tokens.device)
         channels = torch.arange(width, device=places.tokens.device)
-        tokens = mix(*places, *salt)
-        return 1 + self.settings.jitter * (2 * uniform(tokens.unsqueeze(-1), channels) - 1)
+        tokens = hash_combine(*places, *salt)
+        return 1 + self.settings.jitter_eps * (2 * hash_uniform(tokens.unsqueeze(-1), channels) - 1)
 
     def _drop(self, choice: Tensor, sent: Tensor) -> Tensor:
         """Replace by E the copies that an expert's capacity has no room for, the latest of each sequence first.
@@ -207,9 +213,9 @@ class Router(nn.Module):
             for earlier in everyone[: dist.get_rank(self.sequence_group)]:
                 before = before + earlier.unsqueeze(1)
             whole *= slices
-        room = capacity(self.experts, whole)
+        room = expert_capacity(self.experts, whole)
         place = (sent.cumsum(1) + before).gather(-1, choice)
-        return choice.masked_fill(place > room, self.experts.routed)
+        return choice.masked_fill(place > room, self.experts.num_experts)
 
     def _frequency(self, sent: Tensor) -> Tensor:
         """[B,T,E] copies sent → [B,E] of whole sequences, divided by the square of their length.
@@ -223,13 +229,13 @@ class Router(nn.Module):
         return counts / length**2
 
 
-def capacity(experts: Experts, tokens: int) -> int:
+def expert_capacity(experts: ExpertsConfig, tokens: int) -> int:
     """Copies that an expert takes of one sequence of `tokens` tokens."""
-    assert experts.capacity is not None
-    return max(1, -int(-experts.capacity * tokens * experts.top_k // experts.routed))
+    assert experts.capacity_factor is not None
+    return max(1, -int(-experts.capacity_factor * tokens * experts.top_k // experts.num_experts))
 
 
-def first_best(scores: Tensor, count: int) -> Tensor:
+def stable_topk(scores: Tensor, count: int) -> Tensor:
     """Indices [..., count] of the largest along the last dimension, best first, ties by the lower index.
 
     `topk` breaks ties as it likes; `max` returns the first, and few rounds of it are faster than a stable sort.
@@ -242,6 +248,6 @@ def first_best(scores: Tensor, count: int) -> Tensor:
     return torch.cat(rounds, -1)
 
 
-def first_best_naive(scores: Tensor, count: int) -> Tensor:
+def stable_topk_naive(scores: Tensor, count: int) -> Tensor:
     """`first_best` by a stable sort of everything."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.distributed.halo import columns_before
-from kabrn_dist.ops.activation_quant import widen
+from kabrn_dist.distributed.halo import halo_exchange
+from kabrn_dist.ops.activation_quant import to_fp32
 
 
 def convolve_naive(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
         ctx.save_for_backward(row, weight, positions)
-        taps, wide = len(weight), widen(weight)
-        out = widen(row[:, taps:]).clone()
+        taps, wide = len(weight), to_fp32(weight)
+        out = to_fp32(row[:, taps:]).clone()
         for j in range(1, taps + 1):
             out += _earlier(row, taps, j) * _reaching(positions, j) * wide[j - 1]
         return out.to(row.dtype)
@@ -61,7 +61,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         row, weight, positions = ctx.saved_tensors
-        taps, wide, grad = len(weight), widen(weight), widen(grad)
+        taps, wide, grad = len(weight), to_fp32(weight), to_fp32(grad)
         for_row = grad.new_zeros(row.shape)
         for_row[:, taps:] = grad
         for_weight = torch.empty_like(wide)
@@ -74,7 +74,7 @@ class _Convolve(torch.autograd.Function):
 
 def _earlier(row: Tensor, taps: int, j: int) -> Tensor:
     """[B,T,D], what stands j tokens before each; a view where no cast is needed."""
-    return widen(row[:, taps - j : row.shape[1] - j])
+    return to_fp32(row[:, taps - j : row.shape[1] - j])
 
 
 def _reaching(positions: Tensor, j: int) -> Tensor:
@@ -90,7 +90,7 @@ def find_before(x: Tensor, taps: int, recent: Tensor | None, group: dist.Process
     if recent is not None:
         return recent
     if group is not None:
-        return columns_before(x, taps, group)
+        return halo_exchange(x, taps, group)
     return x.new_zeros(len(x), taps, x.shape[2])
 
 
@@ -99,7 +99,7 @@ def keep_recent(before: Tensor, x: Tensor) -> Tensor:
     return torch.cat([before, x[:, -before.shape[1] :]], 1)[:, -before.shape[1] :]
 
 
-class Convolution(nn.Module):
+class ShortConv(nn.Module):
     """The layer's weights [J,D]: zeros at first, so that it begins as if it were not there.
 
     They are coefficients like those of functions: fp32 in training, without weight decay.
@@ -109,7 +109,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(taps, width))
 
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         """Nothing is drawn: `seed` and `name` are what every module is told."""
         self.weight.data.zero_()
 

@@ -14,15 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from kabrn_dist.kernels.choice import kernels_for
 from kabrn_dist.kernels.functions import Function, Functions
-from kabrn_dist.ops.activation_quant import Quantised, blend, quantise, rms_norm
+from kabrn_dist.ops.activation_quant import Quantized, interpolate_quantized, quantize, rms_norm
 
 # x [N,D], coefficients [E,G,C], counts → φ(x) [N,D]
 Eager = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def activate(
-    x: Quantised, function: Function, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float
-) -> Quantised:
+    x: Quantized, function: Function, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float
+) -> Quantized:
     """q(RMSNorm(φ(x.codes / x.scale))): what the next product reads.
 
     Args:
@@ -38,14 +38,14 @@ def activate(
         fused = _Activation.apply(
             x.codes, x.scale, coefficients.float(), tuple(counts), function, share == 1, kernels.functions
         )
-        return blend(Quantised(*fused), share) if 0 < share < 1 else Quantised(*fused)
+        return interpolate_quantized(Quantized(*fused), share) if 0 < share < 1 else Quantized(*fused)
     return activate_eager(x, eager, coefficients, counts, share)
 
 
-def activate_eager(x: Quantised, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float) -> Quantised:
+def activate_eager(x: Quantized, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float) -> Quantized:
     """`activate` step by step."""
     values = (x.codes / x.scale).to(x.codes.dtype)
-    return quantise(rms_norm(eager(values, coefficients, counts)), share)
+    return quantize(rms_norm(eager(values, coefficients, counts)), share)
 
 
 class _Activation(torch.autograd.Function):
@@ -59,11 +59,11 @@ class _Activation(torch.autograd.Function):
         coefficients: Tensor,
         counts: tuple[int, ...],
         function: Function,
-        quantised: bool,
+        quantized: bool,
         kernels: Functions,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, coefficients, factor = x.contiguous(), coefficients.contiguous(), x_scale.reciprocal()
-        codes, scale, rms, kept = kernels.forward(function, x, factor, coefficients, counts, quantised)
+        codes, scale, rms, kept = kernels.forward(function, x, factor, coefficients, counts, quantized)
         ctx.save_for_backward(x, factor, coefficients, scale, rms)
         ctx.counts, ctx.function, ctx.kernels = counts, function, kernels
         ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))

@@ -17,7 +17,7 @@ SMALLEST = 1e-5
 IDENTITY = Function("identity")
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """A quantised input: `codes / scale` is the value.
 
     Attributes:
@@ -29,61 +29,61 @@ class Quantised(NamedTuple):
 
     codes: Tensor
     scale: Tensor
-    kept: Tensor | None = None
+    int8_codes: Tensor | None = None
 
-    def rows(self) -> Quantised:
+    def rows(self) -> Quantized:
         """The same as [N,I]."""
-        kept = None if self.kept is None else self.kept.reshape(-1, self.kept.shape[-1])
-        return Quantised(self.codes.reshape(-1, self.codes.shape[-1]), self.scale.reshape(-1, 1), kept)
+        kept = None if self.int8_codes is None else self.int8_codes.reshape(-1, self.int8_codes.shape[-1])
+        return Quantized(self.codes.reshape(-1, self.codes.shape[-1]), self.scale.reshape(-1, 1), kept)
 
 
-def widen(x: Tensor) -> Tensor:
+def to_fp32(x: Tensor) -> Tensor:
     """In fp32, or fp64 where it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Divide by the root mean square over the last dimension, in fp32 (or wider); no gain. Same dtype out."""
-    wide = widen(x)
+    wide = to_fp32(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
 
-def quantise(x: Tensor, share: float = 1.0) -> Quantised:
+def quantize(x: Tensor, lam: float = 1.0) -> Quantized:
     """Absmax int8 per row (eq. 4 of arXiv 2402.17764), straight-through: d(codes/scale)/dx = 1.
 
     Args:
         x: [..., I] of any float dtype.
         share: 0 (or False) passes x through, with a scale of 1; between 0 and 1 the value is x + share·(q(x) − x).
     """
-    if share == 1:
-        return Quantised(*_Round.apply(x))
-    plain = Quantised(x, torch.ones_like(widen(x[..., :1])))
-    return blend(plain, share) if share else plain
+    if lam == 1:
+        return Quantized(*_Round.apply(x))
+    plain = Quantized(x, torch.ones_like(to_fp32(x[..., :1])))
+    return interpolate_quantized(plain, lam) if lam else plain
 
 
-def normalise(x: Tensor, share: float = 1.0) -> Quantised:
+def normalize_quantize(x: Tensor, lam: float = 1.0) -> Quantized:
     """`quantise(rms_norm(x), share)`, what every product reads, in one pass where there is a kernel for it."""
     kernels = kernels_for(x)
     if kernels is None:
-        return quantise(rms_norm(x), share)
-    codes, scale, kept = _Normalise.apply(x.reshape(-1, x.shape[-1]), share == 1, kernels.functions)
-    found = Quantised(codes.view_as(x), scale.view(*x.shape[:-1], 1), None if kept is None else kept.view_as(x))
-    return blend(found, share) if 0 < share < 1 else found
+        return quantize(rms_norm(x), lam)
+    codes, scale, kept = _Normalize.apply(x.reshape(-1, x.shape[-1]), lam == 1, kernels.functions)
+    found = Quantized(codes.view_as(x), scale.view(*x.shape[:-1], 1), None if kept is None else kept.view_as(x))
+    return interpolate_quantized(found, lam) if 0 < lam < 1 else found
 
 
-def blend(plain: Quantised, share: float) -> Quantised:
+def interpolate_quantized(plain: Quantized, lam: float) -> Quantized:
     """Values a `share` of the way to their quantised ones, straight-through; `plain` has scales of 1."""
     with torch.no_grad():
-        codes, scale, _ = quantise(plain.codes)
-        step = (share * (widen(codes) / scale - widen(plain.codes))).to(plain.codes.dtype)
+        codes, scale, _ = quantize(plain.codes)
+        step = (lam * (to_fp32(codes) / scale - to_fp32(plain.codes))).to(plain.codes.dtype)
     return plain._replace(codes=plain.codes + step)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantised: bool, kernels: Functions) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, quantized: bool, kernels: Functions) -> tuple[Tensor, Tensor, Tensor | None]:
         x, nothing = x.contiguous(), x.new_empty(1, 1, 0, dtype=torch.float32)
-        codes, scale, rms, kept = kernels.forward(IDENTITY, x, None, nothing, [len(x)], quantised)
+        codes, scale, rms, kept = kernels.forward(IDENTITY, x, None, nothing, [len(x)], quantized)
         ctx.save_for_backward(x, nothing, scale, rms)
         ctx.kernels = kernels
         ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))
@@ -99,7 +99,7 @@ class _Normalise(torch.autograd.Function):
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        wide = widen(x)
+        wide = to_fp32(x)
         scale = 127 / wide.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
         codes = (wide * scale).round_().clamp_(-128, 127)
         kept = codes.to(torch.int8)

@@ -29,12 +29,12 @@ class Chunks(NamedTuple):
     """
 
     heads: int
-    within: Tensor
-    same: Tensor | None
-    cut: list[list[bool]] | None
-    entering: Tensor
-    leaving: Tensor
-    kept: Tensor
+    intra_mask: Tensor
+    same_document: Tensor | None
+    has_boundary: list[list[bool]] | None
+    decay_in: Tensor
+    decay_out: Tensor
+    chunk_decay: Tensor
 
 
 def cut_chunks(log_decay: Tensor, documents: Tensor, before: Tensor, size: int, dtype: torch.dtype) -> Chunks:
@@ -65,7 +65,7 @@ def cut_chunks(log_decay: Tensor, documents: Tensor, before: Tensor, size: int, 
     )
 
 
-def fold(x: Tensor, size: int) -> Tensor:
+def to_chunks(x: Tensor, size: int) -> Tensor:
     """[B,H,T,…] → [G,N,C,…], contiguous, with zeros behind the end."""
     padding = -x.shape[2] % size
     if padding:
@@ -73,12 +73,12 @@ def fold(x: Tensor, size: int) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], -1, size, x.shape[-1]).contiguous()
 
 
-def unfold(x: Tensor, like: Tensor) -> Tensor:
+def from_chunks(x: Tensor, like: Tensor) -> Tensor:
     """[G,N,C,…] → [B,H,T,…] of `like`."""
     return x.view(*like.shape[:2], -1, x.shape[-1])[:, :, : like.shape[2]]
 
 
-def merged(out: Tensor) -> Tensor:
+def merge_leading(out: Tensor) -> Tensor:
     """The first two dimensions as one, to write into: never a copy, in which the result would be lost."""
     return out.view(-1, *out.shape[2:])
 
@@ -90,7 +90,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a·b over the first two dimensions, without a pass of its own."""
-    merged(out).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    merge_leading(out).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
 def blocks(x: Tensor, heads: int) -> list[tuple[slice, slice]]:
@@ -110,12 +110,12 @@ def blocks(x: Tensor, heads: int) -> list[tuple[slice, slice]]:
 def mask(scores: Tensor, chunks: Chunks, block: tuple[slice, slice]) -> Tensor:
     """Decay the [g,n,C,C] scores of a block and cut them at documents, in place."""
     rows, places = block
-    scores.mul_(chunks.within[rows])
-    if chunks.same is None:
+    scores.mul_(chunks.intra_mask[rows])
+    if chunks.same_document is None:
         return scores
     sequences = slice(rows.start // chunks.heads, (rows.start + len(scores) - 1) // chunks.heads + 1)
     # Most chunks lie within a document; only the others need the second pass.
-    if chunks.cut is None or any(any(row[places]) for row in chunks.cut[sequences]):
-        same = chunks.same[sequences, None, places]
+    if chunks.has_boundary is None or any(any(row[places]) for row in chunks.has_boundary[sequences]):
+        same = chunks.same_document[sequences, None, places]
         scores.unflatten(0, (len(same), -1)).mul_(same)
     return scores

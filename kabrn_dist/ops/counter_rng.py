@@ -18,7 +18,7 @@ def noise_key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/noise".encode()).digest()[:8], "little", signed=True)
 
 
-def mix(*numbers: Tensor) -> Tensor:
+def hash_combine(*numbers: Tensor) -> Tensor:
     """Hash int64 tensors that broadcast against each other into one, bit by bit (splitmix64's finaliser on each)."""
     mixed = torch.zeros((), dtype=torch.int64, device=numbers[0].device)
     for number in numbers:
@@ -29,9 +29,9 @@ def mix(*numbers: Tensor) -> Tensor:
     return mixed
 
 
-def uniform(*numbers: Tensor) -> Tensor:
+def hash_uniform(*numbers: Tensor) -> Tensor:
     """fp32 in [0, 1), one for each combination of int64 numbers: the upper 24 bits of their hash."""
-    return _shift(mix(*numbers), 40).to(torch.float32) * 2.0**-24
+    return _shift(hash_combine(*numbers), 40).to(torch.float32) * 2.0**-24
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:

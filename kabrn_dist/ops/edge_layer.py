@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from kabrn_dist.kernels.choice import Kernels, kernels_for
 from kabrn_dist.kernels.spline import CODES, MOST_DEGREE, PLAIN, VALUES
-from kabrn_dist.ops.activation_quant import SMALLEST, quantise, widen
+from kabrn_dist.ops.activation_quant import SMALLEST, quantize, to_fp32
 from kabrn_dist.ops.grids import Grid
 from kabrn_dist.ops.splines import basis, basis_naive, basis_slope, curve, largest
-from kabrn_dist.ops.weight_quant import Matrices, ternarise, ternary
+from kabrn_dist.ops.weight_quant import TernaryMatrices, ternarize, ternary
 
 # Values of a chunk: 8 MiB of fp32 on CPUs; elsewhere few large products are better.
 CHUNK, CHUNK_ELSEWHERE = 1 << 21, 1 << 26
@@ -35,11 +35,11 @@ CHUNK, CHUNK_ELSEWHERE = 1 << 21, 1 << 26
 
 def edge_layer(
     x: Tensor,
-    base: Matrices | Tensor,
-    spline: Matrices | Tensor,
+    base: TernaryMatrices | Tensor,
+    spline: TernaryMatrices | Tensor,
     counts: Sequence[int],
     grid: Grid,
-    quantised: bool = True,
+    quantized: bool = True,
 ) -> Tensor:
     """The layer of every expert over its rows.
 
@@ -54,7 +54,7 @@ def edge_layer(
     Returns:
         [N,O] in the dtype of x.
     """
-    base, spline = (m if isinstance(m, Matrices) else ternarise(m, quantised) for m in (base, spline))
+    base, spline = (m if isinstance(m, TernaryMatrices) else ternarize(m, quantized) for m in (base, spline))
     kernels = kernels_for(x)
     if kernels is None or grid.degree > MOST_DEGREE or not x.dtype == base.latents.dtype == spline.latents.dtype:
         return _EdgeLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(counts), grid)
@@ -62,27 +62,27 @@ def edge_layer(
 
 
 def edge_layer_eager(
-    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantized: bool = True
 ) -> Tensor:
     """The same in torch's own operations, for any device and dtype."""
-    both = ternarise(base, quantised), ternarise(spline, quantised)
+    both = ternarize(base, quantized), ternarize(spline, quantized)
     return _EdgeLayer.apply(x, both[0].latents, both[1].latents, both, tuple(counts), grid)
 
 
 def edge_layer_naive(
-    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantised: bool = True
+    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantized: bool = True
 ) -> Tensor:
     """The same by definition, expert by expert, differentiated by autograd (straight through what is rounded)."""
 
     def used(weight: Tensor) -> Tensor:
         codes, gamma = ternary(weight)
-        return weight + (codes * gamma - weight).detach() if quantised else weight
+        return weight + (codes * gamma - weight).detach() if quantized else weight
 
     out = []
     for rows, b, s in zip(x.split(list(counts)), used(base), used(spline), strict=True):
-        silu, scale, _ = quantise(F.silu(rows), quantised)
+        silu, scale, _ = quantize(F.silu(rows), quantized)
         values = basis_naive(rows, grid).flatten(-2)
-        if quantised:
+        if quantized:
             steps = 127 / largest(rows, grid)
             values = values + ((values * steps).round() / steps - values).detach()
         out.append((silu / scale) @ b.T + values @ s.T)
@@ -105,12 +105,12 @@ class _FusedLayer(torch.autograd.Function):
         x: Tensor,
         base: Tensor,
         spline: Tensor,
-        matrices: tuple[Matrices, Matrices],
+        matrices: tuple[TernaryMatrices, TernaryMatrices],
         counts: tuple[int, ...],
         grid: Grid,
         kernels: Kernels,
     ) -> Tensor:
-        x, quantised = x.contiguous(), matrices[0].packed is not None
+        x, quantized = x.contiguous(), matrices[0].packed is not None
         gammas = _gammas(matrices).flip(1)
         ctx.save_for_backward(x, gammas, *_kept(matrices))
         ctx.counts, ctx.grid, ctx.kernels, ctx.matrices = counts, grid, kernels, _empty(matrices)
@@ -120,8 +120,8 @@ class _FusedLayer(torch.autograd.Function):
         values = _buffer(x, counts, matrix.shape[2])
         for e, rows in _chunks(counts, matrix.shape[2], x.device):
             some = values[: rows.stop - rows.start]
-            scale = kernels.spline.expand(line, x[rows], CODES if quantised else PLAIN, some)
-            if quantised:
+            scale = kernels.spline.expand(line, x[rows], CODES if quantized else PLAIN, some)
+            if quantized:
                 factor = gammas[e] / scale
                 part = (some[:, inner:] @ matrix[e, :, inner:].T) * factor[:, 1:]
                 part.addcmul_(some[:, :inner] @ matrix[e, :, :inner].T, factor[:, :1])
@@ -157,31 +157,34 @@ class _FusedLayer(torch.autograd.Function):
         return for_x, for_base.to(x.dtype), turned, None, None, None, None
 
 
-def _values(matrices: Matrices, dtype: torch.dtype) -> Tensor:
+def _values(matrices: TernaryMatrices, dtype: torch.dtype) -> Tensor:
     """[E,O,I] codes, or plain weights, in `dtype`."""
     return matrices.latents.to(dtype) if matrices.packed is None else matrices.codes(dtype)
 
 
-def _gammas(matrices: tuple[Matrices, Matrices]) -> Tensor:
+def _gammas(matrices: tuple[TernaryMatrices, TernaryMatrices]) -> Tensor:
     """[E,2] scales of the base and the spline, ones for plain matrices."""
-    ones = widen(matrices[0].latents.new_ones(len(matrices[0].latents), 1, 1))
+    ones = to_fp32(matrices[0].latents.new_ones(len(matrices[0].latents), 1, 1))
     return torch.cat([(ones if m.gamma is None else m.gamma).flatten(1) for m in matrices], 1)
 
 
-def _kept(matrices: tuple[Matrices, Matrices]) -> list[Tensor]:
+def _kept(matrices: tuple[TernaryMatrices, TernaryMatrices]) -> list[Tensor]:
     """What backward needs of them: packed codes, or plain weights."""
     return [m.latents if m.packed is None else m.packed for m in matrices]
 
 
-def _empty(matrices: tuple[Matrices, Matrices]) -> tuple[Matrices | None, Matrices | None]:
+def _empty(matrices: tuple[TernaryMatrices, TernaryMatrices]) -> tuple[TernaryMatrices | None, TernaryMatrices | None]:
     """What `_filled` makes matrices of; None for plain ones."""
-    base, spline = (None if m.packed is None else Matrices(m.latents.detach()) for m in matrices)
+    base, spline = (None if m.packed is None else TernaryMatrices(m.latents.detach()) for m in matrices)
     return base, spline
 
 
-def _filled(empty: tuple[Matrices | None, Matrices | None], kept: Sequence[Tensor]) -> tuple[Matrices, Matrices]:
+def _filled(
+    empty: tuple[TernaryMatrices | None, TernaryMatrices | None], kept: Sequence[Tensor]
+) -> tuple[TernaryMatrices, TernaryMatrices]:
     base, spline = (
-        Matrices(values) if m is None else m._replace(packed=values) for m, values in zip(empty, kept, strict=True)
+        TernaryMatrices(values) if m is None else m._replace(packed=values)
+        for m, values in zip(empty, kept, strict=True)
     )
     return base, spline
 
@@ -209,11 +212,11 @@ class _EdgeLayer(torch.autograd.Function):
         x: Tensor,
         base: Tensor,
         spline: Tensor,
-        matrices: tuple[Matrices, Matrices],
+        matrices: tuple[TernaryMatrices, TernaryMatrices],
         counts: tuple[int, ...],
         grid: Grid,
     ) -> Tensor:
-        quantised = matrices[0].packed is not None
+        quantized = matrices[0].packed is not None
         # [2][E,1,1]
         gammas = _gammas(matrices).T[..., None, None]
         ctx.save_for_backward(x, gammas, *_kept(matrices))
@@ -221,7 +224,7 @@ class _EdgeLayer(torch.autograd.Function):
         used = _matrices([_values(m, x.dtype) for m in matrices], grid, x.dtype)
         out = x.new_empty(len(x), base.shape[1])
         for e, rows in _chunks(counts, spline.shape[2], x.device):
-            branches = _branches(widen(x[rows]), grid, quantised, x.dtype)
+            branches = _branches(to_fp32(x[rows]), grid, quantized, x.dtype)
             base_part, spline_part = (
                 (branch.codes @ matrix[e].T) * (gamma[e] / branch.scale)
                 for branch, matrix, gamma in zip(branches, used, gammas, strict=True)
@@ -233,15 +236,15 @@ class _EdgeLayer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gammas, *kept = ctx.saved_tensors
         grid, filled = ctx.grid, _filled(ctx.matrices, kept)
-        quantised = filled[0].packed is not None
+        quantized = filled[0].packed is not None
         codes = [_values(m, x.dtype) for m in filled]
         matrices = _matrices(codes, grid, x.dtype)
         for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over chunks are taken in fp32 or wider.
         for_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices]
         for e, rows in _chunks(ctx.counts, codes[1].shape[2], x.device):
-            z, g = widen(x[rows]), grad[rows]
-            for branch, total in zip(_branches(z, grid, quantised, x.dtype), for_weights, strict=True):
+            z, g = to_fp32(x[rows]), grad[rows]
+            for branch, total in zip(_branches(z, grid, quantized, x.dtype), for_weights, strict=True):
                 total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
             if for_x is not None:
                 silu, splines = ((g * gamma[e]).to(g.dtype) @ m[e] for gamma, m in zip(gammas, matrices, strict=True))
@@ -263,22 +266,22 @@ def _knots_last(spline: Tensor, grid: Grid) -> Tensor:
     return spline.unflatten(-1, (grid.size, -1)).transpose(-1, -2).flatten(-2)
 
 
-def _branches(z: Tensor, grid: Grid, quantised: bool, dtype: torch.dtype) -> tuple[_Branch, _Branch]:
+def _branches(z: Tensor, grid: Grid, quantized: bool, dtype: torch.dtype) -> tuple[_Branch, _Branch]:
     """Rows [n,I] → base branch [n,I] and basis branch [n,K·I], each with a scale [n,1]."""
     silu = F.silu(z)
     most = silu.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
     values = basis(z, grid).flatten(-2)
-    return _encode(silu, most, quantised, dtype), _encode(values, largest(z, grid), quantised, dtype)
+    return _encode(silu, most, quantized, dtype), _encode(values, largest(z, grid), quantized, dtype)
 
 
-def _encode(values: Tensor, most: Tensor, quantised: bool, dtype: torch.dtype) -> _Branch:
+def _encode(values: Tensor, most: Tensor, quantized: bool, dtype: torch.dtype) -> _Branch:
     """Codes in `dtype` of values [n,I] that exceed `most` [n,1] nowhere; writes into the values."""
-    scale = 127 / most if quantised else torch.ones_like(most)
-    if quantised:
+    scale = 127 / most if quantized else torch.ones_like(most)
+    if quantized:
         values = values.mul_(scale).round_()
     if dtype == torch.float16:
         # It ends at 65,504, so its sums are of values up to 1. In the ternary mode that is a power of two.
-        shift = torch.full_like(most, 1 / 128) if quantised else 1 / most
+        shift = torch.full_like(most, 1 / 128) if quantized else 1 / most
         values, scale = values.mul_(shift), scale * shift
     return _Branch(values.to(dtype), scale)
 

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.distributed.state_scan import SequenceLink
-from kabrn_dist.ops.chunks import Chunks, add_product, blocks, cut_chunks, fold, mask, merged, product, unfold
+from kabrn_dist.ops.chunks import (
+    Chunks,
+    add_product,
+    blocks,
+    cut_chunks,
+    from_chunks,
+    mask,
+    merge_leading,
+    product,
+    to_chunks,
+)
 
 
 def retention_torch(
@@ -75,7 +85,7 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
     out = torch.empty_like(v)
     for block in blocks(q, chunks.heads):
         scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block)
-        torch.bmm(scores.flatten(0, 1), v[block].flatten(0, 1), out=merged(out[block]))
+        torch.bmm(scores.flatten(0, 1), v[block].flatten(0, 1), out=merge_leading(out[block]))
     return out
 
 
@@ -86,7 +96,7 @@ def _within_chunks_backward(
     for_q, for_k, for_v = (torch.empty_like(x) for x in (q, k, v))
     for block in blocks(q, chunks.heads):
         qs, ks, gs = (x[block].flatten(0, 1) for x in (q, k, grad))
-        outs = (merged(x[block]) for x in (for_q, for_k, for_v))
+        outs = (merge_leading(x[block]) for x in (for_q, for_k, for_v))
         out_q, out_k, out_v = outs
         scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
         torch.bmm(scores.transpose(1, 2), gs, out=out_v)
@@ -96,7 +106,7 @@ def _within_chunks_backward(
     return for_q, for_k, for_v
 
 
-def _run_up(added: Tensor, kept: Tensor, state: Tensor) -> Tensor:
+def _scan_forward(added: Tensor, kept: Tensor, state: Tensor) -> Tensor:
     """States [G,N+1,K,V] before each chunk and after the last, from what each adds [G,N,K,V] and the first."""
     states = state.new_empty(added.shape[0], added.shape[1] + 1, *added.shape[2:])
     states[:, 0] = state
@@ -105,7 +115,7 @@ def _run_up(added: Tensor, kept: Tensor, state: Tensor) -> Tensor:
     return states
 
 
-def _run_down(added: Tensor, kept: Tensor, state: Tensor) -> Tensor:
+def _scan_backward(added: Tensor, kept: Tensor, state: Tensor) -> Tensor:
     """The same from the end: what is before each chunk, from what is after the last, which comes last."""
     states = state.new_empty(added.shape[0], added.shape[1] + 1, *added.shape[2:])
     states[:, -1] = state
@@ -136,44 +146,54 @@ class _Retention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         time, size = q.shape[2], min(chunk, q.shape[2])
         chunks = cut_chunks(log_decay, documents, before, size, q.dtype)
-        qs, ks, vs = (fold(x, size) for x in (q, k, v))
-        added = product((ks * chunks.leaving).transpose(-1, -2), vs).to(state.dtype)
-        states = _run_up(added, chunks.kept, state.flatten(0, 1))
+        qs, ks, vs = (to_chunks(x, size) for x in (q, k, v))
+        added = product((ks * chunks.decay_out).transpose(-1, -2), vs).to(state.dtype)
+        states = _scan_forward(added, chunks.chunk_decay, state.flatten(0, 1))
         wait = None
         if link is not None:
-            wait = link.begin(states[:, -1].view_as(state), chunks.kept.prod(1).view(state.shape[:2]), time)
+            wait = link.begin(states[:, -1].view_as(state), chunks.chunk_decay.prod(1).view(state.shape[:2]), time)
         out = _within_chunks(qs, ks, vs, chunks)
         if wait is not None:
             came = wait().flatten(0, 1)[:, None]
             states[:, :1] = came
-            states[:, 1:].addcmul_(chunks.kept.cumprod(1), came)
+            states[:, 1:].addcmul_(chunks.chunk_decay.cumprod(1), came)
         used = states[:, :-1].to(q.dtype).contiguous()
-        add_product(out, qs * chunks.entering, used)
+        add_product(out, qs * chunks.decay_in, used)
         ctx.save_for_backward(q, k, v, log_decay, documents, before, used)
         ctx.size, ctx.link = size, link
-        return unfold(out, v), states[:, -1].reshape(state.shape)
+        return from_chunks(out, v), states[:, -1].reshape(state.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, documents, before, states = ctx.saved_tensors
         size, link, time = ctx.size, ctx.link, q.shape[2]
         chunks = cut_chunks(log_decay, documents, before, size, q.dtype)
-        qs, ks, vs, gs = (fold(x, size) for x in (q, k, v, grad))
+        qs, ks, vs, gs = (to_chunks(x, size) for x in (q, k, v, grad))
         after = grad_state if link is None else torch.zeros_like(grad_state)
-        sent = product((qs * chunks.entering).transpose(-1, -2), gs).to(after.dtype)
-        back = _run_down(sent, chunks.kept, after.flatten(0, 1))
+        sent = product((qs * chunks.decay_in).transpose(-1, -2), gs).to(after.dtype)
+        back = _scan_backward(sent, chunks.chunk_decay, after.flatten(0, 1))
         wait = None
         if link is not None:
-            kept = chunks.kept.prod(1).view(after.shape[:2])
+            kept = chunks.chunk_decay.prod(1).view(after.shape[:2])
             wait = link.begin(back[:, 0].reshape(after.shape), kept, time, reverse=True)
         for_q, for_k, for_v = _within_chunks_backward(qs, ks, vs, gs, chunks)
         if wait is not None:
             came = wait().flatten(0, 1)[:, None]
             back[:, -1:] = came
-            back[:, :-1].addcmul_(chunks.kept.flip(1).cumprod(1).flip(1), came)
+            back[:, :-1].addcmul_(chunks.chunk_decay.flip(1).cumprod(1).flip(1), came)
         behind = back[:, 1:].to(q.dtype).contiguous()
-        for_q.addcmul_(product(gs, states.transpose(-1, -2)), chunks.entering)
-        for_k.addcmul_(product(vs, behind.transpose(-1, -2)), chunks.leaving)
-        add_product(for_v, ks * chunks.leaving, behind)
+        for_q.addcmul_(product(gs, states.transpose(-1, -2)), chunks.decay_in)
+        for_k.addcmul_(product(vs, behind.transpose(-1, -2)), chunks.decay_out)
+        add_product(for_v, ks * chunks.decay_out, behind)
         for_state = back[:, 0].reshape(after.shape) if link is None else None
-        return (unfold(for_q, q), unfold(for_k, k), unfold(for_v, v), None, None, for_state, None, None, None)
+        return (
+            from_chunks(for_q, q),
+            from_chunks(for_k, k),
+            from_chunks(for_v, v),
+            None,
+            None,
+            for_state,
+            None,
+            None,
+            None,
+        )

@@ -49,8 +49,8 @@ def basis(x: Tensor, grid: Grid) -> Tensor:
     """
     place = (x - grid.low) * (1 / grid.step)
     inside = place.clamp(0, grid.intervals)
-    centres = torch.arange(grid.size, dtype=x.dtype, device=x.device) + (1 - grid.degree) / 2
-    values = _cardinal((inside.unsqueeze(-2) - centres[:, None]).abs_(), grid.degree)
+    centers = torch.arange(grid.size, dtype=x.dtype, device=x.device) + (1 - grid.degree) / 2
+    values = _cardinal((inside.unsqueeze(-2) - centers[:, None]).abs_(), grid.degree)
     beyond = place - inside
     below, above = beyond.clamp(max=0), beyond.clamp(min=0)
     for k, slope in enumerate(_end(grid.degree)[1]):

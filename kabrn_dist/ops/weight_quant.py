@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from kabrn_dist.kernels.choice import choose, kernels_for
 from kabrn_dist.kernels.functions import KERNEL_DTYPES
-from kabrn_dist.ops.activation_quant import SMALLEST, widen
+from kabrn_dist.ops.activation_quant import SMALLEST, to_fp32
 from kabrn_dist.ops.packing import pack, unpack
 
 # A Gaussian latent keeps 0.4386 of its variance as γ·{-1,0,1} (31 % zeros).
 TERNARY_VARIANCE = 0.4386
 
 
-class Matrices(NamedTuple):
+class TernaryMatrices(NamedTuple):
     """Ternary matrices as a product reads them.
 
     Attributes:
@@ -44,10 +44,10 @@ class Matrices(NamedTuple):
         assert self.packed is not None
         if self.fresh is None:
             return unpack(self.packed, tuple(self.latents.shape), dtype)
-        return self.fresh if dtype == torch.int8 else widen_codes(self.fresh, dtype)
+        return self.fresh if dtype == torch.int8 else cast_codes(self.fresh, dtype)
 
 
-class Blend:
+class QuantState:
     """How far values have gone from plain to quantised ones, for all ternary modules of a model.
 
     Attributes:
@@ -56,14 +56,14 @@ class Blend:
     """
 
     def __init__(self, share: float, group: int | None = None) -> None:
-        self.share, self.group = float(share), group
+        self.lam, self.scale_group_size = float(share), group
 
 
-class Source(ABC):
+class TernarySource(ABC):
     """Where the codes of a parameter's matrices come from if not from the parameter itself."""
 
     @abstractmethod
-    def read(self, parameter: nn.Parameter) -> Matrices:
+    def read(self, parameter: nn.Parameter) -> TernaryMatrices:
         """Differentiable in the parameter."""
 
 
@@ -78,54 +78,56 @@ class TernaryModule(nn.Module):
         sources: by name, where it is not the parameter itself.
     """
 
-    def __init__(self, stds: dict[str, float], quantised: bool | Blend) -> None:
+    def __init__(self, stds: dict[str, float], quantized: bool | QuantState) -> None:
         super().__init__()
         self.stds = stds
-        self.blend = quantised if isinstance(quantised, Blend) else Blend(quantised)
-        self.sources: dict[str, Source] = {}
+        self.quant = quantized if isinstance(quantized, QuantState) else QuantState(quantized)
+        self.sources: dict[str, TernarySource] = {}
 
     @property
-    def share(self) -> float:
+    def lam(self) -> float:
         """How far values are quantised now."""
-        return self.blend.share
+        return self.quant.lam
 
-    def matrices(self, name: str) -> Matrices:
+    def matrices(self, name: str) -> TernaryMatrices:
         """As products read them now."""
         parameter = self.get_parameter(name)
         source = self.sources.get(name)
         if source is not None:
             return source.read(parameter)
-        return ternarise(parameter if parameter.ndim == 3 else parameter[None], self.blend.share, self.blend.group)
+        return ternarize(
+            parameter if parameter.ndim == 3 else parameter[None], self.quant.lam, self.quant.scale_group_size
+        )
 
 
-def ternarise(latents: Tensor, share: float = 1.0, group: int | None = None) -> Matrices:
+def ternarize(latents: Tensor, lam: float = 1.0, group: int | None = None) -> TernaryMatrices:
     """Matrices of whole latents [E,O,I]; `share` and `group` as in `Blend`."""
-    if share == 1:
-        found, *rest = _Ternarise.apply(latents, group)
-        return Matrices(found, *rest)
-    if not share:
-        return Matrices(latents)
+    if lam == 1:
+        found, *rest = _Ternarize.apply(latents, group)
+        return TernaryMatrices(found, *rest)
+    if not lam:
+        return TernaryMatrices(latents)
     with torch.no_grad():
         codes, gamma = ternary(latents, group)
-        step = (share * (codes * gamma - widen(latents))).to(latents.dtype)
-    return Matrices(latents + step)
+        step = (lam * (codes * gamma - to_fp32(latents))).to(latents.dtype)
+    return TernaryMatrices(latents + step)
 
 
-class _Ternarise(torch.autograd.Function):
+class _Ternarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latents: Tensor, group: int | None) -> tuple[Tensor, ...]:
         gamma = scales(latents, group)
         codes = round_latents(latents, gamma)
         packed = pack(codes)
         ctx.mark_non_differentiable(packed, gamma, codes)
-        return hollow(latents), packed, gamma, codes
+        return grad_placeholder(latents), packed, gamma, codes
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-def hollow(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+def grad_placeholder(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """Zeros of a shape (by default that of x) without memory for them: a place for a gradient to come to."""
     return x.new_zeros(1).expand(shape or x.shape)
 
@@ -174,10 +176,10 @@ def round_latents(latents: Tensor, gamma: Tensor) -> Tensor:
     latents, kernels = latents.detach().contiguous(), kernels_for(latents)
     if kernels is not None and gamma.numel() and latents.numel() % gamma.numel() == 0:
         return kernels.products.ternary(latents.view(gamma.numel(), -1), gamma.contiguous()).view_as(latents)
-    return (widen(latents) / gamma).round_().clamp_(-1, 1).to(torch.int8)
+    return (to_fp32(latents) / gamma).round_().clamp_(-1, 1).to(torch.int8)
 
 
-def widen_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 codes in `dtype`."""
     kernels = choose(codes.device.type).kernels
     if kernels is not None and dtype in KERNEL_DTYPES:
@@ -185,10 +187,10 @@ def widen_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype)
 
 
-def latent_std(inputs: int, gain: float, quantised: bool | Blend) -> float:
+def latent_std(inputs: int, gain: float, quantized: bool | QuantState) -> float:
     """Standard deviation of latents whose product with unit-variance input has standard deviation `gain`.
 
     Where matrices are to be ternary in the end, it is that of the ternary product.
     """
-    ends_ternary = isinstance(quantised, Blend) or quantised
+    ends_ternary = isinstance(quantized, QuantState) or quantized
     return gain / math.sqrt(inputs * (TERNARY_VARIANCE if ends_ternary else 1.0))

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kabrn_dist.config import Model as Settings
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.distributed.mesh import alone
+from kabrn_dist.config import ModelConfig
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.model.mixkabrn import MixKABRN
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterCounts:
     """Numbers of parameters.
 
     Attributes:
@@ -28,17 +28,17 @@ class Parameters:
     ternary: int
 
 
-def count_parameters(settings: Settings) -> Parameters:
+def count_parameters(settings: ModelConfig) -> ParameterCounts:
     """Count on the meta device: nothing is allocated."""
     with torch.device("meta"):
-        model = MixKABRN(settings, Placement((settings.experts.routed,), 0), alone("meta"))
-    layers = len(settings.mixture_layers)
+        model = MixKABRN(settings, ExpertPlacement((settings.experts.num_experts,), 0), single_process_mesh("meta"))
+    layers = len(settings.moe_layers)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for p in model.routed_parameters())
-    expert = routed // (settings.experts.routed * layers) if layers else 0
+    expert = routed // (settings.experts.num_experts * layers) if layers else 0
     dense = total - routed
     # The embedding is a look-up of one row.
-    active = dense - settings.vocabulary * settings.width + settings.width
+    active = dense - settings.vocab_size * settings.hidden_size + settings.hidden_size
     active += expert * settings.experts.top_k * layers
-    ternary = sum(w.numel() for _, w in model.bit_weights()) if settings.quantise else 0
-    return Parameters(total, active, expert, dense, ternary)
+    ternary = sum(w.numel() for _, w in model.ternary_weights()) if settings.quantize else 0
+    return ParameterCounts(total, active, expert, dense, ternary)

@@ -25,7 +25,7 @@ def draw_load(load: Tensor, layers: Sequence[int], step: int) -> Figure:
     """
     share = load.double() / load.double().mean(1, keepdim=True).clamp(min=1e-9)
     rows = [f"layer {layer}" for layer in layers]
-    return draw_cells(share, rows, f"Load of each expert at step {step}", "load / ideal (1 = balanced)", centre=1.0)
+    return draw_cells(share, rows, f"Load of each expert at step {step}", "load / ideal (1 = balanced)", center=1.0)
 
 
 def draw_violation(steps: Sequence[int], violation: Tensor, layers: Sequence[int]) -> Figure:
@@ -59,9 +59,9 @@ def draw_history(steps: Sequence[int], share: Tensor, layer: int) -> Figure:
 
 
 def _line(axes: Axes, steps: Sequence[int], values: Tensor, place: int, label: str) -> None:
-    colour, dash = COLOURS[place % len(COLOURS)], _DASHES[place // len(COLOURS) % len(_DASHES)]
+    color, dash = COLOURS[place % len(COLOURS)], _DASHES[place // len(COLOURS) % len(_DASHES)]
     marker = "o" if len(steps) == 1 else None
-    axes.plot(steps, values.tolist(), color=colour, linestyle=dash, marker=marker, linewidth=1.4, label=label)
+    axes.plot(steps, values.tolist(), color=color, linestyle=dash, marker=marker, linewidth=1.4, label=label)
 
 
 def _legend(axes: Axes, count: int) -> None:

@@ -41,7 +41,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def draw_cells(
-    values: Tensor, rows: list[str], title: str, unit: str, centre: float | None = None, columns: str = "expert"
+    values: Tensor, rows: list[str], title: str, unit: str, center: float | None = None, columns: str = "expert"
 ) -> Figure:
     """A heat map with a colour bar, numbers in the cells where they fit.
 
@@ -59,12 +59,12 @@ def draw_cells(
     axes = figure.add_subplot()
     finite = cells[np.isfinite(cells)]
     top = float(finite.max()) if finite.size else 1.0
-    if centre is None:
+    if center is None:
         image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0.0, vmax=top or 1.0)
     else:
-        norm = TwoSlopeNorm(centre, vmin=0.0, vmax=min(max(2 * centre, top), 4 * centre))
+        norm = TwoSlopeNorm(center, vmin=0.0, vmax=min(max(2 * center, top), 4 * center))
         image = axes.imshow(cells, aspect="auto", cmap="PuOr_r", norm=norm)
-    beyond = centre is not None and top > 4 * centre
+    beyond = center is not None and top > 4 * center
     figure.colorbar(image, ax=axes, label=unit, pad=0.01, extend="max" if beyond else "neither")
     axes.set_title(title)
     axes.set_xlabel(columns)
@@ -82,5 +82,5 @@ def _write_numbers(figure: Figure, cells: np.ndarray) -> None:
         if np.isfinite(value):
             red, green, blue, _ = image.to_rgba(value)
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            colour = "white" if dark else "black"
-            axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
+            color = "white" if dark else "black"
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)

@@ -52,19 +52,19 @@ def draw_functions(
         for panel in panels[max(0, experts - columns) : experts]:
             panel.tick_params(labelbottom=True)
         _draw_experts(panels, points, curves[:experts], start[role][:experts], span)
-        centre = (left + right) / 2
-        figure.text(centre, 1 - 0.42 / height, f"{role} functions", ha="center", va="center", fontsize=10)
-        figure.text(centre, 0.4 / height, "input", ha="center", va="center", fontsize=9)
+        center = (left + right) / 2
+        figure.text(center, 1 - 0.42 / height, f"{role} functions", ha="center", va="center", fontsize=10)
+        figure.text(center, 0.4 / height, "input", ha="center", va="center", fontsize=9)
         figure.text(left - 0.6 / width, 0.5, "value", va="center", rotation=90, fontsize=9)
     shown = "" if count == experts else f", first {experts} of {count} experts"
     note = "(solid: learned, dashed: start, shaded: range)"
     figure.text(0.5, 1 - 0.16 / height, f"{title}{shown} {note}", ha="center", va="center", fontsize=9)
-    _name_colours(figure, functions)
+    _name_colors(figure, functions)
     return figure
 
 
-def _name_colours(figure: Figure, functions: int) -> None:
-    lines = [Line2D([], [], color=colour, label=f"function {i}") for i, colour in enumerate(COLOURS[:functions])]
+def _name_colors(figure: Figure, functions: int) -> None:
+    lines = [Line2D([], [], color=color, label=f"function {i}") for i, color in enumerate(COLOURS[:functions])]
     if functions <= len(COLOURS):
         figure.legend(handles=lines, loc="lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
 
@@ -88,9 +88,9 @@ def _draw_experts(
 def _draw_curves(panel: Axes, points: Tensor, now: Tensor, start: Tensor) -> None:
     x = points.detach().cpu().numpy()
     for place, (learned, first) in enumerate(zip(now.detach().cpu(), start.detach().cpu(), strict=True)):
-        colour = COLOURS[place % len(COLOURS)]
-        panel.plot(x, learned.numpy(), color=colour, linewidth=1.1)
-        panel.plot(x, first.numpy(), color=colour, linewidth=0.7, linestyle="--", alpha=0.7)
+        color = COLOURS[place % len(COLOURS)]
+        panel.plot(x, learned.numpy(), color=color, linewidth=1.1)
+        panel.plot(x, first.numpy(), color=color, linewidth=0.7, linestyle="--", alpha=0.7)
 
 
 def _limits(points: Tensor, now: Tensor, start: Tensor, span: tuple[float, float]) -> tuple[float, float]:

@@ -27,7 +27,7 @@ CODE_COLOURS, NAMES = (COLOURS[1], "#D9D9D9", COLOURS[0]), ("−1", "0", "+1")
 COLUMNS = 6
 
 
-class Portrait(NamedTuple):
+class TernaryFigure(NamedTuple):
     """One ternary matrix, or a stack of them.
 
     Attributes:
@@ -49,7 +49,7 @@ def count_latents(latent: Tensor, gamma: Tensor) -> Tensor:
     return torch.bincount(place.clamp_(0, BINS - 1).long().flatten(), minlength=BINS).double()
 
 
-def draw_weights(portraits: Sequence[Portrait], title: str) -> Figure:
+def draw_weights(portraits: Sequence[TernaryFigure], title: str) -> Figure:
     """A histogram of latent / γ over a map of codes for each matrix, all with the same axes and colours.
 
     The dashed line is where Gaussian latents lie, as they are drawn at the start; dotted lines are the thresholds.
@@ -75,7 +75,7 @@ def draw_weights(portraits: Sequence[Portrait], title: str) -> Figure:
 
 
 def _name_marks(figure: Figure, height: float) -> None:
-    names = [Patch(color=colour, label=f"code {name}") for colour, name in zip(CODE_COLOURS, NAMES, strict=True)]
+    names = [Patch(color=color, label=f"code {name}") for color, name in zip(CODE_COLOURS, NAMES, strict=True)]
     lines = [
         Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="Gaussian, as at the start"),
         Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="threshold γ/2"),
@@ -90,10 +90,10 @@ def _density(histogram: Tensor) -> np.ndarray:
     return counts / max(1.0, counts.sum()) * (BINS / (2 * REACH))
 
 
-def _draw_latents(axes: Axes, portrait: Portrait, limit: float, first: bool) -> None:
+def _draw_latents(axes: Axes, portrait: TernaryFigure, limit: float, first: bool) -> None:
     density, edges = _density(portrait.histogram), np.linspace(-REACH, REACH, BINS + 1)
-    for colour, middle, (low, high) in zip(CODE_COLOURS, (-2.6, 0.0, 2.6), _spans(), strict=True):
-        axes.stairs(density[low:high], edges[low : high + 1], fill=True, color=colour)
+    for color, middle, (low, high) in zip(CODE_COLOURS, (-2.6, 0.0, 2.6), _spans(), strict=True):
+        axes.stairs(density[low:high], edges[low : high + 1], fill=True, color=color)
         share = density[low:high].sum() * 2 * REACH / BINS
         axes.text(middle, 0.97 * limit, f"{100 * share:.1f} %", ha="center", va="top", fontsize=7)
     # γ is the mean |w|, which of a Gaussian is √(2/π) of its standard deviation.
@@ -117,7 +117,7 @@ def _spans() -> tuple[tuple[int, int], ...]:
     return (0, low), (low, high), (high, BINS)
 
 
-def _draw_codes(axes: Axes, portrait: Portrait) -> None:
+def _draw_codes(axes: Axes, portrait: TernaryFigure) -> None:
     codes = portrait.codes.detach().cpu().numpy()
     axes.imshow(codes, cmap=ListedColormap(CODE_COLOURS), vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
     axes.set_anchor("N")

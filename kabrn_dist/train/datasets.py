@@ -8,25 +8,25 @@ import numpy as np
 
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
-from kabrn_dist.data.dataset import Batches
+from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Splits:
+class Datasets:
     """Attributes:
     train, validation: the sequences, of the same sources in the same order.
     bytes_per_token: [vocabulary] int64, UTF-8 bytes that each token stands for.
     gzip_bits_per_byte: what `gzip -9` makes of the validation text: a yardstick.
     """
 
-    train: Batches
-    validation: Batches
+    train: TokenDataset
+    validation: TokenDataset
     bytes_per_token: np.ndarray
     gzip_bits_per_byte: float
 
 
-def open_splits(config: Config) -> Splits:
+def open_datasets(config: Config) -> Datasets:
     """Open both splits and check them against the model and the run's length.
 
     Raises:
@@ -35,13 +35,13 @@ def open_splits(config: Config) -> Splits:
     """
     data = config.data
     corpus = open_corpus(data)
-    train = Batches(corpus, "train", data.sequence_length, config.run.seed)
-    validation = Batches(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
-    train.check_length(config.training.steps * config.training.batch)
+    train = TokenDataset(corpus, "train", data.sequence_length, config.run.seed)
+    validation = TokenDataset(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
+    train.check_length(config.training.steps * config.training.global_batch_size)
     tokenizer = corpus.tokenizer()
-    if tokenizer.vocabulary > config.model.vocabulary:
+    if tokenizer.vocabulary > config.model.vocab_size:
         raise UserError(
-            f"model.vocabulary {config.model.vocabulary} is smaller than the {tokenizer.vocabulary} tokens of "
-            f"{data.path}/tokenizer.json; set model.vocabulary to at least {tokenizer.vocabulary}"
+            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocabulary} tokens of "
+            f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocabulary}"
         )
-    return Splits(train, validation, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())
+    return Datasets(train, validation, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from kabrn_dist.config import Config
-from kabrn_dist.distributed.expert_placement import plan_shares, share_out
-from kabrn_dist.distributed.launch_env import find_place
+from kabrn_dist.distributed.expert_placement import allocate_experts, plan_expert_counts
+from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.planner.count import count_parameters
 from kabrn_dist.utils.precision import TORCH_DTYPES
@@ -35,13 +35,15 @@ def resolve_placement(config: Config, mesh: Mesh) -> Config:
     """
     if config.parallel.experts_per_rank != "auto":
         return config
-    counts = plan_shares(config)
+    counts = plan_expert_counts(config)
     if counts is None:
-        measured = torch.zeros(mesh.world, 2, dtype=torch.float64, device=mesh.device)
+        measured = torch.zeros(mesh.world_size, 2, dtype=torch.float64, device=mesh.device)
         measured[mesh.rank] = torch.tensor([_measure_speed(config, mesh.device), _free_bytes(mesh.device)])
         # Zeros add nothing to the one rank that wrote a row: all ranks read the same numbers.
-        speeds, free = mesh.sum(measured).view(-1, mesh.expert, 2).amin(0).T.tolist()
-        counts = share_out(config.model.experts.routed, level(speeds), count_room(config, mesh.world, free))
+        speeds, free = mesh.all_reduce_sum(measured).view(-1, mesh.expert_parallel, 2).amin(0).T.tolist()
+        counts = allocate_experts(
+            config.model.experts.num_experts, level(speeds), count_room(config, mesh.world_size, free)
+        )
     parallel = config.parallel.model_copy(update={"experts_per_rank": counts, "rank_weights": None})
     return config.model_copy(update={"parallel": parallel})
 
@@ -60,10 +62,12 @@ def count_room(config: Config, world: int, free: Sequence[float]) -> list[int]:
     counts = count_parameters(config.model)
     dense = counts.dense * _bytes_a_parameter(config, world)
     expert = (
-        counts.expert * len(config.model.mixture_layers) * _bytes_a_parameter(config, world // config.parallel.expert)
+        counts.expert
+        * len(config.model.moe_layers)
+        * _bytes_a_parameter(config, world // config.parallel.expert_parallel)
     )
     if not expert:
-        return [config.model.experts.routed] * len(free)
+        return [config.model.experts.num_experts] * len(free)
     return [max(0, int((STATE_SHARE * room - dense) / expert)) for room in free]
 
 
@@ -71,7 +75,7 @@ def _bytes_a_parameter(config: Config, copies: int) -> float:
     """Of a parameter that `copies` ranks hold: master and moments, gradient, weight, which ZeRO 1, 2, 3 share out."""
     working = 4 if config.training.precision == "fp32" else 2
     return sum(
-        part / copies if config.parallel.zero >= stage else part
+        part / copies if config.parallel.zero_stage >= stage else part
         for stage, part in ((1, 12), (2, working), (3, working))
     )
 
@@ -79,8 +83,8 @@ def _bytes_a_parameter(config: Config, copies: int) -> float:
 def _measure_speed(config: Config, device: torch.device) -> float:
     """Products a second of rows with an expert's matrix: the best of several, while all ranks try."""
     dtype = TORCH_DTYPES[config.training.precision]
-    rows = torch.ones(ROWS, config.model.width, device=device, dtype=dtype)
-    matrix = torch.ones(config.model.width, config.model.experts.hidden, device=device, dtype=dtype)
+    rows = torch.ones(ROWS, config.model.hidden_size, device=device, dtype=dtype)
+    matrix = torch.ones(config.model.hidden_size, config.model.experts.expert_hidden_size, device=device, dtype=dtype)
     rows @ matrix
     if dist.is_initialized():
         dist.barrier()
@@ -102,10 +106,10 @@ def _wait(device: torch.device) -> None:
 
 def _free_bytes(device: torch.device) -> float:
     """Free memory of this process's card, or its share of the machine's; without bound where that cannot be read."""
-    neighbours = find_place().local_world
+    neighbors = read_launch_env().local_world_size
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / -(-neighbours // torch.cuda.device_count())
+        return torch.cuda.mem_get_info(device)[0] / -(-neighbors // torch.cuda.device_count())
     memory = Path("/proc/meminfo")
     lines = memory.read_text(encoding="ascii").splitlines() if memory.exists() else []
     available = next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), 2.0**62)
-    return available / neighbours
+    return available / neighbors

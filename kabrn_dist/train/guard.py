@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.backend.losses import Losses
-from kabrn_dist.config import Guard as Settings
+from kabrn_dist.config import GuardConfig
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.train.spikes import SpikeWindow
 
@@ -16,7 +16,7 @@ from kabrn_dist.train.spikes import SpikeWindow
 _FINE, _GRADIENT, _LOSS = 0, 1, 2
 
 
-class Agreed(NamedTuple):
+class StepSync(NamedTuple):
     """The same on all ranks.
 
     Attributes:
@@ -32,7 +32,7 @@ class Agreed(NamedTuple):
     ended: bool
 
 
-def agree(mesh: Mesh, losses: Tensor, gradients: Tensor, stop: bool, ended: bool) -> Agreed:
+def sync_step(mesh: Mesh, losses: Tensor, gradients: Tensor, stop: bool, ended: bool) -> StepSync:
     """Everything that the ranks must know of each other before an update, in one all-reduce. Collective.
 
     Args:
@@ -40,24 +40,24 @@ def agree(mesh: Mesh, losses: Tensor, gradients: Tensor, stop: bool, ended: bool
         gradients: scalar that is finite where this rank's gradients are.
     """
     count, device = len(Losses._fields), mesh.device
-    sent = torch.zeros(count + 2 + mesh.world, dtype=torch.float64, device=device)
+    sent = torch.zeros(count + 2 + mesh.world_size, dtype=torch.float64, device=device)
     sent[:count] = losses
     sent[count : count + 2] = torch.tensor([float(stop), float(ended)], dtype=torch.float64)
     # On the device, as each look at a value there costs a wait.
     worst = torch.where(gradients.isfinite(), _FINE, _GRADIENT)
     sent[count + 2 + mesh.rank] = torch.where(losses.isfinite().all(), worst, _LOSS)
-    received = mesh.sum(sent).tolist()
+    received = mesh.all_reduce_sum(sent).tolist()
     reports = received[count + 2 :]
-    return Agreed(
-        {name: value / mesh.world for name, value in zip(Losses._fields, received, strict=False)},
+    return StepSync(
+        {name: value / mesh.world_size for name, value in zip(Losses._fields, received, strict=False)},
         [rank for rank, report in enumerate(reports) if report == _LOSS],
         [rank for rank, report in enumerate(reports) if report == _GRADIENT],
         stop=received[count] > 0,
-        ended=received[count + 1] == mesh.world,
+        ended=received[count + 1] == mesh.world_size,
     )
 
 
-class Verdict(NamedTuple):
+class Decision(NamedTuple):
     """What is made of a step: `skip` keeps it from changing anything, `reason` is for people, empty for a good one."""
 
     kind: Literal["good", "spike", "bad"]
@@ -65,7 +65,7 @@ class Verdict(NamedTuple):
     reason: str
 
 
-class Guard:
+class LossGuard:
     """Judges steps and counts the bad ones. What it remembers travels in checkpoints.
 
     Attributes:
@@ -74,27 +74,27 @@ class Guard:
         returned_to: step of the checkpoint that the run last went back to, None if it never did.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GuardConfig) -> None:
         self.settings = settings
-        self.window = SpikeWindow(settings.spike_window, settings.spike_sigma, settings.bad_steps)
+        self.window = SpikeWindow(settings.spike_window, settings.spike_sigma, settings.max_bad_steps)
         self.skipped = self.spikes = self.rollbacks = self.bad = 0
         self.returned_to: int | None = None
 
-    def judge(self, agreed: Agreed) -> Verdict:
+    def decide(self, agreed: StepSync) -> Decision:
         """To be asked once for each step, before its update."""
         if agreed.bad_losses or agreed.bad_gradients:
             self.bad += 1
             what, ranks = ("loss", agreed.bad_losses) if agreed.bad_losses else ("gradient", agreed.bad_gradients)
-            return Verdict("bad", True, f"non-finite {what} on {_name(ranks)}")
+            return Decision("bad", True, f"non-finite {what} on {_name(ranks)}")
         self.bad = 0
         loss, limit = agreed.losses["language"], self.window.limit()
         if self.settings.spike == "off" or not self.window.is_spike(loss):
-            return Verdict("good", False, "")
+            return Decision("good", False, "")
         self.spikes += 1
         reason = f"language loss {loss:.4f} is a spike, above {limit:.4f} = mean + {self.settings.spike_sigma:g}σ"
-        return Verdict("spike", self.settings.spike == "skip", reason)
+        return Decision("spike", self.settings.spike == "skip", reason)
 
-    def settle(self, verdict: Verdict, agreed: Agreed, applied: bool) -> None:
+    def record(self, verdict: Decision, agreed: StepSync, applied: bool) -> None:
         """After the step: `applied` is False where it was skipped, by this guard or because fp16 overflowed."""
         if not applied:
             self.skipped += 1
@@ -104,9 +104,9 @@ class Guard:
     @property
     def exhausted(self) -> bool:
         """So many bad steps in a row that the run must go back to its last checkpoint."""
-        return self.bad >= self.settings.bad_steps
+        return self.bad >= self.settings.max_bad_steps
 
-    def go_back(self, step: int, state: dict[str, Any]) -> None:
+    def roll_back(self, step: int, state: dict[str, Any]) -> None:
         """Forget what was learned since the checkpoint of `step`, but for what happened."""
         skipped, spikes, rollbacks = self.skipped, self.spikes, self.rollbacks + 1
         self.restore(state)

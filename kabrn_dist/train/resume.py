@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kabrn_dist.backend.engine import Engine
-from kabrn_dist.backend.sharded_state import count_updates, list_fragments, publish
+from kabrn_dist.backend.sharded_state import count_updates, list_fragments, sync_working_copy
 from kabrn_dist.checkpoint.state import RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
-from kabrn_dist.data.dataset import Cursor
-from kabrn_dist.train.datasets import Splits
+from kabrn_dist.data.dataset import DataState
+from kabrn_dist.train.datasets import Datasets
 from kabrn_dist.utils.errors import UserError
 
 
-class Position(NamedTuple):
+class Progress(NamedTuple):
     """Where a run stands: steps done, the steps' worth of data passed over after bad steps, and its guard's memory."""
 
     step: int
-    passed_over: int
+    skipped_data_steps: int
     guard: dict[str, Any]
 
 
-START = Position(0, 0, {})
+START = Progress(0, 0, {})
 
 
 def choose_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
@@ -47,7 +47,7 @@ def choose_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
     return found
 
 
-def restore(store: CheckpointStore, path: Path, engine: Engine, data: Splits, config: Config) -> Position:
+def restore(store: CheckpointStore, path: Path, engine: Engine, data: Datasets, config: Config) -> Progress:
     """Load weights, moments and all else that the run needs to go on as it was. Collective.
 
     Raises:
@@ -56,35 +56,35 @@ def restore(store: CheckpointStore, path: Path, engine: Engine, data: Splits, co
     state = read_state(path, store.load(path, list_fragments(engine)).state)
     cursor = _read_cursor(path, state)
     cursor.check(data.train)
-    read = state.step + state.passed_over
-    if cursor.consumed != read * config.training.batch:
+    read = state.step + state.skipped_data_steps
+    if cursor.consumed != read * config.training.global_batch_size:
         raise UserError(
-            f"{path}: {cursor.consumed} sequences were consumed in {read} steps, which training.batch "
-            f"{config.training.batch} does not give; set it to {cursor.consumed // max(1, read)}"
+            f"{path}: {cursor.consumed} sequences were consumed in {read} steps, which training.global_batch_size "
+            f"{config.training.global_batch_size} does not give; set it to {cursor.consumed // max(1, read)}"
         )
-    publish(engine, state.updates)
+    sync_working_copy(engine, state.updates)
     engine.model.routers.step = state.step
     # Another precision has no scale to hand on: fp16 then begins with its own.
     if state.precision == "fp16":
         engine.set_loss_scale(state.loss_scale)
-    return Position(state.step, state.passed_over, state.guard)
+    return Progress(state.step, state.skipped_data_steps, state.guard)
 
 
-def _read_cursor(path: Path, state: RunState) -> Cursor:
+def _read_cursor(path: Path, state: RunState) -> DataState:
     try:
-        return Cursor(**state.cursor)  # type: ignore[arg-type]
+        return DataState(**state.cursor)  # type: ignore[arg-type]
     except TypeError as error:
         raise UserError(f"{path}: its cursor cannot be used ({error}); use a checkpoint of this version") from error
 
 
-def describe(position: Position, engine: Engine, data: Splits, config: Config) -> dict[str, Any]:
+def make_run_state(position: Progress, engine: Engine, data: Datasets, config: Config) -> dict[str, Any]:
     """The state that a checkpoint keeps beside the tensors, JSON types only. Call `list_fragments` first."""
-    consumed = (position.step + position.passed_over) * config.training.batch
+    consumed = (position.step + position.skipped_data_steps) * config.training.global_batch_size
     state = RunState(
         step=position.step,
         updates=count_updates(engine),
         cursor=asdict(data.train.cursor(consumed)),
-        passed_over=position.passed_over,
+        skipped_data_steps=position.skipped_data_steps,
         precision=config.training.precision,
         loss_scale=engine.loss_scale,
         guard=position.guard,

@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kabrn_dist.backend.engine import Engine, Update
-from kabrn_dist.backend.losses import Totals
+from kabrn_dist.backend.engine import Engine, StepResult
+from kabrn_dist.backend.losses import StepTotals
 from kabrn_dist.distributed.all_to_all import Traffic
-from kabrn_dist.metrics.logger import Metrics, memory_gib
-from kabrn_dist.metrics.moe import expert_lists, expert_values, watch_experts
+from kabrn_dist.metrics.logger import MetricsLogger, memory_gib
+from kabrn_dist.metrics.moe import expert_lists, expert_values, gather_moe_stats
 from kabrn_dist.metrics.ternary import measure_weights, weight_values
-from kabrn_dist.model.mixkabrn import Sums
-from kabrn_dist.train.guard import Agreed, Guard
+from kabrn_dist.model.mixkabrn import BatchStats
+from kabrn_dist.train.guard import LossGuard, StepSync
 
 
-class StepDone(NamedTuple):
+class StepLog(NamedTuple):
     """A step that was taken.
 
     Attributes:
@@ -28,36 +28,36 @@ class StepDone(NamedTuple):
     """
 
     number: int
-    agreed: Agreed
-    update: Update
+    agreed: StepSync
+    update: StepResult
     rate: float
     decay: float
     codes: list[Tensor]
-    totals: Totals
-    sums: list[Sums]
+    totals: StepTotals
+    sums: list[BatchStats]
     traffic: list[Traffic]
     sources: dict[str, float]
     seconds: float
     waited: float
 
 
-def record_step(done: StepDone, metrics: Metrics, engine: Engine, guard: Guard) -> Tensor:
+def log_step(done: StepLog, metrics: MetricsLogger, engine: Engine, guard: LossGuard) -> Tensor:
     """Write down a step, without what is not finite. Returns [L,E], the copies that chose each expert. Collective."""
-    layers, routers = engine.config.model.mixture_layers, engine.model.routers
-    watch = watch_experts(engine.mesh, layers, done.totals.tokens, done.sums, routers.bias, done.traffic)
+    layers, routers = engine.config.model.moe_layers, engine.model.routers
+    watch = gather_moe_stats(engine.mesh, layers, done.totals.tokens, done.sums, routers.bias, done.traffic)
     values = _values(done, engine, guard) | done.sources | expert_values(watch)
     values |= weight_values(measure_weights(engine, done.codes))
     metrics.write(done.number, values, _line(done, values), expert_lists(watch))
     return watch.load
 
 
-def _values(done: StepDone, engine: Engine, guard: Guard) -> dict[str, float]:
+def _values(done: StepLog, engine: Engine, guard: LossGuard) -> dict[str, float]:
     return {f"loss/{name}": value for name, value in done.agreed.losses.items()} | {
         "optimizer/learning_rate": done.rate,
         "optimizer/weight_decay": done.decay,
         "optimizer/gradient_norm": done.update.gradient_norm,
         "optimizer/loss_scale": engine.loss_scale,
-        "optimizer/quantised_share": engine.model.blend.share,
+        "optimizer/quantization_lambda": engine.model.blend.lam,
         "guard/skipped": float(guard.skipped),
         "guard/spikes": float(guard.spikes),
         "guard/rollbacks": float(guard.rollbacks),
@@ -69,7 +69,7 @@ def _values(done: StepDone, engine: Engine, guard: Guard) -> dict[str, float]:
     }
 
 
-def _line(done: StepDone, values: dict[str, float]) -> str:
+def _line(done: StepLog, values: dict[str, float]) -> str:
     line = (
         f"step {done.number:6d}  loss {values['loss/total']:.4f}  language {values['loss/language']:.4f}  "
         f"balance {values['loss/balance']:.3f}  grad {values['optimizer/gradient_norm']:.3f}  "

@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 3.0
 
 
-class Wishes:
+class StopRequests:
     """SIGTERM, SIGINT or SIGUSR1 to this rank, a file `STOP` in the run's folder, or the end of its time.
 
     Args:
@@ -30,7 +30,7 @@ class Wishes:
         self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         self._signalled: float | None = None
 
-    def stop(self) -> bool:
+    def requested(self) -> bool:
         """True where this rank wishes to stop; others may wish otherwise."""
         if self._signalled is not None or time.monotonic() >= self._end:
             return True

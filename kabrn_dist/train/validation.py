@@ -13,8 +13,8 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import sequence_slice
 from kabrn_dist.metrics.activations import watch_saturation
 from kabrn_dist.metrics.sources import SourceSums, validation_values
-from kabrn_dist.train.datasets import Splits
-from kabrn_dist.utils.fault_injection import fault
+from kabrn_dist.train.datasets import Datasets
+from kabrn_dist.utils.fault_injection import inject_fault
 
 
 class Scores(NamedTuple):
@@ -42,26 +42,26 @@ class Scores(NamedTuple):
         )
 
 
-def score(engine: Engine, data: Splits, config: Config, interrupted: Callable[[], bool]) -> Scores | None:
+def score(engine: Engine, data: Datasets, config: Config, interrupted: Callable[[], bool]) -> Scores | None:
     """Score the first validation sequences of each source. Collective: all ranks make the same number of passes.
 
     Args:
         interrupted: asked before each pass; collective, the same on all ranks. True gives up: None is returned.
     """
-    mesh, micro = engine.mesh, config.training.micro_batch
-    positions = data.validation.spread(config.validation.sequences)
+    mesh, micro = engine.mesh, config.training.micro_batch_size
+    positions = data.validation.validation_positions(config.validation.eval_sequences)
     count = len(positions)
     bytes_per_token = torch.from_numpy(data.bytes_per_token)
     sums = SourceSums(len(data.validation.counts))
     with watch_saturation(engine.model) as saturation:
-        for start in range(0, count, micro * mesh.data_world):
-            fault("validate")
+        for start in range(0, count, micro * mesh.data_world_size):
+            inject_fault("validate")
             if interrupted():
                 return None
             # Ranks without a sequence of their own take part with a copy that does not count.
-            rows = [start + mesh.data_rank + i * mesh.data_world for i in range(micro)]
-            batch = data.validation.rows([positions[min(row, count - 1)] for row in rows])
-            batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence)
+            rows = [start + mesh.data_rank + i * mesh.data_world_size for i in range(micro)]
+            batch = data.validation.get([positions[min(row, count - 1)] for row in rows])
+            batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence_parallel)
             counts = torch.tensor([row < count for row in rows])
             saturation.rows = counts
             batch = batch._replace(targets=batch.targets.masked_fill(~counts[:, None], -100))

@@ -61,7 +61,7 @@ class Watchdog:
 
     def _die(self, silence: float) -> None:
         print(
-            f"error: rank {self.rank} made no progress for {silence:.0f} s (guard.hang_seconds {self.seconds:g}) "
+            f"error: rank {self.rank} made no progress for {silence:.0f} s (guard.hang_timeout_s {self.seconds:g}) "
             f"while {self._doing}; its stacks follow, and it ends",
             file=sys.stderr,
             flush=True,

@@ -15,7 +15,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; it takes the name `path` when the block ends well.
 
     Raises UserError when the disk refuses (full, read-only, a file-size limit); nothing is left behind then.
@@ -38,9 +38,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one step. Raises UserError as `whole_file` does."""
-    with whole_file(path) as file:
+    with atomic_open(path) as file:
         file.write(content)
 
 

@@ -16,7 +16,7 @@ VARIABLE = "KABRN_FAULT"
 _passed: Counter[str] = Counter()
 
 
-def fault(point: str) -> bool:
+def inject_fault(point: str) -> bool:
     """Suffer what KABRN_FAULT asks for at `point`; True where it only asks the caller to pretend (action `mark`).
 
     Actions: kill (SIGKILL), raise (a RuntimeError), sleep (an hour), full (OSError: no space left), mark.

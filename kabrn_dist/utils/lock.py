@@ -23,7 +23,7 @@ _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 logger = logging.getLogger(__name__)
 
 
-class Lock:
+class FolderLock:
     """A held lock. `release` it, use it as a context, or leave it to the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
@@ -36,7 +36,7 @@ class Lock:
             os.close(self._descriptor)
         self._descriptor = None
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> FolderLock:
         return self
 
     def __exit__(
@@ -45,7 +45,7 @@ class Lock:
         self.release()
 
 
-def hold(folder: Path) -> Lock:
+def acquire_lock(folder: Path) -> FolderLock:
     """Lock `folder`/lock, making the folder if need be, and write host and process into it.
 
     flock(2): gone with the process, also after SIGKILL, so nothing stale is ever left; NFS passes it to the
@@ -64,7 +64,7 @@ def hold(folder: Path) -> Lock:
     except BaseException:
         os.close(descriptor)
         raise
-    return Lock(descriptor)
+    return FolderLock(descriptor)
 
 
 def _lock(descriptor: int, path: Path) -> None:

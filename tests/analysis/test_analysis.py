@@ -20,8 +20,8 @@ from kabrn_dist.analysis.run import list_networks, open_run
 from kabrn_dist.analysis.symbolic import fit_symbolic
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
-from kabrn_dist.data.dataset import Batches
-from kabrn_dist.distributed.mesh import alone
+from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN, build_model
@@ -31,8 +31,8 @@ from tests.support.runs import make_shards, run, torchrun, write_config
 # Layer 0 is dense, layers 1 and 2 are mixtures, their experts spread over two ranks.
 CHANGES: dict[str, Any] = {
     "model__layers": 3,
-    "model__experts__first_dense": 1,
-    "parallel__expert": 2,
+    "model__experts__num_dense_layers": 1,
+    "parallel__expert_parallel": 2,
     "training__steps": 5,
     "optimizer__learning_rate": 0.02,
 }
@@ -153,9 +153,9 @@ def test_symbolic(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_ternary_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = rows(report(capsys, "weights", "--run", trained, "--out", tmp_path / "pictures"))
     _, model, path = open_run(trained)
-    start = [weight.detach().clone() for _, weight in model.bit_weights()]
+    start = [weight.detach().clone() for _, weight in model.ternary_weights()]
     load_weights(model, path)
-    weights = list(model.bit_weights())
+    weights = list(model.ternary_weights())
     assert [row[0] for row in table] == [str(layer) for layer, _ in weights]
     assert [row[1] for row in table[:6]] == [
         *(f"mixer.inputs.{part}" for part in ("query", "key", "value", "gate")),
@@ -179,9 +179,9 @@ def test_ternary_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_run_without_ternary_weights_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = yaml.safe_load((copied / "config.yaml").read_text())
-    tree["model"]["quantise"] = False
+    tree["model"]["quantize"] = False
     (copied / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert "model.quantise is false" in refusal(capsys, "weights", "--run", copied)
+    assert "model.quantize is false" in refusal(capsys, "weights", "--run", copied)
 
 
 def test_weights_come_from_the_checkpoint(trained: Path) -> None:
@@ -208,7 +208,7 @@ def small(form: str, trained: Path) -> MixKABRN:
     tree = yaml.safe_load((trained / "config.yaml").read_text())
     tree["model"]["experts"]["form"] = form
     tree["parallel"]["expert"] = 1
-    return build_model(Config.model_validate(tree), alone("cpu")).eval()
+    return build_model(Config.model_validate(tree), single_process_mesh("cpu")).eval()
 
 
 @pytest.mark.parametrize("form", ["rational", "hat", "relu2"])
@@ -216,7 +216,7 @@ def test_reach_follows_the_models_own_stream(form: str, trained: Path) -> None:
     """Each network reads what the forward pass counts for it; few inputs leave the range, and more a narrower one."""
     model = small(form, trained)
     config, _, _ = open_run(trained)
-    batch = Batches(open_corpus(config.data), "validation", 32, 3, ordered=False).rows([0, 1, 2])
+    batch = TokenDataset(open_corpus(config.data), "validation", 32, 3, ordered=False).get([0, 1, 2])
     with torch.no_grad():
         load = model(batch).load
     reaches = measure_reach(model, batch)

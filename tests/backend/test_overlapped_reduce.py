@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.backend.overlapped_reduce import MOST, Homing
-from kabrn_dist.distributed.launch_env import find_place
-from kabrn_dist.distributed.mesh import join_processes
+from kabrn_dist.backend.overlapped_reduce import MOST, GradReduceScatter
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import init_distributed
 from tests.support.runs import ranks
 
 WIDTHS = [5, 3, 7, 2, 4, 6, 1, 3, 5]
@@ -25,14 +25,17 @@ def test_every_rank_gets_its_piece_of_the_summed_gradient_and_waits_last(world: 
 
 
 def main() -> None:
-    place = find_place()
-    with join_processes(place):
-        world, rank = place.world, place.rank
+    place = read_launch_env()
+    with init_distributed(place):
+        world, rank = place.world_size, place.rank
         shapes = [(1, *pair) for pair in pairwise(WIDTHS)]
         sizes = [-(-a * b // (world * 4)) * 4 for _, a, b in shapes]
         group = dist.group.WORLD if world > 1 else None
-        under_way: list[Homing] = []
-        homings = [Homing(s, (world, n), group, torch.float32, under_way) for s, n in zip(shapes, sizes, strict=True)]
+        under_way: list[GradReduceScatter] = []
+        homings = [
+            GradReduceScatter(s, (world, n), group, torch.float32, under_way)
+            for s, n in zip(shapes, sizes, strict=True)
+        ]
         pieces = [nn.Parameter(torch.zeros(size)) for size in sizes]
         for step in range(2):
             expected = [torch.zeros(shape) for shape in shapes]
@@ -59,16 +62,16 @@ def main() -> None:
 def note_order() -> list[str]:
     """What happens to the gradients from now on, as it happens; checks how many travel."""
     order: list[str] = []
-    Homing.depart = noted(DEPART, "departs", order)
-    Homing.arrive = noted(ARRIVE, "arrives", order)
+    GradReduceScatter.depart = noted(DEPART, "departs", order)
+    GradReduceScatter.arrive = noted(ARRIVE, "arrives", order)
     return order
 
 
-DEPART, ARRIVE = Homing.depart, Homing.arrive
+DEPART, ARRIVE = GradReduceScatter.depart, GradReduceScatter.arrive
 
 
 def noted(plain: Callable[..., Any], name: str, order: list[str]) -> Callable[..., Any]:
-    def call(one: Homing, *arguments: Tensor) -> Any:
+    def call(one: GradReduceScatter, *arguments: Tensor) -> Any:
         order.append(name)
         found = plain(one, *arguments)
         assert len(one.under_way) <= MOST

@@ -17,13 +17,13 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
     for stage in (0, 1, 2, 3):
         changes = {
             "training__precision": "bf16",
-            "parallel__zero": stage,
+            "parallel__zero_stage": stage,
             "training__steps": 2,
-            "model__convolution": 2,
+            "model__short_conv_size": 3,
         }
         paths.append(str(write_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)))
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
-    ranks(1, "precision_worker", str(tmp_path / "jobs.json"))
+    ranks(1, "precision", str(tmp_path / "jobs.json"))
     for stage, dtypes in enumerate(json.loads((tmp_path / "dtypes.json").read_text())):
         fine = {name for name, dtype in dtypes.items() if dtype == "torch.float32"}
         states = {"router/bias", "router/share"}
@@ -40,7 +40,7 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
 def test_stages_agree_in_bf16(expert: int, shards: Path, tmp_path: Path) -> None:
     jobs: list[list[object]] = []
     for stage in (0, 1, 2, 3):
-        changes = {"training__precision": "bf16", "parallel__zero": stage, "parallel__expert": expert}
+        changes = {"training__precision": "bf16", "parallel__zero_stage": stage, "parallel__expert_parallel": expert}
         path = write_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)
         jobs.append([str(path), "never", None])
     sessions(2, jobs, tmp_path)
@@ -51,12 +51,12 @@ def test_stages_agree_in_bf16(expert: int, shards: Path, tmp_path: Path) -> None
 
 
 def test_neither_validation_nor_recomputation_counts_towards_the_bias(shards: Path, tmp_path: Path) -> None:
-    plain = {"model__router": {"bias_rate": 0.02, "jitter": 0.05}, "checkpoint__every": 10}
+    plain = {"model__router": {"bias_update_rate": 0.02, "jitter": 0.05}, "checkpoint__save_interval": 10}
     cases = {
         "plain": {},
-        "validated": {"validation__every": 1},
-        "recomputed": {"model__activations": "recompute"},
-        "accumulated": {"training__micro_batch": 1},
+        "validated": {"validation__eval_interval": 1},
+        "recomputed": {"model__activation_checkpointing": "recompute"},
+        "accumulated": {"training__micro_batch_size": 1},
     }
     jobs: list[list[object]] = []
     for name, changes in cases.items():

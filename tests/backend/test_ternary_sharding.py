@@ -12,16 +12,16 @@ from tests.support.runs import ranks, read_losses, sessions, write_config
 from tests.train.test_parity import LARGER
 
 STEPS = 20
-SHORT: dict[str, Any] = {"training__steps": 5, "validation__every": 2}
+SHORT: dict[str, Any] = {"training__steps": 5, "validation__eval_interval": 2}
 # World size → (sequence parallelism, expert parallelism, experts per rank, micro-batch, other settings).
 LAYOUTS: dict[int, list[tuple[int, int, list[int] | None, int, dict[str, Any]]]] = {
     1: [(1, 1, None, 4, {})],
     2: [
         (1, 1, None, 4, {}),
-        (1, 2, [1, 3], 8, {"parallel__bitlinear_packing": "base_three"}),
-        (2, 1, None, 8, {"model__activations": "recompute"}),
+        (1, 2, [1, 3], 8, {"parallel__ternary_wire_format": "base_three"}),
+        (2, 1, None, 8, {"model__activation_checkpointing": "recompute"}),
     ],
-    4: [(1, 2, None, 2, {"parallel__bucket": 3000}), (2, 2, [3, 1], 4, {}), (4, 4, None, 16, {})],
+    4: [(1, 2, None, 2, {"parallel__bucket_size": 3000}), (2, 2, [3, 1], 4, {}), (4, 4, None, 16, {})],
 }
 
 
@@ -29,12 +29,12 @@ def configure(path: Path, shards: Path, layout: tuple[Any, ...], shared: bool) -
     sequence, expert, counts, micro, others = layout
     settings: dict[str, Any] = {
         "training__steps": STEPS,
-        "parallel__sequence": sequence,
-        "parallel__expert": expert,
+        "parallel__sequence_parallel": sequence,
+        "parallel__expert_parallel": expert,
         "parallel__experts_per_rank": counts,
-        "parallel__zero": 1,
-        "parallel__bitlinear_shards": shared,
-        "training__micro_batch": micro,
+        "parallel__zero_stage": 1,
+        "parallel__shard_ternary": shared,
+        "training__micro_batch_size": micro,
     }
     return write_config(path, shards, path.with_suffix(""), **{**LARGER, **settings, **others})
 
@@ -48,7 +48,7 @@ def test_losses_are_those_of_zero_1_and_codes_agree(shards: Path, tmp_path: Path
     for world, layouts in LAYOUTS.items():
         paths = [configure(tmp_path / f"{world}-{i}.yaml", shards, layout, True) for i, layout in enumerate(layouts)]
         (tmp_path / "jobs.json").write_text(json.dumps([str(path) for path in paths]))
-        ranks(world, "shards_worker", str(tmp_path / "jobs.json"), timeout=600)
+        ranks(world, "shards", str(tmp_path / "jobs.json"), timeout=600)
         for path in paths:
             found = read_losses(path.with_suffix(""))
             apart[path.stem] = max(abs(a - b) for a, b in zip(found, expected, strict=True))
@@ -61,7 +61,7 @@ def test_functions_on_edges_are_drawn_and_learn_as_under_zero_1(form: str, shard
     """Their curves hang on the codes, and are drawn before the first step too."""
     jobs: list[list[object]] = []
     for name, shared in (("zero", False), ("shared", True)):
-        settings = {"parallel__zero": 1, "parallel__bitlinear_shards": shared, "model__experts__form": form}
+        settings = {"parallel__zero_stage": 1, "parallel__shard_ternary": shared, "model__experts__type": form}
         path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **SHORT, **settings)
         jobs.append([str(path), "never", None])
     sessions(1, jobs, tmp_path)
@@ -76,23 +76,23 @@ def test_checkpoints_are_those_of_any_stage(shards: Path, tmp_path: Path) -> Non
     small = {
         "training__steps": steps,
         "optimizer__learning_rate": 3.0e-4,
-        "parallel__expert": 2,
+        "parallel__expert_parallel": 2,
         # No width is a multiple of it.
-        "model__scale_group": 10,
+        "model__scale_group_size": 10,
     }
-    shared = {"parallel__zero": 1, "parallel__bitlinear_shards": True}
+    shared = {"parallel__zero_stage": 1, "parallel__shard_ternary": True}
     whole = write_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **small, **shared)
     first = write_config(tmp_path / "first.yaml", shards, tmp_path / "first", **small, **shared)
-    other = write_config(tmp_path / "other.yaml", shards, tmp_path / "other", **small, parallel__zero=2)
+    other = write_config(tmp_path / "other.yaml", shards, tmp_path / "other", **small, parallel__zero_stage=2)
     sessions(2, [[str(whole), "never", None], [str(first), "never", half], [str(other), "never", half]], tmp_path)
     after: list[tuple[int, str, str, dict[str, Any]]] = [
-        (1, "one", "first", {"parallel__expert": 1, **shared}),
+        (1, "one", "first", {"parallel__expert_parallel": 1, **shared}),
         (2, "same", "first", shared),
-        (2, "zero0", "first", {"parallel__zero": 0}),
-        (2, "zero2", "first", {"parallel__zero": 2, "parallel__sequence": 2}),
-        (2, "zero3", "first", {"parallel__zero": 3, "parallel__expert": 1}),
+        (2, "zero0", "first", {"parallel__zero_stage": 0}),
+        (2, "zero2", "first", {"parallel__zero_stage": 2, "parallel__sequence_parallel": 2}),
+        (2, "zero3", "first", {"parallel__zero_stage": 3, "parallel__expert_parallel": 1}),
         (2, "back", "other", shared),
-        (4, "wide", "first", {**shared, "parallel__expert": 4, "parallel__bitlinear_packing": "base_three"}),
+        (4, "wide", "first", {**shared, "parallel__expert_parallel": 4, "parallel__ternary_wire_format": "base_three"}),
     ]
     for world in (1, 2, 4):
         jobs: list[list[object]] = []

@@ -122,7 +122,7 @@ def test_kan(tmp_path: Path) -> None:
 def test_kan_rivals_do_what_they_say() -> None:
     x = kan_rivals.Inputs(40, 16, 3, torch.float32)
     assert sum(x.counts) == 40 and len(set(x.counts)) > 1
-    plain, normed = kan_rivals.silu(x, 24), kan_rivals.experts("silu", x, 24, quantised=False)
+    plain, normed = kan_rivals.silu(x, 24), kan_rivals.experts("silu", x, 24, quantized=False)
     assert plain.parameters == normed.parameters == 3 * 2 * 16 * 24
     rows = plain.leaves[0]
     for matrix in (*plain.leaves[1:], *normed.leaves[1:]):
@@ -144,8 +144,8 @@ def test_fastkan_is_its_formula() -> None:
         result = F.silu(z) @ base.T + bias
         for i in range(4 if len(spline) == 3 else 3):
             for k in range(8):
-                centre = -2 + k * 4 / 7
-                result = result + torch.exp(-(((normal[:, i] - centre) * 7 / 4) ** 2))[:, None] * spline[:, 8 * i + k]
+                center = -2 + k * 4 / 7
+                result = result + torch.exp(-(((normal[:, i] - center) * 7 / 4) ** 2))[:, None] * spline[:, 8 * i + k]
         z = result
     torch.testing.assert_close(out, z)
 
@@ -260,7 +260,7 @@ def test_quality_refuses_before_it_trains(options: list[str], message: str) -> N
 def test_models_of_quality_are_one_part_apart() -> None:
     runs = [quality_run.Run(model, 1e-3, 1, 100, "", 1) for model in "bcdef"]
     b, c, d, e, f = (quality_run.configure(run, 65).model for run in runs)
-    assert b.model_copy(update={"quantise": True}) == c
+    assert b.model_copy(update={"quantize": True}) == c
     assert c.model_copy(update={"experts": d.experts}) == d
     assert d.model_copy(update={"experts": e.experts}) == e and d.model_copy(update={"layers": "RARR"}) == f
     rival = Transformer(65, 128, 4, 4, quality_run.RIVAL_HIDDEN, quality_run.RIVAL_GATED)

@@ -23,7 +23,7 @@ from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.checkpoint.writer import CHUNK_BYTES
 from kabrn_dist.utils import lock as lock_module
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.lock import hold
+from kabrn_dist.utils.lock import acquire_lock
 from tests.checkpoint.test_store import constant, enter, run
 from tests.support.runs import ROOT
 
@@ -269,7 +269,7 @@ def read_only(rank: int, folder: Path) -> None:
     assert store.collect() is False and store.save(2, constant(2), {}) is False
     assert store.find() == Path("step-00000001")
     with pytest.raises(UserError, match="lock: cannot be opened"):
-        hold(Path())
+        acquire_lock(Path())
 
 
 def test_a_folder_without_permission_fails_the_save_alone(tmp_path: Path) -> None:
@@ -364,10 +364,10 @@ def test_a_lock_that_a_killed_run_leaves_to_its_child_is_waited_for(
     assert killed.wait() == -signal.SIGKILL and killed.stdin is not None
     monkeypatch.setattr(lock_module, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(UserError, match=f"process {killed.pid}"):
-        hold(tmp_path)
+        acquire_lock(tmp_path)
     monkeypatch.undo()
     threading.Timer(0.3, killed.stdin.close).start()
-    hold(tmp_path).release()
+    acquire_lock(tmp_path).release()
 
 
 def test_a_second_run_on_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,17 +382,17 @@ def test_a_second_run_on_one_folder_is_refused(tmp_path: Path, monkeypatch: pyte
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {other.pid}.*stop it first"):
-            hold(folder)
+            acquire_lock(folder)
     finally:
         other.kill()
         other.wait()
-    with hold(folder) as lock, pytest.raises(UserError, match=f"process {os.getpid()}"):
-        hold(folder)
+    with acquire_lock(folder) as lock, pytest.raises(UserError, match=f"process {os.getpid()}"):
+        acquire_lock(folder)
     lock.release()
-    hold(folder).release()
+    acquire_lock(folder).release()
     (folder / "lock").unlink()
     (tmp_path / "elsewhere").write_text("kept")
     (folder / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="lock"):
-        hold(folder)
+        acquire_lock(folder)
     assert (tmp_path / "elsewhere").read_text() == "kept"

@@ -57,7 +57,7 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_a_run_only_if_it_stays_full(
 ) -> None:
     disk: Path = request.getfixturevalue("small_disk") if kind == "disk" else tmp_path
     folder = disk / "run"
-    changes = TINY | {"training__steps": STEPS, "checkpoint__every": EVERY}
+    changes = TINY | {"training__steps": STEPS, "checkpoint__save_interval": EVERY}
     config = write_config(tmp_path / "c.yaml", shards, folder, **changes)
 
     def set_full(full: bool) -> None:

@@ -30,17 +30,17 @@ WORLD = 2
 KEEP = 3
 TINY: dict[str, Any] = {
     "data__sequence_length": 16,
-    "model__width": 16,
+    "model__hidden_size": 16,
     "model__layers": 1,
-    "model__retention__heads": 1,
-    "model__experts__hidden": 8,
-    "training__batch": 4,
-    "parallel__expert": 2,
+    "model__retention__num_heads": 1,
+    "model__experts__expert_hidden_size": 8,
+    "training__global_batch_size": 4,
+    "parallel__expert_parallel": 2,
     "parallel__experts_per_rank": [3, 1],
-    "parallel__zero": 2,
-    "validation__sequences": 2,
-    "checkpoint__every": 1,
-    "checkpoint__keep": KEEP,
+    "parallel__zero_stage": 2,
+    "validation__eval_sequences": 2,
+    "checkpoint__save_interval": 1,
+    "checkpoint__keep_last": KEEP,
 }
 # Points that all ranks pass, and those of the first rank alone.
 SAVING = ("save.begin", "save.written")
@@ -67,7 +67,7 @@ class Victim:
         self, resume: str = "auto", background: bool = True, stop_after: int = 1000, **variables: str
     ) -> forks.Group:
         arguments = ["--config", str(self.config), "--resume", resume, "--stop-after", str(stop_after)]
-        arguments += ["--set", f"checkpoint.background={str(background).lower()}"]
+        arguments += ["--set", f"checkpoint.async_save={str(background).lower()}"]
         return forks.start("launch.train:main", [arguments], WORLD, **variables)
 
     @property
@@ -98,7 +98,7 @@ class Victim:
 def make_victim(shards: Path, folder: Path, steps: int) -> Victim:
     """A run that has taken no step yet, and its reference."""
     changes = TINY | {"training__steps": steps}
-    whole = write_config(folder / "whole.yaml", shards, folder / "whole", **changes | {"checkpoint__every": 0})
+    whole = write_config(folder / "whole.yaml", shards, folder / "whole", **changes | {"checkpoint__save_interval": 0})
     ended = forks.run("launch.train:main", [["--config", str(whole)]], WORLD)
     assert ended.code == 0, ended.out
     lines = (folder / "whole" / "log.jsonl").read_text().splitlines()
@@ -200,7 +200,7 @@ def test_who_is_left_alone_ends(shards: Path, tmp_path: Path) -> None:
 def test_each_rig_that_comes_back_is_another_one(shards: Path, tmp_path: Path) -> None:
     """World 4 → 2 → 3 → 1 → 6, another placement, slicing and ZeRO stage each time, and each but the last killed."""
     folder, steps = tmp_path / "run", 20
-    common = SMALLER | {"training__steps": steps, "checkpoint__every": 1, "checkpoint__keep": 2}
+    common = SMALLER | {"training__steps": steps, "checkpoint__save_interval": 1, "checkpoint__keep_last": 2}
     whole = write_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **common | layout(1, 1))
     assert forks.run("launch.train:main", [["--config", str(whole)]]).code == 0
     losses: dict[int, float] = {}
@@ -218,6 +218,6 @@ def test_each_rig_that_comes_back_is_another_one(shards: Path, tmp_path: Path) -
     assert set(losses) == set(expected) == set(range(1, steps + 1))
     assert max(abs(losses[step] - expected[step]) for step in expected) <= 1e-5
     manifest = CheckpointStore(folder / "checkpoints").check(folder / "checkpoints" / f"step-{steps:08d}")
-    assert manifest.state["cursor"]["consumed"] == steps * common["training__batch"]
+    assert manifest.state["cursor"]["consumed"] == steps * common["training__global_batch_size"]
     with pytest.raises(UserError):
         CheckpointStore(folder / "checkpoints").check(folder / "checkpoints" / "step-00000001")

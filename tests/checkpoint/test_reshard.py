@@ -25,28 +25,28 @@ LAYOUTS: dict[int, tuple[tuple[int, list[int], int], ...]] = {
 }
 SMALLER: dict[str, Any] = {
     "data__sequence_length": 24,
-    "model__quantise": False,
+    "model__quantize": False,
     "model__layers": 1,
-    "model__convolution": 3,
-    "model__experts__routed": 6,
+    "model__short_conv_size": 4,
+    "model__experts__num_experts": 6,
     # Differences of summation order grow with the rate from step to step.
     "optimizer__learning_rate": 1.0e-3,
     "training__steps": SAVED + NEXT,
-    "training__batch": 12,
-    "validation__sequences": 2,
+    "training__global_batch_size": 12,
+    "validation__eval_sequences": 2,
 }
 
 
 def layout(world: int, zero: int) -> dict[str, Any]:
     sequence, experts, micro_batch = LAYOUTS[world][zero]
     return {
-        "parallel__sequence": sequence,
-        "parallel__expert": len(experts),
+        "parallel__sequence_parallel": sequence,
+        "parallel__expert_parallel": len(experts),
         "parallel__experts_per_rank": experts,
-        "parallel__zero": zero,
+        "parallel__zero_stage": zero,
         # Several buckets; of stage 3, which gathers a bucket at a time, fewer.
-        "parallel__bucket": 20000 if zero == 3 else 3000,
-        "training__micro_batch": micro_batch,
+        "parallel__bucket_size": 20000 if zero == 3 else 3000,
+        "training__micro_batch_size": micro_batch,
     }
 
 
@@ -120,14 +120,14 @@ def test_the_next_losses_are_those_of_the_uninterrupted_run(saved: Runs) -> None
         if before == after:
             assert losses == saved.losses("{}-{}whole".format(*before))[SAVED:], f"{name} is not bit-equal"
         end = read_manifest(saved.folder / name / "checkpoints" / f"step-{SAVED + NEXT:08d}").state
-        assert end["cursor"]["consumed"] == (SAVED + NEXT) * SMALLER["training__batch"]
+        assert end["cursor"]["consumed"] == (SAVED + NEXT) * SMALLER["training__global_batch_size"]
     print(apart)
     assert max(apart.values()) <= 1e-5, apart
 
 
 def test_another_split_into_micro_batches(saved: Runs) -> None:
     for micro_batch in (1, 2, 6):
-        changes = layout(2, 2) | {"training__micro_batch": micro_batch}
+        changes = layout(2, 2) | {"training__micro_batch_size": micro_batch}
         saved.add(f"micro{micro_batch}", 2, saved.checkpoint("2-2"), 5, **changes)
     saved.train()
     for micro_batch in (1, 2, 6):

@@ -14,7 +14,7 @@ from data_prep.recipe import load_recipe
 from data_prep.sources.build import make_source
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, load_config
-from kabrn_dist.config.model import Section
+from kabrn_dist.config.model import ConfigSection
 from kabrn_dist.utils.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -29,10 +29,10 @@ model:
   vocabulary: 64
   width: 16
   layers: 1
-  retention: {heads: 2, key_width: 4, value_width: 8}
+  retention: {heads: 2, key_dim: 4, value_dim: 8}
   experts: {routed: 8, top_k: 2, hidden: 8}
 optimizer: {learning_rate: 1.0e-3}
-training: {steps: 10, batch: 24, micro_batch: 2}
+training: {steps: 10, batch: 24, micro_batch_size: 2}
 """
 
 
@@ -70,15 +70,15 @@ def test_unknown_keys(base: Path, override: str, said: str) -> None:
         ("training.steps=many", "training.steps", "'many'"),
         ("training.steps=0", "training.steps", "0"),
         ("training.steps=1.5", "training.steps", "1.5"),
-        ("model.quantise=perhaps", "model.quantise", "'perhaps'"),
-        ("parallel.zero=4", "parallel.zero", "4"),
+        ("model.quantize=perhaps", "model.quantize", "'perhaps'"),
+        ("parallel.zero_stage=4", "parallel.zero_stage", "4"),
         ("training.precision=bf61", "training.precision", "'bf61'"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan"),
         ("model=3", "model", "3"),
         ("model.retention=[2]", "model.retention", "[2]"),
         ("parallel.experts_per_rank=[0, 8]", "parallel.experts_per_rank.0", "0"),
-        ("model.retention.key_width=3", "model.retention.key_width", "3"),
-        ("checkpoint.keep=1", "checkpoint.keep", "1"),
+        ("model.retention.key_dim=3", "model.retention.key_dim", "3"),
+        ("checkpoint.keep_last=1", "checkpoint.keep_last", "1"),
     ],
 )
 def test_wrong_values_are_named(base: Path, override: str, key: str, found: str) -> None:
@@ -102,25 +102,25 @@ def test_a_wrong_decay_is_named_by_its_key_alone(base: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["model.experts.routed=8", "model.experts.top_k=9"], "top_k 9 exceeds the 8 routed experts"),
-        (["model.experts.routed=8", "model.router.groups=3"], "it can be 1, 2, 4, 8"),
-        (["model.experts.routed=8", "model.router.groups=4", "model.router.groups_per_token=5"], "set it to 4 or less"),
+        (["model.experts.num_experts=8", "model.experts.top_k=9"], "top_k 9 exceeds the 8 routed experts"),
+        (["model.experts.num_experts=8", "model.router.n_group=3"], "it can be 1, 2, 4, 8"),
+        (["model.experts.num_experts=8", "model.router.n_group=4", "model.router.topk_group=5"], "set it to 4 or less"),
         (
             [
-                "model.experts.routed=8",
+                "model.experts.num_experts=8",
                 "model.experts.top_k=5",
-                "model.router.groups=4",
-                "model.router.groups_per_token=2",
+                "model.router.n_group=4",
+                "model.router.topk_group=2",
             ],
-            "2 groups of 2 experts hold fewer than model.experts.top_k 5; set groups_per_token to 3 or more",
+            "2 groups of 2 experts hold fewer than model.experts.top_k 5; set topk_group to 3 or more",
         ),
-        (["model.experts.form=hat", "model.experts.grid=1"], "model.experts.grid: "),
-        (["model.experts.form=hat", "model.experts.range=[2, -2]"], "range [2.0, -2.0] must be [low, high]"),
+        (["model.experts.type=hat", "model.experts.grid_size=1"], "model.experts.grid_size: "),
+        (["model.experts.type=hat", "model.experts.grid_range=[2, -2]"], "range [2.0, -2.0] must be [low, high]"),
         (
-            ["model.experts.form=bspline", "model.experts.grid=4", "model.experts.degree=5"],
+            ["model.experts.type=bspline", "model.experts.grid_size=4", "model.experts.spline_order=5"],
             "degree 5 needs more knots than the 5 of grid 4; set degree <= 4 or grid >= 5",
         ),
-        (["model.experts.form=chebyshev", "model.experts.groups=5"], "groups 5 does not divide"),
+        (["model.experts.type=chebyshev", "model.experts.function_groups=5"], "groups 5 does not divide"),
     ],
 )
 def test_experts_and_routers_that_cannot_be_are_refused(base: Path, overrides: list[str], said: str) -> None:
@@ -161,9 +161,9 @@ def test_missing_files(tmp_path: Path) -> None:
 def test_overrides(base: Path) -> None:
     config = load_config(
         base,
-        ["training.steps=99", "parallel.expert=2", "parallel.experts_per_rank=[3, 5]", "run.folder=runs/a=b"],
+        ["training.steps=99", "parallel.expert_parallel=2", "parallel.experts_per_rank=[3, 5]", "run.folder=runs/a=b"],
     )
-    assert config.training.steps == 99 and config.placement() == (3, 5)
+    assert config.training.steps == 99 and config.expert_counts() == (3, 5)
     assert config.run.folder == Path("runs/a=b")
     assert load_config(base, ["training.steps=1", "training.steps=2"]).training.steps == 2
 
@@ -185,7 +185,7 @@ def test_bad_overrides(base: Path, override: str, said: str) -> None:
 def refusal(path: Path, world: int, *overrides: str) -> str:
     config = load_config(path, overrides)
     with pytest.raises(UserError) as caught:
-        config.check_world(world)
+        config.check_world_size(world)
     return str(caught.value)
 
 
@@ -195,66 +195,72 @@ def numbers(text: str) -> list[int]:
 
 @pytest.mark.parametrize(("world", "expert"), [(2, 4), (6, 4), (12, 5), (3, 2)])
 def test_expert_that_does_not_divide_the_processes(base: Path, world: int, expert: int) -> None:
-    message = refusal(base, world, f"parallel.expert={expert}")
-    assert f"parallel.expert {expert} " in message and f"{world} processes" in message
+    message = refusal(base, world, f"parallel.expert_parallel={expert}")
+    assert f"parallel.expert_parallel {expert} " in message and f"{world} processes" in message
     remedies = numbers(message.split("can be ")[1].split(" or start")[0])
     assert 1 in remedies
     for remedy in remedies:
-        load_config(base, [f"parallel.expert={remedy}"]).check_world(world)
+        load_config(base, [f"parallel.expert_parallel={remedy}"]).check_world_size(world)
 
 
 def test_a_multiple_of_expert_processes_is_a_remedy_too(base: Path) -> None:
-    assert "a multiple of 4 processes" in refusal(base, 6, "parallel.expert=4")
-    load_config(base, ["parallel.expert=4"]).check_world(4)
-    load_config(base, ["parallel.expert=4"]).check_world(12)
+    assert "a multiple of 4 processes" in refusal(base, 6, "parallel.expert_parallel=4")
+    load_config(base, ["parallel.expert_parallel=4"]).check_world_size(4)
+    load_config(base, ["parallel.expert_parallel=4"]).check_world_size(12)
 
 
 def test_expert_that_does_not_divide_the_experts(base: Path) -> None:
-    message = refusal(base, 12, "parallel.expert=3")
-    assert "parallel.expert 3 " in message and "model.experts.routed 8" in message
+    message = refusal(base, 12, "parallel.expert_parallel=3")
+    assert "parallel.expert_parallel 3 " in message and "model.experts.num_experts 8" in message
     remedies = numbers(message.split("set it to ")[1].split(", or name")[0])
     assert remedies == [1, 2, 4]
     for remedy in remedies:
-        load_config(base, [f"parallel.expert={remedy}"]).check_world(12)
-    load_config(base, ["parallel.expert=3", "parallel.experts_per_rank=[3, 3, 2]"]).check_world(12)
+        load_config(base, [f"parallel.expert_parallel={remedy}"]).check_world_size(12)
+    load_config(base, ["parallel.expert_parallel=3", "parallel.experts_per_rank=[3, 3, 2]"]).check_world_size(12)
 
 
 @pytest.mark.parametrize("shares", [[4, 5], [8], [2, 3, 3]])
 def test_shares_that_do_not_add_up(base: Path, shares: list[int]) -> None:
-    message = refusal(base, 4, "parallel.expert=2", f"parallel.experts_per_rank={shares}")
-    for number in (str(shares), f"{len(shares)} entries", f"sum to {sum(shares)}", "parallel.expert = 2", "routed = 8"):
+    message = refusal(base, 4, "parallel.expert_parallel=2", f"parallel.experts_per_rank={shares}")
+    for number in (
+        str(shares),
+        f"{len(shares)} entries",
+        f"sum to {sum(shares)}",
+        "parallel.expert_parallel = 2",
+        "routed = 8",
+    ):
         assert number in message
-    load_config(base, ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]"]).check_world(4)
+    load_config(base, ["parallel.expert_parallel=2", "parallel.experts_per_rank=[3, 5]"]).check_world_size(4)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_uneven_shares_in_every_stage(base: Path, stage: int) -> None:
-    uneven = ["parallel.expert=2", "parallel.experts_per_rank=[3, 5]", f"parallel.zero={stage}"]
-    load_config(base, uneven).check_world(4)
+    uneven = ["parallel.expert_parallel=2", "parallel.experts_per_rank=[3, 5]", f"parallel.zero_stage={stage}"]
+    load_config(base, uneven).check_world_size(4)
 
 
 @pytest.mark.parametrize(
     ("shares", "near"), [("[4, 5]", [4, 4]), ("[1, 6]", [2, 6]), ("[8]", [4, 4]), ("[1000000000, 1]", [4, 4])]
 )
 def test_the_nearest_shares_are_named_and_work(base: Path, shares: str, near: list[int]) -> None:
-    message = refusal(base, 4, "parallel.expert=2", f"parallel.experts_per_rank={shares}")
+    message = refusal(base, 4, "parallel.expert_parallel=2", f"parallel.experts_per_rank={shares}")
     assert message.endswith(f"such as {near}")
-    load_config(base, ["parallel.expert=2", f"parallel.experts_per_rank={near}"]).check_world(4)
+    load_config(base, ["parallel.expert_parallel=2", f"parallel.experts_per_rank={near}"]).check_world_size(4)
 
 
 def test_more_ranks_than_experts(base: Path) -> None:
     for shares in ("null", "auto", "[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"):
-        message = refusal(base, 16, "parallel.expert=16", f"parallel.experts_per_rank={shares}")
-        assert "parallel.expert 16" in message and "model.experts.routed 8" in message
+        message = refusal(base, 16, "parallel.expert_parallel=16", f"parallel.experts_per_rank={shares}")
+        assert "parallel.expert_parallel 16" in message and "model.experts.num_experts 8" in message
         assert numbers(message.split("set it to")[1]) == [1, 2, 4, 8]
 
 
 def test_weights_of_ranks_go_with_auto(base: Path) -> None:
-    auto = ["parallel.expert=2", "parallel.experts_per_rank=auto"]
-    load_config(base, [*auto, "parallel.rank_weights=[1, 2.5]"]).check_world(4)
-    load_config(base, auto).check_world(4)
+    auto = ["parallel.expert_parallel=2", "parallel.experts_per_rank=auto"]
+    load_config(base, [*auto, "parallel.rank_weights=[1, 2.5]"]).check_world_size(4)
+    load_config(base, auto).check_world_size(4)
     assert "3 entries for the 2 ranks" in complaint(base, *auto, "parallel.rank_weights=[1, 2, 3]")
-    assert "experts_per_rank: auto" in complaint(base, "parallel.expert=2", "parallel.rank_weights=[1, 2]")
+    assert "experts_per_rank: auto" in complaint(base, "parallel.expert_parallel=2", "parallel.rank_weights=[1, 2]")
     assert "parallel.rank_weights.1: " in complaint(base, *auto, "parallel.rank_weights=[1, 0]")
     message = complaint(base, "parallel.experts_per_rank=fast")
     assert "parallel.experts_per_rank: " in message and "literal[" not in message and "tuple[" not in message
@@ -262,22 +268,24 @@ def test_weights_of_ranks_go_with_auto(base: Path) -> None:
 
 @pytest.mark.parametrize(("batch", "world"), [(1, 4), (23, 4), (25, 5), (100, 3), (7, 1), (12, 4)])
 def test_batch_that_does_not_divide(base: Path, batch: int, world: int) -> None:
-    message = refusal(base, world, f"training.batch={batch}")
-    assert f"training.batch {batch} " in message and f"2 × {world} processes = {2 * world}" in message
-    (remedy,) = numbers(message.split("set training.batch to")[1])
-    fixed = load_config(base, [f"training.batch={remedy}"])
-    fixed.check_world(world)
+    message = refusal(base, world, f"training.global_batch_size={batch}")
+    assert f"training.global_batch_size {batch} " in message and f"2 × {world} processes = {2 * world}" in message
+    (remedy,) = numbers(message.split("set training.global_batch_size to")[1])
+    fixed = load_config(base, [f"training.global_batch_size={remedy}"])
+    fixed.check_world_size(world)
     assert abs(remedy - batch) <= world or remedy == 2 * world
-    assert fixed.accumulation(world) * world * 2 == remedy
+    assert fixed.gradient_accumulation_steps(world) * world * 2 == remedy
 
 
-@pytest.mark.parametrize(("key", "value"), [("model.width", 18), ("model.experts.hidden", 7), ("model.width", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.hidden_size", 18), ("model.experts.expert_hidden_size", 7), ("model.hidden_size", 1)]
+)
 def test_groups_that_do_not_divide(base: Path, key: str, value: int) -> None:
     message = complaint(base, f"{key}={value}")
-    assert f"{key} {value}" in message and "model.experts.groups 4" in message
+    assert f"{key} {value}" in message and "model.experts.function_groups 4" in message
     for remedy in numbers(message.split("it can be")[1]):
-        load_config(base, [f"{key}={value}", f"model.experts.groups={remedy}"])
-    assert load_config(base, [f"{key}={value}", "model.experts.form=swiglu"]).model.experts.form == "swiglu"
+        load_config(base, [f"{key}={value}", f"model.experts.function_groups={remedy}"])
+    assert load_config(base, [f"{key}={value}", "model.experts.type=swiglu"]).model.experts.type == "swiglu"
 
 
 def test_top_k_beyond_the_experts(base: Path) -> None:
@@ -296,7 +304,7 @@ def test_frozen(base: Path) -> None:
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
 def test_configs_load(path: Path) -> None:
     config = load_config(path)
-    config.check_world(config.parallel.expert)
+    config.check_world_size(config.parallel.expert_parallel)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -308,19 +316,19 @@ def test_recipes_load(path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["run.seed=7", "model.retention.decay=[1.5, 7]", "run.folder='runs/größe: x'"])
 def test_what_is_dumped_loads_the_same(base: Path, tmp_path: Path, override: str) -> None:
-    config = load_config(base, [override, "parallel.expert=2", "parallel.experts_per_rank=[1, 7]"])
+    config = load_config(base, [override, "parallel.expert_parallel=2", "parallel.experts_per_rank=[1, 7]"])
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config), encoding="utf-8")
     assert load_config(again) == config and dump_config(load_config(again)) == dump_config(config)
     assert list(yaml.safe_load(dump_config(config))) == list(Config.model_fields)
 
 
-def sections(section: type[Section], place: str = "") -> dict[str, type[Section]]:
+def sections(section: type[ConfigSection], place: str = "") -> dict[str, type[ConfigSection]]:
     """Every section by its dotted name."""
     found = {place: section}
     for name, field in section.model_fields.items():
         kind: Any = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if isinstance(kind, type) and issubclass(kind, ConfigSection):
             found |= sections(kind, f"{place}.{name}".strip("."))
     return found
 
@@ -338,17 +346,23 @@ def test_every_field_has_a_description_and_refuses_unknown_keys() -> None:
 
 @pytest.mark.parametrize(("length", "sequence", "near"), [(64, 3, [63, 66]), (100, 8, [96, 104]), (2, 4, [4])])
 def test_a_length_that_slices_do_not_divide(base: Path, length: int, sequence: int, near: list[int]) -> None:
-    changes = [f"data.sequence_length={length}", f"parallel.sequence={sequence}", "training.batch=64"]
+    changes = [
+        f"data.sequence_length={length}",
+        f"parallel.sequence_parallel={sequence}",
+        "training.global_batch_size=64",
+    ]
     message = refusal(base, sequence, *changes)
-    assert f"data.sequence_length {length}" in message and f"parallel.sequence {sequence}" in message
+    assert f"data.sequence_length {length}" in message and f"parallel.sequence_parallel {sequence}" in message
     assert numbers(message.split("can:")[1]) == near
     for remedy in near:
-        load_config(base, [*changes, f"data.sequence_length={remedy}", "training.batch=48"]).check_world(sequence)
+        load_config(
+            base, [*changes, f"data.sequence_length={remedy}", "training.global_batch_size=48"]
+        ).check_world_size(sequence)
 
 
 def test_slices_that_do_not_divide_the_processes(base: Path) -> None:
-    message = refusal(base, 4, "parallel.sequence=3")
-    assert "parallel.sequence 3" in message and "4 processes" in message
+    message = refusal(base, 4, "parallel.sequence_parallel=3")
+    assert "parallel.sequence_parallel 3" in message and "4 processes" in message
 
 
 def test_layers_are_letters_or_a_number_of_retentions(base: Path) -> None:
@@ -361,22 +375,31 @@ def test_layers_are_letters_or_a_number_of_retentions(base: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["parallel.bitlinear_shards=true", "parallel.zero=2"], "not to parallel.zero 2; set parallel.zero to 1"),
         (
-            ["parallel.bitlinear_shards=true", "model.quantise=false"],
-            "model.quantise is false; set",
+            ["parallel.shard_ternary=true", "parallel.zero_stage=2"],
+            "not to parallel.zero_stage 2; set parallel.zero_stage to 1",
         ),
         (
-            ["parallel.bitlinear_shards=true", "model.quantise_warmup=3"],
+            ["parallel.shard_ternary=true", "model.quantize=false"],
+            "model.quantize is false; set",
+        ),
+        (
+            ["parallel.shard_ternary=true", "model.quantize_warmup_steps=3"],
             "the first 3 steps .* set both to 0",
         ),
-        (["model.quantise_from=6", "model.quantise_warmup=4"], "= 10 leaves none of training.steps 10 quantised"),
-        (["model.quantise_from=-1"], "model.quantise_from: .*greater than or equal to 0"),
-        (["model.quantise=false", "model.quantise_warmup=2"], "quantise_warmup 2 is for quantised models"),
-        (["model.scale_group=0"], "model.scale_group"),
-        (["model.scale_group=8", "model.experts.form=hat"], "scale_group 8 is not for model.experts.form hat"),
-        (["model.convolution=-1"], "model.convolution"),
-        (["parallel.bitlinear_packing=base_two"], "parallel.bitlinear_packing"),
+        (
+            ["model.quantize_start_step=6", "model.quantize_warmup_steps=4"],
+            "= 10 leaves none of training.steps 10 quantised",
+        ),
+        (["model.quantize_start_step=-1"], "model.quantize_start_step: .*greater than or equal to 0"),
+        (["model.quantize=false", "model.quantize_warmup_steps=2"], "quantize_warmup_steps 2 is for quantised models"),
+        (["model.scale_group_size=0"], "model.scale_group_size"),
+        (
+            ["model.scale_group_size=8", "model.experts.type=hat"],
+            "scale_group_size 8 is not for model.experts.type hat",
+        ),
+        (["model.short_conv_size=-1"], "model.short_conv_size"),
+        (["parallel.ternary_wire_format=base_two"], "parallel.ternary_wire_format"),
     ],
 )
 def test_ternary_weights_that_cannot_be_are_refused(base: Path, overrides: list[str], said: str) -> None:
@@ -384,7 +407,7 @@ def test_ternary_weights_that_cannot_be_are_refused(base: Path, overrides: list[
 
 
 def test_ternary_weights_that_can_be(base: Path) -> None:
-    shared = ["parallel.bitlinear_shards=true", "model.scale_group=3", "parallel.bitlinear_packing=base_three"]
-    assert load_config(base, shared).parallel.bitlinear_shards
-    model = load_config(base, ["model.quantise_from=3", "model.quantise_warmup=4"]).model
-    assert [model.quantised_share(step) for step in (0, 2, 3, 5, 7, 9)] == [0, 0, 0.2, pytest.approx(0.6), 1, 1]
+    shared = ["parallel.shard_ternary=true", "model.scale_group_size=3", "parallel.ternary_wire_format=base_three"]
+    assert load_config(base, shared).parallel.shard_ternary
+    model = load_config(base, ["model.quantize_start_step=3", "model.quantize_warmup_steps=4"]).model
+    assert [model.quantization_lambda(step) for step in (0, 2, 3, 5, 7, 9)] == [0, 0, 0.2, pytest.approx(0.6), 1, 1]

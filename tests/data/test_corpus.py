@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kabrn_dist.config import Data
+from kabrn_dist.config import DataConfig
 from kabrn_dist.data.corpus import Corpus, open_corpus
-from kabrn_dist.data.dataset import Batches
+from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.index import TokenizerInfo
 from kabrn_dist.data.index_io import read_index, write_index
 from kabrn_dist.utils.errors import UserError
@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_sets(folder: Path, *also: tuple[str, float], **more: object) -> Corpus:
     sets = [{"path": str(folder / name), "weight": weight} for name, weight in also]
-    return open_corpus(Data.model_validate({"path": str(folder / "one"), "sequence_length": 32, "also": sets, **more}))
+    return open_corpus(
+        DataConfig.model_validate({"path": str(folder / "one"), "sequence_length": 32, "extra_sets": sets, **more})
+    )
 
 
 def test_sets_add_up_and_names_stay_apart(folder: Path) -> None:
@@ -37,7 +39,7 @@ def test_sets_add_up_and_names_stay_apart(folder: Path) -> None:
     assert [drawn.weight for drawn in corpus.sources] == [2, 1, 4, 2, 1, 0.5]
     assert [drawn.epochs for drawn in corpus.sources] == [None, 3, None, None, None, 3]
     assert corpus.tokens("train") == sum(each.index.tokens("train") for each in corpus.sets)
-    batch = Batches(corpus, "train", 32, seed=1).rows(range(4096))
+    batch = TokenDataset(corpus, "train", 32, seed=1).get(range(4096))
     counts = torch.bincount(batch.sources, minlength=6)
     assert (counts[:1] / 4096 - 2 / 10.5).abs().max() < 0.05 and counts[5] > 0
     # The same texts under two names are walked in two orders.
@@ -49,12 +51,12 @@ def test_weights_and_epochs_of_the_run_override_the_index(folder: Path) -> None:
     corpus = open_sets(folder, ("two", 4.0), weights={"web.2": 0.0, "math": 7.0}, epochs={"math": 1.5, "web": 2.0})
     assert [drawn.weight for drawn in corpus.sources] == [2, 7, 0, 2]
     assert [drawn.epochs for drawn in corpus.sources] == [2, 1.5, None, None]
-    batches = Batches(corpus, "train", 32, seed=1)
-    sources = batches.rows(range(3000)).sources
+    batches = TokenDataset(corpus, "train", 32, seed=1)
+    sources = batches.get(range(3000)).sources
     assert batches.counts[2] == 0 and 2 not in sources
     assert int((sources == 1).sum()) == round(1.5 * batches.counts[1])
     # Validation scores also what is not trained on.
-    assert Batches(corpus, "validation", 32, seed=1, ordered=False).counts[2] > 0
+    assert TokenDataset(corpus, "validation", 32, seed=1, ordered=False).counts[2] > 0
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_sets_of_different_tokenizers_are_refused(folder: Path, tmp_path: Path) 
     )
     write_index(tmp_path / "two", changed)
     shutil.copytree(folder / "one", tmp_path / "one")
-    with pytest.raises(UserError, match=r"data.also: .*two has tokenizer ffffffffffff, .*one has .*Prepare both"):
+    with pytest.raises(UserError, match=r"data.extra_sets: .*two has tokenizer ffffffffffff, .*one has .*Prepare both"):
         open_sets(tmp_path, ("two", 1.0))
     with pytest.raises(UserError, match=r"nowhere/index.json: No such file"):
         open_sets(tmp_path, ("nowhere", 1.0))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kabrn_dist.data.corpus import Corpus, read_corpus
-from kabrn_dist.data.dataset import Batch, Batches, make_batch, make_batch_naive, sequence_slice
+from kabrn_dist.data.dataset import Batch, TokenDataset, make_batch, make_batch_naive, sequence_slice
 from kabrn_dist.data.index_io import read_index
-from kabrn_dist.data.state import Cursor
+from kabrn_dist.data.state import DataState
 from kabrn_dist.data.token_stream import mask_naive, stream_naive
 from kabrn_dist.utils.errors import UserError
 from tests.support.shard_sets import Texts, make_set
@@ -89,45 +89,45 @@ def test_fast_and_naive_batches_agree() -> None:
 
 
 def test_sequences_tile_the_stream(folder: Path) -> None:
-    batches = Batches(read_corpus(folder), "validation", LENGTH, seed=0, ordered=False)
+    batches = TokenDataset(read_corpus(folder), "validation", LENGTH, seed=0, ordered=False)
     whole = stream_naive(folder, read_index(folder), "validation")
     assert batches.sequences == (len(whole) - 1) // LENGTH
-    batch = batches.rows(range(batches.sequences))
+    batch = batches.get(range(batches.sequences))
     assert np.array_equal(batch.tokens.reshape(-1), whole[: batches.sequences * LENGTH])
     assert np.array_equal(batch.targets.reshape(-1), whole[1 : batches.sequences * LENGTH + 1])
     for bad in (-1, batches.sequences):
         with pytest.raises(IndexError):
-            batches.rows([bad])
-    assert batches.rows([]).tokens.shape == (0, LENGTH)
+            batches.get([bad])
+    assert batches.get([]).tokens.shape == (0, LENGTH)
 
 
 def test_an_epoch_holds_every_sequence_once(folder: Path) -> None:
-    batches = Batches(read_corpus(folder), "train", LENGTH, seed=5)
-    straight = Batches(read_corpus(folder), "train", LENGTH, seed=5, ordered=False)
+    batches = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5)
+    straight = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5, ordered=False)
     n = batches.sequences
-    wanted = sorted(straight.rows(range(n)).tokens.tolist())
+    wanted = sorted(straight.get(range(n)).tokens.tolist())
     for epoch in range(2):
-        assert sorted(batches.rows(range(epoch * n, epoch * n + n)).tokens.tolist()) == wanted
+        assert sorted(batches.get(range(epoch * n, epoch * n + n)).tokens.tolist()) == wanted
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_rows_are_the_same_for_every_world_and_after_any_cursor(folder: Path, world: int) -> None:
     global_batch, steps = 24, 6
-    whole = Batches(read_corpus(folder), "train", LENGTH, seed=5).rows(range(global_batch * steps))
+    whole = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5).get(range(global_batch * steps))
     for resumed_at in (0, 1, 4):
-        ranks = [Batches(read_corpus(folder), "train", LENGTH, seed=5) for _ in range(world)]
+        ranks = [TokenDataset(read_corpus(folder), "train", LENGTH, seed=5) for _ in range(world)]
         consumed = ranks[0].cursor(resumed_at * global_batch).consumed
         for step in range(resumed_at, steps):
             positions = range(consumed, consumed + global_batch)
             for rank, batches in enumerate(ranks):
-                mine = batches.rows(positions[rank::world])
+                mine = batches.get(positions[rank::world])
                 expected = Batch(*(part[step * global_batch :][:global_batch][rank::world] for part in whole))
                 assert equal(mine, expected)
             consumed += global_batch
 
 
 def test_slices_join_to_the_whole_and_keep_global_numbers(folder: Path) -> None:
-    batch = Batches(read_corpus(folder), "train", LENGTH, seed=5).rows(range(8))
+    batch = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5).get(range(8))
     for degree in (1, 2, 4, 64):
         slices = [sequence_slice(batch, rank, degree) for rank in range(degree)]
         columns = [torch.cat(parts, dim=1) for parts in list(zip(*slices, strict=True))[:-1]]
@@ -139,8 +139,8 @@ def test_slices_join_to_the_whole_and_keep_global_numbers(folder: Path) -> None:
 
 
 def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path) -> None:
-    batches = Batches(read_corpus(folder), "train", LENGTH, seed=5)
-    cursor = Cursor(**asdict(batches.cursor(48)))
+    batches = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5)
+    cursor = DataState(**asdict(batches.cursor(48)))
     cursor.check(batches)
     for changed, expected in (
         (replace(cursor, seed=6), "seed: the checkpoint has 6, the run 5. Set it back"),
@@ -156,11 +156,11 @@ def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path
 
 def test_too_little_data_is_said_at_once(folder: Path) -> None:
     tokens = read_index(folder).tokens("validation")
-    assert Batches(read_corpus(folder), "validation", tokens - 1, seed=0).sequences == 1
+    assert TokenDataset(read_corpus(folder), "validation", tokens - 1, seed=0).sequences == 1
     with pytest.raises(UserError, match=rf"validation split has {tokens} tokens.*needs {tokens + 1}.*Shorten"):
-        Batches(read_corpus(folder), "validation", tokens, seed=0)
+        TokenDataset(read_corpus(folder), "validation", tokens, seed=0)
     with pytest.raises(UserError, match="sequence_length: 0"):
-        Batches(read_corpus(folder), "train", 0, seed=0)
+        TokenDataset(read_corpus(folder), "train", 0, seed=0)
 
 
 def rows_naive(corpus: Corpus, split: str, source: int, sequence: int) -> tuple[list[int], list[int]]:
@@ -176,9 +176,9 @@ def rows_naive(corpus: Corpus, split: str, source: int, sequence: int) -> tuple[
 
 
 def test_validation_reads_the_sources_in_turn_with_their_masks(mixed: Corpus) -> None:
-    batches = Batches(mixed, "validation", LENGTH, seed=0, ordered=False)
+    batches = TokenDataset(mixed, "validation", LENGTH, seed=0, ordered=False)
     assert batches.counts[2] == 0 and batches.counts[3] == 3 and batches.length == batches.sequences
-    batch = batches.rows(range(batches.sequences))
+    batch = batches.get(range(batches.sequences))
     assert torch.bincount(batch.sources, minlength=4).tolist() == batches.counts
     places = [(source, number) for source, count in enumerate(batches.counts) for number in range(count)]
     for row, (source, number) in enumerate(places):
@@ -191,11 +191,11 @@ def test_validation_reads_the_sources_in_turn_with_their_masks(mixed: Corpus) ->
 
 
 def test_what_is_scored_is_spread_evenly_over_the_sources(mixed: Corpus) -> None:
-    batches = Batches(mixed, "validation", LENGTH, seed=0, ordered=False)
+    batches = TokenDataset(mixed, "validation", LENGTH, seed=0, ordered=False)
     web, math, _, notes = batches.counts
     for count in (1, 2, 3, 8, 10, 3 + 2 * min(web, math), 10**6):
-        positions = batches.spread(count)
-        found = torch.bincount(batches.rows(positions).sources, minlength=4).tolist()
+        positions = batches.validation_positions(count)
+        found = torch.bincount(batches.get(positions).sources, minlength=4).tolist()
         assert len(set(positions)) == sum(found) == min(count, batches.sequences)
         assert found[2] == 0 and found[3] == min(notes, found[3])
         fair = max(found)
@@ -204,15 +204,15 @@ def test_what_is_scored_is_spread_evenly_over_the_sources(mixed: Corpus) -> None
 
 
 def test_training_draws_every_source_by_its_weight_and_its_own_order(mixed: Corpus) -> None:
-    batches = Batches(mixed, "train", LENGTH, seed=5)
+    batches = TokenDataset(mixed, "train", LENGTH, seed=5)
     n = 4096
-    batch = batches.rows(range(n))
+    batch = batches.get(range(n))
     counts = torch.bincount(batch.sources, minlength=4).tolist()
     # code leaves after two passes; before, shares are 2 : 1 : 1 : 0.25.
     first = torch.bincount(batch.sources[:400], minlength=4) / 400 * 4.25
     assert (first - torch.tensor([2, 1, 1, 0.25])).abs().max() < 0.02
     assert counts[2] == 2 * batches.counts[2] and sum(counts) == n
-    assert batches.drawn(n) == counts and batches.drawn(0) == [0] * 4
+    assert batches.sequences_drawn(n) == counts and batches.sequences_drawn(0) == [0] * 4
     for source in range(4):
         rows = batch.tokens[batch.sources == source].tolist()
         count = batches.counts[source]
@@ -223,29 +223,29 @@ def test_training_draws_every_source_by_its_weight_and_its_own_order(mixed: Corp
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_mixed_rows_are_the_same_for_every_world(mixed: Corpus, world: int) -> None:
-    whole = Batches(mixed, "train", LENGTH, seed=5).rows(range(600))
+    whole = TokenDataset(mixed, "train", LENGTH, seed=5).get(range(600))
     for rank in range(world):
-        mine = Batches(mixed, "train", LENGTH, seed=5).rows(range(240 + rank, 600, world))
+        mine = TokenDataset(mixed, "train", LENGTH, seed=5).get(range(240 + rank, 600, world))
         assert equal(mine, Batch(*(part[240 + rank :: world] for part in whole)))
 
 
 def test_a_cursor_names_what_changed(mixed: Corpus) -> None:
-    batches = Batches(mixed, "train", LENGTH, seed=5)
+    batches = TokenDataset(mixed, "train", LENGTH, seed=5)
     cursor = batches.cursor(48)
-    Cursor(**json.loads(json.dumps(asdict(cursor)))).check(batches)
+    DataState(**json.loads(json.dumps(asdict(cursor)))).check(batches)
 
-    def changed(number: int, **fields: float | None) -> Batches:
+    def changed(number: int, **fields: float | None) -> TokenDataset:
         sources = list(mixed.sources)
         sources[number] = sources[number]._replace(**fields)
-        return Batches(replace(mixed, sources=tuple(sources)), "train", LENGTH, seed=5)
+        return TokenDataset(replace(mixed, sources=tuple(sources)), "train", LENGTH, seed=5)
 
     # In another unit the same weights are the same.
     same = tuple(drawn._replace(weight=8 * drawn.weight) for drawn in mixed.sources)
-    cursor.check(Batches(replace(mixed, sources=same), "train", LENGTH, seed=5))
+    cursor.check(TokenDataset(replace(mixed, sources=same), "train", LENGTH, seed=5))
     for other, expected in (
         (changed(1, weight=3.0), r"math: data \w+, no end, 964 of 4096 draws, now data \w+, no end, 1966 of 4096"),
         (changed(2, epochs=None), r"\(code: data \w+, 2 epochs, 964 of 4096 draws, now data \w+, no end, 964 of"),
-        (changed(2, weight=0.0), "code: .*now not drawn.*Resume with the old data, data.also, data.weights"),
+        (changed(2, weight=0.0), "code: .*now not drawn.*Resume with the old data, data.extra_sets, data.weights"),
     ):
         with pytest.raises(UserError, match=expected):
             cursor.check(other)
@@ -253,7 +253,7 @@ def test_a_cursor_names_what_changed(mixed: Corpus) -> None:
 
 def test_the_end_of_the_data_is_known_at_the_start(mixed: Corpus) -> None:
     sources = tuple(drawn._replace(epochs=1.5) for drawn in mixed.sources)
-    batches = Batches(replace(mixed, sources=sources), "train", LENGTH, seed=5)
+    batches = TokenDataset(replace(mixed, sources=sources), "train", LENGTH, seed=5)
     assert batches.length == sum(round(1.5 * count) for count in batches.counts)
     batches.check_length(batches.length)
     with pytest.raises(
@@ -261,17 +261,17 @@ def test_the_end_of_the_data_is_known_at_the_start(mixed: Corpus) -> None:
     ):
         batches.check_length(batches.length + 1)
     with pytest.raises(UserError, match=r"Lower training\.steps"):
-        batches.rows([batches.length])
+        batches.get([batches.length])
     with pytest.raises(IndexError):
-        batches.rows([-1])
-    assert batches.drawn(batches.length) == [round(1.5 * count) for count in batches.counts]
-    Batches(mixed, "train", LENGTH, seed=5).check_length(10**12)
+        batches.get([-1])
+    assert batches.sequences_drawn(batches.length) == [round(1.5 * count) for count in batches.counts]
+    TokenDataset(mixed, "train", LENGTH, seed=5).check_length(10**12)
 
 
 def test_a_source_that_is_too_short_can_be_left_out(mixed: Corpus) -> None:
     length = 3000
     with pytest.raises(UserError, match=r"train split of source notes has 2400 tokens.*data.weights.notes to 0"):
-        Batches(mixed, "train", length, seed=0)
+        TokenDataset(mixed, "train", length, seed=0)
     sources = (*mixed.sources[:3], mixed.sources[3]._replace(weight=0.0))
-    without = Batches(replace(mixed, sources=sources), "train", length, seed=0)
-    assert without.counts[3] == 0 and 3 not in without.rows(range(200)).sources
+    without = TokenDataset(replace(mixed, sources=sources), "train", length, seed=0)
+    assert without.counts[3] == 0 and 3 not in without.get(range(200)).sources

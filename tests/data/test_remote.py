@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kabrn_dist.config import Data
-from kabrn_dist.data import ahead, remote
+from kabrn_dist.config import DataConfig
+from kabrn_dist.data import prefetch, remote
 from kabrn_dist.data.corpus import Corpus, open_corpus
-from kabrn_dist.data.dataset import Batch, Batches
+from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.data.index import Index
 from kabrn_dist.data.remote import RemoteSet, open_set
 from kabrn_dist.utils.errors import UserError
@@ -46,8 +46,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_RETRY_AFTER_SECONDS", (0.01, 0.02))
 
 
-def data(path: str, cache: Path, **more: object) -> Data:
-    return Data.model_validate({"path": path, "sequence_length": LENGTH, "cache": cache, **more})
+def data(path: str, cache: Path, **more: object) -> DataConfig:
+    return DataConfig.model_validate({"path": path, "sequence_length": LENGTH, "cache_dir": cache, **more})
 
 
 def total(index: Index) -> int:
@@ -83,9 +83,9 @@ def test_batches_are_those_of_the_folder_and_each_shard_comes_once(
         there = open_corpus(data(f"{web.url}/", tmp_path / "cache"))
         assert there.tokenizer().sha256 == here.tokenizer().sha256 and there.is_remote and not here.is_remote
         for split, ordered in (("train", True), ("validation", False)):
-            near, far = (Batches(corpus, split, LENGTH, 3, ordered) for corpus in (here, there))  # type: ignore[arg-type]
+            near, far = (TokenDataset(corpus, split, LENGTH, 3, ordered) for corpus in (here, there))  # type: ignore[arg-type]
             positions = range(min(700, near.sequences))
-            assert equal(near.rows(positions), far.rows(positions))
+            assert equal(near.get(positions), far.get(positions))
             far.close()
     assert web.sent() == total(whole), "each shard once, and a second session none"
     files = [path for path in (tmp_path / "cache").iterdir() if path.is_file()]
@@ -93,13 +93,13 @@ def test_batches_are_those_of_the_folder_and_each_shard_comes_once(
 
 
 def test_shards_come_before_they_are_needed(index: tuple[Path, Index], web: Web, tmp_path: Path) -> None:
-    batches = Batches(open_corpus(data(web.url, tmp_path)), "train", LENGTH, 3)
-    batches.rows([0])
+    batches = TokenDataset(open_corpus(data(web.url, tmp_path)), "train", LENGTH, 3)
+    batches.get([0])
     shards = [shard for source in index[1].sources for shard in source.train.shards]
     # 4,096 sequences ahead are all of this set.
     until(lambda: web.sent() == sum(shard.bytes for shard in shards))
     until(lambda: not any(tmp_path.glob("*.part")))
-    batches.rows(range(1500))
+    batches.get(range(1500))
     assert web.sent() == sum(shard.bytes for shard in shards)
     batches.close()
 
@@ -108,8 +108,8 @@ def test_what_is_fetched_ahead_leaves_room_for_what_is_read(
     index: tuple[Path, Index], web: Web, tmp_path: Path
 ) -> None:
     limit = 3.2 * max(shard.bytes for shard in index[1].shards())
-    batches = Batches(open_corpus(data(web.url, tmp_path, cache_gb=limit / 1e9)), "train", LENGTH, 3)
-    batches.rows([0])
+    batches = TokenDataset(open_corpus(data(web.url, tmp_path, cache_size_gb=limit / 1e9)), "train", LENGTH, 3)
+    batches.get([0])
     settle(web)
     fetched = {name for name, *_ in web.asked if name.endswith(".tar")}
     assert 1 <= len(fetched) < 6 and web.sent() <= limit
@@ -129,13 +129,15 @@ def test_the_cache_is_bounded_and_drops_the_oldest(index: tuple[Path, Index], we
     shards.locate(wanted[2])
     kept = {path.name for path in tmp_path.iterdir() if len(path.name) == 64}
     assert kept == {wanted[0].sha256, wanted[2].sha256} and stranger.exists()
-    near, far = (open_corpus(data(path, tmp_path, cache_gb=limit / 1e9)) for path in (str(folder), web.url))
-    ours, theirs = (Batches(corpus, "train", LENGTH, 3) for corpus in (near, far))
-    assert equal(ours.rows(range(40)), theirs.rows(range(40)))
+    near, far = (open_corpus(data(path, tmp_path, cache_size_gb=limit / 1e9)) for path in (str(folder), web.url))
+    ours, theirs = (TokenDataset(corpus, "train", LENGTH, 3) for corpus in (near, far))
+    assert equal(ours.get(range(40)), theirs.get(range(40)))
     theirs.close()
     settle(web)
     assert sum(path.stat().st_size for path in tmp_path.iterdir() if len(path.name) >= 64) <= limit
-    with pytest.raises(UserError, match=r"data.cache_gb .*too small for a single shard.*Set data.cache_gb to"):
+    with pytest.raises(
+        UserError, match=r"data.cache_size_gb .*too small for a single shard.*Set data.cache_size_gb to"
+    ):
         RemoteSet(web.url, tmp_path, limit // 3)
 
 
@@ -241,7 +243,7 @@ def test_other_bad_urls_are_refused(index: tuple[Path, Index], web: Web, tmp_pat
         open_corpus(data("http://127.0.0.1:9", tmp_path))
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match=r"data.cache .*file"):
+    with pytest.raises(UserError, match=r"data.cache_dir .*file"):
         open_corpus(data(web.url, file / "cache"))
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -260,7 +262,7 @@ def test_a_full_disk_is_said(index: tuple[Path, Index], web: Web, tmp_path: Path
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (shard.bytes // 2, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"data.cache .*File too large.*lower data.cache_gb"):
+        with pytest.raises(UserError, match=r"data.cache_dir .*File too large.*lower data.cache_size_gb"):
             shards.locate(shard)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -275,16 +277,16 @@ def test_the_thread_ahead_follows_and_ends(index: tuple[Path, Index]) -> None:
         looks.append(position)
         yield from ()
 
-    thread = ahead.Ahead(upcoming, 1e9)  # type: ignore[arg-type]
+    thread = prefetch.Prefetcher(upcoming, 1e9)  # type: ignore[arg-type]
     thread.move(0)
     until(lambda: looks == [0])
-    for position in (1, ahead.STRIDE - 1, ahead.STRIDE):
+    for position in (1, prefetch.STRIDE - 1, prefetch.STRIDE):
         thread.move(position)
-    until(lambda: looks == [0, ahead.STRIDE])
+    until(lambda: looks == [0, prefetch.STRIDE])
     # A run that went back looks from there.
     thread.move(5)
     thread.move(0)
-    until(lambda: looks == [0, ahead.STRIDE, 0])
+    until(lambda: looks == [0, prefetch.STRIDE, 0])
     thread.close()
     assert thread._thread is not None
     thread._thread.join(5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kabrn_dist.data.shuffle import Order, epoch_keys, permute, permute_naive
+from kabrn_dist.data.shuffle import BlockShuffle, epoch_keys, permute, permute_naive
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 63, 64, 65, 1000, 4097])
@@ -60,7 +60,7 @@ def turns_naive(runs: int, run: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("sequences", [1, 2, 15, 16, 17, 100, 1023, 1024, 1025, 1039, 4500])
 def test_every_epoch_visits_every_sequence_once(sequences: int) -> None:
-    order = Order(sequences, seed=3)
+    order = BlockShuffle(sequences, seed=3)
     numbers = order(np.arange(3 * sequences)).reshape(3, sequences)
     for epoch in numbers:
         assert sorted(epoch.tolist()) == list(range(sequences))
@@ -71,16 +71,16 @@ def test_every_epoch_visits_every_sequence_once(sequences: int) -> None:
 def test_epochs_and_seeds_differ_and_runs_stay_together() -> None:
     n = 16 * 4096 + 5
     positions = np.arange(n)
-    first = Order(n, 1)(positions)
-    assert (first != Order(n, 1)(positions + n)).mean() > 0.9
-    assert (first != Order(n, 2)(positions)).mean() > 0.9
+    first = BlockShuffle(n, 1)(positions)
+    assert (first != BlockShuffle(n, 1)(positions + n)).mean() > 0.9
+    assert (first != BlockShuffle(n, 2)(positions)).mean() > 0.9
     steps = (first[256:] - first[:-256]) % n
     assert (steps == 1).mean() > 0.9, "each lane reads forwards"
     assert np.abs(np.corrcoef(positions, first)[0, 1]) < 0.06
 
 
 def test_positions_in_any_grouping_give_the_same_numbers() -> None:
-    order = Order(777, 9)
+    order = BlockShuffle(777, 9)
     whole = order(np.arange(2000))
     assert [int(order(np.array([p]))[0]) for p in range(700, 900)] == whole[700:900].tolist()
     assert (order(np.arange(2000).reshape(4, 500)).reshape(-1) == whole).all()
@@ -88,12 +88,12 @@ def test_positions_in_any_grouping_give_the_same_numbers() -> None:
 
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Order(0, 1)
+        BlockShuffle(0, 1)
     with pytest.raises(ValueError, match="negative"):
-        Order(5, 1)(np.array([-1]))
+        BlockShuffle(5, 1)(np.array([-1]))
 
 
-def test_a_batch_holds_no_neighbours() -> None:
-    numbers = np.sort(Order(20_000, seed=1)(np.arange(128)))
+def test_a_batch_holds_no_neighbors() -> None:
+    numbers = np.sort(BlockShuffle(20_000, seed=1)(np.arange(128)))
     assert np.diff(numbers).min() > 1
     assert numbers.max() - numbers.min() > 15_000

@@ -18,7 +18,7 @@ from data_prep.clean.quality import judge
 from data_prep.clean.removed import Removed
 from data_prep.clean.repetition import judge_repetition, repeated_ngrams, repeated_pieces
 from data_prep.clean.settings import Clean, Quality, Repetition
-from data_prep.clean.unicode import decode, normalise
+from data_prep.clean.unicode import decode, normalize_text
 from data_prep.documents import Document, Span
 from kabrn_dist.utils.errors import UserError
 
@@ -41,34 +41,34 @@ def text_of(document: Document | Removed) -> str:
 
 
 def test_line_ends_controls_marks_and_composition() -> None:
-    found = normalise(Document("a", "\ufeffCafe\u0301\r\nline\rnext\x00\x1b\x7f\tend\n"), QUIET)
+    found = normalize_text(Document("a", "\ufeffCafe\u0301\r\nline\rnext\x00\x1b\x7f\tend\n"), QUIET)
     assert text_of(found) == "Caf\u00e9\nline\nnext\tend\n"
 
 
-def test_each_part_of_the_normalisation_is_a_setting() -> None:
+def test_each_part_of_the_normalization_is_a_setting() -> None:
     document = Document("a", "e\u0301\r\n\x00")
-    assert text_of(normalise(document, QUIET.model_copy(update={"unicode": "off"}))) == "e\u0301\n"
-    assert text_of(normalise(document, QUIET.model_copy(update={"control": False}))) == "\u00e9\r\n\x00"
+    assert text_of(normalize_text(document, QUIET.model_copy(update={"unicode": "off"}))) == "e\u0301\n"
+    assert text_of(normalize_text(document, QUIET.model_copy(update={"control": False}))) == "\u00e9\r\n\x00"
 
 
-def test_spans_hold_the_normalised_text_of_what_they_held() -> None:
+def test_spans_hold_the_normalized_text_of_what_they_held() -> None:
     draw = random.Random(1)
     for _ in range(300):
         text = "".join(draw.choice(LETTERS) for _ in range(draw.randrange(30)))
         edges = sorted(draw.randrange(len(text) + 1) for _ in range(2 * draw.randrange(3)))
         spans = tuple(Span(*pair) for pair in zip(edges[::2], edges[1::2], strict=True))
-        found = normalise(Document("a", text, spans, key="k"), QUIET)
+        found = normalize_text(Document("a", text, spans, key="k"), QUIET)
         assert isinstance(found, Document)
         assert found.spans is not None and found.text is not None and found.key == "k"
         for before, after in zip(spans, found.spans, strict=True):
-            alone = text_of(normalise(Document("a", text[slice(*before)]), QUIET))
+            alone = text_of(normalize_text(Document("a", text[slice(*before)]), QUIET))
             assert found.text[slice(*after)] == alone
             assert unicodedata.is_normalized("NFC", alone)
 
 
 def test_sound_text_comes_back_as_the_same_object() -> None:
     document = Document("a", "Ça va? 漢字 \n")
-    assert normalise(document, QUIET) is document
+    assert normalize_text(document, QUIET) is document
 
 
 @pytest.mark.parametrize(
@@ -91,22 +91,22 @@ def test_bytes_that_are_no_utf8(raw: bytes, text: str | None) -> None:
 
 def test_mojibake_is_undone_line_by_line_and_real_text_is_left() -> None:
     broken = "Das schÃ¶ne cafÃ© â€œhereâ€\x9d\nПривет ÅÄÖ 漢字\nplain"
-    assert text_of(normalise(Document("a", broken), QUIET)) == "Das schöne café “here”\nПривет ÅÄÖ 漢字\nplain"
+    assert text_of(normalize_text(Document("a", broken), QUIET)) == "Das schöne café “here”\nПривет ÅÄÖ 漢字\nplain"
     sound = "The letter Ã; voilà: 20 €, ½ £, ÇA ALORS – «déjà vu» №5 ±°C\nЁлка, Ψυχή, ñandú"
     document = Document("a", sound)
-    assert normalise(document, QUIET) is document
+    assert normalize_text(document, QUIET) is document
 
 
 def test_surrogates_are_joined_or_replaced() -> None:
-    assert text_of(normalise(Document("a", "x\ud83d\ude00y\ud800z"), QUIET)) == "x\U0001f600y\ufffdz"
+    assert text_of(normalize_text(Document("a", "x\ud83d\ude00y\ud800z"), QUIET)) == "x\U0001f600y\ufffdz"
 
 
 def test_broken_documents_are_refused_or_dropped_by_name() -> None:
     cases = [Document("bad.txt", None, raw=b"caf\xe9", problem="not UTF-8"), Document("bad.txt", "half \ud800")]
     for document in cases:
         with pytest.raises(UserError, match=r"bad\.txt.*clean\.broken"):
-            normalise(document, Clean(broken="refuse"))
-        found = normalise(document, Clean(broken="drop"))
+            normalize_text(document, Clean(broken="refuse"))
+        found = normalize_text(document, Clean(broken="drop"))
         assert isinstance(found, Removed)
         assert found.reason == "encoding"
 
@@ -117,7 +117,7 @@ def test_files_without_text_are_removed() -> None:
         (Document("a", None, problem="no such file"), "unreadable"),
         (Document("a", None, raw="Привет".encode("koi8-r")), "encoding"),
     ):
-        found = normalise(document, QUIET)
+        found = normalize_text(document, QUIET)
         assert isinstance(found, Removed)
         assert found.reason == reason
 

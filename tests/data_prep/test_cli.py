@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.__main__ import main
 from kabrn_dist.data.corpus import read_corpus
-from kabrn_dist.data.dataset import Batches
+from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.index import SplitName
 from kabrn_dist.data.shard_set import open_folder
 from kabrn_dist.data.token_stream import stream_naive
@@ -69,7 +69,7 @@ def test_python_stdlib_end_to_end(tmp_path: Path) -> None:
     index = open_folder(tmp_path / "set").index
     assert index.vocabulary == 1024 and index.dtype == "uint16" and len(index.sources[0].train.shards) > 1
     assert 1 < 8 * index.gzip9_bytes("validation") / index.text_bytes("validation") < 3
-    assert Batches(read_corpus(tmp_path / "set"), "validation", 256, seed=0, ordered=False).sequences > 100
+    assert TokenDataset(read_corpus(tmp_path / "set"), "validation", 256, seed=0, ordered=False).sequences > 100
     shown = command("inspect", tmp_path / "set", "--documents", 2)
     assert shown.returncode == 0 and "all shards verified" in shown.stdout
     assert shown.stdout.count("--- train document") == 2 and f"{index.tokens('train'):,}" in shown.stdout

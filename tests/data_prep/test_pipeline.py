@@ -15,7 +15,7 @@ import yaml
 from data_prep.__main__ import main
 from data_prep.tokens import mask_naive
 from kabrn_dist.data.corpus import read_corpus
-from kabrn_dist.data.dataset import Batches
+from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.index import SPLITS
 from kabrn_dist.data.shard_set import open_folder
 from kabrn_dist.data.token_stream import stream_naive
@@ -146,7 +146,7 @@ def test_the_loss_counts_on_answers_only(tmp_path: Path) -> None:
     assert prepare(tmp_path, [source]) == 0
     shards = open_folder(tmp_path / "set")
     tokenizer, length = shards.tokenizer(), 64
-    batches = Batches(read_corpus(tmp_path / "set"), "train", length, seed=0, ordered=False)
+    batches = TokenDataset(read_corpus(tmp_path / "set"), "train", length, seed=0, ordered=False)
     stream = stream_naive(tmp_path / "set", shards.index, "train")
     use: list[bool] = []
     for ids in np.split(stream, np.flatnonzero(stream == shards.index.document_token))[1:]:
@@ -155,7 +155,7 @@ def test_the_loss_counts_on_answers_only(tmp_path: Path) -> None:
         use += mask_naive(tokenizer, ids[1:].tolist(), text, [(start, len(text))])
     assert 0.2 < np.mean(use) < 0.8 and shards.index.sources[0].train.loss_tokens == sum(use)
     targets = np.where(use, stream, -100)
-    rows = batches.rows(range(batches.sequences)).targets
+    rows = batches.get(range(batches.sequences)).targets
     np.testing.assert_array_equal(rows.numpy().ravel(), targets[1 : 1 + rows.numel()])
 
 

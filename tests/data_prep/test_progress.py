@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.progress import Tally
+from data_prep.progress import StageProgress
 
 
 def test_workers_add_up_and_a_note_that_is_being_written_sets_nothing_back(tmp_path: Path) -> None:
-    first, second = Tally(tmp_path, 0, "read", 100, finished=10), Tally(tmp_path, 1, "read", 100)
+    first, second = StageProgress(tmp_path, 0, "read", 100, finished=10), StageProgress(tmp_path, 1, "read", 100)
     first.advance(2, 30, 20)
     second.advance(1, 5, 4)
     for tally in (first, second):

@@ -93,7 +93,7 @@ def test_m2d2_reads_lines_of_a_split_and_domain(tmp_path: Path) -> None:
     ]
     assert official("Human_activities__Human_activities") == "Human_activites__Human_activities"
     assert {"Art", "cs.CL", "math.AG", "cs_l1", "Human_activites", "only_txt2"} <= DOMAINS and len(DOMAINS) == 239
-    assert "NC" in make_source("m2d2", [tmp_path], {}).licence
+    assert "NC" in make_source("m2d2", [tmp_path], {}).license
 
 
 OPENQA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {

@@ -16,7 +16,7 @@ import zstandard
 from data_prep.documents import Document
 from data_prep.sources import archive, files, lines, text
 from data_prep.sources.build import make_source
-from data_prep.sources.packed import unpack
+from data_prep.sources.packed import decompress
 from kabrn_dist.utils.errors import UserError
 from tests.support import corpora as data
 
@@ -204,8 +204,8 @@ def test_damaged_and_encrypted_zip_members_do_not_touch_the_others(tmp_path: Pat
 
 def test_zstd_frames_follow_one_another_and_may_be_empty() -> None:
     packed = zstandard.compress(LINES[:99]) + zstandard.compress(b"") + zstandard.compress(LINES[99:])
-    assert unpack(io.BytesIO(packed), "a.zst").read() == LINES
-    assert unpack(io.BytesIO(b""), "a.zst").read() == b""
+    assert decompress(io.BytesIO(packed), "a.zst").read() == LINES
+    assert decompress(io.BytesIO(b""), "a.zst").read() == b""
 
 
 def test_what_is_too_large_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

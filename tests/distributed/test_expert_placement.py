@@ -11,9 +11,9 @@ import torch
 from kabrn_dist.checkpoint.store import read_manifest
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
-from kabrn_dist.distributed.expert_placement import Placement, plan_shares, share_out
-from kabrn_dist.distributed.mesh import alone
-from kabrn_dist.planner.estimate import describe
+from kabrn_dist.distributed.expert_placement import ExpertPlacement, allocate_experts, plan_expert_counts
+from kabrn_dist.distributed.mesh import single_process_mesh
+from kabrn_dist.planner.estimate import describe_plan
 from kabrn_dist.train.expert_balance import count_room, level, resolve_placement
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import read_losses, sessions, write_config
@@ -35,7 +35,7 @@ from tests.support.runs import read_losses, sessions, write_config
     ],
 )
 def test_shares(experts: int, weights: list[float], most: list[int] | None, shares: tuple[int, ...]) -> None:
-    assert share_out(experts, weights, most) == shares
+    assert allocate_experts(experts, weights, most) == shares
 
 
 def test_no_other_shares_end_earlier() -> None:
@@ -50,34 +50,34 @@ def test_no_other_shares_end_earlier() -> None:
             if not allowed:
                 continue
             longest = [max(n / w for n, w in zip(counts, weights, strict=True)) for counts in allowed]
-            found = share_out(experts, weights, room)
+            found = allocate_experts(experts, weights, room)
             assert found in allowed
             assert max(n / w for n, w in zip(found, weights, strict=True)) == min(longest)
 
 
 def test_what_cannot_be_shared_out_is_refused_with_the_numbers() -> None:
-    with pytest.raises(UserError, match=r"routed 3 .* 4 ranks .* parallel.expert to 3"):
-        share_out(3, [1, 1, 1, 1])
-    with pytest.raises(UserError, match=r"\[2, 3\] experts of model.experts.routed 8"):
-        share_out(8, [1, 1], [2, 3])
+    with pytest.raises(UserError, match=r"routed 3 .* 4 ranks .* parallel.expert_parallel to 3"):
+        allocate_experts(3, [1, 1, 1, 1])
+    with pytest.raises(UserError, match=r"\[2, 3\] experts of model.experts.num_experts 8"):
+        allocate_experts(8, [1, 1], [2, 3])
     with pytest.raises(UserError, match=r"\[0, 9\]"):
-        share_out(8, [1, 1], [0, 9])
+        allocate_experts(8, [1, 1], [0, 9])
 
 
 def test_like_speeds_are_level() -> None:
     assert level([1.0, 0.9, 0.85]) == [1.0, 1.0, 1.0]
     assert level([0.5, 1.0, 0.45, 0.97]) == [0.5, 1.0, 0.5, 1.0]
     assert level([3.0]) == [3.0]
-    assert share_out(64, level([0.93, 1.0])) == (32, 32)
+    assert allocate_experts(64, level([0.93, 1.0])) == (32, 32)
 
 
 def test_local_experts_are_contiguous_and_all_are_somewhere() -> None:
-    placements = [Placement((1, 3, 2), rank) for rank in range(3)]
+    placements = [ExpertPlacement((1, 3, 2), rank) for rank in range(3)]
     assert [expert for placement in placements for expert in placement.local] == list(range(6))
 
 
 def configure(folder: Path, **changes: object) -> Config:
-    changes = {"model__experts__routed": 8} | changes
+    changes = {"model__experts__num_experts": 8} | changes
     return load_config(write_config(folder / "config.yaml", folder / "shards", folder / "run", **changes))
 
 
@@ -85,7 +85,7 @@ def test_room_follows_memory_and_what_zero_shares_out(tmp_path: Path) -> None:
     gib = 2.0**30
     rooms = []
     for stage in (0, 1, 2, 3):
-        config = configure(tmp_path, parallel__expert=2, parallel__zero=stage)
+        config = configure(tmp_path, parallel__expert_parallel=2, parallel__zero_stage=stage)
         rooms.append(count_room(config, 8, [1e-3 * gib, 2e-3 * gib, 0.0]))
         assert rooms[-1][2] == 0
     assert all(one < two for one, two, _ in rooms)
@@ -94,26 +94,32 @@ def test_room_follows_memory_and_what_zero_shares_out(tmp_path: Path) -> None:
 
 
 def test_auto_is_planned_resolved_and_told(tmp_path: Path) -> None:
-    auto = {"parallel__expert": 2, "parallel__experts_per_rank": "auto"}
+    auto = {"parallel__expert_parallel": 2, "parallel__experts_per_rank": "auto"}
     given = configure(tmp_path, **auto, parallel__rank_weights=[1, 3])
-    assert plan_shares(given) == (2, 6) and "[2, 6]" in describe(given, 2)
+    assert plan_expert_counts(given) == (2, 6) and "[2, 6]" in describe_plan(given, 2)
     measured = configure(tmp_path, **auto)
-    assert plan_shares(measured) is None and "auto: measured at the start" in describe(measured, 4)
+    assert plan_expert_counts(measured) is None and "auto: measured at the start" in describe_plan(measured, 4)
     one = configure(tmp_path, parallel__experts_per_rank="auto")
-    one.check_world(1)
-    assert resolve_placement(one, alone()).parallel.experts_per_rank == (8,)
-    even = configure(tmp_path, parallel__expert=2)
-    assert plan_shares(even) == (4, 4) and resolve_placement(even, alone()) is even
+    one.check_world_size(1)
+    assert resolve_placement(one, single_process_mesh()).parallel.experts_per_rank == (8,)
+    even = configure(tmp_path, parallel__expert_parallel=2)
+    assert plan_expert_counts(even) == (4, 4) and resolve_placement(even, single_process_mesh()) is even
 
 
 def test_what_is_measured_trains_and_another_vector_goes_on(shards: Path, tmp_path: Path) -> None:
     """Two ranks: shares measured, then 1:3, then 3:1, in one run; the losses are those of one process."""
-    plain = {"model__quantise": False, "training__steps": 6, "checkpoint__keep": 3}
+    plain = {"model__quantize": False, "training__steps": 6, "checkpoint__keep_last": 3}
     whole = write_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **plain)
     sessions(1, [[str(whole), "never", None]], tmp_path)
     jobs: list[list[object]] = []
     for number, (zero, weights) in enumerate([(2, None), (3, [1, 3]), (1, [3, 1])]):
-        layout = {"expert": 2, "experts_per_rank": "auto", "rank_weights": weights, "zero": zero, "bucket": 3000}
+        layout = {
+            "expert_parallel": 2,
+            "experts_per_rank": "auto",
+            "rank_weights": weights,
+            "zero_stage": zero,
+            "bucket_size": 3000,
+        }
         changes = plain | {f"parallel__{key}": value for key, value in layout.items()}
         path = write_config(tmp_path / f"{number}.yaml", shards, tmp_path / "run", **changes)
         jobs.append([str(path), "must" if number else "never", 2])
@@ -129,14 +135,21 @@ def test_what_is_measured_trains_and_another_vector_goes_on(shards: Path, tmp_pa
 
 def test_uneven_shares_in_half_precision(shards: Path, tmp_path: Path) -> None:
     """Four ranks, each expert on two of them, two micro-batches a step, clipping, tiny buckets: beside even shares."""
-    half = {"model__quantise": False, "training__precision": "bf16", "training__micro_batch": 1, "training__steps": 5}
+    half = {
+        "model__quantize": False,
+        "training__precision": "bf16",
+        "training__micro_batch_size": 1,
+        "training__steps": 5,
+    }
     jobs: list[list[object]] = []
     for zero, kept in ((1, "keep"), (2, "recompute"), (3, "offload")):
         for counts in ([2, 2], [1, 3]):
-            layout = {"expert": 2, "experts_per_rank": counts, "zero": zero, "bucket": 1001}
+            layout = {"expert_parallel": 2, "experts_per_rank": counts, "zero_stage": zero, "bucket_size": 1001}
             changes = half | {f"parallel__{key}": value for key, value in layout.items()}
             name = f"{zero}-{counts[0]}"
-            path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes, model__activations=kept)
+            path = write_config(
+                tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes, model__activation_checkpointing=kept
+            )
             jobs.append([str(path), "never", None])
     sessions(4, jobs, tmp_path)
     for zero in (1, 2, 3):

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from kabrn_dist.distributed.expert_placement import Placement
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import free_port
 from kabrn_dist.distributed.stochastic_rounding import round_rows
-from tests import dispatch_worker, mixture_worker
+from tests.workers import dispatch as dispatch_worker
+from tests.workers import mixture as mixture_worker
 
 multiprocessing.set_forkserver_preload(["torch", "pytest", "tests.workers.dispatch", "tests.workers.mixture"])
 
@@ -42,10 +43,10 @@ def run(work: Callable[[int, int, int], None], world: int) -> None:
 
 @pytest.mark.parametrize("counts", [(3,), (1, 3), (4, 1, 3)])
 def test_placement_covers_every_expert_once(counts: tuple[int, ...]) -> None:
-    ranges = [Placement(counts, rank).local for rank in range(len(counts))]
+    ranges = [ExpertPlacement(counts, rank).local for rank in range(len(counts))]
     assert [expert for local in ranges for expert in local] == list(range(sum(counts)))
     assert [len(local) for local in ranges] == list(counts)
-    assert Placement(counts, 0).total == sum(counts)
+    assert ExpertPlacement(counts, 0).total == sum(counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -11,73 +11,76 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
-from kabrn_dist.config import Experts
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.config.file import load_config
 from kabrn_dist.data.corpus import read_corpus
-from kabrn_dist.data.dataset import Batches
-from kabrn_dist.grow.describe import describe
+from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.grow.describe import describe_growth
 from kabrn_dist.grow.plan import make_plan
 from kabrn_dist.grow.recipes import OUTPUTS
 from kabrn_dist.grow.run import grow, plan_growth
-from kabrn_dist.grow.tensors import Break, Finer, Recipe, fill, refine_part
+from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, fill, refine_part
 from kabrn_dist.inference.generate import load_run
-from kabrn_dist.model.experts.registry import FORMS
+from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.grids import insertion
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import read_losses, run, sessions, write_config
 
-SHORT: dict[str, Any] = {"training__steps": 4, "training__micro_batch": 4}
-PLAIN: dict[str, Any] = {**SHORT, "model__quantise": False}
+SHORT: dict[str, Any] = {"training__steps": 4, "training__micro_batch_size": 4}
+PLAIN: dict[str, Any] = {**SHORT, "model__quantize": False}
 # Name → a trained run. The dense ones have one mixture or none.
 SOURCES: dict[str, dict[str, Any]] = {
-    "dense": {**PLAIN, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
+    "dense": {**PLAIN, "model__experts__num_dense_layers": 2, "model__experts__dense_hidden_size": 24},
     "half": {
         **PLAIN,
-        "model__experts__first_dense": 1,
-        "model__experts__dense_hidden": 24,
-        "model__experts__form": "hat",
-        "model__experts__shared": 0,
-        "model__experts__grid": 3,
+        "model__experts__num_dense_layers": 1,
+        "model__experts__dense_hidden_size": 24,
+        "model__experts__type": "hat",
+        "model__experts__num_shared_experts": 0,
+        "model__experts__grid_size": 3,
     },
-    "ternary": {**SHORT, "model__experts__first_dense": 2, "model__experts__dense_hidden": 24},
+    "ternary": {**SHORT, "model__experts__num_dense_layers": 2, "model__experts__dense_hidden_size": 24},
     "mixture": PLAIN,
-    "softmax": {**PLAIN, "model__router__score": "softmax", "model__router__renormalise": False},
-    "one": {**PLAIN, "model__experts__top_k": 1, "model__experts__form": "swiglu", "model__convolution": 2},
+    "softmax": {**PLAIN, "model__router__score_func": "softmax", "model__router__norm_topk_prob": False},
+    "one": {**PLAIN, "model__experts__top_k": 1, "model__experts__type": "swiglu", "model__short_conv_size": 3},
     "limited": {
         **PLAIN,
-        "model__experts__routed": 6,
-        "model__experts__shared": 0,
-        "model__router__groups": 3,
-        "model__router__groups_per_token": 2,
+        "model__experts__num_experts": 6,
+        "model__experts__num_shared_experts": 0,
+        "model__router__n_group": 3,
+        "model__router__topk_group": 2,
     },
-    "bspline": {**PLAIN, "model__experts__form": "bspline", "model__experts__grid": 3},
+    "bspline": {**PLAIN, "model__experts__type": "bspline", "model__experts__grid_size": 3},
 }
-TWICE_ALL = {"model__experts__routed": 8, "model__experts__top_k": 4}
-TWICE_ONE = {"model__experts__routed": 8, "model__router__groups": 2, "model__router__groups_per_token": 1}
+TWICE_ALL = {"model__experts__num_experts": 8, "model__experts__top_k": 4}
+TWICE_ONE = {"model__experts__num_experts": 8, "model__router__n_group": 2, "model__router__topk_group": 1}
 # Name → source, changes. The loss of each is promised to be unchanged.
 GROWN: dict[str, tuple[str, dict[str, Any]]] = {
     "same": ("mixture", {}),
-    "upcycled": ("dense", {"model__experts__first_dense": 0, "model__experts__shared": 0}),
-    "upcycled-above": ("dense", {"model__experts__first_dense": 1, "model__experts__shared": 0}),
-    "upcycled-beside-shared": ("dense", {"model__experts__first_dense": 0, "model__experts__shared": 2}),
-    "upcycled-softmax": ("dense", {"model__experts__first_dense": 0, "model__router__score": "softmax"}),
-    "upcycled-ternary": ("ternary", {"model__experts__first_dense": 0}),
+    "upcycled": ("dense", {"model__experts__num_dense_layers": 0, "model__experts__num_shared_experts": 0}),
+    "upcycled-above": ("dense", {"model__experts__num_dense_layers": 1, "model__experts__num_shared_experts": 0}),
+    "upcycled-beside-shared": (
+        "dense",
+        {"model__experts__num_dense_layers": 0, "model__experts__num_shared_experts": 2},
+    ),
+    "upcycled-softmax": ("dense", {"model__experts__num_dense_layers": 0, "model__router__score_func": "softmax"}),
+    "upcycled-ternary": ("ternary", {"model__experts__num_dense_layers": 0}),
     "all-copies": ("mixture", TWICE_ALL),
     "one-copy": ("mixture", TWICE_ONE),
-    "thrice": ("mixture", {"model__experts__routed": 12, "model__experts__top_k": 6}),
+    "thrice": ("mixture", {"model__experts__num_experts": 12, "model__experts__top_k": 6}),
     "softmax": ("softmax", TWICE_ALL),
-    "top-1": ("one", {"model__experts__routed": 8}),
+    "top-1": ("one", {"model__experts__num_experts": 8}),
     "groups": (
         "limited",
         {
-            "model__experts__routed": 12,
+            "model__experts__num_experts": 12,
             "model__experts__top_k": 4,
-            "model__router__groups": 6,
-            "model__router__groups_per_token": 4,
+            "model__router__n_group": 6,
+            "model__router__topk_group": 4,
         },
     ),
-    "finer-bspline": ("bspline", {"model__experts__grid": 6}),
-    "all-at-once": ("half", {**TWICE_ALL, "model__experts__first_dense": 0, "model__experts__grid": 9}),
+    "finer-bspline": ("bspline", {"model__experts__grid_size": 6}),
+    "all-at-once": ("half", {**TWICE_ALL, "model__experts__num_dense_layers": 0, "model__experts__grid_size": 9}),
 }
 
 
@@ -105,7 +108,7 @@ def load(path: Path, name: str) -> Tensor:
 def score(folder: Path, shards: Path) -> Tensor:
     """Mean loss of a few validation sequences in nats, of the run's newest checkpoint."""
     model, _, _ = load_run(folder)
-    batch = Batches(read_corpus(shards), "validation", 32, 3, ordered=False).rows(range(16))
+    batch = TokenDataset(read_corpus(shards), "validation", 32, 3, ordered=False).get(range(16))
     with torch.no_grad():
         return model(batch).language / batch.targets.numel()
 
@@ -153,13 +156,13 @@ def test_copies_share_their_moments_and_router(trained: Path, shards: Path, tmp_
 def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_path: Path) -> None:
     start, changes = (
         str(trained / "dense"),
-        {"model__experts__first_dense": 0, "training__steps": 8, "checkpoint__keep": 9},
+        {"model__experts__num_dense_layers": 0, "training__steps": 8, "checkpoint__keep_last": 9},
     )
     alone = configure(trained, shards, tmp_path / "alone", "dense", changes)
     command = [sys.executable, "launch/grow.py", "--from", start, "--config", str(alone), "--redraw", "0.0"]
     result = run(command)
     assert result.code == 0 and "loss at the start: unchanged" in result.out, result.out
-    more = {"run__start_from": start, "parallel__expert": 2, "parallel__zero": 2}
+    more = {"run__init_from": start, "parallel__expert_parallel": 2, "parallel__zero_stage": 2}
     pair = configure(trained, shards, tmp_path / "pair", "dense", changes | more)
     sessions(1, [[str(alone), "must", None]], tmp_path / "alone")
     sessions(2, [[str(pair), "auto", 5], [str(pair), "auto", None]], tmp_path / "pair")
@@ -174,17 +177,25 @@ def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("mixture", {"model__width": 48}, "model.width is 32 in the run to start from and 48 here; .* set it to 32"),
-    ("mixture", {"model__experts__hidden": 48}, "model.experts.hidden is 24 .* 48"),
-    ("one", {"model__convolution": 3}, "model.convolution is 2 in the run to start from and 3 here; .* set it to 2"),
-    ("mixture", {"model__experts__routed": 6}, "routed is 4 .* 6 here.* use 4, 8, 12"),
     (
         "mixture",
-        {"model__experts__routed": 8},
-        "top_k 2 → 2.* do not add up.*top_k 4 .*, or top_k 2 with router.groups 2",
+        {"model__hidden_size": 48},
+        "model.hidden_size is 32 in the run to start from and 48 here; .* set it to 32",
     ),
-    ("mixture", {"model__experts__first_dense": 1}, "layers 0 had a mixture .* set them back to 1 and 0"),
-    ("mixture", {"model__experts__shared": 2}, "model.experts.shared is 1 .* 2 here"),
+    ("mixture", {"model__experts__expert_hidden_size": 48}, "model.experts.expert_hidden_size is 24 .* 48"),
+    (
+        "one",
+        {"model__short_conv_size": 4},
+        "model.short_conv_size is 3 in the run to start from and 4 here; .* set it to 3",
+    ),
+    ("mixture", {"model__experts__num_experts": 6}, "routed is 4 .* 6 here.* use 4, 8, 12"),
+    (
+        "mixture",
+        {"model__experts__num_experts": 8},
+        "top_k 2 → 2.* do not add up.*top_k 4 .*, or top_k 2 with router.n_group 2",
+    ),
+    ("mixture", {"model__experts__num_dense_layers": 1}, "layers 0 had a mixture .* set them back to 1 and 0"),
+    ("mixture", {"model__experts__num_shared_experts": 2}, "model.experts.num_shared_experts is 1 .* 2 here"),
     (
         "softmax",
         TWICE_ONE,
@@ -192,14 +203,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "limited",
-        {"model__experts__routed": 12, "model__experts__top_k": 4},
-        "use model.experts.top_k 4 with groups 6 and groups_per_token 4",
+        {"model__experts__num_experts": 12, "model__experts__top_k": 4},
+        "use model.experts.top_k 4 with groups 6 and topk_group 4",
     ),
-    ("dense", {"model__experts__first_dense": 0, "model__experts__hidden": 48}, "hidden 48 is not the .* 24"),
-    ("dense", {"model__experts__first_dense": 0, "model__router__renormalise": False}, "renormalise false"),
-    ("dense", {"model__experts__dense_hidden": 48}, "model.experts.dense_hidden is 24 .* 48 here"),
-    ("bspline", {"model__experts__grid": 4}, "model.experts.grid is 3 .* use 3, 6, 9"),
-    ("bspline", {"model__experts__grid": 6, "model__experts__degree": 2}, "model.experts.degree is 3"),
+    (
+        "dense",
+        {"model__experts__num_dense_layers": 0, "model__experts__expert_hidden_size": 48},
+        "hidden 48 is not the .* 24",
+    ),
+    ("dense", {"model__experts__num_dense_layers": 0, "model__router__norm_topk_prob": False}, "norm_topk_prob false"),
+    ("dense", {"model__experts__dense_hidden_size": 48}, "model.experts.dense_hidden_size is 24 .* 48 here"),
+    ("bspline", {"model__experts__grid_size": 4}, "model.experts.grid_size is 3 .* use 3, 6, 9"),
+    ("bspline", {"model__experts__grid_size": 6, "model__experts__spline_order": 2}, "model.experts.spline_order is 3"),
 ]
 
 
@@ -225,9 +240,9 @@ def test_a_run_that_has_begun_is_not_grown_over(trained: Path, shards: Path, tmp
 
 
 def test_the_table_says_what_becomes_of_each_tensor(trained: Path, shards: Path, tmp_path: Path) -> None:
-    changes = GROWN["all-at-once"][1] | {"model__experts__shared": 0}
+    changes = GROWN["all-at-once"][1] | {"model__experts__num_shared_experts": 0}
     config = load_config(configure(trained, shards, tmp_path, "half", changes))
-    table = describe(plan_growth(trained / "half", config), None, 0.0).splitlines()
+    table = describe_growth(plan_growth(trained / "half", config), None, 0.0).splitlines()
     rows = {" ".join(line.split()) for line in table}
     assert "mixture.routed.inner_spline 0 1×24×128 8×24×320 8 copies of the dense layer's, grid 3 → 9" in rows
     assert "mixture.routed.inner_spline 1 4×24×128 8×24×320 2 copies of each, grid 3 → 9" in rows
@@ -241,23 +256,23 @@ def test_a_difference_without_shapes_is_named_and_silent_ones_are_not(trained: P
     old = load_config(trained / "mixture.yaml").model
     new = old.model_copy(
         update={
-            "quantise": True,
+            "quantize": True,
             "experts": old.experts.model_copy(update={"top_k": 3}),
-            "router": old.router.model_copy(update={"z": 0.5}),
+            "router": old.router.model_copy(update={"z_loss_weight": 0.5}),
         }
     )
     plan = make_plan(old, new)
-    assert plan.changes == ("model.experts.top_k 2 → 3", "model.quantise False → True")
+    assert plan.changes == ("model.experts.top_k 2 → 3", "model.quantize False → True")
     assert len(plan.disturbances(0.1, 0.5)) == 2
 
 
 def test_redrawn_units_are_the_same_in_all_matrices_of_a_copy() -> None:
-    breaking = Break(0.0, 0.5, seed=1)
+    breaking = SymmetryBreaking(0.0, 0.5, seed=1)
     up, down = torch.randn(1, 6, 4), torch.randn(1, 4, 6 * 3)
     touched = []
     for leaf, old in (("up", up), ("down", down)):
         shape = (2, *old.shape[1:])
-        recipe = Recipe(f"routed.{leaf}", shape, "shared", "", copies=2, hidden=6, output=leaf == "down")
+        recipe = TensorMapping(f"routed.{leaf}", shape, "shared", "", copies=2, hidden=6, output=leaf == "down")
         new, moment = torch.empty(shape), torch.empty(shape)
         fill(new, old, recipe, "master", breaking)
         fill(moment, torch.ones_like(old), recipe, "exp_avg", breaking)
@@ -276,19 +291,21 @@ def test_moments_of_a_finer_grid_make_no_longer_steps(grid: int, finer: int, deg
     mean = torch.randn(200, 2 * (grid + degree), generator=generator) * spread
     square = mean.square() * (1 + torch.rand(mean.shape, generator=generator))
     refined = [
-        refine_part(values, Finer(grid, finer, degree), part)
+        refine_part(values, GridRefinement(grid, finer, degree), part)
         for values, part in ((mean, "exp_avg"), (square, "exp_avg_sq"))
     ]
     assert (refined[1] > 0).all()
     assert (refined[0] / refined[1].sqrt()).abs().max() <= 1.0
-    ones = refine_part(torch.ones(1, grid + degree), Finer(grid, finer, degree), "master")
+    ones = refine_part(torch.ones(1, grid + degree), GridRefinement(grid, finer, degree), "master")
     assert torch.allclose(ones, torch.ones_like(ones), atol=1e-12)
     assert insertion(grid, finer, degree).shape == (finer + degree, grid + degree)
 
 
 def test_every_form_names_the_matrices_that_read_hidden_units() -> None:
-    for name, form in FORMS.items():
-        experts = form(8, 24, Experts(form=name, routed=2, top_k=1, hidden=24), range(1), True, 1.0)
+    for name, form in EXPERT_TYPES.items():
+        experts = form(
+            8, 24, ExpertsConfig(type=name, num_experts=2, top_k=1, expert_hidden_size=24), range(1), True, 1.0
+        )
         for leaf in experts.stds:
             rows, columns = experts.get_parameter(leaf).shape[1:]
             assert (rows, columns % 24) == (8, 0) if leaf.startswith(OUTPUTS) else rows == 24, (name, leaf)

@@ -25,9 +25,9 @@ from tests.support.runs import ROOT, make_shards, run, torchrun, write_config
 
 CHANGES: dict[str, Any] = {
     "model__layers": 2,
-    "model__convolution": 2,
-    "parallel__expert": 2,
-    "parallel__zero": 1,
+    "model__short_conv_size": 3,
+    "parallel__expert_parallel": 2,
+    "parallel__zero_stage": 1,
     "training__steps": 3,
 }
 
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(model: MixKABRN) -> Tensor:
     tokens = torch.arange(24)[None] * 7 % 256
     with torch.no_grad():
-        return model.read(tokens, torch.zeros_like(tokens), torch.arange(24)[None], None)[0]
+        return model.decode(tokens, torch.zeros_like(tokens), torch.arange(24)[None], None)[0]
 
 
 def test_an_fp32_export_gives_the_same_logits_bit_for_bit(trained: Path, tmp_path: Path) -> None:

@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.build import Unavailable, load
 from kabrn_dist.kernels.choice import SWITCH, Kernels, choose
-from kabrn_dist.model import bitlinear, ternary
-from kabrn_dist.model.bitlinear import bit_product, bit_product_naive
+from kabrn_dist.model import bitlinear as bitlinear_module
+from kabrn_dist.model.bitlinear import bitlinear, bitlinear_naive
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts
 from kabrn_dist.model.experts.grouped import GroupedExperts
 from kabrn_dist.model.experts.rational import RationalExperts
+from kabrn_dist.ops import weight_quant
 from kabrn_dist.ops.activation import activate, activate_eager
-from kabrn_dist.ops.activation_quant import Quantised, normalise, quantise, rms_norm
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
 from kabrn_dist.ops.packing import pack_naive
-from kabrn_dist.ops.weight_quant import ternarise
+from kabrn_dist.ops.weight_quant import ternarize
 
 FORMS = {"rational": RationalExperts, "chebyshev": ChebyshevExperts}
 COUNTS = [(5,), (70, 0, 200, 1), (0, 0), (0, 64, 0), (65, 63)]
@@ -31,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 GROUPS = 4
 ROOT = Path(__file__).parents[2]
 
-Step = Callable[[Quantised, Tensor], Quantised]
+Step = Callable[[Quantized, Tensor], Quantized]
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 pytestmark = pytest.mark.skipif(choose("cpu").kernels is None, reason=choose("cpu").reason)
@@ -54,17 +55,19 @@ def two_threads() -> Iterator[None]:
 
 def make(form: str, experts: int, width: int) -> tuple[GroupedExperts, Tensor]:
     """Experts, and coefficients near the start that differ between experts and groups."""
-    settings = Settings(routed=experts, top_k=1, hidden=width, groups=GROUPS, range=(-1.5, 2.5))
+    settings = ExpertsConfig(
+        num_experts=experts, top_k=1, expert_hidden_size=width, function_groups=GROUPS, grid_range=(-1.5, 2.5)
+    )
     made = FORMS[form](width, width, settings, range(experts), True, 1.0)
-    made.initialise(0, "experts")
+    made.initialize(0, "experts")
     coefficients = made.coefficients("outer").detach()
     return made, coefficients + torch.randn(coefficients.shape) * 0.05
 
 
-def results(step: Step, x: Quantised, coefficients: Tensor, noise: Tensor) -> Results:
+def results(step: Step, x: Quantized, coefficients: Tensor, noise: Tensor) -> Results:
     """Codes, scale, and gradients of input and coefficients."""
     codes, coefficients = x.codes.clone().requires_grad_(), coefficients.clone().requires_grad_()
-    out = step(Quantised(codes, x.scale), coefficients)
+    out = step(Quantized(codes, x.scale), coefficients)
     found = torch.autograd.grad(out.codes, (codes, coefficients), noise.to(out.codes.dtype))
     return out.codes.detach(), out.scale, *found
 
@@ -75,29 +78,29 @@ def close(mine: Tensor, exact: Tensor, error: float) -> None:
     torch.testing.assert_close(mine.double(), exact.double(), atol=error * size, rtol=0)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [4, 20, 64, 72, 264])
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_activations_are_the_eager_ones(
-    form: str, counts: tuple[int, ...], width: int, dtype: torch.dtype, quantised: bool
+    form: str, counts: tuple[int, ...], width: int, dtype: torch.dtype, quantized: bool
 ) -> None:
     torch.manual_seed(0)
     module, coefficients = make(form, len(counts), width)
-    codes, scale, _ = quantise(torch.randn(sum(counts), width), quantised)
+    codes, scale, _ = quantize(torch.randn(sum(counts), width), quantized)
     # A scale for every row, as a product has, and zeros, where the denominator has its corner.
-    x = Quantised(codes.to(dtype), scale * torch.rand(sum(counts), 1).add(0.5))
+    x = Quantized(codes.to(dtype), scale * torch.rand(sum(counts), 1).add(0.5))
     noise = torch.randn(x.codes.shape).to(dtype)
-    exact = Quantised(x.codes.double(), x.scale.double())
+    exact = Quantized(x.codes.double(), x.scale.double())
     mine = results(
-        lambda x, c: activate(x, module.function, module.eager, c, counts, quantised), x, coefficients, noise
+        lambda x, c: activate(x, module.function, module.eager, c, counts, quantized), x, coefficients, noise
     )
     theirs = results(
-        lambda x, c: activate_eager(x, module.eager, c, counts, quantised), exact, coefficients.double(), noise.double()
+        lambda x, c: activate_eager(x, module.eager, c, counts, quantized), exact, coefficients.double(), noise.double()
     )
     rounding = torch.finfo(dtype).eps
-    if quantised:
+    if quantized:
         apart = (mine[0].double() - theirs[0]).abs()
         # Another code only where the value lies between two.
         assert not apart.numel() or (float(apart.max()) <= 1 and float(apart.mean()) < 1e-3)
@@ -115,14 +118,14 @@ def test_far_inputs_are_finite_and_a_nan_stays_in_its_row(form: str) -> None:
     rows = torch.cat([-sizes, sizes]).repeat(3, 1)
     rows[1] *= 1e-8
     for dtype in DTYPES:
-        x = Quantised(rows.to(dtype), torch.ones(3, 1))
+        x = Quantized(rows.to(dtype), torch.ones(3, 1))
         found = results(
             lambda x, c: activate(x, module.function, module.eager, c, (3,), True), x, coefficients, torch.ones(3, 64)
         )
         assert all(bool(part.isfinite().all()) for part in found)
     rows[1, 5] = torch.nan
     for dtype in DTYPES:
-        x = Quantised(rows.to(dtype), torch.ones(3, 1))
+        x = Quantized(rows.to(dtype), torch.ones(3, 1))
         codes = activate(x, module.function, module.eager, coefficients, (3,), True).codes
         assert bool(codes[1].isnan().all()) and bool(codes[[0, 2]].isfinite().all())
 
@@ -132,14 +135,14 @@ def test_threads_change_nothing(form: str, two_threads: None) -> None:
     torch.manual_seed(0)
     counts = (300, 0, 77)
     module, coefficients = make(form, 3, 64)
-    x, noise, latents = quantise(torch.randn(377, 64)), torch.randn(377, 64), torch.randn(3, 90, 91)
+    x, noise, latents = quantize(torch.randn(377, 64)), torch.randn(377, 64), torch.randn(3, 90, 91)
     found = []
     for threads in (2, 1):
         torch.set_num_threads(threads)
         part = results(lambda x, c: activate(x, module.function, module.eager, c, counts, True), x, coefficients, noise)
         kernels = choose("cpu").kernels
         assert kernels is not None
-        found.append([*part, *ternarise(latents)[1:]])
+        found.append([*part, *ternarize(latents)[1:]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -148,34 +151,34 @@ def test_threads_change_nothing(form: str, two_threads: None) -> None:
 def test_products_are_the_eager_ones(dtype: torch.dtype, enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     counts = (40, 0, 9)
-    x = quantise(torch.randn(49, 65).to(dtype), enabled)
+    x = quantize(torch.randn(49, 65).to(dtype), enabled)
     weight, noise = (torch.randn(3, 37, 65) * 0.1).to(dtype), torch.randn(49, 37).to(dtype)
 
     def run(multiply: Callable[..., Tensor]) -> list[Tensor]:
         codes, latents = x.codes.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = multiply(Quantised(codes, x.scale), latents, counts, enabled)
+        out = multiply(Quantized(codes, x.scale), latents, counts, enabled)
         return [out.detach(), *torch.autograd.grad(out, (codes, latents), noise)]
 
-    mine = run(bit_product)
-    monkeypatch.setattr(bitlinear, "kernels_for", lambda x: None)
-    monkeypatch.setattr(ternary, "kernels_for", lambda x: None)
-    monkeypatch.setattr(bitlinear, "int8_products", lambda *_: False)
-    for found, eager in zip(mine, run(bit_product), strict=True):
+    mine = run(bitlinear)
+    monkeypatch.setattr(bitlinear_module, "kernels_for", lambda x: None)
+    monkeypatch.setattr(weight_quant, "kernels_for", lambda x: None)
+    monkeypatch.setattr(bitlinear_module, "int8_products", lambda *_: False)
+    for found, eager in zip(mine, run(bitlinear), strict=True):
         close(found, eager, 4 * torch.finfo(dtype).eps)
         assert found.dtype == eager.dtype == dtype
     if dtype == torch.float64:
-        for found, exact in zip(mine, run(bit_product_naive), strict=True):
+        for found, exact in zip(mine, run(bitlinear_naive), strict=True):
             close(found, exact, 1e-12)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 5), (3, 7, 65), (70, 33), (0, 5), (130, 256)])
-def test_normalise_is_norm_then_quantiser(shape: tuple[int, ...], dtype: torch.dtype, enabled: bool) -> None:
+def test_normalize_is_norm_then_quantizer(shape: tuple[int, ...], dtype: torch.dtype, enabled: bool) -> None:
     torch.manual_seed(0)
     x, noise = (torch.randn(shape) * 3).to(dtype), torch.randn(shape).to(dtype)
     mine, exact = x.clone().requires_grad_(), x.double().requires_grad_()
-    found, expected = normalise(mine, enabled), quantise(rms_norm(exact), enabled)
+    found, expected = normalize_quantize(mine, enabled), quantize(rms_norm(exact), enabled)
     assert found.codes.dtype == dtype and found.scale.shape == expected.scale.shape
     precision = torch.finfo(dtype).eps
     torch.testing.assert_close(found.scale.double(), expected.scale, rtol=1e-5, atol=0)
@@ -196,7 +199,7 @@ def test_ternary_codes_are_the_eager_ones(dtype: torch.dtype, shape: tuple[int, 
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     weight[0, 0, 0] = 300.0
-    found = ternarise(weight)
+    found = ternarize(weight)
     assert found.gamma is not None and found.packed is not None and found.fresh is not None
     wide = weight.double()
     gamma = wide.abs().mean((1, 2), keepdim=True)
@@ -207,7 +210,7 @@ def test_ternary_codes_are_the_eager_ones(dtype: torch.dtype, shape: tuple[int, 
     for wanted in (dtype, torch.int8, torch.float32):
         assert torch.equal(found.codes(wanted), found._replace(fresh=None).codes(wanted))
         assert found.codes(wanted).dtype == wanted and torch.equal(found.codes(wanted).double(), expected)
-    nothing = ternarise(torch.zeros(shape, dtype=dtype))
+    nothing = ternarize(torch.zeros(shape, dtype=dtype))
     assert nothing.gamma is not None and not bool(nothing.codes(dtype).any()) and bool((nothing.gamma > 0).all())
 
 
@@ -228,7 +231,7 @@ def test_counts_that_do_not_fit_are_refused() -> None:
     module, coefficients = make("rational", 2, 64)
     for counts in ((3, 3), (5,), (6, -1)):
         with pytest.raises(ValueError, match=str(list(counts))[1:-1]):
-            activate(quantise(torch.randn(5, 64)), module.function, module.eager, coefficients, counts, True)
+            activate(quantize(torch.randn(5, 64)), module.function, module.eager, coefficients, counts, True)
 
 
 def test_eager_torch_wherever_kernels_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

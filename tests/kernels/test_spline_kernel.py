@@ -83,33 +83,33 @@ def layer(grid: Grid, dtype: torch.dtype, inputs: int, outputs: int, counts: tup
     return [t.to(dtype).requires_grad_() for t in (x, *weights)]
 
 
-def passes(inputs: list[Tensor], counts: tuple[int, ...], grid: Grid, quantised: bool, eager: bool) -> list[Tensor]:
+def passes(inputs: list[Tensor], counts: tuple[int, ...], grid: Grid, quantized: bool, eager: bool) -> list[Tensor]:
     x, base, spline = inputs
-    out = (edge_layer_eager if eager else edge_layer)(x, base, spline, counts, grid, quantised)
+    out = (edge_layer_eager if eager else edge_layer)(x, base, spline, counts, grid, quantized)
     torch.manual_seed(1)
     return [out, *torch.autograd.grad(out, inputs, torch.randn(out.shape).to(out.dtype))]
 
 
 @fused
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_layer_is_the_eager_one(
-    grid: Grid, quantised: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    grid: Grid, quantized: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = (9, 0, 14)
     inputs = layer(grid, dtype, 21, 7, counts)
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    found = passes(inputs, counts, grid, quantised, False)
-    eager, exact = passes(inputs, counts, grid, quantised, True), passes(wide, counts, grid, quantised, True)
+    found = passes(inputs, counts, grid, quantized, False)
+    eager, exact = passes(inputs, counts, grid, quantized, True), passes(wide, counts, grid, quantized, True)
     monkeypatch.setattr("kabrn_dist.ops.edge_layer.CHUNK", 21 * (grid.size + 1) * 4)
-    chunked = passes(inputs, counts, grid, quantised, False)
+    chunked = passes(inputs, counts, grid, quantized, False)
     for mine, parts, theirs, true in zip(found, chunked, eager, exact, strict=True):
         assert mine.dtype == dtype and mine.shape == theirs.shape
         # As near to float64 as the eager path is; in the ternary mode one code may differ.
         size = true.abs().max()
         slack = 1e-5 if dtype == torch.float32 else 1e-2
-        allowed = 1.5 * (theirs - true).abs().max() + (slack + (0.02 if quantised else 0)) * size
+        allowed = 1.5 * (theirs - true).abs().max() + (slack + (0.02 if quantized else 0)) * size
         assert (mine - true).abs().max() <= allowed
         assert (parts - true).abs().max() <= allowed
 

@@ -11,16 +11,16 @@ import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kabrn_dist.metrics.logger import Metrics
-from kabrn_dist.metrics.moe import ExpertWatch, expert_lists, expert_values, measure_balance
+from kabrn_dist.metrics.logger import MetricsLogger
+from kabrn_dist.metrics.moe import MoEStepStats, expert_lists, expert_values, measure_balance
 from kabrn_dist.plots.experts import draw_load
 
 LOAD = torch.tensor([[6.0, 2.0, 4.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
 
 
-def watch(dropped: tuple[float, float] = (0.0, 0.0), traffic: torch.Tensor | None = None) -> ExpertWatch:
+def watch(dropped: tuple[float, float] = (0.0, 0.0), traffic: torch.Tensor | None = None) -> MoEStepStats:
     bias = torch.tensor([[0.25, -0.5, 0.0, 0.25], [0.0, 0.0, 0.0, 0.0]])
-    return ExpertWatch((1, 3), 6, LOAD, torch.tensor([9.0, 6.0]), torch.tensor(dropped), bias, traffic)
+    return MoEStepStats((1, 3), 6, LOAD, torch.tensor([9.0, 6.0]), torch.tensor(dropped), bias, traffic)
 
 
 def test_balance_by_hand() -> None:
@@ -28,9 +28,9 @@ def test_balance_by_hand() -> None:
     assert balance.most.tolist() == [2.0, 1.0] and balance.least.tolist() == [0.0, 1.0]
     assert balance.violation.tolist() == [1.0, 0.0]
     assert balance.variation.tolist() == pytest.approx([math.sqrt(5) / 3, 0.0])
-    assert balance.dead.tolist() == [1, 0] and balance.starving.tolist() == [1, 0]
+    assert balance.dead.tolist() == [1, 0] and balance.underused.tolist() == [1, 0]
     nearly = measure_balance(torch.tensor([1.0, 20.0, 20.0]))
-    assert (nearly.dead.item(), nearly.starving.item()) == (0, 1)
+    assert (nearly.dead.item(), nearly.underused.item()) == (0, 1)
 
 
 def test_a_layer_without_a_copy_is_no_nan() -> None:
@@ -61,7 +61,7 @@ def test_lists_are_whole_loads_and_each_ranks_traffic() -> None:
 
 
 def test_lists_go_to_the_log_only_and_the_picture_to_tensorboard_only(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, True, 0, 10)
+    metrics = MetricsLogger(tmp_path, True, 0, 10)
     metrics.write(5, expert_values(watch()), "step 5", expert_lists(watch()))
     metrics.write_figure(5, "experts/load", lambda: draw_load(LOAD, (1, 3), 5))
     metrics.close()
@@ -79,7 +79,7 @@ def test_other_ranks_write_and_draw_nothing(tmp_path: Path) -> None:
     def refuse() -> Figure:
         raise AssertionError("drawn where nothing is written")
 
-    metrics = Metrics(tmp_path / "run", False, 0, 10)
+    metrics = MetricsLogger(tmp_path / "run", False, 0, 10)
     metrics.write(5, {"loss/total": 1.0}, "step 5", {"experts/layers": [0]})
     metrics.write_figure(5, "experts/load", refuse)
     metrics.close()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kabrn_dist.backend.losses import Totals, compute_losses
+from kabrn_dist.backend.losses import StepTotals, compute_losses
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import read_corpus
-from kabrn_dist.data.dataset import Batch, Batches
+from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.inference.load import build_whole
 from kabrn_dist.metrics.sources import SourceSums, validation_values
 from kabrn_dist.model.mixkabrn import MixKABRN
-from kabrn_dist.train.datasets import open_splits
+from kabrn_dist.train.datasets import open_datasets
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import SMALL, read_losses, sessions, write_config
 from tests.support.shard_sets import Texts, make_set
@@ -43,13 +43,13 @@ def settings(folder: Path, **changes: dict[str, Any]) -> Config:
 
 def build(folder: Path) -> MixKABRN:
     model = build_whole(settings(folder))
-    model.initialise(3)
+    model.initialize(3)
     return model
 
 
 def test_rows_and_sources_add_up_token_by_token(folder: Path) -> None:
-    batches, model = Batches(read_corpus(folder), "train", LENGTH, seed=1), build(folder)
-    parts = [batches.rows(range(first, first + 6)) for first in (0, 6)]
+    batches, model = TokenDataset(read_corpus(folder), "train", LENGTH, seed=1), build(folder)
+    parts = [batches.get(range(first, first + 6)) for first in (0, 6)]
     sums = [model(batch) for batch in parts]
     logits: list[torch.Tensor] = []
     model.head.register_forward_hook(lambda module, inputs, output: logits.append(output))
@@ -74,9 +74,9 @@ def test_rows_and_sources_add_up_token_by_token(folder: Path) -> None:
 
 
 def test_a_step_without_a_target_has_no_language_loss(folder: Path) -> None:
-    model, batch = build(folder), Batches(read_corpus(folder), "train", LENGTH, seed=1).rows(range(4))
+    model, batch = build(folder), TokenDataset(read_corpus(folder), "train", LENGTH, seed=1).get(range(4))
     sums = model(batch._replace(targets=torch.full_like(batch.targets, -100)))
-    losses = compute_losses(sums, Totals(0, 4 * LENGTH, 4, 1), model.settings.router)
+    losses = compute_losses(sums, StepTotals(0, 4 * LENGTH, 4, 1), model.settings.router)
     assert losses.language == 0 and losses.total.isfinite() and not sums.rows.any()
     losses.total.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -100,12 +100,14 @@ def logged(run: Path) -> list[dict[str, float]]:
 
 
 def test_every_layout_and_a_url_log_the_same(folder: Path, tmp_path: Path) -> None:
-    plain = {"model__quantise": False, "training__steps": 6, "validation__sequences": 7}
+    plain = {"model__quantize": False, "training__steps": 6, "validation__eval_sequences": 7}
     with serve(folder) as web:
         runs: dict[int, list[tuple[str, dict[str, Any]]]] = {
-            1: [("whole", {}), ("url", {"data__path": web.url, "data__cache": str(tmp_path / "cache")})],
-            2: [("data", {}), ("sequence", {"parallel__sequence": 2, "training__micro_batch": 4})],
-            4: [("both", {"parallel__sequence": 2, "parallel__expert": 4, "parallel__zero": 2})],
+            1: [("whole", {}), ("url", {"data__path": web.url, "data__cache_dir": str(tmp_path / "cache")})],
+            2: [("data", {}), ("sequence", {"parallel__sequence_parallel": 2, "training__micro_batch_size": 4})],
+            4: [
+                ("both", {"parallel__sequence_parallel": 2, "parallel__expert_parallel": 4, "parallel__zero_stage": 2})
+            ],
         }
         for world, layouts in runs.items():
             jobs: list[list[object]] = []
@@ -130,8 +132,8 @@ def test_every_layout_and_a_url_log_the_same(folder: Path, tmp_path: Path) -> No
 
 def test_a_run_that_would_outlast_its_data_is_refused_at_the_start(folder: Path) -> None:
     data = {"weights": {"web": 0.0, "math": 0.0}}
-    open_splits(settings(folder, data=data))
+    open_datasets(settings(folder, data=data))
     with pytest.raises(
         UserError, match=r"800,000 sequences, the data has \d+ \(epochs: code 1\). Lower training.steps"
     ):
-        open_splits(settings(folder, data=data, training={"steps": 100_000}))
+        open_datasets(settings(folder, data=data, training={"steps": 100_000}))

@@ -15,15 +15,15 @@ from kabrn_dist.checkpoint.store import load_tensor, read_manifest
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
 from kabrn_dist.data.corpus import open_corpus
-from kabrn_dist.data.dataset import Batches
-from kabrn_dist.distributed.mesh import alone
+from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.metrics.activations import watch_saturation
-from kabrn_dist.metrics.ternary import WeightSums, named_bit_weights, portray, weight_sums, weight_values
+from kabrn_dist.metrics.ternary import TernaryStats, collect_figure, named_bit_weights, weight_sums, weight_values
 from kabrn_dist.model.mixkabrn import build_model
-from kabrn_dist.ops.activation_quant import normalise
+from kabrn_dist.ops.activation_quant import normalize_quantize
 from kabrn_dist.ops.weight_quant import ternary
 from kabrn_dist.plots.figure import to_pixels
-from kabrn_dist.plots.weights import BINS, REACH, Portrait, count_latents, draw_weights
+from kabrn_dist.plots.weights import BINS, REACH, TernaryFigure, count_latents, draw_weights
 from tests.support.runs import read_losses, sessions, write_config
 
 NAMES = ("minus", "zero", "plus", "flips", "margin", "scale")
@@ -79,7 +79,7 @@ def test_gaussian_latents_have_the_margin_and_the_zeros_of_the_docstring() -> No
 
 
 def test_values_by_name() -> None:
-    sums = WeightSums(*torch.tensor([[4.0, 8], [1, 0], [2, 4], [1, 4], [1, 0], [5, 8], [2, 16]]).double())
+    sums = TernaryStats(*torch.tensor([[4.0, 8], [1, 0], [2, 4], [1, 4], [1, 0], [5, 8], [2, 16]]).double())
     values = weight_values(sums)
     assert values["ternary/zero/layer_0"] == 0.5 and values["ternary/plus/layer_1"] == 0.5
     assert values["ternary/flips/layer_0"] == 0.25 and values["ternary/margin/layer_0"] == 1.25
@@ -90,12 +90,15 @@ def test_values_by_name() -> None:
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
     2: [
-        {"expert": 2, "zero": 0},
-        {"expert": 2, "zero": 1, "experts_per_rank": [1, 3]},
-        {"sequence": 2, "zero": 2},
-        {"expert": 2, "sequence": 2, "zero": 3},
+        {"expert_parallel": 2, "zero_stage": 0},
+        {"expert_parallel": 2, "zero_stage": 1, "experts_per_rank": [1, 3]},
+        {"sequence_parallel": 2, "zero_stage": 2},
+        {"expert_parallel": 2, "sequence_parallel": 2, "zero_stage": 3},
     ],
-    4: [{"expert": 2, "zero": 2}, {"expert": 2, "sequence": 2, "zero": 3, "experts_per_rank": [3, 1]}],
+    4: [
+        {"expert_parallel": 2, "zero_stage": 2},
+        {"expert_parallel": 2, "sequence_parallel": 2, "zero_stage": 3, "experts_per_rank": [3, 1]},
+    ],
 }
 
 
@@ -111,10 +114,10 @@ def test_every_layout_counts_each_weight_once(shards: Path, tmp_path: Path) -> N
             folder = tmp_path / f"w{world}-{number}"
             changes = {f"parallel__{key}": value for key, value in layout.items()} | {
                 "model__layers": 2,
-                "model__experts__first_dense": 1,
+                "model__experts__num_dense_layers": 1,
                 "training__steps": 2,
-                "training__micro_batch": 1,
-                "checkpoint__every": 1,
+                "training__micro_batch_size": 1,
+                "checkpoint__save_interval": 1,
             }
             jobs.append([str(write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None])
             runs.append(folder)
@@ -141,10 +144,10 @@ def test_every_layout_has_the_same_saturation(shards: Path, tmp_path: Path) -> N
         for number, layout in enumerate(layouts):
             name = f"w{world}-{number}"
             changes = {f"parallel__{key}": value for key, value in layout.items()} | {
-                "model__experts__first_dense": 1,
+                "model__experts__num_dense_layers": 1,
                 "optimizer__learning_rate": 1e-12,
                 "training__steps": 1,
-                "training__micro_batch": 1 + world % 2,
+                "training__micro_batch_size": 1 + world % 2,
             }
             jobs.append(
                 [str(write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes)), "never", None]
@@ -177,7 +180,7 @@ def test_measuring_changes_nothing(shards: Path, tmp_path: Path) -> None:
     for zero in (0, 3):
         for every in (1, 100):
             name = f"z{zero}-{every}"
-            layout = {"parallel__expert": 2, "parallel__zero": zero, "training__log_every": every}
+            layout = {"parallel__expert_parallel": 2, "parallel__zero_stage": zero, "training__log_interval": every}
             path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, training__steps=4, **layout)
             jobs.append([str(path), "never", None])
     sessions(2, jobs, tmp_path)
@@ -194,8 +197,8 @@ def config(shards: Path, tmp_path: Path) -> Config:
 
 def test_saturation_by_hand(config: Config) -> None:
     """Each distinct input of a layer once, rows that do not count left out; the pass itself is untouched."""
-    model = build_model(config, alone())
-    batch = Batches(open_corpus(config.data), "validation", 32, 3, ordered=False).rows([0, 1, 2])
+    model = build_model(config, single_process_mesh())
+    batch = TokenDataset(open_corpus(config.data), "validation", 32, 3, ordered=False).get([0, 1, 2])
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
 
     def keep(layer: int, values: Callable[[Any], Tensor]) -> Callable[..., None]:
@@ -204,7 +207,7 @@ def test_saturation_by_hand(config: Config) -> None:
     for layer, block in enumerate(model.blocks):
         block.mixer.inputs.query.register_forward_pre_hook(keep(layer, lambda x: x.codes))
         block.mixer.output.out.register_forward_pre_hook(keep(layer, lambda x: x.codes))
-        block.mixture.register_forward_pre_hook(keep(layer, lambda x: normalise(x).codes))
+        block.mixture.register_forward_pre_hook(keep(layer, lambda x: normalize_quantize(x).codes))
     with torch.no_grad():
         plain = model(batch).language
         for codes in seen.values():
@@ -212,9 +215,9 @@ def test_saturation_by_hand(config: Config) -> None:
         with watch_saturation(model) as saturation:
             saturation.rows = torch.tensor([True, False, True])
             assert model(batch).language.equal(plain)
-        values = saturation.values(alone())
+        values = saturation.values(single_process_mesh())
         model(batch)
-        assert saturation.values(alone()) == values, "no hook is left"
+        assert saturation.values(single_process_mesh()) == values, "no hook is left"
     for layer, codes in seen.items():
         kept = [x[[0, 2]] for x in codes[:3]]
         ends = sum(int((x.abs() == 127).sum()) for x in kept)
@@ -223,13 +226,13 @@ def test_saturation_by_hand(config: Config) -> None:
 
 
 def test_nothing_ternary_has_no_instruments(shards: Path, tmp_path: Path) -> None:
-    path = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", model__quantise=False, training__steps=2)
+    path = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", model__quantize=False, training__steps=2)
     sessions(1, [[str(path), "never", None]], tmp_path)
     assert "ternary/" not in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 def test_portraits(config: Config) -> None:
-    model = build_model(config, alone())
+    model = build_model(config, single_process_mesh())
     named = list(named_bit_weights(model))
     assert [name for layer, name, _ in named if layer == 1] == [
         *(f"mixer.inputs.{part}" for part in ("query", "key", "value", "gate")),
@@ -237,7 +240,7 @@ def test_portraits(config: Config) -> None:
         *(f"mixture.{kind}.{part}" for kind in ("routed", "shared") for part in ("up", "down")),
     ]
     _, name, weight = next(entry for entry in named if entry[1] == "mixture.routed.up")
-    portrait = portray(name, weight)
+    portrait = collect_figure(name, weight)
     codes, gamma = ternary(weight.detach())
     assert portrait.shape == (4, 24, 32) and portrait.codes.equal(codes[0])
     assert portrait.histogram.sum() == weight.numel()
@@ -256,7 +259,7 @@ def test_latents_beyond_the_histogram_are_in_its_outermost_bins() -> None:
 def test_the_picture_shows_all_matrices_alike(count: int) -> None:
     latent = draw(2, 40, 20)
     codes, gamma = ternary(latent)
-    portrait = Portrait("mixture.routed.up", count_latents(latent, gamma), codes[0], (2, 40, 20))
+    portrait = TernaryFigure("mixture.routed.up", count_latents(latent, gamma), codes[0], (2, 40, 20))
     figure = draw_weights([portrait] * count, "layer 0, step 5")
     assert len(figure.axes) == 2 * count
     assert {axes.get_ylim() for axes in figure.axes[::2]} == {figure.axes[0].get_ylim()}

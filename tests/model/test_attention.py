@@ -14,14 +14,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.config import Retention as Settings
+from kabrn_dist.config import RetentionConfig
 from kabrn_dist.distributed import kv_gather as gather
-from kabrn_dist.distributed.launch_env import Place, free_port
-from kabrn_dist.distributed.mesh import join_processes
+from kabrn_dist.distributed.launch_env import LaunchEnv, free_port
+from kabrn_dist.distributed.mesh import init_distributed
 from kabrn_dist.model import attention as module
-from kabrn_dist.model.attention import Attention, Cache, attention, attention_naive
+from kabrn_dist.model.attention import Attention, KVCache, attention, attention_naive
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.mixer import find_place
+from kabrn_dist.model.mixer import make_position_info
 
 multiprocessing.set_forkserver_preload(["torch", "pytest", "kabrn_dist.model.attention"])
 
@@ -55,11 +55,11 @@ def near(mine: Tensor, theirs: Tensor, limit: float, what: str = "") -> None:
     torch.testing.assert_close(mine, theirs, atol=limit, rtol=0, msg=lambda text: f"{what}: {text}")
 
 
-def make_layer(quantised: bool = False, group: dist.ProcessGroup | None = None) -> Attention:
-    layer = Attention(WIDTH, Settings(heads=HEADS, key_width=4, value_width=6), quantised, 1.0, group)
+def make_layer(quantized: bool = False, group: dist.ProcessGroup | None = None) -> Attention:
+    layer = Attention(WIDTH, RetentionConfig(num_heads=HEADS, key_dim=4, value_dim=6), quantized, 1.0, group)
     for name, part in layer.named_modules():
         if isinstance(part, BitLinear):
-            part.initialise(3, name)
+            part.initialize(3, name)
     return layer.double()
 
 
@@ -117,23 +117,23 @@ def test_backward_keeps_no_mask() -> None:
     assert saved(1024) < 4.2 * saved(256)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("pieces", [[40, 1, 1, 1], [1] * 43, [16, 16, 11], [1, 41, 1]])
-def test_a_cache_continues_the_row(pieces: list[int], quantised: bool) -> None:
-    layer = make_layer(quantised)
+def test_a_cache_continues_the_row(pieces: list[int], quantized: bool) -> None:
+    layer = make_layer(quantized)
     layer.block = 16
     torch.manual_seed(0)
     x = torch.randn(BATCH, 43, WIDTH, dtype=torch.float64)
     ids, positions = torch.zeros(BATCH, 43, dtype=torch.int64), torch.arange(43).expand(BATCH, -1)
-    whole, last = layer(x, find_place(ids, positions, 4))
+    whole, last = layer(x, make_position_info(ids, positions, 4))
     outs, state, start = [], None, 0
     for piece in pieces:
         here = slice(start, start + piece)
-        out, state = layer(x[:, here], find_place(ids[:, here], positions[:, here], 4), state)
+        out, state = layer(x[:, here], make_position_info(ids[:, here], positions[:, here], 4), state)
         outs.append(out)
         start += piece
     near(torch.cat(outs, 1), whole, 1e-10)
-    assert isinstance(state, Cache) and isinstance(last, Cache)
+    assert isinstance(state, KVCache) and isinstance(last, KVCache)
     for mine, theirs in zip(state, last, strict=True):
         near(mine, theirs, 1e-12)
 
@@ -167,10 +167,10 @@ def test_narrow_types_stay_near_the_definition(dtype: torch.dtype) -> None:
     assert all(x.grad is not None and x.grad.dtype == dtype and x.grad.isfinite().all() for x in narrow)
 
 
-def test_scores_are_those_of_normalised_queries_and_keys() -> None:
+def test_scores_are_those_of_normalized_queries_and_keys() -> None:
     (q, k, v), _ = draw(9)
     documents, positions = make_documents([[4], []], 9)
-    layer, place = make_layer(), find_place(documents, positions, 4)
+    layer, place = make_layer(), make_position_info(documents, positions, 4)
     out, cache = layer.mix(q, k, v, place, None)
     unit_q, unit_k = (2 * x / x.norm(dim=-1, keepdim=True) for x in (q, k))
     near(out, attention_naive(unit_q, unit_k, v, documents), 1e-4)
@@ -197,7 +197,7 @@ def check_slice(layout: str, length: int, block: int, world: int, rank: int) -> 
     documents, positions = make_documents(slice_layouts(length, world)[layout], length * world)
     here = slice(rank * length, (rank + 1) * length)
     inputs, noise = draw(length * world)
-    place = find_place(documents, positions, 4)
+    place = make_position_info(documents, positions, 4)
     whole, _ = make_layer().mix(*inputs, place, None)
     near(whole, attention_naive(*map(module.rms_norm, inputs[:2]), inputs[2], documents), 1e-10, where)
     expected = torch.autograd.grad((whole * noise).sum(), inputs)
@@ -206,7 +206,7 @@ def check_slice(layout: str, length: int, block: int, world: int, rank: int) -> 
     layer.block = block
     mine = [x.detach()[:, :, here].requires_grad_() for x in inputs]
     CALLS.clear()
-    out, state = layer.mix(*mine, find_place(documents[:, here], positions[:, here], 4), None)
+    out, state = layer.mix(*mine, make_position_info(documents[:, here], positions[:, here], 4), None)
     grads = torch.autograd.grad((out * noise[:, :, here]).sum(), mine)
     assert CALLS == ["gather", "gather", "sum"] and state is None
     near(out, whole[:, :, here], 1e-10, where)
@@ -214,10 +214,10 @@ def check_slice(layout: str, length: int, block: int, world: int, rank: int) -> 
         near(grad, theirs[:, :, here], 1e-9, f"gradient of {name}, {where}")
 
     narrow = [x.detach().bfloat16().requires_grad_() for x in mine]
-    out, _ = layer.mix(*narrow, find_place(documents[:, here], positions[:, here], 4), None)
+    out, _ = layer.mix(*narrow, make_position_info(documents[:, here], positions[:, here], 4), None)
     assert all(x.dtype == torch.bfloat16 and x.isfinite().all() for x in torch.autograd.grad(out.sum(), narrow)), where
     with pytest.raises(ValueError, match=r"cache .state. with a sequence group"):
-        layer.mix(*mine, place, Cache(mine[1], mine[2], documents[:, here]))
+        layer.mix(*mine, place, KVCache(mine[1], mine[2], documents[:, here]))
 
 
 CALLS: list[str] = []
@@ -232,8 +232,8 @@ def work(rank: int, world: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     gather._all_gather = noted("gather", gather._all_gather)
-    gather.sum_at_owners = noted("sum", gather.sum_at_owners)
-    with join_processes(Place(rank, world, rank, world)):
+    gather.reduce_scatter_sum = noted("sum", gather.reduce_scatter_sum)
+    with init_distributed(LaunchEnv(rank, world, rank, world)):
         for length, block in ((3, 1000), (5, 2), (6, 3), (7, 1000)):
             for layout in slice_layouts(length, world):
                 check_slice(layout, length, block, world, rank)

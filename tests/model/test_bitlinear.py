@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.report import kept_bytes
-from kabrn_dist.model import bitlinear
-from kabrn_dist.model.bitlinear import BitLinear, bit_product, bit_product_naive, unscaled_product
-from kabrn_dist.ops.activation_quant import Quantised, normalise, quantise, rms_norm
-from kabrn_dist.ops.weight_quant import ternarise, ternary
+from kabrn_dist.model import bitlinear as bitlinear_module
+from kabrn_dist.model.bitlinear import BitLinear, bitlinear, bitlinear_naive, bitlinear_unscaled
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
+from kabrn_dist.ops.weight_quant import ternarize, ternary
 
 INPUTS, OUTPUTS = 24, 10
 COUNTS = [(5,), (0,), (1,), (3, 4), (0, 6), (6, 0), (2, 0, 3, 0), (0, 0, 7, 0, 0), (0, 0, 0)]
@@ -31,7 +31,7 @@ def draw(counts: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[T
 def test_product_is_its_definition(counts: tuple[int, ...], enabled: bool) -> None:
     x, weight = draw(counts)
     noise = torch.randn(sum(counts), OUTPUTS, dtype=torch.float64)
-    found, expected = (form(quantise(x, enabled), weight, counts, enabled) for form in (bit_product, bit_product_naive))
+    found, expected = (form(quantize(x, enabled), weight, counts, enabled) for form in (bitlinear, bitlinear_naive))
     torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
     grads = [torch.autograd.grad((out * noise).sum(), (x, weight)) for out in (found, expected)]
     for mine, theirs in zip(*grads, strict=True):
@@ -44,7 +44,7 @@ def test_product_is_its_definition(counts: tuple[int, ...], enabled: bool) -> No
 def test_plain_product_passes_gradcheck(counts: tuple[int, ...]) -> None:
     x, weight = draw(counts)
     scale = torch.rand(len(x), 1, dtype=torch.float64) + 0.5
-    assert torch.autograd.gradcheck(lambda c, w: bit_product(Quantised(c, scale), w, counts, False), (x, weight))
+    assert torch.autograd.gradcheck(lambda c, w: bitlinear(Quantized(c, scale), w, counts, False), (x, weight))
 
 
 def integer_product(codes: Tensor, scale: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -62,13 +62,13 @@ def test_fp32_product_is_an_integer_product(width: int) -> None:
     torch.manual_seed(width)
     counts = (5, 0, 3)
     weight = torch.randn(3, 12, width)
-    x = quantise(torch.randn(8, width) * torch.logspace(-3, 3, 8)[:, None])
-    assert torch.equal(bit_product(x, weight, counts), integer_product(*x[:2], weight, counts))
+    x = quantize(torch.randn(8, width) * torch.logspace(-3, 3, 8)[:, None])
+    assert torch.equal(bitlinear(x, weight, counts), integer_product(*x[:2], weight, counts))
     # The largest sums there are: all codes 127 or −128 and all weights of one sign.
     for code in (127.0, -128.0):
-        extreme = Quantised(torch.full((8, width), code), torch.ones(8, 1))
+        extreme = Quantized(torch.full((8, width), code), torch.ones(8, 1))
         whole = torch.full((3, 12, width), 0.5)
-        found = bit_product(extreme, whole, counts)
+        found = bitlinear(extreme, whole, counts)
         assert torch.equal(found, integer_product(*extreme[:2], whole, counts))
         assert torch.equal(found, torch.full((8, 12), code * width / 2))
 
@@ -79,7 +79,7 @@ def test_half_precision_has_headroom(width: int, dtype: torch.dtype) -> None:
     # Raw, the sum 127·4096 is eight times fp16's largest number.
     codes = torch.full((3, width), 127.0, dtype=dtype).requires_grad_()
     weight = torch.full((2, 4, width), 1 / 64, dtype=dtype).requires_grad_()
-    out = bit_product(Quantised(codes, torch.full((3, 1), 127.0)), weight, (1, 2))
+    out = bitlinear(Quantized(codes, torch.full((3, 1), 127.0)), weight, (1, 2))
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), torch.full((3, 4), width / 64).double(), atol=0, rtol=4e-3)
     out.sum().backward()
@@ -92,7 +92,7 @@ def test_half_precision_has_headroom(width: int, dtype: torch.dtype) -> None:
 def test_codes_are_int8_and_scales_absmax(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = (torch.randn(50, 33) * torch.logspace(-2, 2, 50)[:, None]).to(dtype)
-    codes, scale, _ = quantise(x)
+    codes, scale, _ = quantize(x)
     assert codes.dtype == dtype and codes.shape == x.shape and scale.shape == (50, 1)
     assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(codes, codes.round()) and float(codes.min()) >= -128 and float(codes.max()) <= 127
@@ -107,18 +107,18 @@ def test_straight_through_gradient_is_the_identity() -> None:
     torch.manual_seed(0)
     x = (torch.randn(6, 17, dtype=torch.float64) * 5).requires_grad_()
     noise = torch.randn(6, 17, dtype=torch.float64)
-    codes, scale, _ = quantise(x)
+    codes, scale, _ = quantize(x)
     assert codes.requires_grad and not scale.requires_grad
     (grad,) = torch.autograd.grad((codes / scale * noise).sum(), x)
     torch.testing.assert_close(grad, noise, atol=0, rtol=1e-14)
 
 
-def test_quantisers_off_pass_values_through() -> None:
+def test_quantizers_off_pass_values_through() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.bfloat16)
-    codes, scale, _ = quantise(x, 0.0)
+    codes, scale, _ = quantize(x, 0.0)
     assert torch.equal(codes, x) and torch.equal(scale, torch.ones(3, 4, 1))
     x, weight = draw((4,), torch.float32)
-    torch.testing.assert_close(bit_product(quantise(x, False), weight, (4,), False), x @ weight[0].T)
+    torch.testing.assert_close(bitlinear(quantize(x, False), weight, (4,), False), x @ weight[0].T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -126,10 +126,10 @@ def test_rows_of_zeros(dtype: torch.dtype) -> None:
     x = torch.zeros(3, 8, dtype=dtype)
     x[1] = 1
     x.requires_grad_()
-    codes, scale, _ = quantise(rms_norm(x))
+    codes, scale, _ = quantize(rms_norm(x))
     assert not bool(codes[[0, 2]].any()) and bool((codes[1] == 127).all()) and bool(scale.isfinite().all())
     weight = torch.randn(1, 4, 8, dtype=dtype).requires_grad_()
-    out = bit_product(Quantised(codes, scale), weight, (3,))
+    out = bitlinear(Quantized(codes, scale), weight, (3,))
     assert not bool(out[[0, 2]].any())
     out.sum().backward()
     assert bool(x.grad.isfinite().all()) and bool(weight.grad.isfinite().all())
@@ -162,22 +162,22 @@ def test_ternary_of_zeros_and_of_half_precision() -> None:
 @pytest.mark.parametrize("width", [128, 512])
 def test_outputs_start_at_the_stated_deviation(width: int, enabled: bool, gain: float) -> None:
     layer = BitLinear(width, width, gain, enabled)
-    layer.initialise(1, "layer")
+    layer.initialize(1, "layer")
     torch.manual_seed(0)
     with torch.no_grad():
-        out = layer(quantise(torch.randn(2000, width), enabled))
+        out = layer(quantize(torch.randn(2000, width), enabled))
     assert abs(float(out.std()) / gain - 1) < 0.05
 
 
 def test_layer_keeps_leading_dimensions_and_draws_by_name() -> None:
     layers = [BitLinear(8, 6) for _ in range(3)]
     for layer, (seed, name) in zip(layers, [(1, "a"), (1, "a"), (1, "b")], strict=True):
-        layer.initialise(seed, name)
+        layer.initialize(seed, name)
     a, same, other = (layer.weight for layer in layers)
     assert torch.equal(a, same) and not torch.equal(a, other)
     x = torch.randn(2, 3, 5, 8)
-    out = layers[0](quantise(x))
-    rows = layers[0](quantise(x.flatten(0, 2)))
+    out = layers[0](quantize(x))
+    rows = layers[0](quantize(x.flatten(0, 2)))
     assert out.shape == (2, 3, 5, 6) and torch.equal(out.flatten(0, 2), rows)
 
 
@@ -195,13 +195,13 @@ def test_groups_of_scales_are_their_definition(counts: tuple[int, ...], group: i
     used = exact_weight + ((exact_weight / gamma).round().clamp(-1, 1) * gamma - exact_weight).detach()
     mine, its = x.detach().to(dtype).requires_grad_(), x.detach().to(dtype).double().requires_grad_()
     small = weight.detach().to(dtype).requires_grad_()
-    read, exact = quantise(mine), quantise(its)
+    read, exact = quantize(mine), quantize(its)
     values = (exact.codes / exact.scale).split(list(counts))
     expected = torch.cat([part @ matrix.T for part, matrix in zip(values, used, strict=True)])
     wanted = torch.autograd.grad((expected * noise).sum(), (its, exact_weight))
     for unscaled in (False, True):
-        product = unscaled_product(read, ternarise(small, 1.0, group), counts)
-        found = product.codes / product.scale if unscaled else bit_product(read, ternarise(small, 1.0, group), counts)
+        product = bitlinear_unscaled(read, ternarize(small, 1.0, group), counts)
+        found = product.codes / product.scale if unscaled else bitlinear(read, ternarize(small, 1.0, group), counts)
         grads = torch.autograd.grad((found * noise.to(found.dtype)).sum(), (mine, small), retain_graph=True)
         error = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
         for one, other in zip((found, *grads), (expected, *wanted), strict=True):
@@ -209,27 +209,27 @@ def test_groups_of_scales_are_their_definition(counts: tuple[int, ...], group: i
 
 
 @pytest.mark.parametrize("share", [0.25, 0.9])
-def test_between_plain_and_quantised(share: float) -> None:
+def test_between_plain_and_quantized(share: float) -> None:
     counts = (4, 3)
     x, weight = draw(counts)
     noise = torch.randn(7, OUTPUTS, dtype=torch.float64)
-    whole = quantise(x)
+    whole = quantize(x)
     blended = x + share * (whole.codes / whole.scale - x).detach()
     codes, gamma = ternary(weight)
     used = weight + share * (codes * gamma - weight).detach()
     expected = torch.cat([part @ matrix.T for part, matrix in zip(blended.split([4, 3]), used, strict=True)])
-    read = quantise(x, share)
-    assert read.kept is None and bool((read.scale == 1).all())
-    found = bit_product(read, weight, counts, share)
+    read = quantize(x, share)
+    assert read.int8_codes is None and bool((read.scale == 1).all())
+    found = bitlinear(read, weight, counts, share)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     grads = [torch.autograd.grad((out * noise).sum(), (x, weight)) for out in (found, expected)]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
     for dtype in (torch.float32, torch.bfloat16):
-        near = normalise(x.detach().to(dtype), share)
-        assert near.codes.dtype == dtype and near.kept is None
+        near = normalize_quantize(x.detach().to(dtype), share)
+        assert near.codes.dtype == dtype and near.int8_codes is None
         exact = rms_norm(x.detach())
-        coded = quantise(exact)
+        coded = quantize(exact)
         wanted = exact + share * (coded.codes / coded.scale - exact)
         torch.testing.assert_close(near.codes.double(), wanted, atol=0.03 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
@@ -238,12 +238,12 @@ def test_between_plain_and_quantised(share: float) -> None:
 def test_int8_and_fp32_products_are_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     counts = (33, 0, 20)
-    x, weight = quantise(torch.randn(53, 96).to(dtype)), torch.randn(3, 48, 96).to(dtype)
+    x, weight = quantize(torch.randn(53, 96).to(dtype)), torch.randn(3, 48, 96).to(dtype)
     found = []
     for fast in (True, False):
-        monkeypatch.setattr(bitlinear, "int8_products", lambda *_, fast=fast: fast)
-        product = unscaled_product(x, weight, counts)
-        found.append([bit_product(x, weight, counts), *product[:2]])
+        monkeypatch.setattr(bitlinear_module, "int8_products", lambda *_, fast=fast: fast)
+        product = bitlinear_unscaled(x, weight, counts)
+        found.append([bitlinear(x, weight, counts), *product[:2]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     # Within one rounding of the exact result.
     exact = integer_product(x.codes.double(), x.scale.double(), weight.double(), counts)
@@ -258,7 +258,7 @@ def test_a_row_that_is_not_finite_stays_so() -> None:
     x[1, 3], x[2, 0] = torch.nan, torch.inf
     weight = torch.randn(1, 8, 32)
     for dtype in (torch.float32, torch.bfloat16):
-        out = bit_product(normalise(x.to(dtype)), weight.to(dtype), (4,))
+        out = bitlinear(normalize_quantize(x.to(dtype)), weight.to(dtype), (4,))
         assert not bool(out[[1, 2]].isfinite().any()) and bool(out[[0, 3]].isfinite().all())
 
 
@@ -269,14 +269,14 @@ def test_a_stack_keeps_little_for_backward(dtype: torch.dtype) -> None:
     width = 256
     layers = [BitLinear(width, width) for _ in range(24)]
     for number, layer in enumerate(layers):
-        layer.initialise(0, str(number))
+        layer.initialize(0, str(number))
         layer.to(dtype)
     x = torch.randn(512, width).to(dtype).requires_grad_()
 
     def ours() -> Tensor:
         y = x
         for step in range(6):
-            read = normalise(y)
+            read = normalize_quantize(y)
             y = sum(layer(read) for layer in layers[4 * step : 4 * step + 4]) * 0.5
         return y
 
@@ -304,21 +304,21 @@ def test_half_precision_gradients_are_the_exact_ones_rounded(
     form: str, dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Multiplied in fp32, they are rounded once; in half precision, at each operation."""
-    monkeypatch.setattr(bitlinear, "product_dtype", lambda _, own: torch.float32 if wide else own)
+    monkeypatch.setattr(bitlinear_module, "product_dtype", lambda _, own: torch.float32 if wide else own)
     torch.manual_seed(0)
     counts, share = (33, 0, 20), float(form != "plain")
-    x, latents = quantise(torch.randn(53, 96).to(dtype), bool(share)), (torch.randn(3, 48, 96) * 0.1).to(dtype)
+    x, latents = quantize(torch.randn(53, 96).to(dtype), bool(share)), (torch.randn(3, 48, 96) * 0.1).to(dtype)
     noise = torch.randn(53, 48).to(dtype)
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         codes, leaf = x.codes.to(dtype).requires_grad_(), latents.to(dtype).requires_grad_()
-        rows = Quantised(codes, x.scale.to(torch.promote_types(dtype, torch.float32)), None)
-        weight = ternarise(leaf, share, 10 if form == "groups" else None)
+        rows = Quantized(codes, x.scale.to(torch.promote_types(dtype, torch.float32)), None)
+        weight = ternarize(leaf, share, 10 if form == "groups" else None)
         if form == "unscaled":
-            product, scale, *_ = unscaled_product(rows, weight, counts)
+            product, scale, *_ = bitlinear_unscaled(rows, weight, counts)
             out = product / scale
         else:
-            out = bit_product(rows, weight, counts)
+            out = bitlinear(rows, weight, counts)
         return torch.autograd.grad(out, (codes, leaf), noise.to(out.dtype))
 
     eps = torch.finfo(dtype).eps

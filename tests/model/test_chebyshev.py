@@ -9,7 +9,7 @@ from numpy.polynomial import Chebyshev
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts, chebyshev, chebyshev_naive, fit_swish
 
 WIDTH, GROUPS = 12, 4
@@ -88,8 +88,10 @@ def test_swish_start_is_the_nearest_cubic(ends: tuple[float, float]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", ["inner", "outer"])
 def test_starts_are_finite_far_out(layer: str, dtype: torch.dtype) -> None:
-    made = ChebyshevExperts(4, 4, Settings(routed=1, top_k=1, hidden=4, groups=1), range(1))
-    made.initialise(0, "experts")
+    made = ChebyshevExperts(
+        4, 4, ExpertsConfig(num_experts=1, top_k=1, expert_hidden_size=4, function_groups=1), range(1)
+    )
+    made.initialize(0, "experts")
     c = made.coefficients(layer).detach().requires_grad_()
     sizes = torch.cat([torch.zeros(1), torch.logspace(-3, 4, 500)])
     x = torch.cat([-sizes, sizes]).to(dtype)[:, None].requires_grad_()

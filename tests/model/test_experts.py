@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.base import StackedExperts
 from kabrn_dist.model.experts.rational import IDENTITY, SWISH, rational, rational_naive
-from kabrn_dist.model.experts.registry import FORMS
-from kabrn_dist.ops.activation_quant import quantise, rms_norm
+from kabrn_dist.model.experts.registry import EXPERT_TYPES
+from kabrn_dist.ops.activation_quant import quantize, rms_norm
 
 WIDTH, HIDDEN, GROUPS = 12, 16, 4
 COUNTS = [(6,), (0,), (2, 0, 3, 1, 0), (0, 0, 5, 0, 0), (0, 0, 0, 0, 0), (3, 4, 2, 1, 2)]
-SETTINGS = Settings(routed=1, top_k=1, hidden=HIDDEN, groups=GROUPS)
+SETTINGS = ExpertsConfig(num_experts=1, top_k=1, expert_hidden_size=HIDDEN, function_groups=GROUPS)
 
 
 def draw(counts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +107,9 @@ def test_starts_are_finite_far_out(which: tuple[tuple[float, ...], tuple[float, 
     torch.testing.assert_close(out.detach().double(), exact, atol=precision, rtol=8 * precision)
 
 
-def make(form: str, experts: range, quantised: bool = True) -> StackedExperts:
-    made = FORMS[form](WIDTH, HIDDEN, SETTINGS, experts, quantised, 1.0)
-    made.initialise(5, "experts")
+def make(form: str, experts: range, quantized: bool = True) -> StackedExperts:
+    made = EXPERT_TYPES[form](WIDTH, HIDDEN, SETTINGS, experts, quantized, 1.0)
+    made.initialize(5, "experts")
     # Each expert's functions differ too, as after some training.
     for name, parameter in made.named_parameters():
         if name not in made.stds:
@@ -118,27 +118,27 @@ def make(form: str, experts: range, quantised: bool = True) -> StackedExperts:
     return made.double()
 
 
-def rows(counts: tuple[int, ...], quantised: bool) -> tuple[Tensor, Tensor, Tensor]:
+def rows(counts: tuple[int, ...], quantized: bool) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(2)
     x = torch.randn(sum(counts), WIDTH, dtype=torch.float64, requires_grad=True)
-    return x, *quantise(rms_norm(x), quantised)[:2]
+    return x, *quantize(rms_norm(x), quantized)[:2]
 
 
-@pytest.mark.parametrize("quantised", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-def test_stacked_experts_are_each_expert_alone(form: str, quantised: bool) -> None:
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("form", EXPERT_TYPES)
+def test_stacked_experts_are_each_expert_alone(form: str, quantized: bool) -> None:
     counts = (3, 0, 4, 1)
-    stacked = make(form, range(4), quantised)
-    x, codes, scale = rows(counts, quantised)
+    stacked = make(form, range(4), quantized)
+    x, codes, scale = rows(counts, quantized)
     out = stacked(codes, scale, counts)
     noise = torch.randn_like(out)
     (grad,) = torch.autograd.grad((out * noise).sum(), x, retain_graph=True)
     (out * noise).sum().backward()
     first = 0
     for expert, n in enumerate(counts):
-        alone, here = make(form, range(expert, expert + 1), quantised), slice(first, first + n)
+        alone, here = make(form, range(expert, expert + 1), quantized), slice(first, first + n)
         part = x.detach()[here].requires_grad_()
-        its = alone(*quantise(rms_norm(part), quantised)[:2], (n,))
+        its = alone(*quantize(rms_norm(part), quantized)[:2], (n,))
         torch.testing.assert_close(its, out[here], atol=1e-12, rtol=0)
         (its * noise[here]).sum().backward()
         torch.testing.assert_close(part.grad, grad[here], atol=1e-11, rtol=0)
@@ -149,7 +149,7 @@ def test_stacked_experts_are_each_expert_alone(form: str, quantised: bool) -> No
 
 
 @pytest.mark.parametrize("counts", [(0, 5, 0), (0, 0, 0)])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_experts_without_rows_get_zeros_for_gradients(form: str, counts: tuple[int, ...]) -> None:
     experts = make(form, range(3))
     _, codes, scale = rows(counts, True)
@@ -161,19 +161,19 @@ def test_experts_without_rows_get_zeros_for_gradients(form: str, counts: tuple[i
             assert bool(gradient.any()) == (n > 0), name
 
 
-@pytest.mark.parametrize("quantised", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-def test_initial_weights_do_not_depend_on_placement(form: str, quantised: bool) -> None:
-    whole = make(form, range(6), quantised)
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("form", EXPERT_TYPES)
+def test_initial_weights_do_not_depend_on_placement(form: str, quantized: bool) -> None:
+    whole = make(form, range(6), quantized)
     for placed in (range(1), range(1, 4), range(4, 6), range(5, 6)):
-        for name, parameter in make(form, placed, quantised).named_parameters():
+        for name, parameter in make(form, placed, quantized).named_parameters():
             assert torch.equal(parameter, whole.get_parameter(name)[placed.start : placed.stop]), name
     drawn = whole.get_parameter(next(iter(whole.stds)))
     assert all(not torch.equal(drawn[i], drawn[j]) for i in range(6) for j in range(i))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_forms_run_in_training_precisions(form: str, dtype: torch.dtype) -> None:
     counts = (20, 0, 30)
     experts = make(form, range(3)).to(dtype)
@@ -181,52 +181,54 @@ def test_forms_run_in_training_precisions(form: str, dtype: torch.dtype) -> None
     exact = copy.deepcopy(experts).double()
     torch.manual_seed(0)
     x = torch.randn(50, WIDTH).to(dtype).requires_grad_()
-    out = experts(*quantise(rms_norm(x))[:2], counts)
+    out = experts(*quantize(rms_norm(x))[:2], counts)
     assert out.dtype == dtype
-    expected = exact(*quantise(rms_norm(x.detach().double()))[:2], counts)
+    expected = exact(*quantize(rms_norm(x.detach().double()))[:2], counts)
     # Rounding flips a few codes of a low-precision run; a wrong scale or an overflow would show at once.
     assert float(((out.double() - expected).std() / expected.std()).detach()) < 0.05
     out.sum().backward()
     assert all(bool(t.grad.isfinite().all()) for t in (x, *experts.parameters()))
 
 
-@pytest.mark.parametrize("quantised", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-def test_initial_outputs_have_the_variance_of_the_inputs(form: str, quantised: bool) -> None:
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("form", EXPERT_TYPES)
+def test_initial_outputs_have_the_variance_of_the_inputs(form: str, quantized: bool) -> None:
     width, gain, experts = 128, 0.5, 4
-    settings = Settings(routed=1, top_k=1, hidden=256, groups=GROUPS)
-    made = FORMS[form](width, 256, settings, range(experts), quantised, gain)
-    made.initialise(1, "experts")
+    settings = ExpertsConfig(num_experts=1, top_k=1, expert_hidden_size=256, function_groups=GROUPS)
+    made = EXPERT_TYPES[form](width, 256, settings, range(experts), quantized, gain)
+    made.initialize(1, "experts")
     torch.manual_seed(0)
     x = torch.randn(experts * 2000, width)
     with torch.no_grad():
-        out = made(*quantise(rms_norm(x), quantised)[:2], [2000] * experts)
+        out = made(*quantize(rms_norm(x), quantized)[:2], [2000] * experts)
     assert out.numel() > 1e6
     assert float(out.square().mean()) == pytest.approx(gain**2, rel=0.05)
     assert abs(float(out.mean())) < 0.05 * gain
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_are_finite_for_inputs_of_any_size(form: str, dtype: torch.dtype, quantised: bool) -> None:
-    experts = make(form, range(2), quantised).to(dtype)
+@pytest.mark.parametrize("form", EXPERT_TYPES)
+def test_forms_are_finite_for_inputs_of_any_size(form: str, dtype: torch.dtype, quantized: bool) -> None:
+    experts = make(form, range(2), quantized).to(dtype)
     torch.manual_seed(0)
     sizes = torch.tensor([1e-3, 0.1, 1.0, 100.0, 1e4])[:, None]
     outlier = 1e-2 * torch.randn(4, WIDTH)
     outlier[:, 3] = torch.tensor([1e4, -1e4, 300.0, -300.0])
     x = torch.cat([sizes * torch.randn(5, WIDTH).clamp(-1, 1), outlier]).to(dtype).requires_grad_()
-    out = experts(*quantise(rms_norm(x), quantised)[:2], (5, 4))
+    out = experts(*quantize(rms_norm(x), quantized)[:2], (5, 4))
     out.float().square().mean().backward()
     assert all(bool(t.isfinite().all()) for t in (out, x.grad, *(p.grad for p in experts.parameters())))
 
 
 @pytest.mark.parametrize("counts", [(3,), (1, 0, 2, 0)])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_forms_pass_gradcheck(form: str, counts: tuple[int, ...]) -> None:
-    settings = Settings(routed=1, top_k=1, hidden=4, groups=2, grid=3, degree=2)
-    experts = FORMS[form](4, 4, settings, range(len(counts)), False, 1.0)
-    experts.initialise(0, "experts")
+    settings = ExpertsConfig(
+        num_experts=1, top_k=1, expert_hidden_size=4, function_groups=2, grid_size=3, spline_order=2
+    )
+    experts = EXPERT_TYPES[form](4, 4, settings, range(len(counts)), False, 1.0)
+    experts.initialize(0, "experts")
     experts.double()
     torch.manual_seed(0)
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -239,7 +241,7 @@ def test_forms_pass_gradcheck(form: str, counts: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_counts_that_do_not_fit_are_refused(form: str) -> None:
     experts = make(form, range(3))
     _, codes, scale = rows((6,), True)
@@ -254,7 +256,7 @@ def test_counts_that_do_not_fit_are_refused(form: str) -> None:
             experts(codes, scale, counts)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_functions_and_their_inputs_can_be_read(form: str) -> None:
     counts = (2, 0, 4)
     experts = make(form, range(3))

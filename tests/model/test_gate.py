@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.choice import choose
-from kabrn_dist.model.bitlinear import bit_product
+from kabrn_dist.model.bitlinear import bitlinear
 from kabrn_dist.model.experts import mlp
 from kabrn_dist.model.experts.mlp import RELU2, Relu2Experts, SwigluExperts, gated, gated_eager, square
 from kabrn_dist.ops.activation import activate, activate_eager
-from kabrn_dist.ops.activation_quant import Quantised, normalise, quantise, rms_norm
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (7, 15), (33, 16), (5, 50), (129, 264), (0, 8)]
 
 fused = pytest.mark.skipif(choose("cpu").kernels is None, reason=choose("cpu").reason)
 
-Layer = Callable[..., Quantised]
+Layer = Callable[..., Quantized]
 
 
-def squared(x: Quantised, quantised: bool) -> Quantised:
-    return activate(x, RELU2, square, x.scale.new_empty(1, 1, 0), (len(x.codes),), quantised)
+def squared(x: Quantized, quantized: bool) -> Quantized:
+    return activate(x, RELU2, square, x.scale.new_empty(1, 1, 0), (len(x.codes),), quantized)
 
 
-def squared_eager(x: Quantised, quantised: bool) -> Quantised:
-    return activate_eager(x, square, x.scale.new_empty(1, 1, 0), (len(x.codes),), quantised)
+def squared_eager(x: Quantized, quantized: bool) -> Quantized:
+    return activate_eager(x, square, x.scale.new_empty(1, 1, 0), (len(x.codes),), quantized)
 
 
 # name → (as it is used, step by step, inputs)
@@ -40,21 +40,21 @@ LAYERS: dict[str, tuple[Layer, Layer, int]] = {
 }
 
 
-def draw(shape: tuple[int, int], inputs: int, dtype: torch.dtype, size: float = 1.0) -> list[Quantised]:
+def draw(shape: tuple[int, int], inputs: int, dtype: torch.dtype, size: float = 1.0) -> list[Quantized]:
     """Products with a scale for every row; the middle row is zero."""
     torch.manual_seed(0)
     found = []
     for _ in range(inputs):
         codes, scale = torch.randn(shape) * 40, torch.rand(shape[0], 1) * 40 + 20
         codes[shape[0] // 2 : shape[0] // 2 + 1] = 0
-        found.append(Quantised((codes * size).to(dtype), scale))
+        found.append(Quantized((codes * size).to(dtype), scale))
     return found
 
 
-def results(layer: Layer, inputs: list[Quantised], quantised: bool, noise: Tensor) -> list[Tensor]:
+def results(layer: Layer, inputs: list[Quantized], quantized: bool, noise: Tensor) -> list[Tensor]:
     """Codes, scale, and the gradient of each input's codes."""
     codes = [x.codes.clone().requires_grad_() for x in inputs]
-    out = layer(*(Quantised(c, x.scale) for c, x in zip(codes, inputs, strict=True)), quantised)
+    out = layer(*(Quantized(c, x.scale) for c, x in zip(codes, inputs, strict=True)), quantized)
     return [out.codes.detach(), out.scale, *torch.autograd.grad(out.codes, codes, noise.to(out.codes.dtype))]
 
 
@@ -64,20 +64,20 @@ def close(mine: Tensor, exact: Tensor, error: float) -> None:
     assert bool(((mine.double() - exact).abs() <= error * size + 1e-30).all())
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_are_the_ones_of_float64(name: str, shape: tuple[int, int], dtype: torch.dtype, quantised: bool) -> None:
+def test_layers_are_the_ones_of_float64(name: str, shape: tuple[int, int], dtype: torch.dtype, quantized: bool) -> None:
     layer, eager, number = LAYERS[name]
     inputs, noise = draw(shape, number, dtype), torch.randn(shape).to(dtype)
-    exact = [Quantised(x.codes.double(), x.scale.double()) for x in inputs]
-    mine = results(layer, inputs, quantised, noise)
-    theirs = results(eager, exact, quantised, noise.double())
+    exact = [Quantized(x.codes.double(), x.scale.double()) for x in inputs]
+    mine = results(layer, inputs, quantized, noise)
+    theirs = results(eager, exact, quantized, noise.double())
     in_fp32 = dtype in DTYPES and (name == "swiglu" or choose("cpu").kernels is not None)
     rounding = max(torch.finfo(dtype).eps, 2e-6)
     slack = 2 if in_fp32 else 8  # the eager squares are rounded to their dtype
-    if quantised:
+    if quantized:
         apart = (mine[0].double() - theirs[0]).abs()
         most, mean = (1, max(1e-3, 2 * rounding)) if in_fp32 else (3, 40 * rounding)
         assert not apart.numel() or (float(apart.max()) <= most and float(apart.mean()) < mean)
@@ -89,13 +89,13 @@ def test_layers_are_the_ones_of_float64(name: str, shape: tuple[int, int], dtype
         assert found.dtype == mine[0].dtype == dtype
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_small_rows_are_not_lost_in_the_norms_epsilon(name: str, quantised: bool) -> None:
+def test_small_rows_are_not_lost_in_the_norms_epsilon(name: str, quantized: bool) -> None:
     layer, eager, number = LAYERS[name]
     inputs, noise = draw((9, 40), number, torch.float32, 2e-3), torch.randn(9, 40)
-    exact = [Quantised(x.codes.double(), x.scale.double()) for x in inputs]
-    mine, theirs = results(layer, inputs, quantised, noise), results(eager, exact, quantised, noise.double())
+    exact = [Quantized(x.codes.double(), x.scale.double()) for x in inputs]
+    mine, theirs = results(layer, inputs, quantized, noise), results(eager, exact, quantized, noise.double())
     for found, expected in zip(mine[1:], theirs[1:], strict=True):
         close(found, expected, 5e-6)
 
@@ -106,9 +106,9 @@ def test_huge_inputs_are_finite_and_a_nan_stays_in_its_row(name: str, dtype: tor
     layer, _, number = LAYERS[name]
     sizes = torch.logspace(-3, 4, 25)
     rows = torch.cat([-sizes, sizes]).repeat(3, 1)
-    inputs = [Quantised((rows * sign).to(dtype), torch.ones(3, 1)) for sign in (1, -1)[:number]]
-    for quantised in (True, False):
-        found = results(layer, inputs, quantised, torch.ones(3, 50))
+    inputs = [Quantized((rows * sign).to(dtype), torch.ones(3, 1)) for sign in (1, -1)[:number]]
+    for quantized in (True, False):
+        found = results(layer, inputs, quantized, torch.ones(3, 50))
         assert all(bool(part.isfinite().all()) for part in found)
     inputs[-1].codes[1, 7] = torch.nan
     codes = layer(*inputs, True).codes
@@ -146,37 +146,37 @@ def test_exponentials_are_right_over_the_whole_range() -> None:
 
 @fused
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    gate, up = (Quantised(torch.ones(n, 8), torch.ones(n, 1)) for n in (3, 2))
+    gate, up = (Quantized(torch.ones(n, 8), torch.ones(n, 1)) for n in (3, 2))
     with pytest.raises(ValueError, match=r"\[3, 8\].*\[2, 8\]"):
         gated(gate, up, True)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("form", [SwigluExperts, Relu2Experts])
 def test_experts_are_their_formula(
     form: type[SwigluExperts | Relu2Experts],
     dtype: torch.dtype,
-    quantised: bool,
+    quantized: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counts, width, hidden = (7, 0, 30), 24, 40
-    experts = form(width, hidden, Settings(routed=3, top_k=1, hidden=hidden), range(3), quantised)
-    experts.initialise(0, "experts")
+    experts = form(width, hidden, ExpertsConfig(num_experts=3, top_k=1, expert_hidden_size=hidden), range(3), quantized)
+    experts.initialize(0, "experts")
     experts.to(dtype)
-    codes, scale, _ = quantise(torch.randn(37, width).to(dtype), quantised)
+    codes, scale, _ = quantize(torch.randn(37, width).to(dtype), quantized)
 
-    def formula(x: Quantised) -> Tensor:
+    def formula(x: Quantized) -> Tensor:
         if isinstance(experts, SwigluExperts):
-            gate, up = (bit_product(x, weight, counts, quantised) for weight in (experts.gate, experts.up))
+            gate, up = (bitlinear(x, weight, counts, quantized) for weight in (experts.gate, experts.up))
             values = F.silu(gate) * up
         else:
-            values = F.relu(rms_norm(bit_product(x, experts.up, counts, quantised))).square()
-        return bit_product(normalise(values, quantised), experts.down, counts, quantised)
+            values = F.relu(rms_norm(bitlinear(x, experts.up, counts, quantized))).square()
+        return bitlinear(normalize_quantize(values, quantized), experts.down, counts, quantized)
 
-    def run(forward: Callable[[Quantised], Tensor]) -> list[Tensor]:
+    def run(forward: Callable[[Quantized], Tensor]) -> list[Tensor]:
         leaf = codes.clone().requires_grad_()
-        out = forward(Quantised(leaf, scale))
+        out = forward(Quantized(leaf, scale))
         return [out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *experts.parameters()])]
 
     mine, theirs = run(lambda x: experts(*x[:2], counts)), run(formula)
@@ -185,6 +185,6 @@ def test_experts_are_their_formula(
     for found in (mine, eager):
         for one, other in zip(found, theirs, strict=True):
             # Roundings of half-precision steps flip a code here and there.
-            error = {torch.float32: 2e-5 if not quantised else 1e-2}.get(dtype, 0.05)
+            error = {torch.float32: 2e-5 if not quantized else 1e-2}.get(dtype, 0.05)
             assert one.dtype == other.dtype == dtype
             assert float((one - other).double().norm()) <= error * float(other.double().norm())

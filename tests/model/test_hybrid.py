@@ -11,29 +11,28 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kabrn_dist.config import Experts, Retention
-from kabrn_dist.config import Model as Settings
+from kabrn_dist.config import ExpertsConfig, ModelConfig, RetentionConfig
 from kabrn_dist.data.dataset import Batch, sequence_slice
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.distributed.launch_env import Place, free_port
-from kabrn_dist.distributed.mesh import alone, join_processes, make_mesh
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.launch_env import LaunchEnv, free_port
+from kabrn_dist.distributed.mesh import init_distributed, make_mesh, single_process_mesh
 from kabrn_dist.model.mixkabrn import MixKABRN
 
 COLLECTIVES = ("batch_isend_irecv", "all_gather", "all_reduce", "all_to_all_single")
 
 
-def settings(layers: str, kept: str = "keep", convolution: int = 3) -> Settings:
-    retention = Retention(heads=2, key_width=4, value_width=6, decay=(1.5, 7.0), chunk=8)
-    experts = Experts(routed=4, top_k=2, hidden=8, groups=2)
-    return Settings(
-        vocabulary=11,
-        width=8,
+def settings(layers: str, kept: str = "keep", convolution: int = 3) -> ModelConfig:
+    retention = RetentionConfig(num_heads=2, key_dim=4, value_dim=6, decay=(1.5, 7.0), chunk_size=8)
+    experts = ExpertsConfig(num_experts=4, top_k=2, expert_hidden_size=8, function_groups=2)
+    return ModelConfig(
+        vocab_size=11,
+        hidden_size=8,
         layers=layers,
-        convolution=convolution,
+        short_conv_size=convolution and convolution + 1,
         retention=retention,
         experts=experts,
-        quantise=False,
-        activations=kept,  # type: ignore[arg-type]
+        quantize=False,
+        activation_checkpointing=kept,  # type: ignore[arg-type]
     )
 
 
@@ -41,25 +40,25 @@ def settings(layers: str, kept: str = "keep", convolution: int = 3) -> Settings:
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [17, 1, 22]])
 @pytest.mark.parametrize("convolution", [0, 3])
 def test_reading_in_pieces_is_one_pass(layers: str, pieces: list[int], convolution: int) -> None:
-    model = MixKABRN(settings(layers, convolution=convolution), Placement((4,), 0), alone())
-    model.initialise(1)
+    model = MixKABRN(settings(layers, convolution=convolution), ExpertPlacement((4,), 0), single_process_mesh())
+    model.initialize(1)
     for name, weight in model.named_parameters():
         if "convolution" in name:
             # At the zeros it starts with it would do nothing.
             weight.data.normal_()
     tokens = torch.randint(0, 11, (1, 40), generator=torch.Generator().manual_seed(2))
     documents, positions = torch.zeros_like(tokens), torch.arange(40)[None]
-    whole, _ = model.read(tokens, documents, positions, None)
+    whole, _ = model.decode(tokens, documents, positions, None)
     states: list[Any] | None = None
     for start, stop in zip([sum(pieces[:i]) for i in range(len(pieces))], torch.tensor(pieces).cumsum(0), strict=True):
         here = slice(start, int(stop))
-        logits, states = model.read(tokens[:, here], documents[:, here], positions[:, here], states)
+        logits, states = model.decode(tokens[:, here], documents[:, here], positions[:, here], states)
     torch.testing.assert_close(logits, whole, atol=2e-5, rtol=0)
 
 
 def count_collectives(rank: int, port: int) -> None:
     torch.set_num_threads(1)
-    place = Place(rank, 2, rank, 2)
+    place = LaunchEnv(rank, 2, rank, 2)
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     counts: Counter[str] = Counter()
@@ -73,7 +72,7 @@ def count_collectives(rank: int, port: int) -> None:
 
     for name in COLLECTIVES:
         setattr(dist, name, counted(name, getattr(dist, name)))
-    with join_processes(place) as device:
+    with init_distributed(place) as device:
         mesh = make_mesh(place, device, expert=2, sequence=2)
         tokens = torch.randint(0, 11, (1, 16), generator=torch.Generator().manual_seed(3))
         whole = Batch(
@@ -82,8 +81,8 @@ def count_collectives(rank: int, port: int) -> None:
         batch = sequence_slice(whole, mesh.sequence_rank, 2)
         found = []
         for kept in ("keep", "recompute", "offload"):
-            model = MixKABRN(settings("RRA", kept), Placement((2, 2), mesh.expert_rank), mesh)
-            model.initialise(1)
+            model = MixKABRN(settings("RRA", kept), ExpertPlacement((2, 2), mesh.expert_rank), mesh)
+            model.initialize(1)
             counts.clear()
             model(batch).language.backward()
             found.append(dict(counts))

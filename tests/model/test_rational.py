@@ -6,30 +6,30 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts
 from kabrn_dist.model.experts.grouped import GroupedExperts
 from kabrn_dist.model.experts.rational import RationalExperts, rational_naive
-from kabrn_dist.ops.activation_quant import quantise, rms_norm
+from kabrn_dist.ops.activation_quant import quantize, rms_norm
 
 FORMS = {"rational": RationalExperts, "chebyshev": ChebyshevExperts}
 
 
-def make(form: str, width: int, hidden: int, experts: int, quantised: bool = True, gain: float = 1.0) -> GroupedExperts:
-    settings = Settings(routed=experts, top_k=1, hidden=hidden, groups=4)
-    made = FORMS[form](width, hidden, settings, range(experts), quantised, gain)
-    made.initialise(3, "experts")
+def make(form: str, width: int, hidden: int, experts: int, quantized: bool = True, gain: float = 1.0) -> GroupedExperts:
+    settings = ExpertsConfig(num_experts=experts, top_k=1, expert_hidden_size=hidden, function_groups=4)
+    made = FORMS[form](width, hidden, settings, range(experts), quantized, gain)
+    made.initialize(3, "experts")
     return made
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_variance_at_the_start(form: str, quantised: bool) -> None:
-    experts = make(form, 256, 256, 2, quantised, gain=0.5)
+def test_variance_at_the_start(form: str, quantized: bool) -> None:
+    experts = make(form, 256, 256, 2, quantized, gain=0.5)
     torch.manual_seed(0)
     rows = torch.randn(4096, 256)  # 1,048,576 samples
     with torch.no_grad():
-        out = experts(*quantise(rms_norm(rows), quantised)[:2], (2048, 2048))
+        out = experts(*quantize(rms_norm(rows), quantized)[:2], (2048, 2048))
     for part in out.split(2048):
         assert float(part.var()) == pytest.approx(0.25, rel=0.05)
         assert abs(float(part.mean())) < 0.02
@@ -61,13 +61,13 @@ def test_functions_at_the_start(form: str) -> None:
     torch.testing.assert_close(shown["outer"], F.silu(points).expand(2, 4, 41), atol=error, rtol=0)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_share_of_inputs_outside(form: str, quantised: bool) -> None:
-    experts = make(form, 8, 400, 3, quantised)
+def test_share_of_inputs_outside(form: str, quantized: bool) -> None:
+    experts = make(form, 8, 400, 3, quantized)
     torch.manual_seed(0)
     rows = torch.randn(600, 8)
-    codes, scale, _ = quantise(rows, quantised)
+    codes, scale, _ = quantize(rows, quantized)
     reach = experts.ends[1]
     shares = experts.outside(codes, scale, (200, 0, 400))
     values = codes / scale

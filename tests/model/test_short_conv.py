@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kabrn_dist.config import Retention as Settings
-from kabrn_dist.distributed.halo import columns_before
-from kabrn_dist.distributed.launch_env import find_place
-from kabrn_dist.distributed.mesh import join_processes
+from kabrn_dist.config import RetentionConfig
+from kabrn_dist.distributed.halo import halo_exchange
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import init_distributed
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.mixer import Mixer, State
-from kabrn_dist.model.mixer import find_place as find_tokens
+from kabrn_dist.model.mixer import Mixer, MixerState
+from kabrn_dist.model.mixer import make_position_info as find_tokens
 from kabrn_dist.model.retention import Retention
-from kabrn_dist.model.short_conv import Convolution, convolve, convolve_naive
+from kabrn_dist.model.short_conv import ShortConv, convolve, convolve_naive
 from tests.support import fork_server as forks
 
 BATCH, WIDTH = 2, 5
@@ -88,8 +88,8 @@ def test_nothing_comes_from_another_document_or_from_later() -> None:
 
 
 def test_weights_begin_at_zero_and_stay_fp32_in_half_precision() -> None:
-    layer = Convolution(WIDTH, 3)
-    layer.initialise(1, "convolution")
+    layer = ShortConv(WIDTH, 3)
+    layer.initialize(1, "convolution")
     x = torch.randn(BATCH, 9, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     before, positions = torch.randn(BATCH, 3, WIDTH).bfloat16(), make_positions([[], [4]], 9)
     out = layer(x, before, positions)
@@ -105,10 +105,10 @@ def test_weights_begin_at_zero_and_stay_fp32_in_half_precision() -> None:
 
 
 def make_mixer(kind: type[Mixer]) -> Mixer:
-    layer = kind(8, Settings(heads=2, key_width=4, value_width=6), False, 1.0, taps=3)  # type: ignore[arg-type]
+    layer = kind(8, RetentionConfig(num_heads=2, key_dim=4, value_dim=6), False, 1.0, taps=3)  # type: ignore[arg-type]
     for name, part in layer.named_modules():
         if isinstance(part, BitLinear):
-            part.initialise(3, name)
+            part.initialize(3, name)
     torch.manual_seed(1)
     layer.get_submodule("inputs.convolution").weight.data = torch.randn(3, 8)  # type: ignore[union-attr]
     return layer.double()
@@ -128,7 +128,7 @@ def test_a_state_continues_the_row_across_documents(kind: type[Mixer], pieces: l
         out, state = layer(x[:, here], find_tokens(documents[:, here], positions[:, here], 4), state)
         outs.append(out)
         start += piece
-        assert isinstance(state, State) and state.recent.shape == (BATCH, 3, 8)
+        assert isinstance(state, MixerState) and state.mixer_conv_state.shape == (BATCH, 3, 8)
     # Retention's state is kept in fp32.
     near(torch.cat(outs, 1), whole, 1e-5)
 
@@ -157,7 +157,7 @@ def check_slice(layout: str, length: int, taps: int) -> None:
 
     here = slice(rank * length, (rank + 1) * length)
     mine, weights = x.detach()[:, here].requires_grad_(), weight.detach().requires_grad_()
-    out = convolve(mine, weights, columns_before(mine, taps, dist.group.WORLD), positions[:, here])
+    out = convolve(mine, weights, halo_exchange(mine, taps, dist.group.WORLD), positions[:, here])
     near(out, expected[:, here], 1e-12, where)
     for_x, for_weight = torch.autograd.grad((out * noise[:, here]).sum(), (mine, weights))
     near(for_x, wanted[0][:, here], 1e-12, f"gradient of x, {where}")
@@ -167,7 +167,7 @@ def check_slice(layout: str, length: int, taps: int) -> None:
 
 def work() -> None:
     """One rank of the test below."""
-    with join_processes(find_place()):
+    with init_distributed(read_launch_env()):
         # Also slices that are shorter than the convolution: their columns come from further away.
         for length in (1, 2, 3, 7):
             for taps in (1, 3, 5):

@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kabrn_dist.config import Experts
-from kabrn_dist.config import Model as ModelSettings
-from kabrn_dist.config import Retention as Settings
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.distributed.mesh import alone
+from kabrn_dist.config import ExpertsConfig, ModelConfig, RetentionConfig
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.mixer import find_place
+from kabrn_dist.model.mixer import make_position_info
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.retention import Retention
 from kabrn_dist.ops.retention import log_decays, retention_chunk, retention_naive, retention_step
@@ -165,11 +163,11 @@ def test_schedules_of_decays() -> None:
 
 
 def small_model(heads: int) -> MixKABRN:
-    retention = Settings(heads=heads, key_width=2, value_width=3, decay="exponent", chunk=16)
-    experts = Experts(routed=2, top_k=1, hidden=8, groups=2)
-    settings = ModelSettings(vocabulary=5, width=8, layers=2, retention=retention, experts=experts)
-    model = MixKABRN(settings, Placement((2,), 0), alone())
-    model.initialise(1)
+    retention = RetentionConfig(num_heads=heads, key_dim=2, value_dim=3, decay="exponent", chunk_size=16)
+    experts = ExpertsConfig(num_experts=2, top_k=1, expert_hidden_size=8, function_groups=2)
+    settings = ModelConfig(vocab_size=5, hidden_size=8, layers=2, retention=retention, experts=experts)
+    model = MixKABRN(settings, ExpertPlacement((2,), 0), single_process_mesh())
+    model.initialize(1)
     return model
 
 
@@ -183,7 +181,7 @@ def test_bfloat16_leaves_decays_intact(pieces: list[int]) -> None:
     for piece in pieces:
         positions = torch.arange(start, start + piece)[None] + 7
         zeros = torch.zeros(1, piece, dtype=torch.int64)
-        _, states = model.read(zeros, zeros, positions, states)
+        _, states = model.decode(zeros, zeros, positions, states)
         start += piece
     decays = torch.tensor(log_decays("exponent", 12), dtype=torch.float64)
     expected = (96 * decays).exp()[None, :, None, None].expand(1, 12, 2, 3)
@@ -205,23 +203,23 @@ def test_a_million_tokens_stay_finite_and_right() -> None:
     torch.testing.assert_close(state[0, :, 0, 0], limit, atol=0, rtol=1e-4)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("pieces", [[50, 40, 30], [1, 64, 55], [100] + [1] * 20])
-def test_layer_in_pieces_is_one_pass(pieces: list[int], quantised: bool) -> None:
-    settings = Settings(heads=2, key_width=4, value_width=6, decay=(1.5, 7.0), chunk=32)
-    layer = Retention(16, settings, quantised, gain=1.0)
+def test_layer_in_pieces_is_one_pass(pieces: list[int], quantized: bool) -> None:
+    settings = RetentionConfig(num_heads=2, key_dim=4, value_dim=6, decay=(1.5, 7.0), chunk_size=32)
+    layer = Retention(16, settings, quantized, gain=1.0)
     for name, module in layer.named_modules():
         if isinstance(module, BitLinear):
-            module.initialise(3, name)
+            module.initialize(3, name)
     layer = layer.double()
     torch.manual_seed(0)
     x = torch.randn(2, 120, 16, dtype=torch.float64)
     ids, positions = torch.zeros(2, 120, dtype=torch.int64), torch.arange(120).expand(2, -1)
-    whole, last = layer(x, find_place(ids, positions, settings.key_width))
+    whole, last = layer(x, make_position_info(ids, positions, settings.key_dim))
     outs, state, start = [], None, 0
     for piece in pieces:
         here = slice(start, start + piece)
-        out, state = layer(x[:, here], find_place(ids[:, here], positions[:, here], settings.key_width), state)
+        out, state = layer(x[:, here], make_position_info(ids[:, here], positions[:, here], settings.key_dim), state)
         outs.append(out)
         start += piece
     # Decays are fp32 powers in the chunk form, so pieces agree to fp32's precision.

@@ -11,17 +11,17 @@ import torch
 from scipy.interpolate import BSpline
 from torch import Tensor, nn
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.bspline import BsplineExperts, extend_grid
 from kabrn_dist.model.experts.hat import HatExperts
-from kabrn_dist.model.experts.registry import FORMS
+from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.edge_layer import edge_layer, edge_layer_naive
 from kabrn_dist.ops.grids import Grid, refine
 from kabrn_dist.ops.splines import basis, basis_naive, basis_slope, largest
 
 GRIDS = [Grid(-2.0, 1.5, g, p) for g, p in [(2, 1), (5, 1), (2, 2), (7, 2), (3, 3), (5, 3), (12, 3), (5, 5), (9, 6)]]
 COUNTS = [(6,), (0,), (2, 0, 3, 1, 0), (0, 0, 5, 0, 0), (0, 0, 0)]
-SETTINGS = Settings(routed=1, top_k=1, hidden=6, grid=4, degree=3)
+SETTINGS = ExpertsConfig(num_experts=1, top_k=1, expert_hidden_size=6, grid_size=4, spline_order=3)
 
 
 def ids(grid: Grid) -> str:
@@ -97,16 +97,16 @@ def layer(counts: tuple[int, ...], grid: Grid, inputs: int = 5, outputs: int = 3
     return [(1.5 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_layer_is_its_definition(
-    counts: tuple[int, ...], chunk: int, quantised: bool, monkeypatch: pytest.MonkeyPatch
+    counts: tuple[int, ...], chunk: int, quantized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kabrn_dist.ops.edge_layer.CHUNK", chunk)
     for grid in GRIDS[1::2]:
         inputs = layer(counts, grid)
-        found, expected = (f(*inputs, counts, grid, quantised) for f in (edge_layer, edge_layer_naive))
+        found, expected = (f(*inputs, counts, grid, quantized) for f in (edge_layer, edge_layer_naive))
         torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
         noise = torch.randn_like(found)
         grads = [torch.autograd.grad((out * noise).sum(), inputs) for out in (found, expected)]
@@ -137,21 +137,21 @@ def test_codes_are_int8_inside_and_far_outside() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("degree", [1, 3])
-def test_layer_is_finite_far_out(degree: int, quantised: bool, dtype: torch.dtype) -> None:
+def test_layer_is_finite_far_out(degree: int, quantized: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     grid = Grid(-2.0, 2.0, 5, degree)
     sizes = torch.cat([torch.zeros(1), torch.logspace(-3, 4, 200)])
     rows = torch.cat([-sizes, sizes])[:, None] * torch.tensor([1.0, 1.0, -1.0, 0.5])
     weights = [0.5 * torch.randn(1, 3, 4 * k) for k in (1, grid.size)]
     x, base, spline = inputs = [t.to(dtype).requires_grad_() for t in (rows, *weights)]
-    out = edge_layer(x, base, spline, (len(x),), grid, quantised)
-    exact = edge_layer(*(t.detach().double() for t in inputs), (len(x),), grid, quantised)
+    out = edge_layer(x, base, spline, (len(x),), grid, quantized)
+    exact = edge_layer(*(t.detach().double() for t in inputs), (len(x),), grid, quantized)
     assert out.dtype == dtype and bool(out.isfinite().all())
     # Large terms may cancel, so errors are compared with what is summed; a code may fall on another side of a half.
     error = (out.double() - exact).abs() / (1 + rows.abs().amax(-1, keepdim=True))
-    assert float(error.detach().max()) < max(16 * torch.finfo(dtype).eps, 0.02 if quantised else 0.0)
+    assert float(error.detach().max()) < max(16 * torch.finfo(dtype).eps, 0.02 if quantized else 0.0)
     out.float().mean().backward()
     assert all(bool(t.grad.isfinite().all()) for t in inputs)
 
@@ -177,9 +177,9 @@ def test_refine_refuses_other_grids() -> None:
         refine(torch.zeros(6), 4, 8, 3)
 
 
-def make(form: type[BsplineExperts], quantised: bool) -> BsplineExperts:
-    experts = form(8, 6, SETTINGS, range(2, 5), quantised, 0.5)
-    experts.initialise(3, "experts")
+def make(form: type[BsplineExperts], quantized: bool) -> BsplineExperts:
+    experts = form(8, 6, SETTINGS, range(2, 5), quantized, 0.5)
+    experts.initialize(3, "experts")
     return experts.double()
 
 
@@ -191,7 +191,7 @@ def test_extended_experts_compute_the_same(form: type[BsplineExperts]) -> None:
     extended = extend_grid(experts, 12)
     x, one = 2 * torch.randn(12, 8, dtype=torch.float64), torch.ones(12, 1, dtype=torch.float64)
     torch.testing.assert_close(extended(x, one, counts), experts(x, one, counts), atol=1e-12, rtol=0)
-    assert extended.grid.intervals == extended.settings.grid == 12 and extended.experts == range(2, 5)
+    assert extended.grid.intervals == extended.settings.grid_size == 12 and extended.experts == range(2, 5)
     assert all(new.dtype == torch.float64 and new.requires_grad for new in extended.parameters())
     assert all(torch.equal(old, now) for old, now in zip(before, experts.parameters(), strict=True))
     assert extend_grid(experts, 8).inner_spline.shape == (3, 6, 8 * (8 + experts.grid.degree))
@@ -199,10 +199,10 @@ def test_extended_experts_compute_the_same(form: type[BsplineExperts]) -> None:
         extend_grid(experts, 6)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("form", [HatExperts, BsplineExperts])
-def test_functions_are_those_of_the_edges(form: type[BsplineExperts], quantised: bool) -> None:
-    experts, points = make(form, quantised), spread(-3, 3, 31)
+def test_functions_are_those_of_the_edges(form: type[BsplineExperts], quantized: bool) -> None:
+    experts, points = make(form, quantized), spread(-3, 3, 31)
     shown = experts.functions(points, 4)
     assert {name: tuple(values.shape) for name, values in shown.items()} == {"inner": (3, 4, 31), "outer": (3, 4, 31)}
     assert experts.functions(points, 99)["inner"].shape[1] == 8
@@ -250,9 +250,11 @@ class Alone(nn.Module):
 
     def __init__(self, form: str) -> None:
         super().__init__()
-        settings = Settings(routed=1, top_k=1, hidden=8, grid=8 if form == "hat" else 6, degree=3)
-        self.expert = FORMS[form](2, 8, settings, range(1), False, 1.0)
-        self.expert.initialise(0, "alone")
+        settings = ExpertsConfig(
+            num_experts=1, top_k=1, expert_hidden_size=8, grid_size=8 if form == "hat" else 6, spline_order=3
+        )
+        self.expert = EXPERT_TYPES[form](2, 8, settings, range(1), False, 1.0)
+        self.expert.initialize(0, "alone")
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.expert(rows, torch.ones(len(rows), 1), (len(rows),))

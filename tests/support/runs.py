@@ -23,17 +23,24 @@ ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
     "data": {"sequence_length": 32},
     "model": {
-        "vocabulary": 257,
-        "width": 32,
+        "vocab_size": 257,
+        "hidden_size": 32,
         "layers": 2,
-        "retention": {"heads": 2, "key_width": 8, "value_width": 16, "decay": [1.5, 7], "chunk": 8},
-        "experts": {"form": "rational", "routed": 4, "shared": 1, "top_k": 2, "hidden": 24, "groups": 4},
+        "retention": {"num_heads": 2, "key_dim": 8, "value_dim": 16, "decay": [1.5, 7], "chunk_size": 8},
+        "experts": {
+            "type": "rational",
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "top_k": 2,
+            "expert_hidden_size": 24,
+            "function_groups": 4,
+        },
     },
     # Elements whose gradient is summation noise would otherwise move by a full learning rate, in either direction.
-    "optimizer": {"learning_rate": 3.0e-3, "warmup": 2, "clip": 0.5, "epsilon": 1.0e-5},
-    "training": {"steps": 10, "batch": 8, "micro_batch": 2, "log_every": 1},
-    "validation": {"every": 0, "sequences": 5},
-    "checkpoint": {"every": 0},
+    "optimizer": {"learning_rate": 3.0e-3, "warmup_steps": 2, "max_grad_norm": 0.5, "eps": 1.0e-5},
+    "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "log_interval": 1},
+    "validation": {"eval_interval": 0, "eval_sequences": 5},
+    "checkpoint": {"save_interval": 0},
 }
 
 
@@ -133,15 +140,15 @@ def read_losses(folder: Path, key: str = "loss/total") -> list[float]:
 def sessions(world: int, jobs: list[list[object]], folder: Path, timeout: int = 300, **variables: str) -> None:
     """Run [config path, resume, stop_after] jobs one after another in one group of `world` processes."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    ranks(world, "sessions_worker", str(folder / "jobs.json"), timeout=timeout, **variables)
+    ranks(world, "sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
 
 
 def ranks(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
-    """Run `main` of tests/<worker>.py in `world` processes that must all end well."""
+    """Run `main` of tests/workers/<worker>.py in `world` processes that must all end well."""
     if torch.cuda.is_available():
         # DeepSpeed looks for cards when it is imported, and a process that has looked cannot share one with its forks.
-        launched = run(torchrun(world, f"tests/{worker}.py", *arguments), timeout, **variables)
+        launched = run(torchrun(world, f"tests/workers/{worker}.py", *arguments), timeout, **variables)
         assert launched.code == 0, launched.out
         return
-    ended = forks.run(f"tests.{worker}:main", arguments, world, timeout, **variables)
+    ended = forks.run(f"tests.workers.{worker}:main", arguments, world, timeout, **variables)
     assert ended.code == 0, ended.out

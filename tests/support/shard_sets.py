@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.shards import Tokenised, write_shard
+from data_prep.shards import Tokenized, write_tar_shard
 from kabrn_dist.data.index import Index, Shard, Source, Split, SplitName, TokenizerInfo, dtype_for
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def _split(folder: Path, texts: Texts, split: SplitName, vocabulary: int, random
     shards: list[Shard] = []
     for number, part in enumerate(parts):
         path = folder / f"{texts.name}-{split}-{number:05d}.tar"
-        shards.append(write_shard(path, part, dtype_for(vocabulary), texts.masked))
+        shards.append(write_tar_shard(path, part, dtype_for(vocabulary), texts.masked))
     return Split(
         shards=tuple(shards),
         documents=len(documents),
@@ -74,7 +74,7 @@ def _split(folder: Path, texts: Texts, split: SplitName, vocabulary: int, random
     )
 
 
-def _documents(texts: Texts, count: int, vocabulary: int, random: np.random.Generator) -> Iterator[Tokenised]:
+def _documents(texts: Texts, count: int, vocabulary: int, random: np.random.Generator) -> Iterator[Tokenized]:
     # Each source has letters of its own, so that a row shows where it is from and a model has something to learn.
     letters = random.choice(DOCUMENT if vocabulary == 257 else vocabulary, 20, replace=False)
     letters[letters == DOCUMENT] = 0
@@ -85,4 +85,4 @@ def _documents(texts: Texts, count: int, vocabulary: int, random: np.random.Gene
         if texts.masked:
             use = random.random(len(tokens)) < 0.3
             use[0] = True
-        yield Tokenised(tokens, use)
+        yield Tokenized(tokens, use)

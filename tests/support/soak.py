@@ -36,9 +36,9 @@ HANG_SECONDS = 10.0
 # As long as a launcher that has lost a rank leaves the others.
 GRACE = 1.0
 COMMON: dict[str, Any] = SMALLER | {
-    "checkpoint__every": 2,
-    "checkpoint__keep": 3,
-    "guard__hang_seconds": HANG_SECONDS,
+    "checkpoint__save_interval": 2,
+    "checkpoint__keep_last": 3,
+    "guard__hang_timeout_s": HANG_SECONDS,
 }
 POINTS = ("save.begin", "save.written", "save.manifest", "save.before_rename", "save.renamed", "save.before_prune")
 
@@ -60,7 +60,7 @@ class Lap:
     def start(self, chance: random.Random, **variables: str) -> forks.Group:
         zero = chance.randrange(4) if self.moves else self.zero
         changes = COMMON | layout(WORLD, zero) | {"training__steps": self.steps}
-        changes["checkpoint__background"] = chance.random() < 0.7
+        changes["checkpoint__async_save"] = chance.random() < 0.7
         config = write_config(self.folder / f"{self.name}.yaml", self.shards, self.run, **changes)
         return forks.start("launch.train:main", [["--config", str(config)]], WORLD, **variables)
 

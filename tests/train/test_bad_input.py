@@ -43,10 +43,10 @@ def computes_in_fp16() -> bool:
         ({"model__widht": 64}, ("model.widht", "did you mean 'width'")),
         ({"training__steps": "many"}, ("training.steps", "'many'")),
         ({"model__experts__top_k": 9}, ("top_k 9", "4 routed")),
-        ({"model__vocabulary": 100}, ("model.vocabulary 100", "257")),
+        ({"model__vocab_size": 100}, ("model.vocab_size 100", "257")),
         ({"data__path": "/nowhere"}, ("/nowhere",)),
         ({"data__sequence_length": 10_000_000}, ("10000000",)),
-        ({"training__batch": 3}, ("training.batch 3", "training.micro_batch 2")),
+        ({"training__global_batch_size": 3}, ("training.global_batch_size 3", "training.micro_batch_size 2")),
         pytest.param(
             {"training__precision": "fp16"},
             ("training.precision fp16", "bf16"),
@@ -86,8 +86,8 @@ def test_a_shard_that_breaks_while_one_rank_reads_it_ends_all_ranks(shards: Path
 
 
 def test_two_processes_refuse_what_they_cannot_share(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert=3)
-    check(train(2, config), "parallel.expert 3", "2 processes", "1, 2")
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=3)
+    check(train(2, config), "parallel.expert_parallel 3", "2 processes", "1, 2")
 
 
 def test_resume_says_what_differs(shards: Path, tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_resume_says_what_differs(shards: Path, tmp_path: Path) -> None:
     assert train(1, config, "--stop-after", "2").code == 0
     check(train(1, config, "--resume", "never"), "--resume never", "step-00000002")
     check(train(1, config, "--set", "run.seed=4"), "seed")
-    check(train(1, config, "--set", "model.width=64"), "(257, 32)", "(257, 64)")
-    check(train(1, config, "--set", "training.batch=16"), "training.batch 16", "set it to 8")
+    check(train(1, config, "--set", "model.hidden_size=64"), "(257, 32)", "(257, 64)")
+    check(train(1, config, "--set", "training.global_batch_size=16"), "training.global_batch_size 16", "set it to 8")
 
 
 def test_generate_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_starts_nothing(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert=2)
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=2)
     result = run([sys.executable, TRAIN, "--config", str(config), "--dry-run", "--world", "4"])
     assert result.code == 0, result.out
     for words in ("parameters", "active per token", "of one expert", "expert groups        [0, 1]; [2, 3]"):

@@ -13,14 +13,14 @@ import torch
 
 from kabrn_dist.backend.losses import Losses
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
-from kabrn_dist.config import Guard as Settings
+from kabrn_dist.config import GuardConfig
 from kabrn_dist.config.file import load_config
-from kabrn_dist.distributed.launch_env import find_place
-from kabrn_dist.distributed.mesh import alone, join_processes, make_mesh
-from kabrn_dist.train.datasets import open_splits
-from kabrn_dist.train.guard import Agreed, Guard, agree
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import init_distributed, make_mesh, single_process_mesh
+from kabrn_dist.train.datasets import open_datasets
+from kabrn_dist.train.guard import LossGuard, StepSync, sync_step
 from kabrn_dist.train.spikes import SpikeWindow
-from kabrn_dist.train.trainer import Session
+from kabrn_dist.train.trainer import Trainer
 from tests.support import fork_server as forks
 from tests.support.runs import read_losses, sessions, write_config
 from tests.support.shard_sets import Texts, make_set
@@ -28,7 +28,7 @@ from tests.support.shard_sets import Texts, make_set
 STEPS = 6
 BAD = 4
 # With one micro-batch a rank and step, the number of a step is that of its pass at `loss`.
-ONE_PASS = {"training__batch": 4, "training__steps": STEPS, "validation__sequences": 1}
+ONE_PASS = {"training__global_batch_size": 4, "training__steps": STEPS, "validation__eval_sequences": 1}
 
 
 def checkpoint(folder: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -45,8 +45,12 @@ def test_a_step_with_nan_on_one_rank_changes_nothing(shards: Path, tmp_path: Pat
     """In each case twice: in one session, and in two, of which the second knows nothing of the bad step's gradients."""
     jobs: list[list[object]] = []
     for zero, precision in CASES:
-        changes = {"parallel__zero": zero, "parallel__expert": 2 if zero % 2 else 1, "training__precision": precision}
-        often = {"checkpoint__every": 1, "checkpoint__keep": STEPS}
+        changes = {
+            "parallel__zero_stage": zero,
+            "parallel__expert_parallel": 2 if zero % 2 else 1,
+            "training__precision": precision,
+        }
+        often = {"checkpoint__save_interval": 1, "checkpoint__keep_last": STEPS}
         for name, stops in (("whole", [None]), ("parts", [BAD, None])):
             folder = tmp_path / f"{name}{zero}{precision}"
             path = write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes, **often, **ONE_PASS)
@@ -81,7 +85,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_at_every_stage(shards: Path, t
     jobs: list[list[object]] = []
     for zero in (0, 1, 2, 3):
         folder = tmp_path / str(zero)
-        changes = {"parallel__zero": zero, "parallel__expert": 2, **ONE_PASS}
+        changes = {"parallel__zero_stage": zero, "parallel__expert_parallel": 2, **ONE_PASS}
         jobs.append([str(write_config(tmp_path / f"{zero}.yaml", shards, folder, **changes)), "never", None])
     ended = forks.run("tests.train.test_guard:spoil_gradients", [jobs, BAD], 2, 100)
     assert ended.code == 0, ended.out
@@ -93,15 +97,15 @@ def test_a_gradient_that_is_not_finite_is_noticed_at_every_stage(shards: Path, t
 
 def spoil_gradients(jobs: list[list[Any]], step: int) -> None:
     """Run sessions in which the gradient of rank 1's experts is infinite at `step`. A process of the test above."""
-    place = find_place()
-    with join_processes(place) as device:
+    place = read_launch_env()
+    with init_distributed(place) as device:
         for path, resume, stop_after in jobs:
             config = load_config(path)
-            mesh = make_mesh(place, device, config.parallel.expert)
-            session = Session(config, mesh, open_splits(config), resume)
+            mesh = make_mesh(place, device, config.parallel.expert_parallel)
+            session = Trainer(config, mesh, open_datasets(config), resume)
             spoiled = next(iter(session.engine.model.routed_parameters()))
 
-            def spoil(gradient: torch.Tensor, session: Session = session, rank: int = mesh.rank) -> torch.Tensor:
+            def spoil(gradient: torch.Tensor, session: Trainer = session, rank: int = mesh.rank) -> torch.Tensor:
                 return gradient * math.inf if (rank, session.step) == (1, step - 1) else gradient
 
             spoiled.register_hook(spoil)
@@ -117,8 +121,13 @@ def train(config: Path, world: int, **variables: str) -> forks.Ended:
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_bad_steps_lead_back_to_the_checkpoint_and_past_the_data(zero: int, shards: Path, tmp_path: Path) -> None:
-    changes = {"parallel__zero": zero, "training__steps": 9, "training__batch": 4, "guard__bad_steps": 2}
-    often = {"checkpoint__every": 3, "checkpoint__keep": 9}
+    changes = {
+        "parallel__zero_stage": zero,
+        "training__steps": 9,
+        "training__global_batch_size": 4,
+        "guard__max_bad_steps": 2,
+    }
+    often = {"checkpoint__save_interval": 3, "checkpoint__keep_last": 9}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     paths = [write_config(tmp_path / f"{f.name}.yaml", shards, f, **changes, **often) for f in (whole, parts)]
     # Steps 4 and 5 are bad: back to 3, so the run takes 11 in all, and in the second run the eighth is taken again.
@@ -142,9 +151,14 @@ def test_bad_steps_lead_back_to_the_checkpoint_and_past_the_data(zero: int, shar
 
 def test_a_run_ends_early_where_data_that_was_passed_over_is_missing_at_the_end(tmp_path: Path) -> None:
     make_set(tmp_path / "set", Texts("once", train=20, epochs=1))
-    changes = {"training__batch": 4, "guard__bad_steps": 2, "checkpoint__every": 3, "guard__stop_code": 75}
+    changes = {
+        "training__global_batch_size": 4,
+        "guard__max_bad_steps": 2,
+        "checkpoint__save_interval": 3,
+        "guard__stop_exit_code": 75,
+    }
     config = write_config(tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", **changes)
-    sequences = open_splits(load_config(config)).train.length
+    sequences = open_datasets(load_config(config)).train.length
     assert sequences is not None
     steps = sequences // 4
     config = write_config(tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", training__steps=steps, **changes)
@@ -155,7 +169,7 @@ def test_a_run_ends_early_where_data_that_was_passed_over_is_missing_at_the_end(
 
 
 def test_a_run_that_keeps_failing_stops_and_saves_nothing(shards: Path, tmp_path: Path) -> None:
-    changes = {"training__batch": 4, "guard__bad_steps": 2, "checkpoint__every": 2}
+    changes = {"training__global_batch_size": 4, "guard__max_bad_steps": 2, "checkpoint__save_interval": 2}
     config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **changes)
     ended = train(config, 2, KABRN_FAULT=",".join(f"loss@0#{n}:mark" for n in range(3, 12)))
     assert ended.codes == (2, 2), ended.out
@@ -170,7 +184,7 @@ def test_a_run_that_keeps_failing_stops_and_saves_nothing(shards: Path, tmp_path
 def test_two_failed_saves_stop_the_run(shards: Path, tmp_path: Path) -> None:
     for background in (True, False):
         folder = tmp_path / str(background)
-        changes = {"training__steps": 500, "checkpoint__every": 2, "checkpoint__background": background}
+        changes = {"training__steps": 500, "checkpoint__save_interval": 2, "checkpoint__async_save": background}
         config = write_config(tmp_path / f"{background}.yaml", shards, folder, **changes)
         ended = train(config, 2, KABRN_FAULT="save.written@1#2:full,save.written@1#3:full")
         assert ended.codes == (2, 2), ended.out
@@ -192,30 +206,36 @@ def test_fp16_begins_with_its_own_scale_after_another_precision(shards: Path, tm
 
 @pytest.mark.parametrize(("mode", "skipped"), [("off", 0), ("warn", 0), ("skip", 1)])
 def test_spikes(mode: str, skipped: int) -> None:
-    guard = Guard(Settings(spike=mode, spike_window=8, spike_sigma=4.0))
+    guard = LossGuard(GuardConfig(spike=mode, spike_window=8, spike_sigma=4.0))
     losses = [3 + 0.01 * (n % 3) for n in range(10)]
     for loss in [*losses, 5.0, *losses]:
-        verdict = guard.judge(agreed(loss))
+        verdict = guard.decide(agreed(loss))
         assert (verdict.kind == "spike") == (mode != "off" and loss == 5.0)
-        guard.settle(verdict, agreed(loss), applied=not verdict.skip)
+        guard.record(verdict, agreed(loss), applied=not verdict.skip)
     assert (guard.skipped, guard.spikes, guard.bad) == (skipped, int(mode != "off"), 0)
     assert (5.0 in guard.window.losses) is False
-    other = Guard(guard.settings)
+    other = LossGuard(guard.settings)
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state() and other.window.limit() == guard.window.limit()
 
 
-def agreed(loss: float, bad: list[int] | None = None) -> Agreed:
-    return Agreed(dict.fromkeys(Losses._fields, loss), bad or [], [], stop=False, ended=False)
+def agreed(loss: float, bad: list[int] | None = None) -> StepSync:
+    return StepSync(dict.fromkeys(Losses._fields, loss), bad or [], [], stop=False, ended=False)
 
 
 def test_spikes_are_skipped_alike_after_a_resume(shards: Path, tmp_path: Path) -> None:
     # A rate of next to nothing: what differs from step to step is the data, and half a deviation is soon exceeded.
     guard = {"spike": "skip", "spike_window": 8, "spike_sigma": 0.5}
-    changes = {"training__steps": 18, "training__batch": 4, "optimizer__learning_rate": 1e-9, "guard": guard}
+    changes = {
+        "training__steps": 18,
+        "training__global_batch_size": 4,
+        "optimizer__learning_rate": 1e-9,
+        "guard": guard,
+    }
     folders = [tmp_path / "whole", tmp_path / "parts"]
     whole, parts = (
-        str(write_config(tmp_path / f"{f.name}.yaml", shards, f, validation__sequences=1, **changes)) for f in folders
+        str(write_config(tmp_path / f"{f.name}.yaml", shards, f, validation__eval_sequences=1, **changes))
+        for f in folders
     )
     sessions(2, [[whole, "never", None], [parts, "never", 11], [parts, "must", None]], tmp_path)
     states = [checkpoint(folder, 18)[1] for folder in folders]
@@ -240,20 +260,20 @@ def test_the_limit_of_a_spike_and_a_new_level() -> None:
 
 
 def test_bad_steps_are_counted_in_a_row_only() -> None:
-    guard = Guard(Settings(bad_steps=2))
+    guard = LossGuard(GuardConfig(max_bad_steps=2))
     for bad, exhausted in (([1], False), ([], False), ([0], False), ([0, 3], True)):
-        verdict = guard.judge(agreed(1.0, bad))
+        verdict = guard.decide(agreed(1.0, bad))
         assert verdict.skip == bool(bad) and guard.exhausted == exhausted
     assert verdict.reason == "non-finite loss on ranks 0, 3"
-    guard.go_back(7, {"skipped": 0, "bad": 1})
+    guard.roll_back(7, {"skipped": 0, "bad": 1})
     assert (guard.bad, guard.rollbacks, guard.returned_to) == (0, 1, 7)
 
 
 def test_what_one_rank_says() -> None:
     fine, bad = torch.tensor(1.0), torch.tensor(float("inf"))
     losses = torch.arange(5.0)
-    assert agree(alone(), losses, fine, False, True) == Agreed(
+    assert sync_step(single_process_mesh(), losses, fine, False, True) == StepSync(
         dict(zip(Losses._fields, range(5), strict=True)), [], [], False, True
     )
-    assert agree(alone(), losses, bad, True, False)[1:] == ([], [0], True, False)
-    assert agree(alone(), losses * bad, bad, False, False)[1:3] == ([0], [])
+    assert sync_step(single_process_mesh(), losses, bad, True, False)[1:] == ([], [0], True, False)
+    assert sync_step(single_process_mesh(), losses * bad, bad, False, False)[1:3] == ([0], [])

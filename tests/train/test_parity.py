@@ -20,21 +20,21 @@ PLACEMENTS: dict[int, list[tuple[int, int, list[int] | None]]] = {
 }
 
 
-def layouts(world: int, quantised: bool) -> list[dict[str, Any]]:
+def layouts(world: int, quantized: bool) -> list[dict[str, Any]]:
     """Every placement of a world with every ZeRO stage, in tiny buckets; quantised, with one stage each in turn."""
     found = []
     for number, (sequence, expert, counts) in enumerate(PLACEMENTS[world]):
-        for zero in (number % 4,) if quantised else (0, 1, 2, 3):
+        for zero in (number % 4,) if quantized else (0, 1, 2, 3):
             layout = {
-                "parallel__sequence": sequence,
-                "parallel__expert": expert,
+                "parallel__sequence_parallel": sequence,
+                "parallel__expert_parallel": expert,
                 "parallel__experts_per_rank": counts,
-                "parallel__zero": zero,
-                "parallel__bucket": 3000,
+                "parallel__zero_stage": zero,
+                "parallel__bucket_size": 3000,
             }
-            if counts is not None and not quantised:
+            if counts is not None and not quantized:
                 # Gradients add up over several micro-batches in each world.
-                layout["training__micro_batch"] = 1
+                layout["training__micro_batch_size"] = 1
             found.append(layout)
     return found
 
@@ -42,13 +42,13 @@ def layouts(world: int, quantised: bool) -> list[dict[str, Any]]:
 # One flipped code weighs less where more tokens share the loss, and grows less where the rate is lower.
 LARGER: dict[str, Any] = {
     "data__sequence_length": 64,
-    "model__width": 64,
-    "model__experts__hidden": 48,
+    "model__hidden_size": 64,
+    "model__experts__expert_hidden_size": 48,
     "optimizer__learning_rate": 3.0e-4,
     # A bias moves by the sign of its load: where one token more decides that, a larger rate is a larger jump.
-    "model__router__bias_rate": 1.0e-3,
-    "training__batch": 16,
-    "training__micro_batch": 4,
+    "model__router__bias_update_rate": 1.0e-3,
+    "training__global_batch_size": 16,
+    "training__micro_batch_size": 4,
 }
 
 
@@ -57,7 +57,7 @@ def train_all(world: int, sizes: dict[str, Any], shards: Path, folder: Path) -> 
     folder.mkdir()
     jobs: list[list[object]] = []
     runs = []
-    for layout in layouts(world, sizes.get("model__quantise", True)):
+    for layout in layouts(world, sizes.get("model__quantize", True)):
         name = f"w{world}-" + "-".join(f"{key.split('__')[1]}{value}" for key, value in layout.items())
         path = write_config(folder / f"{name}.yaml", shards, folder / name, **sizes, **layout)
         jobs.append([str(path), "never", None])
@@ -96,10 +96,10 @@ def test_every_layout_has_the_same_losses_gradients_and_weights(shards: Path, tm
     """After the first step the first moment is a tenth of the clipped gradient, gathered here from all ranks."""
     steps = 6
     sizes = {
-        "model__quantise": False,
+        "model__quantize": False,
         "training__steps": steps,
-        "checkpoint__every": 1,
-        "checkpoint__keep": steps,
+        "checkpoint__save_interval": 1,
+        "checkpoint__keep_last": steps,
     }
     runs = [folder for world in PLACEMENTS for folder in train_all(world, sizes, shards, tmp_path / str(world))]
     assert len(runs) == 4 + 20 + 28
@@ -115,7 +115,7 @@ def test_every_layout_has_the_same_losses_gradients_and_weights(shards: Path, tm
         assert max(apart.values()) <= tolerance, (step, apart)
 
 
-def test_every_placement_has_the_same_losses_quantised(shards: Path, tmp_path: Path) -> None:
+def test_every_placement_has_the_same_losses_quantized(shards: Path, tmp_path: Path) -> None:
     runs = [folder for world in PLACEMENTS for folder in train_all(world, LARGER, shards, tmp_path / str(world))]
     losses = losses_apart(runs)
     print(json.dumps(losses, indent=1))
@@ -125,17 +125,40 @@ def test_every_placement_has_the_same_losses_quantised(shards: Path, tmp_path: P
 def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_path: Path) -> None:
     """Attention among the retentions, convolutions before both, and activations computed again, over slices and even
     and uneven expert groups."""
-    hybrid = {"model__quantise": False, "model__layers": "RA", "model__convolution": 3, "parallel__bucket": 3000}
+    hybrid = {
+        "model__quantize": False,
+        "model__layers": "RA",
+        "model__short_conv_size": 4,
+        "parallel__bucket_size": 3000,
+    }
     cases: dict[int, list[dict[str, Any]]] = {
         1: [{}],
         2: [
-            {"sequence": 2, "zero": 3},
-            {"sequence": 2, "expert": 2, "experts_per_rank": [3, 1], "zero": 2, "exchange": "ring"},
+            {"sequence_parallel": 2, "zero_stage": 3},
+            {
+                "sequence_parallel": 2,
+                "expert_parallel": 2,
+                "experts_per_rank": [3, 1],
+                "zero_stage": 2,
+                "state_exchange": "ring",
+            },
         ],
         4: [
-            {"sequence": 4, "expert": 2, "experts_per_rank": [1, 3], "zero": 2, "exchange": "scan"},
-            {"sequence": 2, "expert": 2, "experts_per_rank": [1, 3], "zero": 3, "exchange": "allgather"},
-            {"sequence": 2, "expert": 4, "zero": 1},
+            {
+                "sequence_parallel": 4,
+                "expert_parallel": 2,
+                "experts_per_rank": [1, 3],
+                "zero_stage": 2,
+                "state_exchange": "scan",
+            },
+            {
+                "sequence_parallel": 2,
+                "expert_parallel": 2,
+                "experts_per_rank": [1, 3],
+                "zero_stage": 3,
+                "state_exchange": "allgather",
+            },
+            {"sequence_parallel": 2, "expert_parallel": 4, "zero_stage": 1},
         ],
     }
     runs: list[Path] = []
@@ -146,7 +169,12 @@ def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_
                 name = f"w{world}-{number}-{kept}"
                 changes = {f"parallel__{key}": value for key, value in layout.items()}
                 path = write_config(
-                    tmp_path / f"{name}.yaml", shards, tmp_path / name, **hybrid, **changes, model__activations=kept
+                    tmp_path / f"{name}.yaml",
+                    shards,
+                    tmp_path / name,
+                    **hybrid,
+                    **changes,
+                    model__activation_checkpointing=kept,
                 )
                 jobs.append([str(path), "never", None])
                 runs.append(tmp_path / name)

@@ -12,22 +12,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
-from kabrn_dist.config import Config, Optimizer
+from kabrn_dist.config import Config, OptimizerConfig
 from kabrn_dist.config.file import load_config
 from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import read_losses, sessions, write_config
 
 TWO_STAGES: dict[str, Any] = {
-    "optimizer__decay": "linear",
-    "optimizer__final": 0.0,
+    "optimizer__lr_schedule": "linear",
+    "optimizer__min_lr_ratio": 0.0,
     "optimizer__second_stage": {"at": 0.5, "learning_rate": 2.0e-3, "weight_decay": 0.0},
     "optimizer__weight_decay": 0.1,
 }
 
 
 def rates(steps: int, **settings: Any) -> list[float]:
-    optimizer = Optimizer(**settings)
+    optimizer = OptimizerConfig(**settings)
     return [learning_rate(step, steps, optimizer) for step in range(steps)]
 
 
@@ -46,10 +46,10 @@ def test_one_cosine_stage_by_hand() -> None:
     ("steps", "at", "begins"), [(10, 0.5, 5), (10, 0.26, 3), (7, 0.5, 4), (100_000, 0.333, 33_300)]
 )
 def test_a_second_stage_has_its_own_peak_and_weight_decay(decay: str, steps: int, at: float, begins: int) -> None:
-    common: dict[str, Any] = {"warmup": 2, "decay": decay, "final": 0.1}
-    high, low = (Optimizer(learning_rate=rate, **common) for rate in (3e-3, 2e-3))
+    common: dict[str, Any] = {"warmup_steps": 2, "lr_schedule": decay, "min_lr_ratio": 0.1}
+    high, low = (OptimizerConfig(learning_rate=rate, **common) for rate in (3e-3, 2e-3))
     second = {"at": at, "learning_rate": 2e-3, "weight_decay": 0.01}
-    both = Optimizer(learning_rate=3e-3, weight_decay=0.1, second_stage=second, **common)
+    both = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, second_stage=second, **common)
     for step in {0, 1, begins - 1, begins, steps - 1}:
         alone = low if step >= begins else high
         assert learning_rate(step, steps, both) == learning_rate(step, steps, alone)
@@ -73,9 +73,13 @@ def complaint(tmp_path: Path, **changes: Any) -> str:
 )
 def test_stages_out_of_order(tmp_path: Path, steps: int, warmup: int, at: float, remedy: float) -> None:
     second = {"at": at, "learning_rate": 1e-3}
-    changes = {"training__steps": steps, "optimizer__warmup": warmup}
+    changes = {"training__steps": steps, "optimizer__warmup_steps": warmup}
     message = complaint(tmp_path, **changes, optimizer__second_stage=second)
-    for named in (f"optimizer.second_stage.at {at:g} ", f"training.steps {steps} ", f"optimizer.warmup {warmup} "):
+    for named in (
+        f"optimizer.second_stage.start_fraction {at:g} ",
+        f"training.steps {steps} ",
+        f"optimizer.warmup_steps {warmup} ",
+    ):
         assert named in message
     found = float(message.split("set at to ")[1].split(",")[0])
     assert found == pytest.approx(remedy)
@@ -83,15 +87,17 @@ def test_stages_out_of_order(tmp_path: Path, steps: int, warmup: int, at: float,
         tmp_path / "d.yaml", tmp_path, tmp_path / "run", **changes, optimizer__second_stage=second | {"at": found}
     )
     optimizer = load_config(fixed).optimizer
-    assert max(1, warmup) <= optimizer.boundary(steps) < steps
+    assert max(1, warmup) <= optimizer.second_stage_step(steps) < steps
 
 
 def test_a_run_too_short_for_two_stages(tmp_path: Path) -> None:
     second = {"learning_rate": 1e-3}
-    message = complaint(tmp_path, training__steps=4, optimizer__warmup=4, optimizer__second_stage=second)
+    message = complaint(tmp_path, training__steps=4, optimizer__warmup_steps=4, optimizer__second_stage=second)
     assert "set training.steps to 8 or more and at to 0.5, or leave out second_stage" in message
     for steps, warmup in ((8, 4), (2, 1), (2, 0)):
-        Config.model_validate(small(training__steps=steps, optimizer__warmup=warmup, optimizer__second_stage=second))
+        Config.model_validate(
+            small(training__steps=steps, optimizer__warmup_steps=warmup, optimizer__second_stage=second)
+        )
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -99,14 +105,14 @@ def small(**changes: Any) -> dict[str, Any]:
         "run": {"folder": "runs/x"},
         "data": {"path": "data/x", "sequence_length": 32},
         "model": {
-            "vocabulary": 64,
-            "width": 16,
+            "vocab_size": 64,
+            "hidden_size": 16,
             "layers": 1,
-            "retention": {"heads": 2, "key_width": 4, "value_width": 8},
-            "experts": {"routed": 8, "top_k": 2, "hidden": 8},
+            "retention": {"num_heads": 2, "key_dim": 4, "value_dim": 8},
+            "experts": {"num_experts": 8, "top_k": 2, "expert_hidden_size": 8},
         },
         "optimizer": {"learning_rate": 1.0e-3},
-        "training": {"steps": 10, "batch": 24, "micro_batch": 2},
+        "training": {"steps": 10, "global_batch_size": 24, "micro_batch_size": 2},
     }
     for key, value in changes.items():
         section, name = key.split("__")
@@ -116,23 +122,23 @@ def small(**changes: Any) -> dict[str, Any]:
 
 def test_wrong_stages_are_named(tmp_path: Path) -> None:
     for second, said in (
-        ({"at": 1.0, "learning_rate": 1e-3}, "optimizer.second_stage.at: "),
-        ({"at": 0.0, "learning_rate": 1e-3}, "optimizer.second_stage.at: "),
+        ({"at": 1.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
+        ({"at": 0.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
         ({"at": 0.5}, "optimizer.second_stage.learning_rate is missing"),
         ({"at": 0.5, "learning_rate": 1e-3, "weight_dekay": 0}, "did you mean 'weight_decay'?"),
         ({"learning_rate": 4e-3}, "second_stage.learning_rate 0.004 exceeds the first stage's optimizer.learning_rate"),
         ({"learning_rate": 1e-3, "weight_decay": 0.2}, "second_stage.weight_decay 0.2 exceeds"),
     ):
         assert said in complaint(tmp_path, optimizer__second_stage=second)
-    assert "optimizer.decay: " in complaint(tmp_path, optimizer__decay="step")
+    assert "optimizer.lr_schedule: " in complaint(tmp_path, optimizer__lr_schedule="step")
 
 
 def test_a_resume_across_the_boundary_is_bit_equal(shards: Path, tmp_path: Path) -> None:
     """Stopped before, at and after the first step of the second stage (the sixth of ten), the first wholly ternary."""
     jobs: list[list[object]] = []
-    warming = {"model__quantise_from": 1, "model__quantise_warmup": 4}
+    warming = {"model__quantize_start_step": 1, "model__quantize_warmup_steps": 4}
     for zero in (0, 1, 2, 3):
-        layout = {"parallel__expert": 2, "parallel__zero": zero, **TWO_STAGES, **warming}
+        layout = {"parallel__expert_parallel": 2, "parallel__zero_stage": zero, **TWO_STAGES, **warming}
         whole = write_config(tmp_path / f"whole{zero}.yaml", shards, tmp_path / f"whole{zero}", **layout)
         parts = write_config(tmp_path / f"parts{zero}.yaml", shards, tmp_path / f"parts{zero}", **layout)
         jobs += [[str(whole), "never", None], *([str(parts), "auto", stop] for stop in (4, 1, 1, None))]
@@ -140,10 +146,15 @@ def test_a_resume_across_the_boundary_is_bit_equal(shards: Path, tmp_path: Path)
     for zero in (0, 1, 2, 3):
         whole, parts = tmp_path / f"whole{zero}", tmp_path / f"parts{zero}"
         assert len(read_losses(whole)) == 10
-        for key in ("loss/total", "optimizer/gradient_norm", "optimizer/learning_rate", "optimizer/quantised_share"):
+        for key in (
+            "loss/total",
+            "optimizer/gradient_norm",
+            "optimizer/learning_rate",
+            "optimizer/quantization_lambda",
+        ):
             assert read_losses(parts, key) == read_losses(whole, key), f"ZeRO {zero}: {key}"
     assert read_losses(tmp_path / "whole1", "optimizer/weight_decay") == [0.1] * 5 + [0.0] * 5
-    assert read_losses(tmp_path / "whole1", "optimizer/quantised_share") == [0, 0.2, 0.4, 0.6, 0.8, *[1] * 5]
+    assert read_losses(tmp_path / "whole1", "optimizer/quantization_lambda") == [0, 0.2, 0.4, 0.6, 0.8, *[1] * 5]
     rate = read_losses(tmp_path / "whole1", "optimizer/learning_rate")
     assert rate == pytest.approx(
         [1.5e-3, *(3e-3 * x / 8 for x in (8, 8, 7, 6)), *(2e-3 * x / 8 for x in (5, 4, 3, 2, 1))]
@@ -163,10 +174,10 @@ def test_the_weight_decay_reaches_matrices_and_no_coefficients(shards: Path, tmp
                 "optimizer__weight_decay": 0.4,
                 "optimizer__second_stage": {"at": 0.5, "learning_rate": 1e-3, "weight_decay": decay},
                 "training__steps": 4,
-                "parallel__expert": 2,
-                "parallel__zero": zero,
-                "checkpoint__every": 1,
-                "checkpoint__keep": 4,
+                "parallel__expert_parallel": 2,
+                "parallel__zero_stage": zero,
+                "checkpoint__save_interval": 1,
+                "checkpoint__keep_last": 4,
             }
             jobs.append([str(write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None])
     sessions(2, jobs, tmp_path)

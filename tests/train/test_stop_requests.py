@@ -14,13 +14,13 @@ import psutil
 import pytest
 
 from kabrn_dist.checkpoint.store import read_manifest
-from kabrn_dist.config import Guard as Settings
-from kabrn_dist.train.stop_requests import ECHO_SECONDS, Wishes
+from kabrn_dist.config import GuardConfig
+from kabrn_dist.train.stop_requests import ECHO_SECONDS, StopRequests
 from tests.support import fork_server as forks
 from tests.support.runs import deepspeed, finish, start, torchrun, wait_for_steps, write_config
 
 TRAIN = "launch/train.py"
-LONG = {"training__steps": 5000, "parallel__expert": 2}
+LONG = {"training__steps": 5000, "parallel__expert_parallel": 2}
 
 
 def train(config: Path, world: int, *options: str, **variables: str) -> forks.Group:
@@ -55,7 +55,7 @@ def check_saved(folder: Path) -> int:
 def test_a_signal_to_one_rank_stops_and_saves_all(
     rank: int, number: signal.Signals, shards: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__stop_code=75, **LONG)
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__stop_exit_code=75, **LONG)
     with train(config, 2) as group:
         until(lambda: len(entries(tmp_path / "run")) >= 2, group)
         group.kill(rank, number)
@@ -70,7 +70,7 @@ def test_a_signal_to_one_rank_stops_and_saves_all(
 
 def test_a_stop_file_is_seen_while_validating(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    every = {"validation__every": 2, "validation__sequences": 4096}
+    every = {"validation__eval_interval": 2, "validation__eval_sequences": 4096}
     config = write_config(tmp_path / "c.yaml", shards, folder, **LONG, **every)
     with train(config, 2) as group:
         until(lambda: bool(entries(folder)) and entries(folder)[-1]["step"] == 2, group)
@@ -82,7 +82,7 @@ def test_a_stop_file_is_seen_while_validating(shards: Path, tmp_path: Path) -> N
 
 
 def test_a_run_ends_when_its_time_is_up(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__max_minutes=0.03, **LONG)
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", run__max_minutes=0.03, **LONG)
     with train(config, 2) as group:
         ended = group.wait(60, grace=None)
     assert ended.codes == (0, 0), ended.out
@@ -103,13 +103,13 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_time_and_file_are_wishes(tmp_path: Path) -> None:
-    assert ECHO_SECONDS < 10 and Settings().max_minutes is None
+    assert ECHO_SECONDS < 10 and GuardConfig().max_minutes is None
     (tmp_path / "STOP").touch()
-    wishes = Wishes(tmp_path, watch_file=True, max_minutes=None)
-    assert wishes.stop() and not Wishes(tmp_path, watch_file=False, max_minutes=None).stop()
+    wishes = StopRequests(tmp_path, watch_file=True, max_minutes=None)
+    assert wishes.requested() and not StopRequests(tmp_path, watch_file=False, max_minutes=None).requested()
     with wishes.listening():
-        assert not wishes.stop(), "a leftover file is removed"
-    assert Wishes(tmp_path, watch_file=False, max_minutes=0.0).stop()
+        assert not wishes.requested(), "a leftover file is removed"
+    assert StopRequests(tmp_path, watch_file=False, max_minutes=0.0).requested()
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -154,7 +154,7 @@ def _check_cause(out: str) -> None:
 
 
 def test_a_rank_that_hangs_shows_its_stacks_and_ends(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__hang_seconds=3, **LONG)
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__hang_timeout_s=3, **LONG)
     with train(config, 2, KABRN_FAULT="step.begin@1#3:sleep") as group:
         ended = group.wait(60, grace=None)
     assert ended.codes == (70, 70), ended.out

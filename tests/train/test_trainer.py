@@ -17,7 +17,7 @@ TRAIN = "launch/train.py"
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     jobs: list[list[object]] = []
     for zero in (0, 1, 2, 3):
-        layout = {"parallel__expert": 2, "parallel__zero": zero}
+        layout = {"parallel__expert_parallel": 2, "parallel__zero_stage": zero}
         whole = write_config(tmp_path / f"whole{zero}.yaml", shards, tmp_path / f"whole{zero}", **layout)
         parts = write_config(tmp_path / f"parts{zero}.yaml", shards, tmp_path / f"parts{zero}", **layout)
         jobs += [
@@ -35,10 +35,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shards: Path, tmp
 
 def test_a_run_resumes_at_another_world_size_placement_and_stage(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = {"parallel__expert": 2, "parallel__experts_per_rank": [1, 3], "parallel__zero": 1}
-    common = {"model__quantise": False}
+    first = {"parallel__expert_parallel": 2, "parallel__experts_per_rank": [1, 3], "parallel__zero_stage": 1}
+    common = {"model__quantize": False}
     started = write_config(tmp_path / "a.yaml", shards, folder, **first, **common)
-    other = write_config(tmp_path / "b.yaml", shards, folder, parallel__expert=4, parallel__zero=3, **common)
+    other = write_config(
+        tmp_path / "b.yaml", shards, folder, parallel__expert_parallel=4, parallel__zero_stage=3, **common
+    )
     whole = write_config(tmp_path / "c.yaml", shards, tmp_path / "whole", **common)
     sessions(2, [[str(started), "never", 5]], tmp_path)
     sessions(4, [[str(other), "must", None]], tmp_path)
@@ -50,7 +52,12 @@ def test_a_run_resumes_at_another_world_size_placement_and_stage(shards: Path, t
 
 def test_the_deepspeed_launcher_trains_and_generate_writes(shards: Path, tmp_path: Path) -> None:
     config = write_config(
-        tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert=2, validation__every=5, checkpoint__every=5
+        tmp_path / "c.yaml",
+        shards,
+        tmp_path / "run",
+        parallel__expert_parallel=2,
+        validation__eval_interval=5,
+        checkpoint__save_interval=5,
     )
     result = run(deepspeed(2, TRAIN, "--config", str(config)))
     assert result.code == 0, result.out
@@ -131,10 +138,10 @@ def test_losses_are_the_same_with_recomputed_and_offloaded_activations(shards: P
                 tmp_path / f"{name}.yaml",
                 shards,
                 tmp_path / name,
-                parallel__expert=2,
-                parallel__zero=zero,
-                model__activations=kept,
-                model__quantise=False,
+                parallel__expert_parallel=2,
+                parallel__zero_stage=zero,
+                model__activation_checkpointing=kept,
+                model__quantize=False,
             )
             jobs.append([str(path), "never", None])
     sessions(2, jobs, tmp_path)
@@ -153,8 +160,8 @@ def test_bf16_trains_and_resumes_under_every_stage(shards: Path, tmp_path: Path)
                 tmp_path / f"{name}{zero}.yaml",
                 shards,
                 tmp_path / f"{name}{zero}",
-                parallel__expert=2,
-                parallel__zero=zero,
+                parallel__expert_parallel=2,
+                parallel__zero_stage=zero,
                 training__precision="bf16",
             )
             jobs += [[str(path), "auto", stop] for stop in stops]
@@ -177,7 +184,7 @@ def test_mpirun_starts_a_run(shards: Path, tmp_path: Path) -> None:
     launcher = Path(sys.executable).parent / "mpirun"
     if not launcher.exists():
         pytest.skip("the mpi extra is not installed")
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert=2)
+    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=2)
     result = run([str(launcher), "-n", "2", sys.executable, TRAIN, "--config", str(config)])
     assert result.code == 0, result.out
     assert len(read_losses(tmp_path / "run")) == 10

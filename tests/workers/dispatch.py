@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.wire import tcp_bytes_sent
-from kabrn_dist.distributed.all_to_all import Traffic, Wire
-from kabrn_dist.distributed.expert_placement import Placement
-from kabrn_dist.distributed.launch_env import Place
-from kabrn_dist.distributed.mesh import Mesh, Nodes, join_processes, make_mesh
+from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.launch_env import LaunchEnv
+from kabrn_dist.distributed.mesh import Mesh, NodeGroups, init_distributed, make_mesh
 from kabrn_dist.distributed.token_dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
-from kabrn_dist.distributed.token_permutation import plan_route
+from kabrn_dist.distributed.token_permutation import plan_dispatch
 
 WIDTH = 5
 
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     counts: tuple[int, ...]
     tokens: tuple[int, ...]
     k: int = 2
-    favoured: tuple[int, ...] = ()
+    favored: tuple[int, ...] = ()
     dropped: float = 0.0
 
 
@@ -57,9 +57,9 @@ CASES = {
         Case((9, 11), (30, 20), k=6),
         Case((1, 3), (1, 0), k=2),  # one token in all
         Case((3, 1), (0, 1), k=1),
-        Case((2, 2), (4, 5), k=1, favoured=(1,)),  # the second rank receives nothing
-        Case((3, 2), (4, 5), favoured=(4, 3)),  # the first rank receives nothing
-        Case((2, 3), (0, 5), k=1, favoured=(4,)),  # … and has nothing
+        Case((2, 2), (4, 5), k=1, favored=(1,)),  # the second rank receives nothing
+        Case((3, 2), (4, 5), favored=(4, 3)),  # the first rank receives nothing
+        Case((2, 3), (0, 5), k=1, favored=(4,)),  # … and has nothing
         Case((1, 1), (3, 3), dropped=1.0),
         Case((1, 1), (0, 0)),
     ],
@@ -67,18 +67,18 @@ CASES = {
         Case((1, 1, 1), (4, 2, 6)),
         Case((4, 1, 3), (5, 0, 7), k=3, dropped=0.2),
         Case((4, 1, 3), (3, 6, 3), k=8),
-        Case((4, 1, 3), (3, 6, 3), k=1, favoured=(4,)),
+        Case((4, 1, 3), (3, 6, 3), k=1, favored=(4,)),
         Case((1, 3, 1), (0, 0, 1)),
     ],
     4: [
         Case((2, 2, 2, 2), (4, 7, 1, 5)),
         Case((1, 3, 1, 3), (6, 0, 9, 3), k=3, dropped=0.2),
         Case((1, 3, 1, 3), (6, 2, 4, 3), k=8),
-        Case((1, 3, 1, 3), (3, 3, 3, 3), favoured=(7, 0)),
+        Case((1, 3, 1, 3), (3, 3, 3, 3), favored=(7, 0)),
         Case((2, 1, 1, 2), (0, 0, 1, 0), k=1),
         # Two expert groups of two ranks: gradients of an expert add up over the groups.
         Case((1, 3), (6, 3, 4, 8)),
-        Case((2, 2), (3, 0, 5, 5), k=1, favoured=(3,)),
+        Case((2, 2), (3, 0, 5, 5), k=1, favored=(3,)),
     ],
 }
 
@@ -113,13 +113,13 @@ def draw(case: Case, dtype: torch.dtype, int8: bool) -> Data:
     codes = torch.randint(-128, 128, (n, WIDTH), generator=generator).to(dtype) if int8 else normal(n, WIDTH)
     scale = (normal(n, 1).abs() + 1).to(torch.promote_types(dtype, torch.float32))
     choice = torch.rand(n, total, generator=generator).argsort(1)[:, : case.k]
-    if case.favoured:
-        choice = torch.tensor([case.favoured[: case.k]]).expand(n, -1).contiguous()
+    if case.favored:
+        choice = torch.tensor([case.favored[: case.k]]).expand(n, -1).contiguous()
     choice = choice.masked_fill(torch.rand(choice.shape, generator=generator) < case.dropped, total)
     return Data(codes, scale, choice, normal(n, case.k).float(), normal(total, WIDTH), normal(n, WIDTH))
 
 
-def run(data: Data, wire: Wire, visit: Callable[..., Tensor]) -> Outcome:
+def run(data: Data, wire: ExpertLink, visit: Callable[..., Tensor]) -> Outcome:
     """Forward and backward pass of one rank's part."""
     codes, weights, experts = (part.clone().requires_grad_() for part in (data.codes, data.weights, data.experts))
     out = visit(codes, data.scale, data.choice, weights, experts, wire)
@@ -128,19 +128,21 @@ def run(data: Data, wire: Wire, visit: Callable[..., Tensor]) -> Outcome:
     return Outcome(out.detach(), codes.grad, weights.grad, experts.grad)
 
 
-def visit_experts(codes: Tensor, scale: Tensor, choice: Tensor, weights: Tensor, experts: Tensor, wire: Wire) -> Tensor:
+def visit_experts(
+    codes: Tensor, scale: Tensor, choice: Tensor, weights: Tensor, experts: Tensor, wire: ExpertLink
+) -> Tensor:
     """The real thing. An expert divides codes by their scale and multiplies by its vector."""
-    route = plan_route(choice, wire)
+    route = plan_dispatch(choice, wire)
     kept = codes.detach().to(torch.int8) if wire.int8 else None
     arrived, its_scale, _ = finish_dispatch(start_dispatch(codes, scale, route, wire, kept))
-    assert len(arrived) == sum(route.counts) and len(route.counts) == len(wire.placement.local)
-    vectors = experts.repeat_interleave(torch.tensor(route.counts), 0)
+    assert len(arrived) == sum(route.tokens_per_expert) and len(route.tokens_per_expert) == len(wire.placement.local)
+    vectors = experts.repeat_interleave(torch.tensor(route.tokens_per_expert), 0)
     results = (arrived / its_scale).to(codes.dtype) * vectors
     return finish_combine(start_combine(results, weights, route, wire))
 
 
 def visit_experts_naive(
-    codes: Tensor, scale: Tensor, choice: Tensor, weights: Tensor, experts: Tensor, _: Wire
+    codes: Tensor, scale: Tensor, choice: Tensor, weights: Tensor, experts: Tensor, _: ExpertLink
 ) -> Tensor:
     """The definition: each token goes to each of its experts."""
     out = []
@@ -156,23 +158,23 @@ def visit_experts_naive(
     return torch.stack(out) + nothing if out else codes * 1 + nothing
 
 
-def alone_wire(case: Case, int8: bool) -> Wire:
-    return Wire(Placement((sum(case.counts),), 0), None, None, int8, False, Traffic())
+def alone_wire(case: Case, int8: bool) -> ExpertLink:
+    return ExpertLink(ExpertPlacement((sum(case.counts),), 0), None, None, int8, False, Traffic())
 
 
-def part_of(data: Data, case: Case, rank: int, placement: Placement) -> Data:
+def part_of(data: Data, case: Case, rank: int, placement: ExpertPlacement) -> Data:
     here = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
     local = slice(placement.local.start, placement.local.stop)
     own = (part[here] for part in (data.codes, data.scale, data.choice, data.weights))
     return Data(*own, data.experts[local], data.noise[here])
 
 
-def check(case: Case, mesh: Mesh, nodes: Nodes | None, dtype: torch.dtype, int8: bool) -> None:
+def check(case: Case, mesh: Mesh, nodes: NodeGroups | None, dtype: torch.dtype, int8: bool) -> None:
     """This rank's part against the definition on one process, and bits against the real thing on one process."""
     where = f"rank {mesh.rank} of {case}, {dtype}, int8 {int8}, nodes {nodes is not None}"
     data = draw(case, dtype, int8)
-    placement = Placement(case.counts, mesh.expert_rank)
-    wire = Wire(placement, mesh.expert_group, nodes, int8, False, Traffic())
+    placement = ExpertPlacement(case.counts, mesh.expert_rank)
+    wire = ExpertLink(placement, mesh.expert_group, nodes, int8, False, Traffic())
     LOG.clear()
     mine = run(part_of(data, case, mesh.rank, placement), wire, visit_experts)
     sent = sum(size for event, size in LOG if event == "launch")
@@ -203,7 +205,7 @@ def check(case: Case, mesh: Mesh, nodes: Nodes | None, dtype: torch.dtype, int8:
         )
     taken = wire.traffic.take()
     assert taken.bytes_sent == sent, f"{taken} for {sent}, {where}"
-    if mesh.world == len(case.counts):
+    if mesh.world_size == len(case.counts):
         assert taken.rows == sum(int((data.choice == expert).sum()) for expert in placement.local), where
     assert wire.traffic == Traffic()
 
@@ -236,13 +238,13 @@ class _Logged:
 
 def check_overlap(mesh: Mesh) -> None:
     """Work between a start and its finish runs between launch and wait, and so does its backward, layer by layer."""
-    wire = Wire(Placement((2, 2), mesh.rank), mesh.expert_group, None, True, False, Traffic())
+    wire = ExpertLink(ExpertPlacement((2, 2), mesh.rank), mesh.expert_group, None, True, False, Traffic())
     x = torch.ones(4, WIDTH, requires_grad=True)
     LOG.clear()
     out = x
     for layer in range(2):
         choice = torch.tensor([[0, 2], [1, 3], [3, 0], [2, 1]])
-        route = plan_route(choice, wire)
+        route = plan_dispatch(choice, wire)
         flight = start_dispatch(out, torch.ones(4, 1), route, wire)
         shared = _Note.apply(out, f"shared {layer}")
         arrived, _, _ = finish_dispatch(flight)
@@ -274,8 +276,8 @@ class _Note(torch.autograd.Function):
 def check_recomputation(mesh: Mesh) -> None:
     """The same gradients where the exchange itself is done again in backward, in either kind of checkpointing."""
     case = Case((1, 3), (5, 7))
-    data = part_of(draw(case, torch.float64, False), case, mesh.rank, Placement(case.counts, mesh.rank))
-    wire = Wire(Placement(case.counts, mesh.rank), mesh.expert_group, None, False, False, Traffic())
+    data = part_of(draw(case, torch.float64, False), case, mesh.rank, ExpertPlacement(case.counts, mesh.rank))
+    wire = ExpertLink(ExpertPlacement(case.counts, mesh.rank), mesh.expert_group, None, False, False, Traffic())
 
     class Visit(nn.Module):
         def forward(self, *arguments: Any) -> Tensor:
@@ -290,14 +292,14 @@ def check_recomputation(mesh: Mesh) -> None:
             assert torch.equal(ours, theirs)
 
 
-def check_backward_int8(mesh: Mesh, nodes: Nodes | None) -> None:
+def check_backward_int8(mesh: Mesh, nodes: NodeGroups | None) -> None:
     """Forward is left as it is; a gradient is off by a rounding step for each rank visited at most."""
-    case = Case((2,) * mesh.world, (50,) * mesh.world, k=2)
-    placement = Placement(case.counts, mesh.rank)
+    case = Case((2,) * mesh.world_size, (50,) * mesh.world_size, k=2)
+    placement = ExpertPlacement(case.counts, mesh.rank)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         data = part_of(draw(case, dtype, True), case, mesh.rank, placement)
         results = [
-            run(data, Wire(placement, mesh.expert_group, nodes, True, backward, Traffic()), visit_experts)
+            run(data, ExpertLink(placement, mesh.expert_group, nodes, True, backward, Traffic()), visit_experts)
             for backward in (False, True, True)
         ]
         assert torch.equal(results[0].out, results[1].out) and torch.equal(results[0].experts, results[1].experts)
@@ -314,12 +316,12 @@ def measure_dispatch(mesh: Mesh) -> tuple[float, float]:
     codes = torch.randint(-128, 128, (tokens, width), generator=generator).bfloat16()
     scale = torch.rand(tokens, 1, generator=generator) + 1
     choice = torch.rand(tokens, total, generator=generator).argsort(1)[:, :k]
-    placement = Placement((total // mesh.world,) * mesh.world, mesh.rank)
+    placement = ExpertPlacement((total // mesh.world_size,) * mesh.world_size, mesh.rank)
     elsewhere = sum(not placement.local.start <= expert < placement.local.stop for expert in choice.flatten().tolist())
     counted = []
     for int8 in (True, False):
-        wire = Wire(placement, mesh.expert_group, None, int8, False, Traffic())
-        route = plan_route(choice, wire)
+        wire = ExpertLink(placement, mesh.expert_group, None, int8, False, Traffic())
+        route = plan_dispatch(choice, wire)
         with count_socket_bytes() as sent:
             finish_dispatch(start_dispatch(codes, scale, route, wire, codes.to(torch.int8) if wire.int8 else None))
         dispatched = wire.traffic.bytes_dispatch
@@ -341,17 +343,17 @@ def count_socket_bytes() -> Iterator[list[int]]:
     sent.append(tcp_bytes_sent() - before - 2 * barrier)
 
 
-def check_nodes(place: Place, device: torch.device) -> Nodes:
+def check_nodes(place: LaunchEnv, device: torch.device) -> NodeGroups:
     """Groups inside and between machines of two, and none where machines and group do not fit."""
     for expert, node in ((4, None), (4, 1), (4, 3), (4, 4), (2, 2)):
         assert make_mesh(place, device, expert, node=node).expert_nodes is None
-    unlike = Place(place.rank, place.world, place.local_rank, 1 + place.rank // 2)
+    unlike = LaunchEnv(place.rank, place.world_size, place.local_rank, 1 + place.rank // 2)
     assert make_mesh(unlike, device, 4).expert_nodes is None
-    nodes = make_mesh(Place(place.rank, place.world, place.rank % 2, 2), device, 4).expert_nodes
+    nodes = make_mesh(LaunchEnv(place.rank, place.world_size, place.rank % 2, 2), device, 4).expert_nodes
     assert nodes is not None and (nodes.size, nodes.count) == (2, 2)
     first = place.rank // 2 * 2
-    assert dist.get_process_group_ranks(nodes.inner) == [first, first + 1]
-    assert dist.get_process_group_ranks(nodes.outer) == [place.rank % 2, place.rank % 2 + 2]
+    assert dist.get_process_group_ranks(nodes.intra_node) == [first, first + 1]
+    assert dist.get_process_group_ranks(nodes.inter_node) == [place.rank % 2, place.rank % 2 + 2]
     return nodes
 
 
@@ -359,11 +361,11 @@ def work(rank: int, world: int, port: int) -> None:
     """All checks of one number of processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
-    place = Place(rank, world, rank, world)
+    place = LaunchEnv(rank, world, rank, world)
     log_exchanges()
-    with join_processes(place) as device:
+    with init_distributed(place) as device:
         meshes = {size: make_mesh(place, device, size) for size in {len(case.counts) for case in CASES[world]}}
-        both: list[Nodes | None] = [None, check_nodes(place, device)] if world == 4 else [None]
+        both: list[NodeGroups | None] = [None, check_nodes(place, device)] if world == 4 else [None]
         for case in CASES[world]:
             for nodes in both if len(case.counts) == 4 else [None]:
                 check(case, meshes[len(case.counts)], nodes, torch.float64, False)

@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 
 from kabrn_dist.config.file import load_config
-from kabrn_dist.distributed.launch_env import find_place
-from kabrn_dist.distributed.mesh import join_processes, make_mesh
-from kabrn_dist.train.datasets import open_splits
-from kabrn_dist.train.trainer import Session
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import init_distributed, make_mesh
+from kabrn_dist.train.datasets import open_datasets
+from kabrn_dist.train.trainer import Trainer
 
 
 def main(jobs: str) -> None:
-    place = find_place()
-    with join_processes(place) as device:
+    place = read_launch_env()
+    with init_distributed(place) as device:
         for path in json.loads(Path(jobs).read_text()):
             config = load_config(path)
-            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence)
-            session = Session(config, mesh, open_splits(config), "never")
+            mesh = make_mesh(place, device, config.parallel.expert_parallel, config.parallel.sequence_parallel)
+            session = Trainer(config, mesh, open_datasets(config), "never")
             # What only a garbage collector would free, if it ever ran, counts as kept: it cannot see all of a graph.
             gc.collect()
             gc.disable()

@@ -10,20 +10,26 @@ import sys
 from pathlib import Path
 
 from kabrn_dist.config.file import load_config
-from kabrn_dist.distributed.launch_env import find_place
-from kabrn_dist.distributed.mesh import join_processes, make_mesh
-from kabrn_dist.train.datasets import open_splits
-from kabrn_dist.train.trainer import Session
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import init_distributed, make_mesh
+from kabrn_dist.train.datasets import open_datasets
+from kabrn_dist.train.trainer import Trainer
 
 
 def main(jobs: str) -> None:
     found = []
-    place = find_place()
-    with join_processes(place) as device:
+    place = read_launch_env()
+    with init_distributed(place) as device:
         for path in json.loads(Path(jobs).read_text()):
             config = load_config(path)
-            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence, config.parallel.node)
-            session = Session(config, mesh, open_splits(config), "never")
+            mesh = make_mesh(
+                place,
+                device,
+                config.parallel.expert_parallel,
+                config.parallel.sequence_parallel,
+                config.parallel.ranks_per_node,
+            )
+            session = Trainer(config, mesh, open_datasets(config), "never")
             dtypes = {name: str(p.dtype) for name, p in session.engine.model.named_parameters()}
             states = {name: str(value.dtype) for name, value in session.engine.model.routers.named().items()}
             session.run(None)

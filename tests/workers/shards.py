@@ -13,22 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kabrn_dist.backend.ternary_sharding import Shard
+from kabrn_dist.backend.ternary_sharding import TernaryShard
 from kabrn_dist.config.file import load_config
-from kabrn_dist.distributed.launch_env import find_place
-from kabrn_dist.distributed.mesh import Mesh, join_processes, make_mesh
-from kabrn_dist.train.datasets import open_splits
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import Mesh, init_distributed, make_mesh
+from kabrn_dist.train.datasets import open_datasets
 from kabrn_dist.train.expert_balance import resolve_placement
-from kabrn_dist.train.trainer import Session
+from kabrn_dist.train.trainer import Trainer
 
 
 def main(jobs: str) -> None:
-    place = find_place()
-    with join_processes(place) as device:
+    place = read_launch_env()
+    with init_distributed(place) as device:
         for path in json.loads(Path(jobs).read_text()):
             config = load_config(path)
-            mesh = make_mesh(place, device, config.parallel.expert, config.parallel.sequence, config.parallel.node)
-            session = Session(resolve_placement(config, mesh), mesh, open_splits(config), "never")
+            mesh = make_mesh(
+                place,
+                device,
+                config.parallel.expert_parallel,
+                config.parallel.sequence_parallel,
+                config.parallel.ranks_per_node,
+            )
+            session = Trainer(resolve_placement(config, mesh), mesh, open_datasets(config), "never")
             assert session.engine.shards is not None
             before: list[Tensor] = []
             for _ in range(config.training.steps):
@@ -46,7 +52,7 @@ def main(jobs: str) -> None:
             session.engine.close()
 
 
-def check_codes(shard: Shard, mesh: Mesh) -> Tensor:
+def check_codes(shard: TernaryShard, mesh: Mesh) -> Tensor:
     """A hash of this matrix's codes and scales, after comparing it over all ranks that share it."""
     weights = torch.arange(1, len(shard.packed) + 1) % 2_147_483_629
     mine = torch.stack([(shard.packed.long() * weights).sum(), shard.gamma.view(torch.int32).long().sum()])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kabrn_dist.model.init import draw_experts
-from kabrn_dist.ops.activation_quant import Quantised, normalise
-from kabrn_dist.ops.weight_quant import Blend, TernaryModule, latent_std
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
+from kabrn_dist.ops.weight_quant import QuantState, TernaryModule, latent_std
 
 
 class StackedExperts(TernaryModule, ABC):
@@ -31,13 +31,15 @@ class StackedExperts(TernaryModule, ABC):
         quantised: False trains plain matrices; a model's modules share a `Blend`.
     """
 
-    def __init__(self, matrices: dict[str, tuple[int, int, float]], experts: range, quantised: bool | Blend) -> None:
-        super().__init__({name: latent_std(i, gain, quantised) for name, (_, i, gain) in matrices.items()}, quantised)
+    def __init__(
+        self, matrices: dict[str, tuple[int, int, float]], experts: range, quantized: bool | QuantState
+    ) -> None:
+        super().__init__({name: latent_std(i, gain, quantized) for name, (_, i, gain) in matrices.items()}, quantized)
         self.experts = experts
         for name, (outputs, inputs, _) in matrices.items():
             self.register_parameter(name, nn.Parameter(torch.empty(len(experts), outputs, inputs)))
 
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         for matrix, std in self.stds.items():
             weight = self.get_parameter(matrix)
             drawn = draw_experts(seed, f"{name}.{matrix}", self.experts, tuple(weight.shape[1:]), std)
@@ -62,8 +64,8 @@ class StackedExperts(TernaryModule, ABC):
         """
         return {}
 
-    def _requantise(self, x: Tensor) -> Quantised:
-        return normalise(x, self.share)
+    def _requantize(self, x: Tensor) -> Quantized:
+        return normalize_quantize(x, self.lam)
 
     @abstractmethod
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:

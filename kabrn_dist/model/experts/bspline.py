@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.base import StackedExperts, check_counts, normal_mean
-from kabrn_dist.ops.activation_quant import rms_norm, widen
+from kabrn_dist.ops.activation_quant import rms_norm, to_fp32
 from kabrn_dist.ops.edge_layer import edge_layer
 from kabrn_dist.ops.grids import Grid, refine
 from kabrn_dist.ops.splines import basis
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.ops.weight_quant import QuantState
 
 # The splines' share of a layer's variance at the start: functions begin near silu, as in the paper. Shares of 2 to 25 %
 # learned alike in trials, 50 % less well.
@@ -42,9 +42,9 @@ class BsplineExperts(StackedExperts):
         self,
         width: int,
         hidden: int,
-        settings: Settings,
+        settings: ExpertsConfig,
         experts: range,
-        quantised: bool | Blend = True,
+        quantized: bool | QuantState = True,
         gain: float = 1.0,
     ) -> None:
         self.sizes, self.settings, self.gain, self.grid = (width, hidden), settings, gain, self._grid(settings)
@@ -56,11 +56,11 @@ class BsplineExperts(StackedExperts):
             "outer_base": (width, hidden, base * gain),
             "outer_spline": (width, hidden * k, spline * gain),
         }
-        super().__init__(matrices, experts, quantised)
+        super().__init__(matrices, experts, quantized)
 
     @staticmethod
-    def _grid(settings: Settings) -> Grid:
-        return Grid(*settings.range, settings.grid, settings.degree)
+    def _grid(settings: ExpertsConfig) -> Grid:
+        return Grid(*settings.grid_range, settings.grid_size, settings.spline_order)
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
@@ -89,7 +89,7 @@ class BsplineExperts(StackedExperts):
         """The matrix that rows are multiplied by."""
         matrices = self.matrices(name)
         if matrices.gamma is None:
-            return widen(matrices.latents)
+            return to_fp32(matrices.latents)
         return matrices.codes(matrices.gamma.dtype) * matrices.gamma
 
     @torch.no_grad()
@@ -113,8 +113,8 @@ def extend_grid(experts: BsplineExperts, finer: int) -> BsplineExperts:
         ValueError: `finer` is no multiple of the grid.
     """
     width, hidden = experts.sizes
-    settings = experts.settings.model_copy(update={"grid": finer})
-    extended = type(experts)(width, hidden, settings, experts.experts, experts.blend, experts.gain)
+    settings = experts.settings.model_copy(update={"grid_size": finer})
+    extended = type(experts)(width, hidden, settings, experts.experts, experts.quant, experts.gain)
     for name, old in experts.named_parameters():
         weight = old.detach()
         if name.endswith("spline"):

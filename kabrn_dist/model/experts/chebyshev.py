@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.functions import Function
 from kabrn_dist.model.experts.grouped import GroupedExperts, per_expert, per_row
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.ops.weight_quant import QuantState
 
 TERMS = 4
 NODES = 64  # of the fit at the start
@@ -111,9 +111,9 @@ def _polynomials(u: Tensor, terms: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def fit_swish(ends: tuple[float, float]) -> tuple[float, ...]:
     """Coefficients of the cubic nearest to swish at the Chebyshev nodes of the range, by least squares."""
-    centre, reach = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
+    center, reach = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
     angles = [math.pi * (i + 0.5) / NODES for i in range(NODES)]
-    points = [centre + reach * math.cos(angle) for angle in angles]
+    points = [center + reach * math.cos(angle) for angle in angles]
     swish = [x / (1 + math.exp(-x)) for x in points]
     # cos nθ are orthogonal over the nodes, so that least squares is a projection.
     sums = [sum(y * math.cos(n * angle) for y, angle in zip(swish, angles, strict=True)) for n in range(TERMS)]
@@ -130,21 +130,21 @@ class ChebyshevExperts(GroupedExperts):
         self,
         width: int,
         hidden: int,
-        settings: Settings,
+        settings: ExpertsConfig,
         experts: range,
-        quantised: bool | Blend = True,
+        quantized: bool | QuantState = True,
         gain: float = 1.0,
     ) -> None:
-        low, high = settings.range
+        low, high = settings.grid_range
         function = Function("chebyshev", (low + high) / 2, (high - low) / 2)
-        super().__init__(width, hidden, experts, quantised, gain, function, settings.range)
+        super().__init__(width, hidden, experts, quantized, gain, function, settings.grid_range)
         for name in ("inner", "outer"):
-            self.register_parameter(name, nn.Parameter(torch.empty(len(experts), settings.groups, TERMS)))
+            self.register_parameter(name, nn.Parameter(torch.empty(len(experts), settings.function_groups, TERMS)))
 
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         """φ₁ starts as the identity, φ₂ as the cubic nearest to swish."""
-        super().initialise(seed, name)
-        identity = (self.function.centre, self.function.reach, 0.0, 0.0)
+        super().initialize(seed, name)
+        identity = (self.function.center, self.function.reach, 0.0, 0.0)
         self.inner.data.copy_(torch.tensor(identity))
         self.outer.data.copy_(torch.tensor(fit_swish(self.ends)))
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.functions import Function
-from kabrn_dist.model.bitlinear import bit_product, unscaled_product
+from kabrn_dist.model.bitlinear import bitlinear, bitlinear_unscaled
 from kabrn_dist.model.experts.base import StackedExperts, check_counts
 from kabrn_dist.ops.activation import activate
-from kabrn_dist.ops.activation_quant import Quantised
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.ops.activation_quant import Quantized
+from kabrn_dist.ops.weight_quant import QuantState
 
 LAYERS = ("inner", "outer")
 
@@ -50,12 +50,12 @@ class GroupedExperts(StackedExperts):
         width: int,
         hidden: int,
         experts: range,
-        quantised: bool | Blend,
+        quantized: bool | QuantState,
         gain: float,
         function: Function,
         ends: tuple[float, float],
     ) -> None:
-        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
+        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantized)
         self.function, self.ends = function, ends
 
     @abstractmethod
@@ -69,15 +69,15 @@ class GroupedExperts(StackedExperts):
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]. Raises ValueError: see `check_counts`."""
         check_counts(len(codes), counts, len(self.experts))
-        x = self._activate("inner", Quantised(codes, scale), counts)
-        x = unscaled_product(x, self.matrices("up"), counts)
+        x = self._activate("inner", Quantized(codes, scale), counts)
+        x = bitlinear_unscaled(x, self.matrices("up"), counts)
         x = self._activate("outer", x, counts)
-        if self.share < 1:  # all scales are 1
-            return unscaled_product(x, self.matrices("down"), counts).codes
-        return bit_product(x, self.matrices("down"), counts)
+        if self.lam < 1:  # all scales are 1
+            return bitlinear_unscaled(x, self.matrices("down"), counts).codes
+        return bitlinear(x, self.matrices("down"), counts)
 
-    def _activate(self, layer: str, x: Quantised, counts: Sequence[int]) -> Quantised:
-        return activate(x, self.function, self.eager, self.coefficients(layer), counts, self.share)
+    def _activate(self, layer: str, x: Quantized, counts: Sequence[int]) -> Quantized:
+        return activate(x, self.function, self.eager, self.coefficients(layer), counts, self.lam)
 
     @torch.no_grad()
     def functions(self, points: Tensor, edges: int) -> dict[str, Tensor]:
@@ -94,11 +94,11 @@ class GroupedExperts(StackedExperts):
     @torch.no_grad()
     def outside(self, codes: Tensor, scale: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
         """Share of each function layer's inputs beyond the range: "inner" and "outer" [E], 0 without rows."""
-        inner = Quantised(codes, scale)
-        outer = unscaled_product(self._activate("inner", inner, counts), self.matrices("up"), counts)
+        inner = Quantized(codes, scale)
+        outer = bitlinear_unscaled(self._activate("inner", inner, counts), self.matrices("up"), counts)
         return {layer: self._beyond(x, counts) for layer, x in zip(LAYERS, (inner, outer), strict=True)}
 
-    def _beyond(self, x: Quantised, counts: Sequence[int]) -> Tensor:
+    def _beyond(self, x: Quantized, counts: Sequence[int]) -> Tensor:
         values = x.codes / x.scale
         beyond = ((values < self.ends[0]) | (values > self.ends[1])).to(values.dtype).mean(1)
         rows = torch.tensor(counts, device=beyond.device).clamp(min=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.bspline import BsplineExperts
 from kabrn_dist.ops.grids import Grid
 
@@ -14,5 +14,5 @@ class HatExperts(BsplineExperts):
     """
 
     @staticmethod
-    def _grid(settings: Settings) -> Grid:
-        return Grid(*settings.range, settings.grid, 1)
+    def _grid(settings: ExpertsConfig) -> Grid:
+        return Grid(*settings.grid_range, settings.grid_size, 1)

@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.choice import kernels_for
 from kabrn_dist.kernels.functions import Function
 from kabrn_dist.kernels.gate import Gate
-from kabrn_dist.model.bitlinear import bit_product, unscaled_product
+from kabrn_dist.model.bitlinear import bitlinear, bitlinear_unscaled
 from kabrn_dist.model.experts.base import StackedExperts, check_counts
 from kabrn_dist.ops.activation import activate
-from kabrn_dist.ops.activation_quant import Quantised, blend, quantise, rms_norm, widen
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.ops.activation_quant import Quantized, interpolate_quantized, quantize, rms_norm, to_fp32
+from kabrn_dist.ops.weight_quant import QuantState
 
 RELU2 = Function("relu2")
 
 
 class _Controls(StackedExperts):
-    def _multiply_down(self, x: Quantised, counts: Sequence[int]) -> Tensor:
+    def _multiply_down(self, x: Quantized, counts: Sequence[int]) -> Tensor:
         down = self.matrices("down")
-        if self.share < 1:  # all scales are 1
-            return unscaled_product(x, down, counts).codes
-        return bit_product(x, down, counts)
+        if self.lam < 1:  # all scales are 1
+            return bitlinear_unscaled(x, down, counts).codes
+        return bitlinear(x, down, counts)
 
 
 class SwigluExperts(_Controls):
@@ -45,20 +45,20 @@ class SwigluExperts(_Controls):
         self,
         width: int,
         hidden: int,
-        settings: Settings,
+        settings: ExpertsConfig,
         experts: range,
-        quantised: bool | Blend = True,
+        quantized: bool | QuantState = True,
         gain: float = 1.0,
     ) -> None:
         matrices = {"gate": (hidden, width, 1.0), "up": (hidden, width, 1.0), "down": (width, hidden, gain)}
-        super().__init__(matrices, experts, quantised)
+        super().__init__(matrices, experts, quantized)
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
         check_counts(len(codes), counts, len(self.experts))
-        x = Quantised(codes, scale, kept)
-        gate, up = (unscaled_product(x, self.matrices(name), counts) for name in ("gate", "up"))
-        return self._multiply_down(gated(gate, up, self.share), counts)
+        x = Quantized(codes, scale, kept)
+        gate, up = (bitlinear_unscaled(x, self.matrices(name), counts) for name in ("gate", "up"))
+        return self._multiply_down(gated(gate, up, self.lam), counts)
 
 
 class Relu2Experts(_Controls):
@@ -71,19 +71,19 @@ class Relu2Experts(_Controls):
         self,
         width: int,
         hidden: int,
-        settings: Settings,
+        settings: ExpertsConfig,
         experts: range,
-        quantised: bool | Blend = True,
+        quantized: bool | QuantState = True,
         gain: float = 1.0,
     ) -> None:
-        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantised)
+        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantized)
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
         check_counts(len(codes), counts, len(self.experts))
-        up = unscaled_product(Quantised(codes, scale, kept), self.matrices("up"), counts)
+        up = bitlinear_unscaled(Quantized(codes, scale, kept), self.matrices("up"), counts)
         nothing = up.scale.new_empty(1, 1, 0)
-        squares = activate(up, RELU2, square, nothing, (len(codes),), self.share)
+        squares = activate(up, RELU2, square, nothing, (len(codes),), self.lam)
         return self._multiply_down(squares, counts)
 
 
@@ -95,7 +95,7 @@ def square(x: Tensor, coefficients: Tensor, counts: Sequence[int]) -> Tensor:
     return F.relu(rms_norm(x)).square()
 
 
-def gated(gate: Quantised, up: Quantised, share: float) -> Quantised:
+def gated(gate: Quantized, up: Quantized, share: float) -> Quantized:
     """q(RMSNorm(silu(gate) · up)), what the last product reads. Keeps gate and up alone for backward.
 
     Args:
@@ -105,24 +105,24 @@ def gated(gate: Quantised, up: Quantised, share: float) -> Quantised:
     kernels = kernels_for(gate.codes)
     if kernels is not None:
         fused = _Fused.apply(*gate[:2], *up[:2], share == 1, kernels.gate)
-        return blend(Quantised(*fused), share) if 0 < share < 1 else Quantised(*fused)
-    return Quantised(*_Eager.apply(*gate[:2], *up[:2], share))
+        return interpolate_quantized(Quantized(*fused), share) if 0 < share < 1 else Quantized(*fused)
+    return Quantized(*_Eager.apply(*gate[:2], *up[:2], share))
 
 
-def gated_eager(gate: Quantised, up: Quantised, share: float) -> Quantised:
+def gated_eager(gate: Quantized, up: Quantized, share: float) -> Quantized:
     """`gated` step by step, in fp32 (or wider): products of two of fp16's values pass its range."""
-    values, factors = widen(up.codes) / up.scale, F.silu(widen(gate.codes) / gate.scale)
-    found = quantise(rms_norm(factors * values), share)
+    values, factors = to_fp32(up.codes) / up.scale, F.silu(to_fp32(gate.codes) / gate.scale)
+    found = quantize(rms_norm(factors * values), share)
     return found._replace(codes=found.codes.to(gate.codes.dtype))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, quantised: bool, kernel: Gate
+        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, quantized: bool, kernel: Gate
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = gate.contiguous(), gate_scale.reciprocal(), up.contiguous(), up_scale.reciprocal()
-        codes, scale, rms, kept = kernel.forward(*inputs, quantised)
+        codes, scale, rms, kept = kernel.forward(*inputs, quantized)
         ctx.save_for_backward(*inputs, scale, rms)
         ctx.kernel = kernel
         ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))
@@ -145,7 +145,7 @@ class _Eager(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.save_for_backward(gate, gate_scale, up, up_scale)
         ctx.share = share
-        codes, scale, kept = gated_eager(Quantised(gate, gate_scale), Quantised(up, up_scale), share)
+        codes, scale, kept = gated_eager(Quantized(gate, gate_scale), Quantized(up, up_scale), share)
         ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))
         return codes, scale, kept
 
@@ -155,6 +155,6 @@ class _Eager(torch.autograd.Function):
         gate, gate_scale, up, up_scale = ctx.saved_tensors
         with torch.enable_grad():
             gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-            again = gated_eager(Quantised(gate, gate_scale), Quantised(up, up_scale), ctx.share)
+            again = gated_eager(Quantized(gate, gate_scale), Quantized(up, up_scale), ctx.share)
         for_gate, for_up = torch.autograd.grad(again.codes, (gate, up), grad)
         return for_gate, None, for_up, None, None

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.config import Experts as Settings
+from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.functions import Function
 from kabrn_dist.model.experts.grouped import LAYERS, GroupedExperts, per_expert, per_row
-from kabrn_dist.ops.weight_quant import Blend
+from kabrn_dist.ops.weight_quant import QuantState
 
 # x·(1 + x²/50) / (1 + |x²/50|) is x itself, and its denominator has a slope to train along from the first step.
 IDENTITY = ((0.0, 1.0, 0.0, 0.02, 0.0, 0.0), (0.0, 0.02, 0.0, 0.0))
@@ -116,21 +116,21 @@ class RationalExperts(GroupedExperts):
         self,
         width: int,
         hidden: int,
-        settings: Settings,
+        settings: ExpertsConfig,
         experts: range,
-        quantised: bool | Blend = True,
+        quantized: bool | QuantState = True,
         gain: float = 1.0,
     ) -> None:
-        super().__init__(width, hidden, experts, quantised, gain, Function("rational"), FITTED)
+        super().__init__(width, hidden, experts, quantized, gain, Function("rational"), FITTED)
         for layer in LAYERS:
             for part, terms in (("numerator", 6), ("denominator", 4)):
                 self.register_parameter(
-                    f"{layer}_{part}", nn.Parameter(torch.empty(len(experts), settings.groups, terms))
+                    f"{layer}_{part}", nn.Parameter(torch.empty(len(experts), settings.function_groups, terms))
                 )
 
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         """φ₁ starts as the identity, φ₂ as swish."""
-        super().initialise(seed, name)
+        super().initialize(seed, name)
         for layer, start in zip(LAYERS, (IDENTITY, SWISH), strict=True):
             for part, values in zip(("numerator", "denominator"), start, strict=True):
                 self.get_parameter(f"{layer}_{part}").data.copy_(torch.tensor(values))
