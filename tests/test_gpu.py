@@ -11,7 +11,7 @@ import torch
 from kabrn_dist.ops.retention import log_decays
 from kabrn_dist.ops.retention_chunkwise import retention_torch
 from kabrn_dist.ops.retention_fla import find_kernel, retention_fla
-from tests.support.runs import read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, write_small_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 
@@ -21,7 +21,7 @@ def test_each_stage_learns_and_resumes(precision: str, shards: Path, tmp_path: P
     jobs: list[list[object]] = []
     for zero in (0, 1, 2, 3):
         for name, stops in (("whole", [None]), ("parts", [6, None])):
-            path = write_config(
+            path = write_small_config(
                 tmp_path / f"{name}{zero}.yaml",
                 shards,
                 tmp_path / f"{name}{zero}",
@@ -30,7 +30,7 @@ def test_each_stage_learns_and_resumes(precision: str, shards: Path, tmp_path: P
                 training__steps=20,
             )
             jobs += [[str(path), "auto", stop] for stop in stops]
-    sessions(1, jobs, tmp_path)
+    run_sessions(1, jobs, tmp_path)
     for zero in (0, 1, 2, 3):
         whole = read_losses(tmp_path / f"whole{zero}")
         assert whole[-1] < whole[0] - 0.3, f"ZeRO {zero}"
@@ -43,8 +43,8 @@ def test_each_stage_learns_and_resumes(precision: str, shards: Path, tmp_path: P
 
 def test_fp32_agrees_with_the_cpu(shards: Path, tmp_path: Path) -> None:
     for name, variables in (("card", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})):
-        path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, model__quantize=False)
-        sessions(1, [[str(path), "never", None]], tmp_path, **variables)
+        path = write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, model__quantize=False)
+        run_sessions(1, [[str(path), "never", None]], tmp_path, **variables)
     assert read_losses(tmp_path / "card") == pytest.approx(read_losses(tmp_path / "cpu"), abs=1e-4)
 
 

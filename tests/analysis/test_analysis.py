@@ -26,7 +26,7 @@ from kabrn_dist.inference.load import load_weights
 from kabrn_dist.model.bitlinear import ternary
 from kabrn_dist.model.mixkabrn import MixKABRN, build_model
 from launch.report import main
-from tests.support.runs import make_shards, run, torchrun, write_config
+from tests.support.runs import make_shards, run_command, torchrun_command, write_small_config
 
 # Layer 0 is dense, layers 1 and 2 are mixtures, their experts spread over two ranks.
 CHANGES: dict[str, Any] = {
@@ -41,9 +41,9 @@ CHANGES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    path = write_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
-    result = run(torchrun(2, "launch/train.py", "--config", str(path)))
-    assert result.code == 0, result.out
+    path = write_small_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
+    result = run_command(torchrun_command(2, "launch/train.py", "--config", str(path)))
+    assert result.exit_code == 0, result.output
     return folder / "run"
 
 
@@ -76,9 +76,9 @@ def assert_picture(path: Path) -> None:
 
 
 def test_experts_from_the_command_line(trained: Path) -> None:
-    result = run([sys.executable, "launch/report.py", "experts", "--run", str(trained), "--last", "3"])
-    assert result.code == 0, result.out
-    at_end, mean = rows(result.out)[:2], rows(result.out)[2:]
+    result = run_command([sys.executable, "launch/report.py", "experts", "--run", str(trained), "--last", "3"])
+    assert result.exit_code == 0, result.output
+    at_end, mean = rows(result.output)[:2], rows(result.output)[2:]
     assert [row[0] for row in at_end] == [row[0] for row in mean] == ["1", "2"]
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     last = [entry for entry in log if "experts/load" in entry][-3:]

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from kabrn_dist.backend.overlapped_reduce import MOST, GradReduceScatter
 from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import init_distributed
-from tests.support.runs import ranks
+from tests.support.runs import run_worker
 
 WIDTHS = [5, 3, 7, 2, 4, 6, 1, 3, 5]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_gets_its_piece_of_the_summed_gradient_and_waits_last(world: int) -> None:
-    ranks(world, "test_homing")
+    run_worker(world, "test_homing")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor, read_manifest
-from tests.support.runs import ranks, read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, run_worker, write_small_config
 
 
 def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> None:
@@ -21,9 +21,9 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
             "training__steps": 2,
             "model__short_conv_size": 3,
         }
-        paths.append(str(write_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)))
+        paths.append(str(write_small_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)))
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
-    ranks(1, "precision", str(tmp_path / "jobs.json"))
+    run_worker(1, "precision", str(tmp_path / "jobs.json"))
     for stage, dtypes in enumerate(json.loads((tmp_path / "dtypes.json").read_text())):
         fine = {name for name, dtype in dtypes.items() if dtype == "torch.float32"}
         states = {"router/bias", "router/share"}
@@ -41,9 +41,9 @@ def test_stages_agree_in_bf16(expert: int, shards: Path, tmp_path: Path) -> None
     jobs: list[list[object]] = []
     for stage in (0, 1, 2, 3):
         changes = {"training__precision": "bf16", "parallel__zero_stage": stage, "parallel__expert_parallel": expert}
-        path = write_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)
+        path = write_small_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)
         jobs.append([str(path), "never", None])
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     streams = [read_losses(tmp_path / str(stage)) for stage in (0, 1, 2, 3)]
     # DeepSpeed's optimizer without ZeRO once counted a step of its own, which halved the first updates: 0.04 apart.
     for stream in streams[1:]:
@@ -60,9 +60,9 @@ def test_neither_validation_nor_recomputation_counts_towards_the_bias(shards: Pa
     }
     jobs: list[list[object]] = []
     for name, changes in cases.items():
-        path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **plain, **changes)
+        path = write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **plain, **changes)
         jobs.append([str(path), "never", None])
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     biases = {}
     for name in cases:
         path = CheckpointStore(tmp_path / name / "checkpoints").find()

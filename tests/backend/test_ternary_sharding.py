@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import ranks, read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, run_worker, write_small_config
 from tests.train.test_parity import LARGER
 
 STEPS = 20
@@ -36,19 +36,19 @@ def configure(path: Path, shards: Path, layout: tuple[Any, ...], shared: bool) -
         "parallel__shard_ternary": shared,
         "training__micro_batch_size": micro,
     }
-    return write_config(path, shards, path.with_suffix(""), **{**LARGER, **settings, **others})
+    return write_small_config(path, shards, path.with_suffix(""), **{**LARGER, **settings, **others})
 
 
 def test_losses_are_those_of_zero_1_and_codes_agree(shards: Path, tmp_path: Path) -> None:
     plain = configure(tmp_path / "zero.yaml", shards, LAYOUTS[1][0], False)
-    sessions(1, [[str(plain), "never", None]], tmp_path)
+    run_sessions(1, [[str(plain), "never", None]], tmp_path)
     expected = read_losses(tmp_path / "zero")
     assert len(expected) == STEPS
     apart = {}
     for world, layouts in LAYOUTS.items():
         paths = [configure(tmp_path / f"{world}-{i}.yaml", shards, layout, True) for i, layout in enumerate(layouts)]
         (tmp_path / "jobs.json").write_text(json.dumps([str(path) for path in paths]))
-        ranks(world, "shards", str(tmp_path / "jobs.json"), timeout=600)
+        run_worker(world, "shards", str(tmp_path / "jobs.json"), timeout=600)
         for path in paths:
             found = read_losses(path.with_suffix(""))
             apart[path.stem] = max(abs(a - b) for a, b in zip(found, expected, strict=True))
@@ -62,9 +62,9 @@ def test_functions_on_edges_are_drawn_and_learn_as_under_zero_1(form: str, shard
     jobs: list[list[object]] = []
     for name, shared in (("zero", False), ("shared", True)):
         settings = {"parallel__zero_stage": 1, "parallel__shard_ternary": shared, "model__experts__type": form}
-        path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **SHORT, **settings)
+        path = write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **SHORT, **settings)
         jobs.append([str(path), "never", None])
-    sessions(1, jobs, tmp_path)
+    run_sessions(1, jobs, tmp_path)
     expected, found = (read_losses(tmp_path / name) for name in ("zero", "shared"))
     assert len(found) == len(expected) == SHORT["training__steps"]
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-3
@@ -81,10 +81,10 @@ def test_checkpoints_are_those_of_any_stage(shards: Path, tmp_path: Path) -> Non
         "model__scale_group_size": 10,
     }
     shared = {"parallel__zero_stage": 1, "parallel__shard_ternary": True}
-    whole = write_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **small, **shared)
-    first = write_config(tmp_path / "first.yaml", shards, tmp_path / "first", **small, **shared)
-    other = write_config(tmp_path / "other.yaml", shards, tmp_path / "other", **small, parallel__zero_stage=2)
-    sessions(2, [[str(whole), "never", None], [str(first), "never", half], [str(other), "never", half]], tmp_path)
+    whole = write_small_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **small, **shared)
+    first = write_small_config(tmp_path / "first.yaml", shards, tmp_path / "first", **small, **shared)
+    other = write_small_config(tmp_path / "other.yaml", shards, tmp_path / "other", **small, parallel__zero_stage=2)
+    run_sessions(2, [[str(whole), "never", None], [str(first), "never", half], [str(other), "never", half]], tmp_path)
     after: list[tuple[int, str, str, dict[str, Any]]] = [
         (1, "one", "first", {"parallel__expert_parallel": 1, **shared}),
         (2, "same", "first", shared),
@@ -97,9 +97,9 @@ def test_checkpoints_are_those_of_any_stage(shards: Path, tmp_path: Path) -> Non
     for world in (1, 2, 4):
         jobs: list[list[object]] = []
         for _, name, source, changes in (case for case in after if case[0] == world):
-            path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **{**small, **changes})
+            path = write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **{**small, **changes})
             jobs.append([str(path), str(tmp_path / source / "checkpoints" / f"step-{half:08d}"), None])
-        sessions(world, jobs, tmp_path)
+        run_sessions(world, jobs, tmp_path)
     expected = read_losses(tmp_path / "whole")
     assert len(expected) == steps
     for _, name, _, _ in after:

@@ -19,7 +19,7 @@ from benchmarks.quality_text import read_text
 from benchmarks.report import Report, kept_bytes, measure
 from kabrn_dist.data.index_io import read_index
 from kabrn_dist.ops.activation_quant import rms_norm
-from tests.support.runs import finish, start
+from tests.support.runs import start_command, wait_for_exit
 
 NUMBER = (int, float)
 
@@ -43,14 +43,14 @@ def check_form(content: dict[str, Any]) -> None:
 def test_retention(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "retention.json"
     command = [sys.executable, "-m", "benchmarks.retention", "--quick", "--json", str(path)]
-    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
-    assert result.code == 0, result.out
+    result = wait_for_exit(start_command(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
     check_form(content)
     names = [row["name"] for row in content["rows"]]
     for rival in ("SDPA", "torchscale", "bare products", "packed", "GPU", "decoding", "kept", "wire"):
         assert any(rival in name for name in names), f"{rival} was left out"
-        assert rival in result.out
+        assert rival in result.output
     # Bytes, unlike times, are the same whatever else the machine does.
     exact = {what: aim for what, aim in content["aims"].items() if "wire" in what or "bytes" in what or "state" in what}
     assert len(exact) >= 2 * 3 * 2 + 4
@@ -61,8 +61,8 @@ def test_retention(tmp_path: Path) -> None:
 def test_moe(tmp_path: Path) -> None:
     path = tmp_path / "moe.json"
     command = [sys.executable, "-m", "benchmarks.moe", "--quick", "--json", str(path)]
-    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
-    assert result.code == 0, result.out
+    result = wait_for_exit(start_command(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
     check_form(content)
     names = [row["name"] for row in content["rows"]]
@@ -105,8 +105,8 @@ def test_peak_is_what_lives_at_once() -> None:
 def test_kan(tmp_path: Path) -> None:
     path = tmp_path / "kan.json"
     command = [sys.executable, "-m", "benchmarks.kan", "--quick", "--json", str(path)]
-    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=900)
-    assert result.code == 0, result.out
+    result = wait_for_exit(start_command(command, CUDA_VISIBLE_DEVICES=""), timeout=900)
+    assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
     check_form(content)
     names = [row["name"] for row in content["rows"]]
@@ -161,8 +161,10 @@ def test_mlps_have_as_many_parameters() -> None:
 def test_data_prep(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     command = [sys.executable, "-m", "benchmarks.data_prep", "--quick", "--json", str(path)]
-    result = finish(start(command, CUDA_VISIBLE_DEVICES="", BENCH_FOLDER=str(tmp_path / "bench")), timeout=600)
-    assert result.code == 0, result.out
+    result = wait_for_exit(
+        start_command(command, CUDA_VISIBLE_DEVICES="", BENCH_FOLDER=str(tmp_path / "bench")), timeout=600
+    )
+    assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
     # Two figures of the loader have nothing beside them.
     alone = [row for row in content["rows"] if row["rival"] == "–"]
@@ -208,8 +210,8 @@ def quality(*options: str) -> list[str]:
 def test_quality(tmp_path: Path) -> None:
     path, log = tmp_path / "quality.json", tmp_path / "deep" / "log.jsonl"
     options = "--text", "stdlib", "--jobs", "2", "--log", str(log), "--json", str(path)
-    result = finish(start(quality(*options), CUDA_VISIBLE_DEVICES=""), timeout=600)
-    assert result.code == 0, result.out
+    result = wait_for_exit(start_command(quality(*options), CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
     check_form(content)
     for model in "bcdef":
@@ -230,15 +232,15 @@ def test_quality_sweeps_rates_and_repeats_the_best(tmp_path: Path) -> None:
     text, log = tmp_path / "text.txt", tmp_path / "log.jsonl"
     text.write_text("".join(chr(97 + i * i % 23) for i in range(2000)))
     options = "--models", "a", "--rates", "1e-2,1e-9", "--seeds", "3", "--text", str(text), "--log", str(log)
-    result = finish(start(quality(*options, "--jobs", "1"), CUDA_VISIBLE_DEVICES=""))
-    assert result.code == 0 and "(a) validation" in result.out, result.out
+    result = wait_for_exit(start_command(quality(*options, "--jobs", "1"), CUDA_VISIBLE_DEVICES=""))
+    assert result.exit_code == 0 and "(a) validation" in result.output, result.output
     runs = [json.loads(line) for line in log.read_text().splitlines()]
     best = min(runs[:2], key=lambda run: run["nats"])["rate"]
     assert [(run["rate"], run["seed"]) for run in runs[2:]] == [(best, 2), (best, 3)]
     assert len({run["nats"] for run in runs}) == 4
     # Nothing is left to do.
-    again = finish(start(quality(*options, "--jobs", "1"), CUDA_VISIBLE_DEVICES=""))
-    assert again.code == 0 and "(a) rate" not in again.out and len(log.read_text().splitlines()) == 4
+    again = wait_for_exit(start_command(quality(*options, "--jobs", "1"), CUDA_VISIBLE_DEVICES=""))
+    assert again.exit_code == 0 and "(a) rate" not in again.output and len(log.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -253,8 +255,8 @@ def test_quality_sweeps_rates_and_repeats_the_best(tmp_path: Path) -> None:
     ],
 )
 def test_quality_refuses_before_it_trains(options: list[str], message: str) -> None:
-    result = finish(start(quality(*options), CUDA_VISIBLE_DEVICES=""))
-    assert result.code == 2 and message in result.out and "Traceback" not in result.out, result.out
+    result = wait_for_exit(start_command(quality(*options), CUDA_VISIBLE_DEVICES=""))
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output, result.output
 
 
 def test_models_of_quality_are_one_part_apart() -> None:
@@ -321,8 +323,8 @@ def test_kept_bytes_counts_each_storage_once() -> None:
 def test_bitlinear(tmp_path: Path) -> None:
     path = tmp_path / "bitlinear.json"
     command = [sys.executable, "-m", "benchmarks.bitlinear", "--quick", "--json", str(path)]
-    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
-    assert result.code == 0, result.out
+    result = wait_for_exit(start_command(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
     check_form(content)
     names = [row["name"] for row in content["rows"]]
@@ -337,8 +339,8 @@ def test_bitlinear(tmp_path: Path) -> None:
 def test_zero(tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     command = [sys.executable, "-m", "benchmarks.zero", "--quick", "--json", str(path)]
-    result = finish(start(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
-    assert result.code == 0, result.out
+    result = wait_for_exit(start_command(command, CUDA_VISIBLE_DEVICES=""), timeout=600)
+    assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
     check_form(content)
     names = [row["name"] for row in content["rows"]]

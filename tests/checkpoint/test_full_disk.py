@@ -13,8 +13,8 @@ import pytest
 from kabrn_dist.checkpoint.layout import list_checkpoints
 from kabrn_dist.checkpoint.store import CheckpointStore
 from tests.checkpoint.test_kill import TINY
-from tests.support import fork_server as forks
-from tests.support.runs import write_config
+from tests.support import fork_server
+from tests.support.runs import write_small_config
 from tests.train.test_stop_requests import entries, train, until
 
 EVERY, STEPS = 20, 120
@@ -46,7 +46,7 @@ def fill(disk: Path) -> None:
                 continue
 
 
-def limit(group: forks.Group, size: float) -> None:
+def limit(group: fork_server.RankGroup, size: float) -> None:
     """From now on rank 1 writes no file beyond so many bytes."""
     psutil.Process(group.pids[1]).rlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
 
@@ -58,7 +58,7 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_a_run_only_if_it_stays_full(
     disk: Path = request.getfixturevalue("small_disk") if kind == "disk" else tmp_path
     folder = disk / "run"
     changes = TINY | {"training__steps": STEPS, "checkpoint__save_interval": EVERY}
-    config = write_config(tmp_path / "c.yaml", shards, folder, **changes)
+    config = write_small_config(tmp_path / "c.yaml", shards, folder, **changes)
 
     def set_full(full: bool) -> None:
         if kind == "limit":
@@ -74,22 +74,26 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_a_run_only_if_it_stays_full(
     with train(config, 2) as group:
         until(safe(EVERY), group)
         set_full(True)
-        until(lambda: f"checkpoint of step {2 * EVERY} was not saved" in group.out(), group)
+        until(lambda: f"checkpoint of step {2 * EVERY} was not saved" in group.output(), group)
         set_full(False)
         until(safe(3 * EVERY), group)
         set_full(True)
         ended = group.wait(120, grace=None)
-    assert ended.codes == (2, 2), ended.out
+    assert ended.exit_codes == (2, 2), ended.output
     if kind == "disk":
         fill(disk)
         with train(config, 2) as group:
             again = group.wait(120, grace=None)
-        assert again.codes == (2, 2) and "No space left" in again.out and "Traceback" not in again.out, again.out
+        assert again.exit_codes == (2, 2) and "No space left" in again.output and "Traceback" not in again.output, (
+            again.output
+        )
         set_full(False)
-    assert "2 checkpoints in a row could not be saved" in ended.out and "ends the run" not in ended.out, ended.out
+    assert "2 checkpoints in a row could not be saved" in ended.output and "ends the run" not in ended.output, (
+        ended.output
+    )
     if kind == "disk":
         # Rank 0 writes there too.
-        assert f"{folder / 'log.jsonl'}: cannot be written" in " ".join(ended.out.split()), ended.out
+        assert f"{folder / 'log.jsonl'}: cannot be written" in " ".join(ended.output.split()), ended.output
     store = CheckpointStore(folder / "checkpoints")
     assert [path.name for path in list_checkpoints(store.folder)] == [f"step-{step:08d}" for step in (3 * EVERY, EVERY)]
     assert all(store.check(path) for path in list_checkpoints(store.folder))
@@ -97,7 +101,7 @@ def test_a_full_disk_costs_one_checkpoint_and_ends_a_run_only_if_it_stays_full(
     assert steps == sorted(set(steps)) and 3 * EVERY - 1 in steps and (2 * EVERY in steps) == (kind == "limit")
     with train(config, 2, "--resume", "must") as group:
         ended = group.wait(120, grace=None)
-    assert ended.codes == (0, 0) and f"at step {3 * EVERY}\n" in ended.out, ended.out
+    assert ended.exit_codes == (0, 0) and f"at step {3 * EVERY}\n" in ended.output, ended.output
     assert [entry["step"] for entry in entries(folder) if "loss/total" in entry][-EVERY:] == [
         *range(STEPS - EVERY + 1, STEPS + 1)
     ]

@@ -23,8 +23,8 @@ from kabrn_dist.checkpoint.manifest import MANIFEST_NAME
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.utils.errors import UserError
 from tests.checkpoint.test_reshard import SMALLER, layout
-from tests.support import fork_server as forks
-from tests.support.runs import ROOT, write_config
+from tests.support import fork_server
+from tests.support.runs import ROOT, write_small_config
 
 WORLD = 2
 KEEP = 3
@@ -65,10 +65,10 @@ class Victim:
 
     def start(
         self, resume: str = "auto", background: bool = True, stop_after: int = 1000, **variables: str
-    ) -> forks.Group:
+    ) -> fork_server.RankGroup:
         arguments = ["--config", str(self.config), "--resume", resume, "--stop-after", str(stop_after)]
         arguments += ["--set", f"checkpoint.async_save={str(background).lower()}"]
-        return forks.start("launch.train:main", [arguments], WORLD, **variables)
+        return fork_server.start_ranks("launch.train:main", [arguments], WORLD, **variables)
 
     @property
     def checkpoints(self) -> Path:
@@ -88,23 +88,25 @@ class Victim:
         assert [entry["loss/total"] for entry in entries] == self.reference[: len(steps)]
         return len(steps)
 
-    def check_resumed(self, ended: forks.Ended, before: int) -> None:
+    def check_resumed(self, ended: fork_server.GroupResult, before: int) -> None:
         """What was committed is where it went on, unless it was killed earlier than that."""
-        if before and "resumed from" in ended.out:
+        if before and "resumed from" in ended.output:
             # A long path may be folded.
-            assert f" at step {before} " in " ".join(ended.out.split()) + " ", ended.out
+            assert f" at step {before} " in " ".join(ended.output.split()) + " ", ended.output
 
 
 def make_victim(shards: Path, folder: Path, steps: int) -> Victim:
     """A run that has taken no step yet, and its reference."""
     changes = TINY | {"training__steps": steps}
-    whole = write_config(folder / "whole.yaml", shards, folder / "whole", **changes | {"checkpoint__save_interval": 0})
-    ended = forks.run("launch.train:main", [["--config", str(whole)]], WORLD)
-    assert ended.code == 0, ended.out
+    whole = write_small_config(
+        folder / "whole.yaml", shards, folder / "whole", **changes | {"checkpoint__save_interval": 0}
+    )
+    ended = fork_server.run_ranks("launch.train:main", [["--config", str(whole)]], WORLD)
+    assert ended.exit_code == 0, ended.output
     lines = (folder / "whole" / "log.jsonl").read_text().splitlines()
     reference = [entry["loss/total"] for entry in map(json.loads, lines) if "loss/total" in entry]
     assert len(reference) == steps and reference[-1] < reference[0] - 0.1
-    config = write_config(folder / "killed.yaml", shards, folder / "killed", **changes)
+    config = write_small_config(folder / "killed.yaml", shards, folder / "killed", **changes)
     return Victim(config, folder / "killed", steps, reference)
 
 
@@ -113,7 +115,7 @@ def finish(victim: Victim, resume: Path | None = None) -> None:
     last = step_of(resume) if resume else victim.newest()
     with victim.start(str(resume or "must")) as group:
         ended = group.wait()
-    assert ended.code == 0, ended.out
+    assert ended.exit_code == 0, ended.output
     assert victim.check_log() == victim.steps
     # Nothing is left of what was killed half-way. What the session began with stays.
     kept = {f"step-{step:08d}" for step in (last, *range(victim.steps, victim.steps - KEEP, -1))}
@@ -128,13 +130,13 @@ def strike(victim: Victim, point: str, rank: int | None, background: bool, resum
     with victim.start(resume, background, KABRN_FAULT=f"{where}#{count}:kill") as group:
         # The launcher's part: the others follow, at once or when they had their second.
         ended = group.wait(timeout=60, grace=0.2 if rank is not None else 0.0)
-    assert ended.code == -signal.SIGKILL, (point, rank, ended.codes, ended.out)
-    assert ended.codes[rank or 0] == -signal.SIGKILL, (point, rank, ended.codes, ended.out)
+    assert ended.exit_code == -signal.SIGKILL, (point, rank, ended.exit_codes, ended.output)
+    assert ended.exit_codes[rank or 0] == -signal.SIGKILL, (point, rank, ended.exit_codes, ended.output)
     if resume == "auto":
         victim.check_resumed(ended, before)
         # Pruning is passed once for each that is removed, twice in one save after a kill before it.
         earliest = before + (count - 1) + (point in COMMITTED)
-        assert victim.newest() >= earliest, (point, rank, f"{earliest} was committed", ended.out)
+        assert victim.newest() >= earliest, (point, rank, f"{earliest} was committed", ended.output)
     victim.check_log()
 
 
@@ -149,7 +151,7 @@ def test_a_kill_at_any_point_loses_nothing_that_was_committed(background: bool, 
     victim = make_victim(shards, tmp_path, steps=90)
     with victim.start(background=background) as group:
         while victim.newest() < KEEP:
-            assert None in group.codes(), group.out()
+            assert None in group.exit_codes(), group.output()
     # Loading is the same in both.
     for point in SAVING if background else SAVING + LOADING:
         for rank in (0, 1, None):
@@ -179,7 +181,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_committed(shards: Path, tmp
             ended = group.wait(timeout=60, grace=0.2)
         # The first tells how long they take.
         length = length or time.monotonic() - began
-        kills += ended.code != 0
+        kills += ended.exit_code != 0
         victim.check_resumed(ended, before)
         assert victim.newest() >= before
         victim.check_log()
@@ -192,8 +194,8 @@ def test_who_is_left_alone_ends(shards: Path, tmp_path: Path) -> None:
     for point, rank in itertools.product(("step.begin", "save.written"), (0, 1)):
         with victim.start(KABRN_FAULT=f"{point}@{rank}#4:kill") as group:
             ended = group.wait(timeout=60, grace=None)
-        assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] > 0, ended.out
-        assert "ends, as another rank has gone" in ended.out, ended.out
+        assert ended.exit_codes[rank] == -signal.SIGKILL and ended.exit_codes[1 - rank] > 0, ended.output
+        assert "ends, as another rank has gone" in ended.output, ended.output
         victim.check_log()
 
 
@@ -201,15 +203,15 @@ def test_each_rig_that_comes_back_is_another_one(shards: Path, tmp_path: Path) -
     """World 4 → 2 → 3 → 1 → 6, another placement, slicing and ZeRO stage each time, and each but the last killed."""
     folder, steps = tmp_path / "run", 20
     common = SMALLER | {"training__steps": steps, "checkpoint__save_interval": 1, "checkpoint__keep_last": 2}
-    whole = write_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **common | layout(1, 1))
-    assert forks.run("launch.train:main", [["--config", str(whole)]]).code == 0
+    whole = write_small_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **common | layout(1, 1))
+    assert fork_server.run_ranks("launch.train:main", [["--config", str(whole)]]).exit_code == 0
     losses: dict[int, float] = {}
     for world, zero in ((4, 1), (2, 3), (3, 2), (1, 0), (6, 2)):
-        config = write_config(tmp_path / f"{world}.yaml", shards, folder, **common | layout(world, zero))
+        config = write_small_config(tmp_path / f"{world}.yaml", shards, folder, **common | layout(world, zero))
         fault = {} if world == 6 else {"KABRN_FAULT": "step.begin#5:kill"}
-        with forks.start("launch.train:main", [["--config", str(config)]], world, **fault) as group:
+        with fork_server.start_ranks("launch.train:main", [["--config", str(config)]], world, **fault) as group:
             ended = group.wait(timeout=120, grace=0.2)
-        assert ended.code == (-signal.SIGKILL if fault else 0), ended.out
+        assert ended.exit_code == (-signal.SIGKILL if fault else 0), ended.output
         for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
             if "loss/total" in entry:
                 losses[entry["step"]] = entry["loss/total"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kabrn_dist.checkpoint.store import read_manifest
-from tests.support.runs import read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, write_small_config
 
 SAVED, NEXT = 2, 20
 WORLDS = (1, 2, 3, 4, 6)
@@ -68,13 +68,13 @@ class Runs:
         self.jobs: dict[int, list[list[object]]] = {}
 
     def add(self, name: str, world: int, resume: str, stop_after: int | None, **changes: Any) -> None:
-        path = write_config(self.folder / f"{name}.yaml", self.shards, self.folder / name, **SMALLER | changes)
+        path = write_small_config(self.folder / f"{name}.yaml", self.shards, self.folder / name, **SMALLER | changes)
         self.jobs.setdefault(world, []).append([str(path), resume, stop_after])
 
     def train(self) -> None:
         """All that was added since the last time, one group of processes a world."""
         for world, jobs in self.jobs.items():
-            sessions(world, jobs, self.folder, timeout=600)
+            run_sessions(world, jobs, self.folder, timeout=600)
         self.jobs.clear()
 
     def losses(self, name: str) -> list[float]:

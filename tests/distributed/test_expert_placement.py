@@ -16,7 +16,7 @@ from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.planner.estimate import describe_plan
 from kabrn_dist.train.expert_balance import count_room, level, resolve_placement
 from kabrn_dist.utils.errors import UserError
-from tests.support.runs import read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, write_small_config
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_local_experts_are_contiguous_and_all_are_somewhere() -> None:
 
 def configure(folder: Path, **changes: object) -> Config:
     changes = {"model__experts__num_experts": 8} | changes
-    return load_config(write_config(folder / "config.yaml", folder / "shards", folder / "run", **changes))
+    return load_config(write_small_config(folder / "config.yaml", folder / "shards", folder / "run", **changes))
 
 
 def test_room_follows_memory_and_what_zero_shares_out(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_auto_is_planned_resolved_and_told(tmp_path: Path) -> None:
 def test_what_is_measured_trains_and_another_vector_goes_on(shards: Path, tmp_path: Path) -> None:
     """Two ranks: shares measured, then 1:3, then 3:1, in one run; the losses are those of one process."""
     plain = {"model__quantize": False, "training__steps": 6, "checkpoint__keep_last": 3}
-    whole = write_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **plain)
-    sessions(1, [[str(whole), "never", None]], tmp_path)
+    whole = write_small_config(tmp_path / "whole.yaml", shards, tmp_path / "whole", **plain)
+    run_sessions(1, [[str(whole), "never", None]], tmp_path)
     jobs: list[list[object]] = []
     for number, (zero, weights) in enumerate([(2, None), (3, [1, 3]), (1, [3, 1])]):
         layout = {
@@ -121,9 +121,9 @@ def test_what_is_measured_trains_and_another_vector_goes_on(shards: Path, tmp_pa
             "bucket_size": 3000,
         }
         changes = plain | {f"parallel__{key}": value for key, value in layout.items()}
-        path = write_config(tmp_path / f"{number}.yaml", shards, tmp_path / "run", **changes)
+        path = write_small_config(tmp_path / f"{number}.yaml", shards, tmp_path / "run", **changes)
         jobs.append([str(path), "must" if number else "never", 2])
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     found = [read_manifest(tmp_path / "run" / "checkpoints" / f"step-{step:08d}").state for step in (2, 4, 6)]
     measured, *given = [Config.model_validate(state["config"]).parallel for state in found]
     assert sum(measured.experts_per_rank or ()) == 4 and min(measured.experts_per_rank or ()) >= 1
@@ -147,11 +147,11 @@ def test_uneven_shares_in_half_precision(shards: Path, tmp_path: Path) -> None:
             layout = {"expert_parallel": 2, "experts_per_rank": counts, "zero_stage": zero, "bucket_size": 1001}
             changes = half | {f"parallel__{key}": value for key, value in layout.items()}
             name = f"{zero}-{counts[0]}"
-            path = write_config(
+            path = write_small_config(
                 tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes, model__activation_checkpointing=kept
             )
             jobs.append([str(path), "never", None])
-    sessions(4, jobs, tmp_path)
+    run_sessions(4, jobs, tmp_path)
     for zero in (1, 2, 3):
         even, uneven = (read_losses(tmp_path / f"{zero}-{first}") for first in (2, 1))
         assert len(even) == 5 and even[-1] < even[0] - 0.1

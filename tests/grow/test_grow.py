@@ -24,7 +24,7 @@ from kabrn_dist.inference.generate import load_run
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.grids import insertion
 from kabrn_dist.utils.errors import UserError
-from tests.support.runs import read_losses, run, sessions, write_config
+from tests.support.runs import read_losses, run_command, run_sessions, write_small_config
 
 SHORT: dict[str, Any] = {"training__steps": 4, "training__micro_batch_size": 4}
 PLAIN: dict[str, Any] = {**SHORT, "model__quantize": False}
@@ -89,16 +89,16 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of all SOURCES, trained in one process."""
     folder = tmp_path_factory.mktemp("sources")
     paths = {
-        name: write_config(folder / f"{name}.yaml", shards, folder / name, **changes)
+        name: write_small_config(folder / f"{name}.yaml", shards, folder / name, **changes)
         for name, changes in SOURCES.items()
     }
-    sessions(1, [[str(path), "never", None] for path in paths.values()], folder)
+    run_sessions(1, [[str(path), "never", None] for path in paths.values()], folder)
     return folder
 
 
 def configure(trained: Path, shards: Path, folder: Path, source: str, changes: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
-    return write_config(folder / "grown.yaml", shards, folder / "grown", **(SOURCES[source] | changes))
+    return write_small_config(folder / "grown.yaml", shards, folder / "grown", **(SOURCES[source] | changes))
 
 
 def load(path: Path, name: str) -> Tensor:
@@ -160,12 +160,12 @@ def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_
     )
     alone = configure(trained, shards, tmp_path / "alone", "dense", changes)
     command = [sys.executable, "launch/grow.py", "--from", start, "--config", str(alone), "--redraw", "0.0"]
-    result = run(command)
-    assert result.code == 0 and "loss at the start: unchanged" in result.out, result.out
+    result = run_command(command)
+    assert result.exit_code == 0 and "loss at the start: unchanged" in result.output, result.output
     more = {"run__init_from": start, "parallel__expert_parallel": 2, "parallel__zero_stage": 2}
     pair = configure(trained, shards, tmp_path / "pair", "dense", changes | more)
-    sessions(1, [[str(alone), "must", None]], tmp_path / "alone")
-    sessions(2, [[str(pair), "auto", 5], [str(pair), "auto", None]], tmp_path / "pair")
+    run_sessions(1, [[str(alone), "must", None]], tmp_path / "alone")
+    run_sessions(2, [[str(pair), "auto", 5], [str(pair), "auto", None]], tmp_path / "pair")
     one, two = (read_losses(tmp_path / name / "grown") for name in ("alone", "pair"))
     assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
     starts = [tmp_path / name / "grown" / "checkpoints" / "step-00000000" for name in ("alone", "pair")]

@@ -21,7 +21,7 @@ from kabrn_dist.inference.generate import load_export, load_run
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 from launch.export import main
-from tests.support.runs import ROOT, make_shards, run, torchrun, write_config
+from tests.support.runs import ROOT, make_shards, run_command, torchrun_command, write_small_config
 
 CHANGES: dict[str, Any] = {
     "model__layers": 2,
@@ -36,9 +36,9 @@ CHANGES: dict[str, Any] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes, its experts spread over both."""
     folder = tmp_path_factory.mktemp("export")
-    config = write_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
-    result = run(torchrun(2, "launch/train.py", "--config", str(config)))
-    assert result.code == 0, result.out
+    config = write_small_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
+    result = run_command(torchrun_command(2, "launch/train.py", "--config", str(config)))
+    assert result.exit_code == 0, result.output
     return folder / "run"
 
 

@@ -19,7 +19,7 @@ from kabrn_dist.metrics.sources import SourceSums, validation_values
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.train.datasets import open_datasets
 from kabrn_dist.utils.errors import UserError
-from tests.support.runs import SMALL, read_losses, sessions, write_config
+from tests.support.runs import SMALL_CONFIG, read_losses, run_sessions, write_small_config
 from tests.support.shard_sets import Texts, make_set
 from tests.support.web import serve
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(folder: Path, **changes: dict[str, Any]) -> Config:
-    tree = json.loads(json.dumps(SMALL)) | {"run": {"folder": "unused", "seed": 3}}
+    tree = json.loads(json.dumps(SMALL_CONFIG)) | {"run": {"folder": "unused", "seed": 3}}
     tree["data"]["path"] = str(folder)
     for section, values in changes.items():
         tree[section] |= values
@@ -112,9 +112,9 @@ def test_every_layout_and_a_url_log_the_same(folder: Path, tmp_path: Path) -> No
         for world, layouts in runs.items():
             jobs: list[list[object]] = []
             for name, layout in layouts:
-                path = write_config(tmp_path / f"{name}.yaml", folder, tmp_path / name, **{**plain, **layout})
+                path = write_small_config(tmp_path / f"{name}.yaml", folder, tmp_path / name, **{**plain, **layout})
                 jobs.append([str(path), "never", None])
-            sessions(world, jobs, tmp_path)
+            run_sessions(world, jobs, tmp_path)
     whole = logged(tmp_path / "whole")
     assert read_losses(tmp_path / "url") == read_losses(tmp_path / "whole")
     assert logged(tmp_path / "url") == whole

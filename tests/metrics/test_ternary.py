@@ -24,7 +24,7 @@ from kabrn_dist.ops.activation_quant import normalize_quantize
 from kabrn_dist.ops.weight_quant import ternary
 from kabrn_dist.plots.figure import to_pixels
 from kabrn_dist.plots.weights import BINS, REACH, TernaryFigure, count_latents, draw_weights
-from tests.support.runs import read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, write_small_config
 
 NAMES = ("minus", "zero", "plus", "flips", "margin", "scale")
 
@@ -119,9 +119,11 @@ def test_every_layout_counts_each_weight_once(shards: Path, tmp_path: Path) -> N
                 "training__micro_batch_size": 1,
                 "checkpoint__save_interval": 1,
             }
-            jobs.append([str(write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None])
+            jobs.append(
+                [str(write_small_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None]
+            )
             runs.append(folder)
-        sessions(world, jobs, tmp_path)
+        run_sessions(world, jobs, tmp_path)
     first = {name: read_losses(runs[0], name) for name in LOGGED}
     for folder in runs:
         found = {name: read_losses(folder, name) for name in LOGGED}
@@ -150,10 +152,10 @@ def test_every_layout_has_the_same_saturation(shards: Path, tmp_path: Path) -> N
                 "training__micro_batch_size": 1 + world % 2,
             }
             jobs.append(
-                [str(write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes)), "never", None]
+                [str(write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes)), "never", None]
             )
             names.append(name)
-        sessions(world, jobs, tmp_path)
+        run_sessions(world, jobs, tmp_path)
     keys = [f"ternary/saturation/layer_{layer}" for layer in (0, 1)]
     found = {name: [value for key in keys for value in read_losses(tmp_path / name, key)] for name in names}
     assert len(found["w1-0"]) == 2
@@ -181,9 +183,9 @@ def test_measuring_changes_nothing(shards: Path, tmp_path: Path) -> None:
         for every in (1, 100):
             name = f"z{zero}-{every}"
             layout = {"parallel__expert_parallel": 2, "parallel__zero_stage": zero, "training__log_interval": every}
-            path = write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, training__steps=4, **layout)
+            path = write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, training__steps=4, **layout)
             jobs.append([str(path), "never", None])
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     for zero in (0, 3):
         often, rarely = (tmp_path / f"z{zero}-{every}" for every in (1, 100))
         for key in ("loss/total", "validation/loss", "ternary/flips/layer_1", "ternary/margin/layer_0"):
@@ -192,7 +194,7 @@ def test_measuring_changes_nothing(shards: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def config(shards: Path, tmp_path: Path) -> Config:
-    return load_config(write_config(tmp_path / "c.yaml", shards, tmp_path / "run", model__layers="RA"))
+    return load_config(write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", model__layers="RA"))
 
 
 def test_saturation_by_hand(config: Config) -> None:
@@ -226,8 +228,8 @@ def test_saturation_by_hand(config: Config) -> None:
 
 
 def test_nothing_ternary_has_no_instruments(shards: Path, tmp_path: Path) -> None:
-    path = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", model__quantize=False, training__steps=2)
-    sessions(1, [[str(path), "never", None]], tmp_path)
+    path = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", model__quantize=False, training__steps=2)
+    run_sessions(1, [[str(path), "never", None]], tmp_path)
     assert "ternary/" not in (tmp_path / "run" / "log.jsonl").read_text()
 
 

@@ -19,7 +19,7 @@ from kabrn_dist.model.mixer import Mixer, MixerState
 from kabrn_dist.model.mixer import make_position_info as find_tokens
 from kabrn_dist.model.retention import Retention
 from kabrn_dist.model.short_conv import ShortConv, convolve, convolve_naive
-from tests.support import fork_server as forks
+from tests.support import fork_server
 
 BATCH, WIDTH = 2, 5
 # Layouts of two rows: the columns where a document starts.
@@ -177,5 +177,5 @@ def work() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_rank_has_the_values_and_gradients_of_one_process(world: int) -> None:
-    ended = forks.run("tests.model.test_short_conv:work", (), world, timeout=60, CUDA_VISIBLE_DEVICES="")
-    assert ended.code == 0, ended.out
+    ended = fork_server.run_ranks("tests.model.test_short_conv:work", (), world, timeout=60, CUDA_VISIBLE_DEVICES="")
+    assert ended.exit_code == 0, ended.output

@@ -68,7 +68,7 @@ def as_bytes(content: Any) -> bytes:
     return (content if isinstance(content, str) else json.dumps(content)).encode()
 
 
-def folder(root: Path, files: Mapping[str, Any]) -> Path:
+def write_folder(root: Path, files: Mapping[str, Any]) -> Path:
     """Write `files` below `root`."""
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def folder(root: Path, files: Mapping[str, Any]) -> Path:
     return root
 
 
-def tar(files: Mapping[str, Any]) -> bytes:
+def make_tar(files: Mapping[str, Any]) -> bytes:
     """Return a plain tar of `files` in their order."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -87,10 +87,10 @@ def tar(files: Mapping[str, Any]) -> bytes:
     return packed.getvalue()
 
 
-def archives(root: Path, stem: str, files: Mapping[str, Any]) -> list[Path]:
+def write_archives(root: Path, stem: str, files: Mapping[str, Any]) -> list[Path]:
     """Write `files` as every kind of archive, members sorted as a folder is."""
     ordered = {name: files[name] for name in sorted(files, key=lambda name: name.split("/"))}
-    plain = tar(ordered)
+    plain = make_tar(ordered)
     packed = {
         ".tar": plain,
         ".tar.gz": gzip.compress(plain),
@@ -105,6 +105,6 @@ def archives(root: Path, stem: str, files: Mapping[str, Any]) -> list[Path]:
     return [root / (stem + ending) for ending in (*packed, ".zip")]
 
 
-def jsonl(records: list[Any]) -> str:
+def to_jsonl(records: list[Any]) -> str:
     """Return a line of JSON for each record."""
     return "".join(json.dumps(record) + "\n" for record in records)

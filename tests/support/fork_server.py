@@ -42,7 +42,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
-class Ended:
+class GroupResult:
     """What a group of processes left behind.
 
     Attributes:
@@ -51,15 +51,15 @@ class Ended:
         out: what all of them wrote, stdout and stderr together.
     """
 
-    codes: tuple[int, ...]
-    code: int
-    out: str
+    exit_codes: tuple[int, ...]
+    exit_code: int
+    output: str
 
 
-class Group:
+class RankGroup:
     """Processes started together. A context: at its end none of them is left."""
 
-    def __init__(self, server: Server, target: str, arguments: Sequence[Any], world: int, **variables: str) -> None:
+    def __init__(self, server: ForkServer, target: str, arguments: Sequence[Any], world: int, **variables: str) -> None:
         self._server = server
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with tempfile.NamedTemporaryFile(prefix="kabrn-ranks-", suffix=".txt", delete=False) as out:
@@ -74,59 +74,59 @@ class Group:
         }
         order = {"target": target, "arguments": list(arguments), "out": out.name}
         ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-        self.pids: list[int] = server.ask(start=order | {"ranks": ranks})
+        self.pids: list[int] = server.request(start=order | {"ranks": ranks})
         self._codes: list[int | None] = [None] * world
         self._first_failure = 0
 
-    def __enter__(self) -> Group:
+    def __enter__(self) -> RankGroup:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.kill()
-        while None in self.codes():
+        while None in self.exit_codes():
             time.sleep(0.002)
         self._out.unlink(missing_ok=True)
 
-    def codes(self) -> list[int | None]:
+    def exit_codes(self) -> list[int | None]:
         """Exit code of each rank; None while it runs."""
         # Until a code is asked for the process is at least a zombie: its id never becomes another's.
-        codes: list[int | None] = self._server.ask(poll=self.pids)
+        codes: list[int | None] = self._server.request(poll=self.pids)
         for rank, code in enumerate(codes):
             if code and self._codes[rank] is None and not self._first_failure:
                 self._first_failure = code
         self._codes = codes
         return codes
 
-    def kill(self, rank: int | None = None, number: int = signal.SIGKILL) -> None:
+    def kill(self, rank: int | None = None, signal_number: int = signal.SIGKILL) -> None:
         """Send a signal to one rank, or to all that still run."""
         chosen = range(len(self.pids)) if rank is None else [rank]
         for one in chosen:
             if self._codes[one] is None:
-                os.kill(self.pids[one], number)
+                os.kill(self.pids[one], signal_number)
 
-    def out(self) -> str:
+    def output(self) -> str:
         """What all ranks have written up to now."""
         return self._out.read_text(errors="replace")
 
-    def wait(self, timeout: float = 300.0, grace: float | None = 10.0) -> Ended:
+    def wait(self, timeout: float = 300.0, grace: float | None = 10.0) -> GroupResult:
         """Until all have ended; after `timeout` seconds those that still run are killed, which is their exit code.
 
         The first that fails takes the others with it, as with a launcher: SIGTERM, and SIGKILL after `grace` seconds.
         None: the others are left alone.
         """
         deadline, warned = time.monotonic() + timeout, False
-        while None in self.codes():
+        while None in self.exit_codes():
             if self._first_failure and grace is not None and not warned:
-                self.kill(number=signal.SIGTERM)
+                self.kill(signal_number=signal.SIGTERM)
                 deadline, warned = min(deadline, time.monotonic() + grace), True
             if time.monotonic() > deadline:
                 self.kill()
             time.sleep(0.005)
         codes = tuple(code for code in self._codes if code is not None)
-        return Ended(codes, self._first_failure, self.out())
+        return GroupResult(codes, self._first_failure, self.output())
 
 
-class Server:
+class ForkServer:
     """The client's end of a fork server, which lives as long as this process."""
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class Server:
         ours.close()
         atexit.register(self.close)
 
-    def ask(self, **request: Any) -> Any:
+    def request(self, **request: Any) -> Any:
         """Send a request, return the answer."""
         self._lines.write(json.dumps(request) + "\n")
         self._lines.flush()
@@ -160,22 +160,24 @@ class Server:
 
 
 @cache
-def server() -> Server:
+def shared_server() -> ForkServer:
     """This process's fork server, started at the first call."""
-    return Server()
+    return ForkServer()
 
 
-def start(target: str, arguments: Sequence[Any] = (), world: int = 1, **variables: str) -> Group:
+def start_ranks(target: str, arguments: Sequence[Any] = (), world: int = 1, **variables: str) -> RankGroup:
     """Start `world` processes that call `target` ("module:function") with `arguments` (JSON) each.
 
     An int that the function returns is the exit code. Each has one thread for its products.
     """
-    return Group(server(), target, arguments, world, **variables)
+    return RankGroup(shared_server(), target, arguments, world, **variables)
 
 
-def run(target: str, arguments: Sequence[Any] = (), world: int = 1, timeout: float = 300.0, **variables: str) -> Ended:
+def run_ranks(
+    target: str, arguments: Sequence[Any] = (), world: int = 1, timeout: float = 300.0, **variables: str
+) -> GroupResult:
     """Start them and wait for their end; a hang is a failure, not a wait for ever."""
-    with start(target, arguments, world, **variables) as group:
+    with start_ranks(target, arguments, world, **variables) as group:
         return group.wait(timeout)
 
 

@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from kabrn_dist.distributed.launch_env import free_port
-from tests.support import fork_server as forks
+from tests.support import fork_server
 
 ROOT = Path(__file__).parents[2]
 
-SMALL: dict[str, Any] = {
+SMALL_CONFIG: dict[str, Any] = {
     "data": {"sequence_length": 32},
     "model": {
         "vocab_size": 257,
@@ -45,14 +45,14 @@ SMALL: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Result:
+class CommandResult:
     """What a finished command left behind."""
 
-    code: int
-    out: str
+    exit_code: int
+    output: str
 
 
-def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
+def start_command(command: list[str], **variables: str) -> subprocess.Popen[str]:
     """Start a command in the repository's root with one thread a process; stdout and stderr together."""
     environment = {
         **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
@@ -65,18 +65,18 @@ def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: int = 300) -> Result:
+def wait_for_exit(process: subprocess.Popen[str], timeout: int = 300) -> CommandResult:
     """Wait for a started command; a hang is a failure, not a wait for ever."""
     try:
         out, _ = process.communicate(timeout=timeout)
     finally:
         process.kill()
-    return Result(process.returncode, out)
+    return CommandResult(process.returncode, out)
 
 
-def run(command: list[str], timeout: int = 300, **variables: str) -> Result:
+def run_command(command: list[str], timeout: int = 300, **variables: str) -> CommandResult:
     """Run a command to its end."""
-    return finish(start(command, **variables), timeout)
+    return wait_for_exit(start_command(command, **variables), timeout)
 
 
 def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
@@ -88,14 +88,14 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
         time.sleep(0.05)
 
 
-def torchrun(world: int, script: str, *arguments: str) -> list[str]:
+def torchrun_command(world: int, script: str, *arguments: str) -> list[str]:
     """The command that starts `world` processes of a script."""
     # It finds its own port: one that was free a second ago may be taken by another test's process by now.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     return [*launcher, script, *arguments]
 
 
-def deepspeed(world: int, script: str, *arguments: str) -> list[str]:
+def deepspeed_command(world: int, script: str, *arguments: str) -> list[str]:
     """The same through the deepspeed launcher."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return [launcher, "--num_gpus", str(world), "--master_port", str(free_port()), script, *arguments]
@@ -112,14 +112,14 @@ def make_shards(folder: Path, *options: str) -> Path:
     tokenizer = options or ("--tokenizer", "bytes")
     share = ("--validation-share", "0.2")
     command = [sys.executable, "-m", "data_prep", "--source", "text", "--input", str(texts), "--out"]
-    result = run([*command, str(folder / "shards"), *tokenizer, *share])
-    assert result.code == 0, result.out
+    result = run_command([*command, str(folder / "shards"), *tokenizer, *share])
+    assert result.exit_code == 0, result.output
     return folder / "shards"
 
 
-def write_config(path: Path, shards: Path, folder: Path, **changes: Any) -> Path:
+def write_small_config(path: Path, shards: Path, folder: Path, **changes: Any) -> Path:
     """SMALL with dotted `changes`, as a YAML file."""
-    tree = json.loads(json.dumps(SMALL)) | {"run": {"folder": str(folder), "seed": 3}}
+    tree = json.loads(json.dumps(SMALL_CONFIG)) | {"run": {"folder": str(folder), "seed": 3}}
     tree["data"]["path"] = str(shards)
     for key, value in changes.items():
         *parents, last = key.split("__")
@@ -137,18 +137,18 @@ def read_losses(folder: Path, key: str = "loss/total") -> list[float]:
     return [entry[key] for entry in map(json.loads, lines) if key in entry]
 
 
-def sessions(world: int, jobs: list[list[object]], folder: Path, timeout: int = 300, **variables: str) -> None:
+def run_sessions(world: int, jobs: list[list[object]], folder: Path, timeout: int = 300, **variables: str) -> None:
     """Run [config path, resume, stop_after] jobs one after another in one group of `world` processes."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    ranks(world, "sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
+    run_worker(world, "sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
 
 
-def ranks(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
+def run_worker(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
     """Run `main` of tests/workers/<worker>.py in `world` processes that must all end well."""
     if torch.cuda.is_available():
         # DeepSpeed looks for cards when it is imported, and a process that has looked cannot share one with its forks.
-        launched = run(torchrun(world, f"tests/workers/{worker}.py", *arguments), timeout, **variables)
-        assert launched.code == 0, launched.out
+        launched = run_command(torchrun_command(world, f"tests/workers/{worker}.py", *arguments), timeout, **variables)
+        assert launched.exit_code == 0, launched.output
         return
-    ended = forks.run(f"tests.workers.{worker}:main", arguments, world, timeout, **variables)
-    assert ended.code == 0, ended.out
+    ended = fork_server.run_ranks(f"tests.workers.{worker}:main", arguments, world, timeout, **variables)
+    assert ended.exit_code == 0, ended.output

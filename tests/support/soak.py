@@ -24,8 +24,8 @@ from benchmarks.report import Report
 from kabrn_dist.checkpoint.layout import list_checkpoints, step_of
 from kabrn_dist.checkpoint.store import CheckpointStore
 from tests.checkpoint.test_reshard import SMALLER, layout
-from tests.support import fork_server as forks
-from tests.support.runs import make_shards, write_config
+from tests.support import fork_server
+from tests.support.runs import make_shards, write_small_config
 
 WORLD = 4
 # Between layouts, with the quantisers off. Differences of summation order grow with every step, so laps that change
@@ -57,12 +57,12 @@ class Lap:
         self.run = folder / self.name
         self.store = CheckpointStore(self.run / "checkpoints")
 
-    def start(self, chance: random.Random, **variables: str) -> forks.Group:
+    def start(self, chance: random.Random, **variables: str) -> fork_server.RankGroup:
         zero = chance.randrange(4) if self.moves else self.zero
         changes = COMMON | layout(WORLD, zero) | {"training__steps": self.steps}
         changes["checkpoint__async_save"] = chance.random() < 0.7
-        config = write_config(self.folder / f"{self.name}.yaml", self.shards, self.run, **changes)
-        return forks.start("launch.train:main", [["--config", str(config)]], WORLD, **variables)
+        config = write_small_config(self.folder / f"{self.name}.yaml", self.shards, self.run, **changes)
+        return fork_server.start_ranks("launch.train:main", [["--config", str(config)]], WORLD, **variables)
 
     def newest(self) -> int:
         """Step of the newest checkpoint that is intact; 0 where there is none."""
@@ -83,7 +83,7 @@ class Soak:
         self.folder, self.chance = folder, random.Random(seed)
         self.shards = make_shards(folder / "data")
         # Its start is no part of a run's length.
-        forks.server().ask(poll=[])
+        fork_server.shared_server().request(poll=[])
         self.began = time.monotonic()
         self.counts: Counter[str] = Counter()
         self.lost, self.unequal, self.apart = 0, 0, 0.0
@@ -99,7 +99,7 @@ class Soak:
             began = time.monotonic()
             with lap.start(self.chance) as group:
                 ended = group.wait(timeout=600)
-            assert ended.code == 0, ended.out
+            assert ended.exit_code == 0, ended.output
             self.length = self.length or time.monotonic() - began
             losses = self.references[moves, zero] = lap.losses()
             self.tell(f"reference of ZeRO {zero}: {lap.steps} steps, loss {losses[lap.steps]:.4f}")
@@ -138,7 +138,7 @@ class Soak:
     def stop(self, lap: Lap) -> str:
         rank = self.chance.randrange(WORLD)
 
-        def term(group: forks.Group) -> None:
+        def term(group: fork_server.RankGroup) -> None:
             self.wait_for_step(lap, group)
             group.kill(rank, signal.SIGTERM)
 
@@ -147,7 +147,7 @@ class Soak:
     def hang(self, lap: Lap) -> str:
         rank = self.chance.randrange(WORLD)
 
-        def freeze(group: forks.Group) -> None:
+        def freeze(group: fork_server.RankGroup) -> None:
             self.wait_for_step(lap, group)
             group.kill(rank, signal.SIGSTOP)
 
@@ -177,16 +177,16 @@ class Soak:
         return f"{leftover.name} left; " + self.kill_all(lap)
 
     def session(
-        self, lap: Lap, do: Callable[[forks.Group], None] | None, what: str, kind: str, **variables: str
+        self, lap: Lap, do: Callable[[fork_server.RankGroup], None] | None, what: str, kind: str, **variables: str
     ) -> str:
         """One start of the run, at whose random moment `do` is done. Returns what happened, for people."""
         expected = lap.newest()
         with lap.start(self.chance, **variables) as group:
             delay = self.chance.uniform(0.02, 0.5) * self.length
             deadline = time.monotonic() + delay
-            while time.monotonic() < deadline and None in group.codes():
+            while time.monotonic() < deadline and None in group.exit_codes():
                 time.sleep(0.01)
-            if do is not None and None in group.codes():
+            if do is not None and None in group.exit_codes():
                 do(group)
             # The watchdogs of the others speak first; only then the launcher would end the one that hangs.
             ended = group.wait(timeout=60 + 3 * HANG_SECONDS, grace=GRACE)
@@ -195,27 +195,31 @@ class Soak:
             return f"{what} after {delay:.1f} s"
         return f"no {what}, finished first"
 
-    def check_session(self, lap: Lap, ended: forks.Ended, expected: int, kind: str) -> bool:
+    def check_session(self, lap: Lap, ended: fork_server.GroupResult, expected: int, kind: str) -> bool:
         """Where it went on, and how it ended; False where it finished before anything was done to it."""
-        out = " ".join(ended.out.split())
+        out = " ".join(ended.output.split())
         if "resumed from" in out:
             self.counts["resumes"] += 1
             resumed = int(out.split(" at step ")[1].split()[0])
             self.lost += max(0, expected - resumed)
             self.demand(resumed == expected, f"{lap.name}: resumed at {resumed}, {expected} was committed", ended)
         # After its end nothing listens to a signal any more, and nothing is left to lose.
-        if "finished at step" in out and (ended.code == 0 or kind in ("stop", "hang")):
+        if "finished at step" in out and (ended.exit_code == 0 or kind in ("stop", "hang")):
             self.counts["finished first"] += 1
             return False
         if kind == "stop":
             self.counts["stops"] += 1
-            self.demand(ended.codes == (0,) * WORLD and "stopped at step" in out, f"{lap.name}: no clean stop", ended)
+            self.demand(
+                ended.exit_codes == (0,) * WORLD and "stopped at step" in out, f"{lap.name}: no clean stop", ended
+            )
         elif kind == "hang":
             self.counts["hangs"] += 1
-            self.demand(ended.code == 70 and "made no progress" in out, f"{lap.name}: no watchdog", ended)
+            self.demand(ended.exit_code == 70 and "made no progress" in out, f"{lap.name}: no watchdog", ended)
         else:
             self.counts["kills"] += 1
-            self.demand(ended.code == -signal.SIGKILL, f"{lap.name}: ended by itself with {ended.codes}", ended)
+            self.demand(
+                ended.exit_code == -signal.SIGKILL, f"{lap.name}: ended by itself with {ended.exit_codes}", ended
+            )
         return True
 
     def check(self, lap: Lap, reference: dict[int, float], before: int, what: str) -> None:
@@ -233,15 +237,15 @@ class Soak:
             self.demand(apart == 0, f"{lap.name}: losses are not bit-equal, {apart:.2g} apart")
         self.tell(f"{lap.name}{' moving' if lap.moves else ''}  {what}: step {len(losses)} logged, {newest} safe")
 
-    def wait_for_step(self, lap: Lap, group: forks.Group) -> None:
+    def wait_for_step(self, lap: Lap, group: fork_server.RankGroup) -> None:
         """Before it the signal would find a process that does not listen yet."""
-        while "  loss " not in group.out() and None in group.codes():
+        while "  loss " not in group.output() and None in group.exit_codes():
             time.sleep(0.02)
 
-    def demand(self, holds: bool, what: str, ended: forks.Ended | None = None) -> None:
+    def demand(self, holds: bool, what: str, ended: fork_server.GroupResult | None = None) -> None:
         if not holds:
             self.violations.append(what)
-            self.tell(f"VIOLATION {what}" + (f"\n{ended.codes}\n{ended.out}" if ended else ""))
+            self.tell(f"VIOLATION {what}" + (f"\n{ended.exit_codes}\n{ended.output}" if ended else ""))
 
     def tell(self, text: str) -> None:
         seconds = int(time.monotonic() - self.began)

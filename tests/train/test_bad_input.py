@@ -12,23 +12,31 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.runs import Result, deepspeed, finish, run, start, wait_for_steps, write_config
+from tests.support.runs import (
+    CommandResult,
+    deepspeed_command,
+    run_command,
+    start_command,
+    wait_for_exit,
+    wait_for_steps,
+    write_small_config,
+)
 
 TRAIN = "launch/train.py"
 
 
-def train(world: int, config: Path, *options: str) -> Result:
+def train(world: int, config: Path, *options: str) -> CommandResult:
     arguments = ("--config", str(config), *options)
     if world == 1:
-        return run([sys.executable, TRAIN, *arguments], timeout=120)
-    return run(deepspeed(world, TRAIN, *arguments), timeout=120)
+        return run_command([sys.executable, TRAIN, *arguments], timeout=120)
+    return run_command(deepspeed_command(world, TRAIN, *arguments), timeout=120)
 
 
-def check(result: Result, *words: str) -> None:
-    assert result.code != 0, result.out
-    assert "Traceback" not in result.out, result.out
-    assert result.out.count("error: ") == 1, result.out
-    message = next(line for line in result.out.splitlines() if "error: " in line)
+def check(result: CommandResult, *words: str) -> None:
+    assert result.exit_code != 0, result.output
+    assert "Traceback" not in result.output, result.output
+    assert result.output.count("error: ") == 1, result.output
+    message = next(line for line in result.output.splitlines() if "error: " in line)
     for word in words:
         assert word in message, (word, message)
 
@@ -55,7 +63,7 @@ def computes_in_fp16() -> bool:
     ],
 )
 def test_bad_settings(changes: dict[str, Any], words: tuple[str, ...], shards: Path, tmp_path: Path) -> None:
-    check(train(1, write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **changes)), *words)
+    check(train(1, write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", **changes)), *words)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -71,29 +79,29 @@ def test_damaged_data_ends_all_ranks(damage: str, shards: Path, tmp_path: Path) 
     else:
         (data / "tokenizer.json").write_text('{"kind": "bytes" }')
     words = ("tokenizer.json",) if damage == "tokenizer" else (shard.name,)
-    check(train(2, write_config(tmp_path / "c.yaml", data, tmp_path / "run")), *words)
+    check(train(2, write_small_config(tmp_path / "c.yaml", data, tmp_path / "run")), *words)
 
 
 def test_a_shard_that_breaks_while_one_rank_reads_it_ends_all_ranks(shards: Path, tmp_path: Path) -> None:
     data = tmp_path / "shards"
     shutil.copytree(shards, data)
-    config = write_config(tmp_path / "c.yaml", data, tmp_path / "run", training__steps=2000)
-    process = start(deepspeed(2, TRAIN, "--config", str(config)))
+    config = write_small_config(tmp_path / "c.yaml", data, tmp_path / "run", training__steps=2000)
+    process = start_command(deepspeed_command(2, TRAIN, "--config", str(config)))
     wait_for_steps(process, tmp_path / "run", 3)
     shard = next(data.glob("*-train-*.tar"))
     os.truncate(shard, shard.stat().st_size // 2)
-    check(finish(process, timeout=120), shard.name, "block")
+    check(wait_for_exit(process, timeout=120), shard.name, "block")
 
 
 def test_two_processes_refuse_what_they_cannot_share(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=3)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=3)
     check(train(2, config), "parallel.expert_parallel 3", "2 processes", "1, 2")
 
 
 def test_resume_says_what_differs(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run")
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run")
     check(train(1, config, "--resume", "must"), "--resume must", "no intact checkpoint")
-    assert train(1, config, "--stop-after", "2").code == 0
+    assert train(1, config, "--stop-after", "2").exit_code == 0
     check(train(1, config, "--resume", "never"), "--resume never", "step-00000002")
     check(train(1, config, "--set", "run.seed=4"), "seed")
     check(train(1, config, "--set", "model.hidden_size=64"), "(257, 32)", "(257, 64)")
@@ -101,20 +109,20 @@ def test_resume_says_what_differs(shards: Path, tmp_path: Path) -> None:
 
 
 def test_generate_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
-    check(run([sys.executable, "launch/generate.py", "--run", str(tmp_path)]), "config.yaml")
+    check(run_command([sys.executable, "launch/generate.py", "--run", str(tmp_path)]), "config.yaml")
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     command = [sys.executable, "-m", "data_prep", "--source", "text", "--input", str(tmp_path / "texts")]
-    check(run([*command, "--tokenizer", "bytes", "--out", str(tmp_path / "out")]), "texts")
+    check(run_command([*command, "--tokenizer", "bytes", "--out", str(tmp_path / "out")]), "texts")
 
 
 def test_a_dry_run_starts_nothing(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=2)
-    result = run([sys.executable, TRAIN, "--config", str(config), "--dry-run", "--world", "4"])
-    assert result.code == 0, result.out
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=2)
+    result = run_command([sys.executable, TRAIN, "--config", str(config), "--dry-run", "--world", "4"])
+    assert result.exit_code == 0, result.output
     for words in ("parameters", "active per token", "of one expert", "expert groups        [0, 1]; [2, 3]"):
-        assert words in result.out
+        assert words in result.output
     assert not (tmp_path / "run").exists()
-    assert json.dumps(result.out)
+    assert json.dumps(result.output)

@@ -21,8 +21,8 @@ from kabrn_dist.train.datasets import open_datasets
 from kabrn_dist.train.guard import LossGuard, StepSync, sync_step
 from kabrn_dist.train.spikes import SpikeWindow
 from kabrn_dist.train.trainer import Trainer
-from tests.support import fork_server as forks
-from tests.support.runs import read_losses, sessions, write_config
+from tests.support import fork_server
+from tests.support.runs import read_losses, run_sessions, write_small_config
 from tests.support.shard_sets import Texts, make_set
 
 STEPS = 6
@@ -53,10 +53,10 @@ def test_a_step_with_nan_on_one_rank_changes_nothing(shards: Path, tmp_path: Pat
         often = {"checkpoint__save_interval": 1, "checkpoint__keep_last": STEPS}
         for name, stops in (("whole", [None]), ("parts", [BAD, None])):
             folder = tmp_path / f"{name}{zero}{precision}"
-            path = write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes, **often, **ONE_PASS)
+            path = write_small_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes, **often, **ONE_PASS)
             jobs += [[str(path), "auto", stop] for stop in stops]
     marks = ",".join(f"loss@1#{STEPS * run + BAD}:mark" for run in range(2 * len(CASES)))
-    sessions(2, jobs, tmp_path, KABRN_FAULT=marks)
+    run_sessions(2, jobs, tmp_path, KABRN_FAULT=marks)
     for zero, precision in CASES:
         whole, parts = (tmp_path / f"{name}{zero}{precision}" for name in ("whole", "parts"))
         (before, state_before), (after, state_after) = checkpoint(whole, BAD - 1), checkpoint(whole, BAD)
@@ -72,10 +72,10 @@ def test_a_step_with_nan_on_one_rank_changes_nothing(shards: Path, tmp_path: Pat
 
 
 def test_the_run_names_step_positions_and_rank(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **ONE_PASS)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", **ONE_PASS)
     ended = train(config, 2, KABRN_FAULT=f"loss@1#{BAD}:mark")
-    assert ended.codes == (0, 0), ended.out
-    assert f"step      {BAD}  skipped: non-finite loss on rank 1, data positions [12, 16)" in ended.out, ended.out
+    assert ended.exit_codes == (0, 0), ended.output
+    assert f"step      {BAD}  skipped: non-finite loss on rank 1, data positions [12, 16)" in ended.output, ended.output
     assert read_losses(tmp_path / "run", "guard/skipped") == [0.0] * (BAD - 1) + [1.0] * (STEPS - BAD + 1)
     assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
 
@@ -86,10 +86,10 @@ def test_a_gradient_that_is_not_finite_is_noticed_at_every_stage(shards: Path, t
     for zero in (0, 1, 2, 3):
         folder = tmp_path / str(zero)
         changes = {"parallel__zero_stage": zero, "parallel__expert_parallel": 2, **ONE_PASS}
-        jobs.append([str(write_config(tmp_path / f"{zero}.yaml", shards, folder, **changes)), "never", None])
-    ended = forks.run("tests.train.test_guard:spoil_gradients", [jobs, BAD], 2, 100)
-    assert ended.code == 0, ended.out
-    assert ended.out.count(f"step      {BAD}  skipped: non-finite gradient on rank") == 4, ended.out
+        jobs.append([str(write_small_config(tmp_path / f"{zero}.yaml", shards, folder, **changes)), "never", None])
+    ended = fork_server.run_ranks("tests.train.test_guard:spoil_gradients", [jobs, BAD], 2, 100)
+    assert ended.exit_code == 0, ended.output
+    assert ended.output.count(f"step      {BAD}  skipped: non-finite gradient on rank") == 4, ended.output
     for zero in (0, 1, 2, 3):
         assert len(read_losses(tmp_path / str(zero))) == STEPS
         assert checkpoint(tmp_path / str(zero), STEPS)[1]["updates"] == STEPS - 1
@@ -113,9 +113,9 @@ def spoil_gradients(jobs: list[list[Any]], step: int) -> None:
             session.engine.close()
 
 
-def train(config: Path, world: int, **variables: str) -> forks.Ended:
+def train(config: Path, world: int, **variables: str) -> fork_server.GroupResult:
     """launch/train.py to its end."""
-    with forks.start("launch.train:main", [["--config", str(config)]], world, **variables) as group:
+    with fork_server.start_ranks("launch.train:main", [["--config", str(config)]], world, **variables) as group:
         return group.wait(100, grace=None)
 
 
@@ -129,14 +129,14 @@ def test_bad_steps_lead_back_to_the_checkpoint_and_past_the_data(zero: int, shar
     }
     often = {"checkpoint__save_interval": 3, "checkpoint__keep_last": 9}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    paths = [write_config(tmp_path / f"{f.name}.yaml", shards, f, **changes, **often) for f in (whole, parts)]
+    paths = [write_small_config(tmp_path / f"{f.name}.yaml", shards, f, **changes, **often) for f in (whole, parts)]
     # Steps 4 and 5 are bad: back to 3, so the run takes 11 in all, and in the second run the eighth is taken again.
     jobs: list[list[object]] = [
         [str(paths[0]), "never", None],
         [str(paths[1]), "never", 5],
         [str(paths[1]), "must", None],
     ]
-    sessions(2, jobs, tmp_path, KABRN_FAULT="loss@1#4:mark,loss@0#5:mark,loss@0#15:mark,loss@0#16:mark")
+    run_sessions(2, jobs, tmp_path, KABRN_FAULT="loss@1#4:mark,loss@0#5:mark,loss@0#15:mark,loss@0#16:mark")
     for step in (6, 9):
         tensors, state = checkpoint(whole, step)
         again, resumed = checkpoint(parts, step)
@@ -157,38 +157,40 @@ def test_a_run_ends_early_where_data_that_was_passed_over_is_missing_at_the_end(
         "checkpoint__save_interval": 3,
         "guard__stop_exit_code": 75,
     }
-    config = write_config(tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", **changes)
+    config = write_small_config(tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", **changes)
     sequences = open_datasets(load_config(config)).train.length
     assert sequences is not None
     steps = sequences // 4
-    config = write_config(tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", training__steps=steps, **changes)
+    config = write_small_config(
+        tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", training__steps=steps, **changes
+    )
     ended = train(config, 2, KABRN_FAULT="loss@1#4:mark,loss@1#5:mark")
-    assert ended.codes == (0, 0) and f"finished at step {steps - 2}" in ended.out, ended.out
+    assert ended.exit_codes == (0, 0) and f"finished at step {steps - 2}" in ended.output, ended.output
     again = train(config, 2)
-    assert again.codes == (0, 0) and f"finished at step {steps - 2}" in again.out, again.out
+    assert again.exit_codes == (0, 0) and f"finished at step {steps - 2}" in again.output, again.output
 
 
 def test_a_run_that_keeps_failing_stops_and_saves_nothing(shards: Path, tmp_path: Path) -> None:
     changes = {"training__global_batch_size": 4, "guard__max_bad_steps": 2, "checkpoint__save_interval": 2}
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **changes)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", **changes)
     ended = train(config, 2, KABRN_FAULT=",".join(f"loss@0#{n}:mark" for n in range(3, 12)))
-    assert ended.codes == (2, 2), ended.out
-    assert "2 bad steps in a row, up to step 4: back to step-00000002" in ended.out
-    assert "the run has gone back to step 2 before" in ended.out
+    assert ended.exit_codes == (2, 2), ended.output
+    assert "2 bad steps in a row, up to step 4: back to step-00000002" in ended.output
+    assert "the run has gone back to step 2 before" in ended.output
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-00000002"]
-    fresh = write_config(tmp_path / "d.yaml", shards, tmp_path / "fresh", **changes)
+    fresh = write_small_config(tmp_path / "d.yaml", shards, tmp_path / "fresh", **changes)
     ended = train(fresh, 2, KABRN_FAULT="loss@0#1:mark,loss@0#2:mark")
-    assert ended.codes == (2, 2) and "no checkpoint to go back to" in ended.out, ended.out
+    assert ended.exit_codes == (2, 2) and "no checkpoint to go back to" in ended.output, ended.output
 
 
 def test_two_failed_saves_stop_the_run(shards: Path, tmp_path: Path) -> None:
     for background in (True, False):
         folder = tmp_path / str(background)
         changes = {"training__steps": 500, "checkpoint__save_interval": 2, "checkpoint__async_save": background}
-        config = write_config(tmp_path / f"{background}.yaml", shards, folder, **changes)
+        config = write_small_config(tmp_path / f"{background}.yaml", shards, folder, **changes)
         ended = train(config, 2, KABRN_FAULT="save.written@1#2:full,save.written@1#3:full")
-        assert ended.codes == (2, 2), ended.out
-        assert "2 checkpoints in a row could not be saved" in ended.out
+        assert ended.exit_codes == (2, 2), ended.output
+        assert "2 checkpoints in a row could not be saved" in ended.output
         assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000002"]
 
 
@@ -196,9 +198,9 @@ def test_two_failed_saves_stop_the_run(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_fp16_begins_with_its_own_scale_after_another_precision(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = write_config(tmp_path / "a.yaml", shards, folder, training__precision="bf16")
-    second = write_config(tmp_path / "b.yaml", shards, folder, training__precision="fp16")
-    sessions(1, [[str(first), "auto", 2], [str(second), "must", 1]], tmp_path)
+    first = write_small_config(tmp_path / "a.yaml", shards, folder, training__precision="bf16")
+    second = write_small_config(tmp_path / "b.yaml", shards, folder, training__precision="fp16")
+    run_sessions(1, [[str(first), "auto", 2], [str(second), "must", 1]], tmp_path)
     _, state = checkpoint(folder, 3)
     # The first step may overflow and halve it.
     assert state["loss_scale"] in (2.0**16, 2.0**15) and state["precision"] == "fp16"
@@ -234,10 +236,10 @@ def test_spikes_are_skipped_alike_after_a_resume(shards: Path, tmp_path: Path) -
     }
     folders = [tmp_path / "whole", tmp_path / "parts"]
     whole, parts = (
-        str(write_config(tmp_path / f"{f.name}.yaml", shards, f, validation__eval_sequences=1, **changes))
+        str(write_small_config(tmp_path / f"{f.name}.yaml", shards, f, validation__eval_sequences=1, **changes))
         for f in folders
     )
-    sessions(2, [[whole, "never", None], [parts, "never", 11], [parts, "must", None]], tmp_path)
+    run_sessions(2, [[whole, "never", None], [parts, "never", 11], [parts, "must", None]], tmp_path)
     states = [checkpoint(folder, 18)[1] for folder in folders]
     assert states[0]["guard"] == states[1]["guard"] and read_losses(folders[0]) == read_losses(folders[1])
     skipped = states[0]["guard"]["skipped"]

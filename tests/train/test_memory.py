@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.support.runs import ranks, write_config
+from tests.support.runs import run_worker, write_small_config
 
 
 def test_no_tensor_outlives_its_step(shards: Path, tmp_path: Path) -> None:
@@ -26,6 +26,6 @@ def test_no_tensor_outlives_its_step(shards: Path, tmp_path: Path) -> None:
                 "model__short_conv_size": 3,
             }
         changes |= {"training__log_interval": 100, "guard__spike": "off"}
-        paths.append(str(write_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes)))
+        paths.append(str(write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes)))
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
-    ranks(2, "memory", str(tmp_path / "jobs.json"))
+    run_worker(2, "memory", str(tmp_path / "jobs.json"))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
-from tests.support.runs import read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, write_small_config
 
 STEPS = 10
 # World size → (sequence parallelism, expert parallelism, experts per rank).
@@ -59,10 +59,10 @@ def train_all(world: int, sizes: dict[str, Any], shards: Path, folder: Path) -> 
     runs = []
     for layout in layouts(world, sizes.get("model__quantize", True)):
         name = f"w{world}-" + "-".join(f"{key.split('__')[1]}{value}" for key, value in layout.items())
-        path = write_config(folder / f"{name}.yaml", shards, folder / name, **sizes, **layout)
+        path = write_small_config(folder / f"{name}.yaml", shards, folder / name, **sizes, **layout)
         jobs.append([str(path), "never", None])
         runs.append(folder / name)
-    sessions(world, jobs, folder, timeout=900)
+    run_sessions(world, jobs, folder, timeout=900)
     return runs
 
 
@@ -168,7 +168,7 @@ def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_
             for kept in ("keep", "recompute", "offload") if world == 1 else ("recompute", "offload"):
                 name = f"w{world}-{number}-{kept}"
                 changes = {f"parallel__{key}": value for key, value in layout.items()}
-                path = write_config(
+                path = write_small_config(
                     tmp_path / f"{name}.yaml",
                     shards,
                     tmp_path / name,
@@ -178,6 +178,6 @@ def test_hybrid_layers_and_recomputed_activations_keep_parity(shards: Path, tmp_
                 )
                 jobs.append([str(path), "never", None])
                 runs.append(tmp_path / name)
-        sessions(world, jobs, tmp_path, timeout=900)
+        run_sessions(world, jobs, tmp_path, timeout=900)
     losses = losses_apart(runs)
     assert max(losses.values()) <= 1e-5, losses

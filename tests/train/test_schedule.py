@@ -16,7 +16,7 @@ from kabrn_dist.config import Config, OptimizerConfig
 from kabrn_dist.config.file import load_config
 from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.utils.errors import UserError
-from tests.support.runs import read_losses, sessions, write_config
+from tests.support.runs import read_losses, run_sessions, write_small_config
 
 TWO_STAGES: dict[str, Any] = {
     "optimizer__lr_schedule": "linear",
@@ -59,7 +59,7 @@ def test_a_second_stage_has_its_own_peak_and_weight_decay(decay: str, steps: int
 
 
 def complaint(tmp_path: Path, **changes: Any) -> str:
-    path = write_config(tmp_path / "c.yaml", tmp_path, tmp_path / "run", **changes)
+    path = write_small_config(tmp_path / "c.yaml", tmp_path, tmp_path / "run", **changes)
     with pytest.raises(UserError) as caught:
         load_config(path)
     message = str(caught.value)
@@ -83,7 +83,7 @@ def test_stages_out_of_order(tmp_path: Path, steps: int, warmup: int, at: float,
         assert named in message
     found = float(message.split("set at to ")[1].split(",")[0])
     assert found == pytest.approx(remedy)
-    fixed = write_config(
+    fixed = write_small_config(
         tmp_path / "d.yaml", tmp_path, tmp_path / "run", **changes, optimizer__second_stage=second | {"at": found}
     )
     optimizer = load_config(fixed).optimizer
@@ -139,10 +139,10 @@ def test_a_resume_across_the_boundary_is_bit_equal(shards: Path, tmp_path: Path)
     warming = {"model__quantize_start_step": 1, "model__quantize_warmup_steps": 4}
     for zero in (0, 1, 2, 3):
         layout = {"parallel__expert_parallel": 2, "parallel__zero_stage": zero, **TWO_STAGES, **warming}
-        whole = write_config(tmp_path / f"whole{zero}.yaml", shards, tmp_path / f"whole{zero}", **layout)
-        parts = write_config(tmp_path / f"parts{zero}.yaml", shards, tmp_path / f"parts{zero}", **layout)
+        whole = write_small_config(tmp_path / f"whole{zero}.yaml", shards, tmp_path / f"whole{zero}", **layout)
+        parts = write_small_config(tmp_path / f"parts{zero}.yaml", shards, tmp_path / f"parts{zero}", **layout)
         jobs += [[str(whole), "never", None], *([str(parts), "auto", stop] for stop in (4, 1, 1, None))]
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     for zero in (0, 1, 2, 3):
         whole, parts = tmp_path / f"whole{zero}", tmp_path / f"parts{zero}"
         assert len(read_losses(whole)) == 10
@@ -179,8 +179,10 @@ def test_the_weight_decay_reaches_matrices_and_no_coefficients(shards: Path, tmp
                 "checkpoint__save_interval": 1,
                 "checkpoint__keep_last": 4,
             }
-            jobs.append([str(write_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None])
-    sessions(2, jobs, tmp_path)
+            jobs.append(
+                [str(write_small_config(tmp_path / f"{folder.name}.yaml", shards, folder, **changes)), "never", None]
+            )
+    run_sessions(2, jobs, tmp_path)
     for zero in (0, 1, 3):
         none, some = (read_masters(runs[zero, decay], 3) for decay in (0.0, 0.4))
         before = read_masters(runs[zero, 0.0], 2)

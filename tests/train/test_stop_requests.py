@@ -16,23 +16,30 @@ import pytest
 from kabrn_dist.checkpoint.store import read_manifest
 from kabrn_dist.config import GuardConfig
 from kabrn_dist.train.stop_requests import ECHO_SECONDS, StopRequests
-from tests.support import fork_server as forks
-from tests.support.runs import deepspeed, finish, start, torchrun, wait_for_steps, write_config
+from tests.support import fork_server
+from tests.support.runs import (
+    deepspeed_command,
+    start_command,
+    torchrun_command,
+    wait_for_exit,
+    wait_for_steps,
+    write_small_config,
+)
 
 TRAIN = "launch/train.py"
 LONG = {"training__steps": 5000, "parallel__expert_parallel": 2}
 
 
-def train(config: Path, world: int, *options: str, **variables: str) -> forks.Group:
+def train(config: Path, world: int, *options: str, **variables: str) -> fork_server.RankGroup:
     """launch/train.py in `world` processes."""
-    return forks.start("launch.train:main", [["--config", str(config), *options]], world, **variables)
+    return fork_server.start_ranks("launch.train:main", [["--config", str(config), *options]], world, **variables)
 
 
-def until(happened: Callable[[], bool], group: forks.Group) -> None:
+def until(happened: Callable[[], bool], group: fork_server.RankGroup) -> None:
     """Wait for what a running group does."""
     deadline = time.monotonic() + 60
     while not happened():
-        assert None in group.codes() and time.monotonic() < deadline, group.out()
+        assert None in group.exit_codes() and time.monotonic() < deadline, group.output()
         time.sleep(0.01)
 
 
@@ -55,37 +62,37 @@ def check_saved(folder: Path) -> int:
 def test_a_signal_to_one_rank_stops_and_saves_all(
     rank: int, number: signal.Signals, shards: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__stop_exit_code=75, **LONG)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__stop_exit_code=75, **LONG)
     with train(config, 2) as group:
         until(lambda: len(entries(tmp_path / "run")) >= 2, group)
         group.kill(rank, number)
         ended = group.wait(60, grace=None)
-    assert ended.codes == (75, 75), ended.out
+    assert ended.exit_codes == (75, 75), ended.output
     last = check_saved(tmp_path / "run")
-    assert f"stopped at step {last}" in ended.out and "error" not in ended.out and "Traceback" not in ended.out
+    assert f"stopped at step {last}" in ended.output and "error" not in ended.output and "Traceback" not in ended.output
     with train(config, 2, "--resume", "must", "--set", f"training.steps={last + 1}") as group:
         ended = group.wait(60)
-    assert ended.codes == (0, 0) and f"at step {last}\n" in ended.out, ended.out
+    assert ended.exit_codes == (0, 0) and f"at step {last}\n" in ended.output, ended.output
 
 
 def test_a_stop_file_is_seen_while_validating(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     every = {"validation__eval_interval": 2, "validation__eval_sequences": 4096}
-    config = write_config(tmp_path / "c.yaml", shards, folder, **LONG, **every)
+    config = write_small_config(tmp_path / "c.yaml", shards, folder, **LONG, **every)
     with train(config, 2) as group:
         until(lambda: bool(entries(folder)) and entries(folder)[-1]["step"] == 2, group)
         (folder / "STOP").touch()
         ended = group.wait(60, grace=None)
-    assert ended.codes == (0, 0), ended.out
+    assert ended.exit_codes == (0, 0), ended.output
     assert check_saved(folder) == 2
-    assert "validation" not in ended.out and not any("validation/loss" in entry for entry in entries(folder))
+    assert "validation" not in ended.output and not any("validation/loss" in entry for entry in entries(folder))
 
 
 def test_a_run_ends_when_its_time_is_up(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", run__max_minutes=0.03, **LONG)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", run__max_minutes=0.03, **LONG)
     with train(config, 2) as group:
         ended = group.wait(60, grace=None)
-    assert ended.codes == (0, 0), ended.out
+    assert ended.exit_codes == (0, 0), ended.output
     check_saved(tmp_path / "run")
 
 
@@ -98,8 +105,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); print(w.stop(), flush=True)\n"
         "    time.sleep(0.4); os.kill(os.getpid(), signal.SIGINT); time.sleep(1); print('still here')\n"
     )
-    ended = finish(start([sys.executable, "-c", code, str(tmp_path)]), 60)
-    assert (ended.code, ended.out) == (-signal.SIGINT, "True\n")
+    ended = wait_for_exit(start_command([sys.executable, "-c", code, str(tmp_path)]), 60)
+    assert (ended.exit_code, ended.output) == (-signal.SIGINT, "True\n")
 
 
 def test_time_and_file_are_wishes(tmp_path: Path) -> None:
@@ -114,36 +121,40 @@ def test_time_and_file_are_wishes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_the_end_of_the_launcher_ends_in_a_checkpoint(launcher: str, shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
-    command = {"torchrun": torchrun, "deepspeed": deepspeed}[launcher](2, TRAIN, "--config", str(config))
-    process = start(command)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
+    command = {"torchrun": torchrun_command, "deepspeed": deepspeed_command}[launcher](
+        2, TRAIN, "--config", str(config)
+    )
+    process = start_command(command)
     wait_for_steps(process, tmp_path / "run", 2)
     parent = psutil.Process(process.pid)
     if launcher == "deepspeed":
         # `deepspeed` starts the process that starts and ends the ranks; schedulers signal all of them.
         parent = next(child for child in parent.children() if "deepspeed.launcher.launch" in child.cmdline())
     parent.terminate()
-    ended = finish(process, timeout=60)
-    assert "stopped at step" in ended.out, ended.out
+    ended = wait_for_exit(process, timeout=60)
+    assert "stopped at step" in ended.output, ended.output
     check_saved(tmp_path / "run")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_the_error_of_one_rank_comes_first_and_ends_all(launcher: str, shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
-    command = {"torchrun": torchrun, "deepspeed": deepspeed}[launcher](2, TRAIN, "--config", str(config))
-    ended = finish(start(command, KABRN_FAULT="step.begin@1#3:raise"), timeout=60)
-    assert ended.code != 0
-    _check_cause(ended.out)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
+    command = {"torchrun": torchrun_command, "deepspeed": deepspeed_command}[launcher](
+        2, TRAIN, "--config", str(config)
+    )
+    ended = wait_for_exit(start_command(command, KABRN_FAULT="step.begin@1#3:raise"), timeout=60)
+    assert ended.exit_code != 0
+    _check_cause(ended.output)
 
 
 def test_the_others_say_one_line_of_a_rank_that_has_gone(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", **LONG)
     with train(config, 2, KABRN_FAULT="step.begin@1#3:raise") as group:
         ended = group.wait(60, grace=None)
-    assert ended.codes == (1, 1), ended.out
-    _check_cause(ended.out)
-    assert "rank 0 ends, as another rank has gone" in ended.out
+    assert ended.exit_codes == (1, 1), ended.output
+    _check_cause(ended.output)
+    assert "rank 0 ends, as another rank has gone" in ended.output
 
 
 def _check_cause(out: str) -> None:
@@ -154,26 +165,28 @@ def _check_cause(out: str) -> None:
 
 
 def test_a_rank_that_hangs_shows_its_stacks_and_ends(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__hang_timeout_s=3, **LONG)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__hang_timeout_s=3, **LONG)
     with train(config, 2, KABRN_FAULT="step.begin@1#3:sleep") as group:
         ended = group.wait(60, grace=None)
-    assert ended.codes == (70, 70), ended.out
+    assert ended.exit_codes == (70, 70), ended.output
     for rank in (0, 1):
-        assert f"error: rank {rank} made no progress for" in ended.out
-    assert "while in step 3" in ended.out and "in _strike" in ended.out and "in read_step" in ended.out
+        assert f"error: rank {rank} made no progress for" in ended.output
+    assert "while in step 3" in ended.output and "in _strike" in ended.output and "in read_step" in ended.output
 
 
 def test_a_second_run_on_one_folder_is_refused(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", shards, folder, **LONG)
+    config = write_small_config(tmp_path / "c.yaml", shards, folder, **LONG)
     with train(config, 2) as first:
         until(lambda: len(entries(folder)) >= 2, first)
         before = (folder / "config.yaml").stat().st_mtime_ns
         with train(config, 2) as second:
             refused = second.wait(60, grace=None)
-        assert refused.codes == (2, 2) and f"{folder}: a run is going on in this folder" in refused.out, refused.out
+        assert refused.exit_codes == (2, 2) and f"{folder}: a run is going on in this folder" in refused.output, (
+            refused.output
+        )
         assert (folder / "config.yaml").stat().st_mtime_ns == before
         first.kill(1, signal.SIGTERM)
         ended = first.wait(60, grace=None)
-    assert ended.codes == (0, 0), ended.out
+    assert ended.exit_codes == (0, 0), ended.output
     assert [entry["step"] for entry in entries(folder)] == list(range(1, check_saved(folder) + 1))

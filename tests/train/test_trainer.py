@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.runs import deepspeed, finish, read_losses, run, sessions, start, wait_for_steps, write_config
+from tests.support.runs import (
+    deepspeed_command,
+    read_losses,
+    run_command,
+    run_sessions,
+    start_command,
+    wait_for_exit,
+    wait_for_steps,
+    write_small_config,
+)
 
 TRAIN = "launch/train.py"
 
@@ -18,15 +27,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shards: Path, tmp
     jobs: list[list[object]] = []
     for zero in (0, 1, 2, 3):
         layout = {"parallel__expert_parallel": 2, "parallel__zero_stage": zero}
-        whole = write_config(tmp_path / f"whole{zero}.yaml", shards, tmp_path / f"whole{zero}", **layout)
-        parts = write_config(tmp_path / f"parts{zero}.yaml", shards, tmp_path / f"parts{zero}", **layout)
+        whole = write_small_config(tmp_path / f"whole{zero}.yaml", shards, tmp_path / f"whole{zero}", **layout)
+        parts = write_small_config(tmp_path / f"parts{zero}.yaml", shards, tmp_path / f"parts{zero}", **layout)
         jobs += [
             [str(whole), "never", None],
             [str(parts), "auto", 4],
             [str(parts), "must", 3],
             [str(parts), "auto", None],
         ]
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     for zero in (0, 1, 2, 3):
         whole_losses = read_losses(tmp_path / f"whole{zero}")
         assert len(whole_losses) == 10
@@ -37,21 +46,21 @@ def test_a_run_resumes_at_another_world_size_placement_and_stage(shards: Path, t
     folder = tmp_path / "run"
     first = {"parallel__expert_parallel": 2, "parallel__experts_per_rank": [1, 3], "parallel__zero_stage": 1}
     common = {"model__quantize": False}
-    started = write_config(tmp_path / "a.yaml", shards, folder, **first, **common)
-    other = write_config(
+    started = write_small_config(tmp_path / "a.yaml", shards, folder, **first, **common)
+    other = write_small_config(
         tmp_path / "b.yaml", shards, folder, parallel__expert_parallel=4, parallel__zero_stage=3, **common
     )
-    whole = write_config(tmp_path / "c.yaml", shards, tmp_path / "whole", **common)
-    sessions(2, [[str(started), "never", 5]], tmp_path)
-    sessions(4, [[str(other), "must", None]], tmp_path)
-    sessions(1, [[str(whole), "never", None]], tmp_path)
+    whole = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "whole", **common)
+    run_sessions(2, [[str(started), "never", 5]], tmp_path)
+    run_sessions(4, [[str(other), "must", None]], tmp_path)
+    run_sessions(1, [[str(whole), "never", None]], tmp_path)
     apart = [abs(a - b) for a, b in zip(read_losses(folder), read_losses(tmp_path / "whole"), strict=True)]
     assert len(apart) == 10
     assert max(apart) <= 1e-5, apart
 
 
 def test_the_deepspeed_launcher_trains_and_generate_writes(shards: Path, tmp_path: Path) -> None:
-    config = write_config(
+    config = write_small_config(
         tmp_path / "c.yaml",
         shards,
         tmp_path / "run",
@@ -59,10 +68,10 @@ def test_the_deepspeed_launcher_trains_and_generate_writes(shards: Path, tmp_pat
         validation__eval_interval=5,
         checkpoint__save_interval=5,
     )
-    result = run(deepspeed(2, TRAIN, "--config", str(config)))
-    assert result.code == 0, result.out
-    assert "finished at step 10" in result.out
-    assert "bits per byte (gzip -9" in result.out
+    result = run_command(deepspeed_command(2, TRAIN, "--config", str(config)))
+    assert result.exit_code == 0, result.output
+    assert "finished at step 10" in result.output
+    assert "bits per byte (gzip -9" in result.output
     assert (tmp_path / "run" / "config.yaml").exists()
     _check_scalars(tmp_path / "run" / "tensorboard")
     command = [
@@ -75,11 +84,11 @@ def test_the_deepspeed_launcher_trains_and_generate_writes(shards: Path, tmp_pat
         "--tokens",
         "20",
     ]
-    written = run(command)
-    assert written.code == 0, written.out
-    assert written.out.startswith("def "), written.out
-    text = written.out.split("[step 10")[0]
-    assert run(command).out.split("[step 10")[0] == text, "the seed decides the text"
+    written = run_command(command)
+    assert written.exit_code == 0, written.output
+    assert written.output.startswith("def "), written.output
+    text = written.output.split("[step 10")[0]
+    assert run_command(command).output.split("[step 10")[0] == text, "the seed decides the text"
 
 
 def _check_scalars(folder: Path) -> None:
@@ -113,19 +122,19 @@ def _check_scalars(folder: Path) -> None:
 
 
 def test_a_plain_process_told_to_stop_saves_and_resumes_exactly(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", training__steps=400)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", training__steps=400)
     command = [sys.executable, TRAIN, "--config", str(config)]
-    process = start(command)
+    process = start_command(command)
     wait_for_steps(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
-    ended = finish(process, timeout=60)
-    assert ended.code == 0, ended.out
-    assert "stopped at step" in ended.out
+    ended = wait_for_exit(process, timeout=60)
+    assert ended.exit_code == 0, ended.output
+    assert "stopped at step" in ended.output
     stopped = len(read_losses(tmp_path / "run"))
     assert 3 <= stopped < 400
-    again = run([*command, "--resume", "must", "--stop-after", "5"])
-    assert again.code == 0, again.out
-    assert f"at step {stopped}" in again.out
+    again = run_command([*command, "--resume", "must", "--stop-after", "5"])
+    assert again.exit_code == 0, again.output
+    assert f"at step {stopped}" in again.output
     assert len(read_losses(tmp_path / "run")) == stopped + 5
 
 
@@ -134,7 +143,7 @@ def test_losses_are_the_same_with_recomputed_and_offloaded_activations(shards: P
     for zero in (1, 3):
         for kept in ("keep", "recompute", "offload"):
             name = f"{kept}{zero}"
-            path = write_config(
+            path = write_small_config(
                 tmp_path / f"{name}.yaml",
                 shards,
                 tmp_path / name,
@@ -144,7 +153,7 @@ def test_losses_are_the_same_with_recomputed_and_offloaded_activations(shards: P
                 model__quantize=False,
             )
             jobs.append([str(path), "never", None])
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     for zero in (1, 3):
         kept_losses = read_losses(tmp_path / f"keep{zero}")
         assert len(kept_losses) == 10
@@ -156,7 +165,7 @@ def test_bf16_trains_and_resumes_under_every_stage(shards: Path, tmp_path: Path)
     jobs: list[list[object]] = []
     for zero in (0, 1, 2, 3):
         for name, stops in (("whole", [None]), ("parts", [6, None])):
-            path = write_config(
+            path = write_small_config(
                 tmp_path / f"{name}{zero}.yaml",
                 shards,
                 tmp_path / f"{name}{zero}",
@@ -165,7 +174,7 @@ def test_bf16_trains_and_resumes_under_every_stage(shards: Path, tmp_path: Path)
                 training__precision="bf16",
             )
             jobs += [[str(path), "auto", stop] for stop in stops]
-    sessions(2, jobs, tmp_path)
+    run_sessions(2, jobs, tmp_path)
     for zero in (0, 1, 2, 3):
         whole = read_losses(tmp_path / f"whole{zero}")
         assert whole[-1] < whole[0] - 0.1
@@ -173,8 +182,8 @@ def test_bf16_trains_and_resumes_under_every_stage(shards: Path, tmp_path: Path)
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run")
-    sessions(1, [[str(config), "auto", 4], [str(config), "must", None]], tmp_path)
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run")
+    run_sessions(1, [[str(config), "auto", 4], [str(config), "must", None]], tmp_path)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss/total")] == list(range(1, 11))
@@ -184,7 +193,7 @@ def test_mpirun_starts_a_run(shards: Path, tmp_path: Path) -> None:
     launcher = Path(sys.executable).parent / "mpirun"
     if not launcher.exists():
         pytest.skip("the mpi extra is not installed")
-    config = write_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=2)
-    result = run([str(launcher), "-n", "2", sys.executable, TRAIN, "--config", str(config)])
-    assert result.code == 0, result.out
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=2)
+    result = run_command([str(launcher), "-n", "2", sys.executable, TRAIN, "--config", str(config)])
+    assert result.exit_code == 0, result.output
     assert len(read_losses(tmp_path / "run")) == 10
