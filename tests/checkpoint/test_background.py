@@ -355,8 +355,8 @@ def test_a_lock_that_a_killed_run_leaves_to_its_child_is_waited_for(
 ) -> None:
     """Between fork and exec a child has all that its parent had open; it may outlive the parent by a moment."""
     script = (
-        "import os, sys; from pathlib import Path; from kabrn_dist.utils.lock import hold\n"
-        "lock = hold(Path(sys.argv[1]))\n"
+        "import os, sys; from pathlib import Path; from kabrn_dist.utils.lock import acquire_lock\n"
+        "lock = acquire_lock(Path(sys.argv[1]))\n"
         "if os.fork() == 0:\n    sys.stdin.read(); os._exit(0)\n"
         "os.kill(os.getpid(), 9)"
     )
@@ -375,8 +375,8 @@ def test_a_second_run_on_one_folder_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lock_module, "PATIENCE_SECONDS", 0.2)
     folder = tmp_path / "run"
     script = (
-        "import sys, time; from pathlib import Path; from kabrn_dist.utils.lock import hold\n"
-        "lock = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from kabrn_dist.utils.lock import acquire_lock\n"
+        "lock = acquire_lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
