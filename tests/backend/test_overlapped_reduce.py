@@ -21,7 +21,7 @@ WIDTHS = [5, 3, 7, 2, 4, 6, 1, 3, 5]
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_gets_its_piece_of_the_summed_gradient_and_waits_last(world: int) -> None:
-    run_worker(world, "test_homing")
+    run_worker(world, "tests.backend.test_overlapped_reduce")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
         }
         paths.append(str(write_small_config(tmp_path / f"{stage}.yaml", shards, tmp_path / str(stage), **changes)))
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
-    run_worker(1, "precision", str(tmp_path / "jobs.json"))
+    run_worker(1, "tests.workers.precision", str(tmp_path / "jobs.json"))
     for stage, dtypes in enumerate(json.loads((tmp_path / "dtypes.json").read_text())):
         fine = {name for name, dtype in dtypes.items() if dtype == "torch.float32"}
         states = {"router/bias", "router/share"}

@@ -48,7 +48,7 @@ def test_losses_are_those_of_zero_1_and_codes_agree(shards: Path, tmp_path: Path
     for world, layouts in LAYOUTS.items():
         paths = [configure(tmp_path / f"{world}-{i}.yaml", shards, layout, True) for i, layout in enumerate(layouts)]
         (tmp_path / "jobs.json").write_text(json.dumps([str(path) for path in paths]))
-        run_worker(world, "shards", str(tmp_path / "jobs.json"), timeout=600)
+        run_worker(world, "tests.workers.shards", str(tmp_path / "jobs.json"), timeout=600)
         for path in paths:
             found = read_losses(path.with_suffix(""))
             apart[path.stem] = max(abs(a - b) for a, b in zip(found, expected, strict=True))

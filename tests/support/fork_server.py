@@ -1,8 +1,8 @@
-"""Processes for tests in milliseconds: a server that has imported torch and DeepSpeed forks one for each rank.
+"""Start the ranks of a test in milliseconds: a server that has imported torch and DeepSpeed forks them.
 
-The server has one thread and never touches a process group, so its children are what a launcher would start: each has
-the launcher's variables, can be killed by itself, and its exit code is seen. Nobody looks for a free port: the ranks
-meet at a store in the process that asked for them, as those of torchrun do.
+The server has a single thread and never joins a process group, so its children equal the processes of a launcher: each
+has the launcher's environment variables, can be killed on its own, and reports its exit code. No free port is needed:
+as with torchrun, the ranks meet at a TCP store, here in the test process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
-# What a training process imports at its start and on its way.
+# Everything that a training process imports, at its start or later.
 PRELOADED = (
     "launch.train",
     "kabrn_dist.train.trainer",
@@ -43,12 +43,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True)
 class GroupResult:
-    """What a group of processes left behind.
+    """Result of a group of ranks that has ended.
 
     Attributes:
-        codes: exit code of each rank; negative: the signal that ended it.
-        code: of the rank that failed first; 0 if none did.
-        out: what all of them wrote, stdout and stderr together.
+        exit_codes: exit code of each rank; negative: the signal that ended it.
+        exit_code: exit code of the rank that failed first; 0 if none did.
+        output: stdout and stderr of all ranks, in one text.
     """
 
     exit_codes: tuple[int, ...]
@@ -57,7 +57,7 @@ class GroupResult:
 
 
 class RankGroup:
-    """Processes started together. A context: at its end none of them is left."""
+    """Ranks that were started together. Leaving the context kills those that still run."""
 
     def __init__(self, server: ForkServer, target: str, arguments: Sequence[Any], world: int, **variables: str) -> None:
         self._server = server
@@ -88,8 +88,8 @@ class RankGroup:
         self._out.unlink(missing_ok=True)
 
     def exit_codes(self) -> list[int | None]:
-        """Exit code of each rank; None while it runs."""
-        # Until a code is asked for the process is at least a zombie: its id never becomes another's.
+        """Return the exit code of each rank, None while it runs."""
+        # The server reaps a process only here: until then its id cannot be given to another process.
         codes: list[int | None] = self._server.request(poll=self.pids)
         for rank, code in enumerate(codes):
             if code and self._codes[rank] is None and not self._first_failure:
@@ -98,21 +98,21 @@ class RankGroup:
         return codes
 
     def kill(self, rank: int | None = None, signal_number: int = signal.SIGKILL) -> None:
-        """Send a signal to one rank, or to all that still run."""
-        chosen = range(len(self.pids)) if rank is None else [rank]
-        for one in chosen:
-            if self._codes[one] is None:
-                os.kill(self.pids[one], signal_number)
+        """Send a signal to one rank, or to all ranks that still run."""
+        ranks = range(len(self.pids)) if rank is None else [rank]
+        for target in ranks:
+            if self._codes[target] is None:
+                os.kill(self.pids[target], signal_number)
 
     def output(self) -> str:
-        """What all ranks have written up to now."""
+        """Return what all ranks have written up to now."""
         return self._out.read_text(errors="replace")
 
     def wait(self, timeout: float = 300.0, grace: float | None = 10.0) -> GroupResult:
-        """Until all have ended; after `timeout` seconds those that still run are killed, which is their exit code.
+        """Wait until all ranks have ended; kill those that still run after `timeout` seconds.
 
-        The first that fails takes the others with it, as with a launcher: SIGTERM, and SIGKILL after `grace` seconds.
-        None: the others are left alone.
+        As with a launcher, the first rank that fails ends the others: SIGTERM, then SIGKILL after `grace` seconds.
+        With `grace` None the others go on.
         """
         deadline, warned = time.monotonic() + timeout, False
         while None in self.exit_codes():
@@ -127,7 +127,7 @@ class RankGroup:
 
 
 class ForkServer:
-    """The client's end of a fork server, which lives as long as this process."""
+    """Client of a fork server process, which lives as long as this process."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -146,7 +146,7 @@ class ForkServer:
         atexit.register(self.close)
 
     def request(self, **request: Any) -> Any:
-        """Send a request, return the answer."""
+        """Send a request and return the answer."""
         self._lines.write(json.dumps(request) + "\n")
         self._lines.flush()
         answer = self._lines.readline()
@@ -154,21 +154,21 @@ class ForkServer:
         return json.loads(answer)
 
     def close(self) -> None:
-        """End the server, and whatever it has started and still runs."""
+        """End the server and every process of it that still runs."""
         self._lines.close()
         self._process.wait()
 
 
 @cache
 def shared_server() -> ForkServer:
-    """This process's fork server, started at the first call."""
+    """Return the fork server of this process; the first call starts it."""
     return ForkServer()
 
 
 def start_ranks(target: str, arguments: Sequence[Any] = (), world: int = 1, **variables: str) -> RankGroup:
     """Start `world` processes that call `target` ("module:function") with `arguments` (JSON) each.
 
-    An int that the function returns is the exit code. Each has one thread for its products.
+    An int that the function returns becomes the exit code. torch computes on one thread in each process.
     """
     return RankGroup(shared_server(), target, arguments, world, **variables)
 
@@ -176,19 +176,19 @@ def start_ranks(target: str, arguments: Sequence[Any] = (), world: int = 1, **va
 def run_ranks(
     target: str, arguments: Sequence[Any] = (), world: int = 1, timeout: float = 300.0, **variables: str
 ) -> GroupResult:
-    """Start them and wait for their end; a hang is a failure, not a wait for ever."""
+    """Start ranks as `start_ranks` does and wait for their end; a hang ends after `timeout` seconds."""
     with start_ranks(target, arguments, world, **variables) as group:
         return group.wait(timeout)
 
 
 def _serve(channel: socket.socket) -> None:
-    """Until the client closes its end: fork, or tell who has ended."""
+    """Fork ranks and report exit codes until the client closes its end of `channel`."""
     for name in PRELOADED:
         importlib.import_module(name)
-    # DeepSpeed tries compilers when it is first asked for these.
+    # DeepSpeed runs compilers when this is first read.
     _ = importlib.import_module("deepspeed.ops").__compatible_ops__
     assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
-    # What there is now never becomes garbage; looking for it would copy each of its pages in every child.
+    # These objects never become garbage; if the collector visited them, every child would copy all their pages.
     gc.collect()
     gc.freeze()
     started: set[int] = set()
@@ -200,7 +200,7 @@ def _serve(channel: socket.socket) -> None:
             answer: list[Any] = [_fork(request["start"], rank, channel) for rank in request["start"]["ranks"]]
             started.update(answer)
             for pid in answer:
-                # A number that an earlier child had: its code is not this one's.
+                # The system may give a process id a second time: forget the exit code of the first process.
                 codes.pop(pid, None)
         else:
             answer = [_poll(pid, codes) for pid in request["poll"]]
@@ -224,7 +224,7 @@ def _fork(order: dict[str, Any], variables: dict[str, str], channel: socket.sock
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        # The server's end, and with it this process's: whatever happens, nobody is left.
+        # If the server ends, for whatever reason, so do its children.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -234,7 +234,7 @@ def _fork(order: dict[str, Any], variables: dict[str, str], channel: socket.sock
 
 
 def _become_rank(order: dict[str, Any], variables: dict[str, str]) -> NoReturn:
-    """The rest of a child's life. It never returns into the server's loop."""
+    """Run the target in a forked child and exit: a child must never return into the server's loop."""
     code = 1
     try:
         out = os.open(order["out"], os.O_WRONLY | os.O_APPEND)
@@ -250,7 +250,7 @@ def _become_rank(order: dict[str, Any], variables: dict[str, str]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     finally:
-        # As the interpreter ends: threads first, then what was registered.
+        # The order in which the interpreter ends: threads first, then exit handlers.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()

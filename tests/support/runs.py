@@ -1,4 +1,4 @@
-"""Real training in tests: a small shard set, a small configuration, and N processes that the launcher starts."""
+"""Real training in tests: a small set of shards, a small configuration, and processes as a launcher starts them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,19 @@ SMALL_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a finished command left behind."""
+    """Result of a finished command.
+
+    Attributes:
+        exit_code: its exit code; negative: the signal that ended it.
+        output: stdout and stderr together.
+    """
 
     exit_code: int
     output: str
 
 
 def start_command(command: list[str], **variables: str) -> subprocess.Popen[str]:
-    """Start a command in the repository's root with one thread a process; stdout and stderr together."""
+    """Start a command in the repository's root, one thread per process, stdout and stderr in one pipe."""
     environment = {
         **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
         "OMP_NUM_THREADS": "1",
@@ -66,7 +71,7 @@ def start_command(command: list[str], **variables: str) -> subprocess.Popen[str]
 
 
 def wait_for_exit(process: subprocess.Popen[str], timeout: int = 300) -> CommandResult:
-    """Wait for a started command; a hang is a failure, not a wait for ever."""
+    """Wait for a started command to end; kill it after `timeout` seconds, which fails the test."""
     try:
         out, _ = process.communicate(timeout=timeout)
     finally:
@@ -75,34 +80,34 @@ def wait_for_exit(process: subprocess.Popen[str], timeout: int = 300) -> Command
 
 
 def run_command(command: list[str], timeout: int = 300, **variables: str) -> CommandResult:
-    """Run a command to its end."""
+    """Run a command and wait for its end."""
     return wait_for_exit(start_command(command, **variables), timeout)
 
 
 def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
-    """Until a started run has logged so many steps."""
+    """Wait until a training run in `folder` has logged `steps` steps."""
     log = folder / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= steps):
-        assert process.poll() is None and time.monotonic() < deadline, "the run must begin"
+        assert process.poll() is None and time.monotonic() < deadline, "the run did not start"
         time.sleep(0.05)
 
 
 def torchrun_command(world: int, script: str, *arguments: str) -> list[str]:
-    """The command that starts `world` processes of a script."""
+    """Return the command that starts `world` processes of a script with torchrun."""
     # It finds its own port: one that was free a second ago may be taken by another test's process by now.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     return [*launcher, script, *arguments]
 
 
 def deepspeed_command(world: int, script: str, *arguments: str) -> list[str]:
-    """The same through the deepspeed launcher."""
+    """Return the command that starts `world` processes of a script with the deepspeed launcher."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return [launcher, "--num_gpus", str(world), "--master_port", str(free_port()), script, *arguments]
 
 
 def make_shards(folder: Path, *options: str) -> Path:
-    """A byte-level shard set of a few files of the standard library, made by the real command."""
+    """Prepare shards of a few files of the standard library with the real command, byte-level by default."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [str(library / name) for name in ("textwrap.py", "bisect.py", "heapq.py", "string.py", "keyword.py")]
     texts = folder / "texts"
@@ -118,7 +123,7 @@ def make_shards(folder: Path, *options: str) -> Path:
 
 
 def write_small_config(path: Path, shards: Path, folder: Path, **changes: Any) -> Path:
-    """SMALL with dotted `changes`, as a YAML file."""
+    """Write SMALL_CONFIG with `changes` as YAML; `training__steps=3` sets the key training.steps."""
     tree = json.loads(json.dumps(SMALL_CONFIG)) | {"run": {"folder": str(folder), "seed": 3}}
     tree["data"]["path"] = str(shards)
     for key, value in changes.items():
@@ -132,23 +137,25 @@ def write_small_config(path: Path, shards: Path, folder: Path, **changes: Any) -
 
 
 def read_losses(folder: Path, key: str = "loss/total") -> list[float]:
-    """One value a step from a run's log."""
+    """Read one value per step from the log of a run."""
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [entry[key] for entry in map(json.loads, lines) if key in entry]
 
 
 def run_sessions(world: int, jobs: list[list[object]], folder: Path, timeout: int = 300, **variables: str) -> None:
-    """Run [config path, resume, stop_after] jobs one after another in one group of `world` processes."""
+    """Run [configuration file, resume, stop_after] jobs one after another in one group of `world` processes."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    run_worker(world, "sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
+    run_worker(world, "tests.workers.sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
 
 
 def run_worker(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
-    """Run `main` of tests/workers/<worker>.py in `world` processes that must all end well."""
+    """Run `main` of the module `worker` in `world` processes, all of which must succeed."""
     if torch.cuda.is_available():
         # DeepSpeed looks for cards when it is imported, and a process that has looked cannot share one with its forks.
-        launched = run_command(torchrun_command(world, f"tests/workers/{worker}.py", *arguments), timeout, **variables)
-        assert launched.exit_code == 0, launched.output
+        result = run_command(
+            torchrun_command(world, worker.replace(".", "/") + ".py", *arguments), timeout, **variables
+        )
+        assert result.exit_code == 0, result.output
         return
-    ended = fork_server.run_ranks(f"tests.workers.{worker}:main", arguments, world, timeout, **variables)
-    assert ended.exit_code == 0, ended.output
+    result = fork_server.run_ranks(f"{worker}:main", arguments, world, timeout, **variables)
+    assert result.exit_code == 0, result.output

@@ -28,4 +28,4 @@ def test_no_tensor_outlives_its_step(shards: Path, tmp_path: Path) -> None:
         changes |= {"training__log_interval": 100, "guard__spike": "off"}
         paths.append(str(write_small_config(tmp_path / f"{name}.yaml", shards, tmp_path / name, **changes)))
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
-    run_worker(2, "memory", str(tmp_path / "jobs.json"))
+    run_worker(2, "tests.workers.memory", str(tmp_path / "jobs.json"))

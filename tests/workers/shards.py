@@ -1,55 +1,35 @@
-"""One of N processes that train with ternary matrices shared out, and compare their codes after every step.
+"""One of N processes that train with sharded ternary matrices and compare their codes after every step.
 
-The argument is a JSON file with a list of config paths.
+The argument is a JSON file with a list of configuration files.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kabrn_dist.backend.ternary_sharding import TernaryShard
-from kabrn_dist.config.file import load_config
-from kabrn_dist.distributed.launch_env import read_launch_env
-from kabrn_dist.distributed.mesh import Mesh, init_distributed, make_mesh
-from kabrn_dist.train.datasets import open_datasets
-from kabrn_dist.train.expert_balance import resolve_placement
-from kabrn_dist.train.trainer import Trainer
+from kabrn_dist.distributed.mesh import Mesh
+from tests.support.trainers import close_trainer, open_trainers, read_jobs
 
 
 def main(jobs: str) -> None:
-    place = read_launch_env()
-    with init_distributed(place) as device:
-        for path in json.loads(Path(jobs).read_text()):
-            config = load_config(path)
-            mesh = make_mesh(
-                place,
-                device,
-                config.parallel.expert_parallel,
-                config.parallel.sequence_parallel,
-                config.parallel.ranks_per_node,
-            )
-            session = Trainer(resolve_placement(config, mesh), mesh, open_datasets(config), "never")
-            assert session.engine.shards is not None
-            before: list[Tensor] = []
-            for _ in range(config.training.steps):
-                session._train_step()
-                session.engine.refresh()
-                shards = session.engine.shards
-                codes = [check_codes(shard, mesh) for shard in shards.by_name.values()]
-                assert not before or any(not torch.equal(a, b) for a, b in zip(codes, before, strict=True))
-                before = codes
-                latents = sum(shard.ranks * shard.size for shard in shards.by_name.values())
-                assert shards.resident_bytes() <= 0.3 * latents
-            session._finish(0)
-            session.watchdog.stop()
-            session.metrics.close()
-            session.engine.close()
+    for trainer in open_trainers([(path, "never") for path in read_jobs(jobs)]):
+        assert trainer.engine.shards is not None
+        before: list[Tensor] = []
+        for _ in range(trainer.config.training.steps):
+            trainer._train_step()
+            trainer.engine.refresh()
+            shards = trainer.engine.shards
+            codes = [check_codes(shard, trainer.mesh) for shard in shards.by_name.values()]
+            assert not before or any(not torch.equal(a, b) for a, b in zip(codes, before, strict=True))
+            before = codes
+            latents = sum(shard.ranks * shard.size for shard in shards.by_name.values())
+            assert shards.resident_bytes() <= 0.3 * latents
+        close_trainer(trainer)
 
 
 def check_codes(shard: TernaryShard, mesh: Mesh) -> Tensor:

@@ -1,0 +1,44 @@
+"""Trainers for the processes in tests/workers: several configurations, one after another, in one process group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kabrn_dist.config.file import load_config
+from kabrn_dist.distributed.launch_env import read_launch_env
+from kabrn_dist.distributed.mesh import init_distributed, make_mesh
+from kabrn_dist.train.datasets import open_datasets
+from kabrn_dist.train.expert_balance import resolve_placement
+from kabrn_dist.train.trainer import Trainer
+
+
+def open_trainers(jobs: list[tuple[str, str]]) -> Iterator[Trainer]:
+    """Yield a trainer for each (configuration file, resume) of `jobs`, as `launch/train.py` makes it. Collective.
+
+    The caller runs or steps a trainer to its end and closes it before it asks for the next.
+    """
+    env = read_launch_env()
+    with init_distributed(env) as device:
+        for path, resume in jobs:
+            config = load_config(path)
+            config.check_world_size(env.world_size)
+            parallel = config.parallel
+            mesh = make_mesh(env, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
+            yield Trainer(resolve_placement(config, mesh), mesh, open_datasets(config), resume)
+
+
+def close_trainer(trainer: Trainer) -> None:
+    """Finish and close a trainer that was stepped by hand, not by `run`."""
+    trainer._finish(0)
+    trainer.watchdog.stop()
+    trainer.metrics.close()
+    trainer.engine.close()
+
+
+def read_jobs(path: str) -> list[Any]:
+    """Read the list of jobs that a test wrote for its workers."""
+    jobs: list[Any] = json.loads(Path(path).read_text())
+    return jobs
