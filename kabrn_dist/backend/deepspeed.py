@@ -96,7 +96,7 @@ class _DeepSpeed(DeepSpeedEngine):
 
     def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
         kept = (
-            [*self.module.coefficients(), *self.module.router_weights()] if self.zero_optimization_stage() < 3 else []
+            [*self.module.function_parameters(), *self.module.router_weights()] if self.zero_optimization_stage() < 3 else []
         )
         kept += self.module.pieces()
         values = [p.data for p in kept]

@@ -206,8 +206,8 @@ def test_what_is_missing_is_named(trained: Path, tmp_path: Path, capsys: pytest.
 
 def small(form: str, trained: Path) -> MixKABRN:
     tree = yaml.safe_load((trained / "config.yaml").read_text())
-    tree["model"]["experts"]["form"] = form
-    tree["parallel"]["expert"] = 1
+    tree["model"]["experts"]["type"] = form
+    tree["parallel"]["expert_parallel"] = 1
     return build_model(Config.model_validate(tree), single_process_mesh("cpu")).eval()
 
 
@@ -218,7 +218,7 @@ def test_reach_follows_the_models_own_stream(form: str, trained: Path) -> None:
     config, _, _ = open_run(trained)
     batch = TokenDataset(open_corpus(config.data), "validation", 32, 3, ordered=False).get([0, 1, 2])
     with torch.no_grad():
-        load = model(batch).load
+        load = model(batch).tokens_per_expert
     reaches = measure_reach(model, batch)
     kinds = [(n.layer, n.kind) for n in list_networks(model)]
     assert kinds == [(0, "dense"), (1, "routed"), (1, "shared"), (2, "routed"), (2, "shared")]

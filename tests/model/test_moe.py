@@ -99,7 +99,7 @@ def test_dropped_copies_add_nothing(capacity: float) -> None:
 
 
 def test_the_weight_of_one_renormalized_expert_is_fixed() -> None:
-    layer = make(False, shared=1, top_k=1).double()
+    layer = make(False, num_shared_experts=1, top_k=1).double()
     out, _ = layer(torch.randn(2, 9, WIDTH, dtype=torch.float64), guide(layer))
     # It is always 1, so its router learns through the balance losses alone.
     assert float(torch.autograd.grad(out.sum(), layer.router.weight)[0].abs().max()) < 1e-12
@@ -123,10 +123,10 @@ def test_dense_layers_stand_where_the_configuration_says() -> None:
         return "".join("m" if isinstance(block.mixture, MixtureOfExperts) else "d" for block in made.blocks)
 
     assert kinds(5) == "mmmmm"
-    assert kinds(5, first_dense=2) == "ddmmm"
-    assert kinds(5, every=2) == "dmdmd"
-    assert kinds(6, every=2, first_dense=1) == "ddmdmd"
-    assert kinds(3, first_dense=3) == "ddd"
+    assert kinds(5, num_dense_layers=2) == "ddmmm"
+    assert kinds(5, moe_layer_interval=2) == "dmdmd"
+    assert kinds(6, moe_layer_interval=2, num_dense_layers=1) == "ddmdmd"
+    assert kinds(3, num_dense_layers=3) == "ddd"
 
 
 def test_a_model_without_mixtures_trains() -> None:
@@ -207,7 +207,7 @@ def test_reading_in_pieces_ends_in_the_same_logits(pieces: list[int], quantize: 
 @pytest.mark.parametrize("quantize", [True, False])
 def test_recomputing_changes_nothing(activations: str, quantize: bool) -> None:
     expected, grads = backward(model(quantize=quantize), batch())
-    found, again = backward(model(quantize=quantize, activations=activations), batch())
+    found, again = backward(model(quantize=quantize, activation_checkpointing=activations), batch())
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
     assert again.keys() == grads.keys()
@@ -218,7 +218,7 @@ def test_recomputing_changes_nothing(activations: str, quantize: bool) -> None:
 
 @pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
 def test_every_ternary_matrix_is_listed_once(activations: str) -> None:
-    made = model(activations=activations)
+    made = model(activation_checkpointing=activations)
     listed = list(made.ternary_weights())
     names = {id(p): name for name, p in made.named_parameters()}
     found = [names[id(weight)] for _, weight in listed]

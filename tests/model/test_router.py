@@ -165,7 +165,7 @@ def slow_sums(made: Router, x: Tensor, share: list[float]) -> dict[str, Any]:
             entropy -= sum(s * math.log(s) for s in shares)
             global_balance += experts * sum(f * s for f, s in zip(share, shares, strict=True))
         balance += sum(f * p for f, p in zip(fractions, means, strict=True))
-    return {"balance": balance, "global_balance": global_balance, "z": z, "entropy": entropy, "load": load}
+    return {"balance": balance, "global_balance": global_balance, "z": z, "entropy": entropy, "tokens_per_expert": load}
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
@@ -179,8 +179,8 @@ def test_sums_are_their_formulas_and_add_up(score: str, top_k: int) -> None:
     for name, value in slow_sums(made, x, share.tolist()).items():
         found = getattr(sums, name)
         assert found.tolist() == pytest.approx(value, rel=1e-6), name
-    assert sums.tokens_per_expert.tolist() == torch.bincount(routing.choice.flatten(), minlength=ROUTED).tolist()
-    assert all(len(set(row)) == top_k for row in routing.choice.tolist()) and float(sums.dropped) == 0
+    assert sums.tokens_per_expert.tolist() == torch.bincount(routing.expert_ids.flatten(), minlength=ROUTED).tolist()
+    assert all(len(set(row)) == top_k for row in routing.expert_ids.tolist()) and float(sums.dropped) == 0
     # Split invariance: the sums of the rows add up to the batch's.
     rows = [made.summarize(made(row[None], bias, share)) for row in x]
     for whole, parts in zip(sums, zip(*rows, strict=True), strict=True):
