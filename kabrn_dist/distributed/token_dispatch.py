@@ -1,15 +1,26 @@
-"""Tokens to their experts and back: dropless, exact split sizes, beside the caller's work.
+"""Tokens to their experts and back: dropless, with exact split sizes, overlapped with the caller's work.
 
-What the caller computes between a start and its finish overlaps with the exchange, and its backward with the exchange
-of the gradients: the backward of a finish starts that, and the backward of the start waits. Autograd runs what was
-made last first, so it runs what was made between the two between them, and in the same order on all ranks.
+1. Plan: sort the N·k pairs of a token and an expert by expert; ranks tell each other how many rows will come.
+2. Dispatch: send each token once to every rank with an expert of its choice, with a bit mask of these experts.
+3. Permute: copy each received row once for every expert in its mask, sorted by expert.
+4. Apply: the experts compute a result for each of these rows.
+5. Combine: send every result back to the rank of its token.
+6. Sum: weight the k results of a token and add them, always in the order in which the router chose the experts.
 
-Towards the experts a token travels once to each rank, with a record of the experts there that want it. Back, each copy
-travels by itself, and is weighed and summed at home in the order of the token's choice: the sums are those of one
-process, bit by bit.
+    the tokens' rank                                  the experts' ranks
 
-Shapes: N tokens of this rank, k experts a token visits, M copies of them, D width, S rows that leave (one for each
-token and rank), R copies that arrive here.
+    x [N,D] ──1, 2─▶ rows [S,D] ═══ all-to-all ═══▶ rows ──3─▶ [R,D] ─┐
+                     meanwhile: shared experts                        4
+    out [N,D] ◀─6── results [M,D] ◀═ all-to-all ════════════ [R,D] ◀──┘
+                     meanwhile: router statistics
+
+What the caller computes between a start and its wait overlaps with the exchange, and its backward with the exchange of
+the gradients: the backward of a wait starts that exchange, and the backward of a start waits for it. Autograd runs in
+reverse creation order, so work created between start and wait also runs between them in backward, in the same order on
+all ranks. Step 6 makes the sums those of a single process, bit by bit.
+
+Shapes: N tokens of this rank, k experts a token visits, D width, M ≤ N·k routed tokens (pairs of a token and an expert
+that are not dropped), S rows sent (one for each token and rank), R routed tokens that this rank's experts receive.
 """
 
 from __future__ import annotations
@@ -27,216 +38,248 @@ from kabrn_dist.distributed.token_permutation import (
     DispatchPlan,
     RemotePlan,
     Segments,
+    expand_by_expert,
     expert_mask_bytes,
-    spread_arrivals,
+    plan_dispatch,
 )
 
-
-def start_dispatch(
-    codes: Tensor, scale: Tensor, route: DispatchPlan, wire: ExpertLink, kept: Tensor | None = None
-) -> Dispatch:
-    """Send tokens to their experts. Collective; returns at once. Differentiable in `codes`.
-
-    Args:
-        codes: [N,D] in the compute dtype.
-        scale: [N,1] fp32 (or fp64), ones where nothing is quantised. It has no gradient.
-        kept: [N,D] int8, the codes where they are whole numbers: with `wire.int8` these bytes travel in their place.
-    """
-    return Dispatch(codes, scale, kept, route, wire)
+# codes [N,D] in the compute dtype, scale [N,1] fp32 (or fp64), codes as int8 [N,D] or None: a `Quantized`.
+QuantizedRows = tuple[Tensor, Tensor, Tensor | None]
 
 
-def finish_dispatch(flight: Dispatch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Wait for codes [R,D], scale [R,1] and, where they came as bytes, these too [R,D] int8.
+def dispatch_tokens(x: QuantizedRows, expert_ids: Tensor, link: ExpertLink) -> TokenExchange:
+    """Start to send tokens to their experts (steps 1 and 2), and return at once.
 
-    Sorted by local expert, `route.counts` of each.
-    """
-    if flight.route.remote is None:
-        tokens = flight.route.tokens
-        flight.wire.traffic.rows += len(tokens)
-        kept = None if flight.kept is None else flight.kept.index_select(0, tokens)
-        return _Spread.apply(flight.take_ticket(), flight.route), flight.scale.index_select(0, tokens), kept
-    codes = _Finish.apply(flight.take_ticket(), flight)
-    return codes, flight.scale, flight.kept
-
-
-def start_combine(results: Tensor, weights: Tensor, route: DispatchPlan, wire: ExpertLink) -> Combine:
-    """Send experts' results home. Collective; returns at once. Differentiable in `results` and `weights`.
+    Collective. Differentiable in the codes.
 
     Args:
-        results: [R,D] as they arrived, sorted by local expert.
-        weights: [N,k] of the tokens of this rank; that of a dropped copy is ignored.
+        x: codes [N,D]; scale [N,1], ones where nothing is quantized, without a gradient; and the codes as int8, which
+            travel in their place where `link.int8` is set.
+        expert_ids: [N,k] int64 global expert numbers, different ones for each token; `link.placement.total` marks a
+            routed token that is dropped.
+        link: how rows travel.
+
+    Returns:
+        The exchange, whose `apply` and then `combine` are each to be called once.
     """
-    return Combine(results, weights, route, wire)
+    return TokenExchange(x, plan_dispatch(expert_ids, link), link)
 
 
-def finish_combine(flight: Combine) -> Tensor:
-    """Wait for the results and sum them, weighed, for each token: [N,D] in their dtype."""
-    ticket = flight.take_ticket()
-    at_home = ticket if flight.route.remote is None else _Finish.apply(ticket, flight)
-    return _weigh(at_home, flight.weights.to(at_home.dtype).flatten(), flight.route)
+class TokenExchange:
+    """The exchange of one layer's tokens: what is computed between two calls overlaps with the rows' travel."""
+
+    def __init__(self, x: QuantizedRows, plan: DispatchPlan, link: ExpertLink) -> None:
+        self.plan, self.link = plan, link
+        self._dispatch = Dispatch(x, plan, link)
+        self._combine: Combine | None = None
+
+    def apply(self, experts: Callable[[QuantizedRows, list[int]], Tensor]) -> None:
+        """Wait for the rows, apply this rank's experts and start to send the results back (steps 3 to 5).
+
+        Collective.
+
+        Args:
+            experts: called once with rows (codes [R,D], scale [R,1], int8 codes [R,D] or None), sorted by expert, and
+                with the number of rows of each expert; returns results [R,D].
+        """
+        results = experts(self._dispatch.wait(), self.plan.tokens_per_expert)
+        self._combine = Combine(results, self.plan, self.link)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Wait for the results and add them, weighted, for each token (step 6).
+
+        Args:
+            weights: [N,k] of the chosen experts; that of a dropped routed token is ignored. Differentiable.
+
+        Returns:
+            [N,D] in the dtype of the results.
+        """
+        assert self._combine is not None, "apply comes first"
+        return self._combine.wait(weights)
 
 
-def _weigh(rows: Tensor, weights: Tensor, route: DispatchPlan) -> Tensor:
-    """[M,D] results sorted by expert and [N·k] weights → [N,D] sums."""
-    by_token = weights if route.undropped is None else weights.index_select(0, route.undropped)
-    # Differentiable in the weights alone.
-    sums = route.home.sum(rows, by_token)
-    return _TieRows.apply(sums, rows, weights.detach().index_select(0, route.order), route.tokens)
+class AsyncExchange(ABC):
+    """An exchange of rows, and later of their gradients, as two nodes of the autograd graph: start and wait."""
 
-
-class _AsyncExchange(ABC):
-    """Rows under way, and later their gradients under way back. Holds what the two ends share."""
-
-    def __init__(self, values: Tensor, route: DispatchPlan, wire: ExpertLink) -> None:
-        self.route, self.wire = route, wire
-        self.wait: Callable[[], Tensor] | None = None
-        # Without journey the rows themselves; else an empty tensor that ties the two ends together in the graph.
-        self.ticket: Tensor | None = values if route.remote is None else _Start.apply(values, self)
+    def __init__(self, values: Tensor, plan: DispatchPlan, link: ExpertLink) -> None:
+        self.plan, self.link = plan, link
+        self._pending: Callable[[], Tensor] | None = None
+        # An empty tensor that ties the two nodes together; without other ranks the values themselves.
+        self._anchor: Tensor | None = values if plan.remote is None else _Start.apply(values, self)
 
     @property
-    def journey(self) -> RemotePlan:
-        assert self.route.remote is not None
-        return self.route.remote
+    def remote(self) -> RemotePlan:
+        """The plan of what leaves this rank."""
+        assert self.plan.remote is not None
+        return self.plan.remote
 
-    def take_ticket(self) -> Tensor:
-        """Once: the graph that it belongs to holds this flight, which must not hold the graph for ever."""
-        assert self.ticket is not None, "a flight is finished once"
-        ticket, self.ticket = self.ticket, None
-        return ticket
+    def take_anchor(self) -> Tensor:
+        """Return the anchor, once. Clearing the reference breaks a cycle between the autograd graph and this object."""
+        assert self._anchor is not None, "an exchange is waited for once"
+        anchor, self._anchor = self._anchor, None
+        return anchor
 
-    def landed(self) -> Tensor:
-        """Wait for what was launched last, and hold it no longer."""
-        assert self.wait is not None
-        wait, self.wait = self.wait, None
-        return wait()
-
-    @abstractmethod
-    def launch(self, values: Tensor) -> None: ...
+    def take_result(self) -> Tensor:
+        """Wait for the rows of the exchange that was started last, and release them."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        return pending()
 
     @abstractmethod
-    def land(self) -> Tensor: ...
+    def start_forward(self, values: Tensor) -> None:
+        """Start to send values."""
 
     @abstractmethod
-    def launch_gradient(self, grad: Tensor) -> None: ...
+    def wait_forward(self) -> Tensor:
+        """Wait for the values that other ranks sent."""
 
     @abstractmethod
-    def land_gradient(self) -> Tensor: ...
+    def start_backward(self, grad: Tensor) -> None:
+        """Start to send gradients of what `wait_forward` returned."""
+
+    @abstractmethod
+    def wait_backward(self) -> Tensor:
+        """Wait for the gradients of what `start_forward` sent."""
 
 
-class Dispatch(_AsyncExchange):
-    """Codes under way to their experts."""
+class Dispatch(AsyncExchange):
+    """Rows that travel to their experts."""
 
-    def __init__(
-        self, codes: Tensor, scale: Tensor, kept: Tensor | None, route: DispatchPlan, wire: ExpertLink
-    ) -> None:
-        self.scale, self.width, self.dtype, self.kept = scale, codes.shape[1], codes.dtype, kept
-        self.int8 = wire.int8 and kept is not None
-        self.sent_dtype = torch.int8 if self.int8 else self.dtype
-        self.copies: Segments | None = None
-        super().__init__(codes, route, wire)
+    def __init__(self, x: QuantizedRows, plan: DispatchPlan, link: ExpertLink) -> None:
+        codes, self.scale, self.int8_codes = x
+        self.width, self.dtype = codes.shape[1], codes.dtype
+        self.as_int8 = link.int8 and self.int8_codes is not None
+        self.wire_dtype = torch.int8 if self.as_int8 else self.dtype
+        self.by_row: Segments | None = None
+        super().__init__(codes, plan, link)
 
-    def launch(self, values: Tensor) -> None:
-        """One message to each rank: values, scale and record of each row."""
-        journey, traffic = self.journey, self.wire.traffic
-        sent = self.kept if self.int8 and self.kept is not None else values
-        codes = sent.index_select(0, journey.tokens).view(torch.uint8)
-        scale = self.scale.index_select(0, journey.tokens).view(torch.uint8)
-        # Values are read in place where rows begin at multiples of their size.
-        padding = -(scale.shape[1] + journey.expert_mask.shape[1]) % self.sent_dtype.itemsize
-        rows = torch.cat([codes, scale, journey.expert_mask, journey.expert_mask.new_zeros(len(codes), padding)], 1)
+    def wait(self) -> QuantizedRows:
+        """Wait for codes [R,D], scale [R,1] and, where they came as int8, these codes too [R,D]; sorted by expert."""
+        if self.plan.remote is not None:
+            codes = _Wait.apply(self.take_anchor(), self)
+            return codes, self.scale, self.int8_codes
+        tokens = self.plan.tokens
+        self.link.traffic.rows += len(tokens)
+        int8_codes = None if self.int8_codes is None else self.int8_codes.index_select(0, tokens)
+        return _CopyRows.apply(self.take_anchor(), self.plan), self.scale.index_select(0, tokens), int8_codes
+
+    def start_forward(self, values: Tensor) -> None:
+        """Send one message to each rank: codes, scale and expert mask of each row."""
+        remote, traffic = self.remote, self.link.traffic
+        sent = self.int8_codes if self.as_int8 and self.int8_codes is not None else values
+        codes = sent.index_select(0, remote.sent_tokens).view(torch.uint8)
+        scale = self.scale.index_select(0, remote.sent_tokens).view(torch.uint8)
+        # Codes are read in place where rows begin at multiples of their size.
+        padding = -(scale.shape[1] + remote.expert_mask.shape[1]) % self.wire_dtype.itemsize
+        rows = torch.cat([codes, scale, remote.expert_mask, remote.expert_mask.new_zeros(len(codes), padding)], 1)
         before = traffic.bytes_sent
-        self.wait = start_exchange(rows, journey.rows, False, self.wire)
+        self._pending = start_exchange(rows, remote.sent_splits, False, self.link)
         traffic.bytes_dispatch += traffic.bytes_sent - before
 
-    def land(self) -> Tensor:
-        rows, placement = self.landed(), self.wire.placement
-        ends = [self.width * self.sent_dtype.itemsize, self.scale.element_size(), expert_mask_bytes(placement)]
-        codes, scale, wanted, _ = rows.split([*ends, rows.shape[1] - sum(ends)], 1)
-        arrival, self.copies = spread_arrivals(wanted, len(placement.local))
-        self.wire.traffic.rows += len(arrival)
-        self.scale = scale.index_select(0, arrival).view(self.scale.dtype)
-        arrived = codes.view(self.sent_dtype).index_select(0, arrival)
-        self.kept = arrived if self.int8 else None
-        return arrived.to(self.dtype)
+    def wait_forward(self) -> Tensor:
+        """Return codes [R,D] and keep their scale and int8 form (step 3)."""
+        rows, placement = self.take_result(), self.link.placement
+        sizes = [self.width * self.wire_dtype.itemsize, self.scale.element_size(), expert_mask_bytes(placement)]
+        codes, scale, expert_mask, _ = rows.split([*sizes, rows.shape[1] - sum(sizes)], 1)
+        row_ids, self.by_row = expand_by_expert(expert_mask, len(placement.local))
+        self.link.traffic.rows += len(row_ids)
+        self.scale = scale.index_select(0, row_ids).view(self.scale.dtype)
+        received = codes.view(self.wire_dtype).index_select(0, row_ids)
+        self.int8_codes = received if self.as_int8 else None
+        return received.to(self.dtype)
 
-    def launch_gradient(self, grad: Tensor) -> None:
-        assert self.copies is not None
-        rows = self.copies.sum(grad.contiguous())
-        if self.wire.backward_int8:
+    def start_backward(self, grad: Tensor) -> None:
+        """Sum the gradients [R,D] of each received row and send one row back."""
+        assert self.by_row is not None
+        rows = self.by_row.sum(grad.contiguous())
+        if self.link.backward_int8:
             codes, step = round_rows(rows)
             rows = torch.cat([codes.view(torch.uint8), step.view(torch.uint8)], 1)
-        self.wait = start_exchange(rows, self.journey.rows, True, self.wire)
+        self._pending = start_exchange(rows, self.remote.sent_splits, True, self.link)
 
-    def land_gradient(self) -> Tensor:
-        rows = self.landed()
-        if self.wire.backward_int8:
-            wide = torch.promote_types(self.dtype, torch.float32)
-            step = rows[:, self.width :].contiguous().view(wide)
-            rows = rows[:, : self.width].view(torch.int8).to(wide).mul_(step)
-        return self.journey.home.sum(rows).to(self.dtype)
+    def wait_backward(self) -> Tensor:
+        """Sum the gradients of each token's rows: [N,D]."""
+        rows = self.take_result()
+        if self.link.backward_int8:
+            step_dtype = torch.promote_types(self.dtype, torch.float32)
+            step = rows[:, self.width :].contiguous().view(step_dtype)
+            rows = rows[:, : self.width].view(torch.int8).to(step_dtype).mul_(step)
+        return self.remote.by_token.sum(rows).to(self.dtype)
 
 
-class Combine(_AsyncExchange):
-    """Experts' results under way home."""
+class Combine(AsyncExchange):
+    """Results [R,D], sorted by expert, that travel back to the ranks of their tokens."""
 
-    def __init__(self, results: Tensor, weights: Tensor, route: DispatchPlan, wire: ExpertLink) -> None:
-        self.weights = weights
-        super().__init__(results, route, wire)
+    def wait(self, weights: Tensor) -> Tensor:
+        """Wait for the results [M,D] and sum them with weights [N,k] for each token: [N,D] in their dtype (step 6)."""
+        results = self.take_anchor() if self.plan.remote is None else _Wait.apply(self.take_anchor(), self)
+        weights, plan = weights.to(results.dtype).flatten(), self.plan
+        by_token = weights if plan.undropped is None else weights.index_select(0, plan.undropped)
+        # Differentiable in the weights alone.
+        sums = plan.by_token.sum(results, by_token)
+        return _AttachRows.apply(sums, results, weights.detach().index_select(0, plan.order), plan.tokens)
 
-    def launch(self, values: Tensor) -> None:
-        self.wait = start_exchange(
-            values.index_select(0, self.journey.to_source_order), self.journey.copies, True, self.wire
-        )
+    def start_forward(self, values: Tensor) -> None:
+        """Send results [R,D], sorted by expert."""
+        rows = values.index_select(0, self.remote.to_source_order)
+        self._pending = start_exchange(rows, self.remote.routed_splits, True, self.link)
 
-    def land(self) -> Tensor:
-        return self.landed()
+    def wait_forward(self) -> Tensor:
+        """Return results [M,D] of this rank's tokens, sorted by expert."""
+        return self.take_result()
 
-    def launch_gradient(self, grad: Tensor) -> None:
-        self.wait = start_exchange(grad, self.journey.copies, False, self.wire)
+    def start_backward(self, grad: Tensor) -> None:
+        """Send gradients of [M,D] results to the experts."""
+        self._pending = start_exchange(grad, self.remote.routed_splits, False, self.link)
 
-    def land_gradient(self) -> Tensor:
-        return self.landed().index_select(0, self.journey.to_expert_order)
+    def wait_backward(self) -> Tensor:
+        """Return gradients [R,D], sorted by expert."""
+        return self.take_result().index_select(0, self.remote.to_expert_order)
 
 
 class _Start(torch.autograd.Function):
+    """Values → anchor."""
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, flight: _AsyncExchange) -> Tensor:
-        ctx.flight = flight
-        flight.launch(values)
+    def forward(ctx: Any, values: Tensor, exchange: AsyncExchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start_forward(values)
         return values.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.land_gradient(), None
+        return ctx.exchange.wait_backward(), None
 
 
-class _Finish(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
+    """Anchor → the values that other ranks sent."""
+
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, flight: _AsyncExchange) -> Tensor:
-        ctx.flight = flight
-        return flight.land()
+    def forward(ctx: Any, anchor: Tensor, exchange: AsyncExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.wait_forward()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.launch_gradient(grad)
+        ctx.exchange.start_backward(grad)
         return grad.new_empty(0), None
 
 
-class _Spread(torch.autograd.Function):
-    """Copy each token for its experts. Backward sums a token's copies in a fixed order."""
+class _CopyRows(torch.autograd.Function):
+    """Copy each token for its experts. Backward sums the gradients of a token's copies in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, route: DispatchPlan) -> Tensor:
-        ctx.home = route.home
-        return values.index_select(0, route.tokens)
+    def forward(ctx: Any, values: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.by_token = plan.by_token
+        return values.index_select(0, plan.tokens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.home.sum(grad.contiguous()), None
+        return ctx.by_token.sum(grad.contiguous()), None
 
 
-class _TieRows(torch.autograd.Function):
-    """Let the rows of a weighed sum have their gradient, which `embedding_bag` would scatter."""
+class _AttachRows(torch.autograd.Function):
+    """Give the rows of a weighted sum their gradient by a gather; that of `embedding_bag` would be a scatter."""
 
     @staticmethod
     def forward(ctx: Any, sums: Tensor, rows: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from kabrn_dist.config import ModelConfig
 from kabrn_dist.distributed.all_to_all import ExpertLink
-from kabrn_dist.distributed.token_dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
-from kabrn_dist.distributed.token_permutation import plan_dispatch
+from kabrn_dist.distributed.token_dispatch import QuantizedRows, dispatch_tokens
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.model.router import Router, RouterStats, TokenCoordinates
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
@@ -39,7 +38,7 @@ class MixtureOfExperts(nn.Module):
     """x → Σ shared(x) + Σ weight·routed(x), over one normalised and quantised input.
 
     Args:
-        wire: how copies travel to the experts of other ranks; this rank holds `wire.placement.local`.
+        link: how tokens travel to the experts of other ranks; this rank holds `link.placement.local`.
         sequence_group: the ranks that hold slices of the same sequences; None when they are whole.
         quantised: False for plain matrices, or what the modules of a model share; default: as the settings say.
         forced: see `Router`.
@@ -49,18 +48,18 @@ class MixtureOfExperts(nn.Module):
         self,
         settings: ModelConfig,
         gain: float,
-        wire: ExpertLink,
+        link: ExpertLink,
         sequence_group: dist.ProcessGroup | None = None,
         forced: bool = False,
         quantized: bool | QuantState | None = None,
     ) -> None:
         super().__init__()
         experts, width = settings.experts, settings.hidden_size
-        self.settings, self.wire = experts, wire
+        self.settings, self.link = experts, link
         quantized = settings.quantize if quantized is None else quantized
         form = EXPERT_TYPES[experts.type]
         self.router = Router(width, settings, sequence_group, forced)
-        self.routed = form(width, experts.expert_hidden_size, experts, wire.placement.local, quantized, gain)
+        self.routed = form(width, experts.expert_hidden_size, experts, link.placement.local, quantized, gain)
         self.shared = None
         if experts.num_shared_experts:
             self.shared = form(
@@ -68,24 +67,26 @@ class MixtureOfExperts(nn.Module):
             )
 
     def forward(self, x: Tensor, guide: RouterInputs) -> tuple[Tensor, RouterStats]:
-        """[B,T,D] → [B,T,D] and the router's sums.
+        """Return Σ shared(x) + Σ weight·routed(x) [B,T,D] of x [B,T,D], and the router's statistics.
 
-        While copies travel there, the shared experts run; while results travel back, the router is summed up.
+        The shared experts run while tokens travel, and the router's sums are taken while results travel back.
         """
-        plain, share = normalize_quantize(x, False), self.routed.lam
+        plain, lam = normalize_quantize(x, False), self.routed.lam
         routing = self.router(plain.codes, *guide)
-        read = (normalize_quantize(x, share) if share else plain).rows()
-        route = plan_dispatch(routing.expert_ids, self.wire)
-        flight = start_dispatch(read.codes, read.scale, route, self.wire, read.int8_codes)
-        shared = self._visit_shared(read)
-        codes, scale, kept = finish_dispatch(flight)
-        results = self.routed(codes, scale, route.tokens_per_expert, kept)
-        back = start_combine(results, routing.weights, route, self.wire)
-        sums = self.router.summarize(routing)
-        out = finish_combine(back)
-        return (out if shared is None else out + shared).view_as(x), sums
+        tokens = (normalize_quantize(x, lam) if lam else plain).rows()
+        exchange = dispatch_tokens(tokens, routing.expert_ids, self.link)
+        shared = self._apply_shared(tokens)
+        exchange.apply(self._apply_routed)
+        stats = self.router.summarize(routing)
+        routed = exchange.combine(routing.weights)
+        return (routed if shared is None else routed + shared).view_as(x), stats
 
-    def _visit_shared(self, x: Quantized) -> Tensor | None:
+    def _apply_routed(self, x: QuantizedRows, tokens_per_expert: list[int]) -> Tensor:
+        codes, scale, int8_codes = x
+        out: Tensor = self.routed(codes, scale, tokens_per_expert, int8_codes)
+        return out
+
+    def _apply_shared(self, x: Quantized) -> Tensor | None:
         if self.shared is None:
             return None
         copies, rows = self.settings.num_shared_experts, len(x.codes)
@@ -115,7 +116,7 @@ class DenseFeedForward(nn.Module):
 def moe_naive(layer: MixtureOfExperts, x: Tensor, guide: RouterInputs) -> Tensor:
     """The layer by definition, on one process: every expert sees every token, and weights pick. [B,T,D] → same."""
     routing = layer.router(normalize_quantize(x, False).codes, *guide)
-    experts = layer.wire.placement.total
+    experts = layer.link.placement.total
     codes, scale, _ = normalize_quantize(x, layer.routed.lam).rows()
     # A dropped copy's weight lands in a column of its own, which no expert reads.
     dense = torch.zeros(len(codes), experts + 1, dtype=routing.weights.dtype)

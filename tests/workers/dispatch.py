@@ -18,7 +18,7 @@ from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import Mesh, NodeGroups, init_distributed, make_mesh
-from kabrn_dist.distributed.token_dispatch import finish_combine, finish_dispatch, start_combine, start_dispatch
+from kabrn_dist.distributed.token_dispatch import Dispatch, QuantizedRows, dispatch_tokens
 from kabrn_dist.distributed.token_permutation import plan_dispatch
 
 WIDTH = 5
@@ -132,13 +132,17 @@ def visit_experts(
     codes: Tensor, scale: Tensor, choice: Tensor, weights: Tensor, experts: Tensor, wire: ExpertLink
 ) -> Tensor:
     """The real thing. An expert divides codes by their scale and multiplies by its vector."""
-    route = plan_dispatch(choice, wire)
-    kept = codes.detach().to(torch.int8) if wire.int8 else None
-    arrived, its_scale, _ = finish_dispatch(start_dispatch(codes, scale, route, wire, kept))
-    assert len(arrived) == sum(route.tokens_per_expert) and len(route.tokens_per_expert) == len(wire.placement.local)
-    vectors = experts.repeat_interleave(torch.tensor(route.tokens_per_expert), 0)
-    results = (arrived / its_scale).to(codes.dtype) * vectors
-    return finish_combine(start_combine(results, weights, route, wire))
+    int8_codes = codes.detach().to(torch.int8) if wire.int8 else None
+    exchange = dispatch_tokens((codes, scale, int8_codes), choice, wire)
+
+    def apply(rows: QuantizedRows, tokens_per_expert: list[int]) -> Tensor:
+        arrived, its_scale, _ = rows
+        assert len(arrived) == sum(tokens_per_expert) and len(tokens_per_expert) == len(wire.placement.local)
+        vectors = experts.repeat_interleave(torch.tensor(tokens_per_expert), 0)
+        return (arrived / its_scale).to(codes.dtype) * vectors
+
+    exchange.apply(apply)
+    return exchange.combine(weights)
 
 
 def visit_experts_naive(
@@ -244,13 +248,11 @@ def check_overlap(mesh: Mesh) -> None:
     out = x
     for layer in range(2):
         choice = torch.tensor([[0, 2], [1, 3], [3, 0], [2, 1]])
-        route = plan_dispatch(choice, wire)
-        flight = start_dispatch(out, torch.ones(4, 1), route, wire)
+        exchange = dispatch_tokens((out, torch.ones(4, 1), None), choice, wire)
         shared = _Note.apply(out, f"shared {layer}")
-        arrived, _, _ = finish_dispatch(flight)
-        flight_home = start_combine(_Note.apply(arrived, f"experts {layer}"), torch.ones(4, 2), route, wire)
+        exchange.apply(lambda rows, _, layer=layer: _Note.apply(rows[0], f"experts {layer}"))
         beside = _Note.apply(shared, f"beside {layer}")
-        out = finish_combine(flight_home) + beside
+        out = exchange.combine(torch.ones(4, 2)) + beside
     out.sum().backward()
     events = [event for event, _ in LOG]
     for layer in range(2):
@@ -321,9 +323,9 @@ def measure_dispatch(mesh: Mesh) -> tuple[float, float]:
     counted = []
     for int8 in (True, False):
         wire = ExpertLink(placement, mesh.expert_group, None, int8, False, Traffic())
-        route = plan_dispatch(choice, wire)
+        plan = plan_dispatch(choice, wire)
         with count_socket_bytes() as sent:
-            finish_dispatch(start_dispatch(codes, scale, route, wire, codes.to(torch.int8) if wire.int8 else None))
+            Dispatch((codes, scale, codes.to(torch.int8) if wire.int8 else None), plan, wire).wait()
         dispatched = wire.traffic.bytes_dispatch
         assert dispatched <= sent[0] <= 1.02 * dispatched + 4096, f"{dispatched} counted, {sent} sent"
         counted.append(sent[0])
