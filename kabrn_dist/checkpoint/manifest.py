@@ -108,10 +108,16 @@ class TensorRecord(ManifestRecord):
 class Manifest(ManifestRecord):
     """Everything a checkpoint says about itself.
 
-    state: the caller's JSON (data cursor, schedule, config, tokenizer hash …), returned as it was given.
+    Attributes:
+        format_version: Of what is written; version 1 has other names in `state`, which `read_state` converts.
+        step: Steps done when it was saved.
+        world_size: Processes that saved it.
+        files: The files of all ranks.
+        tensors: Where each logical tensor lies, by name.
+        state: The caller's JSON (data cursor, schedule, config, tokenizer hash …), returned as it was given.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     step: Count
     world_size: Annotated[int, Field(ge=1)]
     files: tuple[FileRecord, ...]

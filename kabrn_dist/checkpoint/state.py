@@ -1,26 +1,29 @@
-"""What a run's checkpoint keeps beside its tensors: one record, so that all who write it write the same."""
+"""The state that a run's checkpoint holds next to its tensors: one record, so that every writer writes the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat, JsonValue, ValidationError
 
-from kabrn_dist.checkpoint.manifest import Count, ManifestRecord, Sha256, first_error
+from kabrn_dist.checkpoint.manifest import Count, Manifest, ManifestRecord, Sha256, first_error
 from kabrn_dist.utils.errors import UserError
 
 
 class RunState(ManifestRecord):
-    """Where a run stands.
+    """State of a run after a step.
 
     Attributes:
-        step: steps done. updates: of them, those that changed the weights: AdamW's counter.
-        cursor: the data's place, fields of `kabrn_dist.data.state.Cursor`.
-        passed_over: steps' worth of data that was read and not trained on.
-        precision, loss_scale: of the training; the scale is 1 but in fp16.
-        guard: what it remembers. config: the whole configuration. tokenizer_sha256: of the data's tokenizer.
+        step: Steps done.
+        updates: Steps that changed the weights, the counter of AdamW.
+        cursor: Position in the data, the fields of `kabrn_dist.data.state.DataState`.
+        skipped_data_steps: Steps whose data was read and not trained on.
+        precision: Training precision.
+        loss_scale: Scale of the loss; 1 unless the precision is fp16.
+        guard: State of the loss guard.
+        config: The whole configuration, of the version that wrote it: see `kabrn_dist.config.file.parse_config`.
+        tokenizer_sha256: Hash of the data's tokenizer.
     """
 
     step: Count
@@ -34,13 +37,21 @@ class RunState(ManifestRecord):
     tokenizer_sha256: Sha256
 
 
-def read_state(path: Path, state: Mapping[str, Any]) -> RunState:
-    """The state in the manifest of the checkpoint `path`, which may come from a stranger or from another version.
+def read_state(path: Path, manifest: Manifest) -> RunState:
+    """Return the run's state from the manifest of a checkpoint, converted if an earlier version wrote it.
 
-    Raises UserError where something is missing or is no such value.
+    Args:
+        path: The checkpoint's folder, for messages.
+        manifest: Its manifest, which may come from a stranger.
+
+    Raises:
+        UserError: for a state in which something is missing or wrong.
     """
+    state: dict[str, Any] = dict(manifest.state)
+    if manifest.format_version == 1 and "passed_over" in state:
+        state["skipped_data_steps"] = state.pop("passed_over")
     try:
-        return RunState.model_validate(dict(state))
+        return RunState.model_validate(state)
     except ValidationError as error:
         raise UserError(
             f"{path}: its state cannot be used ({first_error(error)}); use a checkpoint of this version"

@@ -2,105 +2,102 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-import types
-import typing
+import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from kabrn_dist.config import Config
+from kabrn_dist.config.migrate import CURRENT_VERSION, RENAMED_KEYS, detect_version, migrate, rename_hint
+from kabrn_dist.config.run import Config
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.yaml_section import explain_errors, read_mapping, set_value
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE_OVERRIDE = "section.key=value, e.g. training.steps=100"
 
 
-def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `a.b=c` overrides and validate.
+
+    A file of an earlier version is converted, and a line is logged that names it.
+
+    Args:
+        path: the file.
+        overrides: values for keys of the current version, as `--set` gives them; the last one of a key counts.
+
+    Returns:
+        The configuration, complete with defaults.
 
     Raises:
         UserError: for a missing file, bad YAML, an unknown key (with the nearest known one) or a wrong value.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; configs/tiny.yaml is a place to start") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply for a configuration") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections such as `model:`, found {type(tree).__name__}")
+    tree = read_mapping(Path(path), "configs/tiny.yaml is a place to start", "a mapping of sections such as `model:`")
+    tree = _migrate(tree, str(path))
     for override in overrides:
-        _override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(map(_explain, _innermost(error.errors())))) from None
+        _refuse_old_key(override)
+        set_value(tree, override, EXAMPLE_OVERRIDE)
+    return _validate(tree, str(path))
+
+
+def parse_config(tree: Any, source: str) -> Config:
+    """Validate a configuration of any version that was kept as JSON, such as the one in a checkpoint.
+
+    Args:
+        tree: the configuration's mapping.
+        source: where it comes from; messages begin with it.
+
+    Raises:
+        UserError: for a tree that is no configuration, a version that is not known, or a wrong value.
+    """
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: not a mapping of sections; use a file that training wrote")
+    return _validate(_migrate(tree, source), source)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the sections."""
+    """Return the complete configuration as YAML, in the order of the sections."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override!r}: expected section.key=value, e.g. training.steps=100")
+def _migrate(tree: dict[str, Any], source: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise UserError(f"--set {override!r}: {parent!r} is a value, not a section")
-    tree[last] = value
+        current = migrate(tree)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    version = detect_version(tree)
+    # All ranks of a run read the same file.
+    if version != CURRENT_VERSION and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "%s is a configuration of version %s; it was read with the keys of version %s",
+            source,
+            version,
+            CURRENT_VERSION,
+        )
+    return current
 
 
-def _place(detail: Any) -> list[str]:
-    # Pydantic names the branches of a union too, by their types.
-    return [str(part) for part in detail["loc"] if not str(part).startswith(("tuple[", "literal["))]
+def _refuse_old_key(override: str) -> None:
+    key, equals, value = override.partition("=")
+    if hint := rename_hint(key, equals + value):
+        raise UserError(f"--set {override!r}: {key} {hint}")
 
 
-def _innermost(details: typing.Sequence[Any]) -> list[Any]:
-    """Without those that only say that a value with a mistake inside is not another branch of its union."""
-    places = [_place(detail) for detail in details]
-    return [
-        detail
-        for detail, place in zip(details, places, strict=True)
-        if not any(len(place) < len(other) and other[: len(place)] == place for other in places)
-    ]
+def _validate(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        mistakes = (_name_new_key(mistake) for mistake in explain_errors(error, Config))
+        raise UserError(f"{source}: " + "; ".join(mistakes)) from None
 
 
-def _explain(detail: Any) -> str:
-    place = _place(detail)
-    key = ".".join(place)
-    if detail["type"] == "extra_forbidden":
-        known = _keys(place[:-1])
-        close = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if detail["type"] == "missing":
-        return f"{key} is missing; add it"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        # What is wrong between sections has no key of its own.
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {reprlib.repr(detail['input'])}"
-
-
-def _keys(place: list[str]) -> list[str]:
-    section: Any = Config
-    for name in place:
-        section = section.model_fields[name].annotation
-        if isinstance(section, types.UnionType):
-            section = next(part for part in typing.get_args(section) if isinstance(part, type))
-    return list(section.model_fields)
+def _name_new_key(mistake: str) -> str:
+    """An unknown key of version 1 in a file of the current version has a better remedy than the nearest key."""
+    for key in RENAMED_KEYS:
+        if mistake.startswith(f"unknown key {key!r}"):
+            return f"unknown key {key!r}; it {rename_hint(key)}"
+    return mistake

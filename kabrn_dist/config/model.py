@@ -5,23 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-
-class ConfigSection(BaseModel):
-    """A part of the configuration: immutable, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_bool_for_number(cls, values: Any) -> Any:
-        """Pydantic would read `steps: true` as 1."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{name} is {str(value).lower()}, which is not one of its values")
-        return values
+from kabrn_dist.utils.yaml_section import ConfigSection
 
 
 class RetentionConfig(ConfigSection):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kabrn_dist.config.model import ConfigSection
+from kabrn_dist.utils.yaml_section import ConfigSection
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

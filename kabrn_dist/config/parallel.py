@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kabrn_dist.config.model import ConfigSection
+from kabrn_dist.utils.yaml_section import ConfigSection
 
 
 class ParallelConfig(ConfigSection):

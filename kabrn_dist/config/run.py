@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from kabrn_dist.config.model import (
-    ConfigSection,
     ExpertsConfig,
     ModelConfig,
     RetentionConfig,
@@ -22,6 +21,7 @@ from kabrn_dist.config.model import (
 from kabrn_dist.config.optimizer import OptimizerConfig, SecondStageConfig
 from kabrn_dist.config.parallel import ParallelConfig
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.yaml_section import ConfigSection
 
 __all__ = [
     "CheckpointConfig",
@@ -127,6 +127,9 @@ class GuardConfig(ConfigSection):
 
 
 class Config(ConfigSection):
+    version: Literal[2] = Field(
+        2, description="Version of the keys; files of earlier versions are converted when they are read."
+    )
     run: RunConfig
     data: DataConfig
     model: ModelConfig

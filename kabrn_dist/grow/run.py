@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
@@ -17,7 +16,7 @@ from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
 from kabrn_dist.checkpoint.state import RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.config import Config
-from kabrn_dist.config.file import dump_config
+from kabrn_dist.config.file import dump_config, parse_config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.distributed.collectives import Group, rank_of, run_on_all, run_on_main, size_of
@@ -55,7 +54,7 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
     if path is None:
         raise UserError(f"{source}/checkpoints: no intact checkpoint to start from; name the folder of a trained run")
     manifest = run_on_all(group, read_manifest, path)
-    before = _read_config(path, manifest)
+    before = parse_config(read_state(path, manifest).config, f"{path}: its configuration")
     plan = make_plan(before.model, config.model)
     recipes = list_recipes(plan, empty_model(before), empty_model(config))
     missing = [r.source for r in recipes if r.source and f"{r.source}/master" not in manifest.tensors]
@@ -143,7 +142,7 @@ def _router_states(growth: Growth) -> dict[str, Tensor]:
 
 def _fresh_state(growth: Growth) -> dict[str, Any]:
     """What the training loop keeps beside the tensors, of a run that has read nothing yet."""
-    config, old = growth.config, read_state(growth.path, growth.manifest.state)
+    config, old = growth.config, read_state(growth.path, growth.manifest)
     data = config.data
     corpus = open_corpus(data)
     cursor = TokenDataset(corpus, "train", data.sequence_length, config.run.seed).cursor(0)
@@ -165,14 +164,6 @@ def _fresh_state(growth: Growth) -> dict[str, Any]:
         tokenizer_sha256=tokenizer,
     )
     return state.model_dump()
-
-
-def _read_config(path: Path, manifest: Manifest) -> Config:
-    try:
-        return Config.model_validate(manifest.state["config"])
-    except (KeyError, ValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: its configuration is not one of this version: {reason}") from None
 
 
 def _check_shares(noise: float | None, redraw: float) -> None:

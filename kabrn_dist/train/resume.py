@@ -53,7 +53,7 @@ def restore(store: CheckpointStore, path: Path, engine: Engine, data: Datasets, 
     Raises:
         UserError: for a checkpoint of other tensors or other data, or damaged.
     """
-    state = read_state(path, store.load(path, list_fragments(engine)).state)
+    state = read_state(path, store.load(path, list_fragments(engine)))
     cursor = _read_cursor(path, state)
     cursor.check(data.train)
     read = state.step + state.skipped_data_steps

@@ -14,8 +14,8 @@ from data_prep.recipe import load_recipe
 from data_prep.sources.build import make_source
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, load_config
-from kabrn_dist.config.model import ConfigSection
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.yaml_section import ConfigSection
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # Recipes of data_prep lie beside the trainings that read what they make.
@@ -26,13 +26,13 @@ BASE = """
 run: {folder: runs/x}
 data: {path: data/x, sequence_length: 32}
 model:
-  vocabulary: 64
-  width: 16
+  vocab_size: 64
+  hidden_size: 16
   layers: 1
-  retention: {heads: 2, key_dim: 4, value_dim: 8}
-  experts: {routed: 8, top_k: 2, hidden: 8}
+  retention: {num_heads: 2, key_dim: 4, value_dim: 8}
+  experts: {num_experts: 8, top_k: 2, expert_hidden_size: 8}
 optimizer: {learning_rate: 1.0e-3}
-training: {steps: 10, batch: 24, micro_batch_size: 2}
+training: {steps: 10, global_batch_size: 24, micro_batch_size: 2}
 """
 
 
@@ -53,10 +53,10 @@ def complaint(path: Path, *overrides: str) -> str:
     ("override", "said"),
     [
         ("modle.width=3", "unknown key 'modle'; did you mean 'model'?"),
-        ("model.retention.head=3", "unknown key 'model.retention.head'; did you mean 'heads'?"),
+        ("model.retention.num_head=3", "unknown key 'model.retention.num_head'; did you mean 'num_heads'?"),
         ("training.stepps=3", "unknown key 'training.stepps'; did you mean 'steps'?"),
         ("parallel.experts=2", "unknown key 'parallel.experts'; did you mean"),
-        ("checkpoint.qqqq=3", "unknown key 'checkpoint.qqqq'; known keys: every, keep, keep_every"),
+        ("checkpoint.qqqq=3", "unknown key 'checkpoint.qqqq'; known keys: save_interval, keep_last, keep_every"),
     ],
 )
 def test_unknown_keys(base: Path, override: str, said: str) -> None:
@@ -87,8 +87,8 @@ def test_wrong_values_are_named(base: Path, override: str, key: str, found: str)
 
 
 def test_all_mistakes_are_told_at_once(base: Path) -> None:
-    message = complaint(base, "training.steps=many", "model.widht=3")
-    assert "training.steps" in message and "did you mean 'width'?" in message
+    message = complaint(base, "training.steps=many", "model.hiden_size=3")
+    assert "training.steps" in message and "did you mean 'hidden_size'?" in message
 
 
 def test_a_wrong_decay_is_named_by_its_key_alone(base: Path) -> None:
@@ -227,7 +227,7 @@ def test_shares_that_do_not_add_up(base: Path, shares: list[int]) -> None:
         f"{len(shares)} entries",
         f"sum to {sum(shares)}",
         "parallel.expert_parallel = 2",
-        "routed = 8",
+        "num_experts = 8",
     ):
         assert number in message
     load_config(base, ["parallel.expert_parallel=2", "parallel.experts_per_rank=[3, 5]"]).check_world_size(4)
