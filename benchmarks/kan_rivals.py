@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.bitlinear import bitlinear
-from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.activation_quant import Quantized, quantize, rms_norm
 
@@ -67,7 +67,7 @@ class Pass:
         return torch.autograd.grad(self.forward(), self.leaves, self.grad)
 
 
-class SiluExperts(StackedExperts):
+class SiluExperts(Experts):
     """y = W₂ q(SiLU(W₁ x)), q = RMSNorm and int8: a BitLinear MLP, or a plain one."""
 
     up: Tensor

@@ -83,7 +83,12 @@ def configure(width: int, way: str, world: int, micro: int) -> Config:
     retention = {"num_heads": 4, "key_dim": width // 4, "value_dim": width // 4}
     experts = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 2 * width}
     model = {"vocab_size": 257, "hidden_size": width, "layers": 4, "retention": retention, "experts": experts}
-    batch = {"steps": 100, "global_batch_size": MICRO_BATCH * world * micro, "micro_batch_size": MICRO_BATCH, "precision": "bf16"}
+    batch = {
+        "steps": 100,
+        "global_batch_size": MICRO_BATCH * world * micro,
+        "micro_batch_size": MICRO_BATCH,
+        "precision": "bf16",
+    }
     return Config.model_validate(
         {
             "run": {"folder": "unused"},

@@ -51,20 +51,20 @@ def measure_reach(model: MixKABRN, batch: Batch) -> list[Reach]:
 
 def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
     """The stream of a forward pass, stopped in front of every network."""
-    place = make_position_info(batch.documents, batch.positions, model.settings.retention.key_dim)
+    place = make_position_info(batch.documents, batch.positions, model.config.retention.key_dim)
     x, row = model.embedding(batch.tokens), 0
     networks = list_networks(model)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         mixed = x + block.mixer(x, place, None)[0]
         normed = normalize_quantize(mixed, False).codes
-        codes, scale, _ = normalize_quantize(mixed, model.settings.quantize).rows()
+        codes, scale, _ = normalize_quantize(mixed, model.config.quantize).rows()
         guide, choice = None, None
         if isinstance(block.mixture, MixtureOfExperts):
             guide = RouterInputs(model.routers.bias[row], model.routers.prev_load[row], model.routers.step, None)
             choice, row = block.mixture.router(normed, *guide).expert_ids, row + 1
         for network in (each for each in networks if each.layer == layer):
-            everyone = torch.arange(len(network.experts.experts)).expand(len(codes), -1)
+            everyone = torch.arange(len(network.experts.expert_ids)).expand(len(codes), -1)
             chosen = choice if network.kind == "routed" and choice is not None else everyone
             yield _sort(network, codes, scale, chosen)
         x = block(x, place, None, guide)[0]
@@ -72,7 +72,7 @@ def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
 
 def _sort(network: Network, codes: Tensor, scale: Tensor, choice: Tensor) -> Rows:
     """Copies of the rows by expert; a choice [N,k] of E stands for a dropped copy."""
-    experts = len(network.experts.experts)
+    experts = len(network.experts.expert_ids)
     flat = choice.flatten()
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
     rows = flat.argsort(stable=True)[: sum(counts)] // choice.shape[1]

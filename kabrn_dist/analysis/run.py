@@ -9,7 +9,7 @@ from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
 from kabrn_dist.inference.load import build_whole
-from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.moe import MixtureOfExperts
 from kabrn_dist.utils.errors import UserError
@@ -20,7 +20,7 @@ class Network(NamedTuple):
 
     layer: int
     kind: str
-    experts: StackedExperts
+    experts: Experts
 
 
 def open_run(folder: Path) -> tuple[Config, MixKABRN, Path]:
@@ -47,6 +47,6 @@ def list_networks(model: MixKABRN) -> list[Network]:
         mixture = isinstance(block.mixture, MixtureOfExperts)
         for name in ("routed", "shared"):
             part = getattr(block.mixture, name, None)
-            if isinstance(part, StackedExperts):
+            if isinstance(part, Experts):
                 found.append(Network(layer, name if mixture else "dense", part))
     return found

@@ -15,7 +15,7 @@ from kabrn_dist.analysis.run import open_run
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.metrics.ternary import TernaryStats, collect_figure, named_bit_weights, weight_sums
 from kabrn_dist.model.mixkabrn import MixKABRN
-from kabrn_dist.ops.weight_quant import ternary
+from kabrn_dist.ops.weight_quant import absmean_quantize
 from kabrn_dist.plots.figure import to_png
 from kabrn_dist.plots.weights import TernaryFigure, draw_weights
 from kabrn_dist.utils.atomic_io import atomic_write
@@ -59,7 +59,7 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
 @torch.no_grad()
 def _read_codes(model: MixKABRN) -> list[Tensor]:
     return [
-        ternary(_stack(weight), model.settings.scale_group_size)[0].to(torch.int8)
+        absmean_quantize(_stack(weight), model.config.scale_group_size)[0].to(torch.int8)
         for _, _, weight in named_bit_weights(model)
     ]
 
@@ -70,12 +70,12 @@ def _measure(model: MixKABRN, start: list[Tensor]) -> Iterator[Matrix]:
         latent = _stack(weight)
         each = [
             weight_sums(*parts)
-            for parts in zip(latent, *ternary(latent, model.settings.scale_group_size), before, strict=True)
+            for parts in zip(latent, *absmean_quantize(latent, model.config.scale_group_size), before, strict=True)
         ]
         yield Matrix(
             layer,
             TernaryStats(*map(torch.stack, zip(*each, strict=True))),
-            collect_figure(name, weight, model.settings.scale_group_size),
+            collect_figure(name, weight, model.config.scale_group_size),
         )
 
 

@@ -48,7 +48,7 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
         _mark_pieces(pieces, mesh)
     if apart and config.parallel.zero_stage < 3:
         # Stage 3 refuses the marker and needs only the attributes of the parameters.
-        model.deepspeed_marker = _ExpertMarker(model.settings.experts.num_experts, mesh.expert_parallel)
+        model.deepspeed_marker = _ExpertMarker(model.config.experts.num_experts, mesh.expert_parallel)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config, apart),
         lr=0.0,
@@ -96,7 +96,9 @@ class _DeepSpeed(DeepSpeedEngine):
 
     def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
         kept = (
-            [*self.module.function_parameters(), *self.module.router_weights()] if self.zero_optimization_stage() < 3 else []
+            [*self.module.function_parameters(), *self.module.router_weights()]
+            if self.zero_optimization_stage() < 3
+            else []
         )
         kept += self.module.pieces()
         values = [p.data for p in kept]

@@ -107,7 +107,7 @@ class Engine:
 
     def _begin(self, last: bool) -> None:
         """Before a forward pass, whose gradients, if any, complete a step where it is the `last`. Collective."""
-        self.model.blend.lam = self.config.model.quantization_lambda(self.model.routers.step)
+        self.model.quant.lam = self.config.model.quantization_lambda(self.model.routers.step)
         if self.shards is not None:
             self.shards.expect(last)
         self.refresh()

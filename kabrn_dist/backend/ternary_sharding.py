@@ -24,9 +24,9 @@ from kabrn_dist.ops.weight_quant import (
     TernaryMatrices,
     TernaryModule,
     TernarySource,
-    magnitudes,
-    mean_of,
+    mean_magnitude,
     round_latents,
+    sum_magnitudes,
 )
 
 
@@ -95,7 +95,7 @@ class TernaryShard(TernarySource):
         """Σ|w| of each scale's latents in this piece, fp64."""
         found = torch.zeros(self.shape[0] * len(self.begins), dtype=torch.float64, device=piece.device)
         for run in self.runs:
-            found[run.scale] = magnitudes(piece[None, run.first : run.last])[0]
+            found[run.scale] = sum_magnitudes(piece[None, run.first : run.last])[0]
         return found
 
     def codes(self, piece: Tensor, total: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class TernaryShard(TernarySource):
         outputs, inputs = self.shape[1:]
         rows = torch.tensor([b - a for a, b in zip(self.begins, [*self.begins[1:], outputs], strict=True)])
         counts = (rows * inputs).repeat(self.shape[0]).to(total.device)
-        gamma = mean_of(total, counts, torch.float32)
+        gamma = mean_magnitude(total, counts, torch.float32)
         found = torch.zeros(self.size, dtype=torch.int8, device=piece.device)
         for run in self.runs:
             found[run.first : run.last] = round_latents(piece[None, run.first : run.last], gamma[run.scale])[0]
@@ -165,7 +165,7 @@ class TernaryShards:
                 whole = module.get_parameter(name)
                 group = expert_data_group if id(whole) in routed else world_group
                 shard = TernaryShard(
-                    whole, group, model.blend.scale_group_size, dtype, packing.block, id(whole) in routed, under_way
+                    whole, group, model.quant.scale_group_size, dtype, packing.block, id(whole) in routed, under_way
                 )
                 piece = nn.Parameter(shard.cut(whole))
                 setattr(module, name, piece)

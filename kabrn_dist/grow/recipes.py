@@ -10,7 +10,7 @@ from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.grow.plan import Plan
 from kabrn_dist.grow.tensors import GridRefinement, TensorMapping
-from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.router import Router
 
@@ -35,7 +35,7 @@ def draw_fresh(model: MixKABRN, recipe: TensorMapping, seed: int) -> Tensor:
     if recipe.zero:
         return torch.zeros(recipe.shape)
     module = model.get_submodule(module_name)
-    assert isinstance(module, Router | StackedExperts)
+    assert isinstance(module, Router | Experts)
     module.initialize(seed, module_name)
     return module.get_parameter(leaf).detach()
 
@@ -46,7 +46,7 @@ def _recipe(
     module_name, _, leaf = name.rpartition(".")
     layer, part = _layer(name), module_name.rpartition(".")[2]
     module = new.get_submodule(module_name)
-    is_matrix = isinstance(module, StackedExperts) and leaf in module.stds
+    is_matrix = isinstance(module, Experts) and leaf in module.stds
     is_output = is_matrix and leaf.startswith(OUTPUTS)
     if layer in plan.upcycled and part == "router":
         return TensorMapping(name, shape, None, "drawn afresh")

@@ -57,7 +57,7 @@ def watch_saturation(model: MixKABRN) -> Iterator[Saturation]:
     """Within it the model's forward passes are counted; nothing is where it is not wholly quantised."""
     saturation = Saturation(len(model.blocks), next(model.parameters()).device)
     hooks = []
-    for layer, block in enumerate(model.blocks if model.blend.lam == 1 else ()):
+    for layer, block in enumerate(model.blocks if model.quant.lam == 1 else ()):
         for module in block.modules():
             # Matrices of one module read one input. (ZeRO 3 hands each its own view, so it cannot be told by identity.)
             readers = [part for part in module.children() if isinstance(part, BitLinear)]

@@ -15,7 +15,7 @@ from kabrn_dist.backend.deepspeed import gathered, is_expert
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.ternary_sharding import TernaryShard
 from kabrn_dist.model.mixkabrn import MixKABRN
-from kabrn_dist.ops.weight_quant import round_latents, ternary
+from kabrn_dist.ops.weight_quant import absmean_quantize, round_latents
 from kabrn_dist.plots.weights import BINS, TernaryFigure, count_latents
 
 # Rows and columns of a matrix in its picture.
@@ -112,7 +112,7 @@ def weight_values(sums: TernaryStats | None) -> dict[str, float]:
 def collect_figure(name: str, weight: Tensor, group: int | None = None) -> TernaryFigure:
     """The picture's data of a latent weight [O,I], or of a stack [E,O,I]; `group`: outputs that share a scale."""
     latent = weight.detach().view(-1, *weight.shape[-2:])
-    codes, gamma = ternary(latent, group)
+    codes, gamma = absmean_quantize(latent, group)
     return TernaryFigure(name, count_latents(latent, gamma), codes[0, :CORNER, :CORNER].cpu(), tuple(weight.shape))
 
 
@@ -168,7 +168,7 @@ def _counted(engine: Engine) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         with gathered([weight], engine.stage):
             if _has_turn(engine, number, weight):
                 latent = weight.detach().view(-1, *weight.shape[-2:])
-                yield layer, latent, *ternary(latent, engine.config.model.scale_group_size)
+                yield layer, latent, *absmean_quantize(latent, engine.config.model.scale_group_size)
 
 
 def _counted_pieces(shard: TernaryShard, piece: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -25,10 +25,10 @@ from kabrn_dist.ops.weight_quant import QuantState
 
 # Queries whose mask is in memory at a time. On a CPU, 4,096 tokens took 0.8 of the time of blocks of 2,048 as one
 # document and 0.3 as documents of 512.
-BLOCK = 512
+QUERY_BLOCK = 512
 # A result is a mean of values. Over n unlike values it shrinks by √n, which is signal and not noise: unlike
 # retention's first tokens it may be scaled up again.
-HEAD_EPSILON = 1e-6
+HEAD_NORM_EPS = 1e-6
 
 
 class KVCache(NamedTuple):
@@ -56,7 +56,7 @@ def attention_naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tenso
     return torch.cat(rows, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, block: int = BLOCK) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, block_size: int = QUERY_BLOCK) -> Tensor:
     """Each query over the keys up to its own place, of its own document.
 
     Work grows with T × the longest documents, not with T × S: a block of queries leaves out the keys before its first
@@ -74,12 +74,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, block: int = B
     tokens, seen, keys, values = q.shape[2], k.shape[2], k.shape[-1], v.shape[-1]
     # torch's fused kernels want K = V, and without them keep all T×S scores; zeros change no score and no value.
     q, k, v = _pad(q, max(keys, values)), _pad(k, max(keys, values)), _pad(v, max(keys, values))
-    firsts, one = _first_keys(documents, tokens, block)
+    firsts, one = _first_keys(documents, tokens, block_size)
     if one and tokens == seen:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=keys**-0.5)[..., :values]
     outs = []
-    for first, start in zip(firsts, range(0, tokens, block), strict=True):
-        stop = min(start + block, tokens)
+    for first, start in zip(firsts, range(0, tokens, block_size), strict=True):
+        stop = min(start + block_size, tokens)
         past = slice(first, seen - tokens + stop)
         part = (q[:, :, start:stop], k[:, :, past], v[:, :, past], documents[:, past], keys**-0.5)
         # One block's mask is small; kept for backward, those of all blocks would be T×S again.
@@ -125,15 +125,15 @@ class Attention(Mixer):
 
     def __init__(
         self,
-        width: int,
-        settings: RetentionConfig,
-        quantized: bool | QuantState,
-        gain: float,
+        hidden_size: int,
+        config: RetentionConfig,
+        quant: bool | QuantState,
+        init_gain: float,
         group: dist.ProcessGroup | None = None,
-        taps: int = 0,
+        kernel_size: int = 0,
     ) -> None:
-        super().__init__(width, settings, quantized, gain, HEAD_EPSILON, taps, group)
-        self.block = BLOCK
+        super().__init__(hidden_size, config, quant, init_gain, HEAD_NORM_EPS, kernel_size, group)
+        self.block_size = QUERY_BLOCK
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, place: PositionInfo, state: KVCache | None
@@ -152,8 +152,8 @@ class Attention(Mixer):
                 )
             documents = gather_past_ids(documents, self.group)
             k, v = gather_past(k, v, self.group)
-            return attention(q, k, v, documents, self.block), None
+            return attention(q, k, v, documents, self.block_size), None
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
             documents = torch.cat([state.documents, documents], 1)
-        return attention(q, k, v, documents, self.block), KVCache(k, v, documents)
+        return attention(q, k, v, documents, self.block_size), KVCache(k, v, documents)

@@ -24,14 +24,16 @@ from kabrn_dist.ops.weight_quant import (
     QuantState,
     TernaryMatrices,
     TernaryModule,
+    absmean_quantize,
     cast_codes,
     latent_std,
     ternarize,
-    ternary,
 )
 
 
-def bitlinear(x: Quantized, weight: TernaryMatrices | Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
+def bitlinear(
+    x: Quantized, weight: TernaryMatrices | Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0
+) -> Tensor:
     """Rows times their ternary matrices.
 
     Args:
@@ -43,21 +45,21 @@ def bitlinear(x: Quantized, weight: TernaryMatrices | Tensor, counts: Sequence[i
     Returns:
         [N,O] in the dtype of the codes.
     """
-    return _multiply(x, weight, counts, share, True).codes
+    return _multiply(x, weight, rows_per_matrix, lam, True).codes
 
 
 def bitlinear_unscaled(
-    x: Quantized, weight: TernaryMatrices | Tensor, counts: Sequence[int], share: float = 1.0
+    x: Quantized, weight: TernaryMatrices | Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0
 ) -> Quantized:
     """`bit_product` whose scaling is left to what reads it: product [N,O] / scale [N,1] is the result."""
-    return _multiply(x, weight, counts, share, False)
+    return _multiply(x, weight, rows_per_matrix, lam, False)
 
 
-def bitlinear_naive(x: Quantized, weight: Tensor, counts: Sequence[int], share: float = 1.0) -> Tensor:
+def bitlinear_naive(x: Quantized, weight: Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0) -> Tensor:
     """The same by definition: dequantise both sides, multiply, let autograd differentiate. weight: latents [E,O,I]."""
-    codes, gamma = ternary(weight)
-    used = weight + share * (codes * gamma - weight).detach()
-    rows = (x.codes / x.scale).split(list(counts))
+    codes, gamma = absmean_quantize(weight)
+    used = weight + lam * (codes * gamma - weight).detach()
+    rows = (x.codes / x.scale).split(list(rows_per_matrix))
     return torch.cat([part @ matrix.T for part, matrix in zip(rows, used, strict=True)])
 
 
@@ -213,27 +215,27 @@ def _by_row(per_matrix: Tensor, counts: tuple[int, ...]) -> Tensor:
     return torch.cat([value.expand(n, 1) for value, n in zip(per_matrix.view(-1, 1), counts, strict=True)])
 
 
-def grouped_mm(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_mm(rows: Tensor, weight: Tensor, rows_per_matrix: Sequence[int]) -> Tensor:
     """[N,I] rows sorted by matrix × [E,O,I] → [N,O]; int8 gives int32."""
     multiply, dtype = (torch._int_mm, torch.int32) if rows.dtype == torch.int8 else (torch.mm, rows.dtype)
-    if len(counts) == 1:
+    if len(rows_per_matrix) == 1:
         return multiply(rows, weight[0].T)
     out = rows.new_empty(len(rows), weight.shape[1], dtype=dtype)
     start = 0
-    for matrix, n in zip(weight, counts, strict=True):
+    for matrix, n in zip(weight, rows_per_matrix, strict=True):
         if n:
             multiply(rows[start : start + n], matrix.T, out=out[start : start + n])
         start += n
     return out
 
 
-def grouped_weight_grad(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_weight_grad(left: Tensor, right: Tensor, rows_per_matrix: Sequence[int]) -> Tensor:
     """[N,O] and [N,I] rows sorted by matrix → [E,O,I] sums of outer products; zeros where no row is."""
-    if len(counts) == 1:
+    if len(rows_per_matrix) == 1:
         return (left.T @ right)[None]
-    out = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    out = left.new_empty(len(rows_per_matrix), left.shape[1], right.shape[1])
     start = 0
-    for matrix, n in zip(out, counts, strict=True):
+    for matrix, n in zip(out, rows_per_matrix, strict=True):
         if n:
             torch.mm(left[start : start + n].T, right[start : start + n], out=matrix)
         else:
@@ -251,9 +253,11 @@ class BitLinear(TernaryModule):
         quantised: False makes it a plain matrix; a model's modules share a `Blend`.
     """
 
-    def __init__(self, inputs: int, outputs: int, gain: float = 1.0, quantized: bool | QuantState = True) -> None:
-        super().__init__({"weight": latent_std(inputs, gain, quantized)}, quantized)
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+    def __init__(
+        self, in_features: int, out_features: int, init_gain: float = 1.0, quant: bool | QuantState = True
+    ) -> None:
+        super().__init__({"weight": latent_std(in_features, init_gain, quant)}, quant)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def initialize(self, seed: int, name: str) -> None:
         self.weight.data.copy_(draw_normal(seed, f"{name}.weight", tuple(self.weight.shape), self.stds["weight"]))

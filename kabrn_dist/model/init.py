@@ -15,6 +15,6 @@ def draw_normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Ten
     return torch.randn(shape, generator=generator) * std
 
 
-def draw_experts(seed: int, name: str, experts: range, shape: tuple[int, ...], std: float) -> Tensor:
+def draw_experts(seed: int, name: str, expert_ids: range, shape: tuple[int, ...], std: float) -> Tensor:
     """[E, *shape]: one draw for each of `experts`, named by its global number."""
-    return torch.stack([draw_normal(seed, f"{name}.{expert}", shape, std) for expert in experts])
+    return torch.stack([draw_normal(seed, f"{name}.{expert}", shape, std) for expert in expert_ids])

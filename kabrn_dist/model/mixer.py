@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import RetentionConfig
 from kabrn_dist.model.bitlinear import BitLinear
-from kabrn_dist.model.short_conv import ShortConv, find_before, keep_recent
+from kabrn_dist.model.short_conv import ShortConv, last_inputs, preceding_inputs
 from kabrn_dist.ops.activation_quant import normalize_quantize, rms_norm, to_fp32
 from kabrn_dist.ops.weight_quant import QuantState
 
@@ -52,9 +52,9 @@ class MixerState(NamedTuple):
     ffn_conv_state: Tensor | None = None
 
 
-def make_position_info(documents: Tensor, positions: Tensor, key_width: int) -> PositionInfo:
+def make_position_info(documents: Tensor, positions: Tensor, key_dim: int) -> PositionInfo:
     """Rotary angles (RoFormer, arXiv 2104.09864, base 10,000) for [B,T] documents and positions in them."""
-    half = key_width // 2
+    half = key_dim // 2
     # In fp32 an angle at position 10⁶ would be off by 0.06.
     speeds = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
     angles = positions[:, None, :, None] * speeds
@@ -70,15 +70,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class MixerInputs(nn.Module):
     """One normalised and quantised input for queries, keys, values and the gate; convolved before, if it is to be."""
 
-    def __init__(self, width: int, settings: RetentionConfig, quantized: bool | QuantState, taps: int = 0) -> None:
+    def __init__(
+        self, hidden_size: int, config: RetentionConfig, quant: bool | QuantState, kernel_size: int = 0
+    ) -> None:
         super().__init__()
-        self.heads = settings.num_heads
-        self.convolution = ShortConv(width, taps) if taps else None
-        keys, values = settings.num_heads * settings.key_dim, settings.num_heads * settings.value_dim
-        self.query = BitLinear(width, keys, quantized=quantized)
-        self.key = BitLinear(width, keys, quantized=quantized)
-        self.value = BitLinear(width, values, quantized=quantized)
-        self.gate = BitLinear(width, values, quantized=quantized)
+        self.num_heads = config.num_heads
+        self.convolution = ShortConv(hidden_size, kernel_size) if kernel_size else None
+        keys, values = config.num_heads * config.key_dim, config.num_heads * config.value_dim
+        self.query = BitLinear(hidden_size, keys, quant=quant)
+        self.key = BitLinear(hidden_size, keys, quant=quant)
+        self.value = BitLinear(hidden_size, values, quant=quant)
+        self.gate = BitLinear(hidden_size, values, quant=quant)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None, positions: Tensor
@@ -92,7 +94,7 @@ class MixerInputs(nn.Module):
             x = self.convolution(x, before, positions)
         shared = normalize_quantize(x, self.query.lam)
         q, k, v = (
-            matrix(shared).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            matrix(shared).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for matrix in (self.query, self.key, self.value)
         )
         return rotate(q, cos, sin), rotate(k, cos, sin), v, self.gate(shared)
@@ -102,15 +104,15 @@ class MixerOutput(nn.Module):
     """Heads normalised one by one, a swish gate, and the output matrix."""
 
     def __init__(
-        self, width: int, settings: RetentionConfig, quantized: bool | QuantState, gain: float, epsilon: float
+        self, hidden_size: int, config: RetentionConfig, quant: bool | QuantState, init_gain: float, eps: float
     ) -> None:
         super().__init__()
-        self.epsilon = epsilon
-        self.out = BitLinear(settings.num_heads * settings.value_dim, width, gain, quantized=quantized)
+        self.eps = eps
+        self.out = BitLinear(config.num_heads * config.value_dim, hidden_size, init_gain, quant=quant)
 
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """[B,H,T,V] and gate [B,T,H·V] → [B,T,D]."""
-        heads = rms_norm(mixed, self.epsilon).transpose(1, 2).flatten(2)
+        heads = rms_norm(mixed, self.eps).transpose(1, 2).flatten(2)
         return self.out(normalize_quantize(heads * F.silu(gate), self.out.lam))
 
 
@@ -124,27 +126,27 @@ class Mixer(nn.Module, ABC):
 
     def __init__(
         self,
-        width: int,
-        settings: RetentionConfig,
-        quantized: bool | QuantState,
-        gain: float,
-        epsilon: float,
-        taps: int = 0,
+        hidden_size: int,
+        config: RetentionConfig,
+        quant: bool | QuantState,
+        init_gain: float,
+        eps: float,
+        kernel_size: int = 0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.taps, self.group = settings, taps, group
-        self.inputs = MixerInputs(width, settings, quantized, taps)
-        self.output = MixerOutput(width, settings, quantized, gain, epsilon)
+        self.config, self.kernel_size, self.group = config, kernel_size, group
+        self.inputs = MixerInputs(hidden_size, config, quant, kernel_size)
+        self.output = MixerOutput(hidden_size, config, quant, init_gain, eps)
 
     def forward(self, x: Tensor, place: PositionInfo, state: Any = None) -> tuple[Tensor, Any]:
         """[B,T,D] → [B,T,D] and the state after the last token; `state` continues an earlier call."""
         recent = state.mixer_conv_state if isinstance(state, MixerState) else None
-        before = find_before(x, self.taps, recent, self.group) if self.taps else None
+        before = preceding_inputs(x, self.kernel_size - 1, recent, self.group) if self.kernel_size else None
         q, k, v, gate = self.inputs(x, place.cos, place.sin, before, place.positions)
         mixed, kept = self.mix(q, k, v, place, state.mixer_state if isinstance(state, MixerState) else state)
         if before is not None and self.group is None:
-            kept = MixerState(kept, keep_recent(before, x))
+            kept = MixerState(kept, last_inputs(before, x))
         return self.output(mixed, gate), kept
 
     @abstractmethod

@@ -21,13 +21,13 @@ from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.distributed.state_scan import SequenceLink
 from kabrn_dist.model.attention import Attention
-from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.init import draw_normal
 from kabrn_dist.model.mixer import Mixer, MixerState, PositionInfo, make_position_info
 from kabrn_dist.model.moe import DenseFeedForward, MixtureOfExperts, RouterInputs
 from kabrn_dist.model.retention import Retention
 from kabrn_dist.model.router import Router, RouterStates, RouterStats, TokenCoordinates
-from kabrn_dist.model.short_conv import ShortConv, find_before, keep_recent
+from kabrn_dist.model.short_conv import ShortConv, last_inputs, preceding_inputs
 from kabrn_dist.ops.activation_quant import rms_norm
 from kabrn_dist.ops.retention import log_decays
 from kabrn_dist.ops.weight_quant import QuantState, TernaryModule
@@ -63,13 +63,11 @@ class Block(nn.Module):
         settings: of the model; whether convolutions stand in front of both, and what is kept for backward.
     """
 
-    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, settings: ModelConfig) -> None:
+    def __init__(self, mixer: Mixer, mixture: MixtureOfExperts | DenseFeedForward, config: ModelConfig) -> None:
         super().__init__()
         self.mixer, self.mixture = mixer, mixture
-        self.convolution = (
-            ShortConv(settings.hidden_size, settings.short_conv_size - 1) if settings.short_conv_size else None
-        )
-        activations = settings.activation_checkpointing
+        self.convolution = ShortConv(config.hidden_size, config.short_conv_size) if config.short_conv_size else None
+        activations = config.activation_checkpointing
         if activations != "keep":
             # Only parts without a collective are recomputed, so the all-to-alls run once, in one order.
             for part, names in ((mixer, ("inputs", "output")), (mixture, ("routed", "shared"))):
@@ -86,9 +84,9 @@ class Block(nn.Module):
         mixed, state = self.mixer(x, place, state)
         x = read = x + mixed
         if self.convolution is not None:
-            before = find_before(x, self.mixer.taps, between, self.mixer.group)
+            before = preceding_inputs(x, self.mixer.kernel_size - 1, between, self.mixer.group)
             read = self.convolution(x, before, place.positions)
-            state = state._replace(ffn_conv_state=keep_recent(before, x)) if isinstance(state, MixerState) else state
+            state = state._replace(ffn_conv_state=last_inputs(before, x)) if isinstance(state, MixerState) else state
         if guide is None:
             return x + self.mixture(read), state, None
         thought, sums = self.mixture(read, guide)
@@ -111,37 +109,41 @@ class MixKABRN(nn.Module):
     """
 
     def __init__(
-        self, settings: ModelConfig, placement: ExpertPlacement, mesh: Mesh, parallel: ParallelConfig | None = None
+        self, config: ModelConfig, placement: ExpertPlacement, mesh: Mesh, parallel: ParallelConfig | None = None
     ) -> None:
         super().__init__()
         parallel = parallel or ParallelConfig()
-        self.settings, self.placement = settings, placement
-        self.embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
-        self.routers = RouterStates.initial(len(settings.moe_layers), settings.experts.num_experts, mesh.device)
-        self.traffic = [Traffic() for _ in settings.moe_layers]
+        self.config, self.placement = config, placement
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.routers = RouterStates.initial(len(config.moe_layers), config.experts.num_experts, mesh.device)
+        self.traffic = [Traffic() for _ in config.moe_layers]
         wires = {
-            layer: make_expert_link(settings, placement, mesh, parallel, traffic)
-            for layer, traffic in zip(settings.moe_layers, self.traffic, strict=True)
+            layer: make_expert_link(config, placement, mesh, parallel, traffic)
+            for layer, traffic in zip(config.moe_layers, self.traffic, strict=True)
         }
         # Each block adds two terms to the stream; this keeps the sum's variance from growing with depth.
-        gain = 1 / math.sqrt(2 * len(settings.layers))
-        link = make_sequence_link(settings, mesh, parallel)
-        self.blend = QuantState(float(settings.quantize), settings.scale_group_size)
-        quantized = self.blend if settings.quantize else False
+        gain = 1 / math.sqrt(2 * len(config.layers))
+        link = make_sequence_link(config, mesh, parallel)
+        self.quant = QuantState(float(config.quantize), config.scale_group_size)
+        quantized = self.quant if config.quantize else False
         blocks = []
-        for layer, kind in enumerate(settings.layers):
-            heads = settings.hidden_size, settings.retention, quantized, gain
-            taps = max(0, settings.short_conv_size - 1)
-            mixer = Retention(*heads, link, taps) if kind == "R" else Attention(*heads, mesh.sequence_group, taps)
+        for layer, kind in enumerate(config.layers):
+            heads = config.hidden_size, config.retention, quantized, gain
+            kernel_size = config.short_conv_size
+            mixer = (
+                Retention(*heads, link, kernel_size)
+                if kind == "R"
+                else Attention(*heads, mesh.sequence_group, kernel_size)
+            )
             wire = wires.get(layer)
             mixture = (
-                MixtureOfExperts(settings, gain, wire, mesh.sequence_group, quantized=quantized)
+                MixtureOfExperts(config, gain, wire, mesh.sequence_group, quant=quantized)
                 if wire
-                else DenseFeedForward(settings, gain, quantized)
+                else DenseFeedForward(config, gain, quantized)
             )
-            blocks.append(Block(mixer, mixture, settings))
+            blocks.append(Block(mixer, mixture, config))
         self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def initialize(self, seed: int) -> None:
         """Draw every logical tensor from `seed` and its name: the same for any world size and placement."""
@@ -195,7 +197,7 @@ class MixKABRN(nn.Module):
         for module in self.modules():
             if isinstance(module, ShortConv):
                 yield module.weight
-            if isinstance(module, StackedExperts):
+            if isinstance(module, Experts):
                 yield from (p for name, p in module.named_parameters() if name not in module.stds)
 
     def router_weights(self) -> Iterator[nn.Parameter]:
@@ -223,7 +225,7 @@ class MixKABRN(nn.Module):
         states: list[Any] | None,
         places: TokenCoordinates | None,
     ) -> tuple[Tensor, list[Any], list[RouterStats]]:
-        place = make_position_info(documents, positions, self.settings.retention.key_dim)
+        place = make_position_info(documents, positions, self.config.retention.key_dim)
         x = self.embedding(tokens)
         ends: list[Any] = []
         routers: list[RouterStats] = []
@@ -240,19 +242,19 @@ class MixKABRN(nn.Module):
 
 
 def make_expert_link(
-    settings: ModelConfig, placement: ExpertPlacement, mesh: Mesh, parallel: ParallelConfig, traffic: Traffic
+    config: ModelConfig, placement: ExpertPlacement, mesh: Mesh, parallel: ParallelConfig, traffic: Traffic
 ) -> ExpertLink:
     """How one mixture's copies travel; only quantised inputs can travel as int8."""
-    int8 = settings.quantize and parallel.dispatch_dtype == "int8"
+    int8 = config.quantize and parallel.dispatch_dtype == "int8"
     backward_int8 = parallel.dispatch_grad_dtype == "int8"
     return ExpertLink(placement, mesh.expert_group, mesh.expert_nodes, int8, backward_int8, traffic)
 
 
-def make_sequence_link(settings: ModelConfig, mesh: Mesh, parallel: ParallelConfig) -> SequenceLink | None:
+def make_sequence_link(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig) -> SequenceLink | None:
     """How retention's states travel between slices; None where sequences are whole."""
     if mesh.sequence_group is None:
         return None
-    decays = log_decays(settings.retention.decay, settings.retention.num_heads)
+    decays = log_decays(config.retention.decay, config.retention.num_heads)
     return SequenceLink(mesh.sequence_group, mesh.sequence_parallel, decays, parallel.state_exchange)
 
 

@@ -46,24 +46,24 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(
         self,
-        settings: ModelConfig,
-        gain: float,
+        config: ModelConfig,
+        init_gain: float,
         link: ExpertLink,
         sequence_group: dist.ProcessGroup | None = None,
-        forced: bool = False,
-        quantized: bool | QuantState | None = None,
+        force_load_balance: bool = False,
+        quant: bool | QuantState | None = None,
     ) -> None:
         super().__init__()
-        experts, width = settings.experts, settings.hidden_size
-        self.settings, self.link = experts, link
-        quantized = settings.quantize if quantized is None else quantized
+        experts, width = config.experts, config.hidden_size
+        self.config, self.link = experts, link
+        quant = config.quantize if quant is None else quant
         form = EXPERT_TYPES[experts.type]
-        self.router = Router(width, settings, sequence_group, forced)
-        self.routed = form(width, experts.expert_hidden_size, experts, link.placement.local, quantized, gain)
+        self.router = Router(width, config, sequence_group, force_load_balance)
+        self.routed = form(width, experts.expert_hidden_size, experts, link.placement.local, quant, init_gain)
         self.shared = None
         if experts.num_shared_experts:
             self.shared = form(
-                width, experts.expert_hidden_size, experts, range(experts.num_shared_experts), quantized, gain
+                width, experts.expert_hidden_size, experts, range(experts.num_shared_experts), quant, init_gain
             )
 
     def forward(self, x: Tensor, guide: RouterInputs) -> tuple[Tensor, RouterStats]:
@@ -89,7 +89,7 @@ class MixtureOfExperts(nn.Module):
     def _apply_shared(self, x: Quantized) -> Tensor | None:
         if self.shared is None:
             return None
-        copies, rows = self.settings.num_shared_experts, len(x.codes)
+        copies, rows = self.config.num_shared_experts, len(x.codes)
         if copies == 1:
             return self.shared(x.codes, x.scale, [rows], x.int8_codes)
         codes, scale, kept = (None if part is None else part.repeat(copies, 1) for part in x)
@@ -99,13 +99,11 @@ class MixtureOfExperts(nn.Module):
 class DenseFeedForward(nn.Module):
     """x → expert(x): one network of the experts' form that every token passes through."""
 
-    def __init__(self, settings: ModelConfig, gain: float, quantized: bool | QuantState | None = None) -> None:
+    def __init__(self, config: ModelConfig, init_gain: float, quant: bool | QuantState | None = None) -> None:
         super().__init__()
-        form = EXPERT_TYPES[settings.experts.type]
-        quantized = settings.quantize if quantized is None else quantized
-        self.shared = form(
-            settings.hidden_size, settings.dense_hidden_size, settings.experts, range(1), quantized, gain
-        )
+        form = EXPERT_TYPES[config.experts.type]
+        quant = config.quantize if quant is None else quant
+        self.shared = form(config.hidden_size, config.dense_hidden_size, config.experts, range(1), quant, init_gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] → [B,T,D]."""
@@ -129,5 +127,5 @@ def moe_naive(layer: MixtureOfExperts, x: Tensor, guide: RouterInputs) -> Tensor
 
 
 def _every_expert(experts: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
-    n = len(experts.experts)  # type: ignore[arg-type]
+    n = len(experts.expert_ids)  # type: ignore[arg-type]
     return experts(codes.repeat(n, 1), scale.repeat(n, 1), [len(codes)] * n).view(n, *codes.shape)

@@ -119,16 +119,16 @@ class Router(nn.Module):
 
     def __init__(
         self,
-        width: int,
-        settings: ModelConfig,
+        hidden_size: int,
+        config: ModelConfig,
         sequence_group: dist.ProcessGroup | None = None,
         force_load_balance: bool = False,
     ) -> None:
         super().__init__()
-        self.experts, self.settings = settings.experts, settings.router
+        self.experts_config, self.router_config = config.experts, config.router
         self.sequence_group, self.force_load_balance = sequence_group, force_load_balance
         self.key = 0
-        self.weight = nn.Parameter(torch.empty(self.experts.num_experts, width))
+        self.weight = nn.Parameter(torch.empty(self.experts_config.num_experts, hidden_size))
 
     def initialize(self, seed: int, name: str) -> None:
         self.key = noise_key(seed, name)
@@ -143,19 +143,19 @@ class Router(nn.Module):
             places: needed for jitter in training only.
         """
         wide = to_fp32(x)
-        if self.training and self.settings.jitter_eps and places is not None:
+        if self.training and self.router_config.jitter_eps and places is not None:
             wide = wide * self._jitter(x.shape[-1], step, places)
         logits = F.linear(wide, to_fp32(self.weight))
-        scores = logits.sigmoid() if self.settings.score_func == "sigmoid" else logits.softmax(-1)
+        scores = logits.sigmoid() if self.router_config.score_func == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
             choice = self._deal(scores) if self.force_load_balance else self._choose(scores + bias)
         chosen = scores.gather(-1, choice)
-        if self.settings.norm_topk_prob:
+        if self.router_config.norm_topk_prob:
             chosen = chosen / chosen.sum(-1, keepdim=True)
         sent = torch.zeros_like(scores).scatter_(-1, choice, 1.0).detach()
-        if self.training and self.experts.capacity_factor is not None:
+        if self.training and self.experts_config.capacity_factor is not None:
             choice = self._drop(choice, sent)
-        shares = scores / scores.sum(-1, keepdim=True) if self.settings.score_func == "sigmoid" else scores
+        shares = scores / scores.sum(-1, keepdim=True) if self.router_config.score_func == "sigmoid" else scores
         return Routing(choice.flatten(0, 1), chosen.flatten(0, 1), logits, shares, sent, share)
 
     def summarize(self, routing: Routing) -> RouterStats:
@@ -165,7 +165,12 @@ class Router(nn.Module):
         batch: arXiv 2501.11873, with the frequencies of the last step, which every rank knows exactly before the first
         micro-batch; those of the running step would depend on the split. z: ST-MoE (arXiv 2202.08906, eq. 5).
         """
-        shares, sent, experts, k = routing.probs, routing.assignment, self.experts.num_experts, self.experts.top_k
+        shares, sent, experts, k = (
+            routing.probs,
+            routing.assignment,
+            self.experts_config.num_experts,
+            self.experts_config.top_k,
+        )
         balance = (self._frequency(sent) * (experts / k) * shares.sum(1)).sum()
         global_balance = (routing.prev_load.to(shares) * experts * shares.sum((0, 1))).sum()
         z = routing.logits.logsumexp(-1).square().sum()
@@ -175,7 +180,7 @@ class Router(nn.Module):
 
     def _choose(self, scores: Tensor) -> Tensor:
         """[B,T,E] biased scores → [B,T,k]; ties go to the lowest number, on every device and in every run."""
-        groups, most, k = self.settings.n_group, self.settings.topk_group, self.experts.top_k
+        groups, most, k = self.router_config.n_group, self.router_config.topk_group, self.experts_config.top_k
         if most is not None and most < groups:
             grouped = scores.unflatten(-1, (groups, -1))
             # DeepSeek-V3 rates a group by its k / M best experts.
@@ -188,7 +193,7 @@ class Router(nn.Module):
     def _deal(self, scores: Tensor) -> Tensor:
         """Token n visits experts n·k … n·k + k − 1, modulo E."""
         batch, time, experts = scores.shape
-        copies = torch.arange(batch * time * self.experts.top_k, device=scores.device) % experts
+        copies = torch.arange(batch * time * self.experts_config.top_k, device=scores.device) % experts
         return copies.view(batch, time, -1)
 
     def _jitter(self, width: int, step: int, places: TokenCoordinates) -> Tensor:
@@ -196,7 +201,7 @@ class Router(nn.Module):
         salt = torch.tensor([step, self.key], device=places.tokens.device)
         channels = torch.arange(width, device=places.tokens.device)
         tokens = hash_combine(*places, *salt)
-        return 1 + self.settings.jitter_eps * (2 * hash_uniform(tokens.unsqueeze(-1), channels) - 1)
+        return 1 + self.router_config.jitter_eps * (2 * hash_uniform(tokens.unsqueeze(-1), channels) - 1)
 
     def _drop(self, choice: Tensor, sent: Tensor) -> Tensor:
         """Replace by E the copies that an expert's capacity has no room for, the latest of each sequence first.
@@ -213,9 +218,9 @@ class Router(nn.Module):
             for earlier in everyone[: dist.get_rank(self.sequence_group)]:
                 before = before + earlier.unsqueeze(1)
             whole *= slices
-        room = expert_capacity(self.experts, whole)
+        room = expert_capacity(self.experts_config, whole)
         place = (sent.cumsum(1) + before).gather(-1, choice)
-        return choice.masked_fill(place > room, self.experts.num_experts)
+        return choice.masked_fill(place > room, self.experts_config.num_experts)
 
     def _frequency(self, sent: Tensor) -> Tensor:
         """[B,T,E] copies sent → [B,E] of whole sequences, divided by the square of their length.

@@ -1,9 +1,14 @@
-"""A short causal convolution: each channel sees the few tokens before its own, of the same document.
+"""A short causal convolution: each channel sees the few tokens before its own, in the same document.
 
-In front of queries, keys and values it lets a layer compare neighbours without spending a head on them (H3, arXiv
-2212.14052; Primer, arXiv 2109.08668); in front of a feed-forward it lets router and experts tell a token by them.
+In front of queries, keys and values it lets a layer compare neighbors without spending a head on them (H3, arXiv
+2212.14052; Primer, arXiv 2109.08668). In front of a feed-forward it lets the router and the experts tell a token by
+its neighbors.
 
-Shapes: B batch, T time, D width, J taps.
+Shapes:
+    B: batch.
+    T: tokens of a sequence.
+    D: hidden size.
+    J: taps on earlier tokens, the kernel size less one; the tap on the token itself is 1 and not learned.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ from kabrn_dist.distributed.halo import halo_exchange
 from kabrn_dist.ops.activation_quant import to_fp32
 
 
-def convolve_naive(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> Tensor:
-    """The sum by definition, token by token. Arguments and result as `convolve`."""
+def short_conv_naive(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> Tensor:
+    """Compute `short_conv` by definition, token by token. Same arguments and result."""
     taps, row = len(weight), torch.cat([before, x], 1)
     out = []
     for t in range(x.shape[1]):
@@ -31,88 +36,107 @@ def convolve_naive(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor)
     return torch.stack(out, 1)
 
 
-def convolve(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> Tensor:
-    """x_t + Σ_j w_j ⊙ x_{t−j}, j = 1 … J, over the tokens of t's document. Backward keeps the input alone.
+def short_conv(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> Tensor:
+    """Return x_t + Σ_j w_j ⊙ x_{t−j}, j = 1 … J, over the tokens of t's document.
+
+    Backward keeps only the input.
 
     Args:
         x: [B,T,D].
-        weight: [J,D], w_1 first; summed up in fp32 or wider.
-        before: [B,J,D], the columns in front of x in the dtype of x; of no effect where no document reaches into them.
+        weight: [J,D], w_1 first; the sum is taken in fp32 or wider.
+        before: [B,J,D], the inputs in front of x in the dtype of x; ignored where no document reaches into them.
         positions: [B,T] int64, of each token in its document.
 
     Returns:
         [B,T,D] in the dtype of x.
     """
-    return _Convolve.apply(torch.cat([before, x], 1), weight, positions)
+    return _ShortConv.apply(torch.cat([before, x], 1), weight, positions)
 
 
-class _Convolve(torch.autograd.Function):
+class _ShortConv(torch.autograd.Function):
     """[B,J+T,D] → [B,T,D]."""
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
         ctx.save_for_backward(row, weight, positions)
-        taps, wide = len(weight), to_fp32(weight)
+        taps, weight = len(weight), to_fp32(weight)
         out = to_fp32(row[:, taps:]).clone()
         for j in range(1, taps + 1):
-            out += _earlier(row, taps, j) * _reaching(positions, j) * wide[j - 1]
+            out += _shifted(row, taps, j) * _reaches_back(positions, j) * weight[j - 1]
         return out.to(row.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         row, weight, positions = ctx.saved_tensors
-        taps, wide, grad = len(weight), to_fp32(weight), to_fp32(grad)
-        for_row = grad.new_zeros(row.shape)
-        for_row[:, taps:] = grad
-        for_weight = torch.empty_like(wide)
+        taps, weight_fp32, grad = len(weight), to_fp32(weight), to_fp32(grad)
+        grad_row = grad.new_zeros(row.shape)
+        grad_row[:, taps:] = grad
+        grad_weight = torch.empty_like(weight_fp32)
         for j in range(1, taps + 1):
-            reaching = grad * _reaching(positions, j)
-            for_weight[j - 1] = (reaching * _earlier(row, taps, j)).sum((0, 1))
-            _earlier(for_row, taps, j).add_(reaching * wide[j - 1])
-        return for_row.to(row.dtype), for_weight.to(weight.dtype), None
+            masked = grad * _reaches_back(positions, j)
+            grad_weight[j - 1] = (masked * _shifted(row, taps, j)).sum((0, 1))
+            _shifted(grad_row, taps, j).add_(masked * weight_fp32[j - 1])
+        return grad_row.to(row.dtype), grad_weight.to(weight.dtype), None
 
 
-def _earlier(row: Tensor, taps: int, j: int) -> Tensor:
-    """[B,T,D], what stands j tokens before each; a view where no cast is needed."""
+def _shifted(row: Tensor, taps: int, j: int) -> Tensor:
+    """[B,T,D], the input j tokens before each token; a view where no cast is needed."""
     return to_fp32(row[:, taps - j : row.shape[1] - j])
 
 
-def _reaching(positions: Tensor, j: int) -> Tensor:
+def _reaches_back(positions: Tensor, j: int) -> Tensor:
     """[B,T,1] bool, true for tokens whose document reaches j tokens back."""
     return (positions >= j).unsqueeze(-1)
 
 
-def find_before(x: Tensor, taps: int, recent: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
-    """[B,J,D], the columns in front of x [B,T,D]: those kept, another rank's, or zeros at a row's start.
+def preceding_inputs(x: Tensor, count: int, recent: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the inputs in front of x: the stored ones, those of another rank, or zeros at the start of a row.
 
-    Collective with a group, which is the sequence group in the order of the slices.
+    Collective with a group.
+
+    Args:
+        x: [B,T,D].
+        count: J.
+        recent: [B,J,D], stored by an earlier call; None for a row that starts here.
+        group: the sequence group in the order of the slices; None where rows are whole.
+
+    Returns:
+        [B,J,D] in the dtype of x.
     """
     if recent is not None:
         return recent
     if group is not None:
-        return halo_exchange(x, taps, group)
-    return x.new_zeros(len(x), taps, x.shape[2])
+        return halo_exchange(x, count, group)
+    return x.new_zeros(len(x), count, x.shape[2])
 
 
-def keep_recent(before: Tensor, x: Tensor) -> Tensor:
-    """[B,J,D], the last columns of both: what decoding keeps."""
-    return torch.cat([before, x[:, -before.shape[1] :]], 1)[:, -before.shape[1] :]
+def last_inputs(before: Tensor, x: Tensor) -> Tensor:
+    """Return the last J inputs [B,J,D] of `before` [B,J,D] and x [B,T,D]: the state that decoding keeps."""
+    count = before.shape[1]
+    return torch.cat([before, x[:, -count:]], 1)[:, -count:]
 
 
 class ShortConv(nn.Module):
-    """The layer's weights [J,D]: zeros at first, so that it begins as if it were not there.
+    """The layer of `short_conv`. Its weights start at zero, so that at first it changes nothing.
 
-    They are coefficients like those of functions: fp32 in training, without weight decay.
+    The weights are function parameters: fp32 in training, and no weight decay.
+
+    Args:
+        hidden_size: D.
+        kernel_size: taps, the one on the token itself included; 4 sees the 3 tokens before.
+
+    Attributes:
+        weight: [J,D].
     """
 
-    def __init__(self, width: int, taps: int) -> None:
+    def __init__(self, hidden_size: int, kernel_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(taps, width))
+        self.weight = nn.Parameter(torch.empty(kernel_size - 1, hidden_size))
 
     def initialize(self, seed: int, name: str) -> None:
-        """Nothing is drawn: `seed` and `name` are what every module is told."""
+        """Set the weights to zero; nothing is drawn from `seed` and `name`, which every module receives."""
         self.weight.data.zero_()
 
     def forward(self, x: Tensor, before: Tensor, positions: Tensor) -> Tensor:
-        """See `convolve`."""
-        return convolve(x, self.weight, before, positions)
+        """Apply `short_conv` with the layer's weights."""
+        return short_conv(x, self.weight, before, positions)

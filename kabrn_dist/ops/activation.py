@@ -21,7 +21,7 @@ Eager = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def activate(
-    x: Quantized, function: Function, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float
+    x: Quantized, function: Function, eager: Eager, coefficients: Tensor, tokens_per_expert: Sequence[int], lam: float
 ) -> Quantized:
     """q(RMSNorm(φ(x.codes / x.scale))): what the next product reads.
 
@@ -36,16 +36,18 @@ def activate(
     kernels = kernels_for(x.codes)
     if kernels is not None:
         fused = _Activation.apply(
-            x.codes, x.scale, coefficients.float(), tuple(counts), function, share == 1, kernels.functions
+            x.codes, x.scale, coefficients.float(), tuple(tokens_per_expert), function, lam == 1, kernels.functions
         )
-        return interpolate_quantized(Quantized(*fused), share) if 0 < share < 1 else Quantized(*fused)
-    return activate_eager(x, eager, coefficients, counts, share)
+        return interpolate_quantized(Quantized(*fused), lam) if 0 < lam < 1 else Quantized(*fused)
+    return activate_eager(x, eager, coefficients, tokens_per_expert, lam)
 
 
-def activate_eager(x: Quantized, eager: Eager, coefficients: Tensor, counts: Sequence[int], share: float) -> Quantized:
+def activate_eager(
+    x: Quantized, eager: Eager, coefficients: Tensor, tokens_per_expert: Sequence[int], lam: float
+) -> Quantized:
     """`activate` step by step."""
     values = (x.codes / x.scale).to(x.codes.dtype)
-    return quantize(rms_norm(eager(values, coefficients, counts)), share)
+    return quantize(rms_norm(eager(values, coefficients, tokens_per_expert)), lam)
 
 
 class _Activation(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 from kabrn_dist.kernels.choice import kernels_for
 from kabrn_dist.kernels.functions import Function, Functions
 
-SMALLEST = 1e-5
+MIN_ABSMAX = 1e-5
 IDENTITY = Function("identity")
 
 
@@ -42,10 +42,10 @@ def to_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Divide by the root mean square over the last dimension, in fp32 (or wider); no gain. Same dtype out."""
     wide = to_fp32(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def quantize(x: Tensor, lam: float = 1.0) -> Quantized:
@@ -100,7 +100,7 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = to_fp32(x)
-        scale = 127 / wide.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
+        scale = 127 / wide.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
         codes = (wide * scale).round_().clamp_(-128, 127)
         kept = codes.to(torch.int8)
         ctx.save_for_backward(scale)

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from kabrn_dist.kernels.choice import Kernels, kernels_for
 from kabrn_dist.kernels.spline import CODES, MOST_DEGREE, PLAIN, VALUES
-from kabrn_dist.ops.activation_quant import SMALLEST, quantize, to_fp32
+from kabrn_dist.ops.activation_quant import MIN_ABSMAX, quantize, to_fp32
 from kabrn_dist.ops.grids import Grid
 from kabrn_dist.ops.splines import basis, basis_naive, basis_slope, curve, largest
-from kabrn_dist.ops.weight_quant import TernaryMatrices, ternarize, ternary
+from kabrn_dist.ops.weight_quant import TernaryMatrices, absmean_quantize, ternarize
 
 # Values of a chunk: 8 MiB of fp32 on CPUs; elsewhere few large products are better.
 CHUNK, CHUNK_ELSEWHERE = 1 << 21, 1 << 26
@@ -75,7 +75,7 @@ def edge_layer_naive(
     """The same by definition, expert by expert, differentiated by autograd (straight through what is rounded)."""
 
     def used(weight: Tensor) -> Tensor:
-        codes, gamma = ternary(weight)
+        codes, gamma = absmean_quantize(weight)
         return weight + (codes * gamma - weight).detach() if quantized else weight
 
     out = []
@@ -269,7 +269,7 @@ def _knots_last(spline: Tensor, grid: Grid) -> Tensor:
 def _branches(z: Tensor, grid: Grid, quantized: bool, dtype: torch.dtype) -> tuple[_Branch, _Branch]:
     """Rows [n,I] → base branch [n,I] and basis branch [n,K·I], each with a scale [n,1]."""
     silu = F.silu(z)
-    most = silu.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
+    most = silu.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
     values = basis(z, grid).flatten(-2)
     return _encode(silu, most, quantized, dtype), _encode(values, largest(z, grid), quantized, dtype)
 

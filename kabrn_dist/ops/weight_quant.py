@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kabrn_dist.kernels.choice import choose, kernels_for
 from kabrn_dist.kernels.functions import KERNEL_DTYPES
-from kabrn_dist.ops.activation_quant import SMALLEST, to_fp32
+from kabrn_dist.ops.activation_quant import MIN_ABSMAX, to_fp32
 from kabrn_dist.ops.packing import pack, unpack
 
 # A Gaussian latent keeps 0.4386 of its variance as γ·{-1,0,1} (31 % zeros).
@@ -37,14 +37,14 @@ class TernaryMatrices(NamedTuple):
     latents: Tensor
     packed: Tensor | None = None
     gamma: Tensor | None = None
-    fresh: Tensor | None = None
+    int8_codes: Tensor | None = None
 
     def codes(self, dtype: torch.dtype) -> Tensor:
         """[E,O,I] codes in `dtype`."""
         assert self.packed is not None
-        if self.fresh is None:
+        if self.int8_codes is None:
             return unpack(self.packed, tuple(self.latents.shape), dtype)
-        return self.fresh if dtype == torch.int8 else cast_codes(self.fresh, dtype)
+        return self.int8_codes if dtype == torch.int8 else cast_codes(self.int8_codes, dtype)
 
 
 class QuantState:
@@ -55,8 +55,8 @@ class QuantState:
         group: outputs that share a scale; None: all of a matrix.
     """
 
-    def __init__(self, share: float, group: int | None = None) -> None:
-        self.lam, self.scale_group_size = float(share), group
+    def __init__(self, lam: float, scale_group_size: int | None = None) -> None:
+        self.lam, self.scale_group_size = float(lam), scale_group_size
 
 
 class TernarySource(ABC):
@@ -78,10 +78,10 @@ class TernaryModule(nn.Module):
         sources: by name, where it is not the parameter itself.
     """
 
-    def __init__(self, stds: dict[str, float], quantized: bool | QuantState) -> None:
+    def __init__(self, stds: dict[str, float], quant: bool | QuantState) -> None:
         super().__init__()
         self.stds = stds
-        self.quant = quantized if isinstance(quantized, QuantState) else QuantState(quantized)
+        self.quant = quant if isinstance(quant, QuantState) else QuantState(quant)
         self.sources: dict[str, TernarySource] = {}
 
     @property
@@ -100,15 +100,15 @@ class TernaryModule(nn.Module):
         )
 
 
-def ternarize(latents: Tensor, lam: float = 1.0, group: int | None = None) -> TernaryMatrices:
+def ternarize(latents: Tensor, lam: float = 1.0, scale_group_size: int | None = None) -> TernaryMatrices:
     """Matrices of whole latents [E,O,I]; `share` and `group` as in `Blend`."""
     if lam == 1:
-        found, *rest = _Ternarize.apply(latents, group)
+        found, *rest = _Ternarize.apply(latents, scale_group_size)
         return TernaryMatrices(found, *rest)
     if not lam:
         return TernaryMatrices(latents)
     with torch.no_grad():
-        codes, gamma = ternary(latents, group)
+        codes, gamma = absmean_quantize(latents, scale_group_size)
         step = (lam * (codes * gamma - to_fp32(latents))).to(latents.dtype)
     return TernaryMatrices(latents + step)
 
@@ -116,7 +116,7 @@ def ternarize(latents: Tensor, lam: float = 1.0, group: int | None = None) -> Te
 class _Ternarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latents: Tensor, group: int | None) -> tuple[Tensor, ...]:
-        gamma = scales(latents, group)
+        gamma = absmean_scales(latents, group)
         codes = round_latents(latents, gamma)
         packed = pack(codes)
         ctx.mark_non_differentiable(packed, gamma, codes)
@@ -132,7 +132,7 @@ def grad_placeholder(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     return x.new_zeros(1).expand(shape or x.shape)
 
 
-def ternary(latents: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+def absmean_quantize(latents: Tensor, scale_group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Absmean quantisation (eq. 1–3 of arXiv 2402.17764).
 
     Args:
@@ -142,28 +142,31 @@ def ternary(latents: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     Returns:
         codes [E,O,I] of −1, 0, 1 in fp32 (or wider), and γ, the mean |w|: [E,1,1], or [E,O,1] with groups.
     """
-    gamma = scales(latents, group)
+    gamma = absmean_scales(latents, scale_group_size)
     return round_latents(latents, gamma).to(gamma.dtype), gamma
 
 
-def scales(latents: Tensor, group: int | None = None) -> Tensor:
+def absmean_scales(latents: Tensor, scale_group_size: int | None = None) -> Tensor:
     """γ [E,1,1] or [E,O,1] fp32 (or wider) of latents [E,O,I]. Sums are taken in fp64, so that no layout shows."""
     experts, outputs, inputs = latents.shape
-    if group is None:
-        return mean_of(magnitudes(latents.view(experts, -1)), outputs * inputs, latents.dtype).view(-1, 1, 1)
-    sums = magnitudes(latents.reshape(-1, inputs)).view(experts, outputs)
-    grouped = [part.sum(1) for part in sums.split(group, 1)]
-    means = [mean_of(total, min(group, outputs - i * group) * inputs, latents.dtype) for i, total in enumerate(grouped)]
-    return torch.stack(means, 1).repeat_interleave(group, 1)[:, :outputs, None].contiguous()
+    if scale_group_size is None:
+        return mean_magnitude(sum_magnitudes(latents.view(experts, -1)), outputs * inputs, latents.dtype).view(-1, 1, 1)
+    sums = sum_magnitudes(latents.reshape(-1, inputs)).view(experts, outputs)
+    grouped = [part.sum(1) for part in sums.split(scale_group_size, 1)]
+    means = [
+        mean_magnitude(total, min(scale_group_size, outputs - i * scale_group_size) * inputs, latents.dtype)
+        for i, total in enumerate(grouped)
+    ]
+    return torch.stack(means, 1).repeat_interleave(scale_group_size, 1)[:, :outputs, None].contiguous()
 
 
-def mean_of(total: Tensor, count: int | Tensor, dtype: torch.dtype) -> Tensor:
+def mean_magnitude(total: Tensor, count: int | Tensor, dtype: torch.dtype) -> Tensor:
     """γ of Σ|w| [R] fp64, in fp32 or, for fp64 latents, in fp64."""
     mean = total / count
-    return mean.to(torch.promote_types(dtype, torch.float32)).clamp_(min=SMALLEST)
+    return mean.to(torch.promote_types(dtype, torch.float32)).clamp_(min=MIN_ABSMAX)
 
 
-def magnitudes(runs: Tensor) -> Tensor:
+def sum_magnitudes(runs: Tensor) -> Tensor:
     """[R,n] latents → [R] fp64, Σ|w| of each run."""
     kernels = kernels_for(runs)
     if kernels is not None:
@@ -187,10 +190,10 @@ def cast_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype)
 
 
-def latent_std(inputs: int, gain: float, quantized: bool | QuantState) -> float:
+def latent_std(inputs: int, init_gain: float, quant: bool | QuantState) -> float:
     """Standard deviation of latents whose product with unit-variance input has standard deviation `gain`.
 
     Where matrices are to be ternary in the end, it is that of the ternary product.
     """
-    ends_ternary = isinstance(quantized, QuantState) or quantized
-    return gain / math.sqrt(inputs * (TERNARY_VARIANCE if ends_ternary else 1.0))
+    ends_ternary = isinstance(quant, QuantState) or quant
+    return init_gain / math.sqrt(inputs * (TERNARY_VARIANCE if ends_ternary else 1.0))

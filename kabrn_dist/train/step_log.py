@@ -57,7 +57,7 @@ def _values(done: StepLog, engine: Engine, guard: LossGuard) -> dict[str, float]
         "optimizer/weight_decay": done.decay,
         "optimizer/gradient_norm": done.update.gradient_norm,
         "optimizer/loss_scale": engine.loss_scale,
-        "optimizer/quantization_lambda": engine.model.blend.lam,
+        "optimizer/quantization_lambda": engine.model.quant.lam,
         "guard/skipped": float(guard.skipped),
         "guard/spikes": float(guard.spikes),
         "guard/rollbacks": float(guard.rollbacks),

@@ -23,7 +23,7 @@ from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.inference.load import load_weights
-from kabrn_dist.model.bitlinear import ternary
+from kabrn_dist.model.bitlinear import absmean_quantize
 from kabrn_dist.model.mixkabrn import MixKABRN, build_model
 from launch.report import main
 from tests.support.runs import make_shards, run_command, torchrun_command, write_small_config
@@ -163,7 +163,7 @@ def test_ternary_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "mixture.shared.up",
     ]
     for row, (_, weight), first in zip(table, weights, start, strict=True):
-        (codes, gamma), (before, _) = (ternary(w.detach().view(-1, *w.shape[-2:])) for w in (weight, first))
+        (codes, gamma), (before, _) = (absmean_quantize(w.detach().view(-1, *w.shape[-2:])) for w in (weight, first))
         assert row[2] == " × ".join(map(str, weight.shape))
         means = [cell.split(" ")[0] for cell in row[3:]]
         assert means[:3] == [f"{100 * float((codes == code).double().mean()):.1f}" for code in (-1, 0, 1)]

@@ -200,13 +200,13 @@ def test_ternary_codes_are_the_eager_ones(dtype: torch.dtype, shape: tuple[int, 
     weight = torch.randn(shape).to(dtype)
     weight[0, 0, 0] = 300.0
     found = ternarize(weight)
-    assert found.gamma is not None and found.packed is not None and found.fresh is not None
+    assert found.gamma is not None and found.packed is not None and found.int8_codes is not None
     wide = weight.double()
     gamma = wide.abs().mean((1, 2), keepdim=True)
     expected = (wide / gamma).round().clamp(-1, 1)
     torch.testing.assert_close(found.gamma.double(), gamma, atol=0, rtol=1e-7)
-    assert torch.equal(found.fresh.double(), expected)
-    assert torch.equal(found.packed, pack_naive(found.fresh))
+    assert torch.equal(found.int8_codes.double(), expected)
+    assert torch.equal(found.packed, pack_naive(found.int8_codes))
     for wanted in (dtype, torch.int8, torch.float32):
         assert torch.equal(found.codes(wanted), found._replace(fresh=None).codes(wanted))
         assert found.codes(wanted).dtype == wanted and torch.equal(found.codes(wanted).double(), expected)

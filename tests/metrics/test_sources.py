@@ -76,7 +76,7 @@ def test_rows_and_sources_add_up_token_by_token(folder: Path) -> None:
 def test_a_step_without_a_target_has_no_language_loss(folder: Path) -> None:
     model, batch = build(folder), TokenDataset(read_corpus(folder), "train", LENGTH, seed=1).get(range(4))
     sums = model(batch._replace(targets=torch.full_like(batch.targets, -100)))
-    losses = compute_losses(sums, StepTotals(0, 4 * LENGTH, 4, 1), model.settings.router)
+    losses = compute_losses(sums, StepTotals(0, 4 * LENGTH, 4, 1), model.config.router)
     assert losses.language == 0 and losses.total.isfinite() and not sums.rows.any()
     losses.total.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -21,7 +21,7 @@ from kabrn_dist.metrics.activations import watch_saturation
 from kabrn_dist.metrics.ternary import TernaryStats, collect_figure, named_bit_weights, weight_sums, weight_values
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.ops.activation_quant import normalize_quantize
-from kabrn_dist.ops.weight_quant import ternary
+from kabrn_dist.ops.weight_quant import absmean_quantize
 from kabrn_dist.plots.figure import to_pixels
 from kabrn_dist.plots.weights import BINS, REACH, TernaryFigure, count_latents, draw_weights
 from tests.support.runs import read_losses, run_sessions, write_small_config
@@ -50,8 +50,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def test_sums_are_those_of_the_definition() -> None:
     now, before = draw(3, 17, 29), draw(3, 17, 29, seed=1) * 0.3 + draw(3, 17, 29)
-    codes, gamma = ternary(now)
-    sums = weight_sums(now, codes, gamma, ternary(before)[0].to(torch.int8))
+    codes, gamma = absmean_quantize(now)
+    sums = weight_sums(now, codes, gamma, absmean_quantize(before)[0].to(torch.int8))
     slow = measure_slowly(list(now), list(before))
     assert {name: float(value) for name, value in sums.values().items()} == pytest.approx(slow, rel=1e-6)
     assert 0 < slow["flips"] < 1 and float(sums.total) == 3 * 17 * 29
@@ -61,8 +61,8 @@ def test_sums_are_those_of_the_definition() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_add_up_to_the_whole(dtype: torch.dtype) -> None:
     """Flat shards that end anywhere, with a scale a weight, as whole stacks with a scale a matrix."""
-    now, before = draw(4, 8, 16).to(dtype), ternary(draw(4, 8, 16, seed=1))[0]
-    codes, gamma = ternary(now)
+    now, before = draw(4, 8, 16).to(dtype), absmean_quantize(draw(4, 8, 16, seed=1))[0]
+    codes, gamma = absmean_quantize(now)
     whole = weight_sums(now, codes, gamma, before)
     parts = [x.expand_as(now).flatten().split([100, 0, 37, 375]) for x in (now, codes, gamma, before)]
     added = [sum(each) for each in zip(*(weight_sums(*part) for part in zip(*parts, strict=True)), strict=True)]
@@ -71,11 +71,11 @@ def test_pieces_add_up_to_the_whole(dtype: torch.dtype) -> None:
 
 def test_gaussian_latents_have_the_margin_and_the_zeros_of_the_docstring() -> None:
     latent = draw(1, 1000, 1000)
-    values = weight_sums(latent, *ternary(latent)).values()
+    values = weight_sums(latent, *absmean_quantize(latent)).values()
     assert float(values["margin"]) == pytest.approx(1.31, abs=0.01)
     assert float(values["zero"]) == pytest.approx(0.311, abs=0.002)
     assert float(values["scale"]) == pytest.approx(math.sqrt(2 / math.pi), abs=0.002)
-    assert float((latent.abs() / (ternary(latent)[1] / 2)).mean()) == pytest.approx(2, abs=1e-4)
+    assert float((latent.abs() / (absmean_quantize(latent)[1] / 2)).mean()) == pytest.approx(2, abs=1e-4)
 
 
 def test_values_by_name() -> None:
@@ -243,7 +243,7 @@ def test_portraits(config: Config) -> None:
     ]
     _, name, weight = next(entry for entry in named if entry[1] == "mixture.routed.up")
     portrait = collect_figure(name, weight)
-    codes, gamma = ternary(weight.detach())
+    codes, gamma = absmean_quantize(weight.detach())
     assert portrait.shape == (4, 24, 32) and portrait.codes.equal(codes[0])
     assert portrait.histogram.sum() == weight.numel()
     low, high = (round((REACH + threshold) * BINS / (2 * REACH)) for threshold in (-0.5, 0.5))
@@ -260,7 +260,7 @@ def test_latents_beyond_the_histogram_are_in_its_outermost_bins() -> None:
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_the_picture_shows_all_matrices_alike(count: int) -> None:
     latent = draw(2, 40, 20)
-    codes, gamma = ternary(latent)
+    codes, gamma = absmean_quantize(latent)
     portrait = TernaryFigure("mixture.routed.up", count_latents(latent, gamma), codes[0], (2, 40, 20))
     figure = draw_weights([portrait] * count, "layer 0, step 5")
     assert len(figure.axes) == 2 * count

@@ -121,7 +121,7 @@ def test_backward_keeps_no_mask() -> None:
 @pytest.mark.parametrize("pieces", [[40, 1, 1, 1], [1] * 43, [16, 16, 11], [1, 41, 1]])
 def test_a_cache_continues_the_row(pieces: list[int], quantized: bool) -> None:
     layer = make_layer(quantized)
-    layer.block = 16
+    layer.block_size = 16
     torch.manual_seed(0)
     x = torch.randn(BATCH, 43, WIDTH, dtype=torch.float64)
     ids, positions = torch.zeros(BATCH, 43, dtype=torch.int64), torch.arange(43).expand(BATCH, -1)
@@ -203,7 +203,7 @@ def check_slice(layout: str, length: int, block: int, world: int, rank: int) -> 
     expected = torch.autograd.grad((whole * noise).sum(), inputs)
 
     layer = make_layer(group=dist.group.WORLD)
-    layer.block = block
+    layer.block_size = block
     mine = [x.detach()[:, :, here].requires_grad_() for x in inputs]
     CALLS.clear()
     out, state = layer.mix(*mine, make_position_info(documents[:, here], positions[:, here], 4), None)

@@ -11,7 +11,7 @@ from benchmarks.report import kept_bytes
 from kabrn_dist.model import bitlinear as bitlinear_module
 from kabrn_dist.model.bitlinear import BitLinear, bitlinear, bitlinear_naive, bitlinear_unscaled
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
-from kabrn_dist.ops.weight_quant import ternarize, ternary
+from kabrn_dist.ops.weight_quant import absmean_quantize, ternarize
 
 INPUTS, OUTPUTS = 24, 10
 COUNTS = [(5,), (0,), (1,), (3, 4), (0, 6), (6, 0), (2, 0, 3, 0), (0, 0, 7, 0, 0), (0, 0, 0)]
@@ -49,7 +49,7 @@ def test_plain_product_passes_gradcheck(counts: tuple[int, ...]) -> None:
 
 def integer_product(codes: Tensor, scale: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Accumulated in int64, scaled last."""
-    signs, gamma = ternary(weight)
+    signs, gamma = absmean_quantize(weight)
     parts = codes.to(torch.int64).split(list(counts))
     out = []
     for rows, s, matrix, g in zip(parts, scale.split(list(counts)), signs.to(torch.int64), gamma, strict=True):
@@ -138,12 +138,12 @@ def test_rows_of_zeros(dtype: torch.dtype) -> None:
 def test_ternary_has_a_scale_for_each_expert() -> None:
     torch.manual_seed(0)
     weight = torch.randn(3, 20, 30, dtype=torch.float64) * torch.tensor([0.01, 1.0, 50.0])[:, None, None]
-    codes, gamma = ternary(weight)
+    codes, gamma = absmean_quantize(weight)
     for expert in range(3):
         mean = weight[expert].abs().mean()
         torch.testing.assert_close(gamma[expert].squeeze(), mean, atol=0, rtol=1e-14)
         assert torch.equal(codes[expert], (weight[expert] / mean).round().clamp(-1, 1))
-        alone, its_gamma = ternary(weight[expert : expert + 1])
+        alone, its_gamma = absmean_quantize(weight[expert : expert + 1])
         assert torch.equal(alone[0], codes[expert]) and torch.equal(its_gamma[0], gamma[expert])
     assert set(codes.unique().tolist()) == {-1.0, 0.0, 1.0}
     # A Gaussian's share of zeros, P(|w| < γ/2).
@@ -151,9 +151,9 @@ def test_ternary_has_a_scale_for_each_expert() -> None:
 
 
 def test_ternary_of_zeros_and_of_half_precision() -> None:
-    codes, gamma = ternary(torch.zeros(2, 3, 4))
+    codes, gamma = absmean_quantize(torch.zeros(2, 3, 4))
     assert not bool(codes.any()) and bool((gamma > 0).all())
-    codes, gamma = ternary(torch.randn(2, 3, 4, dtype=torch.bfloat16))
+    codes, gamma = absmean_quantize(torch.randn(2, 3, 4, dtype=torch.bfloat16))
     assert codes.dtype == gamma.dtype == torch.float32
 
 
@@ -215,7 +215,7 @@ def test_between_plain_and_quantized(share: float) -> None:
     noise = torch.randn(7, OUTPUTS, dtype=torch.float64)
     whole = quantize(x)
     blended = x + share * (whole.codes / whole.scale - x).detach()
-    codes, gamma = ternary(weight)
+    codes, gamma = absmean_quantize(weight)
     used = weight + share * (codes * gamma - weight).detach()
     expected = torch.cat([part @ matrix.T for part, matrix in zip(blended.split([4, 3]), used, strict=True)])
     read = quantize(x, share)

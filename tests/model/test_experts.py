@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.experts.rational import IDENTITY, SWISH, rational, rational_naive
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.activation_quant import quantize, rms_norm
@@ -107,7 +107,7 @@ def test_starts_are_finite_far_out(which: tuple[tuple[float, ...], tuple[float, 
     torch.testing.assert_close(out.detach().double(), exact, atol=precision, rtol=8 * precision)
 
 
-def make(form: str, experts: range, quantized: bool = True) -> StackedExperts:
+def make(form: str, experts: range, quantized: bool = True) -> Experts:
     made = EXPERT_TYPES[form](WIDTH, HIDDEN, SETTINGS, experts, quantized, 1.0)
     made.initialize(5, "experts")
     # Each expert's functions differ too, as after some training.

@@ -56,7 +56,7 @@ def make(quantized: bool, router: dict[str, Any] | None = None, **changes: Any) 
 
 
 def guide(layer: MixtureOfExperts) -> RouterInputs:
-    states = RouterStates.initial(1, layer.settings.num_experts, "cpu")
+    states = RouterStates.initial(1, layer.config.num_experts, "cpu")
     return RouterInputs(states.bias[0], states.prev_load[0], 0, None)
 
 

@@ -52,7 +52,7 @@ def inputs(rows: int = 4, time: int = 6) -> Tensor:
 
 
 def route(made: Router, x: Tensor, bias: Tensor | None = None, **more: Any) -> Routing:
-    experts = made.experts.num_experts
+    experts = made.experts_config.num_experts
     states = RouterStates.initial(1, experts, "cpu")
     return made(x, states.bias[0] if bias is None else bias, states.prev_load[0], **more)
 
@@ -148,14 +148,16 @@ def test_bias_evens_out_a_lopsided_router() -> None:
 
 def slow_sums(made: Router, x: Tensor, share: list[float]) -> dict[str, Any]:
     """The sums by their formulas, one number at a time (DeepSeek-V3, eq. 17–20; ST-MoE, eq. 5; 2501.11873, eq. 3)."""
-    k, experts = made.experts.top_k, made.experts.num_experts
+    k, experts = made.experts_config.top_k, made.experts_config.num_experts
     balance = global_balance = z = entropy = 0.0
     load = [0.0] * experts
     for sequence in x:
         fractions, means = [0.0] * experts, [0.0] * experts
         for token in sequence:
             logits = [sum(w * t for w, t in zip(row.tolist(), token.tolist(), strict=True)) for row in made.weight]
-            raw = [1 / (1 + math.exp(-v)) if made.settings.score_func == "sigmoid" else math.exp(v) for v in logits]
+            raw = [
+                1 / (1 + math.exp(-v)) if made.router_config.score_func == "sigmoid" else math.exp(v) for v in logits
+            ]
             shares = [value / sum(raw) for value in raw]
             for expert in sorted(range(experts), key=lambda e: -shares[e])[:k]:
                 load[expert] += 1
@@ -192,7 +194,7 @@ def test_capacity_drops_the_latest_of_each_sequence_and_counts_them(factor: floa
     made, x = make({"capacity_factor": factor}), inputs(3, 12)
     free = route(make(), x)
     routing = route(made, x)
-    room = expert_capacity(made.experts, 12)
+    room = expert_capacity(made.experts_config, 12)
     assert room == math.ceil(factor * 12 * 2 / ROUTED)
     expected = free.expert_ids.view(3, 12, 2).clone()
     for sequence in expected:
@@ -237,7 +239,7 @@ def test_forced_balance_is_even_and_unreachable_from_a_configuration() -> None:
     made.initialize(1, "router")
     routing = route(made, inputs(4, 6).float())
     assert made.summarize(routing).tokens_per_expert.tolist() == [8.0] * ROUTED
-    reachable = {*type(made.settings).model_fields, *type(made.experts).model_fields}
+    reachable = {*type(made.router_config).model_fields, *type(made.experts_config).model_fields}
     assert not [name for name in reachable if "force" in name]
 
 

@@ -18,7 +18,7 @@ from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.mixer import Mixer, MixerState
 from kabrn_dist.model.mixer import make_position_info as find_tokens
 from kabrn_dist.model.retention import Retention
-from kabrn_dist.model.short_conv import ShortConv, convolve, convolve_naive
+from kabrn_dist.model.short_conv import ShortConv, short_conv, short_conv_naive
 from tests.support import fork_server
 
 BATCH, WIDTH = 2, 5
@@ -64,8 +64,8 @@ def test_it_is_its_definition(layout: str, time: int, taps: int) -> None:
     for ahead in (0, 2, 100):
         positions = make_positions(LAYOUTS[layout](time), time)
         positions = positions + ahead * (positions == torch.arange(time))
-        expected = convolve_naive(*inputs, positions)
-        out = convolve(*inputs, positions)
+        expected = short_conv_naive(*inputs, positions)
+        out = short_conv(*inputs, positions)
         near(out, expected, 1e-12)
         wanted = torch.autograd.grad((expected * noise).sum(), inputs)
         for mine, theirs in zip(torch.autograd.grad((out * noise).sum(), inputs), wanted, strict=True):
@@ -75,12 +75,12 @@ def test_it_is_its_definition(layout: str, time: int, taps: int) -> None:
 def test_nothing_comes_from_another_document_or_from_later() -> None:
     (x, weight, before), _ = draw(12, 3)
     positions = make_positions([[7], [3, 8]], 12)
-    whole = convolve(x, weight, before, positions)
+    whole = short_conv(x, weight, before, positions)
     with torch.no_grad():
         x[0, 6] += 100
         x[1, 7] += 100
         before += 100
-    again = convolve(x, weight, before, positions)
+    again = short_conv(x, weight, before, positions)
     for row, column in ((0, 6), (1, 7)):
         others = [t for t in range(12) if t != column]
         assert torch.equal(again[row, others], whole[row, others])
@@ -88,7 +88,7 @@ def test_nothing_comes_from_another_document_or_from_later() -> None:
 
 
 def test_weights_begin_at_zero_and_stay_fp32_in_half_precision() -> None:
-    layer = ShortConv(WIDTH, 3)
+    layer = ShortConv(WIDTH, 4)
     layer.initialize(1, "convolution")
     x = torch.randn(BATCH, 9, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     before, positions = torch.randn(BATCH, 3, WIDTH).bfloat16(), make_positions([[], [4]], 9)
@@ -105,7 +105,7 @@ def test_weights_begin_at_zero_and_stay_fp32_in_half_precision() -> None:
 
 
 def make_mixer(kind: type[Mixer]) -> Mixer:
-    layer = kind(8, RetentionConfig(num_heads=2, key_dim=4, value_dim=6), False, 1.0, taps=3)  # type: ignore[arg-type]
+    layer = kind(8, RetentionConfig(num_heads=2, key_dim=4, value_dim=6), False, 1.0, kernel_size=4)  # type: ignore[arg-type]
     for name, part in layer.named_modules():
         if isinstance(part, BitLinear):
             part.initialize(3, name)
@@ -152,12 +152,12 @@ def check_slice(layout: str, length: int, taps: int) -> None:
     where = f"{layout}, rank {rank} of {world}, length {length}, {taps} taps"
     (x, weight, _), noise = draw(length * world, taps)
     positions = make_positions(slice_layouts(length, world)[layout], length * world)
-    expected = convolve_naive(x, weight, torch.zeros(BATCH, taps, WIDTH).double(), positions)
+    expected = short_conv_naive(x, weight, torch.zeros(BATCH, taps, WIDTH).double(), positions)
     wanted = torch.autograd.grad((expected * noise).sum(), (x, weight))
 
     here = slice(rank * length, (rank + 1) * length)
     mine, weights = x.detach()[:, here].requires_grad_(), weight.detach().requires_grad_()
-    out = convolve(mine, weights, halo_exchange(mine, taps, dist.group.WORLD), positions[:, here])
+    out = short_conv(mine, weights, halo_exchange(mine, taps, dist.group.WORLD), positions[:, here])
     near(out, expected[:, here], 1e-12, where)
     for_x, for_weight = torch.autograd.grad((out * noise[:, here]).sum(), (mine, weights))
     near(for_x, wanted[0][:, here], 1e-12, f"gradient of x, {where}")

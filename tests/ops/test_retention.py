@@ -207,7 +207,7 @@ def test_a_million_tokens_stay_finite_and_right() -> None:
 @pytest.mark.parametrize("pieces", [[50, 40, 30], [1, 64, 55], [100] + [1] * 20])
 def test_layer_in_pieces_is_one_pass(pieces: list[int], quantized: bool) -> None:
     settings = RetentionConfig(num_heads=2, key_dim=4, value_dim=6, decay=(1.5, 7.0), chunk_size=32)
-    layer = Retention(16, settings, quantized, gain=1.0)
+    layer = Retention(16, settings, quantized, init_gain=1.0)
     for name, module in layer.named_modules():
         if isinstance(module, BitLinear):
             module.initialize(3, name)

@@ -191,7 +191,7 @@ def test_extended_experts_compute_the_same(form: type[BsplineExperts]) -> None:
     extended = extend_grid(experts, 12)
     x, one = 2 * torch.randn(12, 8, dtype=torch.float64), torch.ones(12, 1, dtype=torch.float64)
     torch.testing.assert_close(extended(x, one, counts), experts(x, one, counts), atol=1e-12, rtol=0)
-    assert extended.grid.intervals == extended.settings.grid_size == 12 and extended.experts == range(2, 5)
+    assert extended.grid.intervals == extended.settings.grid_size == 12 and extended.expert_ids == range(2, 5)
     assert all(new.dtype == torch.float64 and new.requires_grad for new in extended.parameters())
     assert all(torch.equal(old, now) for old, now in zip(before, experts.parameters(), strict=True))
     assert extend_grid(experts, 8).inner_spline.shape == (3, 6, 8 * (8 + experts.grid.degree))

@@ -19,7 +19,7 @@ from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
 from kabrn_dist.ops.weight_quant import QuantState, TernaryModule, latent_std
 
 
-class StackedExperts(TernaryModule, ABC):
+class Experts(TernaryModule, ABC):
     """Experts with stacked matrices: draws each by its global number, the last scaled for the residual stream.
 
     A form is a subclass `Form(width, hidden, settings, experts, quantised, gain)`. Parameters whose names are in
@@ -35,14 +35,14 @@ class StackedExperts(TernaryModule, ABC):
         self, matrices: dict[str, tuple[int, int, float]], experts: range, quantized: bool | QuantState
     ) -> None:
         super().__init__({name: latent_std(i, gain, quantized) for name, (_, i, gain) in matrices.items()}, quantized)
-        self.experts = experts
+        self.expert_ids = experts
         for name, (outputs, inputs, _) in matrices.items():
             self.register_parameter(name, nn.Parameter(torch.empty(len(experts), outputs, inputs)))
 
     def initialize(self, seed: int, name: str) -> None:
         for matrix, std in self.stds.items():
             weight = self.get_parameter(matrix)
-            drawn = draw_experts(seed, f"{name}.{matrix}", self.experts, tuple(weight.shape[1:]), std)
+            drawn = draw_experts(seed, f"{name}.{matrix}", self.expert_ids, tuple(weight.shape[1:]), std)
             weight.data.copy_(drawn)
 
     def functions(self, points: Tensor, edges: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.model.experts.base import StackedExperts, check_counts, normal_mean
+from kabrn_dist.model.experts.base import Experts, check_counts, normal_mean
 from kabrn_dist.ops.activation_quant import rms_norm, to_fp32
 from kabrn_dist.ops.edge_layer import edge_layer
 from kabrn_dist.ops.grids import Grid, refine
@@ -25,7 +25,7 @@ from kabrn_dist.ops.weight_quant import QuantState
 SPLINE_SHARE = 0.1
 
 
-class BsplineExperts(StackedExperts):
+class BsplineExperts(Experts):
     """Two layers D → H → D with a function b·silu(x) + Σₖ sₖBₖ(x) on every edge (arXiv 2404.19756, eq. 2.10).
 
     Inputs of both layers are normalised. The coefficients are ternary matrices: `inner_base` [E,H,D] and
@@ -68,7 +68,7 @@ class BsplineExperts(StackedExperts):
         return edge_layer(hidden, self.matrices("outer_base"), self.matrices("outer_spline"), counts, self.grid)
 
     def _inner(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        check_counts(len(x), counts, len(self.experts))
+        check_counts(len(x), counts, len(self.expert_ids))
         return rms_norm(edge_layer(x, self.matrices("inner_base"), self.matrices("inner_spline"), counts, self.grid))
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ def extend_grid(experts: BsplineExperts, finer: int) -> BsplineExperts:
     """
     width, hidden = experts.sizes
     settings = experts.settings.model_copy(update={"grid_size": finer})
-    extended = type(experts)(width, hidden, settings, experts.experts, experts.quant, experts.gain)
+    extended = type(experts)(width, hidden, settings, experts.expert_ids, experts.quant, experts.gain)
     for name, old in experts.named_parameters():
         weight = old.detach()
         if name.endswith("spline"):

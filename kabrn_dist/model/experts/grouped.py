@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kabrn_dist.kernels.functions import Function
 from kabrn_dist.model.bitlinear import bitlinear, bitlinear_unscaled
-from kabrn_dist.model.experts.base import StackedExperts, check_counts
+from kabrn_dist.model.experts.base import Experts, check_counts
 from kabrn_dist.ops.activation import activate
 from kabrn_dist.ops.activation_quant import Quantized
 from kabrn_dist.ops.weight_quant import QuantState
@@ -34,7 +34,7 @@ def per_expert(rows: Tensor, counts: tuple[int, ...]) -> Tensor:
     return torch.stack([part.sum(0) for part in rows.split(list(counts))])
 
 
-class GroupedExperts(StackedExperts):
+class GroupedExperts(Experts):
     """y = W₂ q(φ₂(W₁ q(φ₁(x)))), q = RMSNorm and int8; φ one function per group and expert.
 
     Args:
@@ -68,7 +68,7 @@ class GroupedExperts(StackedExperts):
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]. Raises ValueError: see `check_counts`."""
-        check_counts(len(codes), counts, len(self.experts))
+        check_counts(len(codes), counts, len(self.expert_ids))
         x = self._activate("inner", Quantized(codes, scale), counts)
         x = bitlinear_unscaled(x, self.matrices("up"), counts)
         x = self._activate("outer", x, counts)

@@ -18,7 +18,7 @@ from kabrn_dist.kernels.choice import kernels_for
 from kabrn_dist.kernels.functions import Function
 from kabrn_dist.kernels.gate import Gate
 from kabrn_dist.model.bitlinear import bitlinear, bitlinear_unscaled
-from kabrn_dist.model.experts.base import StackedExperts, check_counts
+from kabrn_dist.model.experts.base import Experts, check_counts
 from kabrn_dist.ops.activation import activate
 from kabrn_dist.ops.activation_quant import Quantized, interpolate_quantized, quantize, rms_norm, to_fp32
 from kabrn_dist.ops.weight_quant import QuantState
@@ -26,7 +26,7 @@ from kabrn_dist.ops.weight_quant import QuantState
 RELU2 = Function("relu2")
 
 
-class _Controls(StackedExperts):
+class _Controls(Experts):
     def _multiply_down(self, x: Quantized, counts: Sequence[int]) -> Tensor:
         down = self.matrices("down")
         if self.lam < 1:  # all scales are 1
@@ -55,7 +55,7 @@ class SwigluExperts(_Controls):
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
-        check_counts(len(codes), counts, len(self.experts))
+        check_counts(len(codes), counts, len(self.expert_ids))
         x = Quantized(codes, scale, kept)
         gate, up = (bitlinear_unscaled(x, self.matrices(name), counts) for name in ("gate", "up"))
         return self._multiply_down(gated(gate, up, self.lam), counts)
@@ -80,7 +80,7 @@ class Relu2Experts(_Controls):
 
     def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
         """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
-        check_counts(len(codes), counts, len(self.experts))
+        check_counts(len(codes), counts, len(self.expert_ids))
         up = bitlinear_unscaled(Quantized(codes, scale, kept), self.matrices("up"), counts)
         nothing = up.scale.new_empty(1, 1, 0)
         squares = activate(up, RELU2, square, nothing, (len(codes),), self.lam)

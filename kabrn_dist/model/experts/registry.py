@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.model.experts.base import StackedExperts
+from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.experts.bspline import BsplineExperts
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts
 from kabrn_dist.model.experts.hat import HatExperts
@@ -14,7 +14,7 @@ from kabrn_dist.model.experts.rational import FITTED, RationalExperts
 from kabrn_dist.ops.weight_quant import QuantState
 
 # width, hidden, settings, global numbers of the experts here, quantised, gain → experts
-Form = Callable[[int, int, ExpertsConfig, range, bool | QuantState, float], StackedExperts]
+Form = Callable[[int, int, ExpertsConfig, range, bool | QuantState, float], Experts]
 
 EXPERT_TYPES: dict[str, Form] = {
     "rational": RationalExperts,
