@@ -100,7 +100,7 @@ class _DeepSpeed(DeepSpeedEngine):
             if self.zero_optimization_stage() < 3
             else []
         )
-        kept += self.module.pieces()
+        kept += self.module.sharded_parameters()
         values = [p.data for p in kept]
         super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
         for parameter, value in zip(kept, values, strict=True):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from kabrn_dist.checkpoint.store import read_manifest
-from kabrn_dist.config import GuardConfig
+from kabrn_dist.config.run import RunConfig
 from kabrn_dist.train.stop_requests import ECHO_SECONDS, StopRequests
 from tests.support import fork_server
 from tests.support.runs import (
@@ -98,11 +98,11 @@ def test_a_run_ends_when_its_time_is_up(shards: Path, tmp_path: Path) -> None:
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, time; from pathlib import Path; from kabrn_dist.train import wishes\n"
-        "wishes.ECHO_SECONDS = 0.3\n"
-        "w = wishes.Wishes(Path(sys.argv[1]), True, None)\n"
+        "import os, signal, sys, time; from pathlib import Path; from kabrn_dist.train import stop_requests\n"
+        "stop_requests.ECHO_SECONDS = 0.3\n"
+        "w = stop_requests.StopRequests(Path(sys.argv[1]), True, None)\n"
         "with w.listening():\n"
-        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); print(w.stop(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); print(w.requested(), flush=True)\n"
         "    time.sleep(0.4); os.kill(os.getpid(), signal.SIGINT); time.sleep(1); print('still here')\n"
     )
     ended = wait_for_exit(start_command([sys.executable, "-c", code, str(tmp_path)]), 60)
@@ -110,7 +110,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_time_and_file_are_wishes(tmp_path: Path) -> None:
-    assert ECHO_SECONDS < 10 and GuardConfig().max_minutes is None
+    assert ECHO_SECONDS < 10 and RunConfig(folder=tmp_path).max_minutes is None
     (tmp_path / "STOP").touch()
     wishes = StopRequests(tmp_path, watch_file=True, max_minutes=None)
     assert wishes.requested() and not StopRequests(tmp_path, watch_file=False, max_minutes=None).requested()
@@ -171,7 +171,7 @@ def test_a_rank_that_hangs_shows_its_stacks_and_ends(shards: Path, tmp_path: Pat
     assert ended.exit_codes == (70, 70), ended.output
     for rank in (0, 1):
         assert f"error: rank {rank} made no progress for" in ended.output
-    assert "while in step 3" in ended.output and "in _strike" in ended.output and "in read_step" in ended.output
+    assert "while in step 3" in ended.output and "in _strike" in ended.output and "in next_step_batches" in ended.output
 
 
 def test_a_second_run_on_one_folder_is_refused(shards: Path, tmp_path: Path) -> None:
