@@ -180,7 +180,7 @@ class Measurement:
             whole = make_fragments(self.size, 0.0, 1.0)
             self._expect(CheckpointStore(self.folder / "one", group=self.solo).save(1, whole, {}))
             self.dcp.save_whole(whole)
-        for _ in range(self.store.keep):
+        for _ in range(self.store.keep_last):
             self._expect(self.store.save(self._next(), self.mine, {}))
         dist.barrier()
 

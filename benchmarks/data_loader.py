@@ -26,7 +26,7 @@ import yaml
 
 from benchmarks.report import Report, measure, run
 from data_prep.shards import Tokenized, write_tar_shard
-from kabrn_dist.data.corpus import read_corpus
+from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.data.index import Index, Shard, Source, Split, TokenizerInfo
 from kabrn_dist.data.index_io import read_index, write_index
@@ -63,7 +63,7 @@ def questions(report: Report, quick: bool) -> None:
 def reading(report: Report, folder: Path, seconds: float, rounds: int) -> None:
     """Tokens a second of one process from the shard set in `folder`, ours beside WebDataset's."""
     for length in LENGTHS:
-        batches = TokenDataset(read_corpus(folder), "train", length, seed=1)
+        batches = TokenDataset(open_folder_corpus(folder), "train", length, seed=1)
         # The rival reads a block of 65,536 tokens at a time: calls must be long enough to hold many of them.
         turns = -(-TURN_TOKENS // (ROWS * length))
         functions: dict[str, Callable[[], object]] = {

@@ -36,7 +36,7 @@ class ShardMaker:
     def __init__(self, work: Work, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer) -> None:
         self._work, self._streams, self._dropped = work, streams, dropped
         self._encoder = Encoder(tokenizer)
-        self._dtype = dtype_for(tokenizer.vocabulary)
+        self._dtype = dtype_for(tokenizer.vocab_size)
         self._reader = RunReader(work.runs)
 
     def finished(self, task: ShardTask) -> bool:

@@ -30,8 +30,8 @@ def make_index(work: Work, recipe: Recipe, streams: Sequence[Stream], records: S
     tokenizer = Tokenizer.load(work.tokenizer)
     tasks = read_cut(work.cut)
     return Index(
-        dtype=dtype_for(tokenizer.vocabulary),
-        vocabulary=tokenizer.vocabulary,
+        dtype=dtype_for(tokenizer.vocab_size),
+        vocabulary=tokenizer.vocab_size,
         document_token=tokenizer.document_token,
         tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.sha256),
         recipe=_describe(recipe),

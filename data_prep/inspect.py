@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep.progress import Meter
 from kabrn_dist.data.index import Source, Split
-from kabrn_dist.data.shard_set import FolderSet, open_folder
+from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
 from kabrn_dist.data.token_stream import TokenStream
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.data.verify import verify_shards
@@ -22,7 +22,7 @@ def inspect(folder: Path, documents: int) -> None:
 
     Raises UserError for whatever is missing or wrong.
     """
-    shards = open_folder(folder)
+    shards = open_shard_folder(folder)
     index, tokenizer = shards.index, shards.tokenizer()
     with Meter("verify", sum(shard.bytes for shard in index.shards())) as meter:
         verify_shards(folder, index, lambda read: meter.advance(0, read))

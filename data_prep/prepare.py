@@ -146,8 +146,8 @@ def _plan(
     if tokenizer is None:
         print(f"training a tokenizer of {recipe.tokenizer.train:,} ids …", flush=True)
     chosen, tasks = plan_shards(recipe, work.runs, streams, dropped, tokenizer)
-    if tokenizer is None and chosen.vocabulary < (recipe.tokenizer.train or 0):
-        print(f"the texts give no more than {chosen.vocabulary:,} ids")
+    if tokenizer is None and chosen.vocab_size < (recipe.tokenizer.train or 0):
+        print(f"the texts give no more than {chosen.vocab_size:,} ids")
     chosen.save(work.tokenizer)
     write_cut(work.cut, tasks)
 

@@ -12,7 +12,7 @@ from data_prep.recipe import Recipe
 from data_prep.report_page import page
 from data_prep.samples import Duplicates
 from kabrn_dist.data.index import Index
-from kabrn_dist.data.index_io import fingerprint
+from kabrn_dist.data.index_io import index_fingerprint
 from kabrn_dist.utils.atomic_io import atomic_write
 
 
@@ -38,7 +38,7 @@ def write_report(
     ]
     read = sum(record.bytes for record in records)
     report: dict[str, Any] = {
-        "fingerprint": fingerprint(index),
+        "fingerprint": index_fingerprint(index),
         "seconds": round(seconds, 2),
         "mb_per_second": round(read / 1e6 / max(seconds, 1e-3), 2),
         "documents": {

@@ -20,7 +20,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._dtype = np.dtype(dtype_for(tokenizer.vocabulary))
+        self._dtype = np.dtype(dtype_for(tokenizer.vocab_size))
         self._lengths = tokenizer.bytes_per_token()
 
     def encode(self, documents: Iterable[StoredDocument]) -> Iterator[Tokenized]:
@@ -54,7 +54,7 @@ def mask_naive(tokenizer: Tokenizer, ids: list[int], text: str, spans: Iterable[
         carries += bytes([any(start <= place < stop for start, stop in spans)]) * len(character.encode())
     use, at = [True], 0
     for id in ids:
-        size = len(tokenizer.piece(id))
+        size = len(tokenizer.token_bytes(id))
         use.append(any(carries[at : at + size]))
         at += size
     return use

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from kabrn_dist.data.tokenizer import DOCUMENT, Tokenizer
+from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer
 from kabrn_dist.utils.errors import UserError
 
 # Merges settle long before this; more text only costs time and memory.
@@ -37,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[DOCUMENT],
+        special_tokens=[DOCUMENT_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

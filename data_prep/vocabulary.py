@@ -40,7 +40,7 @@ def plan_shards(
         texts = _sample(reader, runs, streams, censuses, dropped)
         tokenizer = train_tokenizer(texts, recipe.tokenizer.train)
     encoder = Encoder(tokenizer)
-    item_bytes = np.dtype(dtype_for(tokenizer.vocabulary)).itemsize
+    item_bytes = np.dtype(dtype_for(tokenizer.vocab_size)).itemsize
     tasks: list[ShardTask] = []
     for number, (stream, census) in enumerate(zip(streams, censuses, strict=True)):
         measured = list(_first(reader, runs, stream, census, dropped, _MEASURED_BYTES))

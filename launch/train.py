@@ -64,11 +64,13 @@ def dry_run(config: Config, world: int) -> int:
     train, total = splits.train, config.training.steps * config.training.global_batch_size
     corpus = train.corpus
     print(
-        f"data                 {corpus.tokens('train'):,} training tokens = {train.sequences:,} sequences, "
-        f"{total / train.sequences:.2f} passes over them; {corpus.tokens('validation'):,} validation tokens"
+        f"data                 {corpus.num_tokens('train'):,} training tokens = {train.num_sequences:,} sequences, "
+        f"{total / train.num_sequences:.2f} passes over them; {corpus.num_tokens('validation'):,} validation tokens"
     )
-    if len(train.counts) > 1:
-        for name, count, drawn in zip(corpus.names, train.counts, train.sequences_drawn(total), strict=True):
+    if len(train.sequences_per_source) > 1:
+        for name, count, drawn in zip(
+            corpus.names, train.sequences_per_source, train.sequences_drawn(total), strict=True
+        ):
             passes = f", {drawn / count:.2f} passes" if count else ""
             print(f"  {name:<19}{count:,} sequences, {drawn / total:.1%} of what is drawn{passes}")
     print("nothing was started or written (--dry-run)")

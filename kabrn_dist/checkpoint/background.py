@@ -11,7 +11,7 @@ from torch import Tensor
 from kabrn_dist.checkpoint.fragment import Fragment, check_fragment
 
 
-class HostCopies:
+class HostBuffers:
     """Copies of what one rank owns, in buffers that are kept from save to save.
 
     Host memory: as many bytes as the rank owns. On cards the buffers are pinned, which the copy needs to run at
@@ -21,19 +21,19 @@ class HostCopies:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int, int, torch.dtype], Tensor] = {}
 
-    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+    def copy(self, fragments: Iterable[Fragment]) -> list[Fragment]:
         """The same fragments with values that training no longer changes; those not owned come back empty.
 
         The copies hold until the next call. Raises UserError for a fragment outside its tensor, RuntimeError
         where memory runs out; all buffers are given back then.
         """
         try:
-            return self._take(list(fragments))
+            return self._copy(list(fragments))
         except BaseException:
             self._buffers.clear()
             raise
 
-    def _take(self, fragments: list[Fragment]) -> list[Fragment]:
+    def _copy(self, fragments: list[Fragment]) -> list[Fragment]:
         for fragment in fragments:
             check_fragment(fragment)
         owned = [fragment for fragment in fragments if fragment.owned and fragment.values.numel()]

@@ -48,7 +48,7 @@ def check_fragment(fragment: Fragment) -> None:
         )
 
 
-def intersect(start: int, stop: int, bounds: Sequence[int]) -> list[tuple[int, int, int]]:
+def overlapping_ranges(start: int, stop: int, bounds: Sequence[int]) -> list[tuple[int, int, int]]:
     """Where `[start, stop)` meets the adjoining ranges `[bounds[i], bounds[i + 1])`.
 
     `bounds` rises from 0 to at least `stop`. Returns (i, first, last) for each range that shares

@@ -25,7 +25,7 @@ _LENGTH_BYTES = 8
 _DIMENSIONS = 16
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor of a file: the code of its dtype, its shape, and the file's bytes [start, stop) that hold it."""
 
     dtype: str
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
     stop: int
 
 
-def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, Entry]:
+def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file.
 
     limit: most bytes of header to read; absurd lengths in it are met before any memory is taken.
@@ -61,7 +61,7 @@ def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, Entry]
     return entries
 
 
-def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """What a file that holds these tensors one after another begins with."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -74,7 +74,7 @@ def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], met
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _entry(file: Path, key: str, value: Any, first: int) -> Entry:
+def _entry(file: Path, key: str, value: Any, first: int) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _refusal(file, f"tensor {key[:80]!r} has not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -87,7 +87,7 @@ def _entry(file: Path, key: str, value: Any, first: int) -> Entry:
     start, stop = offsets
     if stop - start != prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
         raise _refusal(file, f"tensor {key[:80]!r} has {stop - start} bytes, which its shape and dtype do not give")
-    return Entry(dtype, tuple(shape), first + start, first + stop)
+    return TensorEntry(dtype, tuple(shape), first + start, first + stop)
 
 
 def _are_counts(values: object) -> bool:
@@ -95,7 +95,7 @@ def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value <= 2**50 for value in values)
 
 
-def _check_layout(file: Path, entries: dict[str, Entry], first: int, size: int) -> None:
+def _check_layout(file: Path, entries: dict[str, TensorEntry], first: int, size: int) -> None:
     end = first
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:

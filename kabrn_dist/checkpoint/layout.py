@@ -92,10 +92,10 @@ def commit(folder: Path, step: int, manifest: bytes) -> None:
     write_durably(temporary / MANIFEST_NAME, manifest)
     # Read back as a later load will, so that nothing is committed that would then be refused.
     read_manifest(temporary)
-    fsync_directory(temporary)
+    fsync_folder(temporary)
     for path in list_checkpoints(folder):
         if step_of(path) > step:
-            _set_aside(path, step)
+            _supersede(path, step)
     inject_fault("save.before_rename")
     if final.exists():
         old = final.with_name(final.name + ".old")
@@ -105,7 +105,7 @@ def commit(folder: Path, step: int, manifest: bytes) -> None:
         if final.exists():
             final.rename(old)
     temporary.rename(final)
-    fsync_directory(folder)
+    fsync_folder(folder)
     inject_fault("save.renamed")
 
 
@@ -120,7 +120,7 @@ def tidy(folder: Path, step: int, keep: int, keep_every: int, spare: Path | None
     # After pruning, which a disk too full for these few bytes needs most.
     write_durably(folder / "latest.tmp", f"{final.name}\n".encode())
     os.replace(folder / "latest.tmp", folder / "latest")
-    fsync_directory(folder)
+    fsync_folder(folder)
 
 
 def write_durably(file: Path, data: bytes) -> None:
@@ -131,7 +131,7 @@ def write_durably(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def fsync_directory(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     """Make names in the directory as durable as the files behind them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -194,7 +194,7 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _set_aside(path: Path, step: int) -> None:
+def _supersede(path: Path, step: int) -> None:
     # The run went back to before this checkpoint; left in place, a restart would resume the wrong future.
     inject_fault("save.aside")
     aside = path.with_name(path.name + ".aside")

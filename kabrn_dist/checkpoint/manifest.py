@@ -63,7 +63,7 @@ class FileRecord(ManifestRecord):
     sha256: Sha256
 
 
-class Piece(ManifestRecord):
+class PieceRecord(ManifestRecord):
     """Elements [offset, offset + count) of a flattened logical tensor: all of tensor `key` in `file`."""
 
     file: FileName
@@ -77,7 +77,7 @@ class TensorRecord(ManifestRecord):
 
     dtype: str
     shape: Annotated[tuple[Count, ...], Field(max_length=16)]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PieceRecord, ...]
 
     @property
     def total(self) -> int:
@@ -146,7 +146,7 @@ class SealedManifest(ManifestRecord):
     manifest: Manifest
 
 
-def first_error(error: ValidationError) -> str:
+def first_validation_error(error: ValidationError) -> str:
     """One line for the first thing wrong: where, what, and the value found."""
     detail = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in detail["loc"]) or "manifest"
@@ -155,7 +155,7 @@ def first_error(error: ValidationError) -> str:
     return f"{where}: {detail['msg']}{shown}"
 
 
-def manifest_bytes(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: Manifest) -> bytes:
     """The sealed JSON to write. Raises ValueError for NaN or infinity in the state, which JSON lacks."""
     body = manifest.model_dump()
     return json.dumps({"sha256": _seal(manifest), "manifest": body}, allow_nan=False, indent=1).encode()
@@ -172,7 +172,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         sealed = SealedManifest.model_validate_json(read_plain(source, MANIFEST_BYTES_LIMIT))
     except ValidationError as error:
-        raise UserError(f"{source}: {first_error(error)}; {remedy}") from error
+        raise UserError(f"{source}: {first_validation_error(error)}; {remedy}") from error
     if _seal(sealed.manifest) != sealed.sha256:
         raise UserError(f"{source}: damaged or edited, its sha256 is not {sealed.sha256}; {remedy}")
     for file in sealed.manifest.files:

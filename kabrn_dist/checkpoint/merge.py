@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import JsonValue, ValidationError
 
-from kabrn_dist.checkpoint.manifest import FileRecord, Manifest, first_error
+from kabrn_dist.checkpoint.manifest import FileRecord, Manifest, first_validation_error
 from kabrn_dist.checkpoint.writer import WrittenRange
 from kabrn_dist.utils.errors import UserError
 
 
-def describe_rank_file(file: FileRecord, holdings: list[WrittenRange]) -> list[Any]:
+def make_rank_report(file: FileRecord, holdings: list[WrittenRange]) -> list[Any]:
     """What one rank tells rank 0, as JSON."""
     return [
         file.model_dump(),
@@ -20,7 +20,7 @@ def describe_rank_file(file: FileRecord, holdings: list[WrittenRange]) -> list[A
     ]
 
 
-def merge(step: int, reports: list[Any], state: Mapping[str, JsonValue]) -> Manifest:
+def merge_reports(step: int, reports: list[Any], state: Mapping[str, JsonValue]) -> Manifest:
     """The manifest of all ranks' reports; UserError if they disagree or do not cover a tensor once."""
     tensors: dict[str, dict[str, Any]] = {}
     for _, holdings in reports:
@@ -48,5 +48,5 @@ def merge(step: int, reports: list[Any], state: Mapping[str, JsonValue]) -> Mani
         )
     except ValidationError as error:
         raise UserError(
-            f"step {step}: {first_error(error)}; every element needs one owner, every state entry a JSON type"
+            f"step {step}: {first_validation_error(error)}; every element needs one owner, every state entry a JSON type"
         ) from error

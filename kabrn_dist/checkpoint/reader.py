@@ -15,30 +15,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.fragment import Fragment, check_fragment, intersect
-from kabrn_dist.checkpoint.header import HEADER_BYTES_LIMIT, Entry, read_header
-from kabrn_dist.checkpoint.manifest import SAFETENSORS_DTYPES, FileRecord, Manifest, Piece, TensorRecord
+from kabrn_dist.checkpoint.fragment import Fragment, check_fragment, overlapping_ranges
+from kabrn_dist.checkpoint.header import HEADER_BYTES_LIMIT, TensorEntry, read_header
+from kabrn_dist.checkpoint.manifest import SAFETENSORS_DTYPES, FileRecord, Manifest, PieceRecord, TensorRecord
 from kabrn_dist.checkpoint.safe_open import open_plain
 from kabrn_dist.checkpoint.writer import CHUNK_BYTES
 from kabrn_dist.utils.errors import UserError
 
 
-class RangeCopy(NamedTuple):
+class RangeRead(NamedTuple):
     """Elements [start, stop) of tensor `piece.key` in its file, to be written into `target` (1-D)."""
 
-    piece: Piece
+    piece: PieceRecord
     dtype: str
     start: int
     stop: int
     target: Tensor
 
 
-def plan(path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_missing: bool = False) -> list[RangeCopy]:
+def plan_reads(
+    path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_missing: bool = False
+) -> list[RangeRead]:
     """The reads that fill all `fragments`.
 
     Raises UserError for one that the checkpoint in `path` lacks (unless skipped) or has in another shape.
     """
-    copies: list[RangeCopy] = []
+    copies: list[RangeRead] = []
     for fragment in fragments:
         check_fragment(fragment)
         if skip_missing and fragment.name not in manifest.tensors:
@@ -53,12 +55,12 @@ def plan(path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_mis
     return copies
 
 
-def read_copies(path: Path, copies: Iterable[RangeCopy]) -> None:
+def read_ranges(path: Path, copies: Iterable[RangeRead]) -> None:
     """Carry out `copies` from the files in `path`, converting dtype and device on the way.
 
     Raises UserError if a file is not safetensors or holds something else than the manifest says.
     """
-    CheckpointReader(path).carry_out(copies)
+    CheckpointReader(path).read(copies)
 
 
 class CheckpointReader:
@@ -66,11 +68,11 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._entries: dict[str, dict[str, Entry]] = {}
+        self._entries: dict[str, dict[str, TensorEntry]] = {}
 
-    def carry_out(self, copies: Iterable[RangeCopy]) -> None:
+    def read(self, copies: Iterable[RangeRead]) -> None:
         """See `read_copies`."""
-        by_file: dict[str, list[RangeCopy]] = defaultdict(list)
+        by_file: dict[str, list[RangeRead]] = defaultdict(list)
         for copy in copies:
             by_file[copy.piece.file].append(copy)
         for name, wanted in by_file.items():
@@ -83,7 +85,7 @@ class CheckpointReader:
             read_entries(file, ((entries[c.piece.key], c.start, c.stop, c.target) for c in wanted))
 
 
-def read_entries(file: Path, wanted: Iterable[tuple[Entry, int, int, Tensor]]) -> None:
+def read_entries(file: Path, wanted: Iterable[tuple[TensorEntry, int, int, Tensor]]) -> None:
     """Read elements [start, stop) of each entry of a safetensors file into its 1-D tensor, converted to its dtype.
 
     The entries come from `read_header(file)`. Stages CHUNK_BYTES where dtype or device differ, else nothing.
@@ -112,7 +114,7 @@ def load_tensor(path: Path, manifest: Manifest, name: str) -> Tensor:
     """
     record = tensor_record(path, manifest, name)
     values = torch.empty(record.total, dtype=SAFETENSORS_DTYPES[record.dtype])
-    read_copies(path, _copies(record, Fragment(name, record.shape, 0, values, owned=False)))
+    read_ranges(path, _copies(record, Fragment(name, record.shape, 0, values, owned=False)))
     return values.view(record.shape)
 
 
@@ -126,14 +128,14 @@ def tensor_record(path: Path, manifest: Manifest, name: str) -> TensorRecord:
     return manifest.tensors[name]
 
 
-def _copies(record: TensorRecord, fragment: Fragment) -> Iterator[RangeCopy]:
+def _copies(record: TensorRecord, fragment: Fragment) -> Iterator[RangeRead]:
     bounds = [*(piece.offset for piece in record.pieces), record.total]
     values = fragment.values.detach()
     stop = fragment.offset + values.numel()
-    for index, first, last in intersect(fragment.offset, stop, bounds):
+    for index, first, last in overlapping_ranges(fragment.offset, stop, bounds):
         piece = record.pieces[index]
         target = values[first - fragment.offset : last - fragment.offset]
-        yield RangeCopy(piece, record.dtype, first - piece.offset, last - piece.offset, target)
+        yield RangeRead(piece, record.dtype, first - piece.offset, last - piece.offset, target)
 
 
 def _pieces_of(manifest: Manifest) -> dict[str, dict[str, tuple[str, int]]]:
@@ -155,7 +157,7 @@ def _check_header(file: Path, pieces: dict[str, tuple[str, int]]) -> None:
         raise UserError(f"{file}: holds tensors that the manifest does not know; use another checkpoint")
 
 
-def _check_piece(file: Path, entries: dict[str, Entry], key: str, dtype: str, count: int) -> None:
+def _check_piece(file: Path, entries: dict[str, TensorEntry], key: str, dtype: str, count: int) -> None:
     if key not in entries:
         raise UserError(f"{file}: lacks {key!r}, which the manifest says it holds; use another checkpoint")
     found = entries[key]
@@ -166,7 +168,7 @@ def _check_piece(file: Path, entries: dict[str, Entry], key: str, dtype: str, co
         )
 
 
-def _read_entry(stream: FileIO, entry: Entry, start: int, stop: int, target: Tensor) -> None:
+def _read_entry(stream: FileIO, entry: TensorEntry, start: int, stop: int, target: Tensor) -> None:
     dtype = SAFETENSORS_DTYPES[entry.dtype]
     is_direct = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
     step = CHUNK_BYTES // dtype.itemsize

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat, JsonValue, ValidationError
 
-from kabrn_dist.checkpoint.manifest import Count, Manifest, ManifestRecord, Sha256, first_error
+from kabrn_dist.checkpoint.manifest import Count, Manifest, ManifestRecord, Sha256, first_validation_error
 from kabrn_dist.utils.errors import UserError
 
 
@@ -54,5 +54,5 @@ def read_state(path: Path, manifest: Manifest) -> RunState:
         return RunState.model_validate(state)
     except ValidationError as error:
         raise UserError(
-            f"{path}: its state cannot be used ({first_error(error)}); use a checkpoint of this version"
+            f"{path}: its state cannot be used ({first_validation_error(error)}); use a checkpoint of this version"
         ) from error

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from kabrn_dist.checkpoint.background import Background, HostCopies
+from kabrn_dist.checkpoint.background import Background, HostBuffers
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.layout import (
     commit,
@@ -31,21 +31,21 @@ from kabrn_dist.checkpoint.layout import (
 from kabrn_dist.checkpoint.manifest import (
     FileRecord,
     Manifest,
-    manifest_bytes,
+    encode_manifest,
     read_manifest,
     verify_files,
 )
-from kabrn_dist.checkpoint.merge import describe_rank_file, merge
-from kabrn_dist.checkpoint.reader import check_headers, load_tensor, plan, read_copies
+from kabrn_dist.checkpoint.merge import make_rank_report, merge_reports
+from kabrn_dist.checkpoint.reader import check_headers, load_tensor, plan_reads, read_ranges
 from kabrn_dist.checkpoint.writer import WrittenRange, write_rank_file
 from kabrn_dist.distributed.collectives import (
     Group,
     broadcast_json,
     gather_json,
-    rank_of,
+    group_rank,
+    group_size,
     run_on_all,
     run_on_main,
-    size_of,
 )
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
@@ -79,11 +79,11 @@ class CheckpointStore:
         if keep_every < 0:
             raise UserError(f"keep_every: {keep_every} is negative; use 0 to keep none for ever")
         self.folder = folder
-        self.keep = keep
+        self.keep_last = keep
         self.keep_every = keep_every
         self.group = group
         self.background_group = background_group
-        self._copies = HostCopies()
+        self._copies = HostBuffers()
         self._background: Background | None = None
         self._loaded: Path | None = None
 
@@ -145,7 +145,7 @@ class CheckpointStore:
             try:
                 self.check(self.folder / name, verify)
             except UserError as error:
-                if rank_of(self.group) == 0:
+                if group_rank(self.group) == 0:
                     logger.warning("passing over checkpoint %s: %s", name, error)
                 continue
             return self.folder / name
@@ -154,7 +154,7 @@ class CheckpointStore:
     def check(self, path: Path, verify: bool = True) -> Manifest:
         """The manifest of `path` if it is intact in `find`'s sense; UserError on every rank if not."""
         manifest = run_on_all(self.group, read_manifest, path)
-        share = manifest.files[rank_of(self.group) :: size_of(self.group)]
+        share = manifest.files[group_rank(self.group) :: group_size(self.group)]
         run_on_all(self.group, check_headers, path, manifest, share)
         if verify:
             run_on_all(self.group, verify_files, path, share)
@@ -170,8 +170,8 @@ class CheckpointStore:
         which the values are undefined.
         """
         manifest = run_on_all(self.group, _passing, "load.manifest", read_manifest, path)
-        copies = run_on_all(self.group, plan, path, manifest, fragments, missing == "keep")
-        run_on_all(self.group, _passing, "load.tensors", read_copies, path, copies)
+        copies = run_on_all(self.group, plan_reads, path, manifest, fragments, missing == "keep")
+        run_on_all(self.group, _passing, "load.tensors", read_ranges, path, copies)
         run_on_all(self.group, inject_fault, "load.done")
         self._loaded = path.resolve()
         return manifest
@@ -181,7 +181,7 @@ class CheckpointStore:
             raise ValueError("a save is under way; collect it first")
 
     def _copy(self, fragments: Iterable[Fragment], state: Mapping[str, JsonValue]) -> Taken:
-        return self._copies.take(fragments), copy.deepcopy(dict(state))
+        return self._copies.copy(fragments), copy.deepcopy(dict(state))
 
     def _attempt(self, group: Group, step: int, taken: Callable[[], Taken]) -> bool:
         """The whole save, by whichever thread, over `group`."""
@@ -189,32 +189,32 @@ class CheckpointStore:
             self._write(group, step, taken)
         except UserError as error:
             run_on_main(group, drop_temporary, self.folder, step)
-            if rank_of(group) == 0:
+            if group_rank(group) == 0:
                 logger.error("checkpoint of step %d was not saved: %s", step, error)
             return False
-        if rank_of(group) == 0:
+        if group_rank(group) == 0:
             self._tidy(step)
         return True
 
     def _write(self, group: Group, step: int, taken: Callable[[], Taken]) -> None:
         fragments, state = run_on_all(group, self._begin, group, step, taken)
-        file = temporary_path(self.folder, step) / f"rank-{rank_of(group):05d}.safetensors"
+        file = temporary_path(self.folder, step) / f"rank-{group_rank(group):05d}.safetensors"
         record, holdings = run_on_all(group, _write_own, file, fragments)
-        reports = gather_json(describe_rank_file(record, holdings), group)
+        reports = gather_json(make_rank_report(record, holdings), group)
         run_on_main(group, self._commit, step, reports, state)
 
     def _begin(self, group: Group, step: int, taken: Callable[[], Taken]) -> Taken:
         inject_fault("save.begin")
-        if rank_of(group) == 0:
+        if group_rank(group) == 0:
             start_temporary(self.folder, step)
         return taken()
 
     def _commit(self, step: int, reports: list[Any], state: Mapping[str, JsonValue]) -> None:
-        commit(self.folder, step, manifest_bytes(merge(step, reports, state)))
+        commit(self.folder, step, encode_manifest(merge_reports(step, reports, state)))
 
     def _tidy(self, step: int) -> None:
         try:
-            tidy(self.folder, step, self.keep, self.keep_every, self._loaded)
+            tidy(self.folder, step, self.keep_last, self.keep_every, self._loaded)
         except Exception as error:
             # The checkpoint is committed, and rank 0 is alone here: it must not raise.
             logger.warning("%s: old checkpoints were not tidied up: %s", self.folder, error)

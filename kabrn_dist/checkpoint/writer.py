@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment, check_fragment
-from kabrn_dist.checkpoint.header import header_bytes
-from kabrn_dist.checkpoint.manifest import CODES, FileRecord, Piece
+from kabrn_dist.checkpoint.header import encode_header
+from kabrn_dist.checkpoint.manifest import CODES, FileRecord, PieceRecord
 from kabrn_dist.utils.errors import UserError
 
 CHUNK_BYTES = 16 * 2**20
@@ -26,7 +26,7 @@ class WrittenRange(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    piece: Piece | None
+    piece: PieceRecord | None
 
 
 def write_rank_file(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[WrittenRange]]:
@@ -84,7 +84,7 @@ def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[Wri
             if key in owned:
                 raise UserError(f"{key}: owned twice by one rank; pass each fragment once")
             count = fragment.values.numel()
-            piece = Piece(file=file_name, key=key, offset=fragment.offset, count=count)
+            piece = PieceRecord(file=file_name, key=key, offset=fragment.offset, count=count)
             owned[key] = fragment.values.detach()
         holdings.append(WrittenRange(fragment.name, CODES[fragment.values.dtype], fragment.shape, piece))
     return holdings, owned
@@ -92,7 +92,7 @@ def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[Wri
 
 def _file_chunks(owned: dict[str, Tensor]) -> Iterator[tuple[memoryview | bytes, bool]]:
     """What the file holds, in order, and for each piece whether the next one overwrites it in memory."""
-    yield header_bytes({key: (values.dtype, (values.numel(),)) for key, values in owned.items()}, {}), False
+    yield encode_header({key: (values.dtype, (values.numel(),)) for key, values in owned.items()}, {}), False
     staging: Tensor | None = None
     for values in owned.values():
         is_staged = values.device.type != "cpu" or not values.is_contiguous()

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from kabrn_dist.utils.errors import UserError
 
-Fetch = Callable[[Path], None]
+FetchFunction = Callable[[Path], None]
 
 _NAME = re.compile(r"[0-9a-f]{64}(\.(?P<part>[0-9]+)\.part)?")
 _LOCKS = 256
 _WAIT_SECONDS = 0.05
 
 
-class Cache:
+class FileCache:
     """Keeps at most `limit` bytes in `folder`; what was used longest ago goes first. Any thread may ask.
 
     A file that is dropped while a process has it open stays readable there. Raises UserError when the folder cannot be
@@ -36,7 +36,7 @@ class Cache:
         except OSError as error:
             raise UserError(f"data.cache_dir {folder}: {error.strerror}. Choose a folder you can write to.") from error
 
-    def get(self, key: str, size: int, fetch: Fetch) -> Path:
+    def get(self, key: str, size: int, fetch: FetchFunction) -> Path:
         """Return the file of `key`, a sha256, of `size` bytes; `fetch` completes a part that it is given.
 
         One process of the machine fetches, the others wait. Raises UserError when the disk is full, and as `fetch`.
@@ -46,7 +46,7 @@ class Cache:
         with self._lock(_lock_name(key), wait=True):
             return self._fetch(key, size, fetch)
 
-    def offer(self, key: str, size: int, fetch: Fetch) -> None:
+    def prefetch(self, key: str, size: int, fetch: FetchFunction) -> None:
         """As `get`, but leaves alone what another process or thread is fetching."""
         if self._find(key, size) is None:
             with self._lock(_lock_name(key), wait=False) as mine:
@@ -63,7 +63,7 @@ class Cache:
             return None
         return path
 
-    def _fetch(self, key: str, size: int, fetch: Fetch) -> Path:
+    def _fetch(self, key: str, size: int, fetch: FetchFunction) -> Path:
         """With the key's lock held."""
         if (path := self._find(key, size)) is not None:
             return path

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from kabrn_dist.data.index import Source, SplitName
-from kabrn_dist.data.remote import open_set
-from kabrn_dist.data.shard_set import ShardSet, open_folder
+from kabrn_dist.data.remote import open_shard_set
+from kabrn_dist.data.shard_set import ShardSet, open_shard_folder
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.errors import UserError
 
@@ -80,9 +80,9 @@ class Corpus:
         return self.sets[0].index.document_token
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """The sets' folders and URLs, for messages."""
-        return ", ".join(each.where for each in self.sets)
+        return ", ".join(each.location for each in self.sets)
 
     @property
     def is_remote(self) -> bool:
@@ -97,7 +97,7 @@ class Corpus:
         """Return the sets' tokenizer. Raises UserError when it is not the one that made the shards."""
         return self.sets[0].tokenizer()
 
-    def tokens(self, split: SplitName) -> int:
+    def num_tokens(self, split: SplitName) -> int:
         """Tokens of a split, over all sources."""
         return sum(each.index.tokens(split) for each in self.sets)
 
@@ -114,12 +114,12 @@ def open_corpus(settings: DataSettings) -> Corpus:
     a source that there is not or leave nothing to draw.
     """
     paths = [settings.path, *(each.path for each in settings.extra_sets)]
-    sets = [open_set(path, settings.cache_dir, settings.cache_size_gb) for path in paths]
+    sets = [open_shard_set(path, settings.cache_dir, settings.cache_size_gb) for path in paths]
     for other in sets[1:]:
         found, wanted = other.index.tokenizer.sha256, sets[0].index.tokenizer.sha256
         if found != wanted:
             raise UserError(
-                f"data.extra_sets: {other.where} has tokenizer {found[:12]}, {sets[0].where} has {wanted[:12]}. "
+                f"data.extra_sets: {other.location} has tokenizer {found[:12]}, {sets[0].location} has {wanted[:12]}. "
                 "Prepare both with the same (--tokenizer of data_prep)."
             )
     factors = [1.0, *(each.weight for each in settings.extra_sets)]
@@ -145,9 +145,9 @@ def open_corpus(settings: DataSettings) -> Corpus:
     return Corpus(tuple(sets), drawn, settings.cache_size_gb * 1e9)
 
 
-def read_corpus(folder: Path) -> Corpus:
+def open_folder_corpus(folder: Path) -> Corpus:
     """Open one folder as its index says. Raises UserError when the index or a shard is missing or wrong."""
-    shards = open_folder(folder)
+    shards = open_shard_folder(folder)
     drawn = (WeightedSource(s.name, shards, s, s.weight, s.epochs) for s in shards.index.sources)
     return Corpus((shards,), tuple(drawn))
 

@@ -13,7 +13,7 @@ from kabrn_dist.data.index import Shard, SplitName
 from kabrn_dist.data.prefetch import Prefetcher
 from kabrn_dist.data.sampler import MixtureSampler
 from kabrn_dist.data.shard_set import ShardSet
-from kabrn_dist.data.state import DataState, describe, fingerprint_of
+from kabrn_dist.data.state import DataState, data_fingerprint, describe_sources
 from kabrn_dist.data.token_stream import TokenStream
 from kabrn_dist.utils.errors import UserError
 
@@ -64,13 +64,15 @@ class TokenDataset:
         there = [max(0, len(stream) - 1) // sequence_length for stream in self._streams]
         drawn_from = [drawn.weight > 0 or not ordered for drawn in corpus.sources]
         _check_lengths(corpus, split, sequence_length, there, drawn_from if ordered else [])
-        self.counts = [count if used else 0 for count, used in zip(there, drawn_from, strict=True)]
-        self.sequences = sum(self.counts)
-        self._firsts = np.cumsum([0, *self.counts])
-        self._drawing = MixtureSampler(corpus.sources, self.counts, seed) if ordered else None
-        self.length = self.sequences if self._drawing is None else self._drawing.length
+        self.sequences_per_source = [count if used else 0 for count, used in zip(there, drawn_from, strict=True)]
+        self.num_sequences = sum(self.sequences_per_source)
+        self._first_positions = np.cumsum([0, *self.sequences_per_source])
+        self._sampler = MixtureSampler(corpus.sources, self.sequences_per_source, seed) if ordered else None
+        self.num_positions = self.num_sequences if self._sampler is None else self._sampler.num_positions
         # Half of the cache for what comes leaves the other half for what is being read.
-        self._ahead = Prefetcher(self._upcoming, corpus.cache_bytes / 2) if ordered and corpus.is_remote else None
+        self._prefetcher = (
+            Prefetcher(self._upcoming_shards, corpus.cache_bytes / 2) if ordered and corpus.is_remote else None
+        )
 
     def get(self, positions: Sequence[int]) -> Batch:
         """Return the sequences at these global positions, one row each, in the order given.
@@ -79,11 +81,11 @@ class TokenDataset:
         that an unordered one does not have.
         """
         numbers = np.asarray(positions, np.int64)
-        if self._drawing is not None and numbers.size:
+        if self._sampler is not None and numbers.size:
             self.check_length(int(numbers.max()) + 1)
-        if self._ahead is not None and numbers.size:
-            self._ahead.move(int(numbers.max()))
-        sources, sequences = self._find(numbers)
+        if self._prefetcher is not None and numbers.size:
+            self._prefetcher.advance(int(numbers.max()))
+        sources, sequences = self._lookup(numbers)
         length = self.sequence_length
         streams = np.empty((len(numbers), length + 1), np.int64)
         masked = [drawn.source.masked for drawn in self.corpus.sources]
@@ -100,56 +102,56 @@ class TokenDataset:
 
         A source that has fewer gives all of its own; fewer than `count` come where there are no more.
         """
-        wanted = [0] * len(self.counts)
-        left = min(count, self.sequences)
+        wanted = [0] * len(self.sequences_per_source)
+        left = min(count, self.num_sequences)
         while left:
-            for source in (s for s, n in enumerate(self.counts) if wanted[s] < n):
+            for source in (s for s, n in enumerate(self.sequences_per_source) if wanted[s] < n):
                 if left:
                     wanted[source], left = wanted[source] + 1, left - 1
-        firsts = self._firsts[:-1].tolist()
+        firsts = self._first_positions[:-1].tolist()
         return [first + n for first, number in zip(firsts, wanted, strict=True) for n in range(number)]
 
     def sequences_drawn(self, consumed: int) -> list[int]:
         """Return how many sequences of each source lie below a global position of an ordered split."""
-        assert self._drawing is not None, "only an ordered split is drawn from"
-        return self._drawing.before(consumed)
+        assert self._sampler is not None, "only an ordered split is drawn from"
+        return self._sampler.sequences_drawn(consumed)
 
-    def check_length(self, positions: int) -> None:
+    def check_length(self, sequences: int) -> None:
         """Raise UserError when the data ends before so many sequences have been drawn."""
-        if self.length is not None and positions > self.length:
+        if self.num_positions is not None and sequences > self.num_positions:
             ends = ", ".join(f"{d.name} {d.epochs:g}" for d in self.corpus.sources if d.weight and d.epochs)
             raise UserError(
-                f"training.steps × training.global_batch_size needs {positions:,} sequences, the data has {self.length:,} (epochs: "
+                f"training.steps × training.global_batch_size needs {sequences:,} sequences, the data has {self.num_positions:,} (epochs: "
                 f"{ends}). Lower training.steps, or raise or leave out data.epochs for one of them."
             )
 
-    def cursor(self, consumed: int) -> DataState:
+    def state(self, consumed: int) -> DataState:
         """Return what a checkpoint keeps of the data: all positions below `consumed` are done."""
-        assert self._drawing is not None, "only an ordered split is gone on with"
-        drawn = describe(self.corpus, self._drawing.slots)
-        fingerprint = fingerprint_of(self.corpus, drawn)
+        assert self._sampler is not None, "only an ordered split is gone on with"
+        drawn = describe_sources(self.corpus, self._sampler.slots_per_period)
+        fingerprint = data_fingerprint(self.corpus, drawn)
         return DataState(consumed, self.seed, self.sequence_length, fingerprint, drawn)
 
     def close(self) -> None:
         """Close the shard files, and fetch no more ahead."""
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         for stream in self._streams:
             stream.close()
 
-    def _find(self, positions: np.ndarray) -> np.ndarray:
+    def _lookup(self, positions: np.ndarray) -> np.ndarray:
         """Sources and sequence numbers of positions, int64 [2, N]."""
-        if self._drawing is not None:
-            return self._drawing.lookup_cached(positions)
-        if positions.size and not 0 <= positions.min() <= positions.max() < self.sequences:
-            raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.sequences} sequences")
-        sources = np.searchsorted(self._firsts, positions, "right") - 1
-        return np.stack([sources, positions - self._firsts[sources]])
+        if self._sampler is not None:
+            return self._sampler.lookup_cached(positions)
+        if positions.size and not 0 <= positions.min() <= positions.max() < self.num_sequences:
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.num_sequences} sequences")
+        sources = np.searchsorted(self._first_positions, positions, "right") - 1
+        return np.stack([sources, positions - self._first_positions[sources]])
 
-    def _upcoming(self, position: int, count: int) -> Iterator[tuple[ShardSet, Shard]]:
-        stop = position + count if self.length is None else min(self.length, position + count)
-        assert self._drawing is not None
-        sources, sequences = self._drawing.lookup(np.arange(position, stop))
+    def _upcoming_shards(self, position: int, count: int) -> Iterator[tuple[ShardSet, Shard]]:
+        stop = position + count if self.num_positions is None else min(self.num_positions, position + count)
+        assert self._sampler is not None
+        sources, sequences = self._sampler.lookup(np.arange(position, stop))
         starts = sequences * self.sequence_length
         shards: list[list[Shard]] = [[] for _ in starts]
         for source in np.unique(sources).tolist():
@@ -162,7 +164,7 @@ class TokenDataset:
 
 
 def make_batch(
-    streams: np.ndarray, document_token: int, used: np.ndarray | None = None, sources: np.ndarray | None = None
+    streams: np.ndarray, document_token: int, loss_mask: np.ndarray | None = None, sources: np.ndarray | None = None
 ) -> Batch:
     """Turn rows of consecutive tokens, int64 [B, T + 1], into a Batch.
 
@@ -170,8 +172,8 @@ def make_batch(
     targets count (None: all), `sources` [B] where rows are from (None: source 0).
     """
     tokens, targets = streams[:, :-1], streams[:, 1:]
-    if used is not None:
-        targets = np.where(used, targets, -100)
+    if loss_mask is not None:
+        targets = np.where(loss_mask, targets, -100)
     starts = tokens == document_token
     # A row's first token opens document 0 whether or not a document starts there.
     starts[:, 0] = True
@@ -188,7 +190,7 @@ def make_batch(
 
 
 def make_batch_naive(
-    streams: np.ndarray, document_token: int, used: np.ndarray | None = None, sources: np.ndarray | None = None
+    streams: np.ndarray, document_token: int, loss_mask: np.ndarray | None = None, sources: np.ndarray | None = None
 ) -> Batch:
     """`make_batch` one token at a time."""
     rows: tuple[list[list[int]], ...] = ([], [], [], [])
@@ -199,25 +201,25 @@ def make_batch_naive(
             document, position = document + starts, 0 if starts else position + 1
             documents.append(document)
             positions.append(position)
-        targets = [t if used is None or used[number][column] else -100 for column, t in enumerate(stream[1:])]
+        targets = [t if loss_mask is None or loss_mask[number][column] else -100 for column, t in enumerate(stream[1:])]
         for part, row in zip(rows, (stream[:-1], targets, documents, positions), strict=True):
             part.append(row)
     origins = [0] * len(streams) if sources is None else sources.tolist()
     return Batch(*(torch.tensor(part, dtype=torch.int64) for part in (*rows, origins)))
 
 
-def sequence_slice(batch: Batch, rank: int, degree: int) -> Batch:
+def sequence_slice(batch: Batch, rank: int, world_size: int) -> Batch:
     """Return the contiguous columns of sequence rank `rank` out of `degree`, [B, T / degree].
 
     Documents and positions stay those of the whole row. Raises UserError when `degree` does not divide T.
     """
     length = batch.tokens.shape[1]
-    if length % degree:
+    if length % world_size:
         raise UserError(
-            f"sequence_length: {length} columns do not split evenly over a sequence degree of {degree}. "
+            f"sequence_length: {length} columns do not split evenly over a sequence degree of {world_size}. "
             "Use a sequence_length that the degree divides."
         )
-    share = length // degree
+    share = length // world_size
     columns = [part[:, rank * share : (rank + 1) * share].contiguous() for part in batch[:-1]]
     return Batch(*(*columns, batch.sources))
 
@@ -232,6 +234,6 @@ def _check_lengths(corpus: Corpus, split: SplitName, length: int, there: list[in
         alone = "" if len(corpus.sources) == 1 else f" of source {name}"
         other = "" if len(corpus.sources) == 1 else f", set data.weights.{name} to 0,"
         raise UserError(
-            f"{short[0].shards.where}: the {split} split{alone} has {tokens} tokens, one sequence of "
+            f"{short[0].shards.location}: the {split} split{alone} has {tokens} tokens, one sequence of "
             f"sequence_length {length} needs {length + 1}. Shorten sequence_length{other} or prepare more data."
         )

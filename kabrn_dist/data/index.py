@@ -141,6 +141,6 @@ class Index(_Record):
         return sum(source.split(split).gzip9_bytes or 0 for source in self.sources)
 
 
-def dtype_for(vocabulary: int) -> Dtype:
+def dtype_for(vocab_size: int) -> Dtype:
     """Return the narrowest type on disk that holds every id below `vocabulary`."""
-    return "uint16" if vocabulary <= 1 << 16 else "uint32"
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"

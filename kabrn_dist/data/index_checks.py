@@ -16,12 +16,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
-def mask_bytes(tokens: int) -> int:
+def loss_mask_bytes(tokens: int) -> int:
     """Bytes that the loss mask of so many tokens takes."""
     return (tokens + 7) // 8
 
 
-def check_shards(folder: Path, index: Index) -> None:
+def check_shard_files(folder: Path, index: Index) -> None:
     """Check that every shard is present and has the right size (one `stat` each).
 
     Raises UserError that names the first shard that is not so.
@@ -39,7 +39,7 @@ def check_shards(folder: Path, index: Index) -> None:
             )
 
 
-def check_contents(origin: str, index: Index) -> None:
+def check_consistency(origin: str, index: Index) -> None:
     """Check that the index agrees with itself. Raises UserError, naming `origin`, where it does not."""
     problem = next(_contradictions(index), None)
     if problem is not None:
@@ -61,10 +61,10 @@ def _contradictions(index: Index) -> Iterator[str]:
         if len(set(names)) != len(names):
             yield f"two {kind} have the same name"
     for source in index.sources:
-        yield from _of_source(index, source)
+        yield from _source_contradictions(index, source)
 
 
-def _of_source(index: Index, source: Source) -> Iterator[str]:
+def _source_contradictions(index: Index, source: Source) -> Iterator[str]:
     if not _SOURCE_NAME.fullmatch(source.name):
         yield f"source name {source.name!r} is not made of a-z, 0-9, _ and -"
     for key, value in (("weight", source.weight), ("epochs", source.epochs)):
@@ -72,7 +72,7 @@ def _of_source(index: Index, source: Source) -> Iterator[str]:
             yield f"{source.name}.{key} is {value}, not above 0"
     for name, split in (("train", source.train), ("validation", source.validation)):
         for shard in split.shards:
-            yield from _of_shard(index, source, shard)
+            yield from _shard_contradictions(index, source, shard)
         if split.tokens != sum(shard.tokens for shard in split.shards):
             yield f"{source.name}.{name}.tokens is {split.tokens}, its shards do not add up to that"
         if split.documents != sum(shard.documents for shard in split.shards):
@@ -81,7 +81,7 @@ def _of_source(index: Index, source: Source) -> Iterator[str]:
             yield f"{source.name}.{name}.loss_tokens is {split.loss_tokens} of {split.tokens} tokens"
 
 
-def _of_shard(index: Index, source: Source, shard: Shard) -> Iterator[str]:
+def _shard_contradictions(index: Index, source: Source, shard: Shard) -> Iterator[str]:
     if not _SHARD_NAME.fullmatch(shard.name):
         yield f"shard name {shard.name!r} is not a plain file name that ends in .tar"
     if not _SHA256.fullmatch(shard.sha256):
@@ -95,7 +95,7 @@ def _of_shard(index: Index, source: Source, shard: Shard) -> Iterator[str]:
                 f"block before ends at {start} and the shard has {shard.bytes}"
             )
         # The mask lies between the block before and the tokens.
-        if source.masked and not start < mask <= mask + mask_bytes(tokens) <= offset:
+        if source.masked and not start < mask <= mask + loss_mask_bytes(tokens) <= offset:
             yield f"{shard.name} block {number}: its loss mask at byte {mask} lies outside the block"
         if not source.masked and mask:
             yield f"{shard.name} block {number} has a loss mask, its source has none"

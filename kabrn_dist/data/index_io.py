@@ -9,12 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kabrn_dist.data.index import INDEX_NAME, Index
-from kabrn_dist.data.index_checks import check_contents
+from kabrn_dist.data.index_checks import check_consistency
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 
-def fingerprint(index: Index) -> str:
+def index_fingerprint(index: Index) -> str:
     """Return the sha256 of the index as canonical JSON, without its own fingerprint."""
     fields = index.model_dump(mode="json", exclude={"fingerprint"})
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -25,8 +25,8 @@ def write_index(folder: Path, index: Index) -> Index:
 
     Raises UserError when the index contradicts itself or the disk refuses.
     """
-    sealed = index.model_copy(update={"fingerprint": fingerprint(index)})
-    check_contents(str(folder / INDEX_NAME), sealed)
+    sealed = index.model_copy(update={"fingerprint": index_fingerprint(index)})
+    check_consistency(str(folder / INDEX_NAME), sealed)
     atomic_write(folder / INDEX_NAME, (sealed.model_dump_json() + "\n").encode())
     return sealed
 
@@ -56,11 +56,11 @@ def parse_index(content: bytes, origin: str) -> Index:
         index = Index.model_validate_json(content)
     except ValidationError as error:
         raise UserError(f"{origin}: {_first_problem(error)}. Prepare the data again with this version.") from error
-    check_contents(origin, index)
-    if index.fingerprint != fingerprint(index):
+    check_consistency(origin, index)
+    if index.fingerprint != index_fingerprint(index):
         raise UserError(
             f"{origin}: fingerprint is {index.fingerprint[:12]!r}, its contents give "
-            f"{fingerprint(index)[:12]!r}: the file was changed. Copy it again, or prepare the data again."
+            f"{index_fingerprint(index)[:12]!r}: the file was changed. Copy it again, or prepare the data again."
         )
     return index
 

@@ -36,13 +36,13 @@ def count_slots(weights: Sequence[float]) -> np.ndarray:
     return counts
 
 
-def spread_slots(counts: np.ndarray) -> np.ndarray:
+def schedule_slots(slot_counts: np.ndarray) -> np.ndarray:
     """The source of each slot of a period, int64 [4096]; after any slot each has had within 1 of its share.
 
     Draw k of c of a source has to lie in slots ⌊4096·k/c⌋ to ⌈4096·(k+1)/c⌉ − 1. The draws whose windows have begun
     are served by earliest deadline, which finds such a table wherever there is one; and there always is one.
     """
-    wanted = counts.tolist()
+    wanted = slot_counts.tolist()
     drawn = [0] * len(wanted)
     beginning: list[list[int]] = [[] for _ in range(PERIOD)]
     beginning[0] = [source for source, count in enumerate(wanted) if count]
@@ -86,23 +86,23 @@ class Mixture:
     Raises ValueError as `count_slots`.
     """
 
-    def __init__(self, weights: Sequence[float], limits: Sequence[int | None]) -> None:
-        self.counts = count_slots(weights)
-        self.length: int | None = None
+    def __init__(self, weights: Sequence[float], draw_limits: Sequence[int | None]) -> None:
+        self.slots_per_period = count_slots(weights)
+        self.num_positions: int | None = None
         self._segments: list[_Segment] = []
         left = np.array(weights, np.float64)
         start, base = 0, np.zeros(len(left), np.int64)
         while True:
             segment = _make_segment(start, base, left)
             self._segments.append(segment)
-            ends = [(_end_of(segment, s, n), s) for s, n in enumerate(limits) if n is not None and left[s] > 0]
+            ends = [(_end_of(segment, s, n), s) for s, n in enumerate(draw_limits) if n is not None and left[s] > 0]
             if not ends:
                 break
             start = min(ends)[0]
-            base = self.drawn(start)
-            left[[n is not None and drawn >= n for n, drawn in zip(limits, base.tolist(), strict=True)]] = 0
+            base = self.count_draws(start)
+            left[[n is not None and drawn >= n for n, drawn in zip(draw_limits, base.tolist(), strict=True)]] = 0
             if not left.any():
-                self.length = start
+                self.num_positions = start
                 break
         self._starts = np.array([segment.start for segment in self._segments])
 
@@ -112,8 +112,8 @@ class Mixture:
         Raises IndexError when a position is negative or beyond the end.
         """
         positions = np.asarray(positions, np.int64)
-        if positions.size and (positions.min() < 0 or positions.max() >= (self.length or np.inf)):
-            raise IndexError(f"positions {positions.min()} to {positions.max()} of a mixture of {self.length}")
+        if positions.size and (positions.min() < 0 or positions.max() >= (self.num_positions or np.inf)):
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of a mixture of {self.num_positions}")
         sources, within = np.empty_like(positions), np.empty_like(positions)
         numbers = np.searchsorted(self._starts, positions, "right") - 1
         for number in np.unique(numbers).tolist():
@@ -124,7 +124,7 @@ class Mixture:
             within[here] = segment.base[source] + period * segment.counts[source] + segment.rank[slot]
         return sources, within
 
-    def drawn(self, position: int) -> np.ndarray:
+    def count_draws(self, position: int) -> np.ndarray:
         """Return how often each source is drawn before `position`, int64 [S]."""
         segment = next(segment for segment in reversed(self._segments) if segment.start <= position)
         period, slot = divmod(position - segment.start, PERIOD)
@@ -134,7 +134,7 @@ class Mixture:
 
 def _make_segment(start: int, base: np.ndarray, weights: np.ndarray) -> _Segment:
     counts = count_slots(weights.tolist())
-    table = spread_slots(counts)
+    table = schedule_slots(counts)
     rank = np.empty(PERIOD, np.int64)
     for source in np.unique(table).tolist():
         here = table == source
@@ -149,11 +149,11 @@ def _end_of(segment: _Segment, source: int, limit: int) -> int:
     return segment.start + period * PERIOD + slot + 1
 
 
-def mixture_naive(weights: Sequence[float], limits: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+def mixture_naive(weights: Sequence[float], draw_limits: Sequence[int | None]) -> Iterator[tuple[int, int]]:
     """The (source, position within it) of positions 0, 1, 2, … one at a time, by counting."""
     drawn = [0] * len(weights)
     while True:
-        left = [0 if n is not None and d >= n else w for w, n, d in zip(weights, limits, drawn, strict=True)]
+        left = [0 if n is not None and d >= n else w for w, n, d in zip(weights, draw_limits, drawn, strict=True)]
         if not any(left):
             return
         shares = [Fraction(int(count), PERIOD) for count in count_slots(left)]
@@ -169,4 +169,4 @@ def mixture_naive(weights: Sequence[float], limits: Sequence[int | None]) -> Ite
             source = min(open_now)[1]
             yield source, drawn[source]
             drawn[source], had[source], slot = drawn[source] + 1, had[source] + 1, slot + 1
-            used_up = drawn[source] == limits[source]
+            used_up = drawn[source] == draw_limits[source]

@@ -10,7 +10,7 @@ from kabrn_dist.data.shard_set import ShardSet
 from kabrn_dist.utils.errors import UserError
 
 # Sequences looked ahead from where the run stands; a look is repeated after so many more.
-WINDOW, STRIDE = 4096, 512
+LOOKAHEAD, STRIDE = 4096, 512
 
 
 class Prefetcher:
@@ -28,7 +28,7 @@ class Prefetcher:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def move(self, position: int) -> None:
+    def advance(self, position: int) -> None:
         """The run has come to `position`. The first call starts the thread."""
         with self._wake:
             self._position = position
@@ -62,7 +62,7 @@ class Prefetcher:
 
     def _look(self, position: int) -> None:
         total, seen = 0, set()
-        for shards, shard in self._upcoming(position, WINDOW):
+        for shards, shard in self._upcoming(position, LOOKAHEAD):
             if (id(shards), shard.name) in seen:
                 continue
             seen.add((id(shards), shard.name))

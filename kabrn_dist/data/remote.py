@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from kabrn_dist.data.cache import Cache
+from kabrn_dist.data.cache import FileCache
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Shard
 from kabrn_dist.data.index_io import parse_index
-from kabrn_dist.data.shard_set import ShardSet, open_folder
+from kabrn_dist.data.shard_set import ShardSet, open_shard_folder
 from kabrn_dist.data.tokenizer import Tokenizer, check_tokenizer
 from kabrn_dist.utils.atomic_io import sha256_of
 from kabrn_dist.utils.errors import UserError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # This long after a failed try comes the next one.
 _RETRY_AFTER_SECONDS = (0.3, 1.0, 4.0, 15.0)
@@ -34,9 +34,9 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def open_set(path: str, cache: Path, cache_gb: float) -> ShardSet:
+def open_shard_set(path: str, cache_dir: Path, cache_size_gb: float) -> ShardSet:
     """Open a folder or a URL. Raises UserError when the index cannot be had or is wrong."""
-    return RemoteSet(path, cache, int(cache_gb * 1e9)) if is_url(path) else open_folder(Path(path))
+    return RemoteSet(path, cache_dir, int(cache_size_gb * 1e9)) if is_url(path) else open_shard_folder(Path(path))
 
 
 class RemoteFiles:
@@ -57,7 +57,7 @@ class RemoteFiles:
 
     def read(self, name: str) -> bytes:
         """Return a small file whole. Raises UserError when it cannot be had, after retries."""
-        return self._patiently(name, lambda path: bytes(self._files.cat_file(path)))
+        return self._with_retries(name, lambda path: bytes(self._files.cat_file(path)))
 
     def download(self, shard: Shard, part: Path) -> None:
         """Bring `part` up to the whole shard, from where it stands, and verify its sha256.
@@ -89,11 +89,11 @@ class RemoteFiles:
                 raise OSError(f"{have} bytes, the index says {shard.bytes}")
             return content
 
-        content = self._patiently(shard.name, ask)
+        content = self._with_retries(shard.name, ask)
         with part.open("ab") as file:
             file.write(content)
 
-    def _patiently(self, name: str, ask: Callable[[str], Answer]) -> Answer:
+    def _with_retries(self, name: str, ask: Callable[[str], Result]) -> Result:
         url = f"{self.url}/{name}"
         path = self._files._strip_protocol(url)
         problem: Exception | None = None
@@ -124,36 +124,36 @@ class RemoteSet:
 
     def __init__(self, url: str, cache: Path, limit: int) -> None:
         self._files = RemoteFiles(url)
-        self.where = self._files.url
-        self.index = parse_index(self._files.read(INDEX_NAME), f"{self.where}/{INDEX_NAME}")
+        self.location = self._files.url
+        self.index = parse_index(self._files.read(INDEX_NAME), f"{self.location}/{INDEX_NAME}")
         total = sum(shard.bytes for shard in self.index.shards())
         largest = max((shard.bytes for shard in self.index.shards()), default=1)
         if largest > limit:
             raise UserError(
-                f"data.cache_size_gb {limit / 1e9:g}: too small for a single shard of {self.where}, which has "
+                f"data.cache_size_gb {limit / 1e9:g}: too small for a single shard of {self.location}, which has "
                 f"{largest / 1e9:.2g} GB. Set data.cache_size_gb to the size of the whole set, "
                 f"{total / 1e9:.3g}, if the disk has room."
             )
         if total > limit:
             # The order draws from all over the set.
-            _log.warning(
+            logger.warning(
                 "data.cache_size_gb %g: %s has %.3g GB, so shards will come again and again; the cache should hold it whole",
                 limit / 1e9,
-                self.where,
+                self.location,
                 total / 1e9,
             )
         # A file that is open keeps its place on the disk even when the cache has dropped it.
-        self.open_files = max(1, min(_OPEN_FILES, limit // (4 * largest)))
-        self._cache = Cache(cache, limit)
+        self.max_open_files = max(1, min(_OPEN_FILES, limit // (4 * largest)))
+        self._cache = FileCache(cache, limit)
 
     def locate(self, shard: Shard) -> Path:
         return self._cache.get(shard.sha256, shard.bytes, lambda part: self._files.download(shard, part))
 
     def prefetch(self, shard: Shard) -> None:
-        self._cache.offer(shard.sha256, shard.bytes, lambda part: self._files.download(shard, part))
+        self._cache.prefetch(shard.sha256, shard.bytes, lambda part: self._files.download(shard, part))
 
     def tokenizer(self) -> Tokenizer:
-        origin = f"{self.where}/{TOKENIZER_NAME}"
+        origin = f"{self.location}/{TOKENIZER_NAME}"
         return check_tokenizer(Tokenizer(self._files.read(TOKENIZER_NAME), origin), self.index, origin)
 
 

@@ -24,16 +24,16 @@ class MixtureSampler:
         slots: of a period of the mixture, those of each source.
     """
 
-    def __init__(self, sources: Sequence[WeightedSource], counts: Sequence[int], seed: int) -> None:
-        limits = [_limit(drawn.epochs, count) for drawn, count in zip(sources, counts, strict=True)]
+    def __init__(self, sources: Sequence[WeightedSource], sequences_per_source: Sequence[int], seed: int) -> None:
+        limits = [_limit(drawn.epochs, count) for drawn, count in zip(sources, sequences_per_source, strict=True)]
         self._mixture = Mixture([drawn.weight for drawn in sources], limits)
-        self._orders = [
+        self._shuffles = [
             BlockShuffle(max(1, count), _seed_of(seed, drawn.name))
-            for drawn, count in zip(sources, counts, strict=True)
+            for drawn, count in zip(sources, sequences_per_source, strict=True)
         ]
         self._windows: dict[int, np.ndarray] = {}
-        self.length = self._mixture.length
-        self.slots: list[int] = self._mixture.counts.tolist()
+        self.num_positions = self._mixture.num_positions
+        self.slots_per_period: list[int] = self._mixture.slots_per_period.tolist()
 
     def lookup(self, positions: np.ndarray) -> np.ndarray:
         """Map positions, int64 [N], to sources and sequence numbers, int64 [2, N].
@@ -43,13 +43,13 @@ class MixtureSampler:
         sources, numbers = self._mixture(positions)
         for source in np.unique(sources).tolist():
             here = sources == source
-            numbers[here] = self._orders[source](numbers[here])
+            numbers[here] = self._shuffles[source](numbers[here])
         return np.stack([sources, numbers])
 
     def lookup_cached(self, positions: np.ndarray) -> np.ndarray:
         """`find` that remembers what lies around: quicker for positions close together. For one thread at a time."""
-        if positions.size and not 0 <= positions.min() <= positions.max() < (self.length or np.inf):
-            raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.length} sequences")
+        if positions.size and not 0 <= positions.min() <= positions.max() < (self.num_positions or np.inf):
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.num_positions} sequences")
         found = np.empty((2, len(positions)), np.int64)
         windows = positions // _WINDOW
         for window in np.unique(windows).tolist():
@@ -57,9 +57,9 @@ class MixtureSampler:
             found[:, here] = self._window(window)[:, positions[here] - window * _WINDOW]
         return found
 
-    def before(self, position: int) -> list[int]:
+    def sequences_drawn(self, position: int) -> list[int]:
         """Return how many sequences of each source lie below a position."""
-        return [int(n) for n in self._mixture.drawn(position)]
+        return [int(n) for n in self._mixture.count_draws(position)]
 
     def _window(self, window: int) -> np.ndarray:
         if window not in self._windows:
@@ -67,7 +67,7 @@ class MixtureSampler:
                 del self._windows[next(iter(self._windows))]
             first, last = window * _WINDOW, (window + 1) * _WINDOW
             self._windows[window] = self.lookup(
-                np.arange(first, last if self.length is None else min(last, self.length))
+                np.arange(first, last if self.num_positions is None else min(last, self.num_positions))
             )
         return self._windows[window]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kabrn_dist.data.index import Index, Shard
-from kabrn_dist.data.index_checks import check_shards
+from kabrn_dist.data.index_checks import check_shard_files
 from kabrn_dist.data.index_io import read_index
 from kabrn_dist.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,9 +26,9 @@ class ShardSet(Protocol):
     @property
     def index(self) -> Index: ...
     @property
-    def where(self) -> str: ...
+    def location(self) -> str: ...
     @property
-    def open_files(self) -> int: ...
+    def max_open_files(self) -> int: ...
     @property
     def is_remote(self) -> bool: ...
 
@@ -48,11 +48,11 @@ class FolderSet:
 
     folder: Path
     index: Index
-    open_files: int = _OPEN_FILES
+    max_open_files: int = _OPEN_FILES
     is_remote: bool = False
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         return str(self.folder)
 
     def locate(self, shard: Shard) -> Path:
@@ -65,8 +65,8 @@ class FolderSet:
         return load_tokenizer(self.folder, self.index)
 
 
-def open_folder(folder: Path) -> FolderSet:
+def open_shard_folder(folder: Path) -> FolderSet:
     """Open a folder. Raises UserError when the index or a shard is missing or wrong."""
     index = read_index(folder)
-    check_shards(folder, index)
+    check_shard_files(folder, index)
     return FolderSet(folder, index)

@@ -99,15 +99,15 @@ class BlockShuffle:
         runs = self.sequences // run
         numbers = slots.copy()
         whole = slots < runs * run
-        place, offset = _take_turns(slots[whole], runs, run)
+        place, offset = _interleave(slots[whole], runs, run)
         numbers[whole] = permute(place, runs, key) * run + offset
         return (numbers + rotation % self.sequences) % self.sequences
 
 
-def _take_turns(slots: np.ndarray, runs: int, run: int) -> tuple[np.ndarray, np.ndarray]:
+def _interleave(slots: np.ndarray, blocks: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Slot → (run's place, offset in the run), taking one sequence of each of `_LANES` runs in turn."""
-    window, within = np.divmod(slots, _LANES * run)
-    lanes = np.minimum(_LANES, runs - window * _LANES)
+    window, within = np.divmod(slots, _LANES * block_size)
+    lanes = np.minimum(_LANES, blocks - window * _LANES)
     return window * _LANES + within % lanes, within // lanes
 
 

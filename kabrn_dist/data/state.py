@@ -15,7 +15,7 @@ from kabrn_dist.utils.errors import UserError
 class HasDataState(Protocol):
     """What has cursors: see `Batches`."""
 
-    def cursor(self, consumed: int) -> DataState: ...
+    def state(self, consumed: int) -> DataState: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DataState:
 
     def check(self, data: HasDataState) -> None:
         """Raise UserError when `data` would not go on with the stream that this cursor was taken from."""
-        now = data.cursor(self.consumed)
+        now = data.state(self.consumed)
         if self.fingerprint != now.fingerprint:
             names = [name for name in {**self.drawn, **now.drawn} if self.drawn.get(name) != now.drawn.get(name)]
             changes = "; ".join(
@@ -52,16 +52,16 @@ class DataState:
                 raise UserError(f"{key}: the checkpoint has {then}, the run {here}. Set it back, or start a new run.")
 
 
-def describe(corpus: Corpus, slots: Sequence[int]) -> dict[str, str]:
+def describe_sources(corpus: Corpus, slots_per_period: Sequence[int]) -> dict[str, str]:
     """Say, for each source that is drawn from, all that decides about the order; `slots` of a period are its own."""
     return {
-        drawn.name: f"{_describe_one(drawn)}, {count} of {sum(slots)} draws"
-        for drawn, count in zip(corpus.sources, slots, strict=True)
+        drawn.name: f"{_describe_one(drawn)}, {count} of {sum(slots_per_period)} draws"
+        for drawn, count in zip(corpus.sources, slots_per_period, strict=True)
         if count
     }
 
 
-def fingerprint_of(corpus: Corpus, drawn: dict[str, str]) -> str:
+def data_fingerprint(corpus: Corpus, drawn: dict[str, str]) -> str:
     """Return the index's fingerprint of a single source, else one over all that `describe` says."""
     if len(corpus.sources) == 1:
         return corpus.sets[0].index.fingerprint

@@ -50,7 +50,7 @@ class TokenStream:
         """
         self._check_range(start, stop)
         tokens = np.empty(stop - start, np.int64)
-        for block, skip, count, at in self._pieces(start, stop):
+        for block, skip, count, at in self._block_ranges(start, stop):
             tokens[at : at + count] = self._read_tokens(block, skip, count)
         return tokens
 
@@ -61,14 +61,14 @@ class TokenStream:
         """
         self._check_range(start, stop)
         mask = np.empty(stop - start, bool)
-        for block, skip, count, at in self._pieces(start, stop):
+        for block, skip, count, at in self._block_ranges(start, stop):
             first, last = skip // 8, (skip + count + 7) // 8
             content = self._read_bytes(block, int(self._mask[block]) + first, last - first)
             bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
             mask[at : at + count] = bits[skip % 8 : skip % 8 + count]
         return mask
 
-    def shards_of(self, starts: np.ndarray, stops: np.ndarray) -> list[list[Shard]]:
+    def list_shards(self, starts: np.ndarray, stops: np.ndarray) -> list[list[Shard]]:
         """Return the shards that each range [start, stop) of tokens touches. Reads nothing; any thread may ask."""
         first = self._shard[np.searchsorted(self._start, starts, "right") - 1]
         last = self._shard[np.searchsorted(self._start, stops, "left") - 1]
@@ -83,7 +83,7 @@ class TokenStream:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    def _block_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(block, tokens to skip in it, tokens to take, place in the range) of each block that the range touches."""
         block = int(np.searchsorted(self._start, start, "right")) - 1
         at = start
@@ -119,7 +119,7 @@ class TokenStream:
 
     def _file(self, shard: int) -> FileIO:
         if shard not in self._files:
-            if len(self._files) >= self._set.open_files:
+            if len(self._files) >= self._set.max_open_files:
                 self._files.popitem(last=False)[1].close()
             self._files[shard] = FileIO(self._set.locate(self._shards[shard]), "r")
         self._files.move_to_end(shard)
@@ -127,7 +127,7 @@ class TokenStream:
 
     def _damaged(self, block: int, problem: str) -> UserError:
         number = int(self._shard[block])
-        shard, where = self._shards[number], self._set.where
+        shard, where = self._shards[number], self._set.location
         return UserError(
             f"{where}/{shard.name} block {block - int(self._first_blocks[number]):06d}: {problem}. Find every bad "
             f"shard with `python -m data_prep inspect {where}` and copy it again."

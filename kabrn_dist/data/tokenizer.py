@@ -16,11 +16,11 @@ from kabrn_dist.data.index import TOKENIZER_NAME, Index
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
-DOCUMENT = "<|document|>"
+DOCUMENT_TOKEN = "<|document|>"
 
 _BYTES_CONTENT = b'{"kind": "bytes"}\n'
 # What careless tokenizers change: composed letters, blanks, line ends, NUL, text that spells a special token.
-_PROBE = f"a  b\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT} "
+_PROBE = f"a  b\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT_TOKEN} "
 
 
 class Tokenizer:
@@ -35,24 +35,24 @@ class Tokenizer:
     def __init__(self, content: bytes, origin: str = TOKENIZER_NAME) -> None:
         self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._pieces: list[bytes]
+        self._token_bytes: list[bytes]
         self._bpe: tokenizers.Tokenizer | None = None
         self.kind: Literal["bytes", "bpe"] = "bytes" if _is_bytes(content, origin) else "bpe"
         if self.kind == "bytes":
-            self._pieces = [bytes([value]) for value in range(256)] + [DOCUMENT.encode()]
+            self._token_bytes = [bytes([value]) for value in range(256)] + [DOCUMENT_TOKEN.encode()]
             self.document_token = 256
             self._special = {256}
         else:
             self._bpe = _parse(content, origin)
-            self.document_token = next(n for n, token in _added(self._bpe).items() if token.content == DOCUMENT)
+            self.document_token = next(n for n, token in _added(self._bpe).items() if token.content == DOCUMENT_TOKEN)
             self._special = {n for n, token in _added(self._bpe).items() if token.special}
-            self._pieces = _pieces(self._bpe, origin)
-        self.vocabulary = len(self._pieces)
+            self._token_bytes = _list_token_bytes(self._bpe, origin)
+        self.vocab_size = len(self._token_bytes)
         ids = self.encode(_PROBE)
         if self.decode(ids) != _PROBE or self.document_token in ids:
             raise UserError(
                 f"{origin}: text does not come back unchanged (a normalizer, a prefix space, or ordinary "
-                f"text that becomes {DOCUMENT}). Use a plain byte-level BPE, or let data_prep train one."
+                f"text that becomes {DOCUMENT_TOKEN}). Use a plain byte-level BPE, or let data_prep train one."
             )
 
     @classmethod
@@ -67,7 +67,7 @@ class Tokenizer:
             return cls(path.read_bytes(), str(path))
         except OSError as error:
             raise UserError(
-                f"{path}: {error.strerror}. Give a tokenizer.json that holds the special token {DOCUMENT}."
+                f"{path}: {error.strerror}. Give a tokenizer.json that holds the special token {DOCUMENT_TOKEN}."
             ) from error
 
     def save(self, path: Path) -> None:
@@ -86,15 +86,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
-        return b"".join(self._pieces[n] for n in ids).decode("utf-8", "replace")
+        return b"".join(self._token_bytes[n] for n in ids).decode("utf-8", "replace")
 
-    def piece(self, id: int) -> bytes:
+    def token_bytes(self, id: int) -> bytes:
         """Return the bytes one id stands for, which may be part of a character."""
-        return self._pieces[id]
+        return self._token_bytes[id]
 
     def bytes_per_token(self) -> np.ndarray:
         """Return the UTF-8 bytes of text each id stands for, int64 [vocabulary]; 0 for special tokens."""
-        lengths = [0 if n in self._special else len(piece) for n, piece in enumerate(self._pieces)]
+        lengths = [0 if n in self._special else len(piece) for n, piece in enumerate(self._token_bytes)]
         return np.array(lengths, np.int64)
 
 
@@ -107,7 +107,7 @@ class StreamDecoder:
 
     def push(self, id: int) -> str:
         """Take one id; return the characters it completes, possibly none."""
-        return self._utf8.decode(self._tokenizer.piece(id))
+        return self._utf8.decode(self._tokenizer.token_bytes(id))
 
     def finish(self) -> str:
         """Return what is left: U+FFFD when the last character never became complete, else nothing."""
@@ -143,8 +143,10 @@ def _parse(content: bytes, origin: str) -> tokenizers.Tokenizer:
     # The library raises bare Exception for everything it cannot parse.
     except Exception as error:
         raise UserError(f"{origin}: not a tokenizer.json of Hugging Face tokenizers ({error}).") from error
-    if not any(token.special and token.content == DOCUMENT for token in _added(bpe).values()):
-        raise UserError(f"{origin}: no special token {DOCUMENT}. Add it to the tokenizer, or let data_prep train one.")
+    if not any(token.special and token.content == DOCUMENT_TOKEN for token in _added(bpe).values()):
+        raise UserError(
+            f"{origin}: no special token {DOCUMENT_TOKEN}. Add it to the tokenizer, or let data_prep train one."
+        )
     bpe.no_truncation()
     bpe.no_padding()
     # Text that spells a special token stays text.
@@ -156,7 +158,7 @@ def _added(bpe: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:
     return dict(bpe.get_added_tokens_decoder())
 
 
-def _pieces(bpe: tokenizers.Tokenizer, origin: str) -> list[bytes]:
+def _list_token_bytes(bpe: tokenizers.Tokenizer, origin: str) -> list[bytes]:
     added = {number: token.content.encode() for number, token in _added(bpe).items()}
     value_of = _byte_level_alphabet()
     pieces: list[bytes] = [b""] * (max(bpe.get_vocab(with_added_tokens=True).values()) + 1)

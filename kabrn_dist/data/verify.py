@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kabrn_dist.data.index import Index, Shard, Source
-from kabrn_dist.data.index_checks import check_shards, mask_bytes
+from kabrn_dist.data.index_checks import check_shard_files, loss_mask_bytes
 from kabrn_dist.utils.atomic_io import sha256_of
 from kabrn_dist.utils.errors import UserError
 
@@ -19,7 +19,7 @@ def verify_shards(folder: Path, index: Index, progress: Callable[[int], None] = 
 
     `progress` is called with the number of bytes just hashed. Raises UserError naming the first bad shard.
     """
-    check_shards(folder, index)
+    check_shard_files(folder, index)
     for source in index.sources:
         for split in (source.train, source.validation):
             used = sum(_verify_shard(folder / shard.name, index, source, shard, progress) for shard in split.shards)
@@ -60,7 +60,7 @@ def _verify_blocks(path: Path, index: Index, source: Source, shard: Shard) -> in
             starts = np.frombuffer(_content(tar, lengths), "<u4").astype(np.int64)
             stream = np.frombuffer(_content(tar, words), "<u2" if index.dtype == "uint16" else "<u4")
             _verify_documents(path, index, number, starts, stream)
-            if source.masked and (parts[1].offset_data, parts[1].size) != (mask, mask_bytes(tokens)):
+            if source.masked and (parts[1].offset_data, parts[1].size) != (mask, loss_mask_bytes(tokens)):
                 raise _damaged(path, f"block {number}: no loss mask at byte {mask} of {tokens} tokens")
             used += _count_used(path, number, tokens, _content(tar, parts[1])) if source.masked else tokens
             documents += len(starts)

@@ -22,12 +22,12 @@ Result = TypeVar("Result")
 REASON_BYTES = 1024
 
 
-def rank_of(group: Group) -> int:
+def group_rank(group: Group) -> int:
     """This process's rank in the group; 0 in a single process."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def size_of(group: Group) -> int:
+def group_size(group: Group) -> int:
     """How many ranks the group has; 1 in a single process."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
@@ -52,7 +52,7 @@ def run_on_all(group: Group, work: Callable[..., Result], *arguments: Any) -> Re
 
 def run_on_main(group: Group, work: Callable[..., Result], *arguments: Any) -> Result | None:
     """`work(*arguments)` on rank 0 only, None on the others; UserError on every rank if it failed."""
-    return run_on_all(group, work, *arguments) if rank_of(group) == 0 else run_on_all(group, _nothing)
+    return run_on_all(group, work, *arguments) if group_rank(group) == 0 else run_on_all(group, _nothing)
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:
@@ -61,11 +61,11 @@ def gather_json(value: Any, group: Group) -> list[Any]:
         return [value]
     data = json.dumps(value).encode()
     mine = torch.tensor([len(data)], device=_device(group))
-    sizes = [torch.empty_like(mine) for _ in range(size_of(group))]
+    sizes = [torch.empty_like(mine) for _ in range(group_size(group))]
     dist.all_gather(sizes, mine, group=group)
     lengths = [int(size) for size in sizes]
     padded = _padded(data, max(lengths), group)
-    is_first = rank_of(group) == 0
+    is_first = group_rank(group) == 0
     received = [torch.empty_like(padded) for _ in lengths] if is_first else None
     dist.gather(padded, received, dst=_first(group), group=group)
     return [json.loads(_text(row[:length])) for row, length in zip(received or [], lengths, strict=is_first)]
@@ -75,7 +75,7 @@ def broadcast_json(value: Any, group: Group) -> Any:
     """Rank 0's JSON value, on every rank; the others' argument is ignored."""
     if not dist.is_initialized():
         return value
-    data = json.dumps(value).encode() if rank_of(group) == 0 else b""
+    data = json.dumps(value).encode() if group_rank(group) == 0 else b""
     size = torch.tensor([len(data)], device=_device(group))
     dist.broadcast(size, src=_first(group), group=group)
     padded = _padded(data, int(size), group)
@@ -86,10 +86,10 @@ def broadcast_json(value: Any, group: Group) -> Any:
 def _gather_reasons(reason: str, group: Group) -> list[str]:
     if not dist.is_initialized():
         return [reason]
-    if reason and size_of(group) > 1:
-        reason = f"rank {rank_of(group)}: {reason}"
+    if reason and group_size(group) > 1:
+        reason = f"rank {group_rank(group)}: {reason}"
     mine = _padded(reason.encode()[:REASON_BYTES], REASON_BYTES, group)
-    everyone = [torch.empty_like(mine) for _ in range(size_of(group))]
+    everyone = [torch.empty_like(mine) for _ in range(group_size(group))]
     dist.all_gather(everyone, mine, group=group)
     return [_text(row).rstrip("\0") for row in everyone]
 

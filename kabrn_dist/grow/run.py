@@ -19,7 +19,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, parse_config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
-from kabrn_dist.distributed.collectives import Group, rank_of, run_on_all, run_on_main, size_of
+from kabrn_dist.distributed.collectives import Group, group_rank, group_size, run_on_all, run_on_main
 from kabrn_dist.grow.plan import Plan, make_plan
 from kabrn_dist.grow.recipes import draw_fresh, empty_model, list_recipes
 from kabrn_dist.grow.tensors import PARTS, Scratch, SymmetryBreaking, TensorMapping, fill
@@ -107,7 +107,7 @@ def default_noise(plan: Plan) -> float:
 
 def _grown(growth: Growth, breaking: SymmetryBreaking, scratch: Path, group: Group) -> Iterator[Fragment]:
     """This rank's share of the grown checkpoint, each fragment grown when it is asked for."""
-    rank, size = rank_of(group), size_of(group)
+    rank, size = group_rank(group), group_size(group)
     store = Scratch(scratch / str(rank))
     model = empty_model(growth.config)
     for recipe in growth.recipes[rank::size]:
@@ -145,7 +145,7 @@ def _fresh_state(growth: Growth) -> dict[str, Any]:
     config, old = growth.config, read_state(growth.path, growth.manifest)
     data = config.data
     corpus = open_corpus(data)
-    cursor = TokenDataset(corpus, "train", data.sequence_length, config.run.seed).cursor(0)
+    cursor = TokenDataset(corpus, "train", data.sequence_length, config.run.seed).state(0)
     tokenizer = corpus.tokenizer_sha256
     if tokenizer != old.tokenizer_sha256:
         raise UserError(

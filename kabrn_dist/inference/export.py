@@ -22,14 +22,14 @@ from typing import BinaryIO
 import torch
 
 from kabrn_dist.checkpoint.fragment import Fragment
-from kabrn_dist.checkpoint.header import header_bytes
-from kabrn_dist.checkpoint.layout import checkpoint_path, fsync_directory, write_durably
+from kabrn_dist.checkpoint.header import encode_header
+from kabrn_dist.checkpoint.layout import checkpoint_path, fsync_folder, write_durably
 from kabrn_dist.checkpoint.manifest import Manifest
-from kabrn_dist.checkpoint.reader import CheckpointReader, plan
+from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, load_config
-from kabrn_dist.data.remote import open_set
+from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.load import INDEX_NAME, WEIGHTS_NAME, list_shapes
 from kabrn_dist.utils.errors import UserError
@@ -100,7 +100,7 @@ def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_byt
         if record is None or record.shape != shape:
             found = "missing" if record is None else record.shape
             raise UserError(f"{path}: {name!r} is {found}, {run}/config.yaml asks for {shape}; restore that file")
-    tokenizer = open_set(config.data.path, config.data.cache_dir, config.data.cache_size_gb).tokenizer()
+    tokenizer = open_shard_set(config.data.path, config.data.cache_dir, config.data.cache_size_gb).tokenizer()
     if tokenizer.sha256 != manifest.state.get("tokenizer_sha256"):
         raise UserError(
             f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
@@ -131,9 +131,9 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
             progress(file)
         for file, content in _small_files(export, out.name).items():
             write_durably(temporary / file, content)
-        fsync_directory(temporary)
+        fsync_folder(temporary)
         temporary.rename(out)
-        fsync_directory(out.parent)
+        fsync_folder(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -145,13 +145,13 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
 
 def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], stream: BinaryIO) -> None:
     header = {name: (export.stored(name), export.shapes[name]) for name in names}
-    stream.write(header_bytes(header, {"format": "pt", "step": str(export.manifest.step)}))
+    stream.write(encode_header(header, {"format": "pt", "step": str(export.manifest.step)}))
     for name in names:
         total = prod(export.shapes[name])
         for start in range(0, total, CHUNK_ELEMENTS):
             values = torch.empty(min(CHUNK_ELEMENTS, total - start), dtype=export.stored(name))
             piece = Fragment(_source(name), export.shapes[name], start, values, owned=False)
-            reader.carry_out(plan(export.path, export.manifest, [piece]))
+            reader.read(plan_reads(export.path, export.manifest, [piece]))
             stream.write(values.view(torch.uint8).numpy().data)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config.file import load_config
-from kabrn_dist.data.remote import open_set
+from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer
 from kabrn_dist.inference.load import build_whole, load_exported, load_weights
 from kabrn_dist.model.mixkabrn import MixKABRN
@@ -33,7 +33,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN
         raise UserError(f"{folder}/checkpoints: no intact checkpoint; train with --config first")
     model = build_whole(config, device)
     manifest = load_weights(model, path)
-    tokenizer = open_set(config.data.path, config.data.cache_dir, config.data.cache_size_gb).tokenizer()
+    tokenizer = open_shard_set(config.data.path, config.data.cache_dir, config.data.cache_size_gb).tokenizer()
     if tokenizer.sha256 != manifest.state.get("tokenizer_sha256"):
         raise UserError(
             f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
@@ -50,9 +50,9 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKA
     """
     config = load_config(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocabulary > config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{folder}/tokenizer.json has {tokenizer.vocabulary} tokens, model.vocab_size in config.yaml is "
+            f"{folder}/tokenizer.json has {tokenizer.vocab_size} tokens, model.vocab_size in config.yaml is "
             f"{config.model.vocab_size}: not of one export; copy the folder again"
         )
     return load_exported(config, folder, device), tokenizer
@@ -84,7 +84,7 @@ def generate(
     decoder = StreamDecoder(tokenizer)
     one = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for position in range(length, length + tokens):
-        chosen = _draw(logits[0, : tokenizer.vocabulary].cpu(), temperature, top_k, generator)
+        chosen = _draw(logits[0, : tokenizer.vocab_size].cpu(), temperature, top_k, generator)
         if chosen == tokenizer.document_token:
             break
         yield decoder.push(chosen)

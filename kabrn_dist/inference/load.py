@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kabrn_dist.checkpoint.fragment import Fragment
-from kabrn_dist.checkpoint.header import Entry, read_header
+from kabrn_dist.checkpoint.header import TensorEntry, read_header
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.checkpoint.safe_open import read_plain
@@ -77,7 +77,7 @@ def load_exported(config: Config, folder: Path, device: torch.device | str = "cp
     return model
 
 
-def _list_entries(folder: Path) -> dict[str, tuple[Path, Entry]]:
+def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
     """Where each tensor of an export lies."""
     if (folder / WEIGHTS_NAME).exists() or not (folder / INDEX_NAME).exists():
         names = {WEIGHTS_NAME}
@@ -88,7 +88,7 @@ def _list_entries(folder: Path) -> dict[str, tuple[Path, Entry]]:
             raise UserError(
                 f"{folder / INDEX_NAME}: no index of tensors ({type(error).__name__}); copy it again"
             ) from None
-    entries: dict[str, tuple[Path, Entry]] = {}
+    entries: dict[str, tuple[Path, TensorEntry]] = {}
     for name in sorted(names, key=str):
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{folder / INDEX_NAME}: {str(name)[:80]!r} is no plain file name; use another export")

@@ -50,7 +50,7 @@ def measure_step(
     By name: `loss`, nats a target, of sources that the step had; `share` of the step's targets; `tokens` drawn in the
     first `consumed` sequences of the run; `epochs`, passes over the source in these.
     """
-    parts = SourceSums(len(data.counts))
+    parts = SourceSums(len(data.sequences_per_source))
     for batch, each in zip(batches, sums, strict=True):
         parts.add(batch, each.rows)
     total = parts.take(mesh)
@@ -59,7 +59,7 @@ def measure_step(
     values: dict[str, float] = {}
     for number, name in enumerate(data.corpus.names):
         nats, targets, _ = total[number].tolist()
-        drawn, count = drawn_all[number], data.counts[number]
+        drawn, count = drawn_all[number], data.sequences_per_source[number]
         if not count:
             continue
         if targets:

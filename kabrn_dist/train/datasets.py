@@ -39,9 +39,9 @@ def open_datasets(config: Config) -> Datasets:
     validation = TokenDataset(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
     train.check_length(config.training.steps * config.training.global_batch_size)
     tokenizer = corpus.tokenizer()
-    if tokenizer.vocabulary > config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocabulary} tokens of "
-            f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocabulary}"
+            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
+            f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocab_size}"
         )
     return Datasets(train, validation, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())

@@ -83,7 +83,7 @@ def make_run_state(position: Progress, engine: Engine, data: Datasets, config: C
     state = RunState(
         step=position.step,
         updates=count_updates(engine),
-        cursor=asdict(data.train.cursor(consumed)),
+        cursor=asdict(data.train.state(consumed)),
         skipped_data_steps=position.skipped_data_steps,
         precision=config.training.precision,
         loss_scale=engine.loss_scale,

@@ -25,19 +25,21 @@ class Saver:
         say: prints a line for people.
     """
 
-    def __init__(self, store: CheckpointStore, background: bool, saved: int | None, say: Callable[[str], None]) -> None:
-        self.store, self.background, self.saved, self.say = store, background, saved, say
+    def __init__(
+        self, store: CheckpointStore, async_save: bool, saved_step: int | None, print_line: Callable[[str], None]
+    ) -> None:
+        self.store, self.async_save, self.saved_step, self.print_line = store, async_save, saved_step, print_line
         self._failures = 0
         self._step, self._began, self._stalled = 0, 0.0, 0.0
 
     def save(self, step: int, fragments: list[Fragment], state: dict[str, Any], wait: bool) -> None:
         """Write the checkpoint of `step`, unless it is there; with `wait` it is done, or has failed, at the return."""
         began = time.perf_counter()
-        self.collect()
-        if self.saved == step:
+        self.wait()
+        if self.saved_step == step:
             return
         self._step, self._began = step, began
-        if wait or not self.background:
+        if wait or not self.async_save:
             done = self.store.save(step, fragments, state)
             self._stalled = time.perf_counter() - began
             self._settle(done)
@@ -45,11 +47,11 @@ class Saver:
             self.store.start(step, fragments, state)
             self._stalled = time.perf_counter() - began
 
-    def ended(self) -> bool:
+    def done(self) -> bool:
         """True where this rank's thread has work that is done; never waits."""
         return self.store.under_way and self.store.ended()
 
-    def collect(self) -> None:
+    def wait(self) -> None:
         """Wait for what is under way, if anything is."""
         if self.store.under_way:
             self._settle(self.store.collect())
@@ -66,6 +68,6 @@ class Saver:
         if not done:
             self._failures += 1
             return
-        self._failures, self.saved = 0, self._step
+        self._failures, self.saved_step = 0, self._step
         total = time.perf_counter() - self._began
-        self.say(f"step {self._step:6d}  saved in {total:.2f} s, of which training waited {self._stalled:.2f} s")
+        self.print_line(f"step {self._step:6d}  saved in {total:.2f} s, of which training waited {self._stalled:.2f} s")

@@ -142,7 +142,7 @@ class Trainer:
         )
         parts = [engine.forward_backward(batch.to(mesh.device), totals) for batch in batches]
         losses = torch.stack([torch.stack(loss) for loss, _ in parts]).sum(0)
-        agreed = sync_step(mesh, losses, engine.local_grad_norm(), self.wishes.requested(), self.saver.ended())
+        agreed = sync_step(mesh, losses, engine.local_grad_norm(), self.wishes.requested(), self.saver.done())
         verdict = self.guard.decide(agreed)
         logged = _due(self.step + 1, config.training.log_interval) or self.step + 1 == config.training.steps
         codes = current_codes(engine) if logged else []
@@ -151,7 +151,7 @@ class Trainer:
         self.step += 1
         self.stopping = agreed.stop
         if agreed.ended:
-            self.saver.collect()
+            self.saver.wait()
         self._say_verdict(verdict, start)
         self.metrics.advance(self.step)
         traffic = [layer.take() for layer in engine.model.traffic]
@@ -191,7 +191,7 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Go back to the newest checkpoint, and from there on pass over all data that was read since."""
-        self.saver.collect()
+        self.saver.wait()
         self.watchdog.beat("going back to the last checkpoint")
         path, bad = self.store.find() or self.came_from, f"{self.guard.bad} bad steps in a row, up to step {self.step}"
         if path is None:
@@ -204,13 +204,13 @@ class Trainer:
             )
         self.guard.roll_back(position.step, position.guard)
         self.skipped_data_steps += self.step - position.step
-        self.step = self.saver.saved = position.step
+        self.step = self.saver.saved_step = position.step
         self.metrics.truncate_after(self.step)
         self.metrics.print_line(f"{bad}: back to {path.name}; data up to position {self._consumed()} is passed over")
 
     def _has_data(self) -> bool:
         """False where what was passed over is now missing at the end of data that are drawn from only so often."""
-        length = self.splits.train.length
+        length = self.splits.train.num_positions
         return length is None or self._consumed() + self.config.training.global_batch_size <= length
 
     def _consumed(self) -> int:
@@ -222,7 +222,7 @@ class Trainer:
         if finished and self.step > first and not _due(self.step, self.config.validation.eval_interval):
             self._validate()
         self._save(wait=True)
-        if self.saver.saved != self.step:
+        if self.saver.saved_step != self.step:
             raise UserError(f"{self.store.folder}: step {self.step} could not be saved; make room, then resume")
         self.metrics.print_line(f"{'finished' if finished else 'stopped'} at step {self.step}")
         return finished

@@ -52,7 +52,7 @@ def score(engine: Engine, data: Datasets, config: Config, interrupted: Callable[
     positions = data.validation.validation_positions(config.validation.eval_sequences)
     count = len(positions)
     bytes_per_token = torch.from_numpy(data.bytes_per_token)
-    sums = SourceSums(len(data.validation.counts))
+    sums = SourceSums(len(data.validation.sequences_per_source))
     with watch_saturation(engine.model) as saturation:
         for start in range(0, count, micro * mesh.data_world_size):
             inject_fault("validate")

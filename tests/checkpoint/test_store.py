@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from kabrn_dist.checkpoint.fragment import Fragment, intersect
+from kabrn_dist.checkpoint.fragment import Fragment, overlapping_ranges
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor, read_manifest
 from kabrn_dist.utils.errors import UserError
 
@@ -96,7 +96,7 @@ def test_intersect() -> None:
         total = generator.randrange(12)
         bounds = [0, *sorted(generator.choices(range(total + 1), k=generator.randrange(5))), total]
         start, stop = sorted(generator.choices(range(total + 1), k=2))
-        assert intersect(start, stop, bounds) == intersect_naive(start, stop, bounds)
+        assert overlapping_ranges(start, stop, bounds) == intersect_naive(start, stop, bounds)
 
 
 def repartition(rank: int, folder: Path) -> None:

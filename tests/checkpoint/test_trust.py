@@ -22,7 +22,7 @@ from kabrn_dist.checkpoint.header import read_header
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor, read_manifest
 from kabrn_dist.config.file import load_config
 from kabrn_dist.data.index_io import read_index
-from kabrn_dist.data.shard_set import open_folder
+from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.data.verify import verify_shards
 from kabrn_dist.inference.generate import load_export
@@ -311,7 +311,7 @@ def test_shards_and_their_index(tmp_path: Path, bomb: bytes) -> None:
         (tmp_path / "elsewhere.tar").write_bytes(bomb)
         rewrite_index(folder, edit)
         with pytest.raises(UserError):
-            open_folder(folder)
+            open_shard_folder(folder)
     folder = tmp_path / "pickled"
     shutil.copytree(shards, folder)
     shard = next(folder.glob("*train*.tar"))
@@ -323,7 +323,7 @@ def test_shards_and_their_index(tmp_path: Path, bomb: bytes) -> None:
     for content in (bomb, b"[" * 10**6, b""):
         (folder / "index.json").write_bytes(content)
         with pytest.raises(UserError, match=r"index\.json"):
-            open_folder(folder)
+            open_shard_folder(folder)
     assert not (tmp_path / "went-off").exists()
 
 

@@ -38,7 +38,7 @@ def test_sets_add_up_and_names_stay_apart(folder: Path) -> None:
     assert corpus.names == ["web", "math", "web.2", "code", "web.3", "math.2"]
     assert [drawn.weight for drawn in corpus.sources] == [2, 1, 4, 2, 1, 0.5]
     assert [drawn.epochs for drawn in corpus.sources] == [None, 3, None, None, None, 3]
-    assert corpus.tokens("train") == sum(each.index.tokens("train") for each in corpus.sets)
+    assert corpus.num_tokens("train") == sum(each.index.tokens("train") for each in corpus.sets)
     batch = TokenDataset(corpus, "train", 32, seed=1).get(range(4096))
     counts = torch.bincount(batch.sources, minlength=6)
     assert (counts[:1] / 4096 - 2 / 10.5).abs().max() < 0.05 and counts[5] > 0
@@ -53,10 +53,10 @@ def test_weights_and_epochs_of_the_run_override_the_index(folder: Path) -> None:
     assert [drawn.epochs for drawn in corpus.sources] == [2, 1.5, None, None]
     batches = TokenDataset(corpus, "train", 32, seed=1)
     sources = batches.get(range(3000)).sources
-    assert batches.counts[2] == 0 and 2 not in sources
-    assert int((sources == 1).sum()) == round(1.5 * batches.counts[1])
+    assert batches.sequences_per_source[2] == 0 and 2 not in sources
+    assert int((sources == 1).sum()) == round(1.5 * batches.sequences_per_source[1])
     # Validation scores also what is not trained on.
-    assert TokenDataset(corpus, "validation", 32, seed=1, ordered=False).counts[2] > 0
+    assert TokenDataset(corpus, "validation", 32, seed=1, ordered=False).sequences_per_source[2] > 0
 
 
 @pytest.mark.parametrize(

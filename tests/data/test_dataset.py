@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kabrn_dist.data.corpus import Corpus, read_corpus
+from kabrn_dist.data.corpus import Corpus, open_folder_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset, make_batch, make_batch_naive, sequence_slice
 from kabrn_dist.data.index_io import read_index
 from kabrn_dist.data.state import DataState
@@ -39,7 +39,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         Texts("code", train=40, validation=0, epochs=2),
         Texts("notes", train=12, validation=1, sizes=(200, 201), masked=True, weight=0.25),
     )
-    return read_corpus(out)
+    return open_folder_corpus(out)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -89,22 +89,22 @@ def test_fast_and_naive_batches_agree() -> None:
 
 
 def test_sequences_tile_the_stream(folder: Path) -> None:
-    batches = TokenDataset(read_corpus(folder), "validation", LENGTH, seed=0, ordered=False)
+    batches = TokenDataset(open_folder_corpus(folder), "validation", LENGTH, seed=0, ordered=False)
     whole = stream_naive(folder, read_index(folder), "validation")
-    assert batches.sequences == (len(whole) - 1) // LENGTH
-    batch = batches.get(range(batches.sequences))
-    assert np.array_equal(batch.tokens.reshape(-1), whole[: batches.sequences * LENGTH])
-    assert np.array_equal(batch.targets.reshape(-1), whole[1 : batches.sequences * LENGTH + 1])
-    for bad in (-1, batches.sequences):
+    assert batches.num_sequences == (len(whole) - 1) // LENGTH
+    batch = batches.get(range(batches.num_sequences))
+    assert np.array_equal(batch.tokens.reshape(-1), whole[: batches.num_sequences * LENGTH])
+    assert np.array_equal(batch.targets.reshape(-1), whole[1 : batches.num_sequences * LENGTH + 1])
+    for bad in (-1, batches.num_sequences):
         with pytest.raises(IndexError):
             batches.get([bad])
     assert batches.get([]).tokens.shape == (0, LENGTH)
 
 
 def test_an_epoch_holds_every_sequence_once(folder: Path) -> None:
-    batches = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5)
-    straight = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5, ordered=False)
-    n = batches.sequences
+    batches = TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=5)
+    straight = TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=5, ordered=False)
+    n = batches.num_sequences
     wanted = sorted(straight.get(range(n)).tokens.tolist())
     for epoch in range(2):
         assert sorted(batches.get(range(epoch * n, epoch * n + n)).tokens.tolist()) == wanted
@@ -113,10 +113,10 @@ def test_an_epoch_holds_every_sequence_once(folder: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_rows_are_the_same_for_every_world_and_after_any_cursor(folder: Path, world: int) -> None:
     global_batch, steps = 24, 6
-    whole = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5).get(range(global_batch * steps))
+    whole = TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=5).get(range(global_batch * steps))
     for resumed_at in (0, 1, 4):
-        ranks = [TokenDataset(read_corpus(folder), "train", LENGTH, seed=5) for _ in range(world)]
-        consumed = ranks[0].cursor(resumed_at * global_batch).consumed
+        ranks = [TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=5) for _ in range(world)]
+        consumed = ranks[0].state(resumed_at * global_batch).consumed
         for step in range(resumed_at, steps):
             positions = range(consumed, consumed + global_batch)
             for rank, batches in enumerate(ranks):
@@ -127,7 +127,7 @@ def test_rows_are_the_same_for_every_world_and_after_any_cursor(folder: Path, wo
 
 
 def test_slices_join_to_the_whole_and_keep_global_numbers(folder: Path) -> None:
-    batch = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5).get(range(8))
+    batch = TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=5).get(range(8))
     for degree in (1, 2, 4, 64):
         slices = [sequence_slice(batch, rank, degree) for rank in range(degree)]
         columns = [torch.cat(parts, dim=1) for parts in list(zip(*slices, strict=True))[:-1]]
@@ -139,8 +139,8 @@ def test_slices_join_to_the_whole_and_keep_global_numbers(folder: Path) -> None:
 
 
 def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path) -> None:
-    batches = TokenDataset(read_corpus(folder), "train", LENGTH, seed=5)
-    cursor = DataState(**asdict(batches.cursor(48)))
+    batches = TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=5)
+    cursor = DataState(**asdict(batches.state(48)))
     cursor.check(batches)
     for changed, expected in (
         (replace(cursor, seed=6), "seed: the checkpoint has 6, the run 5. Set it back"),
@@ -156,11 +156,11 @@ def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path
 
 def test_too_little_data_is_said_at_once(folder: Path) -> None:
     tokens = read_index(folder).tokens("validation")
-    assert TokenDataset(read_corpus(folder), "validation", tokens - 1, seed=0).sequences == 1
+    assert TokenDataset(open_folder_corpus(folder), "validation", tokens - 1, seed=0).num_sequences == 1
     with pytest.raises(UserError, match=rf"validation split has {tokens} tokens.*needs {tokens + 1}.*Shorten"):
-        TokenDataset(read_corpus(folder), "validation", tokens, seed=0)
+        TokenDataset(open_folder_corpus(folder), "validation", tokens, seed=0)
     with pytest.raises(UserError, match="sequence_length: 0"):
-        TokenDataset(read_corpus(folder), "train", 0, seed=0)
+        TokenDataset(open_folder_corpus(folder), "train", 0, seed=0)
 
 
 def rows_naive(corpus: Corpus, split: str, source: int, sequence: int) -> tuple[list[int], list[int]]:
@@ -177,10 +177,14 @@ def rows_naive(corpus: Corpus, split: str, source: int, sequence: int) -> tuple[
 
 def test_validation_reads_the_sources_in_turn_with_their_masks(mixed: Corpus) -> None:
     batches = TokenDataset(mixed, "validation", LENGTH, seed=0, ordered=False)
-    assert batches.counts[2] == 0 and batches.counts[3] == 3 and batches.length == batches.sequences
-    batch = batches.get(range(batches.sequences))
-    assert torch.bincount(batch.sources, minlength=4).tolist() == batches.counts
-    places = [(source, number) for source, count in enumerate(batches.counts) for number in range(count)]
+    assert (
+        batches.sequences_per_source[2] == 0
+        and batches.sequences_per_source[3] == 3
+        and batches.num_positions == batches.num_sequences
+    )
+    batch = batches.get(range(batches.num_sequences))
+    assert torch.bincount(batch.sources, minlength=4).tolist() == batches.sequences_per_source
+    places = [(source, number) for source, count in enumerate(batches.sequences_per_source) for number in range(count)]
     for row, (source, number) in enumerate(places):
         assert batch.sources[row] == source
         assert (batch.tokens[row].tolist(), batch.targets[row].tolist()) == rows_naive(
@@ -192,15 +196,15 @@ def test_validation_reads_the_sources_in_turn_with_their_masks(mixed: Corpus) ->
 
 def test_what_is_scored_is_spread_evenly_over_the_sources(mixed: Corpus) -> None:
     batches = TokenDataset(mixed, "validation", LENGTH, seed=0, ordered=False)
-    web, math, _, notes = batches.counts
+    web, math, _, notes = batches.sequences_per_source
     for count in (1, 2, 3, 8, 10, 3 + 2 * min(web, math), 10**6):
         positions = batches.validation_positions(count)
         found = torch.bincount(batches.get(positions).sources, minlength=4).tolist()
-        assert len(set(positions)) == sum(found) == min(count, batches.sequences)
+        assert len(set(positions)) == sum(found) == min(count, batches.num_sequences)
         assert found[2] == 0 and found[3] == min(notes, found[3])
         fair = max(found)
-        assert all(n >= min(there, fair - 1) for n, there in zip(found, batches.counts, strict=True))
-    assert positions == list(range(batches.sequences))
+        assert all(n >= min(there, fair - 1) for n, there in zip(found, batches.sequences_per_source, strict=True))
+    assert positions == list(range(batches.num_sequences))
 
 
 def test_training_draws_every_source_by_its_weight_and_its_own_order(mixed: Corpus) -> None:
@@ -211,11 +215,11 @@ def test_training_draws_every_source_by_its_weight_and_its_own_order(mixed: Corp
     # code leaves after two passes; before, shares are 2 : 1 : 1 : 0.25.
     first = torch.bincount(batch.sources[:400], minlength=4) / 400 * 4.25
     assert (first - torch.tensor([2, 1, 1, 0.25])).abs().max() < 0.02
-    assert counts[2] == 2 * batches.counts[2] and sum(counts) == n
+    assert counts[2] == 2 * batches.sequences_per_source[2] and sum(counts) == n
     assert batches.sequences_drawn(n) == counts and batches.sequences_drawn(0) == [0] * 4
     for source in range(4):
         rows = batch.tokens[batch.sources == source].tolist()
-        count = batches.counts[source]
+        count = batches.sequences_per_source[source]
         whole = [rows_naive(mixed, "train", source, number)[0] for number in range(count)]
         for epoch in range(len(rows) // count):
             assert sorted(rows[epoch * count : (epoch + 1) * count]) == sorted(whole)
@@ -231,7 +235,7 @@ def test_mixed_rows_are_the_same_for_every_world(mixed: Corpus, world: int) -> N
 
 def test_a_cursor_names_what_changed(mixed: Corpus) -> None:
     batches = TokenDataset(mixed, "train", LENGTH, seed=5)
-    cursor = batches.cursor(48)
+    cursor = batches.state(48)
     DataState(**json.loads(json.dumps(asdict(cursor)))).check(batches)
 
     def changed(number: int, **fields: float | None) -> TokenDataset:
@@ -254,17 +258,19 @@ def test_a_cursor_names_what_changed(mixed: Corpus) -> None:
 def test_the_end_of_the_data_is_known_at_the_start(mixed: Corpus) -> None:
     sources = tuple(drawn._replace(epochs=1.5) for drawn in mixed.sources)
     batches = TokenDataset(replace(mixed, sources=sources), "train", LENGTH, seed=5)
-    assert batches.length == sum(round(1.5 * count) for count in batches.counts)
-    batches.check_length(batches.length)
+    assert batches.num_positions == sum(round(1.5 * count) for count in batches.sequences_per_source)
+    batches.check_length(batches.num_positions)
     with pytest.raises(
-        UserError, match=rf"{batches.length + 1:,} sequences, the data has {batches.length:,} .*web 1.5"
+        UserError, match=rf"{batches.num_positions + 1:,} sequences, the data has {batches.num_positions:,} .*web 1.5"
     ):
-        batches.check_length(batches.length + 1)
+        batches.check_length(batches.num_positions + 1)
     with pytest.raises(UserError, match=r"Lower training\.steps"):
-        batches.get([batches.length])
+        batches.get([batches.num_positions])
     with pytest.raises(IndexError):
         batches.get([-1])
-    assert batches.sequences_drawn(batches.length) == [round(1.5 * count) for count in batches.counts]
+    assert batches.sequences_drawn(batches.num_positions) == [
+        round(1.5 * count) for count in batches.sequences_per_source
+    ]
     TokenDataset(mixed, "train", LENGTH, seed=5).check_length(10**12)
 
 
@@ -274,4 +280,4 @@ def test_a_source_that_is_too_short_can_be_left_out(mixed: Corpus) -> None:
         TokenDataset(mixed, "train", length, seed=0)
     sources = (*mixed.sources[:3], mixed.sources[3]._replace(weight=0.0))
     without = TokenDataset(replace(mixed, sources=sources), "train", length, seed=0)
-    assert without.counts[3] == 0 and 3 not in without.get(range(200)).sources
+    assert without.sequences_per_source[3] == 0 and 3 not in without.get(range(200)).sources

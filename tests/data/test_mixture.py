@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from kabrn_dist.data.mixture import PERIOD, Mixture, count_slots, mixture_naive, spread_slots
+from kabrn_dist.data.mixture import PERIOD, Mixture, count_slots, mixture_naive, schedule_slots
 
 WEIGHTS = [
     [1.0],
@@ -38,7 +38,7 @@ def test_counts_are_the_weights_to_a_slot(weights: list[float]) -> None:
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_no_source_is_ever_a_draw_away_from_its_share(weights: list[float]) -> None:
     counts = count_slots(weights)
-    table = spread_slots(counts)
+    table = schedule_slots(counts)
     for source, count in enumerate(counts.tolist()):
         had = np.cumsum(table == source)
         assert had[-1] == count
@@ -61,14 +61,14 @@ def test_no_source_is_ever_a_draw_away_from_its_share(weights: list[float]) -> N
 def test_positions_agree_with_counting(weights: list[float], limits: list[int | None]) -> None:
     mixture, n = Mixture(weights, limits), 12_000
     wanted = np.array(list(islice(mixture_naive(weights, limits), n)))
-    if mixture.length is not None:
-        assert min(n, mixture.length) == len(wanted)
-        assert mixture.length == sum(limit or 0 for limit, weight in zip(limits, weights, strict=True) if weight)
+    if mixture.num_positions is not None:
+        assert min(n, mixture.num_positions) == len(wanted)
+        assert mixture.num_positions == sum(limit or 0 for limit, weight in zip(limits, weights, strict=True) if weight)
     sources, within = mixture(np.arange(len(wanted)))
     assert (sources == wanted[:, 0]).all() and (within == wanted[:, 1]).all()
     for position in (0, 1, 777, 4096, 8191, len(wanted)):
         drawn = np.bincount(wanted[:position, 0], minlength=len(weights))
-        assert mixture.drawn(min(position, len(wanted))).tolist() == drawn.tolist()
+        assert mixture.count_draws(min(position, len(wanted))).tolist() == drawn.tolist()
     # Any grouping, any order: positions know nothing of each other.
     some = np.random.default_rng(1).permutation(len(wanted))[:500]
     assert (mixture(some)[1] == wanted[some, 1]).all()
@@ -87,7 +87,7 @@ def test_far_positions_are_as_quick_as_near_ones() -> None:
     mixture = Mixture([2.0, 1.0], [None, 10**12])
     sources, within = mixture(np.array([10**15]))
     assert (sources[0], int(within[0])) == (0, 10**15 - 10**12)
-    assert mixture.drawn(10**15).sum() == 10**15
+    assert mixture.count_draws(10**15).sum() == 10**15
 
 
 def test_nonsense_is_refused() -> None:

@@ -19,7 +19,7 @@ from kabrn_dist.data import prefetch, remote
 from kabrn_dist.data.corpus import Corpus, open_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.data.index import Index
-from kabrn_dist.data.remote import RemoteSet, open_set
+from kabrn_dist.data.remote import RemoteSet, open_shard_set
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import ROOT
 from tests.support.shard_sets import Texts, make_set
@@ -84,7 +84,7 @@ def test_batches_are_those_of_the_folder_and_each_shard_comes_once(
         assert there.tokenizer().sha256 == here.tokenizer().sha256 and there.is_remote and not here.is_remote
         for split, ordered in (("train", True), ("validation", False)):
             near, far = (TokenDataset(corpus, split, LENGTH, 3, ordered) for corpus in (here, there))  # type: ignore[arg-type]
-            positions = range(min(700, near.sequences))
+            positions = range(min(700, near.num_sequences))
             assert equal(near.get(positions), far.get(positions))
             far.close()
     assert web.sent() == total(whole), "each shard once, and a second session none"
@@ -219,7 +219,7 @@ def test_bad_servers_are_named(index: tuple[Path, Index], web: Web, tmp_path: Pa
 
 def test_another_file_system_does_as_well(index: tuple[Path, Index], tmp_path: Path) -> None:
     folder, whole = index
-    shards = open_set(f"file://{folder}", tmp_path / "cache", 1.0)
+    shards = open_shard_set(f"file://{folder}", tmp_path / "cache", 1.0)
     assert shards.index == whole and shards.is_remote and shards.tokenizer().kind == "bytes"
     for shard in list(whole.shards())[:2]:
         assert shards.locate(shard).read_bytes() == (folder / shard.name).read_bytes()
@@ -230,9 +230,9 @@ def test_a_cache_that_is_too_small_is_said_but_does(
     index: tuple[Path, Index], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     limit = total(index[1]) - 1
-    open_set(f"file://{index[0]}", tmp_path, (limit + 1) / 1e9)
+    open_shard_set(f"file://{index[0]}", tmp_path, (limit + 1) / 1e9)
     assert not caplog.text
-    open_set(f"file://{index[0]}", tmp_path, limit / 1e9)
+    open_shard_set(f"file://{index[0]}", tmp_path, limit / 1e9)
     assert "shards will come again and again" in caplog.text
 
 
@@ -278,14 +278,14 @@ def test_the_thread_ahead_follows_and_ends(index: tuple[Path, Index]) -> None:
         yield from ()
 
     thread = prefetch.Prefetcher(upcoming, 1e9)  # type: ignore[arg-type]
-    thread.move(0)
+    thread.advance(0)
     until(lambda: looks == [0])
     for position in (1, prefetch.STRIDE - 1, prefetch.STRIDE):
-        thread.move(position)
+        thread.advance(position)
     until(lambda: looks == [0, prefetch.STRIDE])
     # A run that went back looks from there.
-    thread.move(5)
-    thread.move(0)
+    thread.advance(5)
+    thread.advance(0)
     until(lambda: looks == [0, prefetch.STRIDE, 0])
     thread.close()
     assert thread._thread is not None

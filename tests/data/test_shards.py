@@ -11,9 +11,9 @@ import webdataset
 
 from data_prep.inspect import inspect
 from kabrn_dist.data.index import Index
-from kabrn_dist.data.index_checks import check_shards
-from kabrn_dist.data.index_io import fingerprint, read_index
-from kabrn_dist.data.shard_set import FolderSet, open_folder
+from kabrn_dist.data.index_checks import check_shard_files
+from kabrn_dist.data.index_io import index_fingerprint, read_index
+from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
 from kabrn_dist.data.token_stream import TokenStream, mask_naive, stream_naive
 from kabrn_dist.data.tokenizer import load_tokenizer
 from kabrn_dist.data.verify import verify_shards
@@ -32,7 +32,7 @@ def make_folder(folder: Path, vocabulary: int = 257, masked: bool = False) -> In
 
 
 def open_stream(folder: Path, source: str = "random") -> TokenStream:
-    shards = open_folder(folder)
+    shards = open_shard_folder(folder)
     return TokenStream(shards, shards.index.source(source), "train")
 
 
@@ -51,7 +51,7 @@ def rewrite(folder: Path, change: dict[str, object], seal: bool = True) -> None:
             at = at[int(part)] if isinstance(at, list) else at[part]
         at[int(parts[-1]) if isinstance(at, list) else parts[-1]] = value
     if seal:
-        fields["fingerprint"] = fingerprint(Index.model_validate_json(json.dumps(fields)))
+        fields["fingerprint"] = index_fingerprint(Index.model_validate_json(json.dumps(fields)))
     (folder / "index.json").write_text(json.dumps(fields))
 
 
@@ -101,7 +101,7 @@ def test_the_shards_of_a_range_are_known_without_reading(folder: Path) -> None:
     starts = np.array([0, edges[1] - 1, edges[1] - 5, edges[1], 0])
     stops = np.array([1, edges[1], edges[1] + 1, edges[2], edges[-1]])
     wanted = [shards[:1], shards[:1], shards[:2], shards[1:2], shards]
-    assert [tuple(found) for found in stream.shards_of(starts, stops)] == wanted
+    assert [tuple(found) for found in stream.list_shards(starts, stops)] == wanted
 
 
 def test_totals_add_up_over_the_sources(folder: Path) -> None:
@@ -148,14 +148,14 @@ def test_damaged_shards_are_found(folder: Path) -> None:
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     path.write_bytes(flipped)
-    check_shards(folder, index)
+    check_shard_files(folder, index)
     message = refusal(verify_shards, folder, index)
     assert str(path) in message and "sha256" in message and "Copy this shard again" in message
     path.write_bytes(whole[:-1000])
-    message = refusal(check_shards, folder, index)
+    message = refusal(check_shard_files, folder, index)
     assert f"{len(whole) - 1000} bytes, the index says {len(whole)}" in message and str(path) in message
     path.unlink()
-    assert f"{path}: No such file" in refusal(check_shards, folder, index)
+    assert f"{path}: No such file" in refusal(check_shard_files, folder, index)
 
 
 def test_reading_a_bad_block_names_shard_and_block(folder: Path) -> None:

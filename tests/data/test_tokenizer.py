@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.train_tokenizer import train_tokenizer
-from kabrn_dist.data.tokenizer import DOCUMENT, StreamDecoder, Tokenizer
+from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, StreamDecoder, Tokenizer
 from kabrn_dist.utils.errors import UserError
 
 TEXTS = [
@@ -18,7 +18,7 @@ TEXTS = [
     "  leading and trailing  ",
     "naïve café, 漢字かな, Ελληνικά, עברית",
     "👩‍💻🏳️‍🌈 flags 🇩🇪",
-    f"{DOCUMENT}a {DOCUMENT} b{DOCUMENT}{DOCUMENT}",
+    f"{DOCUMENT_TOKEN}a {DOCUMENT_TOKEN} b{DOCUMENT_TOKEN}{DOCUMENT_TOKEN}",
     "e\u0301 \u00a0\u200b\ufeff \x00\x01\x7f \U0010ffff",
 ]
 
@@ -38,18 +38,18 @@ def test_any_text_comes_back(tokenizer: Tokenizer) -> None:
     points = [*range(0xD800), *range(0xE000, 0x110000)]
     texts = TEXTS + ["".join(map(chr, random.choice(points, 200))) for _ in range(20)]
     sizes = tokenizer.bytes_per_token()
-    assert sizes.dtype == np.int64 and sizes.shape == (tokenizer.vocabulary,)
+    assert sizes.dtype == np.int64 and sizes.shape == (tokenizer.vocab_size,)
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert ids == tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.document_token not in ids
-        assert all(0 <= id < tokenizer.vocabulary for id in ids)
+        assert all(0 <= id < tokenizer.vocab_size for id in ids)
         assert sizes[ids].sum() == len(text.encode())
 
 
 def test_document_token_is_special(tokenizer: Tokenizer) -> None:
     assert tokenizer.bytes_per_token()[tokenizer.document_token] == 0
-    assert tokenizer.decode([tokenizer.document_token]) == DOCUMENT
+    assert tokenizer.decode([tokenizer.document_token]) == DOCUMENT_TOKEN
 
 
 def test_stream_decoder_gives_complete_characters_only(tokenizer: Tokenizer) -> None:
@@ -65,10 +65,10 @@ def test_stream_decoder_gives_complete_characters_only(tokenizer: Tokenizer) -> 
 def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert (again.kind, again.sha256, again.vocabulary) == (
+    assert (again.kind, again.sha256, again.vocab_size) == (
         tokenizer.kind,
         tokenizer.sha256,
-        tokenizer.vocabulary,
+        tokenizer.vocab_size,
     )
     assert again.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
@@ -77,8 +77,8 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_training_is_repeatable_and_bounded(bpe: Tokenizer) -> None:
     texts = ["".join(chr(97 + n * k % 26) for k in range(300)) for n in range(200)]
     assert train_tokenizer(texts, 400).content == train_tokenizer(texts, 400).content
-    assert bpe.vocabulary == 300
-    assert train_tokenizer(["ab"], 4096).vocabulary == 258
+    assert bpe.vocab_size == 300
+    assert train_tokenizer(["ab"], 4096).vocab_size == 258
     with pytest.raises(UserError, match=r"--vocabulary 257: too small.*258"):
         train_tokenizer(texts, 257)
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from kabrn_dist.data.corpus import read_corpus
+from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.index import SplitName
-from kabrn_dist.data.shard_set import open_folder
+from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.data.token_stream import stream_naive
-from kabrn_dist.data.tokenizer import DOCUMENT
+from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = np.array(["the", "cat", "é", "sat", "on", "mats", "while", "rats", "ran", "😀", "off\n"])
     for n in range(60):
         (folder / f"{n:03d}.txt").write_text(" ".join(random.choice(words, random.integers(20, 9000))))
-    (folder / "special.txt").write_text(f"{DOCUMENT} is only text here {DOCUMENT}")
+    (folder / "special.txt").write_text(f"{DOCUMENT_TOKEN} is only text here {DOCUMENT_TOKEN}")
     return folder
 
 
@@ -66,10 +66,12 @@ def test_python_stdlib_end_to_end(tmp_path: Path) -> None:
     done = command("--source", "python-stdlib", "--out", tmp_path / "set", "--vocabulary", 1024, "--shard-mb", 4)
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stdout and "MB/s" in done.stdout and done.stderr == ""
-    index = open_folder(tmp_path / "set").index
+    index = open_shard_folder(tmp_path / "set").index
     assert index.vocabulary == 1024 and index.dtype == "uint16" and len(index.sources[0].train.shards) > 1
     assert 1 < 8 * index.gzip9_bytes("validation") / index.text_bytes("validation") < 3
-    assert TokenDataset(read_corpus(tmp_path / "set"), "validation", 256, seed=0, ordered=False).sequences > 100
+    assert (
+        TokenDataset(open_folder_corpus(tmp_path / "set"), "validation", 256, seed=0, ordered=False).num_sequences > 100
+    )
     shown = command("inspect", tmp_path / "set", "--documents", 2)
     assert shown.returncode == 0 and "all shards verified" in shown.stdout
     assert shown.stdout.count("--- train document") == 2 and f"{index.tokens('train'):,}" in shown.stdout
@@ -83,7 +85,7 @@ def test_a_second_run_gives_the_same_bytes_and_every_document(texts: Path, tmp_p
         assert run("--source", "text", "--input", texts, "--out", tmp_path / name, "--vocabulary", 300) == 0
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     assert not any(name.endswith(".tmp") or name == ".work" for name in contents(tmp_path / "first"))
-    shards = open_folder(tmp_path / "first")
+    shards = open_shard_folder(tmp_path / "first")
     index, tokenizer = shards.index, shards.tokenizer()
     sizes = tokenizer.bytes_per_token()
     found: list[str] = []
@@ -111,7 +113,7 @@ def test_own_tokenizers(texts: Path, tmp_path: Path) -> None:
     assert made.pop(".inputs") != again.pop(".inputs")
     assert made == again
     assert run("--source", "text", "--input", texts, "--out", tmp_path / "c", "--tokenizer", "bytes") == 0
-    index = open_folder(tmp_path / "c").index
+    index = open_shard_folder(tmp_path / "c").index
     assert (index.vocabulary, index.document_token, index.tokenizer.kind) == (257, 256, "bytes")
     assert index.tokens("train") == index.text_bytes("train") + index.documents("train")
     assert json.loads((tmp_path / "c" / "tokenizer.json").read_text()) == {"kind": "bytes"}

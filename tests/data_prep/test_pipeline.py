@@ -14,12 +14,12 @@ import yaml
 
 from data_prep.__main__ import main
 from data_prep.tokens import mask_naive
-from kabrn_dist.data.corpus import read_corpus
+from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.index import SPLITS
-from kabrn_dist.data.shard_set import open_folder
+from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.data.token_stream import stream_naive
-from kabrn_dist.data.tokenizer import DOCUMENT
+from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN
 
 NO_CLEANING = {"unicode": "off", "control": False, "broken": "refuse", "tag": False, "quality": "off"}
 NO_CLEANING |= {"repetition": "off", "exact": False, "near": False}
@@ -34,12 +34,12 @@ def prepare(folder: Path, sources: list[dict[str, Any]], *flags: str, **settings
 
 def documents(folder: Path, source: str) -> Iterator[tuple[str, str]]:
     """(split, text) of all documents of a source, in the order of the shards."""
-    shards = open_folder(folder / "set")
+    shards = open_shard_folder(folder / "set")
     tokenizer = shards.tokenizer()
     for split in SPLITS:
         stream = stream_naive(folder / "set", shards.index, split, source)
         for ids in np.split(stream, np.flatnonzero(stream == shards.index.document_token))[1:]:
-            yield split, b"".join(tokenizer.piece(id) for id in ids[1:].tolist()).decode()
+            yield split, b"".join(tokenizer.token_bytes(id) for id in ids[1:].tolist()).decode()
 
 
 def texts_of(folder: Path, source: str) -> list[str]:
@@ -73,7 +73,7 @@ def test_without_cleaning_documents_come_back_byte_for_byte(tmp_path: Path) -> N
         "\ufeffwith a mark",
         "nul \x00 and \x1b",
         "e\u0301 ﬁ 😀",
-        f"{DOCUMENT} as text",
+        f"{DOCUMENT_TOKEN} as text",
         "twice",
         "twice",
     ]
@@ -144,9 +144,9 @@ def test_the_loss_counts_on_answers_only(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", records)
     source = {"name": "qa", "kind": "openqa", "input": "train.jsonl", "options": {"loss": "answer"}}
     assert prepare(tmp_path, [source]) == 0
-    shards = open_folder(tmp_path / "set")
+    shards = open_shard_folder(tmp_path / "set")
     tokenizer, length = shards.tokenizer(), 64
-    batches = TokenDataset(read_corpus(tmp_path / "set"), "train", length, seed=0, ordered=False)
+    batches = TokenDataset(open_folder_corpus(tmp_path / "set"), "train", length, seed=0, ordered=False)
     stream = stream_naive(tmp_path / "set", shards.index, "train")
     use: list[bool] = []
     for ids in np.split(stream, np.flatnonzero(stream == shards.index.document_token))[1:]:
@@ -155,7 +155,7 @@ def test_the_loss_counts_on_answers_only(tmp_path: Path) -> None:
         use += mask_naive(tokenizer, ids[1:].tolist(), text, [(start, len(text))])
     assert 0.2 < np.mean(use) < 0.8 and shards.index.sources[0].train.loss_tokens == sum(use)
     targets = np.where(use, stream, -100)
-    rows = batches.get(range(batches.sequences)).targets
+    rows = batches.get(range(batches.num_sequences)).targets
     np.testing.assert_array_equal(rows.numpy().ravel(), targets[1 : 1 + rows.numel()])
 
 
@@ -164,7 +164,7 @@ def test_splits_and_documents_larger_than_blocks_and_shards(tmp_path: Path) -> N
     one = write_lines(tmp_path / "b.jsonl", [{"text": "the only one"}])
     sources = [{"name": "a", "kind": "jsonl", "input": name}, {"name": "b", "kind": "jsonl", "input": one}]
     assert prepare(tmp_path, sources, validation_share=0.01, shard_mb=0.05) == 0
-    index = open_folder(tmp_path / "set").index
+    index = open_shard_folder(tmp_path / "set").index
     assert index.source("a").validation.documents == 1 and index.source("a").train.documents == 2
     assert index.source("b").train.documents == 1 and index.source("b").validation.documents == 0
     assert sorted(map(len, texts_of(tmp_path, "a"))) == [5, 5, 300_000]
@@ -217,5 +217,5 @@ def test_dry_run_and_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "5 documents" in capsys.readouterr().out and not (tmp_path / "set").exists()
     flags = ("--set", "sources.a.weight=3", "--set", "validation_share=0")
     assert prepare(tmp_path, [{"name": "a", "kind": "jsonl", "input": name}], *flags) == 0
-    index = open_folder(tmp_path / "set").index
+    index = open_shard_folder(tmp_path / "set").index
     assert index.sources[0].weight == 3 and index.documents("validation") == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
 from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.config.file import load_config
-from kabrn_dist.data.corpus import read_corpus
+from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.grow.describe import describe_growth
 from kabrn_dist.grow.plan import make_plan
@@ -108,7 +108,7 @@ def load(path: Path, name: str) -> Tensor:
 def score(folder: Path, shards: Path) -> Tensor:
     """Mean loss of a few validation sequences in nats, of the run's newest checkpoint."""
     model, _, _ = load_run(folder)
-    batch = TokenDataset(read_corpus(shards), "validation", 32, 3, ordered=False).get(range(16))
+    batch = TokenDataset(open_folder_corpus(shards), "validation", 32, 3, ordered=False).get(range(16))
     with torch.no_grad():
         return model(batch).language / batch.targets.numel()
 

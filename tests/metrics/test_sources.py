@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kabrn_dist.backend.losses import StepTotals, compute_losses
 from kabrn_dist.config import Config
-from kabrn_dist.data.corpus import read_corpus
+from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.inference.load import build_whole
 from kabrn_dist.metrics.sources import SourceSums, validation_values
@@ -48,7 +48,7 @@ def build(folder: Path) -> MixKABRN:
 
 
 def test_rows_and_sources_add_up_token_by_token(folder: Path) -> None:
-    batches, model = TokenDataset(read_corpus(folder), "train", LENGTH, seed=1), build(folder)
+    batches, model = TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=1), build(folder)
     parts = [batches.get(range(first, first + 6)) for first in (0, 6)]
     sums = [model(batch) for batch in parts]
     logits: list[torch.Tensor] = []
@@ -74,7 +74,7 @@ def test_rows_and_sources_add_up_token_by_token(folder: Path) -> None:
 
 
 def test_a_step_without_a_target_has_no_language_loss(folder: Path) -> None:
-    model, batch = build(folder), TokenDataset(read_corpus(folder), "train", LENGTH, seed=1).get(range(4))
+    model, batch = build(folder), TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=1).get(range(4))
     sums = model(batch._replace(targets=torch.full_like(batch.targets, -100)))
     losses = compute_losses(sums, StepTotals(0, 4 * LENGTH, 4, 1), model.config.router)
     assert losses.language == 0 and losses.total.isfinite() and not sums.rows.any()

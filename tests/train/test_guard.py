@@ -158,7 +158,7 @@ def test_a_run_ends_early_where_data_that_was_passed_over_is_missing_at_the_end(
         "guard__stop_exit_code": 75,
     }
     config = write_small_config(tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", **changes)
-    sequences = open_datasets(load_config(config)).train.length
+    sequences = open_datasets(load_config(config)).train.num_positions
     assert sequences is not None
     steps = sequences // 4
     config = write_small_config(
