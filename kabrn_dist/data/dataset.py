@@ -156,7 +156,7 @@ class TokenDataset:
         shards: list[list[Shard]] = [[] for _ in starts]
         for source in np.unique(sources).tolist():
             here = np.flatnonzero(sources == source)
-            found = self._streams[source].shards_of(starts[here], starts[here] + self.sequence_length + 1)
+            found = self._streams[source].list_shards(starts[here], starts[here] + self.sequence_length + 1)
             for place, each in zip(here.tolist(), found, strict=True):
                 shards[place] = each
         for source, each in zip(sources.tolist(), shards, strict=True):

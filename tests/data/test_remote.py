@@ -144,7 +144,7 @@ def test_the_cache_is_bounded_and_drops_the_oldest(index: tuple[Path, Index], we
 CHILD = """
 import sys
 from pathlib import Path
-from kabrn_dist.data.remote import RemoteSet, open_set
+from kabrn_dist.data.remote import RemoteSet, open_shard_set
 shards = RemoteSet(sys.argv[1], Path(sys.argv[2]), 10**9)
 for shard in shards.index.sources[0].train.shards:
     shards.locate(shard)
