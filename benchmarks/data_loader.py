@@ -39,7 +39,7 @@ TURN_TOKENS = 2_000_000
 MOST_WAITING = 0.01
 # A small model, as configs/tiny.yaml has it: a larger one waits less.
 MODEL: dict[str, Any] = {
-    "width": 128,
+    "hidden_size": 128,
     "layers": 4,
     "retention": {"num_heads": 4, "key_dim": 32, "value_dim": 32, "decay": [1.5, 7]},
     "experts": {

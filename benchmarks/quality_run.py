@@ -158,7 +158,7 @@ def make_learner(run: Run, text: Text) -> tuple[Learner, Size]:
 def configure(run: Run, vocabulary: int) -> Config:
     """The whole configuration; of the rival only the optimizer's part is used."""
     recipe = MODELS[run.model]
-    optimizer = {**OPTIMIZER, "learning_rate": run.rate, "warmup": run.steps // WARMUP, **recipe.optimizer}
+    optimizer = {**OPTIMIZER, "learning_rate": run.rate, "warmup_steps": run.steps // WARMUP, **recipe.optimizer}
     tree: dict[str, Any] = {
         "run": {"folder": os.devnull, "seed": run.seed},
         "data": {"path": os.devnull, "sequence_length": CONTEXT},

@@ -33,11 +33,11 @@ from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 
 WAYS: dict[str, dict[str, Any]] = {
-    "shards": {"zero": 1, "shard_ternary": True},
-    "shards in base 3": {"zero": 1, "shard_ternary": True, "ternary_wire_format": "base_three"},
-    "ZeRO 1": {"zero": 1},
-    "ZeRO 2": {"zero": 2},
-    "ZeRO 3": {"zero": 3},
+    "shards": {"zero_stage": 1, "shard_ternary": True},
+    "shards in base 3": {"zero_stage": 1, "shard_ternary": True, "ternary_wire_format": "base_three"},
+    "ZeRO 1": {"zero_stage": 1},
+    "ZeRO 2": {"zero_stage": 2},
+    "ZeRO 3": {"zero_stage": 3},
 }
 MICRO_BATCHES = (1, 4)
 LENGTH, MICRO_BATCH = 64, 4
