@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-zero clean
+.PHONY: setup demo test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-zero tables clean
 
 setup: $(VENV)/.ready
 
@@ -45,10 +45,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.zero --quick --json runs/bench-zero.json
 	$(BIN)/python -m benchmarks.quality --quick --text $(QUALITY_TEXT) --json runs/bench-quality.json
 
-# The plays of Shakespeare where they are; the standard library's source is on every machine.
-QUALITY_TEXT := $(or $(wildcard ../shared/data/tinyshakespeare.txt),stdlib)
+# Any UTF-8 text file; the source of Python's library is on every machine.
+QUALITY_TEXT ?= stdlib
 
-# Some 80 minutes on two cores; runs that have ended are in the log, and are not run again.
+# About 80 minutes on two cores; runs that are in the log are not run again.
 bench-quality: setup
 	$(BIN)/python -m benchmarks.quality --text $(QUALITY_TEXT) --log runs/bench-quality.jsonl \
 		--json runs/bench-quality.json
@@ -82,6 +82,10 @@ bench-moe: setup
 bench-bitlinear: setup
 	$(BIN)/pip install --quiet --no-deps transformers==5.23.0 regex==2026.11.15 torchao==0.18.0
 	$(BIN)/python -m benchmarks.bitlinear --json runs/bench-bitlinear.json
+
+# The tables and figures of README.md and docs/ from benchmarks/results/.
+tables: setup
+	$(BIN)/python -m benchmarks.tables
 
 bench-zero: setup
 	$(BIN)/python -m benchmarks.zero --json runs/bench-zero.json

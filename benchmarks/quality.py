@@ -25,12 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality_models import Size
-from benchmarks.quality_run import BASELINE, CONTEXT, MODELS, MOST_ROWS, Outcome, Run, begin, configure, train
+from benchmarks.quality_recipes import BASELINE, CONTEXT, MODELS
+from benchmarks.quality_run import MOST_ROWS, Outcome, Run, begin, configure, train
 from benchmarks.quality_text import STDLIB, read_text
 from benchmarks.report import Report
 
-TEXT = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 STEPS, SEEDS = 2000, 3
+# A value of --rates.
+BEST_KNOWN = "best"
 QUICK_STEPS, QUICK_ROWS = 10, 48
 # Which of ours the aim is for, and at what share of the rival's bytes.
 AIMED, SMALLER = ("d", "f"), 1 / 3
@@ -86,11 +88,15 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--text", default=str(TEXT), help=f"a UTF-8 text file, or {STDLIB} for Python's own (default: %(default)s)")
+    add("--text", default=STDLIB, help=f"a UTF-8 text file, or {STDLIB} for Python's library (default: %(default)s)")
     add("--steps", type=int, metavar="N", help=f"optimizer steps of a run (default: {STEPS:,})")
     add("--seeds", type=int, metavar="N", help=f"runs of a model at its best rate (default: {SEEDS})")
     add("--models", default="".join(MODELS), help="letters of those to train (default: %(default)s)")
-    add("--rates", metavar="R,R…", help="learning rates of the sweep (default: a few for each model)")
+    add(
+        "--rates",
+        metavar="R,R…",
+        help=f"learning rates, or {BEST_KNOWN}: a model's best known (default: three a model)",
+    )
     add(
         "--set",
         action="append",
@@ -129,7 +135,9 @@ def plan(options: argparse.Namespace) -> list[Run]:
     vocabulary = read_text(options.text, CONTEXT).vocabulary
     runs = []
     for model in options.models:
-        rates = options.rates.split(",") if options.rates else MODELS[model].rates[: 1 if options.quick else None]
+        known = MODELS[model].rates
+        best_only = options.rates == BEST_KNOWN or (options.quick and not options.rates)
+        rates = known[:1] if best_only else options.rates.split(",") if options.rates else known
         for rate in rates:
             run = Run(model, read_rate(rate), 1, steps, options.text, rows, changes)
             try:
@@ -155,7 +163,7 @@ def read_rate(rate: str | float) -> float:
     try:
         return float(rate)
     except ValueError:
-        raise ValueError(f"--rates: {rate!r} is not a number; write, say, 3e-3,5e-3") from None
+        raise ValueError(f"--rates: {rate!r} is not a number; write, say, 3e-3,5e-3, or {BEST_KNOWN}") from None
 
 
 def train_all(workers: ProcessPoolExecutor, runs: Sequence[Run], log: Path | None) -> Iterator[tuple[Run, Outcome]]:

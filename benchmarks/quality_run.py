@@ -1,87 +1,37 @@
-"""One run of `benchmarks/quality.py`: which models there are, how one is trained, and what comes of it."""
+"""One run of `benchmarks/quality.py`: train a model on a text and score it."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from benchmarks.quality_models import Learner, Ours, Rival, Size, Transformer, measure_ours
+from benchmarks.quality_recipes import (
+    BATCH,
+    CONTEXT,
+    HEADS,
+    LAYERS,
+    MODELS,
+    OPTIMIZER,
+    OURS,
+    RIVAL_GATED,
+    RIVAL_HIDDEN,
+    WARMUP,
+    WIDTH,
+)
 from benchmarks.quality_text import Text, read_text
 from kabrn_dist.config import Config
 from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import init_distributed, keep_freed_memory
 
-# Setting A of the README.
-WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 4, 64, 12
 SCORED_ROWS = 48
 # All of the plays' validation part is 1,742 rows.
 MOST_ROWS = 2000
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A model of the table and how it is trained.
-
-    Attributes:
-        what: for the table.
-        rates: learning rates to try, the best known one first.
-        model: changes to `OURS`, dotted keys; None for the rival.
-        optimizer: changes to `OPTIMIZER`.
-        taps: of the rival's convolutions.
-    """
-
-    what: str
-    rates: tuple[float, ...]
-    model: dict[str, Any] | None
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    taps: int = 0
-
-
-# The mixture: 1 + 2 experts of 2·128·172 weights are active, as many as of a dense SwiGLU of hidden width 344.
-OURS: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "layers": "R" * LAYERS,
-    "short_conv_size": 4,
-    "retention": {"num_heads": HEADS, "key_dim": WIDTH // HEADS, "value_dim": WIDTH // HEADS, "decay": [1.5, 7]},
-    "experts": {
-        "type": "rational",
-        "num_experts": 8,
-        "num_shared_experts": 1,
-        "top_k": 2,
-        "expert_hidden_size": 172,
-        "function_groups": 4,
-    },
-    "router": {"bias_update_rate": 1e-2},
-}
-OPTIMIZER: dict[str, Any] = {
-    "betas": [0.9, 0.99],
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
-    "lr_schedule": "linear",
-    "min_lr_ratio": 0.0,
-}
-# One of so many steps is of the warm-up.
-WARMUP = 20
-DENSE = {"experts.type": "swiglu", "experts.num_dense_layers": LAYERS, "experts.dense_hidden_size": 344}
-MODELS: dict[str, Recipe] = {
-    "a": Recipe("dense Transformer, fp32", (2e-3, 3e-3, 1.3e-3), None),
-    "b": Recipe("retention + dense SwiGLU, fp32", (5e-3, 8e-3, 3e-3), {**DENSE, "quantize": False}),
-    "c": Recipe("b, ternary", (1.2e-2, 8e-3, 1.8e-2), DENSE),
-    "d": Recipe("MixKABRN: c with a mixture of rational KANs", (8e-3, 1.2e-2, 5e-3), {}),
-    "e": Recipe(
-        "d with SwiGLU experts", (1.2e-2, 8e-3, 1.8e-2), {"experts.type": "swiglu", "experts.expert_hidden_size": 115}
-    ),
-    "f": Recipe("d with one softmax layer of four", (1.2e-2, 8e-3, 1.8e-2), {"layers": "RARR"}),
-    "g": Recipe("a with the convolutions of b to f", (8e-3, 5e-3, 1.2e-2), None, taps=3),
-}
-BASELINE = "a"
-# Chosen so that (a) has as many active parameters as (d), and a gate on its heads as ours have.
-RIVAL_HIDDEN, RIVAL_GATED = 347, True
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ class Results:
         value = (1 / ratio if ratio else None) if field == "share" else row[field]
         return value if isinstance(value, int | float) else None
 
+    def aim(self, benchmark: str, name: str) -> float | None:
+        """Return the measured figure of an aim, None where there is none."""
+        aim = self.report(benchmark)["aims"].get(name, {})
+        return aim.get("measured")
+
     def text(self, name: str) -> str:
         """Return a file of text, such as the output of the demo; "not measured" where there is none."""
         path = self._folder / name

@@ -2,7 +2,7 @@
 
 A slice turns the state before it into the state after it: S_out = X + A·S_in, with X what its own tokens leave behind
 and A the decay over its length (0 where a document starts inside). Such maps compose, so the state before each slice
-is an exclusive scan over the ranks: the algebra of design §3.3. Backward is the same scan from the last rank to the
+is an exclusive scan over the ranks: the algebra of docs/math.md. Backward is the same scan from the last rank to the
 first. What travels is one state a head, whatever the length of the slices.
 
 Shapes: B batch, H heads, K key width, V value width of a head, P ranks.

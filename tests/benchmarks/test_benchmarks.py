@@ -1,4 +1,4 @@
-"""Benchmarks run and write what design §9 says. Nothing here asserts a time: the machine is shared."""
+"""Benchmarks run and write what docs/benchmarks.md says. Nothing here asserts a time: the machine is shared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import data_prep, data_prep_rivals, kan_fits, kan_rivals, moe_inputs, moe_rivals, quality_run
+from benchmarks import (
+    data_prep,
+    data_prep_rivals,
+    kan_fits,
+    kan_rivals,
+    moe_inputs,
+    moe_rivals,
+    quality_recipes,
+    quality_run,
+)
 from benchmarks.moe import peak_bytes
 from benchmarks.quality_models import Transformer, measure_ours
 from benchmarks.quality_text import read_text
@@ -265,7 +274,7 @@ def test_models_of_quality_are_one_part_apart() -> None:
     assert b.model_copy(update={"quantize": True}) == c
     assert c.model_copy(update={"experts": d.experts}) == d
     assert d.model_copy(update={"experts": e.experts}) == e and d.model_copy(update={"layers": "RARR"}) == f
-    rival = Transformer(65, 128, 4, 4, quality_run.RIVAL_HIDDEN, quality_run.RIVAL_GATED)
+    rival = Transformer(65, 128, 4, 4, quality_recipes.RIVAL_HIDDEN, quality_recipes.RIVAL_GATED)
     size = rival.measure()
     assert size.total == sum(p.numel() for p in rival.parameters()) and size.bytes == 2 * size.total
     assert all(abs(measure_ours(model).active / size.active - 1) < 0.01 for model in (b, c, d, e, f))

@@ -1,4 +1,4 @@
-"""K8: checkpoints, shards, tokenizers, configurations, exports from a stranger: refused, and nothing in them runs."""
+"""Checkpoints, shards, tokenizers, configurations, exports from a stranger: refused, and nothing in them runs."""
 
 from __future__ import annotations
 
