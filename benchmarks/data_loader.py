@@ -25,7 +25,7 @@ import webdataset
 import yaml
 
 from benchmarks.report import Report, measure, run
-from data_prep.shards import Tokenized, write_tar_shard
+from data_prep.shards import TokenizedDocument, write_tar_shard
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.data.index import Index, Shard, Source, Split, TokenizerInfo
@@ -178,7 +178,7 @@ def _make_shard(path: Path, tokens: int, masked: bool, random: np.random.Generat
     """The shard, and how many of its tokens carry loss."""
     used = 0
 
-    def documents() -> Iterator[Tokenized]:
+    def documents() -> Iterator[TokenizedDocument]:
         nonlocal used
         left = tokens
         while left:
@@ -188,7 +188,7 @@ def _make_shard(path: Path, tokens: int, masked: bool, random: np.random.Generat
             use = random.random(size) < 0.5 if masked else None
             used += size if use is None else int(use.sum())
             left -= size
-            yield Tokenized(ids, use)
+            yield TokenizedDocument(ids, use)
 
     return write_tar_shard(path, documents(), "uint16", masked), used
 

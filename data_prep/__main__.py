@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.inspect import inspect
+from data_prep.inspect import inspect_shards
 from data_prep.prepare import check_readable, prepare, scan
-from data_prep.recipe import Recipe, load_recipe, make_recipe
-from data_prep.report import summary
-from data_prep.train_tokenizer import check_vocabulary
-from data_prep.workers import MpiTeam, WorkerGroup, start_team, under_mpirun
-from data_prep.workspace import acquire, release
+from data_prep.recipe import Recipe, load_recipe, parse_recipe
+from data_prep.report import summarize_records
+from data_prep.train_tokenizer import check_vocab_size
+from data_prep.workers import MpiWorkerGroup, WorkerGroup, start_workers, under_mpirun
+from data_prep.workspace import acquire_lock, release_lock
 from kabrn_dist.data.index import Index
 from kabrn_dist.utils.errors import UserError
 
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         options = _parser().parse_args(arguments)
         if under_mpirun():
-            team = MpiTeam()
+            team = MpiWorkerGroup()
         recipes: list[Recipe] = []
-        team.together(lambda: recipes.append(_recipe(options)))
+        team.on_all(lambda: recipes.append(_recipe(options)))
         _prepare(options, recipes[0], team)
     except UserError as error:
         if team.rank == 0:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     except BaseException:
         # The others would wait for this one for ever.
-        if isinstance(team, MpiTeam):
+        if isinstance(team, MpiWorkerGroup):
             sys.excepthook(*sys.exc_info())
             team.abort()
         raise
@@ -76,7 +76,7 @@ def _inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that data_prep wrote")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="samples to show (default 3)")
     options = parser.parse_args(arguments)
-    inspect(options.folder, options.documents)
+    inspect_shards(options.folder, options.documents)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,10 +111,10 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: must be at least 1.")
     if options.vocabulary is not None:
-        check_vocabulary(options.vocabulary)
+        check_vocab_size(options.vocabulary)
     recipe = _of_file(options) if options.recipe is not None else _of_flags(options)
     if recipe.tokenizer.train is not None:
-        check_vocabulary(recipe.tokenizer.train)
+        check_vocab_size(recipe.tokenizer.train)
     return recipe
 
 
@@ -154,7 +154,7 @@ def _of_flags(options: argparse.Namespace) -> Recipe:
     for flag in ("validation_share", "shard_mb"):
         if getattr(options, flag) is not None:
             tree[flag] = getattr(options, flag)
-    return make_recipe(tree, "command line")
+    return parse_recipe(tree, "command line")
 
 
 def _tokenizer(options: argparse.Namespace) -> dict[str, Any]:
@@ -170,25 +170,25 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, team: WorkerGroup) -> 
         return
     held: list[int] = []
     try:
-        team.first(lambda: held.append(acquire(recipe.out)))
+        team.on_main(lambda: held.append(acquire_lock(recipe.out)))
         if team.world > 1 or options.workers == 1:
             index = prepare(recipe, team, options.force)
         else:
             job = {"recipe": recipe.model_dump(mode="json"), "force": options.force}
-            with start_team(options.workers, job, held) as started:
+            with start_workers(options.workers, job, held) as started:
                 index = prepare(recipe, started, options.force)
         if team.rank == 0:
             _say(recipe, index)
     finally:
         for descriptor in held:
-            release(recipe.out, descriptor)
+            release_lock(recipe.out, descriptor)
 
 
 def _look(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = scan(recipe, Path(folder))
     check_readable(recipe, records)
-    print(summary(recipe, records))
+    print(summarize_records(recipe, records))
     print(f"dry run: {recipe.out} was not touched")
 
 

@@ -11,18 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.progress import StageProgress
-from data_prep.shards import Tokenized, write_tar_shard
+from data_prep.shards import TokenizedDocument, write_tar_shard
 from data_prep.sorted_runs import RunReader, StoredDocument, merge_sorted
 from data_prep.streams import ShardTask, Stream
-from data_prep.tokens import Encoder
-from data_prep.workspace import Work
+from data_prep.tokens import DocumentEncoder
+from data_prep.workspace import Workspace
 from kabrn_dist.data.index import Shard, dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.fault_injection import inject_fault
 
 
-class Made(NamedTuple):
+class ShardRecord(NamedTuple):
     """A shard, and what of its split's totals is its own."""
 
     shard: Shard
@@ -30,43 +30,43 @@ class Made(NamedTuple):
     loss_tokens: int
 
 
-class ShardMaker:
+class ShardBuilder:
     """Makes shards. `dropped`: ids of documents to leave out, uint64, sorted."""
 
-    def __init__(self, work: Work, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer) -> None:
+    def __init__(self, work: Workspace, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer) -> None:
         self._work, self._streams, self._dropped = work, streams, dropped
-        self._encoder = Encoder(tokenizer)
+        self._encoder = DocumentEncoder(tokenizer)
         self._dtype = dtype_for(tokenizer.vocab_size)
         self._reader = RunReader(work.runs)
 
-    def finished(self, task: ShardTask) -> bool:
+    def is_finished(self, task: ShardTask) -> bool:
         """Whether an earlier run has made the shard."""
-        return shard_record(self._work, self._streams, task).exists()
+        return shard_record_path(self._work, self._streams, task).exists()
 
-    def make(self, task: ShardTask, tally: StageProgress) -> None:
+    def build(self, task: ShardTask, progress: StageProgress) -> None:
         """Write the shard and its record. Raises UserError when the disk refuses."""
         stream = self._streams[task.stream]
         text_bytes = loss_tokens = 0
 
-        def tokenized() -> Iterator[Tokenized]:
+        def tokenized() -> Iterator[TokenizedDocument]:
             nonlocal text_bytes, loss_tokens
             sizes: list[int] = []
-            for document in self._encoder.encode(_noting(self._documents(task), sizes)):
+            for document in self._encoder.encode(_record_sizes(self._documents(task), sizes)):
                 size = sizes.pop(0)
                 text_bytes += size
-                loss_tokens += len(document.tokens) if document.use is None else int(document.use.sum())
-                tally.advance(1, size, size)
+                loss_tokens += len(document.tokens) if document.loss_mask is None else int(document.loss_mask.sum())
+                progress.advance(1, size, size)
                 yield document
 
-        path = self._work.out / f"{name_of(stream, task)}.tar"
+        path = self._work.out / f"{shard_name(stream, task)}.tar"
         shard = write_tar_shard(path, tokenized(), self._dtype, stream.masked)
         inject_fault("data.shard")
         record = {"shard": shard.model_dump(), "text_bytes": text_bytes, "loss_tokens": loss_tokens}
-        atomic_write(shard_record(self._work, self._streams, task), json.dumps(record).encode())
+        atomic_write(shard_record_path(self._work, self._streams, task), json.dumps(record).encode())
 
-    def measure(self, number: int, tasks: Sequence[ShardTask]) -> None:
+    def measure_gzip(self, number: int, tasks: Sequence[ShardTask]) -> None:
         """Write how many bytes gzip -9 needs for the validation texts of stream `number`."""
-        path = gzip_of(self._work, self._streams[number])
+        path = gzip_record_path(self._work, self._streams[number])
         if path.exists():
             return
         packer = zlib.compressobj(9, zlib.DEFLATED, wbits=31)
@@ -82,28 +82,30 @@ class ShardMaker:
             yield self._reader.read(run, row)
 
 
-def name_of(stream: Stream, task: ShardTask) -> str:
+def shard_name(stream: Stream, task: ShardTask) -> str:
     """The name of a shard, without its ending."""
     return f"{stream.name}-{task.split}-{task.number:05d}"
 
 
-def shard_record(work: Work, streams: Sequence[Stream], task: ShardTask) -> Path:
+def shard_record_path(workspace: Workspace, streams: Sequence[Stream], task: ShardTask) -> Path:
     """Where a shard's record is."""
-    return work.shards / f"{name_of(streams[task.stream], task)}.json"
+    return workspace.shards / f"{shard_name(streams[task.stream], task)}.json"
 
 
-def gzip_of(work: Work, stream: Stream) -> Path:
+def gzip_record_path(workspace: Workspace, stream: Stream) -> Path:
     """Where the yardstick of a stream's validation is."""
-    return work.shards / f"{stream.name}.gzip.json"
+    return workspace.shards / f"{stream.name}.gzip.json"
 
 
-def read_made(path: Path) -> Made:
+def read_shard_record(path: Path) -> ShardRecord:
     """A finished shard's record."""
     fields = json.loads(path.read_bytes())
-    return Made(Shard.model_validate_json(json.dumps(fields["shard"])), fields["text_bytes"], fields["loss_tokens"])
+    return ShardRecord(
+        Shard.model_validate_json(json.dumps(fields["shard"])), fields["text_bytes"], fields["loss_tokens"]
+    )
 
 
-def _noting(documents: Iterator[StoredDocument], sizes: list[int]) -> Iterator[StoredDocument]:
+def _record_sizes(documents: Iterator[StoredDocument], sizes: list[int]) -> Iterator[StoredDocument]:
     # The encoder reads ahead by a batch, so sizes wait in a queue.
     for document in documents:
         sizes.append(len(document.text))

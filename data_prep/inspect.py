@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.progress import Meter
+from data_prep.progress import ProgressMeter
 from kabrn_dist.data.index import Source, Split
 from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
 from kabrn_dist.data.token_stream import TokenStream
@@ -17,14 +17,14 @@ from kabrn_dist.data.verify import verify_shards
 _SHOWN_TOKENS = 120
 
 
-def inspect(folder: Path, documents: int) -> None:
+def inspect_shards(folder: Path, documents: int) -> None:
     """Verify every shard, print the totals and the beginnings of `documents` training documents of each source.
 
     Raises UserError for whatever is missing or wrong.
     """
     shards = open_shard_folder(folder)
     index, tokenizer = shards.index, shards.tokenizer()
-    with Meter("verify", sum(shard.bytes for shard in index.shards())) as meter:
+    with ProgressMeter("verify", sum(shard.bytes for shard in index.shards())) as meter:
         verify_shards(folder, index, lambda read: meter.advance(0, read))
     print(f"{index.tokenizer.kind} tokenizer, vocabulary {index.vocabulary:,}, {index.dtype}")
     for source in index.sources:
@@ -50,14 +50,14 @@ def sample_documents(shards: FolderSet, source: Source, tokenizer: Tokenizer, co
     return texts
 
 
-def _next_document(stream: TokenStream, at: int, document_token: int) -> int:
-    while at < len(stream):
-        stop = min(at + (1 << 16), len(stream))
-        found = np.flatnonzero(stream.read(at, stop) == document_token)
+def _next_document(stream: TokenStream, position: int, document_token: int) -> int:
+    while position < len(stream):
+        stop = min(position + (1 << 16), len(stream))
+        found = np.flatnonzero(stream.read(position, stop) == document_token)
         if len(found):
-            return at + int(found[0])
-        at = stop
-    return at
+            return position + int(found[0])
+        position = stop
+    return position
 
 
 def _headline(source: Source) -> str:

@@ -11,11 +11,11 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_SECONDS_BETWEEN_NOTES = 0.5
-_SECONDS_BETWEEN_LINES = 30.0
+_PUBLISH_INTERVAL_S = 0.5
+_LINE_INTERVAL_S = 30.0
 
 
-class Meter:
+class ProgressMeter:
     """Counts documents and bytes of one phase, as a context manager. `total`: bytes, None if unknown."""
 
     def __init__(self, label: str, total: int | None) -> None:
@@ -32,7 +32,7 @@ class Meter:
         self._bar = Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty())
         self._task = self._bar.add_task(label, total=total, rate="")
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressMeter:
         self._bar.start()
         return self
 
@@ -45,13 +45,13 @@ class Meter:
 
     def advance(self, documents: int, bytes: int) -> None:
         """Count work just done."""
-        self.set(self._documents + documents, self._bytes + bytes, self._bytes + bytes)
+        self.update(self._documents + documents, self._bytes + bytes, self._bytes + bytes)
 
-    def set(self, documents: int, bytes: int, done: int) -> None:
+    def update(self, documents: int, bytes: int, completed: int) -> None:
         """Say how much has been done so far; `done` moves the bar towards the total."""
         self._documents, self._bytes = documents, bytes
-        self._bar.update(self._task, completed=done, rate=self._rate())
-        if self._bar.disable and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+        self._bar.update(self._task, completed=completed, rate=self._rate())
+        if self._bar.disable and time.monotonic() - self._spoke > _LINE_INTERVAL_S:
             self._spoke = time.monotonic()
             print(f"{self._label} …: {self._rate()}", flush=True)
 
@@ -68,14 +68,14 @@ class StageProgress:
     `finished`: how much of that was done before.
     """
 
-    def __init__(self, folder: Path, rank: int, label: str, total: int, finished: int = 0) -> None:
+    def __init__(self, folder: Path, rank: int, label: str, total: int, already_completed: int = 0) -> None:
         self._folder, self._label = folder, label
         self._path = folder / f"{label} {rank}"
-        self._finished = finished
+        self._finished = already_completed
         self._counts = [0, 0, 0]
         self._noted = 0.0
         self._seen: dict[Path, tuple[int, int, int]] = {}
-        self._meter = Meter(label, total) if rank == 0 else None
+        self._meter = ProgressMeter(label, total) if rank == 0 else None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -91,17 +91,17 @@ class StageProgress:
         if self._meter is not None:
             self._over.set()
             self._thread.join()
-            self._meter.set(*self._sum())
+            self._meter.update(*self._sum())
             self._meter.__exit__(kind, error, trace)
 
-    def advance(self, documents: int, bytes: int, work: int) -> None:
+    def advance(self, documents: int, bytes: int, completed: int) -> None:
         """Count work just done: documents, bytes of text, and what moves the bar."""
-        for place, count in enumerate((documents, bytes, work)):
+        for place, count in enumerate((documents, bytes, completed)):
             self._counts[place] += count
-        if time.monotonic() - self._noted > _SECONDS_BETWEEN_NOTES:
-            self.note()
+        if time.monotonic() - self._noted > _PUBLISH_INTERVAL_S:
+            self.publish()
 
-    def note(self) -> None:
+    def publish(self) -> None:
         """Write the counts where rank 0 finds them; called once more at the end of the work."""
         self._noted = time.monotonic()
         # A bar that stands still is no reason to stop.
@@ -110,8 +110,8 @@ class StageProgress:
 
     def _watch(self) -> None:
         assert self._meter is not None
-        while not self._over.wait(_SECONDS_BETWEEN_NOTES):
-            self._meter.set(*self._sum())
+        while not self._over.wait(_PUBLISH_INTERVAL_S):
+            self._meter.update(*self._sum())
 
     def _sum(self) -> tuple[int, int, int]:
         for path in self._folder.glob(f"{self._label} *"):

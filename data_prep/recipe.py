@@ -10,18 +10,18 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from data_prep.clean.settings import Clean
+from data_prep.clean.config import CleaningConfig
 from kabrn_dist.utils.errors import UserError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-Option = str | int | float | bool | tuple[str, ...]
+SourceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+OptionValue = str | int | float | bool | tuple[str, ...]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TokenizerChoice(_Section):
+class TokenizerRecipe(_Section):
     """Exactly one of: train one, take one, or bytes."""
 
     train: PositiveInt | None = Field(None, description="Train a byte-level BPE of so many ids on the mix.")
@@ -29,7 +29,7 @@ class TokenizerChoice(_Section):
     bytes: bool = Field(False, description="The ids are the bytes.")
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> TokenizerChoice:
+    def _exactly_one(self) -> TokenizerRecipe:
         if (self.train is not None) + (self.file is not None) + self.bytes != 1:
             raise ValueError("give exactly one of train: ids, file: tokenizer.json, bytes: true")
         return self
@@ -38,15 +38,15 @@ class TokenizerChoice(_Section):
 class SourceRecipe(_Section):
     """One source: where its texts are, how they are read and cleaned, and its share of the mix."""
 
-    name: Name = Field(description="Its name in the index, in losses and in data.weights.")
+    name: SourceName = Field(description="Its name in the index, in losses and in data.weights.")
     kind: str = Field(description="The layout: math, amps, m2d2, code, openqa, text, jsonl, parquet, python-stdlib.")
     input: tuple[Path, ...] = Field((), description="Files, folders or archives, seen from `root`.")
-    options: dict[str, Option] = Field(default_factory=dict, description="Options of the kind.")
+    options: dict[str, OptionValue] = Field(default_factory=dict, description="Options of the kind.")
     weight: float = Field(1.0, description="Share of the mix in training, over the sum of all weights.")
     epochs: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = Field(
         None, description="How often training may pass over it; null: no limit."
     )
-    interleave: Name | None = Field(
+    interleave: SourceName | None = Field(
         None,
         description="Group of sources whose documents with the same key follow one another; one source of the mix.",
     )
@@ -65,8 +65,8 @@ class Recipe(_Section):
 
     out: Path = Field(description="Folder for the shards.")
     root: Path = Field(Path("."), description="Folder from which relative inputs are seen.")
-    tokenizer: TokenizerChoice = Field(description="Where the tokenizer comes from.")
-    clean: Clean = Field(default_factory=Clean, description="How documents are cleaned.")
+    tokenizer: TokenizerRecipe = Field(description="Where the tokenizer comes from.")
+    clean: CleaningConfig = Field(default_factory=CleaningConfig, description="How documents are cleaned.")
     sources: tuple[SourceRecipe, ...] = Field(min_length=1, description="What the mix is made of.")
     validation_share: float = Field(0.05, ge=0, lt=1, description="Share of each source's documents held out.")
     shard_mb: PositiveFloat = Field(64, description="Size of a shard in MB of tokens, about.")
@@ -87,17 +87,17 @@ class Recipe(_Section):
             raise ValueError("the weights of the sources sum to 0; give at least one a weight above 0")
         return self
 
-    def cleaning(self, source: SourceRecipe) -> Clean:
+    def cleaning_config(self, source: SourceRecipe) -> CleaningConfig:
         """How `source` is cleaned; evaluation sets as seen from `root`.
 
         Raises pydantic's ValidationError for changes that cannot be.
         """
-        settings = Clean.model_validate(_changed(self.clean.model_dump(), source.clean))
+        settings = CleaningConfig.model_validate(_changed(self.clean.model_dump(), source.clean))
         paths = tuple(self.root / path for path in settings.contamination.paths)
         contamination = settings.contamination.model_copy(update={"paths": paths})
         return settings.model_copy(update={"contamination": contamination})
 
-    def inputs(self, source: SourceRecipe) -> list[Path]:
+    def input_paths(self, source: SourceRecipe) -> list[Path]:
         """Where the texts of `source` are."""
         return [self.root / path for path in source.input]
 
@@ -117,15 +117,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: expected a mapping with `sources:`, found {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
-    return make_recipe(tree, str(path))
+    return parse_recipe(tree, str(path))
 
 
-def make_recipe(tree: dict[str, Any], origin: str) -> Recipe:
+def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     """Validate a recipe. Raises UserError, which begins with `origin`, for an unknown key or a wrong value."""
     try:
         recipe = Recipe.model_validate(tree)
         for source in recipe.sources:
-            recipe.cleaning(source)
+            recipe.cleaning_config(source)
     except ValidationError as error:
         details = error.errors(include_url=False)
         # A list in which an entry is wrong is also called too short.

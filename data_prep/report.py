@@ -9,8 +9,8 @@ from typing import Any
 
 from data_prep.read import ReadRecord
 from data_prep.recipe import Recipe
-from data_prep.report_page import page
-from data_prep.samples import Duplicates
+from data_prep.report_page import render_page
+from data_prep.samples import DuplicateSummary
 from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_io import index_fingerprint
 from kabrn_dist.utils.atomic_io import atomic_write
@@ -20,7 +20,7 @@ def write_report(
     out: Path,
     recipe: Recipe,
     records: Sequence[ReadRecord],
-    dropped: Sequence[Duplicates],
+    dropped: Sequence[DuplicateSummary],
     index: Index,
     licenses: Mapping[str, str],
     seconds: float,
@@ -51,10 +51,10 @@ def write_report(
         "streams": [_stream(index, number) for number in range(len(index.sources))],
     }
     atomic_write(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    atomic_write(out / "report.html", page(report).encode("utf-8", "replace"))
+    atomic_write(out / "report.html", render_page(report).encode("utf-8", "replace"))
 
 
-def summary(recipe: Recipe, records: Sequence[ReadRecord]) -> str:
+def summarize_records(recipe: Recipe, records: Sequence[ReadRecord]) -> str:
     """A line a source: what was read, and what was left out for which reason."""
     lines = []
     for source, record in zip(recipe.sources, records, strict=True):
@@ -63,11 +63,11 @@ def summary(recipe: Recipe, records: Sequence[ReadRecord]) -> str:
             reasons.append(f"{record.unreadable:,} unreadable (first: {record.unreadable_names[0]})")
         left_out = f"; left out {', '.join(reasons)}" if reasons else ""
         read = f"{record.documents:,} documents, {record.bytes / 1e6:,.1f} MB"
-        lines.append(f"{source.name}: {read}; kept {record.kept:,}{left_out}")
+        lines.append(f"{source.name}: {read}; kept {record.clean_documents:,}{left_out}")
     return "\n".join(lines)
 
 
-def _source(recipe: Recipe, number: int, record: ReadRecord, dropped: Duplicates) -> dict[str, Any]:
+def _source(recipe: Recipe, number: int, record: ReadRecord, dropped: DuplicateSummary) -> dict[str, Any]:
     source = recipe.sources[number]
     return {
         "name": source.name,
@@ -76,14 +76,14 @@ def _source(recipe: Recipe, number: int, record: ReadRecord, dropped: Duplicates
         "epochs": source.epochs,
         "documents": record.documents,
         "bytes": record.bytes,
-        "clean_documents": record.kept,
-        "clean_bytes": record.kept_bytes,
+        "clean_documents": record.clean_documents,
+        "clean_bytes": record.clean_bytes,
         "removed": dict(sorted(record.removed.items())),
         "removed_samples": record.samples | dropped.samples,
         "unreadable": record.unreadable,
         "unreadable_names": record.unreadable_names,
-        "exact_duplicates": dropped.same,
-        "near_duplicates": dropped.alike,
+        "exact_duplicates": dropped.exact,
+        "near_duplicates": dropped.near,
         "languages": dict(record.languages.most_common()),
         # Documents by size: key n counts those of 2^(n−1) to 2^n − 1 bytes.
         "lengths": {str(size): record.lengths[size] for size in sorted(record.lengths)},

@@ -17,7 +17,7 @@ pre { white-space: pre-wrap; background: #8881; padding: .5rem; }
 """
 
 
-def page(report: Mapping[str, Any]) -> str:
+def render_page(report: Mapping[str, Any]) -> str:
     """HTML of what `data_prep.report` gathered."""
     documents = report["documents"]
     body = [

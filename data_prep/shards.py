@@ -16,14 +16,14 @@ from kabrn_dist.utils.atomic_io import atomic_open, sha256_of
 BLOCK_TOKENS = 1 << 16
 
 
-class Tokenized(NamedTuple):
+class TokenizedDocument(NamedTuple):
     """A document: ids [tokens], the document token first, and which of them carry loss as targets (None: all)."""
 
     tokens: np.ndarray
-    use: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
 
 
-def write_tar_shard(path: Path, documents: Iterable[Tokenized], dtype: Dtype, masked: bool) -> Shard:
+def write_tar_shard(path: Path, documents: Iterable[TokenizedDocument], dtype: Dtype, masked: bool) -> Shard:
     """Write `documents` in stream order as one tar; blocks of a `masked` shard hold a loss mask.
 
     The same documents give the same bytes. No more than a block and a document are held. Raises UserError when the
@@ -41,10 +41,10 @@ def write_tar_shard(path: Path, documents: Iterable[Tokenized], dtype: Dtype, ma
             tokens = np.concatenate([document.tokens for document in block]).astype(little_endian)
             key = f"{number:06d}"
             # Two calls, as each sorts its members by name: the order is len, use, tok.
-            tar.write({"__key__": key, "len": lengths.tobytes(), **({"use": _packed(block)} if masked else {})})
+            tar.write({"__key__": key, "len": lengths.tobytes(), **({"use": _pack_masks(block)} if masked else {})})
             tar.write({"__key__": key, "tok": tokens.tobytes()})
             count += len(block)
-    return _describe(path, count, little_endian.itemsize)
+    return _describe_shard(path, count, little_endian.itemsize)
 
 
 def write_shards(
@@ -55,20 +55,20 @@ def write_shards(
     A shard is closed by the document that takes it to `shard_bytes` of tokens. Raises UserError as `write_shard` does.
     """
     itemsize = np.dtype(dtype).itemsize
-    parts: list[list[Tokenized]] = [[]]
+    parts: list[list[TokenizedDocument]] = [[]]
     waiting = 0
     for document in documents:
         if waiting >= shard_bytes:
             parts.append([])
             waiting = 0
-        parts[-1].append(Tokenized(document))
+        parts[-1].append(TokenizedDocument(document))
         waiting += len(document) * itemsize
     numbered = enumerate(part for part in parts if part)
     return tuple(write_tar_shard(folder / f"{stem}-{n:05d}.tar", part, dtype, masked=False) for n, part in numbered)
 
 
-def _blocks(documents: Iterable[Tokenized]) -> Iterator[list[Tokenized]]:
-    block: list[Tokenized] = []
+def _blocks(documents: Iterable[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
+    block: list[TokenizedDocument] = []
     tokens = 0
     for document in documents:
         # One larger than a block is a block of its own.
@@ -84,12 +84,12 @@ def _blocks(documents: Iterable[Tokenized]) -> Iterator[list[Tokenized]]:
         yield block
 
 
-def _packed(block: Sequence[Tokenized]) -> bytes:
+def _pack_masks(block: Sequence[TokenizedDocument]) -> bytes:
     uses = [np.ones(len(tokens), bool) if use is None else use for tokens, use in block]
     return np.packbits(np.concatenate(uses), bitorder="little").tobytes()
 
 
-def _describe(path: Path, documents: int, itemsize: int) -> Shard:
+def _describe_shard(path: Path, documents: int, itemsize: int) -> Shard:
     with tarfile.open(path, "r:") as tar:
         members = {member.name: member for member in tar}
     uses = {name.removesuffix(".use"): member.offset_data for name, member in members.items() if name.endswith(".use")}

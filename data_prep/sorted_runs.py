@@ -27,10 +27,10 @@ _OPEN_FILES = 128
 # text; `id`: source, work item and place in it, so ids rise in the order of reading; `spans`: −1 for none given.
 ROW = np.dtype(
     [
-        ("place", "<u8"),
-        ("place_low", "<u8"),
-        ("text", "<u8"),
-        ("text_low", "<u8"),
+        ("sort_key", "<u8"),
+        ("sort_key_low", "<u8"),
+        ("text_hash", "<u8"),
+        ("text_hash_low", "<u8"),
         ("id", "<u8"),
         ("offset", "<u8"),
         ("bytes", "<u8"),
@@ -54,7 +54,7 @@ def document_id(item: int, number: int) -> int:
     return (item << 32) | number
 
 
-def place_of(content: bytes) -> tuple[int, int]:
+def sort_key(content: bytes) -> tuple[int, int]:
     """The first 16 bytes of the sha256 of `content` as two numbers, which order as the bytes do."""
     digest = hashlib.sha256(content).digest()
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
@@ -76,8 +76,8 @@ class RunWriter:
 
     def add(self, id: int, document: Document, text: bytes, keys: np.ndarray | None) -> None:
         """Take one document; `text` is its text as UTF-8, `keys` are those of near duplicates, uint64 [keys]."""
-        content = place_of(text)
-        place = content if document.key is None else place_of(document.key.encode())
+        content = sort_key(text)
+        place = content if document.key is None else sort_key(document.key.encode())
         spans, count = _pack_spans(document)
         name = document.name.encode("utf-8", "replace")
         size = len(spans) + len(name) + len(text)
@@ -96,7 +96,7 @@ class RunWriter:
             return
         name = f"{self._name}-{len(self.names):02d}"
         rows = np.array(self._rows, ROW)
-        order = np.lexsort((rows["id"], rows["place_low"], rows["place"]))
+        order = np.lexsort((rows["id"], rows["sort_key_low"], rows["sort_key"]))
         rows = rows[order]
         # Until here the column held sizes.
         rows["offset"] = np.cumsum(rows["offset"]) - rows["offset"]
@@ -144,19 +144,19 @@ class RunReader:
         return self._files[run]
 
 
-def rows_of(folder: Path, run: str) -> np.ndarray:
+def load_rows(folder: Path, run: str) -> np.ndarray:
     """The rows of a run, ROW [documents], mapped and not read."""
     return np.load(folder / f"{run}.npy", mmap_mode="r")
 
 
-def keys_of(folder: Path, run: str) -> np.ndarray:
+def load_band_keys(folder: Path, run: str) -> np.ndarray:
     """The near-duplicate keys of a run's rows, uint64 [documents, keys], mapped and not read."""
     return np.load(folder / f"{run}.keys.npy", mmap_mode="r")
 
 
-def within(rows: np.ndarray, low: int, high: int) -> np.ndarray:
+def select_range(rows: np.ndarray, low: int, high: int) -> np.ndarray:
     """The rows with low ≤ place < high (high ≤ 2^64), of rows in order."""
-    places = rows["place"]
+    places = rows["sort_key"]
     start = int(np.searchsorted(places, np.uint64(low)))
     stop = len(rows) if high >= 1 << 64 else int(np.searchsorted(places, np.uint64(high)))
     return rows[start:stop]
@@ -169,16 +169,16 @@ def merge_sorted(
 
     Holds the rows of the range, not the texts. `dropped`: uint64, sorted.
     """
-    parts = [np.array(within(rows_of(folder, run), low, high)) for run in runs]
+    parts = [np.array(select_range(load_rows(folder, run), low, high)) for run in runs]
     rows = np.concatenate(parts) if parts else np.empty(0, ROW)
     of_run = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    keep = ~contains(dropped, rows["id"])
+    keep = ~find_members(dropped, rows["id"])
     rows, of_run = rows[keep], of_run[keep]
-    for place in np.lexsort((rows["id"], rows["place_low"], rows["place"])):
+    for place in np.lexsort((rows["id"], rows["sort_key_low"], rows["sort_key"])):
         yield runs[of_run[place]], rows[place]
 
 
-def contains(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def find_members(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Which of `ids` are among `sorted_ids`, bool [ids]; both uint64."""
     if not len(sorted_ids):
         return np.zeros(len(ids), bool)

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.read import ReadRecord
 from data_prep.recipe import Recipe, SourceRecipe
-from data_prep.sorted_runs import contains, rows_of
+from data_prep.sorted_runs import find_members, load_rows
 from kabrn_dist.data.index import SPLITS, SplitName
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
@@ -48,11 +48,11 @@ class ShardTask(NamedTuple):
 class SizeHistogram(NamedTuple):
     """Of the kept documents of a stream: the first place of training, and bytes of text by the upper bits of places."""
 
-    limit: int
+    first_train_key: int
     train: np.ndarray
     validation: np.ndarray
 
-    def reach(self, size: int) -> int:
+    def key_after(self, size: int) -> int:
         """A place below which there are at least `size` bytes of training text, if there are so many."""
         bucket = int(np.searchsorted(np.cumsum(self.train), size))
         return min((bucket + 1) << int(_LOWER_BITS), _END)
@@ -74,20 +74,20 @@ def make_streams(recipe: Recipe, records: Sequence[ReadRecord]) -> list[Stream]:
     ]
 
 
-def take_census(folder: Path, stream: Stream, dropped: np.ndarray, share: float) -> SizeHistogram:
+def count_sizes(folder: Path, stream: Stream, dropped: np.ndarray, validation_share: float) -> SizeHistogram:
     """Count a stream, cut in two: places below `share` of all are validation, and at least one is if there are two.
 
     Raises UserError when nothing is left to train on.
     """
-    limit = int(share * _END)
-    first = _first_places(folder, stream, dropped)
-    if share and len(first) > 1:
+    limit = int(validation_share * _END)
+    first = _smallest_keys(folder, stream, dropped)
+    if validation_share and len(first) > 1:
         limit = max(limit, int(first[0]) + 1)
     elif len(first) == 1:
         limit = 0
     documents = 0
     buckets = {split: np.zeros(1 << _BUCKET_BITS, np.int64) for split in SPLITS}
-    for places, sizes in _alive(folder, stream, dropped):
+    for places, sizes in _remaining_rows(folder, stream, dropped):
         documents += len(places)
         held_out = places < np.uint64(limit)
         for split, chosen in (("train", ~held_out), ("validation", held_out)):
@@ -97,56 +97,56 @@ def take_census(folder: Path, stream: Stream, dropped: np.ndarray, share: float)
     if not buckets["train"].any():
         raise UserError(
             f"source {stream.name!r}: {documents} distinct documents leave none to train on with a validation share of "
-            f"{share}. Give more documents, or remove fewer of them."
+            f"{validation_share}. Give more documents, or remove fewer of them."
         )
     return SizeHistogram(limit, buckets["train"], buckets["validation"])
 
 
-def cut(number: int, census: SizeHistogram, shard_text_bytes: float) -> list[ShardTask]:
+def plan_stream(number: int, histogram: SizeHistogram, shard_text_bytes: float) -> list[ShardTask]:
     """Cut stream `number` into shards of about `shard_text_bytes` of text, at edges that depend on the texts alone."""
     return [
-        *_cut_split(number, "validation", (0, census.limit), census.validation, shard_text_bytes),
-        *_cut_split(number, "train", (census.limit, _END), census.train, shard_text_bytes),
+        *_plan_split(number, "validation", (0, histogram.first_train_key), histogram.validation, shard_text_bytes),
+        *_plan_split(number, "train", (histogram.first_train_key, _END), histogram.train, shard_text_bytes),
     ]
 
 
-def _cut_split(
-    number: int, split: SplitName, places: tuple[int, int], buckets: np.ndarray, shard_text_bytes: float
+def _plan_split(
+    number: int, split: SplitName, key_range: tuple[int, int], buckets: np.ndarray, shard_text_bytes: float
 ) -> list[ShardTask]:
     ends = np.cumsum(buckets)
     total = int(ends[-1])
     count = max(1, round(total / shard_text_bytes))
     # A shard ends with the bucket in which its share of the bytes is reached.
     last = np.unique(np.searchsorted(ends, [total * part // count for part in range(1, count)]))
-    edges = [min(max((int(bucket) + 1) << int(_LOWER_BITS), places[0]), places[1]) for bucket in last]
+    edges = [min(max((int(bucket) + 1) << int(_LOWER_BITS), key_range[0]), key_range[1]) for bucket in last]
     sums = [0, *(int(ends[bucket]) for bucket in last), total]
-    parts = zip([places[0], *edges], [*edges, places[1]], np.diff(sums).tolist(), strict=True)
+    parts = zip([key_range[0], *edges], [*edges, key_range[1]], np.diff(sums).tolist(), strict=True)
     kept = [part for part in parts if part[2]]
     return [ShardTask(number, split, place, low, high, size) for place, (low, high, size) in enumerate(kept)]
 
 
-def write_cut(path: Path, tasks: Sequence[ShardTask]) -> None:
+def write_shard_plan(path: Path, tasks: Sequence[ShardTask]) -> None:
     """Write the shards to make."""
     atomic_write(path, json.dumps([task._asdict() for task in tasks]).encode())
 
 
-def read_cut(path: Path) -> list[ShardTask]:
+def read_shard_plan(path: Path) -> list[ShardTask]:
     """The shards to make, stream by stream, validation first, training in stream order."""
     fields: list[dict[str, Any]] = json.loads(path.read_bytes())
     return [ShardTask(**each) for each in fields]
 
 
-def _first_places(folder: Path, stream: Stream, dropped: np.ndarray) -> np.ndarray:
+def _smallest_keys(folder: Path, stream: Stream, dropped: np.ndarray) -> np.ndarray:
     """The two smallest different places, or as many as there are."""
     found = np.empty(0, np.uint64)
-    for places, _ in _alive(folder, stream, dropped):
+    for places, _ in _remaining_rows(folder, stream, dropped):
         found = np.unique(np.concatenate([found, np.unique(places)[:2]]))[:2]
     return found
 
 
-def _alive(folder: Path, stream: Stream, dropped: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _remaining_rows(folder: Path, stream: Stream, dropped: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places and bytes of text of each run's kept documents."""
     for run in stream.runs:
-        rows = rows_of(folder, run)
-        keep = ~contains(dropped, rows["id"])
-        yield rows["place"][keep], rows["bytes"][keep]
+        rows = load_rows(folder, run)
+        keep = ~find_members(dropped, rows["id"])
+        yield rows["sort_key"][keep], rows["bytes"][keep]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data_prep.shards import Tokenized
+from data_prep.shards import TokenizedDocument
 from data_prep.sorted_runs import StoredDocument
 from kabrn_dist.data.index import dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ from kabrn_dist.data.tokenizer import Tokenizer
 _BATCH_BYTES = 1 << 20
 
 
-class Encoder:
+class DocumentEncoder:
     """Turns stored documents into tokens, in order."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -23,7 +23,7 @@ class Encoder:
         self._dtype = np.dtype(dtype_for(tokenizer.vocab_size))
         self._lengths = tokenizer.bytes_per_token()
 
-    def encode(self, documents: Iterable[StoredDocument]) -> Iterator[Tokenized]:
+    def encode(self, documents: Iterable[StoredDocument]) -> Iterator[TokenizedDocument]:
         """Yield each document with the document token in front, which counts as a target: the end of the one before.
 
         A token carries loss when a byte of it lies in one of the document's spans.
@@ -34,9 +34,11 @@ class Encoder:
                 tokens = np.empty(len(ids) + 1, self._dtype)
                 tokens[0] = self._tokenizer.document_token
                 tokens[1:] = ids
-                yield Tokenized(tokens, None if document.spans is None else self.mask(tokens, document.spans))
+                yield TokenizedDocument(
+                    tokens, None if document.spans is None else self.loss_mask(tokens, document.spans)
+                )
 
-    def mask(self, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    def loss_mask(self, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
         """Which of a document's `tokens` carry loss, bool [tokens]. `spans`: bytes of its text, int64 [n, 2]."""
         ends = np.cumsum(self._lengths[tokens])
         starts = ends - self._lengths[tokens]
@@ -47,7 +49,7 @@ class Encoder:
         return use
 
 
-def mask_naive(tokenizer: Tokenizer, ids: list[int], text: str, spans: Iterable[tuple[int, int]]) -> list[bool]:
+def loss_mask_naive(tokenizer: Tokenizer, ids: list[int], text: str, spans: Iterable[tuple[int, int]]) -> list[bool]:
     """`Encoder.mask` byte by byte, from spans in characters: what it must agree with. `ids` without document token."""
     carries = bytearray()
     for place, character in enumerate(text):

@@ -11,32 +11,32 @@ from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer
 from kabrn_dist.utils.errors import UserError
 
 # Merges settle long before this; more text only costs time and memory.
-SAMPLE_CHARACTERS = 32 << 20
+TRAINING_CHARACTERS = 32 << 20
 
 _SMALLEST = 256 + 1 + 1
 
 
-def check_vocabulary(vocabulary: int) -> None:
+def check_vocab_size(vocab_size: int) -> None:
     """Raise UserError when `vocabulary` leaves no room for the bytes, the document token and one merge."""
-    if vocabulary < _SMALLEST:
+    if vocab_size < _SMALLEST:
         raise UserError(
-            f"--vocabulary {vocabulary}: too small; 256 bytes, the document token and a merge need "
+            f"--vocabulary {vocab_size}: too small; 256 bytes, the document token and a merge need "
             f"{_SMALLEST}. Use --tokenizer bytes for a vocabulary of 257."
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train on the first `SAMPLE_CHARACTERS` of `texts`, read once, in what should be a random but fixed order.
 
     The result has fewer than `vocabulary` ids when the texts hold too few different pairs. Raises UserError
     when `vocabulary` is too small.
     """
-    check_vocabulary(vocabulary)
+    check_vocab_size(vocab_size)
     bpe = BpeTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=[DOCUMENT_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -46,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:
-    left = SAMPLE_CHARACTERS
+    left = TRAINING_CHARACTERS
     for text in texts:
         yield text[:left]
         left -= len(text)

@@ -35,69 +35,71 @@ class WorkerGroup:
     rank = 0
     world = 1
 
-    def exchange(self, text: str) -> list[str]:
+    def all_gather(self, text: str) -> list[str]:
         """Wait for all workers; return every worker's text, by rank. Raises UserError when one has died."""
         return [text]
 
-    def meet(self, problem: str = "") -> None:
+    def barrier(self, problem: str = "") -> None:
         """Wait for all workers. Raises UserError on all of them with the first `problem` that is not empty."""
-        problems = [text for text in self.exchange(problem) if text]
+        problems = [text for text in self.all_gather(problem) if text]
         if problems:
             raise UserError(problems[0])
 
-    def agree(self, text: str, otherwise: str) -> None:
+    def require_same(self, text: str, message: str) -> None:
         """Raise UserError with the message `otherwise` on all workers unless all bring the same text."""
-        if len(set(self.exchange(text))) > 1:
-            raise UserError(otherwise)
+        if len(set(self.all_gather(text))) > 1:
+            raise UserError(message)
 
-    def agreed(self, flag: bool) -> bool:
+    def all_true(self, flag: bool) -> bool:
         """True on all workers where it is true on all: the way to decide anything together."""
-        return all(text == "yes" for text in self.exchange("yes" if flag else ""))
+        return all(text == "yes" for text in self.all_gather("yes" if flag else ""))
 
-    def together(self, do: Callable[[], None]) -> None:
+    def on_all(self, function: Callable[[], None]) -> None:
         """Call `do` on every worker; a UserError of one is raised on all."""
         problem = ""
         try:
-            do()
+            function()
         except UserError as error:
             problem = str(error)
-        self.meet(problem)
+        self.barrier(problem)
 
-    def first(self, do: Callable[[], None]) -> None:
+    def on_main(self, function: Callable[[], None]) -> None:
         """Call `do` on rank 0 while the others wait; its UserError is raised on all."""
-        self.together(do if self.rank == 0 else lambda: None)
+        self.on_all(function if self.rank == 0 else lambda: None)
 
-    def share(self, folder: Path, stage: str, tasks: Sequence[Task], do: Callable[[Task], None]) -> None:
+    def map_tasks(self, lock_folder: Path, stage: str, tasks: Sequence[Task], function: Callable[[Task], None]) -> None:
         """Do all `tasks` of a stage, each on the worker that comes to it first, and wait for one another.
 
         Put the largest first. `folder` is seen by all workers and `clear_claims` has emptied it. A UserError of one
         worker is raised on all, which stop at their next task.
         """
-        self.together(lambda: self._take(folder, stage, tasks, do))
+        self.on_all(lambda: self._run_tasks(lock_folder, stage, tasks, function))
 
-    def _take(self, folder: Path, stage: str, tasks: Sequence[Task], do: Callable[[Task], None]) -> None:
+    def _run_tasks(
+        self, lock_folder: Path, stage: str, tasks: Sequence[Task], function: Callable[[Task], None]
+    ) -> None:
         for number, task in enumerate(tasks):
-            if (folder / _STOP).exists():
+            if (lock_folder / _STOP).exists():
                 return
-            if self.world > 1 and not _claim(folder / f"{stage}-{number}"):
+            if self.world > 1 and not _lock_task(lock_folder / f"{stage}-{number}"):
                 continue
             try:
-                do(task)
+                function(task)
             except UserError:
                 # Only haste: on a full disk the others go on to the end of the stage.
                 with contextlib.suppress(OSError):
-                    (folder / _STOP).touch()
+                    (lock_folder / _STOP).touch()
                 raise
 
 
-def clear_claims(folder: Path) -> None:
+def clear_folder(folder: Path) -> None:
     """Forget who took what, before a run begins."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
 
 
-def _claim(path: Path) -> bool:
+def _lock_task(path: Path) -> bool:
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -116,13 +118,15 @@ class Coordinator(WorkerGroup):
         for rank in range(1, world):
             self._workers.append(_start_worker(rank, world, job, keep_open))
 
-    def exchange(self, text: str) -> list[str]:
+    def all_gather(self, text: str) -> list[str]:
         texts = [text]
         for rank, (process, stream) in enumerate(self._workers, start=1):
             line = stream.readline()
             if not line:
                 process.wait(_PATIENCE_SECONDS)
-                raise UserError(f"worker {rank} {_end(process.returncode)}. Run again: what is finished is kept.")
+                raise UserError(
+                    f"worker {rank} {describe_exit(process.returncode)}. Run again: what is finished is kept."
+                )
             texts.append(json.loads(line))
         answer = (json.dumps(texts) + "\n").encode()
         for _, stream in self._workers:
@@ -132,10 +136,10 @@ class Coordinator(WorkerGroup):
                 stream.flush()
         return texts
 
-    def close(self, ended_well: bool) -> None:
+    def close(self, succeeded: bool) -> None:
         """Wait for the workers to end, or end them."""
         for process, stream in self._workers:
-            if not ended_well:
+            if not succeeded:
                 process.kill()
             with contextlib.suppress(OSError):
                 stream.close()
@@ -155,7 +159,7 @@ class Worker(WorkerGroup):
         """The next message of rank 0."""
         return json.loads(self._answers.get())
 
-    def exchange(self, text: str) -> list[str]:
+    def all_gather(self, text: str) -> list[str]:
         self._stream.write((json.dumps(text) + "\n").encode())
         self._stream.flush()
         return list(self.receive())
@@ -166,7 +170,7 @@ class Worker(WorkerGroup):
         os._exit(3)
 
 
-class MpiTeam(WorkerGroup):
+class MpiWorkerGroup(WorkerGroup):
     """One of the processes that mpirun started."""
 
     def __init__(self) -> None:
@@ -178,7 +182,7 @@ class MpiTeam(WorkerGroup):
         self._byte = MPI.BYTE
         self.rank, self.world = self._everyone.rank, self._everyone.size
 
-    def exchange(self, text: str) -> list[str]:
+    def all_gather(self, text: str) -> list[str]:
         content = text.encode()
         sizes = np.empty(self.world, np.int64)
         self._everyone.Allgather(np.array([len(content)], np.int64), sizes)
@@ -198,16 +202,16 @@ def under_mpirun() -> bool:
 
 
 @contextlib.contextmanager
-def start_team(workers: int, job: dict[str, Any], keep_open: Sequence[int] = ()) -> Iterator[WorkerGroup]:
+def start_workers(world: int, job: dict[str, Any], keep_open: Sequence[int] = ()) -> Iterator[WorkerGroup]:
     """The team of `workers` processes, this one among them: `data_prep.worker` gets `job` (JSON) in the others.
 
     The file descriptors `keep_open` stay open in them. Whatever ends the block ends the others.
     """
-    _share_processors(workers)
-    if workers == 1:
+    limit_tokenizer_threads(world)
+    if world == 1:
         yield WorkerGroup()
         return
-    leader = Coordinator(workers, job, keep_open)
+    leader = Coordinator(world, job, keep_open)
     ended_well = False
     try:
         yield leader
@@ -216,7 +220,7 @@ def start_team(workers: int, job: dict[str, Any], keep_open: Sequence[int] = ())
         leader.close(ended_well)
 
 
-def _share_processors(workers: int) -> None:
+def limit_tokenizer_threads(workers: int) -> None:
     # The tokenizer takes all processors, which is right for one worker alone.
     if workers > 1:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -243,7 +247,7 @@ def _start_worker(
     return process, stream
 
 
-def _end(code: int) -> str:
+def describe_exit(code: int) -> str:
     if code == -signal.SIGKILL:
         return "was killed (out of memory?)"
     return f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"

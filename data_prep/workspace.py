@@ -11,56 +11,58 @@ import os
 import shutil
 from pathlib import Path
 
-from data_prep.workers import clear_claims
+from data_prep.workers import clear_folder
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 _OWN_FILES = ("*-train-*.tar", "*-validation-*.tar", "*.tar.tmp", f"{TOKENIZER_NAME}*", f"{INDEX_NAME}.tmp", "report.*")
 _INPUTS = ".inputs"
+# Version of the files in the workspace. One that another version left unfinished cannot be continued.
+_FORMAT = 2
 
 
-class Work:
+class Workspace:
     """Paths of a preparation of `out`."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / ".work"
         self.runs, self.pairs, self.shards = (self.folder / name for name in ("runs", "pairs", "shards"))
-        self.claims, self.notes = self.folder / "claims", self.folder / "notes"
-        self.dropped, self.tokenizer, self.cut = (
-            self.folder / name for name in ("dropped.npy", TOKENIZER_NAME, "cut.json")
+        self.task_locks, self.progress = self.folder / "locks", self.folder / "progress"
+        self.dropped, self.tokenizer, self.shard_plan = (
+            self.folder / name for name in ("dropped.npy", TOKENIZER_NAME, "shard_plan.json")
         )
 
     def is_finished(self, inputs: str) -> bool:
         """Whether `out` was finished from these inputs (a line that `read.inputs_of` made)."""
         return (self.out / INDEX_NAME).exists() and _read(self.out / _INPUTS) == inputs
 
-    def begin(self, inputs: str, force: bool) -> None:
+    def open(self, inputs: str, force: bool) -> None:
         """Make the folders, or go on with those that a run with the same inputs left; `force` begins anew.
 
         Raises UserError where `out` holds something else, or was begun with other inputs.
         """
         begun = _read(self.folder / _INPUTS)
         if not force:
-            self._refuse_strangers(begun, inputs)
+            self._refuse_other_inputs(begun, inputs)
         try:
             if force or begun != inputs:
                 self._clear()
             for folder in (self.runs, self.pairs, self.shards):
                 folder.mkdir(parents=True, exist_ok=True)
-            clear_claims(self.claims)
-            clear_claims(self.notes)
+            clear_folder(self.task_locks)
+            clear_folder(self.progress)
         except OSError as error:
             raise UserError(f"--out {self.out}: {error.strerror}. Choose a folder you can write to.") from error
         atomic_write(self.folder / _INPUTS, inputs.encode())
 
-    def end(self, inputs: str) -> None:
+    def close(self, inputs: str) -> None:
         """Note what `out` was made from, and remove the folder."""
         atomic_write(self.out / _INPUTS, inputs.encode())
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _refuse_strangers(self, begun: str | None, inputs: str) -> None:
+    def _refuse_other_inputs(self, begun: str | None, inputs: str) -> None:
         if begun == inputs:
             return
         if begun is not None:
@@ -90,7 +92,7 @@ class Work:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def acquire(out: Path) -> int:
+def acquire_lock(out: Path) -> int:
     """Lock the preparation of `out` and return the descriptor that holds the lock, for `let_go`.
 
     Raises UserError where another preparation holds it, or the folder cannot be made.
@@ -109,7 +111,7 @@ def acquire(out: Path) -> int:
     return descriptor
 
 
-def release(out: Path, descriptor: int) -> None:
+def release_lock(out: Path, descriptor: int) -> None:
     """Unlock `out`, and leave no trace of a preparation that was refused before it began."""
     os.close(descriptor)
     folder = out / ".work"

@@ -10,25 +10,25 @@ import numpy as np
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 # More text costs time in proportion; on one manual in 29 languages 500 characters give what 2,000 do.
-SAMPLE_CHARACTERS = 1000
+CLASSIFIED_CHARACTERS = 1000
 
 UNDETERMINED = "und"
 
 
-class Tag(NamedTuple):
+class LanguageTag(NamedTuple):
     """A language (ISO 639-1, or `UNDETERMINED`) and its probability, to four digits."""
 
     language: str
     probability: float
 
 
-def tag(text: str) -> Tag:
+def identify_language(text: str) -> LanguageTag:
     """Return the language of the first `SAMPLE_CHARACTERS` of `text`; undetermined where that has no letters."""
-    sample = text[:SAMPLE_CHARACTERS]
+    sample = text[:CLASSIFIED_CHARACTERS]
     if not any(map(str.isalpha, sample)):
-        return Tag(UNDETERMINED, 0.0)
+        return LanguageTag(UNDETERMINED, 0.0)
     language, probability = _identifier().classify(sample)
-    return Tag(str(language), round(float(probability), 4))
+    return LanguageTag(str(language), round(float(probability), 4))
 
 
 class _Identifier(LanguageIdentifier):

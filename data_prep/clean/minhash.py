@@ -11,37 +11,37 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.clean.tokenize_words import mix_hashes, ngrams, plain_words
+from data_prep.clean.tokenize_words import hash_alphanumeric_words, hash_ngrams, mix_hashes
 
-SHINGLE = 5
+SHINGLE_WORDS = 5
 BANDS = 14
-ROWS = 8
+HASHES_PER_BAND = 8
 
 # 112 × 256 products of 8 bytes fit the second-level cache.
 _BLOCK = 256
 
 
-def signature(text: str, numbers: Literal["alike", "distinct"] = "alike") -> np.ndarray:
+def band_keys(text: str, numbers: Literal["alike", "distinct"] = "alike") -> np.ndarray:
     """Return the keys of a text, one a band, uint64 [14]: texts that agree in any key are near duplicates.
 
     Case, punctuation and blanks do not count, and with `numbers` "alike" all numbers are one. A text of fewer
     than 5 words is one shingle; one of none is equal only to itself.
     """
     shingles = _shingles(text, numbers == "alike")
-    lowest = np.full((BANDS * ROWS, 1), np.iinfo(np.uint64).max, np.uint64)
+    lowest = np.full((BANDS * HASHES_PER_BAND, 1), np.iinfo(np.uint64).max, np.uint64)
     for start in range(0, len(shingles), _BLOCK):
         hashes = _multipliers() * shingles[start : start + _BLOCK]
         np.minimum(lowest, hashes.min(axis=1, keepdims=True), out=lowest)
     # A random sum of a band's minima, each with a factor of its own: different bands never share a key by design.
-    return mix_hashes((lowest * _multipliers()).reshape(BANDS, ROWS).sum(axis=1, dtype=np.uint64))
+    return mix_hashes((lowest * _multipliers()).reshape(BANDS, HASHES_PER_BAND).sum(axis=1, dtype=np.uint64))
 
 
-def probability(similarity: float) -> float:
+def match_probability(similarity: float) -> float:
     """Return the probability that texts of this Jaccard similarity share a key."""
-    return float(1 - (1 - similarity**ROWS) ** BANDS)
+    return float(1 - (1 - similarity**HASHES_PER_BAND) ** BANDS)
 
 
-def edges(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def find_pairs(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Return pairs of ids that share a key of one band, uint64 [n, 2]: the least of those with the key, another.
 
     `keys` is uint64 [documents] of one band, or [documents, bands]; `ids` uint64 [documents].
@@ -58,9 +58,9 @@ def edges(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def cluster(edges: np.ndarray) -> np.ndarray:
+def find_later_ids(pairs: np.ndarray) -> np.ndarray:
     """Return the ids to drop: all but the least of each group that `edges`, [n, 2], connect; sorted, same dtype."""
-    ids, ends = np.unique(edges, return_inverse=True)
+    ids, ends = np.unique(pairs, return_inverse=True)
     ends = ends.reshape(-1, 2)
     parents = np.arange(len(ids))
     while True:
@@ -76,14 +76,14 @@ def cluster(edges: np.ndarray) -> np.ndarray:
 
 
 def _shingles(text: str, numbers_alike: bool) -> np.ndarray:
-    hashes = plain_words(text, numbers_alike).hashes
+    hashes = hash_alphanumeric_words(text, numbers_alike).hashes
     if not len(hashes):
         hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-        return ngrams(hashes, max(len(hashes), 1))
-    return ngrams(hashes, min(len(hashes), SHINGLE))
+        return hash_ngrams(hashes, max(len(hashes), 1))
+    return hash_ngrams(hashes, min(len(hashes), SHINGLE_WORDS))
 
 
 @cache
 def _multipliers() -> np.ndarray:
     # Odd, so that each multiplication is a permutation of the 64-bit values.
-    return (mix_hashes(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1))[:, None]
+    return (mix_hashes(np.arange(BANDS * HASHES_PER_BAND, dtype=np.uint64)) | np.uint64(1))[:, None]

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from data_prep.clean.settings import Quality
-from data_prep.clean.tokenize_words import Shapes, blank_shapes
+from data_prep.clean.config import QualityLimits
+from data_prep.clean.tokenize_words import WordShapes, measure_whitespace_words
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
@@ -16,36 +16,36 @@ _BULLETS = ("•", "‣", "▪", "●", "◦", "⁃", "-", "*")
 _ELLIPSES = ("...", "…")
 
 
-def judge(text: str, limits: Quality, language: str | None) -> str | None:
+def check_quality(text: str, limits: QualityLimits, language: str | None) -> str | None:
     """Return the name of the first rule that `text` breaks, or None.
 
     Words are what stands between blanks; in scripts without blanks every character is a word, and there the
     mean length means nothing and is not judged. The rule of stop words holds for `language` "en" alone.
     """
-    shapes = blank_shapes(text)
+    shapes = measure_whitespace_words(text)
     return (
-        _judge_words(shapes, limits)
-        or _judge_symbols(text, len(shapes.lengths), limits)
-        or _judge_lines(text, limits)
+        _check_words(shapes, limits)
+        or _check_symbols(text, len(shapes.lengths), limits)
+        or _check_lines(text, limits)
         or ("stop words" if language == "en" and not _has_stop_words(text, limits.min_stop_words) else None)
     )
 
 
-def _judge_words(shapes: Shapes, limits: Quality) -> str | None:
+def _check_words(shapes: WordShapes, limits: QualityLimits) -> str | None:
     count = len(shapes.lengths)
     if not limits.min_words <= count <= limits.max_words:
         return "too few words" if count < limits.min_words else "too many words"
     if not count:
         return None
     mean = shapes.lengths.sum() / count
-    spaced = np.count_nonzero(shapes.alone) * 2 < count
+    spaced = np.count_nonzero(shapes.is_unspaced) * 2 < count
     if spaced and not limits.min_mean_word_length <= mean <= limits.max_mean_word_length:
         return "words too short" if mean < limits.min_mean_word_length else "words too long"
-    few_letters = np.count_nonzero(shapes.lettered) < limits.min_letter_words * count
+    few_letters = np.count_nonzero(shapes.has_letter) < limits.min_letter_words * count
     return "words without letters" if few_letters else None
 
 
-def _judge_symbols(text: str, words: int, limits: Quality) -> str | None:
+def _check_symbols(text: str, words: int, limits: QualityLimits) -> str | None:
     most = limits.max_symbols_per_word * words
     if text.count("#") > most:
         return "hash signs"
@@ -54,7 +54,7 @@ def _judge_symbols(text: str, words: int, limits: Quality) -> str | None:
     return None
 
 
-def _judge_lines(text: str, limits: Quality) -> str | None:
+def _check_lines(text: str, limits: QualityLimits) -> str | None:
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     if sum(line.startswith(_BULLETS) for line in lines) > limits.max_bullet_lines * len(lines):
         return "bullet lines"

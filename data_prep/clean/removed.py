@@ -7,7 +7,7 @@ from typing import NamedTuple
 from data_prep.documents import Document
 
 
-class Removed(NamedTuple):
+class RemovedDocument(NamedTuple):
     """A document that was removed, why (a short name to count by), and the particulars where there are any."""
 
     reason: str

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 # Classes of characters.
-OTHER, BLANK, LETTER, DIGIT, ALONE = range(5)
+OTHER, WHITESPACE, LETTER, DIGIT, UNSPACED = range(5)
 
-_UNSPACED = (
+_UNSPACED_RANGES = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x0F00, 0x109F),  # Tibetan, Burmese
     (0x1780, 0x17FF),  # Khmer
@@ -34,10 +34,10 @@ _INVERSE = pow(_BASE, -1, 1 << 64)
 _JOIN = np.uint64(0xD6E8FEB86659FD93)
 _PIECE = 1 << 15
 _USUAL = 1 << 16
-_BLANK = re.compile(r"\s")
+_WHITESPACE = re.compile(r"\s")
 
 
-class Words(NamedTuple):
+class HashedWords(NamedTuple):
     """Words of a text in order: they are the characters [start, stop), int64 each; their hashes, uint64."""
 
     starts: np.ndarray
@@ -45,84 +45,86 @@ class Words(NamedTuple):
     hashes: np.ndarray
 
 
-class Shapes(NamedTuple):
+class WordShapes(NamedTuple):
     """Words of a text in order: lengths in characters, int64; bool each: holds a letter, is one unspaced character."""
 
     lengths: np.ndarray
-    lettered: np.ndarray
-    alone: np.ndarray
+    has_letter: np.ndarray
+    is_unspaced: np.ndarray
 
 
-def blank_shapes(text: str) -> Shapes:
+def measure_whitespace_words(text: str) -> WordShapes:
     """Return the shapes of the words between blanks, punctuation and all."""
-    return Shapes(*_concatenated([_shapes(piece) for _, piece in _pieces(text)]))
+    return WordShapes(*_concatenate([_measure_piece(piece) for _, piece in _split_pieces(text)]))
 
 
-def blank_words(text: str) -> Words:
+def hash_whitespace_words(text: str) -> HashedWords:
     """Return the words between blanks, punctuation and all."""
-    return Words(*_concatenated([_blank_words(place, piece) for place, piece in _pieces(text)]))
+    return HashedWords(*_concatenate([_hash_whitespace_piece(place, piece) for place, piece in _split_pieces(text)]))
 
 
-def plain_words(text: str, numbers_alike: bool = False) -> Words:
+def hash_alphanumeric_words(text: str, merge_numbers: bool = False) -> HashedWords:
     """Return the words of letters and digits; neither their case nor what stands between them is in the hashes.
 
     `numbers_alike`: every run of digits hashes as one 0.
     """
-    return Words(*_concatenated([_plain_words(place, piece, numbers_alike) for place, piece in _pieces(text)]))
+    return HashedWords(
+        *_concatenate([_hash_alphanumeric_piece(place, piece, merge_numbers) for place, piece in _split_pieces(text)])
+    )
 
 
-def mostly_alone(text: str, words: Words) -> bool:
+def is_mostly_unspaced(text: str, words: HashedWords) -> bool:
     """Return whether half of the words or more are single characters of a script without blanks."""
     if text.isascii():
         return False
-    kinds = classes(codes(text))
-    return bool(np.count_nonzero(kinds[words.starts] == ALONE) * 2 >= max(len(words.starts), 1))
+    kinds = classify(code_points(text))
+    return bool(np.count_nonzero(kinds[words.starts] == UNSPACED) * 2 >= max(len(words.starts), 1))
 
 
-def _pieces(text: str) -> Iterator[tuple[int, str]]:
+def _split_pieces(text: str) -> Iterator[tuple[int, str]]:
     """Yield pieces of the text that end at blanks, with their places: arrays of them stay in the cache."""
     start = 0
     while start < len(text) or start == 0:
-        blank = _BLANK.search(text, start + _PIECE)
+        blank = _WHITESPACE.search(text, start + _PIECE)
         stop = blank.start() if blank else len(text)
         yield start, text[start:stop]
         start = max(stop, 1)
 
 
-def _concatenated(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+def _concatenate(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     return parts[0] if len(parts) == 1 else tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
-def _shapes(piece: str) -> tuple[np.ndarray, ...]:
-    kinds = classes(codes(piece))
-    starts, stops = bounds(kinds, kinds != BLANK)
+def _measure_piece(piece: str) -> tuple[np.ndarray, ...]:
+    kinds = classify(code_points(piece))
+    starts, stops = find_segments(kinds, kinds != WHITESPACE)
     letters = np.zeros(len(kinds) + 1, np.int32)
-    np.cumsum((kinds == LETTER) | (kinds == ALONE), out=letters[1:])
-    return stops - starts, letters[stops] > letters[starts], kinds[starts] == ALONE
+    np.cumsum((kinds == LETTER) | (kinds == UNSPACED), out=letters[1:])
+    return stops - starts, letters[stops] > letters[starts], kinds[starts] == UNSPACED
 
 
-def _blank_words(place: int, piece: str) -> tuple[np.ndarray, ...]:
-    points = codes(piece)
-    kinds = classes(points)
-    starts, stops = bounds(kinds, kinds != BLANK)
-    return starts + place, stops + place, hash_runs(points, starts, stops)
+def _hash_whitespace_piece(place: int, piece: str) -> tuple[np.ndarray, ...]:
+    points = code_points(piece)
+    kinds = classify(points)
+    starts, stops = find_segments(kinds, kinds != WHITESPACE)
+    return starts + place, stops + place, hash_segments(points, starts, stops)
 
 
-def _plain_words(place: int, piece: str, numbers_alike: bool) -> tuple[np.ndarray, ...]:
-    points = codes(lowered(piece))
-    kinds = classes(points)
-    starts, stops = bounds(kinds, kinds >= LETTER)
+def _hash_alphanumeric_piece(place: int, piece: str, numbers_alike: bool) -> tuple[np.ndarray, ...]:
+    points = code_points(lower_in_place(piece))
+    kinds = classify(points)
+    starts, stops = find_segments(kinds, kinds >= LETTER)
     digits = kinds == DIGIT
     if not numbers_alike or not digits.any():
-        return starts + place, stops + place, hash_runs(points, starts, stops)
+        return starts + place, stops + place, hash_segments(points, starts, stops)
     points = np.where(digits, points.dtype.type(ord("0")), points)
     counts = np.ones(len(points), bool)
     counts[1:] = ~(digits[1:] & digits[:-1])
     places = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    return starts + place, stops + place, hash_runs(points[counts], places[starts], places[stops])
+    return starts + place, stops + place, hash_segments(points[counts], places[starts], places[stops])
 
 
-def lowered(text: str) -> str:
+def lower_in_place(text: str) -> str:
     """Return `text` in lower case, of the same length: the few letters that become two stay."""
     lower = text.lower()
     if len(lower) == len(text):
@@ -130,27 +132,27 @@ def lowered(text: str) -> str:
     return "".join(small if len(small := letter.lower()) == 1 else letter for letter in text)
 
 
-def codes(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
     """Return the code points of `text`, uint8 [characters] where it is ASCII, else uint32."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def classes(points: np.ndarray) -> np.ndarray:
+def classify(points: np.ndarray) -> np.ndarray:
     """Return the class of each code point, uint8."""
     return (_ascii_table() if points.dtype == np.uint8 else _table())[points]
 
 
-def bounds(kinds: np.ndarray, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_segments(classes: np.ndarray, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return starts and stops, int64, of the runs where `within` is true; characters of class ALONE are runs."""
-    size = len(kinds)
+    size = len(classes)
     if not size:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     edges = np.empty(size + 1, bool)
     edges[0], edges[size] = True, True
     np.not_equal(within[1:], within[:-1], out=edges[1:size])
-    alone = kinds == ALONE
+    alone = classes == UNSPACED
     if alone.any():
         edges[:size] |= alone
         edges[1:] |= alone
@@ -159,7 +161,7 @@ def bounds(kinds: np.ndarray, within: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return cuts[:-1][kept], cuts[1:][kept]
 
 
-def hash_runs(points: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+def hash_segments(points: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """Return a hash of each run of characters, uint64: Σ r(c_i)·B^i over the run, r random by code point, mixed."""
     if not len(starts):
         return np.zeros(0, np.uint64)
@@ -170,16 +172,16 @@ def hash_runs(points: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.n
     return mix_hashes((sums[stops] - sums[starts]) * inverses[starts] + (stops - starts).astype(np.uint64))
 
 
-def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
+def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     """Return a hash of every `n` hashes in a row, uint64 [max(len − n + 1, 0)]."""
     count = max(len(hashes) - n + 1, 0)
     found = hashes[:count]
     for step in range(1, n):
-        found = joined(found, hashes[step : step + count])
+        found = combine_hashes(found, hashes[step : step + count])
     return mix_hashes(found)
 
 
-def joined(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def combine_hashes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Return hashes of pairs in order, uint64: what hashes a run, and the hash of the word that follows it."""
     return before * _JOIN + after
 
@@ -218,27 +220,27 @@ def _random_values() -> np.ndarray:
 
 @cache
 def _ascii_table() -> np.ndarray:
-    return np.array([class_of(chr(point)) for point in range(128)], np.uint8)
+    return np.array([classify_character(chr(point)) for point in range(128)], np.uint8)
 
 
 @cache
 def _table() -> np.ndarray:
     # Above the second plane there are only Han, selectors (marks), and what no one has assigned.
     table = np.zeros(0x110000, np.uint8)
-    table[:0x20000] = [class_of(chr(point)) for point in range(0x20000)]
-    table[0x20000:0x40000] = ALONE
+    table[:0x20000] = [classify_character(chr(point)) for point in range(0x20000)]
+    table[0x20000:0x40000] = UNSPACED
     table[0xE0100:0xE01F0] = LETTER
     return table
 
 
-def class_of(letter: str) -> int:
+def classify_character(letter: str) -> int:
     """Return the class of a character below U+20000: marks count as letters, all of category N as digits."""
     if letter.isspace():
-        return BLANK
+        return WHITESPACE
     category = unicodedata.category(letter)
     if category[0] == "N":
         return DIGIT
     if category[0] not in "LM":
         return OTHER
     point = ord(letter)
-    return ALONE if any(low <= point <= high for low, high in _UNSPACED) else LETTER
+    return UNSPACED if any(low <= point <= high for low, high in _UNSPACED_RANGES) else LETTER

@@ -14,8 +14,8 @@ from itertools import accumulate, pairwise
 import ftfy
 from ftfy.badness import BADNESS_RE, badness
 
-from data_prep.clean.removed import Removed
-from data_prep.clean.settings import Clean
+from data_prep.clean.config import CleaningConfig
+from data_prep.clean.removed import RemovedDocument
 from data_prep.documents import Document, Span
 from kabrn_dist.utils.errors import UserError
 
@@ -40,19 +40,19 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 _ESCAPED_RUN = re.compile("[\udc80-\udcff]{2,}")
 
 
-def normalize_text(document: Document, settings: Clean) -> Document | Removed:
+def normalize_document(document: Document, config: CleaningConfig) -> Document | RemovedDocument:
     """Return the document as `settings` want it, the same object where nothing changes, or why it is removed.
 
     Reasons: "unreadable" (no text and no bytes), "binary", "encoding" (only where that is to be dropped, or
     where the bytes cannot be repaired). Raises UserError, naming the document, where settings.broken is "refuse".
     """
     if document.text is None:
-        return _decoded(document, settings)
+        return _decode_document(document, config)
     text = document.text
-    if not text.isascii() and _SURROGATE.search(text) and settings.broken != "repair":
-        return _broken(document, settings, "half of a surrogate pair")
+    if not text.isascii() and _SURROGATE.search(text) and config.broken != "repair":
+        return _reject(document, config, "half of a surrogate pair")
     edges = _edges(document)
-    pieces = [_piece(text[start:stop], settings) for start, stop in pairwise(edges)]
+    pieces = [_normalize_piece(text[start:stop], config) for start, stop in pairwise(edges)]
     new = "".join(pieces)
     if new == text:
         return document
@@ -63,7 +63,7 @@ def normalize_text(document: Document, settings: Clean) -> Document | Removed:
     return document._replace(text=new, spans=spans)
 
 
-def decode(raw: bytes) -> str | None:
+def decode_bytes(raw: bytes) -> str | None:
     """Return the text of `raw`: UTF-16 or UTF-32 by their marks, UTF-8, and what is neither as Windows-1252.
 
     None where that would be a guess: most of what is no UTF-8 comes in runs, as other alphabets do. Central
@@ -80,34 +80,34 @@ def decode(raw: bytes) -> str | None:
     in_runs = sum(map(len, _ESCAPED_RUN.findall(text)))
     if in_runs > _MOST_IN_RUNS * guessed and guessed > _FEW * len(text):
         return None
-    return _ESCAPED.sub(_western, text) if guessed else text
+    return _ESCAPED.sub(_decode_western_byte, text) if guessed else text
 
 
-def _decoded(document: Document, settings: Clean) -> Document | Removed:
+def _decode_document(document: Document, config: CleaningConfig) -> Document | RemovedDocument:
     raw = document.raw
     if raw is None:
-        if settings.broken == "refuse":
+        if config.broken == "refuse":
             raise UserError(f"{document.name}: {document.problem or 'no text'}. Mend the file or leave it out.")
-        return Removed("unreadable", document, document.problem)
+        return RemovedDocument("unreadable", document, document.problem)
     if b"\x00" in raw and not raw.startswith(tuple(mark for mark, _ in _MARKS)):
-        return _broken(document, settings, "holds NUL bytes and is no text", reason="binary")
-    if settings.broken != "repair":
-        return _broken(document, settings, document.problem or "not UTF-8")
-    text = decode(raw)
+        return _reject(document, config, "holds NUL bytes and is no text", reason="binary")
+    if config.broken != "repair":
+        return _reject(document, config, document.problem or "not UTF-8")
+    text = decode_bytes(raw)
     if text is None:
-        return Removed("encoding", document, "neither UTF-8 nor Western")
-    return normalize_text(document._replace(text=text, raw=None, problem=""), settings)
+        return RemovedDocument("encoding", document, "neither UTF-8 nor Western")
+    return normalize_document(document._replace(text=text, raw=None, problem=""), config)
 
 
-def _broken(document: Document, settings: Clean, problem: str, reason: str = "encoding") -> Removed:
-    if settings.broken == "refuse":
+def _reject(document: Document, config: CleaningConfig, problem: str, reason: str = "encoding") -> RemovedDocument:
+    if config.broken == "refuse":
         raise UserError(
             f"{document.name}: {problem}. Convert the file to UTF-8, or set clean.broken to repair or drop."
         )
-    return Removed(reason, document, problem)
+    return RemovedDocument(reason, document, problem)
 
 
-def _western(match: re.Match[str]) -> str:
+def _decode_western_byte(match: re.Match[str]) -> str:
     byte = bytes([ord(match[0]) - 0xDC00])
     try:
         return byte.decode("cp1252")
@@ -122,28 +122,28 @@ def _edges(document: Document) -> list[int]:
     return sorted(inner | {0, len(document.text)})
 
 
-def _piece(text: str, settings: Clean) -> str:
+def _normalize_piece(text: str, config: CleaningConfig) -> str:
     foreign = not text.isascii()
     # Mojibake may hold control characters that tell what it was; an accent may follow one, so composition is last.
-    if foreign and settings.broken == "repair":
-        text = _repaired(text)
-    if settings.control:
+    if foreign and config.broken == "repair":
+        text = _repair(text)
+    if config.control:
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         text = _CONTROL.sub("", text)
-    return unicodedata.normalize("NFC", text) if foreign and settings.unicode == "nfc" else text
+    return unicodedata.normalize("NFC", text) if foreign and config.unicode == "nfc" else text
 
 
-def _repaired(text: str) -> str:
+def _repair(text: str) -> str:
     """Return text with surrogates joined or replaced by U+FFFD, and mojibake undone in lines that it makes better."""
     if _SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if not _suspicious(text):
+    if not _may_be_mojibake(text):
         return text
-    return "\n".join(_mended(line) if _suspicious(line) else line for line in text.split("\n"))
+    return "\n".join(_repair_line(line) if _may_be_mojibake(line) else line for line in text.split("\n"))
 
 
-def _suspicious(text: str) -> bool:
+def _may_be_mojibake(text: str) -> bool:
     """Return whether ftfy sees mojibake; its slow pattern is tried only around what is no ASCII."""
     return any(
         BADNESS_RE.search(text, max(foreign.start() - _REACH, 0), foreign.end() + _REACH)
@@ -151,6 +151,6 @@ def _suspicious(text: str) -> bool:
     )
 
 
-def _mended(line: str) -> str:
+def _repair_line(line: str) -> str:
     mended = ftfy.fix_encoding(line)
     return mended if badness(mended) < badness(line) else line

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from data_prep.documents import Document, Unit
-from data_prep.sources.files import Group
+from data_prep.sources.files import FileGroup
 
-__all__ = ["DataSource", "Document", "Group", "Unit"]
+__all__ = ["DataSource", "Document", "FileGroup", "Unit"]
 
 
 class DataSource(Protocol):
@@ -29,8 +29,8 @@ class DataSource(Protocol):
     def masked(self) -> bool:
         """Whether the documents have spans: the loss counts on answers only."""
 
-    def units(self) -> Sequence[Unit | Group]:
+    def units(self) -> Sequence[Unit | FileGroup]:
         """Return the pieces of work, sorted by name and the same for any number of workers. Cheap."""
 
-    def read(self, unit: Unit | Group) -> Iterator[Document]:
+    def read(self, unit: Unit | FileGroup) -> Iterator[Document]:
         """Yield the documents of a unit in order, in bounded memory."""

@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from data_prep.documents import Document
-from data_prep.sources.archive import Member, text_of
-from data_prep.sources.base import FileSource, Options, parse_record
-from data_prep.sources.layout import Mismatch, guess_keys
-from data_prep.sources.template import Loss, render
+from data_prep.sources.archive import Member, read_text
+from data_prep.sources.base import FileSource, SourceOptions, parse_json_file
+from data_prep.sources.layout import LayoutMismatch, describe_record
+from data_prep.sources.template import LossTarget, render_question
 
 _HEADING = re.compile(r"^(Problem|Answer):[ \t]*\r?$", re.MULTILINE)
 
 
-class AmpsOptions(Options):
+class AmpsOptions(SourceOptions):
     """`part`: which collection. `answer`: all hints of a Khan problem, or the last. `answers`: the first, or each."""
 
     part: Literal["khan", "mathematica", "all"] = "all"
     answer: Literal["full", "final"] = "full"
     answers: Literal["first", "each"] = "first"
-    loss: Loss = "all"
+    loss: LossTarget = "all"
 
 
 class Amps(FileSource):
@@ -36,33 +36,33 @@ class Amps(FileSource):
     expected = "khan/<exercise>/<id>.json ('problem' or 'question', 'hints') and mathematica/<subject>/<module>/<n>.txt"
     endings = (".json", ".txt")
     license = "MIT"
-    settings = AmpsOptions
+    options_class = AmpsOptions
 
-    def wants(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Take Khan's .json and Mathematica's .txt; a folder below them may be given alone."""
         part = "khan" if name.removesuffix(".gz").endswith(".json") else "mathematica"
         return self.options.part in (part, "all") and "data_file_lists" not in name.split("/")
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield the documents of one file."""
         return self._khan(member) if ".json" in member.name.rpartition("/")[2] else self._mathematica(member)
 
-    def _khan(self, member: Member) -> Iterator[Document | Mismatch]:
-        record = parse_record(member)
-        if isinstance(record, Document | Mismatch):
+    def _khan(self, member: Member) -> Iterator[Document | LayoutMismatch]:
+        record = parse_json_file(member)
+        if isinstance(record, Document | LayoutMismatch):
             yield record
             return
         question, steps = _asked(record) if isinstance(record, dict) else (None, None)
         if question is None or steps is None:
-            yield Mismatch(member.name, guess_keys(record))
+            yield LayoutMismatch(member.name, describe_record(record))
         elif not steps:
             yield Document(member.name, None, problem="no hints, so no answer")
         else:
             answer = steps[-1] if self.options.answer == "final" else "\n".join(steps)
-            yield render(member.name, question, answer, self.options.loss)
+            yield render_question(member.name, question, answer, self.options.loss)
 
-    def _mathematica(self, member: Member) -> Iterator[Document | Mismatch]:
-        whole = text_of(member)
+    def _mathematica(self, member: Member) -> Iterator[Document | LayoutMismatch]:
+        whole = read_text(member)
         if whole.text is None:
             yield whole._replace(raw=None)
             return
@@ -72,10 +72,10 @@ class Amps(FileSource):
         problems = [text for heading, text in blocks if heading == "Problem" and text]
         answers = [text for heading, text in blocks if heading == "Answer" and text]
         if len(problems) != 1 or not answers:
-            yield Mismatch(member.name, f"{len(problems)} 'Problem:' and {len(answers)} 'Answer:' blocks")
+            yield LayoutMismatch(member.name, f"{len(problems)} 'Problem:' and {len(answers)} 'Answer:' blocks")
             return
         for answer in answers if self.options.answers == "each" else answers[:1]:
-            yield render(member.name, problems[0], answer, self.options.loss)
+            yield render_question(member.name, problems[0], answer, self.options.loss)
 
 
 def _asked(record: dict[str, Any]) -> tuple[str | None, list[str] | None]:

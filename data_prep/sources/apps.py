@@ -12,41 +12,43 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from data_prep.documents import Document
-from data_prep.sources.archive import Member, text_of
-from data_prep.sources.layout import Mismatch
-from data_prep.sources.packed import reason
-from data_prep.sources.template import Loss, render
+from data_prep.sources.archive import Member, read_text
+from data_prep.sources.compression import describe_error
+from data_prep.sources.layout import LayoutMismatch
+from data_prep.sources.template import LossTarget, render_question
 
 
-def problems(found: Iterator[Member], solutions: int, loss: Loss) -> Iterator[Document | Mismatch]:
+def parse_problems(members: Iterator[Member], solutions: int, loss: LossTarget) -> Iterator[Document | LayoutMismatch]:
     """Yield up to `solutions` documents for each folder; its files must follow one another, as folders are packed."""
-    for folder, members in groupby(found, key=lambda member: member.name.rpartition("/")[0]):
-        files = {member.name.rpartition("/")[2]: text_of(member) for member in members}
+    for folder, group in groupby(members, key=lambda member: member.name.rpartition("/")[0]):
+        files = {member.name.rpartition("/")[2]: read_text(member) for member in group}
         bad = next((file for file in files.values() if file.text is None), None)
         if bad is not None:
             yield bad._replace(raw=None)
         elif "question.txt" not in files:
-            yield Mismatch(folder, f"{', '.join(sorted(files))} without question.txt")
+            yield LayoutMismatch(folder, f"{', '.join(sorted(files))} without question.txt")
         elif "solutions.json" not in files:
             yield Document(folder, None, problem="no solutions.json")
         else:
             yield from _problem(folder, {name: file.text or "" for name, file in files.items()}, solutions, loss)
 
 
-def _problem(folder: str, files: dict[str, str], solutions: int, loss: Loss) -> Iterator[Document | Mismatch]:
+def _problem(
+    folder: str, files: dict[str, str], solutions: int, loss: LossTarget
+) -> Iterator[Document | LayoutMismatch]:
     try:
         answers = json.loads(files["solutions.json"] or "[]")
     except (ValueError, RecursionError) as error:
-        yield Mismatch(f"{folder}/solutions.json", f"no JSON ({reason(error)})")
+        yield LayoutMismatch(f"{folder}/solutions.json", f"no JSON ({describe_error(error)})")
         return
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        yield Mismatch(f"{folder}/solutions.json", "JSON, but not a list of texts")
+        yield LayoutMismatch(f"{folder}/solutions.json", "JSON, but not a list of texts")
     elif not answers:
         yield Document(folder, None, problem="no solutions")
     else:
         question = _question(files)
         for answer in answers[:solutions]:
-            yield render(folder, question, answer, loss, gap="\n")
+            yield render_question(folder, question, answer, loss, gap="\n")
 
 
 def _question(files: dict[str, str]) -> str:

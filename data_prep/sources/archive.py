@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from data_prep.documents import Document, Unit
-from data_prep.sources.decode import decoded, printable
-from data_prep.sources.files import ARCHIVES, Find, Group, hidden, walk
-from data_prep.sources.lines import LINE_BYTES, lines
-from data_prep.sources.packed import DAMAGE, decompress, open_stream, reason
+from data_prep.sources.compression import READ_ERRORS, decompress, describe_error, open_stream
+from data_prep.sources.decode import decode_document, printable_name
+from data_prep.sources.files import ARCHIVES, FileFilter, FileGroup, is_hidden, walk_files
+from data_prep.sources.lines import MAX_LINE_BYTES, iterate_lines
 
-MEMBER_BYTES = 64 << 20
+MAX_MEMBER_BYTES = 64 << 20
 _END = bytes(1024)
 _SHOWN = 4
 _MEMBER_BUFFER = 1 << 16
@@ -38,60 +38,60 @@ class Member(NamedTuple):
     problem: str = ""
     start: int = 0
     stop: int = -1
-    apart: bool = False
+    independent: bool = False
 
 
-def members(unit: Unit | Group, find: Find, seen: list[str]) -> Iterator[Member]:
+def open_members(unit: Unit | FileGroup, file_filter: FileFilter, seen: list[str]) -> Iterator[Member]:
     """Yield the members of `unit` that `find` takes, and note the first few names met in `seen`.
 
     Raises one of `packed.DAMAGE` where a whole archive or its rest cannot be read.
     """
-    if isinstance(unit, Group):
-        return _group(unit, find)
+    if isinstance(unit, FileGroup):
+        return _open_group(unit, file_filter)
     if unit.path.name.endswith(".zip"):
-        return _zip(unit.path, find, seen)
+        return _open_zip(unit.path, file_filter, seen)
     if unit.path.name.endswith(ARCHIVES):
-        return _tar(unit.path, find, seen)
-    return _single(unit)
+        return _open_tar(unit.path, file_filter, seen)
+    return _open_single(unit)
 
 
-def content(member: Member, limit: int = MEMBER_BYTES) -> bytes | Document:
+def read_content(member: Member, limit: int = MAX_MEMBER_BYTES) -> bytes | Document:
     """Return all bytes of `member`, or a document that says why not: damaged, or above `limit` bytes."""
     if member.file is None:
         return Document(member.name, None, problem=member.problem)
     try:
         data = _read(member.file, limit)
-    except DAMAGE as error:
-        if not member.apart:
+    except READ_ERRORS as error:
+        if not member.independent:
             raise
-        return Document(member.name, None, problem=reason(error))
+        return Document(member.name, None, problem=describe_error(error))
     if len(data) > limit:
         return Document(member.name, None, problem=f"larger than {limit >> 20} MiB")
     return data
 
 
-def text_of(member: Member) -> Document:
+def read_text(member: Member) -> Document:
     """Return `member` as one document."""
-    data = content(member)
-    return decoded(member.name, data) if isinstance(data, bytes) else data
+    data = read_content(member)
+    return decode_document(member.name, data) if isinstance(data, bytes) else data
 
 
-def lines_of(member: Member) -> Iterator[tuple[str, bytes] | Document]:
+def read_lines(member: Member) -> Iterator[tuple[str, bytes] | Document]:
     """Yield (name, line with its end) of each line, or a document that says why a line or the rest cannot be read."""
     if member.file is None:
         yield Document(member.name, None, problem=member.problem)
         return
     try:
-        for offset, line in lines(member.file, member.start, member.stop):
+        for offset, line in iterate_lines(member.file, member.start, member.stop):
             name = f"{member.name} byte {offset}"
             if line is None:
-                yield Document(name, None, problem=f"a line above {LINE_BYTES >> 20} MiB")
+                yield Document(name, None, problem=f"a line above {MAX_LINE_BYTES >> 20} MiB")
             else:
                 yield name, line
-    except DAMAGE as error:
-        if not member.apart:
+    except READ_ERRORS as error:
+        if not member.independent:
             raise
-        yield Document(member.name, None, problem=reason(error))
+        yield Document(member.name, None, problem=describe_error(error))
 
 
 def _read(file: BinaryIO, limit: int) -> bytes:
@@ -104,29 +104,29 @@ def _read(file: BinaryIO, limit: int) -> bytes:
     return b"".join(blocks)
 
 
-def _single(unit: Unit) -> Iterator[Member]:
+def _open_single(unit: Unit) -> Iterator[Member]:
     with open_stream(unit.path) as file:
         if unit.start:
             file.seek(unit.start)
         name = unit.name.rpartition("@")[0] if unit.stop >= 0 else unit.name
-        yield Member(printable(name), file, start=unit.start, stop=unit.stop)
+        yield Member(printable_name(name), file, start=unit.start, stop=unit.stop)
 
 
-def _group(group: Group, find: Find) -> Iterator[Member]:
-    for below, _ in walk(group.path, group.first, group.last, find.skip):
+def _open_group(group: FileGroup, file_filter: FileFilter) -> Iterator[Member]:
+    for below, _ in walk_files(group.path, group.first, group.last, file_filter.skipped_folders):
         name = f"{group.label}/{below}"
-        if name.endswith(ARCHIVES) or not find.takes(name):
+        if name.endswith(ARCHIVES) or not file_filter.matches(name):
             continue
         try:
             file = open_stream(group.path / below)
-        except DAMAGE as error:
-            yield Member(printable(name), None, reason(error))
+        except READ_ERRORS as error:
+            yield Member(printable_name(name), None, describe_error(error))
             continue
         with file:
-            yield Member(printable(name), file, apart=True)
+            yield Member(printable_name(name), file, independent=True)
 
 
-def _tar(path: Path, find: Find, seen: list[str]) -> Iterator[Member]:
+def _open_tar(path: Path, file_filter: FileFilter, seen: list[str]) -> Iterator[Member]:
     _check_end(path)
     with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER) as archive:
         while (info := archive.next()) is not None:
@@ -135,27 +135,27 @@ def _tar(path: Path, find: Find, seen: list[str]) -> Iterator[Member]:
             name = _member_name(info.name)
             if not info.isfile() or not name:
                 continue
-            _note(seen, name)
-            if find.takes(name):
+            _record_name(seen, name)
+            if file_filter.matches(name):
                 file = archive.extractfile(info)
                 assert file is not None  # a regular file has content
-                yield Member(name, _unpacked(name, cast(BinaryIO, file)))
+                yield Member(name, _decompress_member(name, cast(BinaryIO, file)))
 
 
-def _zip(path: Path, find: Find, seen: list[str]) -> Iterator[Member]:
+def _open_zip(path: Path, file_filter: FileFilter, seen: list[str]) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
         named = {_member_name(info.filename): info for info in archive.infolist() if not info.is_dir()}
         for name in sorted((name for name in named if name), key=lambda name: name.split("/")):
-            _note(seen, name)
-            if not find.takes(name):
+            _record_name(seen, name)
+            if not file_filter.matches(name):
                 continue
             try:
-                file = _unpacked(name, cast(BinaryIO, archive.open(named[name])))
-            except (*DAMAGE, RuntimeError) as error:  # RuntimeError: encrypted
-                yield Member(name, None, reason(error), apart=True)
+                file = _decompress_member(name, cast(BinaryIO, archive.open(named[name])))
+            except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: encrypted
+                yield Member(name, None, describe_error(error), independent=True)
                 continue
             with file:
-                yield Member(name, file, apart=True)
+                yield Member(name, file, independent=True)
 
 
 def _check_end(path: Path) -> None:
@@ -170,15 +170,15 @@ def _check_end(path: Path) -> None:
             raise EOFError("no end mark: not a tar archive, or cut off")
 
 
-def _unpacked(name: str, file: BinaryIO) -> BinaryIO:
+def _decompress_member(name: str, file: BinaryIO) -> BinaryIO:
     return decompress(io.BufferedReader(cast(io.RawIOBase, file), _MEMBER_BUFFER), name)
 
 
 def _member_name(name: str) -> str:
-    parts = [part for part in printable(name).split("/") if part not in ("", ".", "..")]
-    return "" if any(map(hidden, parts)) else "/".join(parts)
+    parts = [part for part in printable_name(name).split("/") if part not in ("", ".", "..")]
+    return "" if any(map(is_hidden, parts)) else "/".join(parts)
 
 
-def _note(seen: list[str], name: str) -> None:
+def _record_name(seen: list[str], name: str) -> None:
     if len(seen) < _SHOWN:
         seen.append(name)

@@ -22,14 +22,14 @@ from data_prep.sources.text import Text
 from kabrn_dist.utils.errors import UserError
 
 _SOURCES: tuple[type[FileSource], ...] = (M2D2, Math, Amps, Code, OpenQA, Text, Jsonl, Parquet, PythonStdlib)
-KINDS = {source.kind: source for source in _SOURCES}
+SOURCE_CLASSES = {source.kind: source for source in _SOURCES}
 
 
-def make_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -> DataSource:
+def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -> DataSource:
     """Return the source of `kind` over `inputs`. Raises UserError for an unknown kind and unknown or wrong options."""
-    if kind not in KINDS:
-        raise UserError(f"source {kind!r}: no such kind; choose from {', '.join(KINDS)}.")
-    settings = KINDS[kind].settings
+    if kind not in SOURCE_CLASSES:
+        raise UserError(f"source {kind!r}: no such kind; choose from {', '.join(SOURCE_CLASSES)}.")
+    options_class = SOURCE_CLASSES[kind].options_class
     known = ", ".join(settings.model_fields) or "none"
     try:
         checked = settings.model_validate(dict(options))
@@ -41,4 +41,4 @@ def make_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -
         words = first["msg"].removeprefix("Value error, ")
         given = f" is {first['input']!r}" if name else ""
         raise UserError(f"source {kind}: {f'option {name!r}{given}: ' if name else ''}{words}.") from error
-    return KINDS[kind](inputs, checked)
+    return SOURCE_CLASSES[kind](inputs, checked)

@@ -18,13 +18,13 @@ from typing import Literal
 from pydantic import model_validator
 
 from data_prep.documents import Document
-from data_prep.sources.apps import problems
-from data_prep.sources.archive import Member, content
-from data_prep.sources.base import FileSource, Options, records_of
-from data_prep.sources.decode import decoded, document, spans_from
-from data_prep.sources.files import Find, no_archive
-from data_prep.sources.layout import Mismatch, guess_keys
-from data_prep.sources.template import Loss, render
+from data_prep.sources.apps import parse_problems
+from data_prep.sources.archive import Member, read_content
+from data_prep.sources.base import FileSource, SourceOptions, read_json_lines
+from data_prep.sources.decode import decode_document, make_document, make_spans
+from data_prep.sources.files import FileFilter, reject_archives
+from data_prep.sources.layout import LayoutMismatch, describe_record
+from data_prep.sources.template import LossTarget, render_question
 
 _LANGUAGES = """
 .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .jsx .ts .tsx .go .rs .rb .php .swift .cs .m .jl .r .R
@@ -43,7 +43,7 @@ _LINE_MOST = 5000
 _JSONL = ("humaneval", "mbpp")
 
 
-class CodeOptions(Options):
+class CodeOptions(SourceOptions):
     """`extensions` empty: a list of common languages. `split` and `solutions` (how many a problem) are for APPS."""
 
     layout: Literal["tree", "humaneval", "mbpp", "apps"] = "tree"
@@ -51,7 +51,7 @@ class CodeOptions(Options):
     max_kb: int = 1024
     split: Literal["train", "test", "all"] = "train"
     solutions: int = 1
-    loss: Loss = "all"
+    loss: LossTarget = "all"
 
     @model_validator(mode="after")
     def _fits(self) -> CodeOptions:
@@ -71,20 +71,20 @@ class Code(FileSource):
         ".jsonl with 'text' and 'code' | {train,test}/<id>/question.txt and solutions.json"
     )
     license = "HumanEval and APPS MIT, MBPP CC-BY-4.0; of other code that of its files"
-    settings = CodeOptions
+    options_class = CodeOptions
     endings = ()
 
-    def find(self) -> Find:
+    def file_filter(self) -> FileFilter:
         """Return the files of the layout; APPS problems stay whole."""
         layout = self.options.layout
         if layout in _JSONL:
-            return Find((".jsonl",), self.wants)
+            return FileFilter((".jsonl",), self.accepts)
         if layout == "apps":
-            return Find((".txt", ".json", ".py"), self.wants, together=_folder)
+            return FileFilter((".txt", ".json", ".py"), self.accepts, group_key=_folder)
         dotted = tuple("." + extension.lstrip(".") for extension in self.options.extensions)
-        return Find(dotted or _EXTENSIONS, self.wants, archive=no_archive, skip=_VENDORED)
+        return FileFilter(dotted or _EXTENSIONS, self.accepts, accepts_archive=reject_archives, skipped_folders=_VENDORED)
 
-    def wants(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Leave out vendored and generated files; take the split of APPS."""
         parts = name.split("/")
         if self.options.layout == "apps":
@@ -92,29 +92,29 @@ class Code(FileSource):
             return right and parts[-1] in ("question.txt", "solutions.json", "starter_code.py")
         return self.options.layout in _JSONL or (_VENDORED.isdisjoint(parts[1:-1]) and not name.endswith(_MINIFIED))
 
-    def gather(self, found: Iterator[Member]) -> Iterator[Document | Mismatch]:
+    def parse_members(self, members: Iterator[Member]) -> Iterator[Document | LayoutMismatch]:
         """Yield the documents of a unit's files."""
         if self.options.layout == "apps":
-            return problems(found, self.options.solutions, self.options.loss)
-        return super().gather(found)
+            return parse_problems(members, self.options.solutions, self.options.loss)
+        return super().parse_members(found)
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield the documents of one file."""
         if self.options.layout == "tree":
             yield from self._source_file(member)
             return
-        for item in records_of(member):
-            if isinstance(item, Document | Mismatch):
+        for item in read_json_lines(member):
+            if isinstance(item, Document | LayoutMismatch):
                 yield item
             else:
                 yield (_humaneval if self.options.layout == "humaneval" else _mbpp)(*item, self.options.loss)
 
     def _source_file(self, member: Member) -> Iterator[Document]:
-        data = content(member)
+        data = read_content(member)
         if isinstance(data, Document):
             yield data
         elif len(data) <= self.options.max_kb << 10 and b"\0" not in data and not _machine_made(data):
-            yield decoded(member.name, data)
+            yield decode_document(member.name, data)
 
 
 def _machine_made(data: bytes) -> bool:
@@ -122,23 +122,23 @@ def _machine_made(data: bytes) -> bool:
     return len(data) / count > _LINE_MEAN or max(map(len, data.split(b"\n"))) > _LINE_MOST
 
 
-def _humaneval(name: str, record: dict[str, object], loss: Loss) -> Document | Mismatch:
+def _humaneval(name: str, record: dict[str, object], loss: LossTarget) -> Document | LayoutMismatch:
     prompt, solution = record.get("prompt"), record.get("canonical_solution")
     if not isinstance(prompt, str) or not isinstance(solution, str):
-        return Mismatch(name, guess_keys(record))
+        return LayoutMismatch(name, describe_record(record))
     text = prompt + solution
-    return document(name, text, spans=spans_from(len(prompt), text, loss == "answer"))
+    return make_document(name, text, spans=make_spans(len(prompt), text, loss == "answer"))
 
 
-def _mbpp(name: str, record: dict[str, object], loss: Loss) -> Document | Mismatch:
+def _mbpp(name: str, record: dict[str, object], loss: LossTarget) -> Document | LayoutMismatch:
     # The hand-checked release calls the question "prompt".
     question, code, tests = record.get("text", record.get("prompt")), record.get("code"), record.get("test_list", [])
     if not isinstance(question, str) or not isinstance(code, str) or not isinstance(tests, list):
-        return Mismatch(name, guess_keys(record))
+        return LayoutMismatch(name, describe_record(record))
     asked = "\n".join(
         [question.strip(), "Your code should pass these tests:", *map(str, tests)] if tests else [question]
     )
-    return render(name, asked, code.replace("\r\n", "\n"), loss, gap="\n")
+    return render_question(name, asked, code.replace("\r\n", "\n"), loss, gap="\n")
 
 
 def _folder(name: str) -> str:

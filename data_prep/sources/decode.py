@@ -11,7 +11,7 @@ _LOOK_BYTES = 8192
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
-def document(name: str, text: str, *, spans: tuple[Span, ...] | None = None, key: str | None = None) -> Document:
+def make_document(name: str, text: str, *, spans: tuple[Span, ...] | None = None, key: str | None = None) -> Document:
     """Return a document of `text`, or one without text where it holds half a surrogate pair (JSON can name one)."""
     try:
         text.encode()
@@ -22,7 +22,7 @@ def document(name: str, text: str, *, spans: tuple[Span, ...] | None = None, key
     return Document(name, text, spans, key)
 
 
-def decoded(name: str, content: bytes) -> Document:
+def decode_document(name: str, content: bytes) -> Document:
     """Return a document of UTF-8 `content` as it is, byte for byte, or one that says why it is no text."""
     if content.startswith(_WIDE):
         return Document(name, None, problem="UTF-16 or UTF-32, not UTF-8", raw=_small(content))
@@ -35,12 +35,12 @@ def decoded(name: str, content: bytes) -> Document:
         return Document(name, None, problem=problem, raw=_small(content))
 
 
-def spans_from(start: int, text: str, masked: bool) -> tuple[Span, ...] | None:
+def make_spans(start: int, text: str, masked: bool) -> tuple[Span, ...] | None:
     """Return the span from `start` to the end of `text` if `masked`, else None: all of it carries loss."""
     return (Span(start, len(text)),) if masked else None
 
 
-def printable(name: str) -> str:
+def printable_name(name: str) -> str:
     """Return a file's name as valid Unicode; bytes that are not UTF-8 become U+FFFD."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.documents import Unit
-from data_prep.sources.lines import cuts
-from data_prep.sources.packed import PACKED, reason
+from data_prep.sources.compression import COMPRESSED_ENDINGS, describe_error
+from data_prep.sources.lines import find_cuts
 from kabrn_dist.utils.errors import UserError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".zip")
@@ -17,7 +17,7 @@ UNIT_BYTES = 8 << 20
 _SHOWN = 4
 
 
-class Group(NamedTuple):
+class FileGroup(NamedTuple):
     """A unit of many small files: those wanted in the folder `path` from `first` to `last`, in the order of `walk`.
 
     `label` is what the names of its files begin with.
@@ -31,7 +31,7 @@ class Group(NamedTuple):
     last: str
 
 
-class Find(NamedTuple):
+class FileFilter(NamedTuple):
     """What counts as a file of a source.
 
     Files end in one of `endings` (also packed) and `wants` their name (with the input's own name before it). Plain
@@ -42,40 +42,40 @@ class Find(NamedTuple):
     """
 
     endings: tuple[str, ...]
-    wants: Callable[[str], bool]
-    cut: bytes | None = None
-    together: Callable[[str], str] | None = None
-    archive: Callable[[str], bool] | None = None
-    alone: bool = False
-    skip: frozenset[str] = frozenset()
+    accepts: Callable[[str], bool]
+    boundary: bytes | None = None
+    group_key: Callable[[str], str] | None = None
+    accepts_archive: Callable[[str], bool] | None = None
+    file_per_unit: bool = False
+    skipped_folders: frozenset[str] = frozenset()
 
-    def takes(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
         """Return whether a file or archive member of this name is read."""
-        return ends_in(name, self.endings) and self.wants(name)
+        return has_ending(name, self.endings) and self.accepts(name)
 
 
-def find_units(inputs: Sequence[Path], find: Find, unit_bytes: int = UNIT_BYTES) -> list[Unit | Group]:
+def list_units(inputs: Sequence[Path], file_filter: FileFilter, unit_bytes: int = UNIT_BYTES) -> list[Unit | FileGroup]:
     """Return the units of `inputs` (files, archives, folders of both), sorted by name.
 
     A file given by name need not be `wanted`, only end rightly. Raises UserError for a path that is absent, of
     another type, or given twice, and for a folder that cannot be read; a folder may give no units.
     """
-    units: list[Unit | Group] = []
-    for path, label in _labels(inputs).items():
+    units: list[Unit | FileGroup] = []
+    for path, label in _label_inputs(inputs).items():
         try:
             if path.is_dir():
-                units += _folder(path, label, find, unit_bytes)
+                units += _list_folder_units(path, label, file_filter, unit_bytes)
             else:
-                units += _file(path, label, path.stat().st_size, find, unit_bytes)
+                units += _list_file_units(path, label, path.stat().st_size, file_filter, unit_bytes)
         except FileNotFoundError as error:
             raise UserError(f"input {path}: no such file or folder.") from error
         except OSError as error:
-            raise UserError(f"input {error.filename or path}: cannot be read ({reason(error)}).") from error
+            raise UserError(f"input {error.filename or path}: cannot be read ({describe_error(error)}).") from error
     return sorted(units, key=lambda unit: unit.name)
 
 
-def walk(
-    folder: Path, first: str = "", last: str | None = None, skip: frozenset[str] = frozenset()
+def walk_files(
+    folder: Path, first: str = "", last: str | None = None, skipped_folders: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, int]]:
     """Yield (name below `folder`, bytes) of its files, folder by folder in sorted order, from `first` to `last`.
 
@@ -84,22 +84,22 @@ def walk(
     """
     from_parts = tuple(first.split("/")) if first else ()
     to_parts = None if last is None else tuple(last.split("/"))
-    yield from _walk(str(folder), (), from_parts, to_parts, skip)
+    yield from _walk(str(folder), (), from_parts, to_parts, skipped_folders)
 
 
-def ends_in(name: str, endings: tuple[str, ...]) -> bool:
+def has_ending(name: str, endings: tuple[str, ...]) -> bool:
     """Return whether `name` ends in one of `endings`, as it is or packed."""
-    for packed in PACKED:
+    for packed in COMPRESSED_ENDINGS:
         name = name.removesuffix(packed)
     return name.endswith(endings)
 
 
-def no_archive(name: str) -> bool:
+def reject_archives(name: str) -> bool:
     """Leave archives met in folders unread: in a tree of code they are data."""
     return False
 
 
-def hidden(part: str) -> bool:
+def is_hidden(part: str) -> bool:
     """Return whether this part of a path is hidden or macOS litter."""
     return part.startswith(".") or part == "__MACOSX"
 
@@ -108,7 +108,7 @@ def _walk(
     folder: str, above: tuple[str, ...], first: tuple[str, ...], last: tuple[str, ...] | None, skip: frozenset[str]
 ) -> Iterator[tuple[str, int]]:
     with os.scandir(folder) as listing:
-        entries = sorted((entry for entry in listing if not hidden(entry.name)), key=lambda entry: entry.name)
+        entries = sorted((entry for entry in listing if not is_hidden(entry.name)), key=lambda entry: entry.name)
     for entry in entries:
         parts = (*above, entry.name)
         if parts < first[: len(parts)] or (last is not None and parts > last[: len(parts)]):
@@ -126,54 +126,64 @@ def _circular(link: str) -> bool:
     return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
 
 
-def _folder(folder: Path, label: str, find: Find, unit_bytes: int) -> Iterator[Unit | Group]:
+def _list_folder_units(
+    folder: Path, label: str, file_filter: FileFilter, unit_bytes: int
+) -> Iterator[Unit | FileGroup]:
     names: list[str] = []
     size = 0
-    for name, count in walk(folder, skip=find.skip):
+    for name, count in walk_files(folder, skipped_folders=file_filter.skipped_folders):
         full = f"{label}/{name}"
         whole = full.endswith(ARCHIVES)
-        if whole and find.archive is not None and not find.archive(full):
+        if whole and file_filter.accepts_archive is not None and not file_filter.accepts_archive(full):
             continue
-        if not whole and not find.takes(full):
+        if not whole and not file_filter.matches(full):
             continue
-        alone = whole or find.alone or (count >= unit_bytes and (_boundary(full, find) or full.endswith(PACKED)))
-        apart = names and (find.together is None or find.together(names[-1]) != find.together(name))
+        alone = (
+            whole
+            or file_filter.file_per_unit
+            or (count >= unit_bytes and (_cut_boundary(full, file_filter) or full.endswith(COMPRESSED_ENDINGS)))
+        )
+        apart = names and (
+            file_filter.group_key is None or file_filter.group_key(names[-1]) != file_filter.group_key(name)
+        )
         if names and (alone or (size >= unit_bytes and apart)):
-            yield _group(folder, label, names, size)
+            yield _make_group(folder, label, names, size)
             names, size = [], 0
         if alone:
-            yield from _file(folder / name, full, count, find, unit_bytes)
+            yield from _list_file_units(folder / name, full, count, file_filter, unit_bytes)
         else:
             # Only the ends name the group: a list of millions of names would fill the memory.
             names, size = [names[0] if names else name, name], size + count
     if names:
-        yield _group(folder, label, names, size)
+        yield _make_group(folder, label, names, size)
 
 
-def _group(folder: Path, label: str, names: list[str], size: int) -> Group:
-    return Group(folder, f"{label}/{names[0]}", size, label, names[0], names[-1])
+def _make_group(folder: Path, label: str, names: list[str], size: int) -> FileGroup:
+    return FileGroup(folder, f"{label}/{names[0]}", size, label, names[0], names[-1])
 
 
-def _file(path: Path, name: str, size: int, find: Find, unit_bytes: int) -> Iterator[Unit]:
+def _list_file_units(path: Path, name: str, size: int, file_filter: FileFilter, unit_bytes: int) -> Iterator[Unit]:
     if name.endswith(ARCHIVES):
         yield Unit(path, name, size)
-    elif not ends_in(path.name, find.endings):
-        raise UserError(f"input {path}: unknown file type; give {', '.join((*find.endings, *ARCHIVES))} or folders.")
-    elif (boundary := _boundary(name, find)) is None or size <= unit_bytes:
+    elif not has_ending(path.name, file_filter.endings):
+        raise UserError(
+            f"input {path}: unknown file type; give {', '.join((*file_filter.endings, *ARCHIVES))} or folders."
+        )
+    elif (boundary := _cut_boundary(name, file_filter)) is None or size <= unit_bytes:
         yield Unit(path, name, size)
     else:
         # Digits of one width: sorted by name is sorted by place.
-        for start, stop in cuts(path, size, unit_bytes, boundary):
+        for start, stop in find_cuts(path, size, unit_bytes, boundary):
             yield Unit(path, f"{name}@{start:015d}", stop - start, start, stop)
 
 
-def _boundary(name: str, find: Find) -> bytes | None:
-    if name.endswith(PACKED):
+def _cut_boundary(name: str, file_filter: FileFilter) -> bytes | None:
+    if name.endswith(COMPRESSED_ENDINGS):
         return None
-    return b"\n" if name.endswith(".jsonl") else find.cut
+    return b"\n" if name.endswith(".jsonl") else file_filter.boundary
 
 
-def _labels(inputs: Sequence[Path]) -> dict[Path, str]:
+def _label_inputs(inputs: Sequence[Path]) -> dict[Path, str]:
     paths = [Path(os.path.abspath(path)) for path in inputs]
     twice = [path for path in paths if paths.count(path) > 1]
     if twice:
@@ -186,11 +196,11 @@ def _labels(inputs: Sequence[Path]) -> dict[Path, str]:
     return dict(zip(inputs, labels, strict=True)) if paths else {}
 
 
-def found_names(inputs: Sequence[Path]) -> list[str]:
+def list_example_names(inputs: Sequence[Path]) -> list[str]:
     """Return a few names of the files under `inputs`, for messages."""
     names: list[str] = []
     for path in inputs:
-        for name, _ in walk(path) if path.is_dir() else [(path.name, 0)]:
+        for name, _ in walk_files(path) if path.is_dir() else [(path.name, 0)]:
             names.append(name)
             if len(names) >= _SHOWN:
                 return names

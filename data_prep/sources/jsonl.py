@@ -13,20 +13,20 @@ from pydantic import model_validator
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member
-from data_prep.sources.base import FileSource, Options, records_of
-from data_prep.sources.decode import document
-from data_prep.sources.layout import Mismatch, guess_keys
-from data_prep.sources.template import Loss, render
+from data_prep.sources.base import FileSource, SourceOptions, read_json_lines
+from data_prep.sources.decode import make_document
+from data_prep.sources.layout import LayoutMismatch, describe_record
+from data_prep.sources.template import LossTarget, render_question
 
 
-class FieldOptions(Options):
+class FieldOptions(SourceOptions):
     """Names of fields: `field`, or `question` and `answer`, which are rendered. `key` joins parallel texts."""
 
     field: str = "text"
     key: str | None = None
     question: str | None = None
     answer: str | None = None
-    loss: Loss = "all"
+    loss: LossTarget = "all"
 
     @model_validator(mode="after")
     def _pair(self) -> FieldOptions:
@@ -38,7 +38,7 @@ class FieldOptions(Options):
             raise ValueError("loss: answer needs question and answer; name both fields")
         return self
 
-    def texts(self) -> list[str]:
+    def text_fields(self) -> list[str]:
         """Return the names of the one or two fields that make the text."""
         return [self.field] if self.question is None or self.answer is None else [self.question, self.answer]
 
@@ -49,23 +49,25 @@ class Jsonl(FileSource):
     kind = "jsonl"
     expected = "one JSON object a line with the fields that the options name (field: text)"
     endings = (".jsonl",)
-    settings = FieldOptions
+    options_class = FieldOptions
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield a document a line."""
-        for item in records_of(member):
-            yield item if isinstance(item, Document | Mismatch) else from_fields(*item, self.options)
+        for item in read_json_lines(member):
+            yield (
+                item if isinstance(item, Document | LayoutMismatch) else make_document_from_fields(*item, self.options)
+            )
 
 
-def from_fields(name: str, record: Mapping[str, Any], options: FieldOptions) -> Document | Mismatch:
+def make_document_from_fields(name: str, record: Mapping[str, Any], options: FieldOptions) -> Document | LayoutMismatch:
     """Return the document that the named fields of `record` make. Keys may be numbers."""
     key = record.get(options.key) if options.key is not None else None
     key = str(key) if isinstance(key, int) else key
     if options.key is not None and not isinstance(key, str):
-        return Mismatch(name, f"no text under {options.key!r} but {guess_keys(record)}")
-    for field in options.texts():
+        return LayoutMismatch(name, f"no text under {options.key!r} but {describe_record(record)}")
+    for field in options.text_fields():
         if not isinstance(record.get(field), str):
-            return Mismatch(name, f"no text under {field!r} but {guess_keys(record)}")
+            return LayoutMismatch(name, f"no text under {field!r} but {describe_record(record)}")
     if options.question is None or options.answer is None:
-        return document(name, record[options.field], key=key)
-    return render(name, record[options.question], record[options.answer], options.loss, key=key)
+        return make_document(name, record[options.field], key=key)
+    return render_question(name, record[options.question], record[options.answer], options.loss, key=key)

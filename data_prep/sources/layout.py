@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-class Mismatch(NamedTuple):
+class LayoutMismatch(NamedTuple):
     """A file or line `name` that can be read but has another layout; `found` says which."""
 
     name: str
-    found: str
+    description: str
 
 
 _BY_NAME = (
@@ -37,7 +37,7 @@ _BY_KEYS = (
 )
 
 
-def guess_names(names: Sequence[str]) -> str:
+def guess_source(names: Sequence[str]) -> str:
     """Return the source (and option) whose layout has names like these, or ""."""
     for pattern, kind in _BY_NAME:
         if any(re.search(pattern, name, re.IGNORECASE) for name in names):
@@ -45,7 +45,7 @@ def guess_names(names: Sequence[str]) -> str:
     return ""
 
 
-def guess_keys(record: object) -> str:
+def describe_record(record: object) -> str:
     """Return what a JSON `record` holds, and "; it looks like …" for the source that reads such records."""
     if not isinstance(record, Mapping):
         return f"a {type(record).__name__}"

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 64 << 20
 _LOOK_BYTES = 1 << 16
 
 
-def lines(
-    file: BinaryIO, start: int = 0, stop: int = -1, limit: int = LINE_BYTES
+def iterate_lines(
+    file: BinaryIO, start: int = 0, stop: int = -1, limit: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[int, bytes | None]]:
     """Yield (offset, line with its line end) of the lines that begin in [start, stop); `file` stands at `start`.
 
@@ -32,7 +32,7 @@ def lines(
         yield begin, None
 
 
-def cuts(path: Path, size: int, unit_bytes: int, boundary: bytes = b"\n") -> list[tuple[int, int]]:
+def find_cuts(path: Path, size: int, unit_bytes: int, boundary: bytes = b"\n") -> list[tuple[int, int]]:
     """Return ranges [start, stop) of about `unit_bytes` that cover `path`, each cut right after a `boundary`.
 
     Reads only from each cut to the next boundary.

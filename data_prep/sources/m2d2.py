@@ -17,14 +17,14 @@ from pydantic import field_validator
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member
-from data_prep.sources.base import FileSource, Options
-from data_prep.sources.files import ARCHIVES, Find
-from data_prep.sources.layout import Mismatch
-from data_prep.sources.m2d2_domains import DOMAINS, official
-from data_prep.sources.text import text_lines
+from data_prep.sources.base import FileSource, SourceOptions
+from data_prep.sources.files import ARCHIVES, FileFilter
+from data_prep.sources.layout import LayoutMismatch
+from data_prep.sources.m2d2_domains import DOMAINS, official_name
+from data_prep.sources.text import parse_text_lines
 
 
-class M2D2Options(Options):
+class M2D2Options(SourceOptions):
     """`domains`: empty takes all that are there."""
 
     split: Literal["train", "valid", "test", "all"] = "train"
@@ -34,10 +34,10 @@ class M2D2Options(Options):
     @classmethod
     def _known(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
         for domain in domains:
-            if official(domain) not in DOMAINS:
+            if official_name(domain) not in DOMAINS:
                 near = difflib.get_close_matches(domain, DOMAINS, 3, 0.5)
                 raise ValueError(f"no domain {domain!r}; near are {', '.join(near) or 'none'}, such as cs.CL or Art")
-        return tuple(map(official, domains))
+        return tuple(map(official_name, domains))
 
 
 class M2D2(FileSource):
@@ -47,26 +47,26 @@ class M2D2(FileSource):
     expected = "{domain}.tar.gz with {domain}/train.txt, valid.txt and test.txt, or such folders"
     endings = (".txt",)
     license = "CC-BY-NC-4.0 (not for commercial use)"
-    settings = M2D2Options
+    options_class = M2D2Options
 
-    def find(self) -> Find:
+    def file_filter(self) -> FileFilter:
         """Cut between lines; leave whole archives of other domains unread."""
-        return super().find()._replace(cut=b"\n", archive=self._archive)
+        return super().file_filter()._replace(boundary=b"\n", accepts_archive=self._archive)
 
-    def wants(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Take the files of the split and the domains that were asked for."""
         parts = name.split("/")
         splits = ("train", "valid", "test") if self.options.split == "all" else (self.options.split,)
-        domain = official(parts[-2]) if len(parts) > 1 else ""
+        domain = official_name(parts[-2]) if len(parts) > 1 else ""
         return parts[-1] in {f"{split}.txt" for split in splits} and domain in (self.options.domains or (domain,))
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield a document a line."""
-        return text_lines(member)
+        return parse_text_lines(member)
 
     def _archive(self, name: str) -> bool:
         stem = name.rpartition("/")[2]
         for ending in sorted(ARCHIVES, key=len, reverse=True):
             stem = stem.removesuffix(ending)
-        domain = official(stem)
+        domain = official_name(stem)
         return not self.options.domains or domain in self.options.domains or domain not in DOMAINS

@@ -60,7 +60,7 @@ DOMAINS = frozenset(
 )
 
 
-def official(name: str) -> str:
+def official_name(name: str) -> str:
     """Return the published spelling of a domain's name; names that are spelt as published stay."""
     topic, bar, part = name.partition("__")
     return _SPELT.get(topic, topic) + bar + part

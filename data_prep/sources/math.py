@@ -12,20 +12,20 @@ from typing import Literal
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member
-from data_prep.sources.base import FileSource, Options, parse_record
-from data_prep.sources.layout import Mismatch, guess_keys
-from data_prep.sources.template import Loss, render
+from data_prep.sources.base import FileSource, SourceOptions, parse_json_file
+from data_prep.sources.layout import LayoutMismatch, describe_record
+from data_prep.sources.template import LossTarget, render_question
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed (?=[^\s{])")
 
 
-class MathOptions(Options):
+class MathOptions(SourceOptions):
     """`answer`: the whole solution, or what its last box holds. `levels`: empty takes all, also "Level ?"."""
 
     split: Literal["train", "test", "all"] = "train"
     answer: Literal["full", "final"] = "full"
     levels: tuple[Literal[1, 2, 3, 4, 5], ...] = ()
-    loss: Loss = "all"
+    loss: LossTarget = "all"
 
 
 class Math(FileSource):
@@ -35,36 +35,36 @@ class Math(FileSource):
     expected = "{train,test}/<subject>/<n>.json with 'problem' and 'solution' (MATH, folder or archive)"
     endings = (".json",)
     license = "MIT"
-    settings = MathOptions
+    options_class = MathOptions
 
-    def wants(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Take the files of the split that was asked for."""
         parts = name.split("/")
         if self.options.split == "all":
             return True
         return len(parts) >= 3 and parts[-3] == self.options.split
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield the problem, nothing if it is of another level."""
-        record = parse_record(member)
-        if isinstance(record, Document | Mismatch):
+        record = parse_json_file(member)
+        if isinstance(record, Document | LayoutMismatch):
             yield record
             return
         fields = record if isinstance(record, dict) else {}
         problem, solution = fields.get("problem"), fields.get("solution")
         if not isinstance(problem, str) or not isinstance(solution, str):
-            yield Mismatch(member.name, guess_keys(record))
+            yield LayoutMismatch(member.name, describe_record(record))
             return
         if self.options.levels and fields.get("level") not in [f"Level {n}" for n in self.options.levels]:
             return
-        answer = last_boxed(solution) if self.options.answer == "final" else solution
+        answer = find_last_boxed(solution) if self.options.answer == "final" else solution
         if answer is None:
             yield Document(member.name, None, problem="no \\boxed{} in the solution")
         else:
-            yield render(member.name, problem, answer, self.options.loss)
+            yield render_question(member.name, problem, answer, self.options.loss)
 
 
-def last_boxed(solution: str) -> str | None:
+def find_last_boxed(solution: str) -> str | None:
     r"""Return what the last `\boxed{…}` or `\fbox{…}` holds (braces matched), or None.
 
     `\boxed 7` without braces holds the rest up to the closing dollar, as lm-eval reads it.

@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member
-from data_prep.sources.base import FileSource, Options, records_of
-from data_prep.sources.layout import Mismatch, guess_keys
-from data_prep.sources.template import Loss, render
+from data_prep.sources.base import FileSource, SourceOptions, read_json_lines
+from data_prep.sources.layout import LayoutMismatch, describe_record
+from data_prep.sources.template import LossTarget, render_question
 
 _SPLIT_WORDS = {"train": {"train"}, "valid": {"dev", "val", "valid", "validation"}, "test": {"test"}}
 _MARK = re.compile(r"<<[^<>]*>>")
 _FINAL = "####"
 
 
-class OpenQAOptions(Options):
+class OpenQAOptions(SourceOptions):
     """`split` picks files in folders and archives by name (one given by name is read in any case).
 
     `marks`: GSM8K's calculator marks. `answer`: its whole solution, or the number after "####". `answers`: the first
@@ -35,7 +35,7 @@ class OpenQAOptions(Options):
     marks: Literal["keep", "strip"] = "keep"
     answer: Literal["full", "final"] = "full"
     answers: Literal["first", "each"] = "first"
-    loss: Loss = "all"
+    loss: LossTarget = "all"
 
 
 class OpenQA(FileSource):
@@ -48,30 +48,30 @@ class OpenQA(FileSource):
     )
     endings = (".jsonl",)
     license = "NQ-open CC-BY-SA-3.0, GSM8K MIT"
-    settings = OpenQAOptions
+    options_class = OpenQAOptions
 
-    def wants(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Take files whose name has a word of the split; one that names no split counts as train."""
         words = set(re.split(r"[^a-z]+", name.rpartition("/")[2].lower()))
         named = {split for split, known in _SPLIT_WORDS.items() if known & words} or {"train"}
         return self.options.split == "all" or self.options.split in named
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield a document for each question (and answer)."""
-        for item in records_of(member):
-            if isinstance(item, Document | Mismatch):
+        for item in read_json_lines(member):
+            if isinstance(item, Document | LayoutMismatch):
                 yield item
                 continue
             name, record = item
             asked = _question(record)
             answers = self._answers(record)
             if asked is None or answers is None:
-                yield Mismatch(name, guess_keys(record))
+                yield LayoutMismatch(name, describe_record(record))
                 continue
             if not answers:
                 yield Document(name, None, problem="no answer")
             for answer in answers:
-                yield render(name, asked, answer, self.options.loss)
+                yield render_question(name, asked, answer, self.options.loss)
 
     def _answers(self, record: dict[str, Any]) -> list[str] | None:
         if isinstance(record.get("question"), dict):

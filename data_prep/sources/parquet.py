@@ -13,11 +13,11 @@ from typing import Any
 from data_prep.documents import Document, Unit
 from data_prep.sources.archive import Member
 from data_prep.sources.base import FileSource
-from data_prep.sources.decode import printable
-from data_prep.sources.files import Find, Group, no_archive
-from data_prep.sources.jsonl import FieldOptions, from_fields
-from data_prep.sources.layout import Mismatch
-from data_prep.sources.packed import reason
+from data_prep.sources.compression import describe_error
+from data_prep.sources.decode import printable_name
+from data_prep.sources.files import FileFilter, FileGroup, reject_archives
+from data_prep.sources.jsonl import FieldOptions, make_document_from_fields
+from data_prep.sources.layout import LayoutMismatch
 from kabrn_dist.utils.errors import UserError
 
 _ROWS = 256
@@ -30,17 +30,17 @@ class Parquet(FileSource):
     kind = "parquet"
     expected = ".parquet files with the columns that the options name (field: text)"
     endings = (".parquet",)
-    settings = FieldOptions
+    options_class = FieldOptions
 
-    def find(self) -> Find:
+    def file_filter(self) -> FileFilter:
         """Take each file alone, and no archives."""
-        return super().find()._replace(alone=True, archive=no_archive)
+        return super().file_filter()._replace(file_per_unit=True, accepts_archive=reject_archives)
 
-    def units(self) -> list[Unit | Group]:
+    def units(self) -> list[Unit | FileGroup]:
         """Return runs of row groups, sorted by name; a file that cannot be opened is one unit, and read says why."""
         return [part for unit in super().units() if isinstance(unit, Unit) for part in self._parts(unit)]
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Refuse a file as a stream."""
         raise UserError(f"{member.name}: a .parquet cannot be read from a stream; unpack it first.")
 
@@ -57,13 +57,13 @@ class Parquet(FileSource):
                 yield Unit(unit.path, f"{unit.name}@{start:015d}", size, start, group + 1)
                 start, size = group + 1, 0
 
-    def _read(self, unit: Unit | Group) -> Iterator[Document | Mismatch]:
+    def _read(self, unit: Unit | FileGroup) -> Iterator[Document | LayoutMismatch]:
         assert isinstance(unit, Unit)  # Find.alone makes no groups
         file = _open(unit.path)
         options = self.options
         wanted = [*options.texts(), *([] if options.key is None else [options.key])]
         columns = {column.name for column in file.schema_arrow}
-        name = printable(unit.name.rpartition("@")[0] or unit.name)
+        name = printable_name(unit.name.rpartition("@")[0] or unit.name)
         absent = [column for column in wanted if column not in columns]
         if absent:
             found = ", ".join(map(repr, sorted(columns)[:8]))
@@ -73,10 +73,10 @@ class Parquet(FileSource):
                 yield _document(f"{name} group {group} row {row}", record, options)
 
 
-def _document(name: str, record: dict[str, Any], options: FieldOptions) -> Document | Mismatch:
+def _document(name: str, record: dict[str, Any], options: FieldOptions) -> Document | LayoutMismatch:
     if any(value is None for value in record.values()):
         return Document(name, None, problem="an empty cell")
-    return from_fields(name, record, options)
+    return make_document_from_fields(name, record, options)
 
 
 def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -84,7 +84,7 @@ def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, An
         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
             yield from batch.to_pylist()
     except ValueError as error:  # what pyarrow's errors of format are, and text that is not UTF-8
-        raise OSError(reason(error)[:_WORDS]) from error
+        raise OSError(describe_error(error)[:_WORDS]) from error
 
 
 def _open(path: Path) -> Any:
@@ -95,4 +95,4 @@ def _open(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except ValueError as error:
-        raise OSError(f"no parquet ({reason(error)[:_WORDS]})") from error
+        raise OSError(f"no parquet ({describe_error(error)[:_WORDS]})") from error

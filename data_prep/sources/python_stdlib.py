@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.documents import Document
-from data_prep.sources.archive import Member, text_of
-from data_prep.sources.base import FileSource, Options
-from data_prep.sources.files import UNIT_BYTES, Find, no_archive
-from data_prep.sources.layout import Mismatch
+from data_prep.sources.archive import Member, read_text
+from data_prep.sources.base import FileSource, SourceOptions
+from data_prep.sources.files import UNIT_BYTES, FileFilter, reject_archives
+from data_prep.sources.layout import LayoutMismatch
 from kabrn_dist.utils.errors import UserError
 
 # Installed packages differ from machine to machine; test suites are large tables more than code.
@@ -24,18 +24,18 @@ class PythonStdlib(FileSource):
     expected = "the Python library's .py files"
     endings = (".py",)
     license = "PSF-2.0"
-    settings = Options
+    options_class = SourceOptions
 
-    def __init__(self, inputs: Sequence[Path], options: Options, unit_bytes: int = UNIT_BYTES) -> None:
+    def __init__(self, inputs: Sequence[Path], options: SourceOptions, unit_bytes: int = UNIT_BYTES) -> None:
         """Take no inputs; raises UserError for any."""
         if inputs:
             raise UserError(f"input {inputs[0]}: python-stdlib reads this Python's own library; drop the input.")
         super().__init__([Path(sysconfig.get_path("stdlib"))], options, unit_bytes)
 
-    def find(self) -> Find:
+    def file_filter(self) -> FileFilter:
         """Leave out tests and installed packages, and open no archives."""
-        return super().find()._replace(archive=no_archive, skip=_LEFT_OUT)
+        return super().file_filter()._replace(accepts_archive=reject_archives, skipped_folders=_LEFT_OUT)
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield the file, named without the library's folder, which differs between machines."""
-        yield text_of(member._replace(name=member.name.partition("/")[2]))
+        yield read_text(member._replace(name=member.name.partition("/")[2]))

@@ -13,16 +13,18 @@ from __future__ import annotations
 from typing import Literal
 
 from data_prep.documents import Document
-from data_prep.sources.decode import document, spans_from
+from data_prep.sources.decode import make_document, make_spans
 
-Loss = Literal["all", "answer"]
+LossTarget = Literal["all", "answer"]
 
 
-def render(name: str, question: str, answer: str, loss: Loss, *, gap: str = " ", key: str | None = None) -> Document:
+def render_question(
+    name: str, question: str, answer: str, loss: LossTarget, *, gap: str = " ", key: str | None = None
+) -> Document:
     """Return the document of one question; `gap` stands between "Answer:" and the answer (a line end before code).
 
     Blank space around question and answer is dropped.
     """
     prompt = f"Problem: {question.strip()}\nAnswer:"
     text = f"{prompt}{gap}{answer.strip()}"
-    return document(name, text, spans=spans_from(len(prompt), text, loss == "answer"), key=key)
+    return make_document(name, text, spans=make_spans(len(prompt), text, loss == "answer"), key=key)

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from typing import Literal
 
 from data_prep.documents import Document
-from data_prep.sources.archive import Member, lines_of, text_of
-from data_prep.sources.base import FileSource, Options, records_of
-from data_prep.sources.decode import decoded
-from data_prep.sources.files import Find, ends_in
-from data_prep.sources.jsonl import FieldOptions, from_fields
-from data_prep.sources.layout import Mismatch
+from data_prep.sources.archive import Member, read_lines, read_text
+from data_prep.sources.base import FileSource, SourceOptions, read_json_lines
+from data_prep.sources.decode import decode_document
+from data_prep.sources.files import FileFilter, has_ending
+from data_prep.sources.jsonl import FieldOptions, make_document_from_fields
+from data_prep.sources.layout import LayoutMismatch
 
 _PARAGRAPH_BYTES = 64 << 20
 
 
-class TextOptions(Options):
+class TextOptions(SourceOptions):
     """`unit`: what a document of a .txt is; `field`: the text in a line of a .jsonl."""
 
     unit: Literal["document", "line", "paragraph"] = "document"
@@ -32,39 +32,39 @@ class Text(FileSource):
     kind = "text"
     expected = ".txt or .jsonl files"
     endings = (".txt", ".jsonl")
-    settings = TextOptions
+    options_class = TextOptions
 
-    def find(self) -> Find:
+    def file_filter(self) -> FileFilter:
         """Cut a .txt between lines or paragraphs if these are the documents."""
-        cut = {"document": None, "line": b"\n", "paragraph": b"\n\n"}[self.options.unit]
-        return super().find()._replace(cut=cut)
+        boundary = {"document": None, "line": b"\n", "paragraph": b"\n\n"}[self.options.unit]
+        return super().file_filter()._replace(boundary=boundary)
 
-    def documents(self, member: Member) -> Iterator[Document | Mismatch]:
+    def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield the documents of one file."""
-        if ends_in(member.name, (".jsonl",)):
+        if has_ending(member.name, (".jsonl",)):
             fields = FieldOptions(field=self.options.field)
-            for item in records_of(member):
-                yield item if isinstance(item, Document | Mismatch) else from_fields(*item, fields)
+            for item in read_json_lines(member):
+                yield item if isinstance(item, Document | LayoutMismatch) else make_document_from_fields(*item, fields)
         elif self.options.unit == "document":
-            yield text_of(member)
+            yield read_text(member)
         elif self.options.unit == "line":
-            yield from text_lines(member)
+            yield from parse_text_lines(member)
         else:
             yield from _paragraphs(member)
 
 
-def text_lines(member: Member) -> Iterator[Document]:
+def parse_text_lines(member: Member) -> Iterator[Document]:
     """Yield a document for each line that is not blank, without its line end."""
-    for item in lines_of(member):
+    for item in read_lines(member):
         if isinstance(item, Document):
             yield item
         elif item[1].strip():
-            yield decoded(item[0], item[1].removesuffix(b"\n").removesuffix(b"\r"))
+            yield decode_document(item[0], item[1].removesuffix(b"\n").removesuffix(b"\r"))
 
 
 def _paragraphs(member: Member) -> Iterator[Document]:
     name, held, size = "", [], 0
-    for item in lines_of(member):
+    for item in read_lines(member):
         if isinstance(item, Document):
             yield item
             continue
@@ -84,4 +84,4 @@ def _paragraphs(member: Member) -> Iterator[Document]:
 def _paragraph(name: str, held: list[bytes], size: int) -> Document:
     if size > _PARAGRAPH_BYTES:
         return Document(name, None, problem=f"a paragraph above {_PARAGRAPH_BYTES >> 20} MiB")
-    return decoded(name, b"".join(held).removesuffix(b"\n").removesuffix(b"\r"))
+    return decode_document(name, b"".join(held).removesuffix(b"\n").removesuffix(b"\r"))

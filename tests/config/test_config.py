@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.recipe import load_recipe
-from data_prep.sources.build import make_source
+from data_prep.sources.build import build_source
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, load_config
 from kabrn_dist.utils.errors import UserError
@@ -311,7 +311,7 @@ def test_configs_load(path: Path) -> None:
 def test_recipes_load(path: Path) -> None:
     recipe = load_recipe(path)
     for source in recipe.sources:
-        assert make_source(source.kind, recipe.inputs(source), dict(source.options)).kind == source.kind
+        assert build_source(source.kind, recipe.input_paths(source), dict(source.options)).kind == source.kind
 
 
 @pytest.mark.parametrize("override", ["run.seed=7", "model.retention.decay=[1.5, 7]", "run.folder='runs/größe: x'"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_prep.inspect import inspect
+from data_prep.inspect import inspect_shards
 from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_checks import check_shard_files
 from kabrn_dist.data.index_io import index_fingerprint, read_index
@@ -200,7 +200,7 @@ def test_verify_reads_the_masks(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_every_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inspect(folder, 2)
+    inspect_shards(folder, 2)
     shown, index = capsys.readouterr().out, read_index(folder)
     assert "source random (random), weight 1\n" in shown
     assert "source more (random), weight 1, loss on a part of each document" in shown

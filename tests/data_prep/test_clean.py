@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data_prep.clean.language import tag
-from data_prep.clean.pipeline import Cleaner, Kept
-from data_prep.clean.quality import judge
-from data_prep.clean.removed import Removed
-from data_prep.clean.repetition import judge_repetition, repeated_ngrams, repeated_pieces
-from data_prep.clean.settings import Clean, Quality, Repetition
-from data_prep.clean.unicode import decode, normalize_text
+from data_prep.clean.config import CleaningConfig, QualityLimits, RepetitionLimits
+from data_prep.clean.language import identify_language
+from data_prep.clean.pipeline import CleanDocument, Cleaner
+from data_prep.clean.quality import check_quality
+from data_prep.clean.removed import RemovedDocument
+from data_prep.clean.repetition import check_repetition, measure_duplicate_pieces, measure_repeated_ngrams
+from data_prep.clean.unicode import decode_bytes, normalize_document
 from data_prep.documents import Document, Span
 from kabrn_dist.utils.errors import UserError
 
@@ -28,10 +28,10 @@ PROSE = (
     "along the wall. In winter it is quiet there; nobody would be out before the bells, but the gulls wake early "
     "and follow anyone who might have bread. A man with a cart sells coffee, which he makes very slowly."
 )
-QUIET = Clean(quality="off", repetition="off", tag=False)
+QUIET = CleaningConfig(quality="off", repetition="off", tag=False)
 
 
-def text_of(document: Document | Removed) -> str:
+def text_of(document: Document | RemovedDocument) -> str:
     assert isinstance(document, Document)
     assert document.text is not None
     return document.text
@@ -41,14 +41,14 @@ def text_of(document: Document | Removed) -> str:
 
 
 def test_line_ends_controls_marks_and_composition() -> None:
-    found = normalize_text(Document("a", "\ufeffCafe\u0301\r\nline\rnext\x00\x1b\x7f\tend\n"), QUIET)
+    found = normalize_document(Document("a", "\ufeffCafe\u0301\r\nline\rnext\x00\x1b\x7f\tend\n"), QUIET)
     assert text_of(found) == "Caf\u00e9\nline\nnext\tend\n"
 
 
 def test_each_part_of_the_normalization_is_a_setting() -> None:
     document = Document("a", "e\u0301\r\n\x00")
-    assert text_of(normalize_text(document, QUIET.model_copy(update={"unicode": "off"}))) == "e\u0301\n"
-    assert text_of(normalize_text(document, QUIET.model_copy(update={"control": False}))) == "\u00e9\r\n\x00"
+    assert text_of(normalize_document(document, QUIET.model_copy(update={"unicode": "off"}))) == "e\u0301\n"
+    assert text_of(normalize_document(document, QUIET.model_copy(update={"control": False}))) == "\u00e9\r\n\x00"
 
 
 def test_spans_hold_the_normalized_text_of_what_they_held() -> None:
@@ -57,18 +57,18 @@ def test_spans_hold_the_normalized_text_of_what_they_held() -> None:
         text = "".join(draw.choice(LETTERS) for _ in range(draw.randrange(30)))
         edges = sorted(draw.randrange(len(text) + 1) for _ in range(2 * draw.randrange(3)))
         spans = tuple(Span(*pair) for pair in zip(edges[::2], edges[1::2], strict=True))
-        found = normalize_text(Document("a", text, spans, key="k"), QUIET)
+        found = normalize_document(Document("a", text, spans, key="k"), QUIET)
         assert isinstance(found, Document)
         assert found.spans is not None and found.text is not None and found.key == "k"
         for before, after in zip(spans, found.spans, strict=True):
-            alone = text_of(normalize_text(Document("a", text[slice(*before)]), QUIET))
+            alone = text_of(normalize_document(Document("a", text[slice(*before)]), QUIET))
             assert found.text[slice(*after)] == alone
             assert unicodedata.is_normalized("NFC", alone)
 
 
 def test_sound_text_comes_back_as_the_same_object() -> None:
     document = Document("a", "Ça va? 漢字 \n")
-    assert normalize_text(document, QUIET) is document
+    assert normalize_document(document, QUIET) is document
 
 
 @pytest.mark.parametrize(
@@ -86,28 +86,28 @@ def test_sound_text_comes_back_as_the_same_object() -> None:
     ],
 )
 def test_bytes_that_are_no_utf8(raw: bytes, text: str | None) -> None:
-    assert decode(raw) == text
+    assert decode_bytes(raw) == text
 
 
 def test_mojibake_is_undone_line_by_line_and_real_text_is_left() -> None:
     broken = "Das schÃ¶ne cafÃ© â€œhereâ€\x9d\nПривет ÅÄÖ 漢字\nplain"
-    assert text_of(normalize_text(Document("a", broken), QUIET)) == "Das schöne café “here”\nПривет ÅÄÖ 漢字\nplain"
+    assert text_of(normalize_document(Document("a", broken), QUIET)) == "Das schöne café “here”\nПривет ÅÄÖ 漢字\nplain"
     sound = "The letter Ã; voilà: 20 €, ½ £, ÇA ALORS – «déjà vu» №5 ±°C\nЁлка, Ψυχή, ñandú"
     document = Document("a", sound)
-    assert normalize_text(document, QUIET) is document
+    assert normalize_document(document, QUIET) is document
 
 
 def test_surrogates_are_joined_or_replaced() -> None:
-    assert text_of(normalize_text(Document("a", "x\ud83d\ude00y\ud800z"), QUIET)) == "x\U0001f600y\ufffdz"
+    assert text_of(normalize_document(Document("a", "x\ud83d\ude00y\ud800z"), QUIET)) == "x\U0001f600y\ufffdz"
 
 
 def test_broken_documents_are_refused_or_dropped_by_name() -> None:
     cases = [Document("bad.txt", None, raw=b"caf\xe9", problem="not UTF-8"), Document("bad.txt", "half \ud800")]
     for document in cases:
         with pytest.raises(UserError, match=r"bad\.txt.*clean\.broken"):
-            normalize_text(document, Clean(broken="refuse"))
-        found = normalize_text(document, Clean(broken="drop"))
-        assert isinstance(found, Removed)
+            normalize_document(document, CleaningConfig(broken="refuse"))
+        found = normalize_document(document, CleaningConfig(broken="drop"))
+        assert isinstance(found, RemovedDocument)
         assert found.reason == "encoding"
 
 
@@ -117,8 +117,8 @@ def test_files_without_text_are_removed() -> None:
         (Document("a", None, problem="no such file"), "unreadable"),
         (Document("a", None, raw="Привет".encode("koi8-r")), "encoding"),
     ):
-        found = normalize_text(document, QUIET)
-        assert isinstance(found, Removed)
+        found = normalize_document(document, QUIET)
+        assert isinstance(found, RemovedDocument)
         assert found.reason == reason
 
 
@@ -133,19 +133,19 @@ def test_languages() -> None:
         ("Старая гавань лежит к северу от города, и лодки приходят с приливом каждое утро.", "ru"),
         ("古い港は町の北にあり、船は潮とともに入ってきます。", "ja"),
     ):
-        found = tag(text)
+        found = identify_language(text)
         assert found.language == language
         assert 0.3 < found.probability <= 1
-        assert found == tag(text)
-    assert tag("12 + 30 = 42 !!") == ("und", 0.0)
+        assert found == identify_language(text)
+    assert identify_language("12 + 30 = 42 !!") == ("und", 0.0)
 
 
 # Quality
 
 
 def test_prose_passes() -> None:
-    assert judge(PROSE, Quality(), "en") is None
-    assert judge_repetition(PROSE, Repetition()) is None
+    assert check_quality(PROSE, QualityLimits(), "en") is None
+    assert check_repetition(PROSE, RepetitionLimits()) is None
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,21 @@ def test_prose_passes() -> None:
     ],
 )
 def test_each_quality_rule(text: str, reason: str) -> None:
-    assert judge(text, Quality(), "en") == reason
+    assert check_quality(text, QualityLimits(), "en") == reason
 
 
 def test_limits_are_settings_and_stop_words_are_english() -> None:
-    assert judge("one two three", Quality(min_words=3, min_stop_words=0), "en") is None
-    assert judge("one two three four", Quality(min_words=1, max_words=3), "en") == "too many words"
+    assert check_quality("one two three", QualityLimits(min_words=3, min_stop_words=0), "en") is None
+    assert check_quality("one two three four", QualityLimits(min_words=1, max_words=3), "en") == "too many words"
     foreign = re.sub(r"(?i)\b(the|be|to|of|and|that|have|with)\b", "ein", PROSE)
-    assert judge(foreign, Quality(), "de") is None
-    assert judge(foreign, Quality(), None) is None
+    assert check_quality(foreign, QualityLimits(), "de") is None
+    assert check_quality(foreign, QualityLimits(), None) is None
 
 
 def test_scripts_without_blanks_are_judged_by_characters() -> None:
     text = "古い港は町の北にあり、船は潮とともに入ってきます。冬は静かで、鐘が鳴るまで誰も外に出ません。" * 2
-    assert judge(text, Quality(), "ja") is None
-    assert judge(text[:30], Quality(), "ja") == "too few words"
+    assert check_quality(text, QualityLimits(), "ja") is None
+    assert check_quality(text[:30], QualityLimits(), "ja") == "too few words"
 
 
 # Repetition
@@ -210,7 +210,7 @@ def test_repeated_ngrams_as_the_naive_count() -> None:
         pool = [draw.choice(["a", "bé", "ccc", "dd.", "eeee!", "f", "gg", "hhh"]) for _ in range(draw.randrange(1, 9))]
         text = " ".join(draw.choice(pool) for _ in range(draw.randrange(80)))
         top, repeated = repeated_ngrams_naive(text.split())
-        found = repeated_ngrams(text)
+        found = measure_repeated_ngrams(text)
         assert found.top == pytest.approx(top)
         assert found.repeated == pytest.approx(repeated)
 
@@ -220,7 +220,7 @@ def test_two_characters_without_blanks_stand_for_a_word() -> None:
     for size in (0, 1, 30, 60, 90):
         text = "".join(draw.choice("古港町北船") for _ in range(size))
         top, repeated = repeated_ngrams_naive(list(text), 2 if text else 1)
-        found = repeated_ngrams(text)
+        found = measure_repeated_ngrams(text)
         assert found.top == pytest.approx(top)
         assert found.repeated == pytest.approx(repeated)
 
@@ -229,35 +229,35 @@ def test_each_repetition_rule() -> None:
     words = [f"word{i}" for i in range(400)]
     lines = [" ".join(words[i : i + 10]) for i in range(0, 400, 10)]
     plain = "\n".join(lines)
-    assert judge_repetition(plain, Repetition()) is None
-    assert judge_repetition("\n".join(lines[:10] * 2), Repetition()) == "repeated lines"
-    assert judge_repetition("\n".join([*lines[:8], " ".join(lines[8:20]), " ".join(lines[8:20])]), Repetition()) == (
-        "characters in repeated lines"
-    )
+    assert check_repetition(plain, RepetitionLimits()) is None
+    assert check_repetition("\n".join(lines[:10] * 2), RepetitionLimits()) == "repeated lines"
+    assert check_repetition(
+        "\n".join([*lines[:8], " ".join(lines[8:20]), " ".join(lines[8:20])]), RepetitionLimits()
+    ) == ("characters in repeated lines")
     paragraphs = [f"{lines[i]}\n{lines[i + 1]}" for i in range(0, 40, 2)]
-    loose = Repetition(max_line_share=1, max_line_characters=1)
-    assert judge_repetition("\n\n".join(paragraphs[:5] * 2), loose) == "repeated paragraphs"
-    assert judge_repetition(plain + " big brown" * 100, Repetition()) == "top 2-gram"
+    loose = RepetitionLimits(max_line_share=1, max_line_characters=1)
+    assert check_repetition("\n\n".join(paragraphs[:5] * 2), loose) == "repeated paragraphs"
+    assert check_repetition(plain + " big brown" * 100, RepetitionLimits()) == "top 2-gram"
     tail = " ".join(words[:100])
-    assert judge_repetition(plain + " and " + tail, Repetition()) == "repeated 5-grams"
-    no_five = Repetition(max_repeated_5gram=1, max_repeated_6gram=1, max_repeated_7gram=1)
-    assert judge_repetition(plain + " and " + tail, no_five) == "repeated 8-grams"
+    assert check_repetition(plain + " and " + tail, RepetitionLimits()) == "repeated 5-grams"
+    no_five = RepetitionLimits(max_repeated_5gram=1, max_repeated_6gram=1, max_repeated_7gram=1)
+    assert check_repetition(plain + " and " + tail, no_five) == "repeated 8-grams"
 
 
 def test_repeated_pieces_by_hand() -> None:
-    assert repeated_pieces(["ab", "", " ab ", "cdef"]) == pytest.approx((1 / 3, 2 / 8))
-    assert repeated_pieces(["", " "]) == (0.0, 0.0)
+    assert measure_duplicate_pieces(["ab", "", " ab ", "cdef"]) == pytest.approx((1 / 3, 2 / 8))
+    assert measure_duplicate_pieces(["", " "]) == (0.0, 0.0)
 
 
 # All of it
 
 
 def test_all_off_gives_the_same_object_back() -> None:
-    cleaner = Cleaner(Clean.off())
+    cleaner = Cleaner(CleaningConfig.off())
     for text in ("", "x", "\ufeffe\u0301\r\n\x00 schÃ¶n", "# # # ...\n" * 50, "12 34"):
         document = Document("a", text, (Span(0, len(text)),))
         found = cleaner(document)
-        assert isinstance(found, Kept)
+        assert isinstance(found, CleanDocument)
         assert found.document is document
         assert found.language is None
     with pytest.raises(UserError, match=r"bad\.txt"):
@@ -265,18 +265,18 @@ def test_all_off_gives_the_same_object_back() -> None:
 
 
 def test_the_cleaner_says_what_and_why_also_after_a_pickle() -> None:
-    cleaner = pickle.loads(pickle.dumps(Cleaner(Clean(language=("en",)))))
+    cleaner = pickle.loads(pickle.dumps(Cleaner(CleaningConfig(language=("en",)))))
     kept = cleaner(Document("a", PROSE + "\r\n"))
-    assert isinstance(kept, Kept)
+    assert isinstance(kept, CleanDocument)
     assert (kept.document.text, kept.language) == (PROSE + "\n", "en")
     assert isinstance(kept.probability, float)
     french = "Le vieux port est au nord de la ville, et les bateaux arrivent avec la marée du matin. "
     for text, reason in ((french * 3, "language"), ("word", "too few words"), ((PROSE + "\n") * 3, "repeated lines")):
         found = cleaner(Document("a", text))
-        assert isinstance(found, Removed)
+        assert isinstance(found, RemovedDocument)
         assert (found.reason, found.document.text) == (reason, text) or reason == "too few words"
-    certain = Cleaner(Clean(language=("en",), min_probability=1.0))
-    assert certain(Document("a", PROSE)).__class__ in (Kept, Removed)
+    certain = Cleaner(CleaningConfig(language=("en",), min_probability=1.0))
+    assert certain(Document("a", PROSE)).__class__ in (CleanDocument, RemovedDocument)
 
 
 def test_settings_that_cannot_be() -> None:
@@ -290,9 +290,9 @@ def test_settings_that_cannot_be() -> None:
         {"unicod": "nfc"},
     ):
         with pytest.raises(ValidationError):
-            Clean.model_validate(values)
+            CleaningConfig.model_validate(values)
 
 
 def test_ngram_shares_are_plain_floats() -> None:
-    found = repeated_ngrams("a b a b a b")
+    found = measure_repeated_ngrams("a b a b a b")
     assert not any(isinstance(share, np.generic) for share in (*found.top.values(), *found.repeated.values()))

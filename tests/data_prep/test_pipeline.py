@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data_prep.__main__ import main
-from data_prep.tokens import mask_naive
+from data_prep.tokens import loss_mask_naive
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.index import SPLITS
@@ -152,7 +152,7 @@ def test_the_loss_counts_on_answers_only(tmp_path: Path) -> None:
     for ids in np.split(stream, np.flatnonzero(stream == shards.index.document_token))[1:]:
         text = tokenizer.decode(ids[1:].tolist())
         start = text.index("Answer:") + len("Answer:")
-        use += mask_naive(tokenizer, ids[1:].tolist(), text, [(start, len(text))])
+        use += loss_mask_naive(tokenizer, ids[1:].tolist(), text, [(start, len(text))])
     assert 0.2 < np.mean(use) < 0.8 and shards.index.sources[0].train.loss_tokens == sum(use)
     targets = np.where(use, stream, -100)
     rows = batches.get(range(batches.num_sequences)).targets

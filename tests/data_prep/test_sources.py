@@ -12,14 +12,14 @@ import pytest
 import zstandard
 
 from data_prep.documents import Document
-from data_prep.sources.build import make_source
-from data_prep.sources.m2d2_domains import DOMAINS, official
-from data_prep.sources.math import last_boxed
+from data_prep.sources.build import build_source
+from data_prep.sources.m2d2_domains import DOMAINS, official_name
+from data_prep.sources.math import find_last_boxed
 from tests.support import corpora as data
 
 
 def read(kind: str, *inputs: Path, unit_bytes: int | None = None, **options: Any) -> list[Document]:
-    source = make_source(kind, inputs, options)
+    source = build_source(kind, inputs, options)
     if unit_bytes is not None:
         source.unit_bytes = unit_bytes  # type: ignore[attr-defined]
     source = pickle.loads(pickle.dumps(source))
@@ -61,7 +61,7 @@ def test_math_takes_a_split_levels_and_answers(tmp_path: Path) -> None:
     ],
 )
 def test_the_last_box_is_matched(solution: str, answer: str | None) -> None:
-    assert last_boxed(solution) == answer
+    assert find_last_boxed(solution) == answer
 
 
 def test_amps_reads_hints_and_blocks(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_m2d2_reads_lines_of_a_split_and_domain(tmp_path: Path) -> None:
     assert texts("m2d2", unpacked, split="all") == [
         line for split in ("test", "train", "valid") for line in (f"a {split} text", "another é", "last")
     ]
-    assert official("Human_activities__Human_activities") == "Human_activites__Human_activities"
+    assert official_name("Human_activities__Human_activities") == "Human_activites__Human_activities"
     assert {"Art", "cs.CL", "math.AG", "cs_l1", "Human_activites", "only_txt2"} <= DOMAINS and len(DOMAINS) == 239
-    assert "NC" in make_source("m2d2", [tmp_path], {}).license
+    assert "NC" in build_source("m2d2", [tmp_path], {}).license
 
 
 OPENQA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
@@ -259,7 +259,7 @@ def test_small_files_are_grouped_and_large_ones_stand_alone(tmp_path: Path) -> N
     files = {f"{n % 3}/{n:02d}.txt": f"text {n} " + "x" * n for n in range(30)} | {"1/zz.txt.gz": gzip.compress(b"z")}
     root = data.write_folder(tmp_path / "many", files)
     whole = read("text", root)
-    assert len(make_source("text", [root], {}).units()) == 1 and len(whole) == 31
+    assert len(build_source("text", [root], {}).units()) == 1 and len(whole) == 31
     for unit_bytes in (1, 20, 100, 333):
         assert read("text", root, unit_bytes=unit_bytes) == whole
     assert [document.name for document in whole] == sorted(document.name for document in whole)

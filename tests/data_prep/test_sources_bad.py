@@ -15,8 +15,8 @@ import zstandard
 
 from data_prep.documents import Document
 from data_prep.sources import archive, files, lines, text
-from data_prep.sources.build import make_source
-from data_prep.sources.packed import decompress
+from data_prep.sources.build import build_source
+from data_prep.sources.compression import decompress
 from kabrn_dist.utils.errors import UserError
 from tests.support import corpora as data
 
@@ -25,7 +25,7 @@ LINES = data.to_jsonl([{"text": f"line {n} é"} for n in range(400)]).encode()
 
 
 def read(kind: str, *inputs: Path, **options: Any) -> list[Document]:
-    source = make_source(kind, inputs, options)
+    source = build_source(kind, inputs, options)
     return [document for unit in source.units() for document in source.read(unit)]
 
 
@@ -212,8 +212,8 @@ def test_zstd_frames_follow_one_another_and_may_be_empty() -> None:
 
 def test_what_is_too_large_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 1 << 16
-    monkeypatch.setattr(archive.content, "__defaults__", (limit,))
-    monkeypatch.setattr(lines.lines, "__defaults__", (0, -1, limit))
+    monkeypatch.setattr(archive.read_content, "__defaults__", (limit,))
+    monkeypatch.setattr(lines.iterate_lines, "__defaults__", (0, -1, limit))
     monkeypatch.setattr(text, "_PARAGRAPH_BYTES", limit)
     (tmp_path / "a.txt").write_text("x\n" * limit)
     assert read("text", tmp_path / "a.txt")[0].problem.startswith("larger than")
@@ -243,8 +243,10 @@ def test_parquet_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_a_group_lists_only_the_folders_between_its_ends(tmp_path: Path) -> None:
     data.write_folder(tmp_path, {f"{name}/{n}": "x" for name in ("a", "a.b", "b", "c") for n in range(3)})
-    names = [name for name, _ in files.walk(tmp_path)]
+    names = [name for name, _ in files.walk_files(tmp_path)]
     assert names == sorted(names, key=lambda name: name.split("/"))
     for first, last in ((2, 7), (0, 0), (3, 11)):
-        assert [name for name, _ in files.walk(tmp_path, names[first], names[last])] == names[first : last + 1]
-    assert [name for name, _ in files.walk(tmp_path, skip=frozenset({"a", "b"}))] == names[3:6] + names[9:]
+        assert [name for name, _ in files.walk_files(tmp_path, names[first], names[last])] == names[first : last + 1]
+    assert [name for name, _ in files.walk_files(tmp_path, skipped_folders=frozenset({"a", "b"}))] == names[
+        3:6
+    ] + names[9:]

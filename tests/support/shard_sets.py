@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.shards import Tokenized, write_tar_shard
+from data_prep.shards import TokenizedDocument, write_tar_shard
 from kabrn_dist.data.index import Index, Shard, Source, Split, SplitName, TokenizerInfo, dtype_for
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -70,11 +70,13 @@ def _split(folder: Path, texts: Texts, split: SplitName, vocabulary: int, random
         documents=len(documents),
         tokens=sum(len(each.tokens) for each in documents),
         text_bytes=sum(len(each.tokens) - 1 for each in documents),
-        loss_tokens=sum(len(each.tokens) if each.use is None else int(each.use.sum()) for each in documents),
+        loss_tokens=sum(
+            len(each.tokens) if each.loss_mask is None else int(each.loss_mask.sum()) for each in documents
+        ),
     )
 
 
-def _documents(texts: Texts, count: int, vocabulary: int, random: np.random.Generator) -> Iterator[Tokenized]:
+def _documents(texts: Texts, count: int, vocabulary: int, random: np.random.Generator) -> Iterator[TokenizedDocument]:
     # Each source has letters of its own, so that a row shows where it is from and a model has something to learn.
     letters = random.choice(DOCUMENT if vocabulary == 257 else vocabulary, 20, replace=False)
     letters[letters == DOCUMENT] = 0
@@ -85,4 +87,4 @@ def _documents(texts: Texts, count: int, vocabulary: int, random: np.random.Gene
         if texts.masked:
             use = random.random(len(tokens)) < 0.3
             use[0] = True
-        yield Tokenized(tokens, use)
+        yield TokenizedDocument(tokens, use)

@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 import zstandard
 
-PACKED = (".gz", ".zst")
+COMPRESSED_ENDINGS = (".gz", ".zst")
 # What reading a cut, damaged, encrypted or unreadable file raises.
-DAMAGE = (
+READ_ERRORS = (
     OSError,
     EOFError,
     zlib.error,
@@ -44,7 +44,7 @@ def decompress(file: BinaryIO, name: str) -> BinaryIO:
     return file
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the words of `error` on one line, without the path that the message names anyway."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join((words or type(error).__name__).split())
