@@ -30,9 +30,9 @@ def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) 
     if kind not in SOURCE_CLASSES:
         raise UserError(f"source {kind!r}: no such kind; choose from {', '.join(SOURCE_CLASSES)}.")
     options_class = SOURCE_CLASSES[kind].options_class
-    known = ", ".join(settings.model_fields) or "none"
+    known = ", ".join(options_class.model_fields) or "none"
     try:
-        checked = settings.model_validate(dict(options))
+        checked = options_class.model_validate(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][:1]))

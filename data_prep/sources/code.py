@@ -82,7 +82,9 @@ class Code(FileSource):
         if layout == "apps":
             return FileFilter((".txt", ".json", ".py"), self.accepts, group_key=_folder)
         dotted = tuple("." + extension.lstrip(".") for extension in self.options.extensions)
-        return FileFilter(dotted or _EXTENSIONS, self.accepts, accepts_archive=reject_archives, skipped_folders=_VENDORED)
+        return FileFilter(
+            dotted or _EXTENSIONS, self.accepts, accepts_archive=reject_archives, skipped_folders=_VENDORED
+        )
 
     def accepts(self, name: str) -> bool:
         """Leave out vendored and generated files; take the split of APPS."""
@@ -96,7 +98,7 @@ class Code(FileSource):
         """Yield the documents of a unit's files."""
         if self.options.layout == "apps":
             return parse_problems(members, self.options.solutions, self.options.loss)
-        return super().parse_members(found)
+        return super().parse_members(members)
 
     def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
         """Yield the documents of one file."""

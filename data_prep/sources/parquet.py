@@ -61,7 +61,7 @@ class Parquet(FileSource):
         assert isinstance(unit, Unit)  # Find.alone makes no groups
         file = _open(unit.path)
         options = self.options
-        wanted = [*options.texts(), *([] if options.key is None else [options.key])]
+        wanted = [*options.text_fields(), *([] if options.key is None else [options.key])]
         columns = {column.name for column in file.schema_arrow}
         name = printable_name(unit.name.rpartition("@")[0] or unit.name)
         absent = [column for column in wanted if column not in columns]

@@ -264,14 +264,14 @@ def test_what_was_found_is_named() -> None:
         [("one", ["no match in this text at all"]), ("two", [QUESTION])], ContaminationConfig()
     )
     contaminants = pickle.loads(pickle.dumps(contaminants))
-    found = contaminants.find("Exercise 5. " + QUESTION.upper().replace(" ", ",\n", 3) + ". How far?")
+    found = contaminants.find_match("Exercise 5. " + QUESTION.upper().replace(" ", ",\n", 3) + ". How far?")
     assert found is not None
-    assert found.evaluation == "two"
+    assert found.evaluation_set == "two"
     assert found.words == "A,\nTRAIN,\nLEAVES,\nTHE STATION AT NOON AND TRAVELS NORTH AT SIXTY MILES"
-    assert found.share == pytest.approx(19 / 23)
-    assert contaminants.find(" ".join(QUESTION.split()[:12])) is None
+    assert found.fraction == pytest.approx(19 / 23)
+    assert contaminants.find_match(" ".join(QUESTION.split()[:12])) is None
     # Numbers tell exercises apart.
-    assert contaminants.find(" ".join(QUESTION.replace("3", "4").split()[-13:])) is None
+    assert contaminants.find_match(" ".join(QUESTION.replace("3", "4").split()[-13:])) is None
 
 
 def test_short_evaluation_texts_match_whole_and_tiny_ones_not_at_all() -> None:

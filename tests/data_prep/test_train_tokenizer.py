@@ -11,7 +11,7 @@ from kabrn_dist.utils.errors import UserError
 
 
 def test_an_iterator_is_read_once_and_no_further_than_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAMPLE_CHARACTERS", 50_000)
+    monkeypatch.setattr(training, "TRAINING_CHARACTERS", 50_000)
     taken = itertools.count()
 
     def texts() -> itertools.chain[str]:
