@@ -73,7 +73,7 @@ def _migrate(tree: dict[str, Any], source: str) -> dict[str, Any]:
     # All ranks of a run read the same file.
     if version != CURRENT_VERSION and os.environ.get("RANK", "0") == "0":
         logger.warning(
-            "%s is a configuration of version %s; it was read with the keys of version %s",
+            "%s: the configuration is of version %s and was converted to version %s",
             source,
             version,
             CURRENT_VERSION,

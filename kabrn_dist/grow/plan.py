@@ -73,7 +73,7 @@ class Plan:
     @property
     def refined(self) -> bool:
         """True where grids become finer."""
-        return self.new.experts.type in FUNCTIONS["grid"] and self.new.experts.grid_size > self.old.experts.grid_size
+        return self.new.experts.type in FUNCTIONS["grid_size"] and self.new.experts.grid_size > self.old.experts.grid_size
 
     @property
     def visited(self) -> int:
@@ -120,7 +120,7 @@ def _check_functions(old: ModelConfig, new: ModelConfig) -> None:
         then, now = getattr(old.experts, key), getattr(new.experts, key)
         if new.experts.type not in forms:
             continue
-        if key != "grid":
+        if key != "grid_size":
             _same(f"experts.{key}", then, now)
         elif now % then:
             raise UserError(

@@ -54,7 +54,7 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
     if path is None:
         raise UserError(f"{source}/checkpoints: no intact checkpoint to start from; name the folder of a trained run")
     manifest = run_on_all(group, read_manifest, path)
-    before = parse_config(read_state(path, manifest).config, f"{path}: its configuration")
+    before = parse_config(read_state(path, manifest).config, f"{path}/manifest.json")
     plan = make_plan(before.model, config.model)
     recipes = list_recipes(plan, empty_model(before), empty_model(config))
     missing = [r.source for r in recipes if r.source and f"{r.source}/master" not in manifest.tensors]

@@ -188,7 +188,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"model__short_conv_size": 4},
         "model.short_conv_size is 3 in the run to start from and 4 here; .* set it to 3",
     ),
-    ("mixture", {"model__experts__num_experts": 6}, "routed is 4 .* 6 here.* use 4, 8, 12"),
+    ("mixture", {"model__experts__num_experts": 6}, "num_experts is 4 .* 6 here.* use 4, 8, 12"),
     (
         "mixture",
         {"model__experts__num_experts": 8},
@@ -209,7 +209,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "dense",
         {"model__experts__num_dense_layers": 0, "model__experts__expert_hidden_size": 48},
-        "hidden 48 is not the .* 24",
+        "expert_hidden_size 48 is not the .* 24",
     ),
     ("dense", {"model__experts__num_dense_layers": 0, "model__router__norm_topk_prob": False}, "norm_topk_prob false"),
     ("dense", {"model__experts__dense_hidden_size": 48}, "model.experts.dense_hidden_size is 24 .* 48 here"),
