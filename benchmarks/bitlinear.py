@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.report import Report, kept_bytes, measure, run
-from kabrn_dist.kernels.choice import int8_products, product_dtype
+from kabrn_dist.kernels.selection import int8_matmul_is_faster, matmul_dtype
 from kabrn_dist.model import bitlinear
 from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.ops.activation_quant import normalize_quantize
@@ -31,8 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WAYS = ("forward", "forward + backward")
 # Of the products, as they would be without a measurement.
 CHOICES: dict[str, tuple[str, Callable[..., object]]] = {
-    "ours in fp32 arithmetic": ("int8_products", lambda *_: False),
-    "ours, backward as it comes": ("product_dtype", lambda _, dtype: dtype),
+    "ours in fp32 arithmetic": ("int8_matmul_is_faster", lambda *_: False),
+    "ours, backward as it comes": ("matmul_dtype", lambda _, dtype: dtype),
 }
 MILLI, MEGA = 1e3, 1e-6
 Layer = Callable[[Tensor], Tensor]
@@ -44,9 +44,9 @@ def questions(report: Report, quick: bool) -> None:
     for device in devices:
         for width in widths:
             one_width(report, device, tokens, width, seconds)
-        chosen = int8_products(device, torch.bfloat16)
+        chosen = int8_matmul_is_faster(device, torch.bfloat16)
         report.compare(f"{device}: codes are multiplied in int8 (1) or fp32 (0), rival: always int8", chosen, 1.0, "")
-        wide = float(product_dtype(device, torch.bfloat16) == torch.float32)
+        wide = float(matmul_dtype(device, torch.bfloat16) == torch.float32)
         report.compare(f"{device}: bf16's backward is in fp32 (1) or bf16 (0), rival: always fp32", wide, 1.0, "")
     if "cuda" not in devices:
         report.compare("GPU, rival: nn.Linear", None, "missing: no CUDA card", "ms")

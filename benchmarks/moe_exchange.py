@@ -111,7 +111,7 @@ def _measure(rank: int, world: int, tokens: int, rounds: int) -> Figures:
         figures[name]["sent"] = _largest(sent_by(step))[0]
         if name in wires:
             traffic = wires[name].traffic.take()
-            counted = _largest(traffic.bytes_sent, traffic.bytes_dispatch)
+            counted = _largest(traffic.bytes_sent, traffic.dispatch_bytes)
             figures[name] |= dict(zip(("counted", "dispatched"), counted, strict=True))
     for _ in range(rounds):
         for name, step in steps.items():

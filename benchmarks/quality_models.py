@@ -58,7 +58,7 @@ class Ours(Learner):
 
     def __init__(self, config: Config) -> None:
         place = read_launch_env()
-        mesh = make_mesh(place, torch.device("cpu"), expert=1, sequence=1)
+        mesh = make_mesh(place, torch.device("cpu"), expert_parallel=1, sequence_parallel=1)
         self.config = config
         self.engine = Engine(build_model(config, mesh), config, mesh)
 

@@ -24,14 +24,14 @@ from torch import multiprocessing
 from benchmarks.report import Report
 from benchmarks.wire import sent_by
 from kabrn_dist.distributed.launch_env import free_port
-from kabrn_dist.distributed.state_scan import SequenceLink, Way
+from kabrn_dist.distributed.state_scan import SequenceLink, ExchangeMethod
 from kabrn_dist.ops.retention_chunkwise import retention_slice
 
 HEADS, KEY, VALUE = 2, 32, 64
 # So slow that a state still matters after 64K tokens: of faster heads less would be sent.
 LOG_DECAYS = (-(2.0**-14), -(2.0**-16))
 LENGTHS = (1024, 65536)
-EXCHANGES: tuple[Way, ...] = ("ring", "scan", "allgather")
+EXCHANGES: tuple[ExchangeMethod, ...] = ("ring", "scan", "allgather")
 SHORT, LONG = LENGTHS
 
 
@@ -55,7 +55,7 @@ def question(report: Report, quick: bool) -> None:
             report.at_most(f"{name}: bytes at 64K tokens over those at 1K", max(by_length), 1.001)
 
 
-def states_sent(exchange: Way, degree: int) -> int:
+def states_sent(exchange: ExchangeMethod, degree: int) -> int:
     """By the rank that sends most."""
     return {"ring": 1, "scan": math.ceil(math.log2(degree)), "allgather": degree - 1}[exchange]
 
@@ -88,7 +88,7 @@ def _rank(rank: int, degrees: tuple[int, ...], port: int, result: Path) -> None:
     dist.destroy_process_group()
 
 
-def _layer(group: dist.ProcessGroup, degree: int, exchange: Way, length: int) -> list[int]:
+def _layer(group: dist.ProcessGroup, degree: int, exchange: ExchangeMethod, length: int) -> list[int]:
     """Bytes this rank sends forward and backward."""
     link = SequenceLink(group, degree, LOG_DECAYS, exchange)
     q, k, v = (

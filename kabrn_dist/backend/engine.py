@@ -16,7 +16,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.model.mixkabrn import BatchStats, MixKABRN
-from kabrn_dist.ops.packing import PACKINGS
+from kabrn_dist.ops.packing import WIRE_FORMATS
 from kabrn_dist.utils.fault_injection import inject_fault
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
@@ -195,7 +195,7 @@ class Engine:
 def shard_ternary(model: MixKABRN, config: Config, mesh: Mesh) -> TernaryShards:
     """Keep this rank's pieces of the ternary matrices only."""
     dtype = TORCH_DTYPES[config.training.precision]
-    packing, bucket = PACKINGS[config.parallel.ternary_wire_format], config.parallel.bucket_size
+    packing, bucket = WIRE_FORMATS[config.parallel.ternary_wire_format], config.parallel.bucket_size
     everyone = dist.group.WORLD if mesh.world_size > 1 else None
     holders = mesh.expert_data_group if mesh.world_size > mesh.expert_parallel else None
     return TernaryShards(model, everyone, holders, dtype, packing, bucket)

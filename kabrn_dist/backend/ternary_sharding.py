@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kabrn_dist.backend.overlapped_reduce import GradReduceScatter
 from kabrn_dist.model.mixkabrn import MixKABRN
-from kabrn_dist.ops.packing import Packing, pack
+from kabrn_dist.ops.packing import WireFormat, pack
 from kabrn_dist.ops.weight_quant import (
     TernaryMatrices,
     TernaryModule,
@@ -150,7 +150,7 @@ class TernaryShards:
         world_group: dist.ProcessGroup | None,
         expert_data_group: dist.ProcessGroup | None,
         dtype: torch.dtype,
-        packing: Packing,
+        packing: WireFormat,
         bucket: int,
     ) -> None:
         self.packing, self.bucket = packing, bucket
@@ -165,7 +165,13 @@ class TernaryShards:
                 whole = module.get_parameter(name)
                 group = expert_data_group if id(whole) in routed else world_group
                 shard = TernaryShard(
-                    whole, group, model.quant.scale_group_size, dtype, packing.block, id(whole) in routed, under_way
+                    whole,
+                    group,
+                    model.quant.scale_group_size,
+                    dtype,
+                    packing.block_codes,
+                    id(whole) in routed,
+                    under_way,
                 )
                 piece = nn.Parameter(shard.cut(whole))
                 setattr(module, name, piece)
@@ -211,9 +217,9 @@ class TernaryShards:
         sent = torch.cat([self.packing.encode(codes) for _, codes in members])
         arrived = sent.new_empty(first.ranks, len(sent))
         dist.all_gather_into_tensor(arrived.view(-1), sent, group=first.group)
-        widths = [self.packing.bytes_of(shard.size) for shard, _ in members]
+        widths = [self.packing.num_bytes(shard.size) for shard, _ in members]
         for (shard, _), bytes_of_all in zip(members, arrived.split(widths, 1), strict=True):
-            shard.packed = self.packing.as_two_bits(bytes_of_all.reshape(-1))
+            shard.packed = self.packing.to_two_bits(bytes_of_all.reshape(-1))
 
     def resident_bytes(self) -> int:
         """Memory of codes and scales."""

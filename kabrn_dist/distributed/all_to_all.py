@@ -32,15 +32,15 @@ class Traffic:
     """
 
     bytes_sent: int = 0
-    bytes_dispatch: int = 0
-    seconds: float = 0.0
-    rows: int = 0
+    dispatch_bytes: int = 0
+    wait_seconds: float = 0.0
+    routed_tokens: int = 0
 
     def take(self) -> Traffic:
         """What there is, and begin again at zero."""
         taken = replace(self)
-        self.bytes_sent = self.bytes_dispatch = self.rows = 0
-        self.seconds = 0.0
+        self.bytes_sent = self.dispatch_bytes = self.routed_tokens = 0
+        self.wait_seconds = 0.0
         return taken
 
 
@@ -78,10 +78,10 @@ class SplitSizes:
 
     sends: tuple[int, ...]
     receives: tuple[int, ...]
-    through: tuple[tuple[int, ...], ...] | None = None
+    transit: tuple[tuple[int, ...], ...] | None = None
 
 
-def start_exchange(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
+def start_all_to_all(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
     """Start an exchange. Collective, in the same order on all ranks.
 
     Args:
@@ -98,7 +98,7 @@ def start_exchange(rows: Tensor, splits: SplitSizes, homeward: bool, wire: Exper
     def arrive() -> Tensor:
         begin = time.perf_counter()
         arrived = wait()
-        wire.traffic.seconds += time.perf_counter() - begin
+        wire.traffic.wait_seconds += time.perf_counter() - begin
         return arrived.view(rows.dtype)
 
     return arrive
@@ -119,30 +119,32 @@ def _launch(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) 
 
 def _launch_steps(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
     nodes = wire.nodes
-    assert nodes is not None and splits.through is not None
-    place, machine = wire.placement.rank % nodes.size, wire.placement.rank // nodes.size
-    to_places = [sum(splits.sends[j :: nodes.size]) for j in range(nodes.size)]
-    from_places = [sum(row) for row in splits.through]
-    to_machines = [sum(column) for column in zip(*splits.through, strict=True)]
-    from_machines = [sum(splits.receives[a * nodes.size :][: nodes.size]) for a in range(nodes.count)]
+    assert nodes is not None and splits.transit is not None
+    place, machine = wire.placement.rank % nodes.ranks_per_node, wire.placement.rank // nodes.ranks_per_node
+    to_places = [sum(splits.sends[j :: nodes.ranks_per_node]) for j in range(nodes.ranks_per_node)]
+    from_places = [sum(row) for row in splits.transit]
+    to_machines = [sum(column) for column in zip(*splits.transit, strict=True)]
+    from_machines = [
+        sum(splits.receives[a * nodes.ranks_per_node :][: nodes.ranks_per_node]) for a in range(nodes.num_nodes)
+    ]
     if homeward:
         sent = sum(from_machines) - from_machines[machine] + sum(from_places) - from_places[place]
     else:
         sent = sum(to_places) - to_places[place] + sum(to_machines) - to_machines[machine]
     wire.traffic.bytes_sent += sent * rows.shape[1]
-    through = [n for row in splits.through for n in row]
-    back = [n for column in zip(*splits.through, strict=True) for n in column]
+    through = [n for row in splits.transit for n in row]
+    back = [n for column in zip(*splits.transit, strict=True) for n in column]
 
     def out() -> Tensor:
-        by_place = _swap(rows, splits.sends, nodes.count)
+        by_place = _swap(rows, splits.sends, nodes.num_nodes)
         here = _exchange(by_place, to_places, from_places, nodes.intra_node)
-        return _exchange(_swap(here, through, nodes.size), to_machines, from_machines, nodes.inter_node)
+        return _exchange(_swap(here, through, nodes.ranks_per_node), to_machines, from_machines, nodes.inter_node)
 
     def home() -> Tensor:
         here = _exchange(rows, from_machines, to_machines, nodes.inter_node)
-        by_place = _exchange(_swap(here, back, nodes.count), from_places, to_places, nodes.intra_node)
-        sizes = [n for j in range(nodes.size) for n in splits.sends[j :: nodes.size]]
-        return _swap(by_place, sizes, nodes.size)
+        by_place = _exchange(_swap(here, back, nodes.num_nodes), from_places, to_places, nodes.intra_node)
+        sizes = [n for j in range(nodes.ranks_per_node) for n in splits.sends[j :: nodes.ranks_per_node]]
+        return _swap(by_place, sizes, nodes.ranks_per_node)
 
     return _beside(home if homeward else out, rows, nodes)
 
@@ -162,7 +164,7 @@ def _exchange(rows: Tensor, sends: list[int], receives: list[int], group: dist.P
 
 def _beside(run: Callable[[], Tensor], rows: Tensor, nodes: NodeGroups) -> Callable[[], Tensor]:
     if rows.device.type != "cuda":
-        return nodes.background.submit(run).result
+        return nodes.executor.submit(run).result
     side, main = torch.cuda.Stream(rows.device), torch.cuda.current_stream(rows.device)
     side.wait_stream(main)
     rows.record_stream(side)
@@ -205,7 +207,12 @@ def make_splits(
     if nodes is None:
         return [SplitSizes(*pair) for pair in pairs]
     # [L, exchanges, A]: to the neighbour with place j, all rows for that place on any machine.
-    told = torch.tensor(sends, device=device).view(len(sends), nodes.count, nodes.size).permute(2, 0, 1).contiguous()
+    told = (
+        torch.tensor(sends, device=device)
+        .view(len(sends), nodes.num_nodes, nodes.ranks_per_node)
+        .permute(2, 0, 1)
+        .contiguous()
+    )
     wire.traffic.bytes_sent += told[1:].numel() * told.element_size()
 
     def tell() -> Tensor:

@@ -32,7 +32,9 @@ class ExpertPlacement:
         return range(first, first + self.counts[self.rank])
 
 
-def allocate_experts(experts: int, weights: Sequence[float], most: Sequence[int] | None = None) -> tuple[int, ...]:
+def allocate_experts(
+    num_experts: int, rank_weights: Sequence[float], max_experts: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Whole experts for each rank, at least one, so that the slowest rank is done as early as possible.
 
     A rank with n experts of equal load takes a time of n / weight. One after another, experts go to the rank that would
@@ -45,23 +47,23 @@ def allocate_experts(experts: int, weights: Sequence[float], most: Sequence[int]
     Raises:
         UserError: where there are fewer experts than ranks, or less room than experts.
     """
-    ranks = len(weights)
-    room = [experts] * ranks if most is None else list(most)
-    if experts < ranks:
+    ranks = len(rank_weights)
+    room = [num_experts] * ranks if max_experts is None else list(max_experts)
+    if num_experts < ranks:
         raise UserError(
-            f"model.experts.num_experts {experts} is too few for the {ranks} ranks of an expert group, which each hold "
-            f"one or more; set parallel.expert_parallel to {experts} or less"
+            f"model.experts.num_experts {num_experts} is too few for the {ranks} ranks of an expert group, which each hold "
+            f"one or more; set parallel.expert_parallel to {num_experts} or less"
         )
-    if sum(room) < experts or min(room) < 1:
+    if sum(room) < num_experts or min(room) < 1:
         raise UserError(
-            f"the ranks of an expert group have room for {room} experts of model.experts.num_experts {experts}, and each "
+            f"the ranks of an expert group have room for {room} experts of model.experts.num_experts {num_experts}, and each "
             "must hold one or more; raise parallel.expert_parallel or parallel.zero_stage, or name the shares in "
             "parallel.experts_per_rank if you know better"
         )
     counts = [1] * ranks
-    for _ in range(experts - ranks):
+    for _ in range(num_experts - ranks):
         free = [rank for rank in range(ranks) if counts[rank] < room[rank]]
-        counts[min(free, key=lambda rank: (counts[rank] + 1) / weights[rank])] += 1
+        counts[min(free, key=lambda rank: (counts[rank] + 1) / rank_weights[rank])] += 1
     return tuple(counts)
 
 

@@ -38,11 +38,11 @@ class NodeGroups:
         background: the one thread that exchanges in these two groups, so that all ranks do it in the same order.
     """
 
-    size: int
-    count: int
+    ranks_per_node: int
+    num_nodes: int
     intra_node: dist.ProcessGroup
     inter_node: dist.ProcessGroup
-    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
 
 @dataclass(frozen=True)
@@ -116,24 +116,24 @@ def single_process_mesh(device: torch.device | str = "cpu") -> Mesh:
 
 
 # Shortest time that a rank waits for another in a collective before it gives up.
-PATIENCE_SECONDS = 600.0
+DEFAULT_TIMEOUT_S = 600.0
 
 
 @contextmanager
-def init_distributed(place: LaunchEnv, patience: float = PATIENCE_SECONDS) -> Iterator[torch.device]:
+def init_distributed(env: LaunchEnv, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[torch.device]:
     """Meet the other processes, and leave them at the end. Yields this process's device.
 
     Args:
         patience: seconds that a rank waits for another in a collective before it gives up.
     """
-    device = _choose_device(place)
-    if place.world_size == 1:
+    device = _choose_device(env)
+    if env.world_size == 1:
         # A process that was started plainly; DeepSpeed reads these variables too.
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         os.environ.setdefault("LOCAL_RANK", "0")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=patience))
+    dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(seconds=timeout_s))
     try:
         yield device
     except UserError:
@@ -173,28 +173,36 @@ def is_peer_failure(error: BaseException) -> bool:
     return False
 
 
-def make_mesh(place: LaunchEnv, device: torch.device, expert: int, sequence: int = 1, node: int | None = None) -> Mesh:
+def make_mesh(
+    env: LaunchEnv,
+    device: torch.device,
+    expert_parallel: int,
+    sequence_parallel: int = 1,
+    ranks_per_node: int | None = None,
+) -> Mesh:
     """Make the groups. Collective.
 
     Args:
         expert, sequence: degrees of parallelism; each divides `place.world` (checked by `Config.check_world`).
         node: ranks of one machine; default: as the launcher says.
     """
-    slices = _runs(place.world_size, sequence)
-    data_ranks = [list(range(e, place.world_size, expert)) for e in range(expert)]
-    expert_data_group = _own_group(data_ranks, place.rank)
-    own_group = expert_data_group if expert == place.world_size else _own_group(_runs(place.world_size, 1), place.rank)
+    slices = _runs(env.world_size, sequence_parallel)
+    data_ranks = [list(range(e, env.world_size, expert_parallel)) for e in range(expert_parallel)]
+    expert_data_group = _own_group(data_ranks, env.rank)
+    own_group = (
+        expert_data_group if expert_parallel == env.world_size else _own_group(_runs(env.world_size, 1), env.rank)
+    )
     return Mesh(
-        place.rank,
-        place.world_size,
-        sequence,
-        expert,
+        env.rank,
+        env.world_size,
+        sequence_parallel,
+        expert_parallel,
         device,
-        sequence_group=_own_group(slices, place.rank) if sequence > 1 else None,
-        expert_group=_own_group(_runs(place.world_size, expert), place.rank) if expert > 1 else None,
+        sequence_group=_own_group(slices, env.rank) if sequence_parallel > 1 else None,
+        expert_group=_own_group(_runs(env.world_size, expert_parallel), env.rank) if expert_parallel > 1 else None,
         expert_data_group=expert_data_group,
         self_group=own_group,
-        expert_nodes=_make_nodes(place, device, expert, node),
+        expert_nodes=_make_nodes(env, device, expert_parallel, ranks_per_node),
         checkpoint_group=dist.new_group(backend="gloo"),
     )
 

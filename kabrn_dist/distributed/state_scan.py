@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Way = Literal["scan", "ring", "allgather"]
+ExchangeMethod = Literal["scan", "ring", "allgather"]
 Exchange = Literal["auto", "scan", "ring", "allgather"]
 
 # Rough costs of a link between machines, to choose an exchange by; a choice never changes results.
@@ -60,7 +60,7 @@ class SequenceLink:
         self._ranks = dist.get_process_group_ranks(group)
         self._background = ThreadPoolExecutor(1)
 
-    def begin(self, state: Tensor, kept: Tensor, length: int, reverse: bool = False) -> Callable[[], Tensor]:
+    def start(self, state: Tensor, kept: Tensor, length: int, reverse: bool = False) -> Callable[[], Tensor]:
         """Start the exchange beside the caller's work. Collective, in the same order on all ranks.
 
         Args:
@@ -73,7 +73,7 @@ class SequenceLink:
             A function that waits and gives the state before this slice [B,H,K,V] (in backward: the gradient of the
             state after it); zeros on the first rank (in backward: the last).
         """
-        near = near_heads(self.log_decays, length, state.dtype)
+        near = short_memory_heads(self.log_decays, length, state.dtype)
         far = [head for head in range(len(self.log_decays)) if head not in near]
         packed = torch.cat([state.flatten(2), kept[:, :, None]], -1)
         chosen = self._choose(packed[:, far], length)
@@ -88,7 +88,7 @@ class SequenceLink:
 
         return self._beside(run, packed.device)
 
-    def _choose(self, packed: Tensor, length: int) -> Way:
+    def _choose(self, packed: Tensor, length: int) -> ExchangeMethod:
         if self.exchange != "auto":
             return self.exchange
         return choose_exchange(self.degree, packed.nelement() * packed.element_size(), length)
@@ -173,13 +173,13 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
     return both
 
 
-def near_heads(log_decays: Sequence[float], length: int, dtype: torch.dtype) -> list[int]:
+def short_memory_heads(log_decays: Sequence[float], length: int, dtype: torch.dtype) -> list[int]:
     """Heads of which nothing is left after one slice: γ^length ≤ ε/2, half a rounding of `dtype`."""
     bound = math.log(torch.finfo(dtype).eps / 2)
     return [head for head, decay in enumerate(log_decays) if length * decay <= bound]
 
 
-def choose_exchange(degree: int, state_bytes: int, length: int) -> Way:
+def choose_exchange(degree: int, state_bytes: int, length: int) -> ExchangeMethod:
     """The exchange that keeps a rank waiting least, and sends least among equals.
 
     Waiting is the time of the exchange beyond that of the slice's own products, which it runs beside.
@@ -192,13 +192,13 @@ def choose_exchange(degree: int, state_bytes: int, length: int) -> Way:
     local = length * state_bytes / _LOCAL_FLOPS
     rounds = math.ceil(math.log2(max(2, degree)))
     # Hops, states that pass one after another, states that a rank sends.
-    costs: dict[Way, tuple[int, int, int]] = {
+    costs: dict[ExchangeMethod, tuple[int, int, int]] = {
         "ring": (degree - 1, degree - 1, 1),
         "scan": (rounds, rounds, rounds),
         "allgather": (1, degree - 1, degree - 1),
     }
 
-    def waiting(way: Way) -> tuple[float, int]:
+    def waiting(way: ExchangeMethod) -> tuple[float, int]:
         hops, states, sent = costs[way]
         seconds = hops * _SECONDS_PER_HOP + states * state_bytes / _BYTES_PER_SECOND
         return max(0.0, seconds - local), sent

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kabrn_dist.distributed.all_to_all import ExpertLink, start_exchange
+from kabrn_dist.distributed.all_to_all import ExpertLink, start_all_to_all
 from kabrn_dist.distributed.stochastic_rounding import round_rows
 from kabrn_dist.distributed.token_permutation import (
     DispatchPlan,
@@ -159,7 +159,7 @@ class Dispatch(AsyncExchange):
             codes = _Wait.apply(self.take_anchor(), self)
             return codes, self.scale, self.int8_codes
         tokens = self.plan.tokens
-        self.link.traffic.rows += len(tokens)
+        self.link.traffic.routed_tokens += len(tokens)
         int8_codes = None if self.int8_codes is None else self.int8_codes.index_select(0, tokens)
         return _CopyRows.apply(self.take_anchor(), self.plan), self.scale.index_select(0, tokens), int8_codes
 
@@ -173,8 +173,8 @@ class Dispatch(AsyncExchange):
         padding = -(scale.shape[1] + remote.expert_mask.shape[1]) % self.wire_dtype.itemsize
         rows = torch.cat([codes, scale, remote.expert_mask, remote.expert_mask.new_zeros(len(codes), padding)], 1)
         before = traffic.bytes_sent
-        self._pending = start_exchange(rows, remote.sent_splits, False, self.link)
-        traffic.bytes_dispatch += traffic.bytes_sent - before
+        self._pending = start_all_to_all(rows, remote.sent_splits, False, self.link)
+        traffic.dispatch_bytes += traffic.bytes_sent - before
 
     def wait_forward(self) -> Tensor:
         """Return codes [R,D] and keep their scale and int8 form (step 3)."""
@@ -182,7 +182,7 @@ class Dispatch(AsyncExchange):
         sizes = [self.width * self.wire_dtype.itemsize, self.scale.element_size(), expert_mask_bytes(placement)]
         codes, scale, expert_mask, _ = rows.split([*sizes, rows.shape[1] - sum(sizes)], 1)
         row_ids, self.by_row = expand_by_expert(expert_mask, len(placement.local))
-        self.link.traffic.rows += len(row_ids)
+        self.link.traffic.routed_tokens += len(row_ids)
         self.scale = scale.index_select(0, row_ids).view(self.scale.dtype)
         received = codes.view(self.wire_dtype).index_select(0, row_ids)
         self.int8_codes = received if self.as_int8 else None
@@ -195,7 +195,7 @@ class Dispatch(AsyncExchange):
         if self.link.backward_int8:
             codes, step = round_rows(rows)
             rows = torch.cat([codes.view(torch.uint8), step.view(torch.uint8)], 1)
-        self._pending = start_exchange(rows, self.remote.sent_splits, True, self.link)
+        self._pending = start_all_to_all(rows, self.remote.sent_splits, True, self.link)
 
     def wait_backward(self) -> Tensor:
         """Sum the gradients of each token's rows: [N,D]."""
@@ -222,7 +222,7 @@ class Combine(AsyncExchange):
     def start_forward(self, values: Tensor) -> None:
         """Send results [R,D], sorted by expert."""
         rows = values.index_select(0, self.remote.to_source_order)
-        self._pending = start_exchange(rows, self.remote.routed_splits, True, self.link)
+        self._pending = start_all_to_all(rows, self.remote.routed_splits, True, self.link)
 
     def wait_forward(self) -> Tensor:
         """Return results [M,D] of this rank's tokens, sorted by expert."""
@@ -230,7 +230,7 @@ class Combine(AsyncExchange):
 
     def start_backward(self, grad: Tensor) -> None:
         """Send gradients of [M,D] results to the experts."""
-        self._pending = start_exchange(grad, self.remote.routed_splits, False, self.link)
+        self._pending = start_all_to_all(grad, self.remote.routed_splits, False, self.link)
 
     def wait_backward(self) -> Tensor:
         """Return gradients [R,D], sorted by expert."""

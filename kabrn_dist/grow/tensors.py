@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.model.init import draw_normal
-from kabrn_dist.ops.grids import insertion
+from kabrn_dist.ops.grids import knot_insertion_matrix
 
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -122,7 +122,7 @@ def refine_part(values: Tensor, finer: GridRefinement | None, part: str) -> Tens
     """
     if finer is None:
         return values
-    matrix = insertion(*finer)
+    matrix = knot_insertion_matrix(*finer)
     if part != "master":
         matrix = matrix * (finer.grid / finer.finer)
     if part == "exp_avg_sq":

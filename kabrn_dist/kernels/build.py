@@ -12,16 +12,25 @@ import tempfile
 from pathlib import Path
 
 # Symbols of OpenMP stay open: they bind to the library that torch has loaded, so that both share one pool of threads.
-COMPILE = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-strict-aliasing", "-w")
-LINK = ("-shared",)
-SECONDS = 120
+COMPILE_FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-w",
+)
+LINK_FLAGS = ("-shared",)
+COMPILE_TIMEOUT_S = 120
 
 
-class Unavailable(Exception):
+class KernelUnavailable(Exception):
     """Why there is no kernel here, in words for the log."""
 
 
-def load(source: Path) -> ctypes.CDLL:
+def load_library(source: Path) -> ctypes.CDLL:
     """The library of a C file, compiled where the cache has none for this source, compiler and CPU.
 
     Raises:
@@ -29,10 +38,10 @@ def load(source: Path) -> ctypes.CDLL:
             does not load, as where torch brought no OpenMP of GNU's.
     """
     try:
-        library = find_or_build(source)
+        library = find_or_compile(source)
         return ctypes.CDLL(str(library))
     except (OSError, RuntimeError) as error:
-        raise Unavailable(str(error)) from error
+        raise KernelUnavailable(str(error)) from error
 
 
 def find_compiler() -> str:
@@ -41,7 +50,7 @@ def find_compiler() -> str:
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise Unavailable("no C compiler was found")
+    raise KernelUnavailable("no C compiler was found")
 
 
 def cache_folder() -> Path:
@@ -49,11 +58,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kabrn_dist"
 
 
-def find_or_build(source: Path) -> Path:
+def find_or_compile(source: Path) -> Path:
     """The library of a C file in the cache, from now on at the latest. Raises Unavailable, OSError."""
     compiler = find_compiler()
     files = [source, *sorted(source.parent.glob("*.h"))]
-    known = (compiler, _run([compiler, "--version"]), *COMPILE, *LINK, _cpu())
+    known = (compiler, _run([compiler, "--version"]), *COMPILE_FLAGS, *LINK_FLAGS, _cpu())
     key = hashlib.sha256(
         b"\0".join([*(file.read_bytes() for file in files), *(part.encode() for part in known)])
     ).hexdigest()[:16]
@@ -65,8 +74,8 @@ def find_or_build(source: Path) -> Path:
     # Several ranks may be here at once: each builds its own file, and a rename puts a whole one in place.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
         built, compiled = Path(place) / library.name, Path(place) / "compiled.o"
-        _run([compiler, *COMPILE, "-c", str(source), "-o", str(compiled)])
-        _run([compiler, *LINK, str(compiled), "-o", str(built)])
+        _run([compiler, *COMPILE_FLAGS, "-c", str(source), "-o", str(compiled)])
+        _run([compiler, *LINK_FLAGS, str(compiled), "-o", str(built)])
         with built.open("rb") as file:
             os.fsync(file.fileno())
         built.replace(library)
@@ -75,12 +84,12 @@ def find_or_build(source: Path) -> Path:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"{command[0]} took more than {SECONDS} s") from error
+        raise KernelUnavailable(f"{command[0]} took more than {COMPILE_TIMEOUT_S} s") from error
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
-        raise Unavailable(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[-1])}")
+        raise KernelUnavailable(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[-1])}")
     return done.stdout
 
 

@@ -108,7 +108,7 @@ GATE(fp32, 0)
 GATE(bf16, 1)
 
 /* For its test. */
-void exponentials(const float *x, int64_t n, float *out) {
+void exp_all(const float *x, int64_t n, float *out) {
     for (int64_t v = 0; v < padded(n) / LANES; v++)
         store(0, out, v, n - v * LANES, exponential(load(0, x, v, n - v * LANES)));
 }

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.build import load
-from kabrn_dist.kernels.functions import KERNEL_DTYPES
+from kabrn_dist.kernels.build import load_library
+from kabrn_dist.kernels.univariate import KERNEL_DTYPES
 
 
-class Job(ctypes.Structure):
+class GateArgs(ctypes.Structure):
     """`job` of gate.c."""
 
     _fields_ = [
@@ -25,7 +25,7 @@ class Job(ctypes.Structure):
     ]
 
 
-class Gate:
+class GateKernel:
     """q(RMSNorm(silu(gate·gate_factor) · (up·up_factor))) forward and backward, for fp32 and bf16.
 
     Tensors are contiguous: gate and up [N,D] of one dtype, their factors [N,1] fp32.
@@ -35,7 +35,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._library = load(Path(__file__).with_name("gate.c"))
+        self._library = load_library(Path(__file__).with_name("gate.c"))
         self._library.scratch_floats.restype = ctypes.c_int64
 
     def forward(
@@ -69,26 +69,26 @@ class Gate:
         self._call("backward", job, gate, up, grad, scale, rms, scratch, for_gate, for_up)
         return for_gate, for_up
 
-    def exponentials(self, x: Tensor) -> Tensor:
+    def exp(self, x: Tensor) -> Tensor:
         """eˣ as the gate computes it, for tests. x: [D] fp32."""
         out = torch.empty_like(x)
         pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_void_p(out.data_ptr())
-        self._library.exponentials(*pointers)
+        self._library.exp_all(*pointers)
         return out
 
     def _job(
         self, gate: Tensor, gate_factor: Tensor, up: Tensor, up_factor: Tensor, quantized: bool
-    ) -> tuple[Job, Tensor]:
+    ) -> tuple[GateArgs, Tensor]:
         rows, width = gate.shape
         if up.shape != gate.shape or up.dtype != gate.dtype or not len(gate_factor) == len(up_factor) == rows:
             # The kernel would read where nothing is.
             shapes = [list(part.shape) for part in (gate_factor, up, up_factor)]
             raise ValueError(f"gate {list(gate.shape)} does not fit its factor, up and its factor: {shapes}")
         factors = gate_factor.data_ptr(), up_factor.data_ptr()
-        job = Job(rows, width, torch.get_num_threads(), *factors, quantized)
+        job = GateArgs(rows, width, torch.get_num_threads(), *factors, quantized)
         floats = job.threads * self._library.scratch_floats(ctypes.byref(job))
         return job, gate.new_empty(floats, dtype=torch.float32)
 
-    def _call(self, way: str, job: Job, first: Tensor, *others: Tensor | None) -> None:
+    def _call(self, way: str, job: GateArgs, first: Tensor, *others: Tensor | None) -> None:
         run = getattr(self._library, f"{KERNEL_DTYPES[first.dtype]}_{way}")
         run(ctypes.byref(job), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))

@@ -56,7 +56,7 @@ def gather_moe_stats(
     )
     everyone = None
     if mesh.expert_parallel > 1:
-        own = [[taken.rows, taken.bytes_sent, taken.seconds] for taken in traffic]
+        own = [[taken.routed_tokens, taken.bytes_sent, taken.wait_seconds] for taken in traffic]
         everyone = torch.zeros(mesh.world_size, len(traffic), 3, dtype=torch.float64, device=mesh.device)
         everyone[mesh.rank] = torch.tensor(own, dtype=torch.float64).view(-1, 3)
         everyone = mesh.all_reduce_sum(everyone)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.kernels.choice import int8_products, kernels_for, product_dtype
-from kabrn_dist.kernels.functions import KERNEL_DTYPES
+from kabrn_dist.kernels.selection import int8_matmul_is_faster, kernels_for, matmul_dtype
+from kabrn_dist.kernels.univariate import KERNEL_DTYPES
 from kabrn_dist.model.init import draw_normal
 from kabrn_dist.ops.activation_quant import Quantized
 from kabrn_dist.ops.packing import unpack
@@ -116,7 +116,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         kept, packed, gamma, factor = ctx.saved_tensors
         counts, dtype, by_column = ctx.counts, grad.dtype, gamma.shape[1] != 1
-        wide = product_dtype(grad.device.type, dtype)
+        wide = matmul_dtype(grad.device.type, dtype)
         grad = grad.contiguous()
         grad = scale_rows(grad, factor, wide) if ctx.scaled else grad.to(wide) * ctx.shift
         for_codes = for_weight = None
@@ -139,13 +139,13 @@ class _PlainProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
-        wide = product_dtype(x.device.type, x.dtype)
+        wide = matmul_dtype(x.device.type, x.dtype)
         return grouped_mm(x.to(wide), weight.to(wide), counts).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        wide, for_x, for_weight = product_dtype(grad.device.type, grad.dtype), None, None
+        wide, for_x, for_weight = matmul_dtype(grad.device.type, grad.dtype), None, None
         rows = grad.to(wide)
         if ctx.needs_input_grad[0]:
             for_x = grouped_mm(rows, weight.to(wide).transpose(1, 2), ctx.counts).to(grad.dtype)
@@ -156,7 +156,7 @@ class _PlainProduct(torch.autograd.Function):
 
 def _integer_product(codes: Tensor, kept: Tensor, weight: TernaryMatrices, counts: tuple[int, ...]) -> Tensor:
     """[N,I] × [E,O,I] → [N,O] without rounding: int32, fp32, or fp64 where the codes are that."""
-    if int8_products(codes.device.type, codes.dtype) and _int8_fits(codes.device, weight.latents.shape, counts):
+    if int8_matmul_is_faster(codes.device.type, codes.dtype) and _int8_fits(codes.device, weight.latents.shape, counts):
         return grouped_mm(kept, weight.codes(torch.int8), counts)
     exact = torch.promote_types(codes.dtype, torch.float32)
     return grouped_mm(codes.to(exact), weight.codes(exact), counts)
@@ -188,7 +188,7 @@ def scale_rows(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, colu
     kernels = kernels_for(x.new_empty(0, dtype=dtype))
     if kernels is not None and factor.dtype == torch.float32 and x.dtype in (torch.int32, *KERNEL_DTYPES):
         columns = None if columns is None else columns.contiguous()
-        return kernels.products.scale(x.contiguous(), factor.contiguous(), dtype, columns)
+        return kernels.ternary.scale_rows(x.contiguous(), factor.contiguous(), dtype, columns)
     found = x * factor
     return (found if columns is None else found * columns).to(dtype)
 

@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kabrn_dist.kernels.choice import kernels_for
-from kabrn_dist.kernels.functions import Function, Functions
+from kabrn_dist.kernels.selection import kernels_for
+from kabrn_dist.kernels.univariate import UnivariateFunction, UnivariateKernel
 from kabrn_dist.ops.activation_quant import Quantized, interpolate_quantized, quantize, rms_norm
 
 # x [N,D], coefficients [E,G,C], counts → φ(x) [N,D]
-Eager = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+EagerFunction = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def activate(
-    x: Quantized, function: Function, eager: Eager, coefficients: Tensor, tokens_per_expert: Sequence[int], lam: float
+    x: Quantized,
+    function: UnivariateFunction,
+    eager: EagerFunction,
+    coefficients: Tensor,
+    tokens_per_expert: Sequence[int],
+    lam: float,
 ) -> Quantized:
     """q(RMSNorm(φ(x.codes / x.scale))): what the next product reads.
 
@@ -36,14 +41,14 @@ def activate(
     kernels = kernels_for(x.codes)
     if kernels is not None:
         fused = _Activation.apply(
-            x.codes, x.scale, coefficients.float(), tuple(tokens_per_expert), function, lam == 1, kernels.functions
+            x.codes, x.scale, coefficients.float(), tuple(tokens_per_expert), function, lam == 1, kernels.univariate
         )
         return interpolate_quantized(Quantized(*fused), lam) if 0 < lam < 1 else Quantized(*fused)
     return activate_eager(x, eager, coefficients, tokens_per_expert, lam)
 
 
 def activate_eager(
-    x: Quantized, eager: Eager, coefficients: Tensor, tokens_per_expert: Sequence[int], lam: float
+    x: Quantized, eager: EagerFunction, coefficients: Tensor, tokens_per_expert: Sequence[int], lam: float
 ) -> Quantized:
     """`activate` step by step."""
     values = (x.codes / x.scale).to(x.codes.dtype)
@@ -60,9 +65,9 @@ class _Activation(torch.autograd.Function):
         x_scale: Tensor,
         coefficients: Tensor,
         counts: tuple[int, ...],
-        function: Function,
+        function: UnivariateFunction,
         quantized: bool,
-        kernels: Functions,
+        kernels: UnivariateKernel,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, coefficients, factor = x.contiguous(), coefficients.contiguous(), x_scale.reciprocal()
         codes, scale, rms, kept = kernels.forward(function, x, factor, coefficients, counts, quantized)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.choice import kernels_for
-from kabrn_dist.kernels.functions import Function, Functions
+from kabrn_dist.kernels.selection import kernels_for
+from kabrn_dist.kernels.univariate import UnivariateFunction, UnivariateKernel
 
 MIN_ABSMAX = 1e-5
-IDENTITY = Function("identity")
+IDENTITY = UnivariateFunction("identity")
 
 
 class Quantized(NamedTuple):
@@ -66,7 +66,7 @@ def normalize_quantize(x: Tensor, lam: float = 1.0) -> Quantized:
     kernels = kernels_for(x)
     if kernels is None:
         return quantize(rms_norm(x), lam)
-    codes, scale, kept = _Normalize.apply(x.reshape(-1, x.shape[-1]), lam == 1, kernels.functions)
+    codes, scale, kept = _Normalize.apply(x.reshape(-1, x.shape[-1]), lam == 1, kernels.univariate)
     found = Quantized(codes.view_as(x), scale.view(*x.shape[:-1], 1), None if kept is None else kept.view_as(x))
     return interpolate_quantized(found, lam) if 0 < lam < 1 else found
 
@@ -81,7 +81,9 @@ def interpolate_quantized(plain: Quantized, lam: float) -> Quantized:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: bool, kernels: Functions) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, x: Tensor, quantized: bool, kernels: UnivariateKernel
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, nothing = x.contiguous(), x.new_empty(1, 1, 0, dtype=torch.float32)
         codes, scale, rms, kept = kernels.forward(IDENTITY, x, None, nothing, [len(x)], quantized)
         ctx.save_for_backward(x, nothing, scale, rms)

@@ -28,7 +28,7 @@ class Chunks(NamedTuple):
         kept: [G,N,1,1] weight of the state before the chunk in the state after it, fp32 or wider.
     """
 
-    heads: int
+    num_heads: int
     intra_mask: Tensor
     same_document: Tensor | None
     has_boundary: list[list[bool]] | None
@@ -37,7 +37,7 @@ class Chunks(NamedTuple):
     chunk_decay: Tensor
 
 
-def cut_chunks(log_decay: Tensor, documents: Tensor, before: Tensor, size: int, dtype: torch.dtype) -> Chunks:
+def make_chunks(log_decay: Tensor, documents: Tensor, before: Tensor, size: int, dtype: torch.dtype) -> Chunks:
     """Chunks of `size` tokens of [B,T] documents; `before` [B] is the document in front. The last may end early."""
     time, heads = documents.shape[1], len(log_decay)
     padding = -time % size
@@ -83,17 +83,17 @@ def merge_leading(out: Tensor) -> Tensor:
     return out.view(-1, *out.shape[2:])
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def chunk_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Matrix products over the first two dimensions."""
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+def chunk_matmul_add(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a·b over the first two dimensions, without a pass of its own."""
     merge_leading(out).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
-def blocks(x: Tensor, heads: int) -> list[tuple[slice, slice]]:
+def cache_blocks(x: Tensor, heads: int) -> list[tuple[slice, slice]]:
     """Blocks of [G,N,C,…] whose scores stay in a core's cache between the products; all at once on a card.
 
     A block is many short sequences, all heads of each, or some chunks of one head of a long one.
@@ -107,13 +107,13 @@ def blocks(x: Tensor, heads: int) -> list[tuple[slice, slice]]:
     return [(slice(row, row + step), place) for row in range(0, rows, step) for place in places]
 
 
-def mask(scores: Tensor, chunks: Chunks, block: tuple[slice, slice]) -> Tensor:
+def mask_scores(scores: Tensor, chunks: Chunks, block: tuple[slice, slice]) -> Tensor:
     """Decay the [g,n,C,C] scores of a block and cut them at documents, in place."""
     rows, places = block
     scores.mul_(chunks.intra_mask[rows])
     if chunks.same_document is None:
         return scores
-    sequences = slice(rows.start // chunks.heads, (rows.start + len(scores) - 1) // chunks.heads + 1)
+    sequences = slice(rows.start // chunks.num_heads, (rows.start + len(scores) - 1) // chunks.num_heads + 1)
     # Most chunks lie within a document; only the others need the second pass.
     if chunks.has_boundary is None or any(any(row[places]) for row in chunks.has_boundary[sequences]):
         same = chunks.same_document[sequences, None, places]

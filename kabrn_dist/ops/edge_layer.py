@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.kernels.choice import Kernels, kernels_for
-from kabrn_dist.kernels.spline import CODES, MOST_DEGREE, PLAIN, VALUES
+from kabrn_dist.kernels.selection import Kernels, kernels_for
+from kabrn_dist.kernels.spline import CODES, MAX_DEGREE, PLAIN, VALUES
 from kabrn_dist.ops.activation_quant import MIN_ABSMAX, quantize, to_fp32
 from kabrn_dist.ops.grids import Grid
-from kabrn_dist.ops.splines import basis, basis_naive, basis_slope, curve, largest
+from kabrn_dist.ops.splines import basis, basis_bound, basis_naive, basis_slope, make_spline_spec
 from kabrn_dist.ops.weight_quant import TernaryMatrices, absmean_quantize, ternarize
 
 # Values of a chunk: 8 MiB of fp32 on CPUs; elsewhere few large products are better.
@@ -37,7 +37,7 @@ def edge_layer(
     x: Tensor,
     base: TernaryMatrices | Tensor,
     spline: TernaryMatrices | Tensor,
-    counts: Sequence[int],
+    tokens_per_expert: Sequence[int],
     grid: Grid,
     quantized: bool = True,
 ) -> Tensor:
@@ -56,21 +56,21 @@ def edge_layer(
     """
     base, spline = (m if isinstance(m, TernaryMatrices) else ternarize(m, quantized) for m in (base, spline))
     kernels = kernels_for(x)
-    if kernels is None or grid.degree > MOST_DEGREE or not x.dtype == base.latents.dtype == spline.latents.dtype:
-        return _EdgeLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(counts), grid)
-    return _FusedLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(counts), grid, kernels)
+    if kernels is None or grid.degree > MAX_DEGREE or not x.dtype == base.latents.dtype == spline.latents.dtype:
+        return _EdgeLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(tokens_per_expert), grid)
+    return _FusedLayer.apply(x, base.latents, spline.latents, (base, spline), tuple(tokens_per_expert), grid, kernels)
 
 
 def edge_layer_eager(
-    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantized: bool = True
+    x: Tensor, base: Tensor, spline: Tensor, tokens_per_expert: Sequence[int], grid: Grid, quantized: bool = True
 ) -> Tensor:
     """The same in torch's own operations, for any device and dtype."""
     both = ternarize(base, quantized), ternarize(spline, quantized)
-    return _EdgeLayer.apply(x, both[0].latents, both[1].latents, both, tuple(counts), grid)
+    return _EdgeLayer.apply(x, both[0].latents, both[1].latents, both, tuple(tokens_per_expert), grid)
 
 
 def edge_layer_naive(
-    x: Tensor, base: Tensor, spline: Tensor, counts: Sequence[int], grid: Grid, quantized: bool = True
+    x: Tensor, base: Tensor, spline: Tensor, tokens_per_expert: Sequence[int], grid: Grid, quantized: bool = True
 ) -> Tensor:
     """The same by definition, expert by expert, differentiated by autograd (straight through what is rounded)."""
 
@@ -79,11 +79,11 @@ def edge_layer_naive(
         return weight + (codes * gamma - weight).detach() if quantized else weight
 
     out = []
-    for rows, b, s in zip(x.split(list(counts)), used(base), used(spline), strict=True):
+    for rows, b, s in zip(x.split(list(tokens_per_expert)), used(base), used(spline), strict=True):
         silu, scale, _ = quantize(F.silu(rows), quantized)
         values = basis_naive(rows, grid).flatten(-2)
         if quantized:
-            steps = 127 / largest(rows, grid)
+            steps = 127 / basis_bound(rows, grid)
             values = values + ((values * steps).round() / steps - values).detach()
         out.append((silu / scale) @ b.T + values @ s.T)
     return torch.cat(out)
@@ -115,7 +115,7 @@ class _FusedLayer(torch.autograd.Function):
         ctx.save_for_backward(x, gammas, *_kept(matrices))
         ctx.counts, ctx.grid, ctx.kernels, ctx.matrices = counts, grid, kernels, _empty(matrices)
         weights = [_values(m, x.dtype) for m in reversed(matrices)]
-        matrix, line, inner = _joined(weights, grid, x.dtype), curve(grid), spline.shape[2]
+        matrix, line, inner = _joined(weights, grid, x.dtype), make_spline_spec(grid), spline.shape[2]
         out = x.new_empty(len(x), base.shape[1])
         values = _buffer(x, counts, matrix.shape[2])
         for e, rows in _chunks(counts, matrix.shape[2], x.device):
@@ -137,7 +137,7 @@ class _FusedLayer(torch.autograd.Function):
         base, spline = _filled(ctx.matrices, kept)
         weights = [_values(m, x.dtype) for m in (spline, base)]
         form = PLAIN if base.packed is None else VALUES
-        matrix, line = _joined(weights, grid, x.dtype), curve(grid)
+        matrix, line = _joined(weights, grid, x.dtype), make_spline_spec(grid)
         for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over chunks are taken in fp32.
         for_matrix = torch.zeros_like(matrix, dtype=torch.float32)
@@ -271,7 +271,7 @@ def _branches(z: Tensor, grid: Grid, quantized: bool, dtype: torch.dtype) -> tup
     silu = F.silu(z)
     most = silu.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
     values = basis(z, grid).flatten(-2)
-    return _encode(silu, most, quantized, dtype), _encode(values, largest(z, grid), quantized, dtype)
+    return _encode(silu, most, quantized, dtype), _encode(values, basis_bound(z, grid), quantized, dtype)
 
 
 def _encode(values: Tensor, most: Tensor, quantized: bool, dtype: torch.dtype) -> _Branch:

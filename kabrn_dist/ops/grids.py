@@ -34,7 +34,7 @@ class Grid(NamedTuple):
         return self.low + places * self.step
 
 
-def refine(coefficients: Tensor, grid: int, finer: int, degree: int) -> Tensor:
+def refine_grid(coefficients: Tensor, grid: int, finer: int, degree: int) -> Tensor:
     """The same functions on a finer grid over the same range, by knot insertion (the Oslo algorithm).
 
     Between the ends the functions are the same, so their values and slopes at the ends are, and with those their
@@ -61,11 +61,11 @@ def refine(coefficients: Tensor, grid: int, finer: int, degree: int) -> Tensor:
             f"{coefficients.shape[-1]} coefficients do not fit grid {grid} and degree {degree}: "
             f"there are {grid + degree} of them"
         )
-    matrix = insertion(grid, finer, degree).to(coefficients.device)
+    matrix = knot_insertion_matrix(grid, finer, degree).to(coefficients.device)
     return (coefficients.double() @ matrix.T).to(coefficients.dtype)
 
 
-def insertion(grid: int, finer: int, degree: int) -> Tensor:
+def knot_insertion_matrix(grid: int, finer: int, degree: int) -> Tensor:
     """[finer + degree, grid + degree] fp64: fine coefficients from coarse ones.
 
     A fine coefficient is the blossom, at the knots inside its function's support, of the polynomial on any one

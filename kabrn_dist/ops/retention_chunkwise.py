@@ -15,13 +15,13 @@ from torch import Tensor
 from kabrn_dist.distributed.state_scan import SequenceLink
 from kabrn_dist.ops.chunks import (
     Chunks,
-    add_product,
-    blocks,
-    cut_chunks,
+    cache_blocks,
+    chunk_matmul,
+    chunk_matmul_add,
     from_chunks,
-    mask,
+    make_chunks,
+    mask_scores,
     merge_leading,
-    product,
     to_chunks,
 )
 
@@ -83,8 +83,8 @@ def check_retention_inputs(
 def _within_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
     """What tokens see of their own chunk: [G,N,C,V] from folded q, k, v."""
     out = torch.empty_like(v)
-    for block in blocks(q, chunks.heads):
-        scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block)
+    for block in cache_blocks(q, chunks.num_heads):
+        scores = mask_scores(chunk_matmul(q[block], k[block].transpose(-1, -2)), chunks, block)
         torch.bmm(scores.flatten(0, 1), v[block].flatten(0, 1), out=merge_leading(out[block]))
     return out
 
@@ -94,13 +94,13 @@ def _within_chunks_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of folded q, k, v from that of `_within_chunks`'s result."""
     for_q, for_k, for_v = (torch.empty_like(x) for x in (q, k, v))
-    for block in blocks(q, chunks.heads):
+    for block in cache_blocks(q, chunks.num_heads):
         qs, ks, gs = (x[block].flatten(0, 1) for x in (q, k, grad))
         outs = (merge_leading(x[block]) for x in (for_q, for_k, for_v))
         out_q, out_k, out_v = outs
-        scores = mask(product(q[block], k[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
+        scores = mask_scores(chunk_matmul(q[block], k[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
         torch.bmm(scores.transpose(1, 2), gs, out=out_v)
-        scores = mask(product(grad[block], v[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
+        scores = mask_scores(chunk_matmul(grad[block], v[block].transpose(-1, -2)), chunks, block).flatten(0, 1)
         torch.bmm(scores, ks, out=out_q)
         torch.bmm(scores.transpose(1, 2), qs, out=out_k)
     return for_q, for_k, for_v
@@ -145,20 +145,20 @@ class _Retention(torch.autograd.Function):
         link: SequenceLink | None,
     ) -> tuple[Tensor, Tensor]:
         time, size = q.shape[2], min(chunk, q.shape[2])
-        chunks = cut_chunks(log_decay, documents, before, size, q.dtype)
+        chunks = make_chunks(log_decay, documents, before, size, q.dtype)
         qs, ks, vs = (to_chunks(x, size) for x in (q, k, v))
-        added = product((ks * chunks.decay_out).transpose(-1, -2), vs).to(state.dtype)
+        added = chunk_matmul((ks * chunks.decay_out).transpose(-1, -2), vs).to(state.dtype)
         states = _scan_forward(added, chunks.chunk_decay, state.flatten(0, 1))
         wait = None
         if link is not None:
-            wait = link.begin(states[:, -1].view_as(state), chunks.chunk_decay.prod(1).view(state.shape[:2]), time)
+            wait = link.start(states[:, -1].view_as(state), chunks.chunk_decay.prod(1).view(state.shape[:2]), time)
         out = _within_chunks(qs, ks, vs, chunks)
         if wait is not None:
             came = wait().flatten(0, 1)[:, None]
             states[:, :1] = came
             states[:, 1:].addcmul_(chunks.chunk_decay.cumprod(1), came)
         used = states[:, :-1].to(q.dtype).contiguous()
-        add_product(out, qs * chunks.decay_in, used)
+        chunk_matmul_add(out, qs * chunks.decay_in, used)
         ctx.save_for_backward(q, k, v, log_decay, documents, before, used)
         ctx.size, ctx.link = size, link
         return from_chunks(out, v), states[:, -1].reshape(state.shape)
@@ -167,24 +167,24 @@ class _Retention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, documents, before, states = ctx.saved_tensors
         size, link, time = ctx.size, ctx.link, q.shape[2]
-        chunks = cut_chunks(log_decay, documents, before, size, q.dtype)
+        chunks = make_chunks(log_decay, documents, before, size, q.dtype)
         qs, ks, vs, gs = (to_chunks(x, size) for x in (q, k, v, grad))
         after = grad_state if link is None else torch.zeros_like(grad_state)
-        sent = product((qs * chunks.decay_in).transpose(-1, -2), gs).to(after.dtype)
+        sent = chunk_matmul((qs * chunks.decay_in).transpose(-1, -2), gs).to(after.dtype)
         back = _scan_backward(sent, chunks.chunk_decay, after.flatten(0, 1))
         wait = None
         if link is not None:
             kept = chunks.chunk_decay.prod(1).view(after.shape[:2])
-            wait = link.begin(back[:, 0].reshape(after.shape), kept, time, reverse=True)
+            wait = link.start(back[:, 0].reshape(after.shape), kept, time, reverse=True)
         for_q, for_k, for_v = _within_chunks_backward(qs, ks, vs, gs, chunks)
         if wait is not None:
             came = wait().flatten(0, 1)[:, None]
             back[:, -1:] = came
             back[:, :-1].addcmul_(chunks.chunk_decay.flip(1).cumprod(1).flip(1), came)
         behind = back[:, 1:].to(q.dtype).contiguous()
-        for_q.addcmul_(product(gs, states.transpose(-1, -2)), chunks.decay_in)
-        for_k.addcmul_(product(vs, behind.transpose(-1, -2)), chunks.decay_out)
-        add_product(for_v, ks * chunks.decay_out, behind)
+        for_q.addcmul_(chunk_matmul(gs, states.transpose(-1, -2)), chunks.decay_in)
+        for_k.addcmul_(chunk_matmul(vs, behind.transpose(-1, -2)), chunks.decay_out)
+        chunk_matmul_add(for_v, ks * chunks.decay_out, behind)
         for_state = back[:, 0].reshape(after.shape) if link is None else None
         return (
             from_chunks(for_q, q),

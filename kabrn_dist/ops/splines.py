@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.spline import Curve
+from kabrn_dist.kernels.spline import SplineSpec
 from kabrn_dist.ops.grids import Grid
 
 
@@ -59,22 +59,22 @@ def basis(x: Tensor, grid: Grid) -> Tensor:
     return values
 
 
-def basis_slope(x: Tensor, gradient: Tensor, grid: Grid) -> Tensor:
+def basis_slope(x: Tensor, grad: Tensor, grid: Grid) -> Tensor:
     """Σₖ gradientₖ · d basisₖ/dx: [N,I] and [N,K,I] → [N,I]; a slope is a difference of splines one degree lower."""
     inside = ((x - grid.low) * (1 / grid.step)).clamp_(0, grid.intervals)
     interval = inside.floor().clamp_(max=grid.intervals - 1)
     column = interval.long().unsqueeze(-2)
     total: Tensor | None = None
-    left = gradient.gather(-2, column)
+    left = grad.gather(-2, column)
     for weight in _nonzero(inside - interval, grid.degree - 1):
-        right = gradient.gather(-2, column := column + 1)
+        right = grad.gather(-2, column := column + 1)
         part = (right - left).squeeze(-2) * weight
         total, left = part if total is None else total.add_(part), right
     assert total is not None
     return total * (1 / grid.step)
 
 
-def largest(x: Tensor, grid: Grid) -> Tensor:
+def basis_bound(x: Tensor, grid: Grid) -> Tensor:
     """[N,1]: what no basis value of a row exceeds in size; outside the grid the tangents decide."""
     middle, half = (grid.low + grid.high) / 2, (grid.high - grid.low) / 2
     beyond = ((x - middle).abs().amax(-1, keepdim=True) - half).clamp_(min=0) * (1 / grid.step)
@@ -84,9 +84,9 @@ def largest(x: Tensor, grid: Grid) -> Tensor:
 
 
 @cache
-def curve(grid: Grid) -> Curve:
+def make_spline_spec(grid: Grid) -> SplineSpec:
     """A grid's splines as the kernel takes them."""
-    return Curve(*grid, _cardinal(torch.zeros(1), grid.degree).item(), *_end(grid.degree))
+    return SplineSpec(*grid, _cardinal(torch.zeros(1), grid.degree).item(), *_end(grid.degree))
 
 
 def _cardinal(distance: Tensor, degree: int) -> Tensor:

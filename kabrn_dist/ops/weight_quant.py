@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.kernels.choice import choose, kernels_for
-from kabrn_dist.kernels.functions import KERNEL_DTYPES
+from kabrn_dist.kernels.selection import kernels_for, select_kernels
+from kabrn_dist.kernels.univariate import KERNEL_DTYPES
 from kabrn_dist.ops.activation_quant import MIN_ABSMAX, to_fp32
 from kabrn_dist.ops.packing import pack, unpack
 
@@ -170,7 +170,7 @@ def sum_magnitudes(runs: Tensor) -> Tensor:
     """[R,n] latents → [R] fp64, Σ|w| of each run."""
     kernels = kernels_for(runs)
     if kernels is not None:
-        return kernels.products.magnitudes(runs.detach().contiguous())
+        return kernels.ternary.abs_sums(runs.detach().contiguous())
     return runs.detach().double().abs().sum(1)
 
 
@@ -178,15 +178,15 @@ def round_latents(latents: Tensor, gamma: Tensor) -> Tensor:
     """int8 codes of latents [..., n] with γ that broadcasts, one for each row or for each matrix."""
     latents, kernels = latents.detach().contiguous(), kernels_for(latents)
     if kernels is not None and gamma.numel() and latents.numel() % gamma.numel() == 0:
-        return kernels.products.ternary(latents.view(gamma.numel(), -1), gamma.contiguous()).view_as(latents)
+        return kernels.ternary.ternarize(latents.view(gamma.numel(), -1), gamma.contiguous()).view_as(latents)
     return (to_fp32(latents) / gamma).round_().clamp_(-1, 1).to(torch.int8)
 
 
 def cast_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 codes in `dtype`."""
-    kernels = choose(codes.device.type).kernels
+    kernels = select_kernels(codes.device.type).kernels
     if kernels is not None and dtype in KERNEL_DTYPES:
-        return kernels.products.widen(codes.contiguous(), dtype)
+        return kernels.ternary.cast(codes.contiguous(), dtype)
     return codes.to(dtype)
 
 

@@ -14,9 +14,9 @@ from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
-from kabrn_dist.distributed.mesh import PATIENCE_SECONDS, Mesh, init_distributed, make_mesh
+from kabrn_dist.distributed.mesh import DEFAULT_TIMEOUT_S, Mesh, init_distributed, make_mesh
 from kabrn_dist.grow.run import grow
-from kabrn_dist.kernels.choice import choose, int8_products, product_dtype
+from kabrn_dist.kernels.selection import select_kernels, int8_matmul_is_faster, matmul_dtype
 from kabrn_dist.metrics.figures import TrainingFigures
 from kabrn_dist.metrics.logger import MetricsLogger
 from kabrn_dist.metrics.sources import measure_step
@@ -55,7 +55,7 @@ def train(config: Config, place: LaunchEnv, resume: str = "auto", stop_after: in
     config.check_world_size(place.world_size)
     splits = open_datasets(config)
     # The watchdog of a rank that hangs must speak before the others lose patience with it.
-    with init_distributed(place, max(PATIENCE_SECONDS, 2 * config.guard.hang_timeout_s)) as device:
+    with init_distributed(place, max(DEFAULT_TIMEOUT_S, 2 * config.guard.hang_timeout_s)) as device:
         parallel = config.parallel
         mesh = make_mesh(place, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
         config = resolve_placement(config, mesh)
@@ -95,7 +95,7 @@ class Trainer:
         self.metrics = run_on_all(None, MetricsLogger, self.folder, mesh.is_main, self.step, config.training.steps)
         self.metrics.write_text("config", dump_config(config))
         self.metrics.print_line(
-            f"functions and products: {choose(mesh.device.type).reason}; {_say_products(config, mesh)}"
+            f"functions and products: {select_kernels(mesh.device.type).reason}; {_say_products(config, mesh)}"
         )
         if mesh.expert_parallel > 1:
             self.metrics.print_line(f"experts on the ranks of a group: {list(config.expert_counts())}")
@@ -232,8 +232,8 @@ def _say_products(config: Config, mesh: Mesh) -> str:
     if not config.model.quantize:
         return "matrices are plain"
     dtype = TORCH_DTYPES[config.training.precision]
-    forward = "int8" if int8_products(mesh.device.type, dtype) else "fp32"
-    backward = "fp32" if product_dtype(mesh.device.type, dtype) == torch.float32 else config.training.precision
+    forward = "int8" if int8_matmul_is_faster(mesh.device.type, dtype) else "fp32"
+    backward = "fp32" if matmul_dtype(mesh.device.type, dtype) == torch.float32 else config.training.precision
     return f"products forward in {forward}, backward in {backward}, measured faster here"
 
 

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from kabrn_dist.distributed.launch_env import free_port
-from kabrn_dist.distributed.state_scan import SequenceLink, choose_exchange, compose, near_heads
+from kabrn_dist.distributed.state_scan import SequenceLink, choose_exchange, compose, short_memory_heads
 from kabrn_dist.ops.retention import log_decays, retention_chunk
 from kabrn_dist.ops.retention_chunkwise import retention_slice
 
@@ -107,7 +107,7 @@ def test_compose_is_one_map_after_another() -> None:
 def test_near_heads_have_nothing_left_after_a_slice() -> None:
     decays = log_decays("exponent", 16)
     for dtype in (torch.float32, torch.float64):
-        near = near_heads(decays, 2048, dtype)
+        near = short_memory_heads(decays, 2048, dtype)
         assert 0 < len(near) < 16
         for head, decay in enumerate(decays):
             left = torch.tensor(math.exp(2048 * decay), dtype=dtype)

@@ -22,7 +22,7 @@ from kabrn_dist.grow.run import grow, plan_growth
 from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, fill, refine_part
 from kabrn_dist.inference.generate import load_run
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
-from kabrn_dist.ops.grids import insertion
+from kabrn_dist.ops.grids import knot_insertion_matrix
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import read_losses, run_command, run_sessions, write_small_config
 
@@ -298,7 +298,7 @@ def test_moments_of_a_finer_grid_make_no_longer_steps(grid: int, finer: int, deg
     assert (refined[0] / refined[1].sqrt()).abs().max() <= 1.0
     ones = refine_part(torch.ones(1, grid + degree), GridRefinement(grid, finer, degree), "master")
     assert torch.allclose(ones, torch.ones_like(ones), atol=1e-12)
-    assert insertion(grid, finer, degree).shape == (finer + degree, grid + degree)
+    assert knot_insertion_matrix(grid, finer, degree).shape == (finer + degree, grid + degree)
 
 
 def test_every_form_names_the_matrices_that_read_hidden_units() -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.kernels.build import Unavailable, load
-from kabrn_dist.kernels.choice import SWITCH, Kernels, choose
+from kabrn_dist.kernels.build import KernelUnavailable, load_library
+from kabrn_dist.kernels.selection import ENV_SWITCH, Kernels, select_kernels
 from kabrn_dist.model import bitlinear as bitlinear_module
 from kabrn_dist.model.bitlinear import bitlinear, bitlinear_naive
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts
@@ -35,12 +35,12 @@ ROOT = Path(__file__).parents[2]
 Step = Callable[[Quantized, Tensor], Quantized]
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
-pytestmark = pytest.mark.skipif(choose("cpu").kernels is None, reason=choose("cpu").reason)
+pytestmark = pytest.mark.skipif(select_kernels("cpu").kernels is None, reason=select_kernels("cpu").reason)
 
 
 @pytest.fixture
 def kernels() -> Kernels:
-    found = choose("cpu").kernels
+    found = select_kernels("cpu").kernels
     assert found is not None
     return found
 
@@ -140,7 +140,7 @@ def test_threads_change_nothing(form: str, two_threads: None) -> None:
     for threads in (2, 1):
         torch.set_num_threads(threads)
         part = results(lambda x, c: activate(x, module.function, module.eager, c, counts, True), x, coefficients, noise)
-        kernels = choose("cpu").kernels
+        kernels = select_kernels("cpu").kernels
         assert kernels is not None
         found.append([*part, *ternarize(latents)[1:]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -162,7 +162,7 @@ def test_products_are_the_eager_ones(dtype: torch.dtype, enabled: bool, monkeypa
     mine = run(bitlinear)
     monkeypatch.setattr(bitlinear_module, "kernels_for", lambda x: None)
     monkeypatch.setattr(weight_quant, "kernels_for", lambda x: None)
-    monkeypatch.setattr(bitlinear_module, "int8_products", lambda *_: False)
+    monkeypatch.setattr(bitlinear_module, "int8_matmul_is_faster", lambda *_: False)
     for found, eager in zip(mine, run(bitlinear), strict=True):
         close(found, eager, 4 * torch.finfo(dtype).eps)
         assert found.dtype == eager.dtype == dtype
@@ -208,7 +208,7 @@ def test_ternary_codes_are_the_eager_ones(dtype: torch.dtype, shape: tuple[int, 
     assert torch.equal(found.int8_codes.double(), expected)
     assert torch.equal(found.packed, pack_naive(found.int8_codes))
     for wanted in (dtype, torch.int8, torch.float32):
-        assert torch.equal(found.codes(wanted), found._replace(fresh=None).codes(wanted))
+        assert torch.equal(found.codes(wanted), found._replace(int8_codes=None).codes(wanted))
         assert found.codes(wanted).dtype == wanted and torch.equal(found.codes(wanted).double(), expected)
     nothing = ternarize(torch.zeros(shape, dtype=dtype))
     assert nothing.gamma is not None and not bool(nothing.codes(dtype).any()) and bool((nothing.gamma > 0).all())
@@ -223,7 +223,7 @@ def test_rows_are_scaled_and_rounded_as_torch_does(shape: tuple[int, int], kerne
         rounded = x.to(dtype)
         expected = (rounded * factor).to(dtype)
         torch.testing.assert_close(
-            kernels.products.scale(rounded, factor, dtype), expected, rtol=0, atol=0, equal_nan=True
+            kernels.ternary.scale_rows(rounded, factor, dtype), expected, rtol=0, atol=0, equal_nan=True
         )
 
 
@@ -235,12 +235,12 @@ def test_counts_that_do_not_fit_are_refused() -> None:
 
 
 def test_eager_torch_wherever_kernels_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    decide = choose.__wrapped__
+    decide = select_kernels.__wrapped__
     assert decide("cpu").kernels and decide("cpu").reason.startswith("fused C kernels")
     assert decide("cuda") == (None, "eager torch, because there is no kernel for cuda")
-    monkeypatch.setenv(SWITCH, "off")
-    assert decide("cpu") == (None, f"eager torch, because {SWITCH} is off")
-    monkeypatch.delenv(SWITCH)
+    monkeypatch.setenv(ENV_SWITCH, "off")
+    assert decide("cpu") == (None, f"eager torch, because {ENV_SWITCH} is off")
+    monkeypatch.delenv(ENV_SWITCH)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert decide("cpu").kernels is None and "Not a directory" in decide("cpu").reason
@@ -253,22 +253,22 @@ def test_what_the_compiler_says_is_passed_on(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wrong = tmp_path / "wrong.c"
     wrong.write_text("int f(void) { return nothing; }")
-    with pytest.raises(Unavailable, match=r"wrong\.c:1:.*nothing"):
-        load(wrong)
+    with pytest.raises(KernelUnavailable, match=r"wrong\.c:1:.*nothing"):
+        load_library(wrong)
     wrong.write_text("int missing(void); int f(void) { return missing(); }")
-    with pytest.raises(Unavailable, match="missing"):
-        load(wrong).f()
+    with pytest.raises(KernelUnavailable, match="missing"):
+        load_library(wrong).f()
 
 
 def test_ranks_that_start_at_once_share_one_build(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys; from kabrn_dist.kernels.build import find_or_build;"
-        "print(find_or_build(pathlib.Path(sys.argv[1])).read_bytes()[:4])"
+        "import pathlib, sys; from kabrn_dist.kernels.build import find_or_compile;"
+        "print(find_or_compile(pathlib.Path(sys.argv[1])).read_bytes()[:4])"
     )
-    source = ROOT / "kabrn_dist" / "kernels" / "products.c"
+    source = ROOT / "kabrn_dist" / "kernels" / "ternary.c"
     command = [sys.executable, "-c", program, str(source)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [str(b"\x7fELF")] * 3
     (built,) = (tmp_path / "kabrn_dist").iterdir()
-    assert built.name.startswith("products-") and built.suffix == ".so"
+    assert built.name.startswith("ternary-") and built.suffix == ".so"

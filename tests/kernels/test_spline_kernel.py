@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.kernels.choice import choose
-from kabrn_dist.kernels.spline import CODES, PLAIN, VALUES, Spline
+from kabrn_dist.kernels.selection import select_kernels
+from kabrn_dist.kernels.spline import CODES, PLAIN, VALUES, SplineKernel
 from kabrn_dist.ops.edge_layer import edge_layer, edge_layer_eager
 from kabrn_dist.ops.grids import Grid
-from kabrn_dist.ops.splines import basis, basis_slope, curve, largest
+from kabrn_dist.ops.splines import basis, basis_bound, basis_slope, make_spline_spec
 
 DTYPES = [torch.float32, torch.bfloat16]
 # The second grid leaves zero outside.
@@ -19,11 +19,11 @@ GRIDS = [
     Grid(low, low + 4, g, p) for low, g, p in [(-2, 2, 1), (1, 5, 1), (-2, 4, 2), (-2, 5, 3), (1, 9, 5), (-2, 7, 7)]
 ]
 SHAPES = [(1, 1), (3, 15), (5, 16), (9, 37)]
-fused = pytest.mark.skipif(choose("cpu").kernels is None, reason=choose("cpu").reason)
+fused = pytest.mark.skipif(select_kernels("cpu").kernels is None, reason=select_kernels("cpu").reason)
 
 
-def kernel() -> Spline:
-    kernels = choose("cpu").kernels
+def kernel() -> SplineKernel:
+    kernels = select_kernels("cpu").kernels
     assert kernels is not None
     return kernels.spline
 
@@ -39,7 +39,7 @@ def rows(shape: tuple[int, int], grid: Grid, dtype: torch.dtype = torch.float32)
 
 def expanded(x: Tensor, grid: Grid, form: int) -> tuple[Tensor, Tensor]:
     out = x.new_empty(len(x), x.shape[1] * (grid.size + 1))
-    return out, kernel().expand(curve(grid), x, form, out)
+    return out, kernel().expand(make_spline_spec(grid), x, form, out)
 
 
 @fused
@@ -51,7 +51,7 @@ def test_values_and_slopes_are_those_of_float64(shape: tuple[int, int], grid: Gr
     expected = torch.cat([basis(wide, grid).flatten(1), F.silu(wide)], 1)
     torch.testing.assert_close(expanded(x, grid, PLAIN)[0].double(), expected, atol=2e-6, rtol=2e-6)
     grad, gammas = torch.randn_like(expected).float(), torch.tensor([0.5, 3.0])
-    found = kernel().gather(curve(grid), x, grad, gammas)
+    found = kernel().gather(make_spline_spec(grid), x, grad, gammas)
     splines, silu = grad.double().split([x.shape[1] * grid.size, x.shape[1]], 1)
     slope = basis_slope(wide, splines.unflatten(-1, (grid.size, -1)), grid)
     at = 0.5 * slope + 3 * torch.ops.aten.silu_backward(silu.contiguous(), wide)
@@ -64,7 +64,7 @@ def test_values_and_slopes_are_those_of_float64(shape: tuple[int, int], grid: Gr
 def test_codes_are_int8_with_the_scales_of_the_row(shape: tuple[int, int], grid: Grid) -> None:
     x = rows(shape, grid)
     codes, scale = expanded(x, grid, CODES)
-    splines = 127 / largest(x.double(), grid)
+    splines = 127 / basis_bound(x.double(), grid)
     silu = 127 / F.silu(x.double()).abs().amax(-1, keepdim=True).clamp(min=1e-5)
     torch.testing.assert_close(scale.double(), torch.cat([splines, silu], 1), atol=0, rtol=1e-6)
     assert torch.equal(codes, codes.round()) and float(codes.abs().max()) <= 127
@@ -125,7 +125,7 @@ def test_threads_have_no_say(form: int, dtype: torch.dtype) -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append([*expanded(x, grid, form), kernel().gather(curve(grid), x, grad, torch.ones(2))])
+            found.append([*expanded(x, grid, form), kernel().gather(make_spline_spec(grid), x, grad, torch.ones(2))])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
@@ -135,7 +135,7 @@ def test_threads_have_no_say(form: int, dtype: torch.dtype) -> None:
 def test_a_wrong_size_is_refused() -> None:
     x = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="is not the expansion of"):
-        kernel().expand(curve(GRIDS[3]), x, PLAIN, torch.empty(3, 4 * GRIDS[3].size))
+        kernel().expand(make_spline_spec(GRIDS[3]), x, PLAIN, torch.empty(3, 4 * GRIDS[3].size))
 
 
 @fused

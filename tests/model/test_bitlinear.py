@@ -241,7 +241,7 @@ def test_int8_and_fp32_products_are_the_same_bits(dtype: torch.dtype, monkeypatc
     x, weight = quantize(torch.randn(53, 96).to(dtype)), torch.randn(3, 48, 96).to(dtype)
     found = []
     for fast in (True, False):
-        monkeypatch.setattr(bitlinear_module, "int8_products", lambda *_, fast=fast: fast)
+        monkeypatch.setattr(bitlinear_module, "int8_matmul_is_faster", lambda *_, fast=fast: fast)
         product = bitlinear_unscaled(x, weight, counts)
         found.append([bitlinear(x, weight, counts), *product[:2]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -304,7 +304,7 @@ def test_half_precision_gradients_are_the_exact_ones_rounded(
     form: str, dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Multiplied in fp32, they are rounded once; in half precision, at each operation."""
-    monkeypatch.setattr(bitlinear_module, "product_dtype", lambda _, own: torch.float32 if wide else own)
+    monkeypatch.setattr(bitlinear_module, "matmul_dtype", lambda _, own: torch.float32 if wide else own)
     torch.manual_seed(0)
     counts, share = (33, 0, 20), float(form != "plain")
     x, latents = quantize(torch.randn(53, 96).to(dtype), bool(share)), (torch.randn(3, 48, 96) * 0.1).to(dtype)

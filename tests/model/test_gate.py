@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.kernels.choice import choose
+from kabrn_dist.kernels.selection import select_kernels
 from kabrn_dist.model.bitlinear import bitlinear
 from kabrn_dist.model.experts import mlp
 from kabrn_dist.model.experts.mlp import RELU2, Relu2Experts, SwigluExperts, gated, gated_eager, square
@@ -20,7 +20,7 @@ from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quant
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (7, 15), (33, 16), (5, 50), (129, 264), (0, 8)]
 
-fused = pytest.mark.skipif(choose("cpu").kernels is None, reason=choose("cpu").reason)
+fused = pytest.mark.skipif(select_kernels("cpu").kernels is None, reason=select_kernels("cpu").reason)
 
 Layer = Callable[..., Quantized]
 
@@ -74,7 +74,7 @@ def test_layers_are_the_ones_of_float64(name: str, shape: tuple[int, int], dtype
     exact = [Quantized(x.codes.double(), x.scale.double()) for x in inputs]
     mine = results(layer, inputs, quantized, noise)
     theirs = results(eager, exact, quantized, noise.double())
-    in_fp32 = dtype in DTYPES and (name == "swiglu" or choose("cpu").kernels is not None)
+    in_fp32 = dtype in DTYPES and (name == "swiglu" or select_kernels("cpu").kernels is not None)
     rounding = max(torch.finfo(dtype).eps, 2e-6)
     slack = 2 if in_fp32 else 8  # the eager squares are rounded to their dtype
     if quantized:
@@ -133,12 +133,12 @@ def test_threads_change_nothing(name: str, dtype: torch.dtype) -> None:
 
 @fused
 def test_exponentials_are_right_over_the_whole_range() -> None:
-    kernels = choose("cpu").kernels
+    kernels = select_kernels("cpu").kernels
     assert kernels is not None
     x = torch.cat([torch.linspace(-87, 87, 400_001), torch.logspace(-40, 1, 999), -torch.logspace(-40, 1, 999)])
     exact = x.double().exp()
-    assert float(((kernels.gate.exponentials(x).double() - exact) / exact).abs().max()) < 3e-7
-    far = kernels.gate.exponentials(torch.tensor([-torch.inf, -3e38, 3e38, torch.inf, torch.nan]))
+    assert float(((kernels.gate.exp(x).double() - exact) / exact).abs().max()) < 3e-7
+    far = kernels.gate.exp(torch.tensor([-torch.inf, -3e38, 3e38, torch.inf, torch.nan]))
     ends = torch.tensor([-87.0, -87.0, 87.0, 87.0]).exp()
     torch.testing.assert_close(far[:4], ends, rtol=1e-6, atol=0)
     assert bool(far[4].isnan())

@@ -73,7 +73,7 @@ def count_collectives(rank: int, port: int) -> None:
     for name in COLLECTIVES:
         setattr(dist, name, counted(name, getattr(dist, name)))
     with init_distributed(place) as device:
-        mesh = make_mesh(place, device, expert=2, sequence=2)
+        mesh = make_mesh(place, device, expert_parallel=2, sequence_parallel=2)
         tokens = torch.randint(0, 11, (1, 16), generator=torch.Generator().manual_seed(3))
         whole = Batch(
             tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.arange(16)[None], torch.zeros_like(tokens[:, 0])

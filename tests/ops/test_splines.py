@@ -16,8 +16,8 @@ from kabrn_dist.model.experts.bspline import BsplineExperts, extend_grid
 from kabrn_dist.model.experts.hat import HatExperts
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.edge_layer import edge_layer, edge_layer_naive
-from kabrn_dist.ops.grids import Grid, refine
-from kabrn_dist.ops.splines import basis, basis_naive, basis_slope, largest
+from kabrn_dist.ops.grids import Grid, refine_grid
+from kabrn_dist.ops.splines import basis, basis_bound, basis_naive, basis_slope
 
 GRIDS = [Grid(-2.0, 1.5, g, p) for g, p in [(2, 1), (5, 1), (2, 2), (7, 2), (3, 3), (5, 3), (12, 3), (5, 5), (9, 6)]]
 COUNTS = [(6,), (0,), (2, 0, 3, 1, 0), (0, 0, 5, 0, 0), (0, 0, 0)]
@@ -85,7 +85,7 @@ def test_closed_form_is_the_recurrence(grid: Grid) -> None:
     torch.testing.assert_close(
         basis_slope(x.detach()[:, None], noise[..., None], grid)[:, 0], slope, atol=1e-10, rtol=0
     )
-    bound, most = largest(x.detach()[:, None], grid)[:, 0], values.abs().amax(-1)
+    bound, most = basis_bound(x.detach()[:, None], grid)[:, 0], values.abs().amax(-1)
     assert bool((bound > most - 1e-12).all())
     out = (x < grid.low - grid.degree * grid.step) | (x > grid.high + grid.degree * grid.step)
     torch.testing.assert_close(bound[out], most[out])
@@ -161,7 +161,7 @@ def test_layer_is_finite_far_out(degree: int, quantized: bool, dtype: torch.dtyp
 def test_refined_functions_are_unchanged(grid: Grid, times: int) -> None:
     torch.manual_seed(0)
     c, x = torch.randn(2, 3, grid.size, dtype=torch.float64), spread(-4, 4)
-    finer = refine(c, grid.intervals, times * grid.intervals, grid.degree)
+    finer = refine_grid(c, grid.intervals, times * grid.intervals, grid.degree)
     fine = Grid(grid.low, grid.high, times * grid.intervals, grid.degree)
     assert finer.shape == (2, 3, fine.size)
     for old, new in zip(c.view(-1, grid.size), finer.view(-1, fine.size), strict=True):
@@ -170,11 +170,11 @@ def test_refined_functions_are_unchanged(grid: Grid, times: int) -> None:
 
 def test_refine_refuses_other_grids() -> None:
     with pytest.raises(ValueError, match=r"grid of 4 intervals .* such as 8, not 6"):
-        refine(torch.zeros(7), 4, 6, 3)
+        refine_grid(torch.zeros(7), 4, 6, 3)
     with pytest.raises(ValueError, match=r"grid of 4 intervals .* not 2"):
-        refine(torch.zeros(7), 4, 2, 3)
+        refine_grid(torch.zeros(7), 4, 2, 3)
     with pytest.raises(ValueError, match="6 coefficients do not fit grid 4 and degree 3: there are 7"):
-        refine(torch.zeros(6), 4, 8, 3)
+        refine_grid(torch.zeros(6), 4, 8, 3)
 
 
 def make(form: type[BsplineExperts], quantized: bool) -> BsplineExperts:

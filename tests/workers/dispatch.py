@@ -210,7 +210,7 @@ def check(case: Case, mesh: Mesh, nodes: NodeGroups | None, dtype: torch.dtype, 
     taken = wire.traffic.take()
     assert taken.bytes_sent == sent, f"{taken} for {sent}, {where}"
     if mesh.world_size == len(case.counts):
-        assert taken.rows == sum(int((data.choice == expert).sum()) for expert in placement.local), where
+        assert taken.routed_tokens == sum(int((data.choice == expert).sum()) for expert in placement.local), where
     assert wire.traffic == Traffic()
 
 
@@ -326,7 +326,7 @@ def measure_dispatch(mesh: Mesh) -> tuple[float, float]:
         plan = plan_dispatch(choice, wire)
         with count_socket_bytes() as sent:
             Dispatch((codes, scale, codes.to(torch.int8) if wire.int8 else None), plan, wire).wait()
-        dispatched = wire.traffic.bytes_dispatch
+        dispatched = wire.traffic.dispatch_bytes
         assert dispatched <= sent[0] <= 1.02 * dispatched + 4096, f"{dispatched} counted, {sent} sent"
         counted.append(sent[0])
     return counted[0] / (elsewhere * width * 2), counted[0] / counted[1]
@@ -348,11 +348,11 @@ def count_socket_bytes() -> Iterator[list[int]]:
 def check_nodes(place: LaunchEnv, device: torch.device) -> NodeGroups:
     """Groups inside and between machines of two, and none where machines and group do not fit."""
     for expert, node in ((4, None), (4, 1), (4, 3), (4, 4), (2, 2)):
-        assert make_mesh(place, device, expert, node=node).expert_nodes is None
+        assert make_mesh(place, device, expert, ranks_per_node=node).expert_nodes is None
     unlike = LaunchEnv(place.rank, place.world_size, place.local_rank, 1 + place.rank // 2)
     assert make_mesh(unlike, device, 4).expert_nodes is None
     nodes = make_mesh(LaunchEnv(place.rank, place.world_size, place.rank % 2, 2), device, 4).expert_nodes
-    assert nodes is not None and (nodes.size, nodes.count) == (2, 2)
+    assert nodes is not None and (nodes.ranks_per_node, nodes.num_nodes) == (2, 2)
     first = place.rank // 2 * 2
     assert dist.get_process_group_ranks(nodes.intra_node) == [first, first + 1]
     assert dist.get_process_group_ranks(nodes.inter_node) == [place.rank % 2, place.rank % 2 + 2]

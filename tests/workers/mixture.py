@@ -187,7 +187,7 @@ def work(rank: int, world: int, port: int) -> None:
     place = LaunchEnv(rank, world, rank, world)
     with init_distributed(place) as device:
         meshes = {size: make_mesh(place, device, size) for size in {len(case.counts) for case in CASES[world]}}
-        nodes = make_mesh(place, device, world, node=2).expert_nodes
+        nodes = make_mesh(place, device, world, ranks_per_node=2).expert_nodes
         for case in CASES[world]:
             check(case, meshes[len(case.counts)], nodes if len(case.counts) == world else None)
         sent, language, grads = run_model("keep", meshes[world])

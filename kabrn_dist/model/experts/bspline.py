@@ -16,7 +16,7 @@ from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.base import Experts, check_counts, normal_mean
 from kabrn_dist.ops.activation_quant import rms_norm, to_fp32
 from kabrn_dist.ops.edge_layer import edge_layer
-from kabrn_dist.ops.grids import Grid, refine
+from kabrn_dist.ops.grids import Grid, refine_grid
 from kabrn_dist.ops.splines import basis
 from kabrn_dist.ops.weight_quant import QuantState
 
@@ -119,7 +119,7 @@ def extend_grid(experts: BsplineExperts, finer: int) -> BsplineExperts:
         weight = old.detach()
         if name.endswith("spline"):
             edges = weight.unflatten(-1, (-1, experts.grid.size))
-            weight = refine(edges, experts.grid.intervals, finer, experts.grid.degree).flatten(-2)
+            weight = refine_grid(edges, experts.grid.intervals, finer, experts.grid.degree).flatten(-2)
         extended.get_parameter(name).data = weight.clone()
     return extended
 

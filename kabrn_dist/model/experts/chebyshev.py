@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.kernels.functions import Function
+from kabrn_dist.kernels.univariate import UnivariateFunction
 from kabrn_dist.model.experts.grouped import GroupedExperts, per_expert, per_row
 from kabrn_dist.ops.weight_quant import QuantState
 
@@ -136,7 +136,7 @@ class ChebyshevExperts(GroupedExperts):
         gain: float = 1.0,
     ) -> None:
         low, high = settings.grid_range
-        function = Function("chebyshev", (low + high) / 2, (high - low) / 2)
+        function = UnivariateFunction("chebyshev", (low + high) / 2, (high - low) / 2)
         super().__init__(width, hidden, experts, quantized, gain, function, settings.grid_range)
         for name in ("inner", "outer"):
             self.register_parameter(name, nn.Parameter(torch.empty(len(experts), settings.function_groups, TERMS)))

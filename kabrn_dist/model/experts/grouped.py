@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.functions import Function
+from kabrn_dist.kernels.univariate import UnivariateFunction
 from kabrn_dist.model.bitlinear import bitlinear, bitlinear_unscaled
 from kabrn_dist.model.experts.base import Experts, check_counts
 from kabrn_dist.ops.activation import activate
@@ -52,7 +52,7 @@ class GroupedExperts(Experts):
         experts: range,
         quantized: bool | QuantState,
         gain: float,
-        function: Function,
+        function: UnivariateFunction,
         ends: tuple[float, float],
     ) -> None:
         super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantized)

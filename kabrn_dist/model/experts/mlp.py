@@ -14,16 +14,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.kernels.choice import kernels_for
-from kabrn_dist.kernels.functions import Function
-from kabrn_dist.kernels.gate import Gate
+from kabrn_dist.kernels.gate import GateKernel
+from kabrn_dist.kernels.selection import kernels_for
+from kabrn_dist.kernels.univariate import UnivariateFunction
 from kabrn_dist.model.bitlinear import bitlinear, bitlinear_unscaled
 from kabrn_dist.model.experts.base import Experts, check_counts
 from kabrn_dist.ops.activation import activate
 from kabrn_dist.ops.activation_quant import Quantized, interpolate_quantized, quantize, rms_norm, to_fp32
 from kabrn_dist.ops.weight_quant import QuantState
 
-RELU2 = Function("relu2")
+RELU2 = UnivariateFunction("relu2")
 
 
 class _Controls(Experts):
@@ -119,7 +119,7 @@ def gated_eager(gate: Quantized, up: Quantized, share: float) -> Quantized:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, quantized: bool, kernel: Gate
+        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, quantized: bool, kernel: GateKernel
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = gate.contiguous(), gate_scale.reciprocal(), up.contiguous(), up_scale.reciprocal()
         codes, scale, rms, kept = kernel.forward(*inputs, quantized)

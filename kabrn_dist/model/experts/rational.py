@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.kernels.functions import Function
+from kabrn_dist.kernels.univariate import UnivariateFunction
 from kabrn_dist.model.experts.grouped import LAYERS, GroupedExperts, per_expert, per_row
 from kabrn_dist.ops.weight_quant import QuantState
 
@@ -121,7 +121,7 @@ class RationalExperts(GroupedExperts):
         quantized: bool | QuantState = True,
         gain: float = 1.0,
     ) -> None:
-        super().__init__(width, hidden, experts, quantized, gain, Function("rational"), FITTED)
+        super().__init__(width, hidden, experts, quantized, gain, UnivariateFunction("rational"), FITTED)
         for layer in LAYERS:
             for part, terms in (("numerator", 6), ("denominator", 4)):
                 self.register_parameter(

@@ -24,7 +24,7 @@ INLINE vec read_as(int type, const void *from, int64_t v, int64_t rest) {
 }
 
 /* Rows times a factor each, and where there are any, columns too; rounded once. */
-INLINE void scale(int from, int to, const void *x, const float *factor, const float *columns, int64_t rows,
+INLINE void scale_rows(int from, int to, const void *x, const float *factor, const float *columns, int64_t rows,
                   int64_t width, int64_t threads, void *out) {
 #pragma omp parallel for collapse(2) num_threads((int)threads) schedule(static)
     for (int64_t row = 0; row < rows; row++)
@@ -40,7 +40,7 @@ INLINE void scale(int from, int to, const void *x, const float *factor, const fl
 }
 
 /* Σ|w| of each piece of each row: in fp64, so that it is the same however a matrix is cut. */
-INLINE void magnitudes(int type, const void *latent, int64_t rows, int64_t n, int64_t threads, double *partial) {
+INLINE void abs_sums(int type, const void *latent, int64_t rows, int64_t n, int64_t threads, double *partial) {
     int64_t each = pieces(n);
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (int64_t i = 0; i < rows * each; i++) {
@@ -56,7 +56,7 @@ INLINE void magnitudes(int type, const void *latent, int64_t rows, int64_t n, in
 }
 
 /* Codes of rows with a γ each. */
-INLINE void ternary(int type, const void *latent, const float *gamma, int64_t rows, int64_t n, int64_t threads,
+INLINE void ternarize(int type, const void *latent, const float *gamma, int64_t rows, int64_t n, int64_t threads,
                     int8_t *codes) {
     int64_t each = pieces(n);
 #pragma omp parallel for num_threads((int)threads) schedule(static)
@@ -71,7 +71,7 @@ INLINE void ternary(int type, const void *latent, const float *gamma, int64_t ro
     }
 }
 
-INLINE void widen(int type, const int8_t *codes, int64_t n, int64_t threads, void *out) {
+INLINE void cast(int type, const int8_t *codes, int64_t n, int64_t threads, void *out) {
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (int64_t p = 0; p < pieces(n); p++) {
         int64_t m = in_piece(n, p);
@@ -114,7 +114,7 @@ INLINE void unpack(int type, int whole, const uint8_t *packed, int64_t n, int64_
 void unpack_int8(const uint8_t *packed, int64_t n, int64_t threads, void *out) { unpack(FP32, 1, packed, n, threads, out); }
 
 /* A block of 80 codes is 16 bytes: byte i is Σ (code 16·j + i, plus 1)·3^j. */
-void unpack_base_three(const uint8_t *packed, int64_t blocks, int64_t threads, int8_t *codes) {
+void unpack_base3(const uint8_t *packed, int64_t blocks, int64_t threads, int8_t *codes) {
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
         unsigned_bytes digits;
@@ -130,22 +130,22 @@ void unpack_base_three(const uint8_t *packed, int64_t blocks, int64_t threads, i
 }
 
 #define DTYPE(name, type)                                                                                           \
-    void magnitudes_##name(const void *latent, int64_t rows, int64_t n, int64_t threads, double *partial) {             \
-        magnitudes(type, latent, rows, n, threads, partial);                                                        \
+    void abs_sums_##name(const void *latent, int64_t rows, int64_t n, int64_t threads, double *partial) {             \
+        abs_sums(type, latent, rows, n, threads, partial);                                                        \
     }                                                                                                               \
-    void ternary_##name(const void *latent, const float *gamma, int64_t rows, int64_t n, int64_t threads,           \
+    void ternarize_##name(const void *latent, const float *gamma, int64_t rows, int64_t n, int64_t threads,           \
                         int8_t *codes) {                                                                            \
-        ternary(type, latent, gamma, rows, n, threads, codes);                                                      \
+        ternarize(type, latent, gamma, rows, n, threads, codes);                                                      \
     }                                                                                                               \
-    void widen_##name(const int8_t *codes, int64_t n, int64_t threads, void *out) { widen(type, codes, n, threads, out); } \
+    void cast_##name(const int8_t *codes, int64_t n, int64_t threads, void *out) { cast(type, codes, n, threads, out); } \
     void unpack_##name(const uint8_t *packed, int64_t n, int64_t threads, void *out) {                                  \
         unpack(type, 0, packed, n, threads, out);                                                                   \
     }
 
 #define SCALE(from_name, from, to_name, to)                                                                         \
-    void scale_##from_name##_##to_name(const void *x, const float *factor, const float *columns, int64_t rows,      \
+    void scale_rows_##from_name##_##to_name(const void *x, const float *factor, const float *columns, int64_t rows,      \
                                        int64_t width, int64_t threads, void *out) {                                 \
-        scale(from, to, x, factor, columns, rows, width, threads, out);                                             \
+        scale_rows(from, to, x, factor, columns, rows, width, threads, out);                                             \
     }
 
 DTYPE(fp32, FP32)

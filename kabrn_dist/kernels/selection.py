@@ -12,23 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.build import Unavailable, find_compiler
-from kabrn_dist.kernels.functions import KERNEL_DTYPES, Functions
-from kabrn_dist.kernels.gate import Gate
-from kabrn_dist.kernels.products import Products
-from kabrn_dist.kernels.spline import Spline
+from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
+from kabrn_dist.kernels.gate import GateKernel
+from kabrn_dist.kernels.spline import SplineKernel
+from kabrn_dist.kernels.ternary import TernaryKernel
+from kabrn_dist.kernels.univariate import KERNEL_DTYPES, UnivariateKernel
 
-SWITCH = "KABRN_KERNELS"
+ENV_SWITCH = "KABRN_KERNELS"
 
 
 class Kernels(NamedTuple):
-    functions: Functions
-    products: Products
-    gate: Gate
-    spline: Spline
+    univariate: UnivariateKernel
+    ternary: TernaryKernel
+    gate: GateKernel
+    spline: SplineKernel
 
 
-class Choice(NamedTuple):
+class KernelSelection(NamedTuple):
     """What computes on a type of device.
 
     Attributes:
@@ -41,25 +41,25 @@ class Choice(NamedTuple):
 
 
 @cache
-def choose(device: str) -> Choice:
+def select_kernels(device: str) -> KernelSelection:
     """What computes on a type of device ("cpu", "cuda"): chosen, and where needed compiled, once a process.
 
     KABRN_KERNELS=off in the environment chooses torch's own operations.
     """
     try:
-        if os.environ.get(SWITCH) == "off":
-            raise Unavailable(f"{SWITCH} is off")
+        if os.environ.get(ENV_SWITCH) == "off":
+            raise KernelUnavailable(f"{ENV_SWITCH} is off")
         if device != "cpu":
-            raise Unavailable(f"there is no kernel for {device}")
-        kernels = Kernels(Functions(), Products(), Gate(), Spline())
-        return Choice(kernels, f"fused C kernels ({Path(find_compiler()).name})")
-    except Unavailable as why:
-        return Choice(None, f"eager torch, because {why}")
+            raise KernelUnavailable(f"there is no kernel for {device}")
+        kernels = Kernels(UnivariateKernel(), TernaryKernel(), GateKernel(), SplineKernel())
+        return KernelSelection(kernels, f"fused C kernels ({Path(find_compiler()).name})")
+    except KernelUnavailable as why:
+        return KernelSelection(None, f"eager torch, because {why}")
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
     """The kernels that take x; None where torch's own operations must do."""
-    return choose(x.device.type).kernels if x.dtype in KERNEL_DTYPES else None
+    return select_kernels(x.device.type).kernels if x.dtype in KERNEL_DTYPES else None
 
 
 # Rows and widths of the product that is timed, and how often.
@@ -67,7 +67,7 @@ _TIMED_SIZE, _TIMED_RUNS = 384, 5
 
 
 @cache
-def int8_products(device: str, dtype: torch.dtype) -> bool:
+def int8_matmul_is_faster(device: str, dtype: torch.dtype) -> bool:
     """Whether a type of device multiplies int8 codes faster than the same codes in fp32: measured once a process.
 
     Both give the same bits, so that a choice of another kind changes speed only.
@@ -92,7 +92,7 @@ _CLEARLY = 1.25
 
 
 @cache
-def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+def matmul_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """In which dtype values of `dtype` are multiplied, to be rounded to `dtype` afterwards: measured once a process.
 
     fp32 on processors without units for half precision, or with slow ones; elsewhere `dtype` itself.

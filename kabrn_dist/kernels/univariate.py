@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kabrn_dist.kernels.build import load
+from kabrn_dist.kernels.build import load_library
 
 # What the C files have names for.
 KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-BLOCK = 64  # rows whose gradients of coefficients are summed in one go
+ROW_BLOCK = 64  # rows whose gradients of coefficients are summed in one go
 
 
-class Job(ctypes.Structure):
+class UnivariateArgs(ctypes.Structure):
     """`job` of univariate.c."""
 
     _fields_ = [
@@ -31,7 +31,7 @@ class Job(ctypes.Structure):
     ]
 
 
-class Function(NamedTuple):
+class UnivariateFunction(NamedTuple):
     """A function's form, and what is the same for all experts and groups.
 
     Attributes:
@@ -40,12 +40,12 @@ class Function(NamedTuple):
         centre, reach: its range is centre ± reach (chebyshev alone).
     """
 
-    form: str
+    kind: str
     center: float = 0.0
     reach: float = 1.0
 
 
-class Functions:
+class UnivariateKernel:
     """q(RMSNorm(φ(x·factor))) forward and backward, for fp32 and bf16 on the CPU.
 
     Raises:
@@ -53,11 +53,17 @@ class Functions:
     """
 
     def __init__(self) -> None:
-        self._library = load(Path(__file__).with_name("univariate.c"))
+        self._library = load_library(Path(__file__).with_name("univariate.c"))
         self._library.scratch_floats.restype = ctypes.c_int64
 
     def forward(
-        self, function: Function, x: Tensor, factor: Tensor | None, coefficients: Tensor, counts: Sequence[int], q: bool
+        self,
+        function: UnivariateFunction,
+        x: Tensor,
+        factor: Tensor | None,
+        coefficients: Tensor,
+        rows_per_expert: Sequence[int],
+        quantized: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """One pass.
 
@@ -73,43 +79,49 @@ class Functions:
             where quantised the codes again as int8.
         """
         out, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-        rms, kept = torch.empty_like(scale), torch.empty_like(x, dtype=torch.int8) if q else None
-        job, scratch, _keep = self._job(function, x, factor, coefficients, counts, q)
+        rms, kept = torch.empty_like(scale), torch.empty_like(x, dtype=torch.int8) if quantized else None
+        job, scratch, _keep = self._job(function, x, factor, coefficients, rows_per_expert, quantized)
         self._call(function, "forward", job, x, scratch, out, scale, rms, kept)
         return out, scale, rms, kept
 
     def backward(
         self,
-        function: Function,
+        function: UnivariateFunction,
         x: Tensor,
         factor: Tensor | None,
         coefficients: Tensor,
-        counts: Sequence[int],
+        rows_per_expert: Sequence[int],
         grad: Tensor,
         scale: Tensor,
         rms: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """From the gradient of the codes (straight through the rounding) to those of x and of the coefficients."""
         for_x, for_coefficients = torch.empty_like(x), torch.empty_like(coefficients)
-        job, scratch, _keep = self._job(function, x, factor, coefficients, counts, True)
+        job, scratch, _keep = self._job(function, x, factor, coefficients, rows_per_expert, True)
         partial = coefficients.new_empty(job.blocks, *coefficients.shape[1:])
         self._call(function, "backward", job, x, grad, scale, rms, scratch, partial, for_x, for_coefficients)
         return for_x, for_coefficients
 
     def _job(
-        self, function: Function, x: Tensor, factor: Tensor | None, coefficients: Tensor, counts: Sequence[int], q: bool
-    ) -> tuple[Job, Tensor, object]:
+        self,
+        function: UnivariateFunction,
+        x: Tensor,
+        factor: Tensor | None,
+        coefficients: Tensor,
+        counts: Sequence[int],
+        q: bool,
+    ) -> tuple[UnivariateArgs, Tensor, object]:
         experts, groups, _ = coefficients.shape
         if len(counts) != experts or sum(counts) != len(x) or min(counts) < 0 or x.shape[1] % groups:
             # The kernel would write where nothing is.
             raise ValueError(f"{list(counts)} rows of {experts} experts, {groups} groups do not fit x {list(x.shape)}")
         rows = (ctypes.c_int64 * experts)(*counts)
-        job = Job(
+        job = UnivariateArgs(
             x.shape[1],
             groups,
             experts,
-            BLOCK,
-            sum(-(-n // BLOCK) for n in counts),
+            ROW_BLOCK,
+            sum(-(-n // ROW_BLOCK) for n in counts),
             torch.get_num_threads(),
             ctypes.addressof(rows),
             coefficients.data_ptr(),
@@ -121,6 +133,8 @@ class Functions:
         scratch = x.new_empty(job.threads * self._library.scratch_floats(ctypes.byref(job)), dtype=torch.float32)
         return job, scratch, rows
 
-    def _call(self, function: Function, way: str, job: Job, first: Tensor, *others: Tensor | None) -> None:
-        run = getattr(self._library, f"{function.form}_{KERNEL_DTYPES[first.dtype]}_{way}")
+    def _call(
+        self, function: UnivariateFunction, way: str, job: UnivariateArgs, first: Tensor, *others: Tensor | None
+    ) -> None:
+        run = getattr(self._library, f"{function.kind}_{KERNEL_DTYPES[first.dtype]}_{way}")
         run(ctypes.byref(job), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))
