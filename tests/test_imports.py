@@ -1,56 +1,50 @@
-"""Who may import whom: the layers of the package, read from the sources."""
+"""Who may import whom: the layers of the package, read from the sources and checked in fresh processes."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A module may import from lower levels and from its own part.
-LEVELS = {
-    "errors": 0,
-    "fault": 0,
-    "config": 1,
-    "config_model": 0,
-    "config_optimizer": 0,
-    "config_parallel": 0,
-    "draw": 0,
-    "kernels": 1,
-    "config_file": 1,
-    "mesh": 1,
-    "place": 0,
-    "data": 2,
-    "parallel": 2,
-    "checkpoint": 2,
-    "model": 3,
-    "grow": 4,
-    "train": 5,
-    "export": 6,
-    "generate": 6,
-    "estimate": 6,
-    "report": 6,
+# Folders of kabrn_dist and what each may import besides itself. Read from top to bottom: nothing imports upwards.
+ALLOWED: dict[str, set[str]] = {
+    "utils": set(),
+    "config": {"utils"},
+    "kernels": {"utils"},
+    "plots": {"utils"},
+    "data": {"utils", "config"},
+    "distributed": {"utils", "config"},
+    "ops": {"utils", "config", "kernels", "distributed"},
+    "model": {"utils", "config", "kernels", "data", "distributed", "ops"},
+    "checkpoint": {"utils", "config", "distributed"},
+    "backend": {"utils", "config", "kernels", "data", "distributed", "ops", "model", "checkpoint"},
+    "metrics": {"utils", "config", "kernels", "plots", "data", "distributed", "ops", "model", "checkpoint"},
+    "inference": {"utils", "config", "kernels", "data", "distributed", "ops", "model", "checkpoint", "metrics"},
 }
-# Parts that know less than their level would allow.
-ONLY = {
-    "data": {"errors", "fault"},
-    "checkpoint": {"errors", "fault"},
-    "fault": set(),
-    "config": {"config_model", "config_optimizer", "config_parallel", "errors"},
-    "config_model": {"errors"},
-    "config_optimizer": {"config_model"},
-    "config_parallel": {"config_model"},
-    "draw": set(),
-    "kernels": set(),
-    "config_file": {"config", "errors"},
-    "mesh": {"errors", "place"},
-    "place": {"errors"},
+_BELOW_TRAINING = {*ALLOWED} - {"backend"}
+ALLOWED |= {
+    "grow": _BELOW_TRAINING - {"plots"},
+    "planner": _BELOW_TRAINING - {"plots"},
+    "analysis": _BELOW_TRAINING,
 }
-NEVER = {"export": {"train"}, "generate": {"train", "estimate"}, "estimate": {"train", "generate"}}
-DEEPSPEED = {"kabrn_dist/backend/deepspeed.py", "kabrn_dist/backend/sharded_state.py"}
+ALLOWED["train"] = {*ALLOWED} - {"analysis"}
+ALLOWED["cli"] = {*ALLOWED}
+# The API of the package and the tools next to it, by the first part of their names.
+ALLOWED_OUTSIDE: dict[str, set[str]] = {
+    "kabrn_dist": {"config", "train", "inference", "utils"},
+    "data_prep": {"utils", "config", "data"},
+    "launch": {*ALLOWED},
+}
+# Packages of the training backend. Importing one of these folders must not load them.
+HEAVY = {"deepspeed", "mpi4py", "fairscale"}
+LIGHT_FOLDERS = ("metrics", "analysis", "inference", "planner")
+
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
 OBJECTS = {
@@ -63,100 +57,188 @@ OBJECTS = {
 }
 
 
-def sources(*folders: str) -> list[str]:
+def list_sources(*folders: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-PACKAGE, EVERYTHING = sources("kabrn_dist"), sources("kabrn_dist", "launch", "data_prep")
+PACKAGE, EVERYTHING = list_sources("kabrn_dist"), list_sources("kabrn_dist", "launch", "data_prep")
 
 
 def parse(source: str) -> ast.Module:
     return ast.parse((ROOT / source).read_text(encoding="utf-8"), source)
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
-    """Dotted names that a module imports, also inside functions. `from a import b` counts as a.b."""
-    for node in ast.walk(tree):
+def list_imports(tree: ast.Module, functions: bool = True) -> Iterator[str]:
+    """Dotted names that a module imports; `from a import b` counts as a.b. `functions`: also inside functions."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif functions or not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)):
+            waiting += ast.iter_child_nodes(node)
 
 
-def part_of(source: str) -> str:
-    """`kabrn_dist/model/moe.py` → model, `kabrn_dist/distributed/mesh.py` → mesh."""
-    return Path(source).parts[1].removesuffix(".py")
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def parts_imported(tree: ast.Module) -> set[str]:
-    return {name.split(".")[1] for name in imports(tree) if name.split(".")[0] == "kabrn_dist"}
+def module_name(source: str) -> str:
+    """`kabrn_dist/model/moe.py` → kabrn_dist.model.moe; a package's `__init__.py` is named as the package."""
+    parts = Path(source).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def trespasses(part: str, tree: ast.Module) -> set[str]:
-    """Parts of the package that `part` imports and may not."""
-    found = parts_imported(tree) - {part}
-    allowed = {other for other, level in LEVELS.items() if level < LEVELS[part]} - NEVER.get(part, set())
-    return found - ONLY.get(part, allowed)
+def folder_of(module: str) -> str:
+    """`kabrn_dist.model.moe` → model; other top-level packages, and the package's own `__init__`, by their names."""
+    first, _, rest = module.partition(".")
+    return rest.partition(".")[0] or first if first == "kabrn_dist" else first
 
 
-def names_used(tree: ast.Module) -> set[str]:
+def find_forbidden_imports(module: str, tree: ast.Module) -> set[str]:
+    """Folders of the package, or tools around it, that `module` imports and may not."""
+    folder = folder_of(module)
+    allowed = ALLOWED_OUTSIDE.get(folder) or ALLOWED[folder]
+    inside = {folder_of(name) for name in list_imports(tree) if name.split(".")[0] == "kabrn_dist"}
+    outside = {name.split(".")[0] for name in list_imports(tree)} & {"launch", "data_prep", "benchmarks", "tests"}
+    # The commands start the preparation of data, which lies next to the package.
+    outside -= {"data_prep"} if folder in ("cli", "launch", "data_prep") else set()
+    return (inside - {folder} - allowed) | (outside - {folder})
+
+
+def make_graph(functions: bool = True) -> dict[str, set[str]]:
+    """Module → modules that it imports, of everything in the repository that is installed or launched.
+
+    With `functions` False: modules that are loaded when it is imported, so also the packages that it lies in.
+    """
+    trees = {module_name(source): parse(source) for source in EVERYTHING}
+
+    def resolve(name: str) -> str:
+        while name and name not in trees:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        module: {
+            target
+            for target in map(resolve, [*list_imports(tree, functions), *([] if functions else [parent_of(module)])])
+            if target
+        }
+        - {module}
+        for module, tree in trees.items()
+    }
+
+
+def parent_of(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+def find_cycles(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    """Groups of two or more modules that import one another (strongly connected components)."""
+    reachable = {module: reach(graph, module) for module in graph}
+    groups = {frozenset({a} | {b for b in reachable[a] if a in reachable[b]}) for a in graph}
+    return [set(group) for group in groups if len(group) > 1]
+
+
+def reach(graph: Mapping[str, set[str]], start: str) -> set[str]:
+    """All modules that importing `start` loads, directly or not."""
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for target in graph.get(waiting.pop(), set()) - seen:
+            seen.add(target)
+            waiting.append(target)
+    return seen
+
+
+def list_names(tree: ast.Module) -> set[str]:
     """Every name and attribute, dotted as it is written, and the names that imports bring in."""
-    used = set(imports(tree))
+    used = set(list_imports(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name):
             used.add(ast.unparse(node))
     return used
 
 
-def test_every_part_has_a_level() -> None:
-    assert {part_of(source) for source in PACKAGE} - {"__init__"} == set(LEVELS)
+def test_every_folder_has_its_place() -> None:
+    folders = {path.name for path in (ROOT / "kabrn_dist").iterdir() if any(path.glob("*.py"))}
+    assert folders <= set(ALLOWED) and set(ALLOWED) - folders <= {"cli"}
+    assert {folder_of(module_name(source)) for source in PACKAGE} <= set(ALLOWED) | {"kabrn_dist"}
 
 
-@pytest.mark.parametrize("source", [source for source in PACKAGE if part_of(source) != "__init__"])
+@pytest.mark.parametrize("source", EVERYTHING)
 def test_imports_point_downwards(source: str) -> None:
-    assert trespasses(part_of(source), parse(source)) == set()
+    assert find_forbidden_imports(module_name(source), parse(source)) == set()
 
 
 def test_an_upward_import_would_be_found() -> None:
-    for part, line in (
-        ("model", "from kabrn_dist.backend.engine import Engine"),
-        ("data", "def f():\n    import kabrn_dist.distributed.mesh"),
-        ("mesh", "from kabrn_dist import config"),
-        ("estimate", "from kabrn_dist.train import loop"),
-        ("parallel", "from kabrn_dist.model.moe import Router"),
+    for module, line in (
+        ("kabrn_dist.model.moe", "from kabrn_dist.backend.engine import Engine"),
+        ("kabrn_dist.data.index", "def f():\n    import kabrn_dist.distributed.mesh"),
+        ("kabrn_dist.distributed.mesh", "from kabrn_dist import train"),
+        ("kabrn_dist.planner.estimate", "from kabrn_dist.train import trainer"),
+        ("kabrn_dist.distributed.halo", "from kabrn_dist.model.moe import Router"),
+        ("kabrn_dist.checkpoint.store", "from kabrn_dist.model.mixkabrn import MixKABRN"),
+        ("kabrn_dist.metrics.ternary", "from kabrn_dist.backend.engine import Engine"),
+        ("kabrn_dist.train.trainer", "from kabrn_dist.cli.main import main"),
+        ("kabrn_dist.data.index", "import data_prep.shards"),
+        ("data_prep.shards", "from kabrn_dist.model import moe"),
     ):
-        assert trespasses(part, ast.parse(line)), line
-    assert not trespasses("train", ast.parse("from kabrn_dist.model.moe import Router"))
+        assert find_forbidden_imports(module, ast.parse(line)), line
+    assert not find_forbidden_imports("kabrn_dist.train.x", ast.parse("from kabrn_dist.model.moe import Router"))
 
 
-def test_the_package_imports_no_tool_around_it() -> None:
-    around = {"launch", "data_prep", "benchmarks", "tests"}
-    for source in PACKAGE:
-        assert not {name.split(".")[0] for name in imports(parse(source))} & around, source
+def test_no_modules_import_one_another() -> None:
+    assert find_cycles(make_graph()) == []
+    assert find_cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
 
 
-@pytest.mark.parametrize("source", sources("data_prep"))
-def test_preparation_knows_the_format_alone(source: str) -> None:
-    tree = parse(source)
-    assert parts_imported(tree) <= {"data", "errors", "fault"}
-    assert not {name.split(".")[0] for name in imports(tree)} & {"launch", "benchmarks", "tests"}
+def test_deepspeed_is_known_to_the_backend_alone() -> None:
+    users = {s for s in EVERYTHING if any(name.split(".")[0] == "deepspeed" for name in list_imports(parse(s)))}
+    assert users and {str(Path(user).parent) for user in users} == {"kabrn_dist/backend"}
 
 
-def test_deepspeed_is_known_to_two_files() -> None:
-    users = {s for s in EVERYTHING if any(name.split(".")[0] == "deepspeed" for name in imports(parse(s)))}
-    assert users == DEEPSPEED
+@pytest.mark.parametrize("folder", LIGHT_FOLDERS)
+def test_what_reads_a_finished_run_needs_no_training_backend(folder: str) -> None:
+    """By the sources: what importing them loads. Imports inside functions load nothing until they are called."""
+    graph = make_graph(functions=False)
+    modules = {module for module in graph if folder_of(module) == folder}
+    loaded = modules.union(*(reach(graph, module) for module in modules))
+    heavy = {
+        source: found
+        for source in EVERYTHING
+        if module_name(source) in loaded
+        and (found := {name.split(".")[0] for name in list_imports(parse(source), functions=False)} & HEAVY)
+    }
+    assert modules and not heavy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "absent"), [(folder, HEAVY) for folder in LIGHT_FOLDERS] + [("config", {"torch"})])
+def test_a_fresh_process_loads_no_training_backend(folder: str, absent: set[str]) -> None:
+    code = (
+        "import importlib, pkgutil, sys\n"
+        f"import kabrn_dist.{folder} as folder\n"
+        "for module in pkgutil.walk_packages(folder.__path__, folder.__name__ + '.'):\n"
+        "    importlib.import_module(module.name)\n"
+        f"print(sorted({absent!r} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
 def test_groups_are_made_in_one_file() -> None:
     makers = {"new_group", "new_subgroups", "new_subgroups_by_enumeration", "init_device_mesh", "split_group"}
-    users = {s for s in EVERYTHING if {name.split(".")[-1] for name in names_used(parse(s))} & makers}
+    users = {s for s in EVERYTHING if {name.split(".")[-1] for name in list_names(parse(s))} & makers}
     assert users == {"kabrn_dist/distributed/mesh.py"}
 
 
 @pytest.mark.parametrize("source", EVERYTHING)
 def test_nothing_is_pickled(source: str) -> None:
-    used = names_used(parse(source))
+    used = list_names(parse(source))
     assert not {name.split(".")[0] for name in used} & UNSAFE_MODULES
     assert not used & UNSAFE_CALLS
     assert not {name.split(".")[-1] for name in used} & OBJECTS
@@ -164,6 +246,6 @@ def test_nothing_is_pickled(source: str) -> None:
 
 def test_a_pickle_would_be_found() -> None:
     for line in ("import pickle", "from torch import load, save", "torch.save(x, 'f')", "dist.all_gather_object(a, b)"):
-        used = names_used(ast.parse(line))
-        last, first = ({name.split(".")[place] for name in used} for place in (-1, 0))
+        used = list_names(ast.parse(line))
+        last, first = ({name.split(".")[part] for name in used} for part in (-1, 0))
         assert used & UNSAFE_CALLS or last & OBJECTS or first & UNSAFE_MODULES, line
