@@ -5,7 +5,7 @@ In one run, on one disk, in turns:
 
 - a plain copy: each rank writes its bytes to a file of its own and calls fsync; nothing is hashed, agreed or committed.
   A plain read: each rank reads that file into tensors that exist.
-- ours: save, start (the stall) and collect, load with and without verification, and load on another partition.
+- ours: save, save_async (the stall is its call), load with and without verification, and load on another partition.
 - torch.distributed.checkpoint on the same bytes, as DTensors: save with fsync, async_save, load. It hashes nothing.
 
 Files are read from the page cache, where a restart on the same machine finds them, or (cold) after eviction from it.
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -140,10 +141,9 @@ class Measurement:
         self._quietly()
         stall = "stall of a save" if "stall of a save, the first" in self.figures else "stall of a save, the first"
         names = stall, "step", "background save, to its end"
-        store = self.store
-        self._background(names, lambda: store.start(self._next(), self.mine, {}), store.ended, self._collect)
+        self._background(names, lambda: self.store.save_async(self._next(), self.mine, {}))
         names = f"{DCP} stall", f"{DCP} step", f"{DCP} async_save, to its end"
-        self._background(names, self.dcp.start, self.dcp.ended, self.dcp.collect)
+        self._background(names, self.dcp.save_async)
 
     def _loads(self) -> None:
         plain = self.folder / f"plain-{self.rank}"
@@ -187,21 +187,20 @@ class Measurement:
     def _background(
         self,
         names: tuple[str, str, str],
-        start: Callable[[], object],
-        ended: Callable[[], bool],
-        collect: Callable[[], object],
+        save_async: Callable[[], Any],
     ) -> None:
-        """A save beside training steps, which go on until all ranks' parts have ended."""
+        """Run training steps during a save, until all ranks' parts have ended."""
         stall, step, whole = names
         dist.barrier()
         began = time.perf_counter()
-        start()
+        pending = save_async()
         self._record(stall, time.perf_counter() - began)
         seconds: list[float] = []
-        while not seconds or not _all(ended()):
+        while not seconds or not _all(pending.done()):
             seconds.append(_train_step())
         self._record(step, statistics.median(seconds))
-        collect()
+        # The store's save returns whether it succeeded, that of torch.distributed.checkpoint raises where it did not.
+        assert pending.result() is not False, "the disk refused"
         self._record(whole, time.perf_counter() - began)
 
     def _quietly(self) -> None:
@@ -222,12 +221,9 @@ class Measurement:
         self.figures[name] = min(self.figures.get(name, float("inf")), float(slowest))
 
     def _find_and_load(self) -> None:
-        path = self.store.find()
+        path = self.store.find_latest()
         assert path is not None
         self.store.load(path, self.mine)
-
-    def _collect(self) -> None:
-        self._expect(self.store.collect())
 
     def _expect(self, saved: bool) -> None:
         assert saved, "the disk refused"

@@ -53,24 +53,15 @@ class Distributed:
             for name, count in rows.items()
         }
         self._whole = {name: count * mesh.size() for name, count in rows.items()}
-        self._pending: Any = None
 
     def save(self) -> None:
         """Whole and synced; a second time over the first."""
         dcp.save(self._state, storage_writer=dcp.FileSystemWriter(self._folder / "two", overwrite=True))
 
-    def start(self) -> None:
-        """In the background, over a group of its own."""
+    def save_async(self) -> Any:
+        """In the background, over a group of its own; a future."""
         writer = dcp.FileSystemWriter(self._folder / "two", overwrite=True)
-        self._pending = dcp.async_save(self._state, storage_writer=writer, process_group=self._background)
-
-    def ended(self) -> bool:
-        """Never blocks."""
-        return bool(self._pending.done())
-
-    def collect(self) -> None:
-        """Wait for it."""
-        self._pending.result()
+        return dcp.async_save(self._state, storage_writer=writer, process_group=self._background)
 
     def load(self, name: str = "two") -> None:
         """On both ranks, in place."""

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kabrn_dist.distributed.mesh import keep_freed_memory
+from kabrn_dist.utils.atomic_io import atomic_write
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,7 @@ class Report:
             "aims": {what: asdict(aim) for what, aim in self.aims.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
 
     def show(self) -> None:
         """Print both tables on the console."""

@@ -6,7 +6,6 @@ tokenizer.json, cut.json, and what lasts no longer than a run: claims/, notes/, 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from data_prep.workers import clear_folder
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.lock import flock_exclusive
 
 _OWN_FILES = ("*-train-*.tar", "*-validation-*.tar", "*.tar.tmp", f"{TOKENIZER_NAME}*", f"{INDEX_NAME}.tmp", "report.*")
 _INPUTS = ".inputs"
@@ -103,9 +103,8 @@ def acquire_lock(out: Path) -> int:
             raise UserError(f"--out {out}: is a file. Give a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another preparation is at work there. Wait for it, or choose another.") from None
+        if not flock_exclusive(descriptor):
+            raise UserError(f"--out {out}: another preparation is at work there. Wait for it, or choose another.")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}. Choose a folder you can write to.") from error
     return descriptor

@@ -34,7 +34,7 @@ def open_run(folder: Path) -> tuple[Config, MixKABRN, Path]:
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}/config.yaml: no such file; --run must name the folder of a run that has trained")
     config = load_config(folder / "config.yaml")
-    path = CheckpointStore(folder / "checkpoints").find()
+    path = CheckpointStore(folder / "checkpoints").find_latest()
     if path is None:
         raise UserError(f"{folder}/checkpoints: no intact checkpoint; train until the first one is saved")
     return config, build_whole(config), path

@@ -1,10 +1,10 @@
-"""The folder of a run's checkpoints on disk: names, commit, what is kept. No rank talks to another here.
+"""Folder of a run's checkpoints on disk: names, commit, pruning. No rank communicates here.
 
-step-00001200/        committed: found if it verifies
-step-00001200.tmp/    being written, or left by a crash; never looked at
-step-00001200.old/    being replaced by another save of its step; still found if a crash left it alone
-step-00001500.aside/  from a future this run went back behind; never looked at, replaced by another of its step only
-latest                a hint for people; nothing reads it
+step-00001200/             committed: found if it verifies
+step-00001200.tmp/         being written, or left by a crash; never read
+step-00001200.old/         being replaced by another save of its step; still found if a crash left it alone
+step-00001500.superseded/  later than a step to which this run went back; never read, replaced by another of its step
+latest                     name of the newest checkpoint, for users; nothing reads it
 
 A link is never taken for a checkpoint: pruning would delete what it points to.
 """
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kabrn_dist.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from kabrn_dist.utils.atomic_io import atomic_write, durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
 
@@ -29,35 +30,46 @@ NAME = re.compile(r"step-([0-9]{8,15})(\.old)?")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is committed."""
+    """Return the path of the committed checkpoint of `step`."""
     return folder / f"step-{step:08d}"
 
 
 def temporary_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before its commit."""
+    """Return the path at which the checkpoint of `step` is written before its commit."""
     return folder / f"step-{step:08d}.tmp"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest step first, none of them verified; empty without the folder."""
+    """Return the committed checkpoints, newest step first, none of them verified; empty without the folder.
+
+    Raises:
+        OSError: if the folder cannot be listed.
+    """
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
-    return sorted(found, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
+    paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    return sorted(paths, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in the name of a checkpoint.
+
+    Raises:
+        UserError: if it is not such a name.
+    """
     match = NAME.fullmatch(path.name)
     if match is None:
-        raise UserError(f"{path}: not a checkpoint's name; expected something like step-00001200")
+        raise UserError(f"{path}: is not a checkpoint's name; name something like step-00001200")
     return int(match[1])
 
 
-def start_temporary(folder: Path, step: int) -> None:
-    """Make the empty temporary directory, after removing what crashed saves left.
+def make_temporary(folder: Path, step: int) -> None:
+    """Make the empty temporary folder of `step`, after removing those that crashed saves left.
 
-    A leftover that cannot be removed is logged and, where its name is wanted, renamed: it blocks nothing.
+    One that cannot be removed is logged, and renamed if its name is needed, so that it blocks nothing.
+
+    Raises:
+        OSError: from the file system.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("step-*.tmp"):
@@ -70,8 +82,8 @@ def start_temporary(folder: Path, step: int) -> None:
     temporary_path(folder, step).mkdir()
 
 
-def drop_temporary(folder: Path, step: int) -> None:
-    """After a failed save: leave nothing of it. What cannot be removed is logged; the next save tries again."""
+def remove_temporary(folder: Path, step: int) -> None:
+    """Remove what a failed save left. If that fails it is logged; the next save tries again."""
     temporary = temporary_path(folder, step)
     try:
         _remove_any(temporary)
@@ -82,14 +94,24 @@ def drop_temporary(folder: Path, step: int) -> None:
 
 
 def commit(folder: Path, step: int, manifest: bytes) -> None:
-    """Write the manifest and rename the temporary directory: before the rename nothing, after it all.
+    """Write the manifest and rename the temporary folder: before the rename there is no checkpoint, then a whole one.
 
-    Newer checkpoints are set aside before it: were it afterwards, a crash in between would leave the new
-    checkpoint and a newer one of a future that this run went back behind, and the next start would take that.
+    Newer checkpoints are renamed out of the way before it. Were that done afterwards, a crash in between would leave
+    the new checkpoint and a newer one from before the run went back, which the next start would take.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Step of the checkpoint, whose temporary folder holds the files of all ranks.
+        manifest: Content of the manifest, from `encode_manifest`.
+
+    Raises:
+        OSError: from the file system.
+        UserError: if the manifest would be refused by a later load.
     """
     temporary, final = temporary_path(folder, step), checkpoint_path(folder, step)
     inject_fault("save.manifest")
-    write_durably(temporary / MANIFEST_NAME, manifest)
+    with durable_open(temporary / MANIFEST_NAME) as file:
+        file.write(manifest)
     # Read back as a later load will, so that nothing is committed that would then be refused.
     read_manifest(temporary)
     fsync_folder(temporary)
@@ -109,49 +131,41 @@ def commit(folder: Path, step: int, manifest: bytes) -> None:
     inject_fault("save.renamed")
 
 
-def tidy(folder: Path, step: int, keep: int, keep_every: int, spare: Path | None) -> None:
-    """What follows the commit of `step`: prune, and point `latest` at it."""
+def prune(folder: Path, step: int, keep_last: int, keep_every: int, in_use: Path | None) -> None:
+    """Remove old checkpoints after the commit of `step`.
+
+    Damaged checkpoints among the newest stay for a user to look at. They are not counted, so that they never push out
+    a good one. A checkpoint that cannot be removed is logged; the next save tries again.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Step that was just committed.
+        keep_last: Number of newest intact checkpoints to keep.
+        keep_every: Steps divisible by it are kept; 0 for none.
+        in_use: Resolved path of a checkpoint to keep, if any.
+
+    Raises:
+        OSError: if the folder cannot be listed.
+    """
     inject_fault("save.before_prune")
-    final = checkpoint_path(folder, step)
-    old = final.with_name(f"{final.name}.old")
+    old = checkpoint_path(folder, step).with_suffix(".old")
     if old.exists():
         _remove_if_possible(old)
-    _prune(folder, keep, keep_every, spare)
-    # After pruning, which a disk too full for these few bytes needs most.
-    write_durably(folder / "latest.tmp", f"{final.name}\n".encode())
-    os.replace(folder / "latest.tmp", folder / "latest")
-    fsync_folder(folder)
-
-
-def write_durably(file: Path, data: bytes) -> None:
-    """Write and fsync."""
-    with open(file, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def fsync_folder(path: Path) -> None:
-    """Make names in the directory as durable as the files behind them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _prune(folder: Path, keep: int, keep_every: int, spare: Path | None) -> None:
-    """Keep the `keep` newest intact ones, each `keep_every`-th step and `spare` (resolved); remove the rest.
-
-    Damaged ones among the newest stay for a person to look at and count as nothing, so that they never
-    push out a good one.
-    """
     intact = 0
     for path in list_checkpoints(folder):
-        if intact < keep:
+        if intact < keep_last:
             intact += _is_intact(path)
-        elif path.resolve() != spare and not (keep_every and step_of(path) % keep_every == 0):
+        elif path.resolve() != in_use and not (keep_every and step_of(path) % keep_every == 0):
             _remove_if_possible(path)
+
+
+def write_latest(folder: Path, step: int) -> None:
+    """Write the name of the checkpoint of `step` to `latest`.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    atomic_write(folder / "latest", f"{checkpoint_path(folder, step).name}\n".encode())
 
 
 def _is_intact(path: Path) -> bool:
@@ -163,13 +177,13 @@ def _is_intact(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    # Manifest first: a crash half-way leaves a directory that nothing takes for a checkpoint.
+    # The manifest first: a crash half-way leaves a folder that nothing takes for a checkpoint.
     (path / MANIFEST_NAME).unlink(missing_ok=True)
     inject_fault("save.prune")
-    # A call frees all that the kernel has cached of a file, a quarter of a second a gigabyte.
+    # Each call frees all that the kernel has cached of a file, a quarter of a second a gigabyte.
     files = [entry.path for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)]
-    with ThreadPoolExecutor(max_workers=4) as removers:
-        list(removers.map(os.unlink, files))
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(os.unlink, files))
     shutil.rmtree(path)
 
 
@@ -182,7 +196,7 @@ def _remove_if_possible(path: Path) -> None:
 
 
 def _remove_any(path: Path) -> None:
-    """A directory, or a file or link of that name, which is removed itself and never followed."""
+    """Remove a folder, or a file or link of that name, which is removed itself and never followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -195,20 +209,20 @@ def _free_name(path: Path) -> Path:
 
 
 def _supersede(path: Path, step: int) -> None:
-    # The run went back to before this checkpoint; left in place, a restart would resume the wrong future.
-    inject_fault("save.aside")
-    aside = path.with_name(path.name + ".aside")
+    # The run went back to before this checkpoint; left in place, a restart would resume from the wrong future.
+    inject_fault("save.supersede")
+    superseded = path.with_name(path.name + ".superseded")
     try:
-        _remove_any(aside)
+        _remove_any(superseded)
     except FileNotFoundError:
         pass
     except OSError:
-        aside = _free_name(aside)
-    path.rename(aside)
+        superseded = _free_name(superseded)
+    path.rename(superseded)
     logger.warning(
-        "%s is newer than step %d being saved, so this run went back behind it: moved to %s, delete it if "
+        "%s is newer than step %d, which is being saved, as this run went back behind it: moved to %s; delete it if "
         "you do not need it",
         path,
         step,
-        aside.name,
+        superseded.name,
     )

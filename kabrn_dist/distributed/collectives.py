@@ -1,7 +1,7 @@
-"""What ranks tell each other about a checkpoint, as plain bytes: no pickled objects.
+"""Small collectives on plain bytes, without pickled objects: failures on all ranks, JSON values.
 
-Every function is collective over `group`. Without torch.distributed there is one rank and nothing is
-sent; `None` with it means the default group. The group's timeout must exceed the slowest rank's phase.
+Every function is collective over `group`; None is the default group. Without torch.distributed there is one rank and
+nothing is sent. The group's timeout must exceed the time that the slowest rank works between two calls.
 """
 
 from __future__ import annotations
@@ -23,63 +23,91 @@ REASON_BYTES = 1024
 
 
 def group_rank(group: Group) -> int:
-    """This process's rank in the group; 0 in a single process."""
+    """Return this process's rank in the group; 0 in a single process."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def group_size(group: Group) -> int:
-    """How many ranks the group has; 1 in a single process."""
+    """Return the number of ranks in the group; 1 in a single process."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def run_on_all(group: Group, work: Callable[..., Result], *arguments: Any) -> Result:
-    """`work(*arguments)` on every rank, returned only if no rank failed.
+    """Call `work(*arguments)` on every rank and return its result if no rank failed.
 
-    Raises the same UserError on every rank if any rank raised: one that raised alone would leave the
-    others waiting in their next collective for ever.
+    Collective. A rank that raised alone would leave the others waiting in their next collective for ever.
+
+    Raises:
+        UserError: on every rank, with the same message, if any rank raised an exception.
     """
-    reason, cause = "", None
-    result: list[Result] = []
+    error: Exception | None = None
+    results: list[Result] = []
     try:
-        result.append(work(*arguments))
-    except Exception as error:
-        reason, cause = _describe(error), error
-    failures = [text for text in _gather_reasons(reason, group) if text]
-    if failures:
-        raise UserError(failures[0]) from cause
-    return result[0]
+        results.append(work(*arguments))
+    except Exception as caught:
+        error = caught
+    raise_on_all(group, error)
+    return results[0]
 
 
 def run_on_main(group: Group, work: Callable[..., Result], *arguments: Any) -> Result | None:
-    """`work(*arguments)` on rank 0 only, None on the others; UserError on every rank if it failed."""
-    return run_on_all(group, work, *arguments) if group_rank(group) == 0 else run_on_all(group, _nothing)
+    """Call `work(*arguments)` on rank 0 only; the other ranks wait and return None.
+
+    Collective.
+
+    Raises:
+        UserError: on every rank, with the same message, if rank 0 raised an exception.
+    """
+    if group_rank(group) == 0:
+        return run_on_all(group, work, *arguments)
+    raise_on_all(group, None)
+    return None
+
+
+def raise_on_all(group: Group, error: Exception | None) -> None:
+    """Raise on every rank if any rank has an error; return if none has.
+
+    Collective.
+
+    Raises:
+        UserError: on every rank, with the message of the first rank that has an error.
+    """
+    failures = [reason for reason in _gather_reasons(_describe(error) if error else "", group) if reason]
+    if failures:
+        raise UserError(failures[0]) from error
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:
-    """The JSON values of all ranks, in rank order, on rank 0; an empty list on the others."""
+    """Return the JSON values of all ranks, in rank order, on rank 0; an empty list on the others.
+
+    Collective.
+    """
     if not dist.is_initialized():
         return [value]
     data = json.dumps(value).encode()
-    mine = torch.tensor([len(data)], device=_device(group))
-    sizes = [torch.empty_like(mine) for _ in range(group_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    lengths = [int(size) for size in sizes]
+    size = torch.tensor([len(data)], device=_device(group))
+    sizes = [torch.empty_like(size) for _ in range(group_size(group))]
+    dist.all_gather(sizes, size, group=group)
+    lengths = [int(each) for each in sizes]
     padded = _padded(data, max(lengths), group)
-    is_first = group_rank(group) == 0
-    received = [torch.empty_like(padded) for _ in lengths] if is_first else None
-    dist.gather(padded, received, dst=_first(group), group=group)
-    return [json.loads(_text(row[:length])) for row, length in zip(received or [], lengths, strict=is_first)]
+    is_main = group_rank(group) == 0
+    rows = [torch.empty_like(padded) for _ in lengths] if is_main else None
+    dist.gather(padded, rows, dst=_main_rank(group), group=group)
+    return [json.loads(_text(row[:length])) for row, length in zip(rows or [], lengths, strict=is_main)]
 
 
 def broadcast_json(value: Any, group: Group) -> Any:
-    """Rank 0's JSON value, on every rank; the others' argument is ignored."""
+    """Return rank 0's JSON value on every rank; the argument of the others is ignored.
+
+    Collective.
+    """
     if not dist.is_initialized():
         return value
     data = json.dumps(value).encode() if group_rank(group) == 0 else b""
     size = torch.tensor([len(data)], device=_device(group))
-    dist.broadcast(size, src=_first(group), group=group)
+    dist.broadcast(size, src=_main_rank(group), group=group)
     padded = _padded(data, int(size), group)
-    dist.broadcast(padded, src=_first(group), group=group)
+    dist.broadcast(padded, src=_main_rank(group), group=group)
     return json.loads(_text(padded))
 
 
@@ -88,21 +116,17 @@ def _gather_reasons(reason: str, group: Group) -> list[str]:
         return [reason]
     if reason and group_size(group) > 1:
         reason = f"rank {group_rank(group)}: {reason}"
-    mine = _padded(reason.encode()[:REASON_BYTES], REASON_BYTES, group)
-    everyone = [torch.empty_like(mine) for _ in range(group_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    return [_text(row).rstrip("\0") for row in everyone]
+    padded = _padded(reason.encode()[:REASON_BYTES], REASON_BYTES, group)
+    rows = [torch.empty_like(padded) for _ in range(group_size(group))]
+    dist.all_gather(rows, padded, group=group)
+    return [_text(row).rstrip("\0") for row in rows]
 
 
 def _describe(error: Exception) -> str:
-    # A UserError was written for people; anything else is met without its traceback and needs its type.
-    is_for_people = isinstance(error, UserError) and str(error)
-    text = str(error) if is_for_people else f"{type(error).__name__}: {error}"
+    # The message of a UserError is complete; anything else appears without its traceback and needs its type.
+    is_complete = isinstance(error, UserError) and str(error)
+    text = str(error) if is_complete else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
-
-
-def _nothing() -> None:
-    """The part of ranks that only wait for another's result."""
 
 
 def _padded(data: bytes, size: int, group: Group) -> Tensor:
@@ -114,7 +138,7 @@ def _text(data: Tensor) -> str:
     return data.cpu().numpy().tobytes().decode(errors="ignore")
 
 
-def _first(group: Group) -> int:
+def _main_rank(group: Group) -> int:
     return 0 if group is None else dist.get_global_rank(group, 0)
 
 

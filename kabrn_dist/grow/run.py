@@ -50,7 +50,7 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
     Raises:
         UserError: on every rank, for a folder without an intact checkpoint, or a difference that growing cannot bridge.
     """
-    path = CheckpointStore(source / "checkpoints", group=group).find()
+    path = CheckpointStore(source / "checkpoints", group=group).find_latest()
     if path is None:
         raise UserError(f"{source}/checkpoints: no intact checkpoint to start from; name the folder of a trained run")
     manifest = run_on_all(group, read_manifest, path)

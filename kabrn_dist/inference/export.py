@@ -23,7 +23,7 @@ import torch
 
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import encode_header
-from kabrn_dist.checkpoint.layout import checkpoint_path, fsync_folder, write_durably
+from kabrn_dist.checkpoint.layout import checkpoint_path
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
 from kabrn_dist.checkpoint.store import CheckpointStore
@@ -32,6 +32,7 @@ from kabrn_dist.config.file import dump_config, load_config
 from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.load import INDEX_NAME, WEIGHTS_NAME, list_shapes
+from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
 
 FILE_BYTES = 2 * 10**9
@@ -90,7 +91,7 @@ def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_byt
     """
     config = load_config(run / "config.yaml")
     store = CheckpointStore(run / "checkpoints")
-    path = store.find() if step is None else checkpoint_path(store.folder, step)
+    path = store.find_latest() if step is None else checkpoint_path(store.folder, step)
     if path is None:
         raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
     manifest = store.check(path, verify=step is not None)
@@ -124,13 +125,12 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
         temporary.mkdir(parents=True)
         reader = CheckpointReader(export.path)
         for file, names in export.files.items():
-            with open(temporary / file, "wb") as stream:
+            with durable_open(temporary / file) as stream:
                 _write_tensors(export, reader, names, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
             progress(file)
         for file, content in _small_files(export, out.name).items():
-            write_durably(temporary / file, content)
+            with durable_open(temporary / file) as stream:
+                stream.write(content)
         fsync_folder(temporary)
         temporary.rename(out)
         fsync_folder(out.parent)

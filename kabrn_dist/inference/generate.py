@@ -28,7 +28,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[MixKABRN
     """
     config = load_config(folder / "config.yaml")
     store = CheckpointStore(folder / "checkpoints")
-    path = store.find()
+    path = store.find_latest()
     if path is None:
         raise UserError(f"{folder}/checkpoints: no intact checkpoint; train with --config first")
     model = build_whole(config, device)

@@ -36,7 +36,7 @@ def choose_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
     if resume not in ("auto", "must", "never"):
         store.check(Path(resume))
         return Path(resume)
-    found = store.find()
+    found = store.find_latest()
     if resume == "must" and found is None:
         raise UserError(f"--resume must: {store.folder} holds no intact checkpoint; use --resume auto")
     if resume == "never" and found is not None:

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and what follows where they cannot be."""
+"""Schedule of checkpoint saves in the foreground or background, and the limit on failures."""
 
 from __future__ import annotations
 
@@ -6,68 +6,86 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kabrn_dist.checkpoint.background import PendingSave
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.utils.errors import UserError
 
 # A disk that is full for a moment costs one checkpoint; one that stays full would cost the run.
-MOST_FAILURES = 2
+MAX_FAILURES = 2
 
 
 class Saver:
-    """Writes checkpoints beside the training or while it waits. All methods but `ended` are collective.
-
-    Attributes:
-        saved: step of the newest checkpoint that this session wrote or started from; None if there is none.
+    """Saves checkpoints in the background or while training waits. All methods except `done` are collective.
 
     Args:
-        background: write in a thread where the run goes on.
-        say: prints a line for people.
+        store: Checkpoints of the run.
+        async_save: Write in a thread where the run goes on.
+        saved_step: Step of the checkpoint that this session started from; None if there is none.
+        print_line: Prints one line on the console.
+
+    Attributes:
+        saved_step: Step of the newest checkpoint that this session wrote or started from; None if there is none.
     """
 
     def __init__(
         self, store: CheckpointStore, async_save: bool, saved_step: int | None, print_line: Callable[[str], None]
     ) -> None:
         self.store, self.async_save, self.saved_step, self.print_line = store, async_save, saved_step, print_line
+        self._pending: PendingSave | None = None
         self._failures = 0
-        self._step, self._began, self._stalled = 0, 0.0, 0.0
+        self._step, self._start_time, self._stall_seconds = 0, 0.0, 0.0
 
     def save(self, step: int, fragments: list[Fragment], state: dict[str, Any], wait: bool) -> None:
-        """Write the checkpoint of `step`, unless it is there; with `wait` it is done, or has failed, at the return."""
-        began = time.perf_counter()
+        """Save the checkpoint of `step`, unless it exists.
+
+        Args:
+            step: Step of the run.
+            fragments: Fragments of this rank.
+            state: State of the run, JSON types only.
+            wait: Return after the save has ended or failed.
+        """
+        start_time = time.perf_counter()
         self.wait()
         if self.saved_step == step:
             return
-        self._step, self._began = step, began
+        self._step, self._start_time = step, start_time
         if wait or not self.async_save:
-            done = self.store.save(step, fragments, state)
-            self._stalled = time.perf_counter() - began
-            self._settle(done)
+            saved = self.store.save(step, fragments, state)
+            self._stall_seconds = time.perf_counter() - start_time
+            self._finish(saved)
         else:
-            self.store.start(step, fragments, state)
-            self._stalled = time.perf_counter() - began
+            self._pending = self.store.save_async(step, fragments, state)
+            self._stall_seconds = time.perf_counter() - start_time
 
     def done(self) -> bool:
-        """True where this rank's thread has work that is done; never waits."""
-        return self.store.under_way and self.store.ended()
+        """Return whether this rank's part of a background save has ended. Never blocks; ranks may differ."""
+        return self._pending is not None and self._pending.done()
 
     def wait(self) -> None:
-        """Wait for what is under way, if anything is."""
-        if self.store.under_way:
-            self._settle(self.store.collect())
+        """Wait for the background save, if there is one."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._finish(pending.result())
 
     def check(self) -> None:
-        """Raise UserError on all ranks after too many failures in a row."""
-        if self._failures >= MOST_FAILURES:
+        """Stop the run after too many failures in a row.
+
+        Raises:
+            UserError: on all ranks.
+        """
+        if self._failures >= MAX_FAILURES:
             raise UserError(
                 f"{self.store.folder}: {self._failures} checkpoints in a row could not be saved, for the reasons "
                 "logged; make room or set run.folder to another disk, then resume"
             )
 
-    def _settle(self, done: bool) -> None:
-        if not done:
+    def _finish(self, saved: bool) -> None:
+        if not saved:
             self._failures += 1
             return
         self._failures, self.saved_step = 0, self._step
-        total = time.perf_counter() - self._began
-        self.print_line(f"step {self._step:6d}  saved in {total:.2f} s, of which training waited {self._stalled:.2f} s")
+        seconds = time.perf_counter() - self._start_time
+        self.print_line(
+            f"step {self._step:6d}  saved in {seconds:.2f} s, of which training waited {self._stall_seconds:.2f} s"
+        )

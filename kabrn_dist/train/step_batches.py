@@ -9,7 +9,7 @@ import torch
 from kabrn_dist.backend.losses import StepTotals
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import Batch, TokenDataset, sequence_slice
-from kabrn_dist.distributed.collectives import run_on_all
+from kabrn_dist.distributed.collectives import raise_on_all
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.utils.errors import UserError
 
@@ -29,7 +29,7 @@ def next_step_batches(config: Config, mesh: Mesh, data: TokenDataset, first: int
     counts = torch.tensor([sum(int((b.targets >= 0).sum()) for b in batches), int(failure is not None)])
     targets, failures = mesh.all_reduce_sum(counts.to(mesh.device)).tolist()
     if failures:
-        run_on_all(None, _raise, failure)
+        raise_on_all(None, failure)
     sequences = config.training.global_batch_size
     return batches, StepTotals(targets, sequences * config.data.sequence_length, sequences, mesh.world_size)
 
@@ -41,8 +41,3 @@ def _micro_batches(config: Config, mesh: Mesh, data: TokenDataset, first: int) -
     for start in range(0, len(own), training.micro_batch_size):
         rows = data.get(own[start : start + training.micro_batch_size])
         yield sequence_slice(rows, mesh.sequence_rank, mesh.sequence_parallel)
-
-
-def _raise(failure: UserError | None) -> None:
-    if failure is not None:
-        raise failure

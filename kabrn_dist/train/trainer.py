@@ -193,7 +193,10 @@ class Trainer:
         """Go back to the newest checkpoint, and from there on pass over all data that was read since."""
         self.saver.wait()
         self.watchdog.beat("going back to the last checkpoint")
-        path, bad = self.store.find() or self.came_from, f"{self.guard.bad} bad steps in a row, up to step {self.step}"
+        path, bad = (
+            self.store.find_latest() or self.came_from,
+            f"{self.guard.bad} bad steps in a row, up to step {self.step}",
+        )
         if path is None:
             raise UserError(f"{bad}, and no checkpoint to go back to; lower optimizer.learning_rate, or check the data")
         position = restore(self.store, path, self.engine, self.splits, self.config)

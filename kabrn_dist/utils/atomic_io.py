@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Durable files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ _CHUNK_BYTES = 1 << 20
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary neighbour of `path` for writing; it takes the name `path` when the block ends well.
+    """Open a temporary neighbor of `path` for writing, which is renamed to `path` when the block ends without error.
 
-    Raises UserError when the disk refuses (full, read-only, a file-size limit); nothing is left behind then.
+    Raises:
+        UserError: if the disk refuses (full, read-only, a file-size limit). Nothing is left behind.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with durable_open(temporary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}. Free some space there or choose another folder."
+            f"{path}: cannot be written ({error.strerror or error}); free some space there or choose another folder"
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -39,25 +38,54 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write `content` to `path` in one step. Raises UserError as `whole_file` does."""
+    """Write a whole file, or nothing.
+
+    Raises:
+        UserError: as `atomic_open`.
+    """
     with atomic_open(path) as file:
         file.write(content)
 
 
-def sha256_of(path: Path, progress: Callable[[int], None] = lambda read: None) -> str:
-    """Return the sha256 of a file; `progress` is called with the number of bytes just read."""
+@contextmanager
+def durable_open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing and fsync it when the block ends without error; a crash may leave a part of it.
+
+    Raises:
+        OSError: from the file system.
+    """
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable: without it a power cut can undo a rename.
+
+    Raises:
+        OSError: from the file system.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """Return the sha256 of a file in hexadecimal.
+
+    Args:
+        path: File to read.
+        progress: Called with the number of bytes just read.
+
+    Raises:
+        OSError: from the file system.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             progress(len(chunk))
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself lives in the folder: without this a power cut can undo it.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,10 @@
-"""The one exception for mistakes a user can mend: its message is all they see, never a traceback."""
+"""The exception for mistakes that a user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input. The message names the key or file, the value found, and the remedy."""
+    """Error in what the user gave; commands print its message without a traceback.
+
+    The message names the key or file, the value found, and the remedy.
+    """

@@ -1,4 +1,4 @@
-"""One run on one folder: a lock that the system takes back when its holder dies, however it dies."""
+"""File locks: an flock on the run folder; the kernel releases it when the process exits."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from types import TracebackType
 from kabrn_dist.utils.errors import UserError
 
 LOCK_NAME = "lock"
-# A process that is killed while it starts another one leaves the lock to that one until it has become its program.
+# A process that is killed while it starts a child leaves the lock to the child until that has executed its program.
 PATIENCE_SECONDS = 3.0
 
-# What file systems without locks answer.
+_POLL_SECONDS = 0.05
+# Answers of file systems without locks.
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """A held lock. `release` it, use it as a context, or leave it to the end of the process."""
+    """A held lock: call `release`, use it as a context, or leave it to the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
-        """Let another process have it; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         # The file stays: were it removed, two processes could each lock a file of that name.
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -46,12 +47,20 @@ class FolderLock:
 
 
 def acquire_lock(folder: Path) -> FolderLock:
-    """Lock `folder`/lock, making the folder if need be, and write host and process into it.
+    """Lock `folder`/lock, making the folder if needed, and write host and process into it.
 
-    flock(2): gone with the process, also after SIGKILL, so nothing stale is ever left; NFS passes it to the
-    other machines. A held one is waited for, PATIENCE_SECONDS, in case its holder is just ending. On a file
-    system without locks a warning is logged and the run goes on unguarded. Not collective: rank 0 takes it.
-    Raises UserError where another holds it, or the folder cannot be written.
+    The lock is an flock(2): it ends with the process, also after SIGKILL, so it is never stale; NFS passes it to the
+    other machines. A held lock is waited for, PATIENCE_SECONDS, in case its holder is about to exit. On a file system
+    without locks a warning is logged and the run continues unguarded. Not collective: rank 0 takes it.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        The held lock.
+
+    Raises:
+        UserError: if another process holds the lock, or the folder cannot be written.
     """
     path = folder / LOCK_NAME
     try:
@@ -67,13 +76,40 @@ def acquire_lock(folder: Path) -> FolderLock:
     return FolderLock(descriptor)
 
 
+def flock_exclusive(descriptor: int, timeout: float | None = 0.0) -> bool:
+    """Take the exclusive flock(2) of an open file; closing the file, in all processes that have it open, releases it.
+
+    Args:
+        descriptor: Open file.
+        timeout: Seconds to wait for another holder; None waits for ever.
+
+    Returns:
+        False if another holder still had it after `timeout`.
+
+    Raises:
+        OSError: on a file system without locks.
+    """
+    if timeout is None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return True
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        else:
+            return True
+
+
 def _lock(descriptor: int, path: Path) -> None:
     try:
-        if not _try_for(descriptor, PATIENCE_SECONDS):
+        if not flock_exclusive(descriptor, PATIENCE_SECONDS):
             holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
             raise UserError(
-                f"{path.parent}: a run is going on in this folder ({holder}); stop it first, or choose another "
-                "run.folder"
+                f"{path.parent}: a run is active in this folder ({holder}); stop it first, or choose another run.folder"
             )
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
@@ -83,18 +119,5 @@ def _lock(descriptor: int, path: Path) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"host {socket.gethostname()}, process {os.getpid()}\n".encode(), 0)
     except OSError as error:
-        # The lock counts, not the note: a full disk must not keep a run from resuming.
+        # The lock counts, not the note in it: a full disk must not keep a run from resuming.
         logger.warning("%s: cannot be written (%s)", path, error.strerror)
-
-
-def _try_for(descriptor: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        else:
-            return True

@@ -65,7 +65,7 @@ def test_neither_validation_nor_recomputation_counts_towards_the_bias(shards: Pa
     run_sessions(2, jobs, tmp_path)
     biases = {}
     for name in cases:
-        path = CheckpointStore(tmp_path / name / "checkpoints").find()
+        path = CheckpointStore(tmp_path / name / "checkpoints").find_latest()
         assert path is not None
         biases[name] = load_tensor(path, read_manifest(path), "router/bias")
     expected = read_losses(tmp_path / "plain")

@@ -27,14 +27,14 @@ from kabrn_dist.utils.lock import acquire_lock
 from tests.checkpoint.test_store import constant, enter, run
 from tests.support.runs import ROOT
 
-POINTS = ("save.begin", "save.written", "save.manifest", "save.aside", "save.before_rename", "save.renamed")
+POINTS = ("save.begin", "save.written", "save.manifest", "save.supersede", "save.before_rename", "save.renamed")
 PRUNING = ("save.before_prune", "save.prune")
 LOADING = ("load.manifest", "load.tensors", "load.done")
 
 
 def value_of(store: CheckpointStore, count: int = 1000) -> float:
     """The one value of the newest checkpoint's tensor."""
-    path, values = store.find(), constant(float("nan"), count)
+    path, values = store.find_latest(), constant(float("nan"), count)
     assert path is not None
     store.load(path, values)
     found = values[0].values.unique().tolist()
@@ -49,30 +49,26 @@ def half(value: float, rank: int, count: int = 1000) -> list[Fragment]:
 def start_and_go_on(rank: int, folder: Path) -> None:
     store = CheckpointStore(folder, background_group=dist.new_group(backend="gloo"))
     state: dict[str, Any] = {"cursor": {"consumed": rank}}
-    assert store.ended() and not store.under_way
     buffers: list[int] = []
     for step in (1, 2, 3):
         fragments = [*half(step, rank), Fragment("copy", (4,), 0, torch.ones(4), rank == 0)]
         state["cursor"]["consumed"] = step + 10 * rank
-        store.start(step, fragments, state)
+        pending = store.save_async(step, fragments, state)
         # What training does next must not reach the checkpoint, and may use the default group meanwhile.
         fragments[0].values.fill_(torch.nan)
         state["cursor"]["consumed"] = -1
         dist.all_reduce(torch.ones(1000))
-        assert store.under_way
         with pytest.raises(ValueError, match="under way"):
-            store.start(step, fragments, state)
+            store.save_async(step, fragments, state)
         with pytest.raises(ValueError, match="under way"):
             store.save(step, fragments, state)
-        assert store.collect() and store.ended() and not store.under_way
+        assert pending.result() and pending.done() and pending.result()
         assert value_of(store) == step
         assert store.check(folder / f"step-{step:08d}").state == {"cursor": {"consumed": step}}
-        buffers.append(store._copies._buffers["w", 500 * rank, 500, torch.float32].data_ptr())
+        buffers.append(store._buffers._buffers["w", 500 * rank, 500, torch.float32].data_ptr())
     assert len(set(buffers)) == 1, "buffers are reused"
-    with pytest.raises(ValueError, match="call start first"):
-        store.collect()
     with pytest.raises(ValueError, match="background_group"):
-        CheckpointStore(folder).start(4, half(4, rank), {})
+        CheckpointStore(folder).save_async(4, half(4, rank), {})
     out_of_memory(rank, store)
 
 
@@ -83,12 +79,10 @@ def out_of_memory(rank: int, store: CheckpointStore) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_AS, (2**35, hard))
-    store.start(4, [Fragment("huge", (count,), 0, values, rank == 1)], {})
-    assert store.collect() is False
+    assert store.save_async(4, [Fragment("huge", (count,), 0, values, rank == 1)], {}).result() is False
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert value_of(store) == 3
-    store.start(5, half(5, rank), {})
-    assert store.collect() and value_of(store) == 5
+    assert store.save_async(5, half(5, rank), {}).result() and value_of(store) == 5
 
 
 def test_a_background_save_keeps_the_values_of_its_start(tmp_path: Path) -> None:
@@ -120,15 +114,14 @@ def stay_small(rank: int, folder: Path) -> None:
     assert peak_bytes(lambda: store.save(3, strided, {})) < room
 
     def in_background() -> None:
-        store.start(4, values, {})
-        assert store.collect()
+        assert store.save_async(4, values, {}).result()
 
     assert 4 * count <= peak_bytes(in_background) < 4 * count + room
     assert peak_bytes(in_background) < room, "buffers are kept"
     path = folder / "step-00000004"
     assert peak_bytes(lambda: store.load(path, values)) < room
     assert peak_bytes(lambda: store.load(path, half_values)) < room, "converted in chunks"
-    assert peak_bytes(store.find) < room
+    assert peak_bytes(store.find_latest) < room
 
 
 def test_the_extra_memory_is_what_is_promised(tmp_path: Path) -> None:
@@ -142,14 +135,14 @@ def test_copies_from_a_card_are_pinned_and_complete(tmp_path: Path) -> None:
     values = torch.arange(2**24, dtype=torch.float32, device="cuda")
     fragment = Fragment("w", (2**24,), 0, values, True)
     for step in (1, 2):
-        store.start(step, [fragment], {})
+        pending = store.save_async(step, [fragment], {})
         values.add_(1)
-        assert store.collect()
+        assert pending.result()
         assert torch.equal(
             load_tensor(tmp_path / f"step-{step:08d}", store.check(tmp_path / f"step-{step:08d}"), "w"),
             values.cpu() - 1,
         )
-    assert all(buffer.is_pinned() for buffer in store._copies._buffers.values())
+    assert all(buffer.is_pinned() for buffer in store._buffers._buffers.values())
     store.load(tmp_path / "step-00000001", [fragment])
     assert torch.equal(values, torch.arange(2**24, device="cuda"))
 
@@ -160,9 +153,9 @@ def left_alone(rank: int, folder: Path) -> None:
     assert store.save(1, half(1, rank), {})
     if rank == 1:
         os._exit(3)
-    store.start(2, half(2, rank), {})
+    pending = store.save_async(2, half(2, rank), {})
     with pytest.raises(RuntimeError):
-        store.collect()
+        pending.result()
     assert [path.name for path in folder.glob("step-????????")] == ["step-00000001"]
     (folder / "knew").touch()
     os._exit(0)
@@ -188,13 +181,12 @@ def fail_everywhere(rank: int, folder: Path) -> None:
         for point in (*POINTS, *PRUNING):
             for in_background, action in ((True, "raise"), (False, "full")):
                 step += 1
-                if point == "save.aside" and rank == 0:
+                if point == "save.supersede" and rank == 0:
                     shutil.copytree(folder / f"step-{step - 1:08d}", folder / f"step-{step + 1:08d}")
                 dist.barrier()
                 os.environ["KABRN_FAULT"] = f"{point}@{culprit}:{action}"
                 if in_background:
-                    store.start(step, half(step, rank), {})
-                    saved = store.collect()
+                    saved = store.save_async(step, half(step, rank), {}).result()
                 else:
                     saved = store.save(step, half(step, rank), {})
                 del os.environ["KABRN_FAULT"]
@@ -228,8 +220,7 @@ def full_disk(rank: int, folder: Path) -> None:
             if rank == culprit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
             if in_background:
-                store.start(2, half(2, rank, count), {"long": "x" * 200_000})
-                saved = store.collect()
+                saved = store.save_async(2, half(2, rank, count), {"long": "x" * 200_000}).result()
             else:
                 saved = store.save(2, half(2, rank, count), {"long": "x" * 200_000})
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -265,9 +256,8 @@ def read_only(rank: int, folder: Path) -> None:
     if os.geteuid() == 0:
         os.seteuid(65534)
     store = CheckpointStore(Path())
-    store.start(2, constant(2), {})
-    assert store.collect() is False and store.save(2, constant(2), {}) is False
-    assert store.find() == Path("step-00000001")
+    assert store.save_async(2, constant(2), {}).result() is False and store.save(2, constant(2), {}) is False
+    assert store.find_latest() == Path("step-00000001")
     with pytest.raises(UserError, match="lock: cannot be opened"):
         acquire_lock(Path())
 
@@ -312,14 +302,13 @@ def test_leftovers_block_nothing(tmp_path: Path) -> None:
 def save_and_die(rank: int, folder: Path, fault: str, in_background: bool) -> None:
     torch.set_num_threads(1)
     store, values = CheckpointStore(folder), constant(0)
-    found = store.find()
+    found = store.find_latest()
     assert found is not None
     os.environ["KABRN_FAULT"] = fault
     manifest = store.load(found, values)
     step = manifest.step + 1
     if in_background:
-        store.start(step, constant(step), {})
-        store.collect()
+        store.save_async(step, constant(step), {}).result()
     else:
         store.save(step, constant(step), {})
     raise AssertionError(f"{fault} did not strike")
@@ -332,7 +321,7 @@ def test_sigkill_at_every_point(tmp_path: Path, in_background: bool) -> None:
     expected = 3
     for point in (*POINTS, *PRUNING, *LOADING):
         newer = tmp_path / f"step-{expected + 5:08d}"
-        if point == "save.aside":
+        if point == "save.supersede":
             # A copy under a later name: as if the run had been told to go back behind it.
             shutil.copytree(tmp_path / f"step-{expected:08d}", newer)
         arguments = (tmp_path, f"{point}:kill", in_background)
@@ -341,7 +330,7 @@ def test_sigkill_at_every_point(tmp_path: Path, in_background: bool) -> None:
         assert context.processes[0].exitcode == -signal.SIGKILL, point
         if point in ("save.renamed", *PRUNING):
             expected += 1
-        if point == "save.aside":
+        if point == "save.supersede":
             shutil.rmtree(newer)
         assert value_of(store) == expected, point
         expected += 1

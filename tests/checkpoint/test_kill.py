@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
 SAVING = ("save.begin", "save.written")
 COMMITTING = ("save.manifest", "save.before_rename", "save.renamed", "save.before_prune", "save.prune")
 LOADING = ("load.manifest", "load.tensors", "load.done")
-ASIDE = "save.aside"
+SUPERSEDE = "save.supersede"
 COMMITTED = ("save.renamed", "save.before_prune")
 
 
@@ -76,7 +76,7 @@ class Victim:
 
     def newest(self) -> int:
         """Step of the newest checkpoint that can be loaded; 0 where there is none."""
-        found = CheckpointStore(self.checkpoints).find()
+        found = CheckpointStore(self.checkpoints).find_latest()
         return step_of(found) if found else 0
 
     def check_log(self) -> int:
@@ -119,7 +119,7 @@ def finish(victim: Victim, resume: Path | None = None) -> None:
     assert victim.check_log() == victim.steps
     # Nothing is left of what was killed half-way. What the session began with stays.
     kept = {f"step-{step:08d}" for step in (last, *range(victim.steps, victim.steps - KEEP, -1))}
-    assert {path.name for path in victim.checkpoints.iterdir() if path.suffix != ".aside"} == {"latest", *kept}
+    assert {path.name for path in victim.checkpoints.iterdir() if path.suffix != ".superseded"} == {"latest", *kept}
 
 
 def strike(victim: Victim, point: str, rank: int | None, background: bool, resume: str = "auto") -> None:
@@ -143,7 +143,7 @@ def strike(victim: Victim, point: str, rank: int | None, background: bool, resum
 def test_every_point_that_the_code_names_is_struck() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "kabrn_dist" / "checkpoint").glob("*.py"))
     named = set(re.findall(r'"((?:save|load)\.[a-z_]+)"', sources))
-    assert named == {*SAVING, *COMMITTING, *LOADING, ASIDE}
+    assert named == {*SAVING, *COMMITTING, *LOADING, SUPERSEDE}
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -159,10 +159,10 @@ def test_a_kill_at_any_point_loses_nothing_that_was_committed(background: bool, 
     for point in COMMITTING:
         for rank in (0, None):
             strike(victim, point, rank, background)
-    # Back behind what is there: newer checkpoints are set aside, and one of the same step is replaced.
+    # Back behind what is there: newer checkpoints are superseded, and one of the same step is replaced.
     older = [path for path in list_checkpoints(victim.checkpoints) if (path / MANIFEST_NAME).exists()][-1]
     for rank in (0, None):
-        strike(victim, ASIDE, rank, background, str(older))
+        strike(victim, SUPERSEDE, rank, background, str(older))
     finish(victim, older)
 
 

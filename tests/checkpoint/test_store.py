@@ -109,7 +109,7 @@ def repartition(rank: int, folder: Path) -> None:
         if rank >= world:
             continue
         store = CheckpointStore(folder, group=groups[world])
-        path, fragments = store.find(), cut(rank, world, world, False)
+        path, fragments = store.find_latest(), cut(rank, world, world, False)
         assert path == folder / "step-00000012"
         manifest = store.load(path, fragments)
         assert manifest.state == STATE and (manifest.step, manifest.world_size) == (12, 3)
@@ -156,16 +156,16 @@ def test_find_passes_over_damage_loudly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], name: str
 ) -> None:
     store = CheckpointStore(tmp_path)
-    assert store.find() is None
+    assert store.find_latest() is None
     assert all(store.save(step, constant(step), {"rate": 0.5}) for step in (1, 2))
-    assert store.find() == tmp_path / "step-00000002"
+    assert store.find_latest() == tmp_path / "step-00000002"
     damage(tmp_path / "step-00000002" / name)
-    assert store.find() == tmp_path / "step-00000001"
+    assert store.find_latest() == tmp_path / "step-00000001"
     assert "step-00000002" in caplog.text and name in caplog.text
 
 
-def test_prune_leftovers_replace_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = CheckpointStore(tmp_path, keep=2, keep_every=4)
+def test_prune_leftovers_replace_and_supersede(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2, keep_every=4)
     (tmp_path / "step-00000002.tmp").mkdir()
     (tmp_path / "step-00000002.tmp" / "rank-00000.safetensors").write_bytes(b"half")
     for step in range(1, 4):
@@ -179,15 +179,15 @@ def test_prune_leftovers_replace_and_set_aside(tmp_path: Path, caplog: pytest.Lo
 
     truncate(tmp_path / "step-00000011" / "rank-00000.safetensors")
     assert store.save(10, constant(-10.0), {})
-    assert (tmp_path / "step-00000011.aside").is_dir() and "step-00000011" in caplog.text
+    assert (tmp_path / "step-00000011.superseded").is_dir() and "step-00000011" in caplog.text
     values = constant(0)
-    store.load(store.find() or tmp_path, values)
+    store.load(store.find_latest() or tmp_path, values)
     assert values[0].values.unique().tolist() == [-10.0]
     # A crash between the two renames of a replacing save leaves only `.old`.
     (tmp_path / "step-00000010").rename(tmp_path / "step-00000010.old")
-    assert store.find() == tmp_path / "step-00000010.old"
-    with pytest.raises(UserError, match="keep: 1"):
-        CheckpointStore(tmp_path, keep=1)
+    assert store.find_latest() == tmp_path / "step-00000010.old"
+    with pytest.raises(UserError, match="keep_last: 1"):
+        CheckpointStore(tmp_path, keep_last=1)
 
 
 def full_disk(rank: int, folder: Path) -> None:
@@ -201,7 +201,7 @@ def full_disk(rank: int, folder: Path) -> None:
     assert store.save(2, constant(2.0, **mine), {}) is False
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(folder.glob("*.tmp"))
-    found = store.find()
+    found = store.find_latest()
     assert found == folder / "step-00000001", found
     broken = [held for held in constant(2.0, **mine) if rank == 0]
     assert store.save(2, broken, {}) is False
@@ -262,7 +262,7 @@ def test_hostile_manifests_are_refused(tmp_path: Path, edit: Callable[[dict[str,
     reseal(path, edit)
     with pytest.raises(UserError, match="use another checkpoint"):
         read_manifest(path)
-    assert store.find() is None
+    assert store.find_latest() is None
 
 
 def test_missing_and_other_shape(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_missing_and_other_shape(tmp_path: Path) -> None:
 def save_for_ever(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = CheckpointStore(folder)
-    first = store.find()
+    first = store.find_latest()
     for step in range(int(first.name[5:13]) if first else 1, 10**6):
         assert store.save(step, constant(step, 300_000), {"step": step})
 
@@ -293,14 +293,14 @@ def test_sigkill_never_leaves_a_wrong_checkpoint(tmp_path: Path) -> None:
     store, generator = CheckpointStore(tmp_path), random.Random(0)
     for _ in range(40):
         context = mp.start_processes(save_for_ever, (tmp_path,), nprocs=1, join=False, start_method="forkserver")
-        before = store.find()
+        before = store.find_latest()
         deadline = time.monotonic() + 20
-        while store.find(verify=False) == before and time.monotonic() < deadline:
+        while store.find_latest(verify=False) == before and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.05))
         context.processes[0].kill()
         context.processes[0].join()
-        path, values = store.find(), constant(0.0, 300_000)
+        path, values = store.find_latest(), constant(0.0, 300_000)
         assert path is not None
         manifest = store.load(path, values)
         assert manifest.state == {"step": manifest.step} and (values[0].values == manifest.step).all()

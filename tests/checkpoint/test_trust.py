@@ -107,17 +107,17 @@ def test_files_behind_a_good_manifest(tmp_path: Path, bomb: bytes, caplog: pytes
         replace_shard(newer, content)
         caplog.clear()
         tracemalloc.start()
-        assert store.find() == older, what
+        assert store.find_latest() == older, what
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20, what
         tracemalloc.stop()
         lines = [line for line in caplog.messages if "step-00000002" in line]
-        assert len(lines) == 1 and "passing over" in lines[0] and "\n" not in lines[0], what
+        assert len(lines) == 1 and "skipping checkpoint" in lines[0] and "\n" not in lines[0], what
         if what != "one more":
             with pytest.raises(UserError, match="rank-00000"):
                 store.load(newer, constant(0.0))
     assert not (tmp_path / "went-off").exists()
     replace_shard(newer, raw({"w@0": entry(), "__metadata__": {"any": "thing"}}))
-    assert store.find() == newer
+    assert store.find_latest() == newer
     assert load_tensor(newer, read_manifest(newer), "w").eq(0).all()
 
 
@@ -163,7 +163,7 @@ def test_manifests(tmp_path: Path, edit: Callable[[dict[str, Any]], None], caplo
     store, older, newer = two_checkpoints(tmp_path)
     shutil.copytree(newer, tmp_path / "other")
     reseal(newer, edit)
-    assert store.find() == older
+    assert store.find_latest() == older
     assert "step-00000002" in caplog.text
     with pytest.raises(UserError, match=r"manifest\.json|rank-0"):
         store.load(newer, constant(0.0))
@@ -173,10 +173,10 @@ def test_manifests_that_are_no_text(tmp_path: Path, bomb: bytes) -> None:
     store, older, newer = two_checkpoints(tmp_path / "run")
     for content in (b"", b"[" * 10**6, bomb, b'{"sha256": 1' + b"0" * 5000 + b"}", b"\xff\xfe{}", b"null"):
         (newer / "manifest.json").write_bytes(content)
-        assert store.find() == older, content[:20]
+        assert store.find_latest() == older, content[:20]
     with open(newer / "manifest.json", "wb") as file:
         file.truncate(2**40)
-    assert store.find() == older
+    assert store.find_latest() == older
     assert not (tmp_path / "went-off").exists()
 
 
@@ -202,7 +202,7 @@ def test_what_is_no_plain_file_is_never_opened(
 ) -> None:
     store, older, newer = two_checkpoints(tmp_path / "run")
     change(newer / name, tmp_path / "elsewhere")
-    assert store.find() == older
+    assert store.find_latest() == older
     assert name in caplog.text
 
 
@@ -223,11 +223,11 @@ def test_every_flipped_byte_truncation_and_deletion_is_met(tmp_path: Path) -> No
         for wrong in damaged:
             file.write_bytes(wrong)
             # JSON says the same in more than one way: é and \u00E9; then nothing is damaged.
-            assert store.find() == older or read_manifest(newer) == intact
+            assert store.find_latest() == older or read_manifest(newer) == intact
         file.unlink()
-        assert store.find() == older
+        assert store.find_latest() == older
         file.write_bytes(content)
-        assert store.find() == newer
+        assert store.find_latest() == newer
 
 
 YAMLS = (

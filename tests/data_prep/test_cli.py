@@ -152,7 +152,7 @@ def test_a_disk_that_refuses_leaves_no_index(texts: Path, tmp_path: Path) -> Non
     assert run(*base) == 0
     failed = command(*base, "--force", file_bytes=200_000)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
-    assert "error: cannot write" in failed.stderr and str(tmp_path / "set") in failed.stderr
+    assert "cannot be written" in failed.stderr and str(tmp_path / "set") in failed.stderr
     left = {path.name for path in (tmp_path / "set").iterdir()}
     assert "index.json" not in left and "text-train-00000.tar" not in left
     assert not any(name.endswith(".tmp") for name in left)

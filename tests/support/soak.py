@@ -66,7 +66,7 @@ class Lap:
 
     def newest(self) -> int:
         """Step of the newest checkpoint that is intact; 0 where there is none."""
-        found = self.store.find()
+        found = self.store.find_latest()
         return step_of(found) if found else 0
 
     def losses(self) -> dict[int, float]:
@@ -155,7 +155,7 @@ class Soak:
 
     def flip(self, lap: Lap) -> str:
         """One bit of the newest checkpoint, and then a kill as any other."""
-        found = lap.store.find()
+        found = lap.store.find_latest()
         files = sorted(found.iterdir()) if found else []
         if found is None or len(list_checkpoints(lap.store.folder)) < 2:
             return self.kill_all(lap)

@@ -182,7 +182,7 @@ def test_a_second_run_on_one_folder_is_refused(shards: Path, tmp_path: Path) -> 
         before = (folder / "config.yaml").stat().st_mtime_ns
         with train(config, 2) as second:
             refused = second.wait(60, grace=None)
-        assert refused.exit_codes == (2, 2) and f"{folder}: a run is going on in this folder" in refused.output, (
+        assert refused.exit_codes == (2, 2) and f"{folder}: a run is active in this folder" in refused.output, (
             refused.output
         )
         assert (folder / "config.yaml").stat().st_mtime_ns == before
