@@ -1,32 +1,37 @@
-"""What can be set of the model: one frozen section per component, unknown keys refused, every field documented."""
+"""The section `model`: retention, experts, router and quantization."""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from kabrn_dist.config import checks
 from kabrn_dist.utils.yaml_section import ConfigSection
 
 
 class RetentionConfig(ConfigSection):
-    """Multi-scale retention (RetNet, arXiv 2307.08621)."""
+    """Multi-scale retention (RetNet, arXiv 2307.08621); its heads are those of attention layers too."""
 
-    num_heads: PositiveInt = Field(description="Heads, each with a decay of its own.")
-    key_dim: int = Field(ge=2, multiple_of=2, description="Query and key width of a head (even: rotary).")
-    value_dim: PositiveInt = Field(description="Value width of a head.")
+    num_heads: PositiveInt = Field(description="Number of heads, each with its own decay.")
+    key_dim: int = Field(
+        ge=2, multiple_of=2, description="Dimension of queries and keys of a head; even, for the rotary embedding."
+    )
+    value_dim: PositiveInt = Field(description="Dimension of the values of a head.")
     decay: Literal["exponent", "linspace"] | tuple[float, float] = Field(
         "exponent",
-        description="Decays of the heads, evenly spaced in -log2(1-γ): `exponent` 5…4+heads (RetNet's "
-        "formula), `linspace` 5…9 (RetNet's code), or [fastest, slowest], e.g. [1.5, 7] for short contexts.",
+        description="Decays γ of the heads, evenly spaced in -log2(1-γ): `exponent` from 5 to 4+num_heads (RetNet's "
+        "formula), `linspace` from 5 to 9 (RetNet's code), or [fastest, slowest], e.g. [1.5, 7] for short contexts.",
     )
-    chunk_size: PositiveInt = Field(64, description="Tokens of a chunk of the chunkwise form; changes speed only.")
+    chunk_size: PositiveInt = Field(64, description="Tokens in a chunk of chunkwise retention; affects speed only.")
 
     @model_validator(mode="after")
     def _check_decay_range(self) -> RetentionConfig:
         if not isinstance(self.decay, str) and not 0 < self.decay[0] <= self.decay[1]:
-            raise ValueError(f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest")
+            raise ValueError(
+                f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest; set decay to a pair "
+                "such as [1.5, 7]"
+            )
         return self
 
 
@@ -35,33 +40,39 @@ class ExpertsConfig(ConfigSection):
 
     type: Literal["rational", "chebyshev", "hat", "bspline", "swiglu", "relu2"] = Field(
         "rational",
-        description="The expert. Kolmogorov-Arnold networks: `rational` and `chebyshev` (functions shared by groups "
-        "of channels), `hat` and `bspline` (a function on every edge). Controls without learnable functions: "
+        description="Type of the experts. Kolmogorov-Arnold networks: `rational` and `chebyshev` (groups of channels "
+        "share a function), `hat` and `bspline` (a function on every edge). Baselines without learnable functions: "
         "`swiglu`, `relu2`.",
     )
-    num_experts: PositiveInt = Field(description="Routed experts of a layer; a token visits top_k of them.")
-    num_shared_experts: int = Field(1, ge=0, description="Experts that every token visits.")
-    top_k: PositiveInt = Field(description="Routed experts a token visits.")
-    expert_hidden_size: PositiveInt = Field(description="Hidden width of an expert.")
+    num_experts: PositiveInt = Field(description="Routed experts in a layer.")
+    num_shared_experts: int = Field(1, ge=0, description="Experts in a layer that process every token.")
+    top_k: PositiveInt = Field(description="Routed experts that process a token.")
+    expert_hidden_size: PositiveInt = Field(description="Hidden size of an expert.")
     moe_layer_interval: PositiveInt = Field(
-        1, description="A mixture in every n-th layer, a dense feed-forward in the others."
+        1, description="Every n-th layer has a mixture of experts; the others have a dense feed-forward."
     )
-    num_dense_layers: int = Field(0, ge=0, description="So many first layers have a dense feed-forward.")
+    num_dense_layers: int = Field(
+        0, ge=0, description="Number of leading layers with a dense feed-forward instead of experts."
+    )
     dense_hidden_size: PositiveInt | None = Field(
-        None, description="Hidden width of dense layers; default: hidden × (shared + top_k), as many active weights."
+        None,
+        description="Hidden size of dense layers. Default: expert_hidden_size × (num_shared_experts + top_k), which "
+        "has as many active weights as a mixture.",
     )
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="Copies an expert takes of one sequence, as a multiple of its fair share; the latest beyond it are "
-        "dropped and counted. Default: no copy is ever dropped.",
+        description="Tokens of one sequence that an expert accepts, as a multiple of an even split; later ones are "
+        "dropped and counted. Default: no limit, nothing is dropped.",
     )
     function_groups: PositiveInt = Field(
-        4, description="rational, chebyshev: groups of channels that share one function."
+        4, description="For rational and chebyshev: groups of channels, each of which shares a function."
     )
-    grid_size: int = Field(5, ge=2, description="hat, bspline: intervals of the grid.")
-    spline_order: PositiveInt = Field(3, description="bspline: degree of the pieces.")
-    grid_range: tuple[float, float] = Field((-2.0, 2.0), description="chebyshev, hat, bspline: the grid's ends.")
+    grid_size: int = Field(5, ge=2, description="For hat and bspline: intervals of the grid.")
+    spline_order: PositiveInt = Field(3, description="For bspline: degree of the polynomial pieces.")
+    grid_range: tuple[float, float] = Field(
+        (-2.0, 2.0), description="For chebyshev, hat and bspline: lower and upper end of the grid."
+    )
 
     @model_validator(mode="after")
     def _check_sizes(self) -> ExpertsConfig:
@@ -70,84 +81,109 @@ class ExpertsConfig(ConfigSection):
                 f"top_k {self.top_k} exceeds the {self.num_experts} routed experts; set top_k <= {self.num_experts}"
             )
         if self.grid_range[0] >= self.grid_range[1]:
-            raise ValueError(f"range {list(self.grid_range)} must be [low, high] with low < high, such as [-2, 2]")
+            raise ValueError(
+                f"grid_range {list(self.grid_range)} must be [low, high] with low < high; set it to a pair such as "
+                "[-2, 2]"
+            )
         if self.type == "bspline" and self.spline_order > self.grid_size:
             raise ValueError(
-                f"degree {self.spline_order} needs more knots than the {self.grid_size + 1} of grid {self.grid_size}; "
-                f"set degree <= {self.grid_size} or grid >= {self.spline_order}"
+                f"spline_order {self.spline_order} needs more knots than the {self.grid_size + 1} of grid_size "
+                f"{self.grid_size}; set spline_order <= {self.grid_size} or grid_size >= {self.spline_order}"
             )
         return self
 
 
 class RouterConfig(ConfigSection):
-    """Which experts a token visits, and what keeps them balanced."""
+    """Choice of the experts of a token, and the balance of their load."""
 
     score_func: Literal["sigmoid", "softmax"] = Field(
         "sigmoid",
-        description="An expert's score: sigmoid (DeepSeek-V3, arXiv 2412.19437) or softmax (GShard, 2006.16668).",
+        description="Score of an expert: sigmoid (DeepSeek-V3, arXiv 2412.19437) or softmax (GShard, arXiv "
+        "2006.16668).",
     )
-    norm_topk_prob: bool = Field(True, description="The weights of a token's experts sum to 1 (ST-MoE, 2202.08906).")
+    norm_topk_prob: bool = Field(
+        True, description="Normalize the weights of a token's experts to sum to 1 (ST-MoE, arXiv 2202.08906)."
+    )
     n_group: PositiveInt = Field(
-        1, description="Groups of neighbouring experts for group-limited routing; one group a rank limits the ranks."
+        1,
+        description="Groups of neighboring experts for group-limited routing; with one group per rank, topk_group "
+        "limits the ranks that a token is sent to.",
     )
     topk_group: PositiveInt | None = Field(
-        None, description="Most groups one token's experts may come from (DeepSeek-V2, 2405.04434); default: all."
+        None,
+        description="Groups that the experts of a token may come from (DeepSeek-V2, arXiv 2405.04434). Default: all.",
     )
     bias_update_rate: float = Field(
         1e-2,
         ge=0,
-        description="Step of the aux-loss-free balancing bias (arXiv 2408.15664, which takes 1e-3 for runs of tens of "
-        "thousands of steps; short runs at high rates need 1e-2 and more); 0 switches it off.",
+        description="Update rate of the bias that balances experts without an auxiliary loss (arXiv 2408.15664, which "
+        "uses 1e-3 for tens of thousands of steps; short runs with high learning rates need 1e-2 or more); 0: no bias.",
     )
-    seq_aux_loss_weight: float = Field(1e-4, ge=0, description="Weight of the sequence-wise balance loss (2412.19437).")
+    seq_aux_loss_weight: float = Field(
+        1e-4, ge=0, description="Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437)."
+    )
     global_aux_loss_weight: float = Field(
-        0.0, ge=0, description="Weight of the global-batch balance loss (2501.11873)."
+        0.0, ge=0, description="Weight of the balance loss over the global batch (arXiv 2501.11873)."
     )
-    z_loss_weight: float = Field(1e-3, ge=0, description="Weight of the router z-loss (ST-MoE, 2202.08906).")
+    z_loss_weight: float = Field(1e-3, ge=0, description="Weight of the router z-loss (ST-MoE, arXiv 2202.08906).")
     jitter_eps: float = Field(
-        0.0, ge=0, lt=1, description="In training the router's input is scaled by 1 ± jitter (Switch, 2101.03961)."
+        0.0,
+        ge=0,
+        lt=1,
+        description="In training, the router's input is multiplied by random factors in 1 ± jitter_eps (Switch "
+        "Transformer, arXiv 2101.03961).",
     )
 
 
 class ModelConfig(ConfigSection):
-    vocab_size: PositiveInt = Field(description="Rows of the embedding; at least the tokenizer's vocabulary.")
+    """Architecture: a stack of blocks, each a mixer and a mixture of experts.
+
+    Attributes:
+        retention: Heads of the mixers.
+        experts: Feed-forwards.
+        router: Choice of experts.
+    """
+
+    vocab_size: PositiveInt = Field(description="Rows of the embedding, at least the size of the tokenizer.")
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")
     layers: Annotated[str, Field(pattern="^[RA]+$")] = Field(
-        description="Blocks, each a mixer and a mixture of experts: one letter a block, R retention, A softmax "
-        "attention, e.g. RRRA; or a number of retention blocks.",
+        description="Mixers, one letter per layer: R retention, A softmax attention, e.g. RRRA; or a number of "
+        "retention layers.",
     )
     short_conv_size: int = Field(
         0,
         ge=0,
-        description="Kernel size, in tokens, of a causal depthwise convolution in front of every mixer and every "
-        "feed-forward, which stays within documents; 0: no convolution.",
+        description="Kernel size, in tokens, of a causal depthwise convolution in front of every mixer and "
+        "feed-forward; it does not cross document boundaries. 0: no convolution.",
     )
     retention: RetentionConfig
     experts: ExpertsConfig
     router: RouterConfig = RouterConfig()
     quantize: bool = Field(
-        True, description="Ternary weights and int8 activations (BitNet b1.58); false trains plain matrices."
+        True,
+        description="Ternary weights and int8 activations (BitNet b1.58, arXiv 2402.17764); false: plain matrices.",
     )
     quantize_start_step: int = Field(
         0,
         ge=0,
-        description="Steps trained with plain matrices before quantisation begins (16 to 1.58 bits, 2502.11895).",
+        description="Step at which quantization begins; before it, matrices are plain (16 to 1.58 bits, arXiv "
+        "2502.11895).",
     )
     quantize_warmup_steps: int = Field(
         0,
         ge=0,
-        description="Steps from there over which λ rises from 0 to 1: a value x is x + λ(q(x) − x) until it is q(x). "
-        "hat and bspline warm up their matrices only.",
+        description="Steps from quantize_start_step over which λ rises from 0 to 1: a value x becomes x + λ(q(x) − x), "
+        "and q(x) at the end. In hat and bspline this applies to matrices only.",
     )
     scale_group_size: PositiveInt | None = Field(
         None,
-        description="Outputs of a matrix that share one scale γ; default: all of them, as published. The last group of "
-        "a matrix may be smaller. Not for hat and bspline.",
+        description="Outputs of a matrix that share a scale γ; the last group may be smaller. Default: all outputs, as "
+        "published. Not for hat and bspline.",
     )
     activation_checkpointing: Literal["keep", "recompute", "offload"] = Field(
         "keep",
-        description="For backward: keep activations, recompute them layer by layer, or recompute with the "
-        "layers' inputs offloaded to host memory (fairscale).",
+        description="Activations for backward: keep them, recompute them layer by layer, or recompute them from layer "
+        "inputs that are offloaded to host memory (fairscale).",
     )
 
     @field_validator("layers", mode="before")
@@ -163,100 +199,37 @@ class ModelConfig(ConfigSection):
         return value
 
     @model_validator(mode="after")
-    def _check_function_groups(self) -> ModelConfig:
-        if self.experts.type not in ("rational", "chebyshev"):
-            return self
-        widths = [
-            ("model.hidden_size", self.hidden_size),
-            ("model.experts.expert_hidden_size", self.experts.expert_hidden_size),
-        ]
-        if self.has_dense_layers:
-            widths.append(("model.experts.dense_hidden_size", self.dense_hidden_size))
-        for name, width in widths:
-            if width % self.experts.function_groups:
-                both = divisors(math.gcd(*(w for _, w in widths)))
-                raise ValueError(
-                    f"model.experts.function_groups {self.experts.function_groups} does not divide {name} {width}; "
-                    f"for these widths it can be {join(both)}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_quantize_schedule(self) -> ModelConfig:
-        for name in ("quantize_start_step", "quantize_warmup_steps"):
-            if getattr(self, name) and not self.quantize:
-                raise ValueError(
-                    f"model.{name} {getattr(self, name)} is for quantised models; set model.quantize to true, or leave "
-                    f"{name} out"
-                )
+    def _check_sections(self) -> ModelConfig:
+        checks.check_function_groups(self)
+        checks.check_quantize_schedule(self)
+        checks.check_scale_groups(self)
+        checks.check_router_groups(self)
         return self
 
     @property
     def first_quantized_step(self) -> int:
-        """The first step (0 is the first of a run) that is wholly quantised."""
+        """First step (counted from 0) that is wholly quantized."""
         return self.quantize_start_step + self.quantize_warmup_steps
 
     def quantization_lambda(self, step: int) -> float:
-        """λ of `step` (0 is the first): 0 plain, 1 quantised, linear between (arXiv 2502.11895)."""
+        """Return λ of `step` (counted from 0): 0 plain, 1 quantized, linear in between (arXiv 2502.11895)."""
         if not self.quantize or step < self.quantize_start_step:
             return 0.0
         return min(1.0, (step - self.quantize_start_step + 1) / (self.quantize_warmup_steps + 1))
 
-    @model_validator(mode="after")
-    def _check_scale_groups(self) -> ModelConfig:
-        if self.scale_group_size is not None and self.experts.type in ("hat", "bspline"):
-            raise ValueError(
-                f"model.scale_group_size {self.scale_group_size} is not for model.experts.type {self.experts.type}, whose "
-                "matrices have one scale each; leave scale_group_size out, or choose another form"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_router_groups(self) -> ModelConfig:
-        routed, top_k, groups = self.experts.num_experts, self.experts.top_k, self.router.n_group
-        if routed % groups:
-            raise ValueError(
-                f"model.router.n_group {groups} does not divide model.experts.num_experts {routed}; "
-                f"it can be {join(divisors(routed))}"
-            )
-        most = self.router.topk_group
-        if most is None:
-            return self
-        if most > groups:
-            raise ValueError(
-                f"model.router.topk_group {most} exceeds model.router.n_group {groups}; set it to {groups} or less"
-            )
-        if top_k > most * (routed // groups):
-            need = -(-top_k * groups // routed)
-            raise ValueError(
-                f"model.router.topk_group {most} groups of {routed // groups} experts hold fewer than "
-                f"model.experts.top_k {top_k}; set topk_group to {need} or more"
-            )
-        return self
-
     @property
     def dense_hidden_size(self) -> int:
-        """Hidden width of a dense feed-forward."""
+        """Hidden size of a dense feed-forward."""
         experts = self.experts
         return experts.dense_hidden_size or experts.expert_hidden_size * (experts.num_shared_experts + experts.top_k)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that hold a mixture: every `every`-th after the `num_dense_layers`."""
+        """Indices of the layers with a mixture: every `moe_layer_interval`-th one after `num_dense_layers`."""
         rest = range(self.experts.num_dense_layers, len(self.layers))
         return tuple(layer for i, layer in enumerate(rest, 1) if i % self.experts.moe_layer_interval == 0)
 
     @property
     def has_dense_layers(self) -> bool:
-        """True where some layer has a dense feed-forward."""
+        """True if a layer has a dense feed-forward."""
         return len(self.moe_layers) < len(self.layers)
-
-
-def divisors(n: int) -> list[int]:
-    """All, rising."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def join(values: list[int]) -> str:
-    """For messages: 1, 2, 4."""
-    return ", ".join(map(str, values))

@@ -73,7 +73,9 @@ class Plan:
     @property
     def refined(self) -> bool:
         """True where grids become finer."""
-        return self.new.experts.type in FUNCTIONS["grid_size"] and self.new.experts.grid_size > self.old.experts.grid_size
+        return (
+            self.new.experts.type in FUNCTIONS["grid_size"] and self.new.experts.grid_size > self.old.experts.grid_size
+        )
 
     @property
     def visited(self) -> int:

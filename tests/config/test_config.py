@@ -115,12 +115,12 @@ def test_a_wrong_decay_is_named_by_its_key_alone(base: Path) -> None:
             "2 groups of 2 experts hold fewer than model.experts.top_k 5; set topk_group to 3 or more",
         ),
         (["model.experts.type=hat", "model.experts.grid_size=1"], "model.experts.grid_size: "),
-        (["model.experts.type=hat", "model.experts.grid_range=[2, -2]"], "range [2.0, -2.0] must be [low, high]"),
+        (["model.experts.type=hat", "model.experts.grid_range=[2, -2]"], "grid_range [2.0, -2.0] must be [low, high]"),
         (
             ["model.experts.type=bspline", "model.experts.grid_size=4", "model.experts.spline_order=5"],
-            "degree 5 needs more knots than the 5 of grid 4; set degree <= 4 or grid >= 5",
+            "spline_order 5 needs more knots than the 5 of grid_size 4; set spline_order <= 4 or grid_size >= 5",
         ),
-        (["model.experts.type=chebyshev", "model.experts.function_groups=5"], "groups 5 does not divide"),
+        (["model.experts.type=chebyshev", "model.experts.function_groups=5"], "function_groups 5 does not divide"),
     ],
 )
 def test_experts_and_routers_that_cannot_be_are_refused(base: Path, overrides: list[str], said: str) -> None:

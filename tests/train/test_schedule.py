@@ -21,7 +21,7 @@ from tests.support.runs import read_losses, run_sessions, write_small_config
 TWO_STAGES: dict[str, Any] = {
     "optimizer__lr_schedule": "linear",
     "optimizer__min_lr_ratio": 0.0,
-    "optimizer__second_stage": {"at": 0.5, "learning_rate": 2.0e-3, "weight_decay": 0.0},
+    "optimizer__second_stage": {"start_fraction": 0.5, "learning_rate": 2.0e-3, "weight_decay": 0.0},
     "optimizer__weight_decay": 0.1,
 }
 
@@ -48,7 +48,7 @@ def test_one_cosine_stage_by_hand() -> None:
 def test_a_second_stage_has_its_own_peak_and_weight_decay(decay: str, steps: int, at: float, begins: int) -> None:
     common: dict[str, Any] = {"warmup_steps": 2, "lr_schedule": decay, "min_lr_ratio": 0.1}
     high, low = (OptimizerConfig(learning_rate=rate, **common) for rate in (3e-3, 2e-3))
-    second = {"at": at, "learning_rate": 2e-3, "weight_decay": 0.01}
+    second = {"start_fraction": at, "learning_rate": 2e-3, "weight_decay": 0.01}
     both = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, second_stage=second, **common)
     for step in {0, 1, begins - 1, begins, steps - 1}:
         alone = low if step >= begins else high
@@ -72,7 +72,7 @@ def complaint(tmp_path: Path, **changes: Any) -> str:
     [(10, 6, 0.5, 0.6), (10, 2, 0.01, 0.5), (10, 0, 0.999, 0.5), (10, 9, 0.5, 0.9), (3, 2, 0.4, 2 / 3)],
 )
 def test_stages_out_of_order(tmp_path: Path, steps: int, warmup: int, at: float, remedy: float) -> None:
-    second = {"at": at, "learning_rate": 1e-3}
+    second = {"start_fraction": at, "learning_rate": 1e-3}
     changes = {"training__steps": steps, "optimizer__warmup_steps": warmup}
     message = complaint(tmp_path, **changes, optimizer__second_stage=second)
     for named in (
@@ -81,10 +81,14 @@ def test_stages_out_of_order(tmp_path: Path, steps: int, warmup: int, at: float,
         f"optimizer.warmup_steps {warmup} ",
     ):
         assert named in message
-    found = float(message.split("set at to ")[1].split(",")[0])
+    found = float(message.split("set start_fraction to ")[1].split(",")[0])
     assert found == pytest.approx(remedy)
     fixed = write_small_config(
-        tmp_path / "d.yaml", tmp_path, tmp_path / "run", **changes, optimizer__second_stage=second | {"at": found}
+        tmp_path / "d.yaml",
+        tmp_path,
+        tmp_path / "run",
+        **changes,
+        optimizer__second_stage=second | {"start_fraction": found},
     )
     optimizer = load_config(fixed).optimizer
     assert max(1, warmup) <= optimizer.second_stage_step(steps) < steps
@@ -93,7 +97,7 @@ def test_stages_out_of_order(tmp_path: Path, steps: int, warmup: int, at: float,
 def test_a_run_too_short_for_two_stages(tmp_path: Path) -> None:
     second = {"learning_rate": 1e-3}
     message = complaint(tmp_path, training__steps=4, optimizer__warmup_steps=4, optimizer__second_stage=second)
-    assert "set training.steps to 8 or more and at to 0.5, or leave out second_stage" in message
+    assert "set training.steps to 8 or more and start_fraction to 0.5, or leave out second_stage" in message
     for steps, warmup in ((8, 4), (2, 1), (2, 0)):
         Config.model_validate(
             small(training__steps=steps, optimizer__warmup_steps=warmup, optimizer__second_stage=second)
@@ -122,10 +126,10 @@ def small(**changes: Any) -> dict[str, Any]:
 
 def test_wrong_stages_are_named(tmp_path: Path) -> None:
     for second, said in (
-        ({"at": 1.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
-        ({"at": 0.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
-        ({"at": 0.5}, "optimizer.second_stage.learning_rate is missing"),
-        ({"at": 0.5, "learning_rate": 1e-3, "weight_dekay": 0}, "did you mean 'weight_decay'?"),
+        ({"start_fraction": 1.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
+        ({"start_fraction": 0.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
+        ({"start_fraction": 0.5}, "optimizer.second_stage.learning_rate is missing"),
+        ({"start_fraction": 0.5, "learning_rate": 1e-3, "weight_dekay": 0}, "did you mean 'weight_decay'?"),
         ({"learning_rate": 4e-3}, "second_stage.learning_rate 0.004 exceeds the first stage's optimizer.learning_rate"),
         ({"learning_rate": 1e-3, "weight_decay": 0.2}, "second_stage.weight_decay 0.2 exceeds"),
     ):
@@ -172,7 +176,7 @@ def test_the_weight_decay_reaches_matrices_and_no_coefficients(shards: Path, tmp
             folder = runs[zero, decay] = tmp_path / f"z{zero}-{decay}"
             changes = TWO_STAGES | {
                 "optimizer__weight_decay": 0.4,
-                "optimizer__second_stage": {"at": 0.5, "learning_rate": 1e-3, "weight_decay": decay},
+                "optimizer__second_stage": {"start_fraction": 0.5, "learning_rate": 1e-3, "weight_decay": decay},
                 "training__steps": 4,
                 "parallel__expert_parallel": 2,
                 "parallel__zero_stage": zero,
