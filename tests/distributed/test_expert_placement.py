@@ -56,7 +56,7 @@ def test_no_other_shares_end_earlier() -> None:
 
 
 def test_what_cannot_be_shared_out_is_refused_with_the_numbers() -> None:
-    with pytest.raises(UserError, match=r"routed 3 .* 4 ranks .* parallel.expert_parallel to 3"):
+    with pytest.raises(UserError, match=r"num_experts 3 .* 4 ranks .* parallel.expert_parallel to 3"):
         allocate_experts(3, [1, 1, 1, 1])
     with pytest.raises(UserError, match=r"\[2, 3\] experts of model.experts.num_experts 8"):
         allocate_experts(8, [1, 1], [2, 3])
