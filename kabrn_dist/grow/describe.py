@@ -11,14 +11,14 @@ from kabrn_dist.grow.tensors import TensorMapping
 def describe_growth(growth: Growth, noise: float | None = None, redraw: float = 0.0) -> str:
     """One line for each kind of tensor, layers taken together, and what becomes of the loss."""
     rows = [("tensor", "layers", "from", "to", "what")]
-    rows += [_row(growth, recipes) for recipes in _by_kind(growth.recipes).values()]
+    rows += [_row(growth, mappings) for mappings in _by_kind(growth.mappings).values()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     ]
     before = sum(r.total for name, r in growth.manifest.tensors.items() if name.endswith("/master"))
-    after = sum(prod(recipe.shape) for recipe in growth.recipes)
-    head = f"{growth.path} → {growth.config.run.folder}, {before:,} → {after:,} parameters"
+    after = sum(prod(mapping.shape) for mapping in growth.mappings)
+    head = f"{growth.checkpoint} → {growth.config.run.folder}, {before:,} → {after:,} parameters"
     return "\n".join([head, *lines, *_remarks(growth, default_noise(growth.plan) if noise is None else noise, redraw)])
 
 
@@ -26,29 +26,29 @@ def _remarks(growth: Growth, noise: float, redraw: float) -> list[str]:
     plan = growth.plan
     disturbed = plan.disturbances(noise, redraw)
     remarks = [f"loss at the start: {'not as it was, by ' + '; '.join(disturbed) if disturbed else 'unchanged'}"]
-    if plan.copies > 1 and not noise and not redraw and plan.visited > 1:
+    if plan.copies > 1 and not noise and not redraw and plan.copies_per_token > 1:
         remarks.append("copies of an expert see the same tokens and will never part: use --noise or --redraw")
-    if growth.config.model.experts.capacity_factor is not None and (plan.copies > 1 or plan.upcycled):
+    if growth.config.model.experts.capacity_factor is not None and (plan.copies > 1 or plan.upcycled_layers):
         remarks.append("model.experts.capacity_factor drops copies in training until the new experts are balanced")
     return remarks
 
 
-def _by_kind(recipes: list[TensorMapping]) -> dict[tuple[str, ...], list[TensorMapping]]:
+def _by_kind(mappings: list[TensorMapping]) -> dict[tuple[str, ...], list[TensorMapping]]:
     kinds: dict[tuple[str, ...], list[TensorMapping]] = {}
-    for recipe in recipes:
-        kinds.setdefault((_name(recipe), str(recipe.shape), recipe.what), []).append(recipe)
+    for mapping in mappings:
+        kinds.setdefault((_name(mapping), str(mapping.shape), mapping.description), []).append(mapping)
     return kinds
 
 
-def _row(growth: Growth, recipes: list[TensorMapping]) -> tuple[str, str, str, str, str]:
-    first = recipes[0]
-    layers = [int(recipe.name.split(".")[1]) for recipe in recipes if recipe.name.startswith("blocks.")]
+def _row(growth: Growth, mappings: list[TensorMapping]) -> tuple[str, str, str, str, str]:
+    first = mappings[0]
+    layers = [int(mapping.name.split(".")[1]) for mapping in mappings if mapping.name.startswith("blocks.")]
     source = "" if first.source is None else _shape(growth.manifest.tensors[f"{first.source}/master"].shape)
-    return _name(first), _ranges(layers), source, _shape(first.shape), first.what
+    return _name(first), _ranges(layers), source, _shape(first.shape), first.description
 
 
-def _name(recipe: TensorMapping) -> str:
-    return recipe.name.split(".", 2)[2] if recipe.name.startswith("blocks.") else recipe.name
+def _name(mapping: TensorMapping) -> str:
+    return mapping.name.split(".", 2)[2] if mapping.name.startswith("blocks.") else mapping.name
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -13,13 +13,13 @@ from kabrn_dist.config import ModelConfig
 from kabrn_dist.utils.errors import UserError
 
 # Settings of functions on a grid or in groups, and the forms that have them.
-FUNCTIONS = {
+FUNCTION_KEYS = {
     "function_groups": ("rational", "chebyshev"),
     "grid_size": ("hat", "bspline"),
     "spline_order": ("bspline",),
     "grid_range": ("chebyshev", "hat", "bspline"),
 }
-KEPT = (
+FIXED_KEYS = (
     "vocab_size",
     "hidden_size",
     "layers",
@@ -29,7 +29,7 @@ KEPT = (
     "retention.value_dim",
     "experts.type",
 )
-GROWN = {
+GROWING_KEYS = {
     f"experts.{key}"
     for key in (
         "num_experts",
@@ -38,12 +38,12 @@ GROWN = {
         "moe_layer_interval",
         "num_dense_layers",
         "num_shared_experts",
-        *FUNCTIONS,
+        *FUNCTION_KEYS,
     )
 }
-ROUTING = {"experts.top_k", "router.score_func", "router.norm_topk_prob", "router.n_group", "router.topk_group"}
+ROUTING_KEYS = {"experts.top_k", "router.score_func", "router.norm_topk_prob", "router.n_group", "router.topk_group"}
 # They say how training goes on, not what the model computes.
-SILENT = {
+TRAINING_KEYS = {
     "activation_checkpointing",
     "retention.chunk_size",
     *(
@@ -54,7 +54,7 @@ SILENT = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class GrowthPlan:
     """What happens between two models.
 
     Attributes:
@@ -65,20 +65,21 @@ class Plan:
 
     old: ModelConfig
     new: ModelConfig
-    upcycled: tuple[int, ...]
-    kept: tuple[int, ...]
+    upcycled_layers: tuple[int, ...]
+    copied_layers: tuple[int, ...]
     copies: int
     changes: tuple[str, ...]
 
     @property
-    def refined(self) -> bool:
+    def refines_grids(self) -> bool:
         """True where grids become finer."""
         return (
-            self.new.experts.type in FUNCTIONS["grid_size"] and self.new.experts.grid_size > self.old.experts.grid_size
+            self.new.experts.type in FUNCTION_KEYS["grid_size"]
+            and self.new.experts.grid_size > self.old.experts.grid_size
         )
 
     @property
-    def visited(self) -> int:
+    def copies_per_token(self) -> int:
         """Copies of one expert that a token visits in `kept` layers."""
         return self.new.experts.top_k // self.old.experts.top_k if self.copies > 1 else 1
 
@@ -87,21 +88,21 @@ class Plan:
         found = [f"{change} (another function of the same weights)" for change in self.changes]
         if self.copies > 1 and noise:
             found.append(f"noise of {noise:g} on the copies")
-        if (self.copies > 1 or self.upcycled) and redraw:
+        if (self.copies > 1 or self.upcycled_layers) and redraw:
             found.append(f"{redraw:.0%} of the copies' hidden units are drawn anew")
-        if self.refined and self.new.quantize:
+        if self.refines_grids and self.new.quantize:
             found.append("ternary codes of the finer grid are taken anew")
         return found
 
 
-def make_plan(old: ModelConfig, new: ModelConfig) -> Plan:
+def make_growth_plan(old: ModelConfig, new: ModelConfig) -> GrowthPlan:
     """What turns `old` into `new`.
 
     Raises:
         UserError: where nothing here does, or not without changing the loss; names the key, both values, the remedy.
     """
     before, after = _flatten(old), _flatten(new)
-    for key in KEPT:
+    for key in FIXED_KEYS:
         _same(key, before[key], after[key])
     _check_functions(old, new)
     had, has = set(old.moe_layers), set(new.moe_layers)
@@ -112,13 +113,13 @@ def make_plan(old: ModelConfig, new: ModelConfig) -> Plan:
     copies = _count_copies(old, new) if kept else 1
     if copies > 1:
         _check_copies(old, new, copies)
-    free = SILENT | GROWN | (ROUTING if copies > 1 or not kept else set())
+    free = TRAINING_KEYS | GROWING_KEYS | (ROUTING_KEYS if copies > 1 or not kept else set())
     changes = (f"model.{key} {before[key]} → {after[key]}" for key in after if before[key] != after[key])
-    return Plan(old, new, upcycled, kept, copies, tuple(c for c in changes if c.split()[0][6:] not in free))
+    return GrowthPlan(old, new, upcycled, kept, copies, tuple(c for c in changes if c.split()[0][6:] not in free))
 
 
 def _check_functions(old: ModelConfig, new: ModelConfig) -> None:
-    for key, forms in FUNCTIONS.items():
+    for key, forms in FUNCTION_KEYS.items():
         then, now = getattr(old.experts, key), getattr(new.experts, key)
         if new.experts.type not in forms:
             continue

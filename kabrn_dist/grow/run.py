@@ -20,9 +20,9 @@ from kabrn_dist.config.file import dump_config, parse_config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.distributed.collectives import Group, group_rank, group_size, run_on_all, run_on_main
-from kabrn_dist.grow.plan import Plan, make_plan
-from kabrn_dist.grow.recipes import draw_fresh, empty_model, list_recipes
-from kabrn_dist.grow.tensors import PARTS, Scratch, SymmetryBreaking, TensorMapping, fill
+from kabrn_dist.grow.plan import GrowthPlan, make_growth_plan
+from kabrn_dist.grow.mappings import draw_initial, empty_model, list_mappings
+from kabrn_dist.grow.tensors import TENSOR_PARTS, ScratchTensors, SymmetryBreaking, TensorMapping, write_part
 from kabrn_dist.model.router import RouterStates
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
@@ -34,12 +34,12 @@ FP16_SCALE = 2.0**16
 class Growth:
     """What would be done: from which checkpoint, to which configuration, tensor by tensor."""
 
-    path: Path
+    checkpoint: Path
     manifest: Manifest
-    before: Config
+    old_config: Config
     config: Config
-    plan: Plan
-    recipes: list[TensorMapping]
+    plan: GrowthPlan
+    mappings: list[TensorMapping]
 
 
 def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
@@ -55,12 +55,12 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
         raise UserError(f"{source}/checkpoints: no intact checkpoint to start from; name the folder of a trained run")
     manifest = run_on_all(group, read_manifest, path)
     before = parse_config(read_state(path, manifest).config, f"{path}/manifest.json")
-    plan = make_plan(before.model, config.model)
-    recipes = list_recipes(plan, empty_model(before), empty_model(config))
-    missing = [r.source for r in recipes if r.source and f"{r.source}/master" not in manifest.tensors]
+    plan = make_growth_plan(before.model, config.model)
+    mappings = list_mappings(plan, empty_model(before), empty_model(config))
+    missing = [r.source for r in mappings if r.source and f"{r.source}/master" not in manifest.tensors]
     if missing:
         raise UserError(f"{path}: has no tensor {missing[0]!r}, so another version wrote it; start from a newer run")
-    return Growth(path, manifest, before, config, plan, recipes)
+    return Growth(path, manifest, before, config, plan, mappings)
 
 
 def grow(source: Path, config: Config, noise: float | None = None, redraw: float = 0.0, group: Group = None) -> Path:
@@ -100,7 +100,7 @@ def grow(source: Path, config: Config, noise: float | None = None, redraw: float
     return checkpoint_path(folder / "checkpoints", 0)
 
 
-def default_noise(plan: Plan) -> float:
+def default_noise(plan: GrowthPlan) -> float:
     """Relative noise where none is asked for: see `grow`."""
     return 0.01 if plan.copies > 1 else 0.0
 
@@ -108,17 +108,17 @@ def default_noise(plan: Plan) -> float:
 def _grown(growth: Growth, breaking: SymmetryBreaking, scratch: Path, group: Group) -> Iterator[Fragment]:
     """This rank's share of the grown checkpoint, each fragment grown when it is asked for."""
     rank, size = group_rank(group), group_size(group)
-    store = Scratch(scratch / str(rank))
+    store = ScratchTensors(scratch / str(rank))
     model = empty_model(growth.config)
-    for recipe in growth.recipes[rank::size]:
-        for part in PARTS:
-            values = store.empty(recipe.shape)
-            if recipe.source is not None:
-                old = load_tensor(growth.path, growth.manifest, f"{recipe.source}/{part}")
-                fill(values, old.float(), recipe, part, breaking)
+    for mapping in growth.mappings[rank::size]:
+        for part in TENSOR_PARTS:
+            values = store.empty(mapping.shape)
+            if mapping.source is not None:
+                old = load_tensor(growth.checkpoint, growth.manifest, f"{mapping.source}/{part}")
+                write_part(values, old.float(), mapping, part, breaking)
             elif part == "master":
-                values.copy_(draw_fresh(model, recipe, growth.config.run.seed))
-            yield Fragment(f"{recipe.name}/{part}", recipe.shape, 0, values.view(-1), owned=True)
+                values.copy_(draw_initial(model, mapping, growth.config.run.seed))
+            yield Fragment(f"{mapping.name}/{part}", mapping.shape, 0, values.view(-1), owned=True)
     if rank == 0:
         for name, values in _router_states(growth).items():
             yield Fragment(name, tuple(values.shape), 0, values.view(-1), owned=True)
@@ -131,28 +131,28 @@ def _router_states(growth: Growth) -> dict[str, Tensor]:
     # Copies split a softmax among them, and the bias competes with what is left of a score.
     shares = {"router/bias": 1 if plan.new.router.score_func == "sigmoid" else plan.copies, "router/share": plan.copies}
     for name, values in states.items():
-        if not plan.kept or name not in growth.manifest.tensors:
+        if not plan.copied_layers or name not in growth.manifest.tensors:
             continue
-        old = load_tensor(growth.path, growth.manifest, name) / shares[name]
+        old = load_tensor(growth.checkpoint, growth.manifest, name) / shares[name]
         for row, layer in enumerate(plan.new.moe_layers):
-            if layer in plan.kept:
+            if layer in plan.copied_layers:
                 values[row] = old[plan.old.moe_layers.index(layer)].repeat(plan.copies)
     return states
 
 
 def _fresh_state(growth: Growth) -> dict[str, Any]:
     """What the training loop keeps beside the tensors, of a run that has read nothing yet."""
-    config, old = growth.config, read_state(growth.path, growth.manifest)
+    config, old = growth.config, read_state(growth.checkpoint, growth.manifest)
     data = config.data
     corpus = open_corpus(data)
     cursor = TokenDataset(corpus, "train", data.sequence_length, config.run.seed).state(0)
     tokenizer = corpus.tokenizer_sha256
     if tokenizer != old.tokenizer_sha256:
         raise UserError(
-            f"{data.path}/tokenizer.json is not the one that {growth.path} was trained with, so its embedding would "
+            f"{data.path}/tokenizer.json is not the one that {growth.checkpoint} was trained with, so its embedding would "
             "mean nothing; prepare the data with that run's tokenizer (`python -m data_prep --tokenizer FILE`)"
         )
-    is_fp16, was_fp16 = (c.training.precision == "fp16" for c in (config, growth.before))
+    is_fp16, was_fp16 = (c.training.precision == "fp16" for c in (config, growth.old_config))
     scale = (old.loss_scale if was_fp16 else FP16_SCALE) if is_fp16 else 1.0
     state = RunState(
         step=0,

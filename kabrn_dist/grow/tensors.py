@@ -18,15 +18,15 @@ from torch import Tensor
 from kabrn_dist.model.init import draw_normal
 from kabrn_dist.ops.grids import knot_insertion_matrix
 
-PARTS = ("master", "exp_avg", "exp_avg_sq")
+TENSOR_PARTS = ("master", "exp_avg", "exp_avg_sq")
 
 
 class GridRefinement(NamedTuple):
     """A grid that becomes finer: intervals before and after, degree of the pieces (1 for hats)."""
 
-    grid: int
-    finer: int
-    degree: int
+    old_size: int
+    new_size: int
+    spline_order: int
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class TensorMapping:
     name: str
     shape: tuple[int, ...]
     source: str | None
-    what: str
+    description: str
     copies: int = 1
-    visited: int = 1
-    finer: GridRefinement | None = None
-    hidden: int = 0
-    output: bool = False
-    noised: bool = False
-    zero: bool = False
+    copies_per_token: int = 1
+    refinement: GridRefinement | None = None
+    hidden_size: int = 0
+    is_output: bool = False
+    adds_noise: bool = False
+    starts_at_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SymmetryBreaking:
     seed: int
 
 
-def fill(target: Tensor, old: Tensor, recipe: TensorMapping, part: str, breaking: SymmetryBreaking) -> None:
+def write_part(target: Tensor, old: Tensor, mapping: TensorMapping, part: str, breaking: SymmetryBreaking) -> None:
     """Write one part of the grown tensor into `target`, from the same part of the old one. Both fp32.
 
     Moments: the gradients of an expert's copies add up to the gradient it had, so each has 1/copies of its mean. With
@@ -82,55 +82,59 @@ def fill(target: Tensor, old: Tensor, recipe: TensorMapping, part: str, breaking
     it falls further, and the first steps are then shorter, never longer, than Adam's usual ones. Redrawn units start
     with none.
     """
-    if recipe.copies == 1 and recipe.finer is None:
+    if mapping.copies == 1 and mapping.refinement is None:
         target.copy_(old)
         return
-    share = {"master": 1.0, "exp_avg": 1 / recipe.copies, "exp_avg_sq": 1 / (recipe.copies * recipe.visited)}[part]
+    share = {
+        "master": 1.0,
+        "exp_avg": 1 / mapping.copies,
+        "exp_avg_sq": 1 / (mapping.copies * mapping.copies_per_token),
+    }[part]
     for expert, values in enumerate(target):
-        values.copy_(refine_part(old[expert % len(old)], recipe.finer, part) * share)
-        if recipe.noised and breaking.noise and part == "master":
+        values.copy_(refine_part(old[expert % len(old)], mapping.refinement, part) * share)
+        if mapping.adds_noise and breaking.noise and part == "master":
             std = breaking.noise * float(values.square().mean().sqrt())
-            values.add_(draw_normal(breaking.seed, f"{recipe.name}.noise.{expert}", tuple(values.shape), std))
-        if recipe.hidden and breaking.redraw:
-            _redraw(values, recipe, expert, part, breaking)
+            values.add_(draw_normal(breaking.seed, f"{mapping.name}.noise.{expert}", tuple(values.shape), std))
+        if mapping.hidden_size and breaking.redraw:
+            _redraw(values, mapping, expert, part, breaking)
 
 
-def _redraw(values: Tensor, recipe: TensorMapping, expert: int, part: str, breaking: SymmetryBreaking) -> None:
+def _redraw(values: Tensor, mapping: TensorMapping, expert: int, part: str, breaking: SymmetryBreaking) -> None:
     """Draw the rows (columns of an output matrix) of some hidden units anew, with the mean and spread they had.
 
     The same units in all matrices of an expert, others in each expert.
     """
-    module = recipe.name.rpartition(".")[0]
-    count = round(breaking.redraw * recipe.hidden)
-    order = draw_normal(breaking.seed, f"{module}.redrawn.{expert}", (recipe.hidden,), 1.0).argsort()
+    module = mapping.name.rpartition(".")[0]
+    count = round(breaking.redraw * mapping.hidden_size)
+    order = draw_normal(breaking.seed, f"{module}.redrawn.{expert}", (mapping.hidden_size,), 1.0).argsort()
     units = order[:count]
-    rows = values.unflatten(-1, (recipe.hidden, -1)).transpose(0, 1) if recipe.output else values
+    rows = values.unflatten(-1, (mapping.hidden_size, -1)).transpose(0, 1) if mapping.is_output else values
     if part != "master":
         rows[units] = 0
     elif count:
         lost = rows[units]
-        drawn = draw_normal(breaking.seed, f"{recipe.name}.redrawn.{expert}", tuple(lost.shape), float(lost.std()))
+        drawn = draw_normal(breaking.seed, f"{mapping.name}.redrawn.{expert}", tuple(lost.shape), float(lost.std()))
         rows[units] = drawn + lost.mean()
 
 
-def refine_part(values: Tensor, finer: GridRefinement | None, part: str) -> Tensor:
+def refine_part(values: Tensor, refinement: GridRefinement | None, part: str) -> Tensor:
     """[O,I·K] → [O,I·K']: coefficients of the same functions on the finer grid, or their moments.
 
     A coefficient's gradient sums over the inputs under its basis function, and a finer one has grid/finer as many: so
     moments are read off at the finer knots and scaled by that share. Read off without signs, a mean square stays
     positive where an end's coefficient is an extrapolation; by Cauchy-Schwarz no step is much longer than before.
     """
-    if finer is None:
+    if refinement is None:
         return values
-    matrix = knot_insertion_matrix(*finer)
+    matrix = knot_insertion_matrix(*refinement)
     if part != "master":
-        matrix = matrix * (finer.grid / finer.finer)
+        matrix = matrix * (refinement.old_size / refinement.new_size)
     if part == "exp_avg_sq":
         matrix = matrix.abs()
     return (values.double().unflatten(-1, (-1, matrix.shape[1])) @ matrix.T).flatten(-2)
 
 
-class Scratch:
+class ScratchTensors:
     """Tensors in files of a folder, mapped into memory: what is held is what is being worked on, not all of them."""
 
     def __init__(self, folder: Path) -> None:

@@ -23,22 +23,22 @@ class ParameterCounts:
 
     total: int
     active: int
-    expert: int
-    dense: int
+    per_expert: int
+    replicated: int
     ternary: int
 
 
-def count_parameters(settings: ModelConfig) -> ParameterCounts:
+def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count on the meta device: nothing is allocated."""
     with torch.device("meta"):
-        model = MixKABRN(settings, ExpertPlacement((settings.experts.num_experts,), 0), single_process_mesh("meta"))
-    layers = len(settings.moe_layers)
+        model = MixKABRN(config, ExpertPlacement((config.experts.num_experts,), 0), single_process_mesh("meta"))
+    layers = len(config.moe_layers)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for p in model.routed_parameters())
-    expert = routed // (settings.experts.num_experts * layers) if layers else 0
+    expert = routed // (config.experts.num_experts * layers) if layers else 0
     dense = total - routed
     # The embedding is a look-up of one row.
-    active = dense - settings.vocab_size * settings.hidden_size + settings.hidden_size
-    active += expert * settings.experts.top_k * layers
-    ternary = sum(w.numel() for _, w in model.ternary_weights()) if settings.quantize else 0
+    active = dense - config.vocab_size * config.hidden_size + config.hidden_size
+    active += expert * config.experts.top_k * layers
+    ternary = sum(w.numel() for _, w in model.ternary_weights()) if config.quantize else 0
     return ParameterCounts(total, active, expert, dense, ternary)

@@ -60,9 +60,9 @@ def level(speeds: Sequence[float]) -> list[float]:
 def count_room(config: Config, world: int, free: Sequence[float]) -> list[int]:
     """Experts (of all layers) whose training state fits into a rank's free bytes, beside its dense parameters."""
     counts = count_parameters(config.model)
-    dense = counts.dense * _bytes_a_parameter(config, world)
+    dense = counts.replicated * _bytes_a_parameter(config, world)
     expert = (
-        counts.expert
+        counts.per_expert
         * len(config.model.moe_layers)
         * _bytes_a_parameter(config, world // config.parallel.expert_parallel)
     )

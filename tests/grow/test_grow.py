@@ -16,10 +16,10 @@ from kabrn_dist.config.file import load_config
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.grow.describe import describe_growth
-from kabrn_dist.grow.plan import make_plan
-from kabrn_dist.grow.recipes import OUTPUTS
+from kabrn_dist.grow.plan import make_growth_plan
+from kabrn_dist.grow.mappings import OUTPUT_PREFIXES
 from kabrn_dist.grow.run import grow, plan_growth
-from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, fill, refine_part
+from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, write_part, refine_part
 from kabrn_dist.inference.generate import load_run
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.grids import knot_insertion_matrix
@@ -117,7 +117,7 @@ def score(folder: Path, shards: Path) -> Tensor:
 def test_the_loss_is_unchanged_where_that_is_promised(name: str, trained: Path, shards: Path, tmp_path: Path) -> None:
     source, changes = GROWN[name]
     config = load_config(configure(trained, shards, tmp_path, source, changes))
-    plan = make_plan(load_config(trained / f"{source}.yaml").model, config.model)
+    plan = make_growth_plan(load_config(trained / f"{source}.yaml").model, config.model)
     assert plan.disturbances(0.0, 0.0) == []
     path = grow(trained / source, config, noise=0.0)
     before, after = score(trained / source, shards), score(config.run.folder, shards)
@@ -261,7 +261,7 @@ def test_a_difference_without_shapes_is_named_and_silent_ones_are_not(trained: P
             "router": old.router.model_copy(update={"z_loss_weight": 0.5}),
         }
     )
-    plan = make_plan(old, new)
+    plan = make_growth_plan(old, new)
     assert plan.changes == ("model.experts.top_k 2 → 3", "model.quantize False → True")
     assert len(plan.disturbances(0.1, 0.5)) == 2
 
@@ -272,10 +272,12 @@ def test_redrawn_units_are_the_same_in_all_matrices_of_a_copy() -> None:
     touched = []
     for leaf, old in (("up", up), ("down", down)):
         shape = (2, *old.shape[1:])
-        recipe = TensorMapping(f"routed.{leaf}", shape, "shared", "", copies=2, hidden=6, output=leaf == "down")
+        mapping = TensorMapping(
+            f"routed.{leaf}", shape, "shared", "", copies=2, hidden_size=6, is_output=leaf == "down"
+        )
         new, moment = torch.empty(shape), torch.empty(shape)
-        fill(new, old, recipe, "master", breaking)
-        fill(moment, torch.ones_like(old), recipe, "exp_avg", breaking)
+        write_part(new, old, mapping, "master", breaking)
+        write_part(moment, torch.ones_like(old), mapping, "exp_avg", breaking)
         rows = (new != old) if leaf == "up" else (new != old).unflatten(-1, (6, 3)).transpose(1, 2).flatten(2)
         assert torch.equal(rows.any(-1), rows.all(-1))
         assert torch.equal(new != old, moment == 0)
@@ -308,4 +310,4 @@ def test_every_form_names_the_matrices_that_read_hidden_units() -> None:
         )
         for leaf in experts.stds:
             rows, columns = experts.get_parameter(leaf).shape[1:]
-            assert (rows, columns % 24) == (8, 0) if leaf.startswith(OUTPUTS) else rows == 24, (name, leaf)
+            assert (rows, columns % 24) == (8, 0) if leaf.startswith(OUTPUT_PREFIXES) else rows == 24, (name, leaf)
