@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kabrn_dist.analysis.log import ExpertLog, read_expert_log
-from kabrn_dist.metrics.moe import NEARLY_DEAD, measure_balance
+from kabrn_dist.metrics.moe import UNDERUSED, measure_balance
 from kabrn_dist.plots.experts import draw_history, draw_load, draw_violation
 from kabrn_dist.plots.figure import to_png
 from kabrn_dist.utils.atomic_io import atomic_write
@@ -24,7 +24,7 @@ COLUMNS = (
     "CV",
     "MaxVio",
     "dead",
-    f"< {NEARLY_DEAD:g}",
+    f"< {UNDERUSED:g}",
     "entropy",
     "bias range",
     "dropped %",

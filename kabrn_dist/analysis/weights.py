@@ -13,11 +13,12 @@ from torch import Tensor
 
 from kabrn_dist.analysis.run import open_run
 from kabrn_dist.inference.load import load_weights
-from kabrn_dist.metrics.ternary import TernaryStats, collect_figure, named_bit_weights, weight_sums
+from kabrn_dist.metrics.ternary import TernaryStats, named_ternary_weights, weight_sums
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import absmean_quantize
 from kabrn_dist.plots.figure import to_png
-from kabrn_dist.plots.weights import TernaryFigure, draw_weights
+from kabrn_dist.plots.ternary_figure import TernaryFigure, make_ternary_figure
+from kabrn_dist.plots.weights import draw_weights
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
@@ -60,22 +61,20 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
 def _read_codes(model: MixKABRN) -> list[Tensor]:
     return [
         absmean_quantize(_stack(weight), model.config.scale_group_size)[0].to(torch.int8)
-        for _, _, weight in named_bit_weights(model)
+        for _, _, weight in named_ternary_weights(model)
     ]
 
 
 @torch.no_grad()
 def _measure(model: MixKABRN, start: list[Tensor]) -> Iterator[Matrix]:
-    for (layer, name, weight), before in zip(named_bit_weights(model), start, strict=True):
+    for (layer, name, weight), before in zip(named_ternary_weights(model), start, strict=True):
         latent = _stack(weight)
-        each = [
-            weight_sums(*parts)
-            for parts in zip(latent, *absmean_quantize(latent, model.config.scale_group_size), before, strict=True)
-        ]
+        codes, gamma = absmean_quantize(latent, model.config.scale_group_size)
+        each = [weight_sums(*parts) for parts in zip(latent, codes, gamma, before, strict=True)]
         yield Matrix(
             layer,
             TernaryStats(*map(torch.stack, zip(*each, strict=True))),
-            collect_figure(name, weight, model.config.scale_group_size),
+            make_ternary_figure(name, tuple(weight.shape), latent, codes, gamma),
         )
 
 

@@ -1,4 +1,4 @@
-"""The model in training: forward and backward, clipping, the optimizer's step, and what can be read of its weights."""
+"""The model in training: forward and backward passes, gradient clipping, optimizer steps, and reading of weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class StepResult:
     """Outcome of an optimizer step.
 
     Attributes:
-        gradient_norm: global L2 norm before clipping, the same on all ranks; infinite where not known to be finite.
-        applied: False where nothing was changed, as fp16 gradients overflowed or the step was dropped.
+        gradient_norm: global L2 norm before clipping, the same on all ranks; infinite if it is not known to be finite.
+        applied: False if nothing was changed, because fp16 gradients overflowed or the step was skipped.
     """
 
     gradient_norm: float
@@ -38,48 +38,61 @@ class Engine:
     """A model in training.
 
     Args:
-        model: this rank's part, with its initial weights.
+        model: this rank's part of the model, with its initial weights.
         config: the whole configuration; the DeepSpeed dictionary is derived from it.
         mesh: this process among the others.
 
+    Attributes:
+        stage: ZeRO stage.
+        tokens_per_expert: [L,E] tokens that this rank has routed to each expert since the last optimizer step.
+        shards: the sharded ternary matrices; None if they are whole on every rank.
+        deepspeed: DeepSpeed's engine.
+        optimizer: DeepSpeed's optimizer.
+
     Raises:
-        UserError: where the device cannot train in the chosen precision.
+        UserError: if the device cannot train in the chosen precision.
     """
 
     def __init__(self, model: MixKABRN, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh, self.model = config, mesh, model
         self.stage = config.parallel.zero_stage
-        # Copies that chose each expert since the last optimizer step, on this rank.
-        self.load = torch.zeros_like(model.routers.bias)
+        self.tokens_per_expert = torch.zeros_like(model.routers.bias)
         self.shards = shard_ternary(model, config, mesh) if config.parallel.shard_ternary else None
         self.deepspeed = start_deepspeed(model, config, mesh)
         self.optimizer: Any = self.deepspeed.optimizer
         # A second stage decays no more than the first, so groups that do not decay now never do.
-        self.decaying = [group["weight_decay"] > 0 for group in self.optimizer.param_groups]
+        self._decays = [group["weight_decay"] > 0 for group in self.optimizer.param_groups]
 
     def forward_backward(self, batch: Batch, totals: StepTotals) -> tuple[Losses, BatchStats]:
-        """Forward and backward of one micro-batch; `update` or `drop` ends the step after its last one.
+        """Run forward and backward of one micro-batch. Collective.
 
-        Returns detached values of this rank.
+        `optimizer_step` or `skip_step` ends the step after its last micro-batch.
+
+        Args:
+            batch: this rank's micro-batch, on its device.
+            totals: totals of the step, which its losses are means over.
+
+        Returns:
+            The losses and statistics of this rank, detached.
         """
-        self._begin(self.deepspeed.is_gradient_accumulation_boundary())
+        self._begin_forward(self.deepspeed.is_gradient_accumulation_boundary())
         self.deepspeed.train()
         sums = self.deepspeed(batch)
         losses = compute_losses(sums, totals, self.config.model.router)
         if inject_fault("loss"):
             losses = losses._replace(total=losses.total * float("nan"))
-        # Losses are shares of the whole step already, so DeepSpeed must not divide by the micro-batches again.
+        # Losses are parts of the whole step's means already, so DeepSpeed must not divide by the micro-batches again.
         self.deepspeed.backward(losses.total, scale_wrt_gas=False)
-        self.load += sums.tokens_per_expert.detach()
+        self.tokens_per_expert += sums.tokens_per_expert.detach()
         if not self.deepspeed.is_gradient_accumulation_boundary():
             # Only counts it.
             self.deepspeed.step()
         return Losses(*(x.detach() for x in losses)), BatchStats(*(x.detach() for x in sums))
 
     def local_grad_norm(self) -> Tensor:
-        """Scalar that is finite where this rank's gradients of the whole step are: an L2 norm of what it holds of them.
+        """Return the L2 norm of what this rank holds of the step's gradients: finite if they are.
 
-        Not under fp16, whose loss scaling looks for overflows by itself: there it is always 0.
+        Always 0 under fp16, whose loss scaling looks for overflows by itself.
         """
         gradients = [] if self.config.training.precision == "fp16" else local_gradients(self.deepspeed, self.stage)
         if not gradients:
@@ -87,8 +100,8 @@ class Engine:
         return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)).norm()
 
     def optimizer_step(self, learning_rate: float, weight_decay: float) -> StepResult:
-        """Clip and change the weights, after the step's last micro-batch. Collective."""
-        for group, decays in zip(self.optimizer.param_groups, self.decaying, strict=True):
+        """Clip the gradients and update the weights, after the step's last micro-batch. Collective."""
+        for group, decays in zip(self.optimizer.param_groups, self._decays, strict=True):
             group["lr"] = learning_rate * group["rate"]
             group["weight_decay"] = weight_decay if decays else 0.0
         norm = self._clip_unsharded() if self.stage == 0 else None
@@ -100,13 +113,13 @@ class Engine:
         return StepResult(norm, applied)
 
     def skip_step(self) -> StepResult:
-        """End the step as if its micro-batches had never been: gradients and loads are forgotten."""
+        """End the step without an update: its gradients and expert loads are discarded."""
         self.deepspeed.drop_step()
         self._end_step(applied=False)
         return StepResult(float("inf"), applied=False)
 
-    def _begin(self, last: bool) -> None:
-        """Before a forward pass, whose gradients, if any, complete a step where it is the `last`. Collective."""
+    def _begin_forward(self, last: bool) -> None:
+        """Prepare a forward pass; the gradients of the `last` one complete a step. Collective."""
         self.model.quant.lam = self.config.model.quantization_lambda(self.model.routers.step)
         if self.shards is not None:
             self.shards.expect(last)
@@ -115,34 +128,51 @@ class Engine:
     def _end_step(self, applied: bool) -> None:
         if applied:
             self.weights_changed()
-            self.model.routers.update(self.mesh.all_reduce_sum(self.load), self.config.model.router.bias_update_rate)
+            self.model.routers.update(
+                self.mesh.all_reduce_sum(self.tokens_per_expert), self.config.model.router.bias_update_rate
+            )
         else:
             self.model.routers.step += 1
-        self.load.zero_()
+        self.tokens_per_expert.zero_()
 
     def refresh(self) -> None:
-        """Have the codes of the latents as they are now. Collective."""
+        """Gather the codes of sharded ternary matrices if latents have changed. Collective."""
         if self.shards is not None and self.shards.stale:
             self.shards.gather()
 
     def ternary_shard(self, parameter: torch.nn.Parameter) -> TernaryShard | None:
-        """What this rank's piece of a ternary matrix belongs to; None where it is whole."""
+        """Return the sharded matrix that a parameter is a shard of; None for a whole parameter."""
         return None if self.shards is None else self.shards.find(parameter)
 
     def weights_changed(self) -> None:
-        """Latents are others now, by an update or by loading: their codes are gathered again before they are used."""
+        """Mark the codes of ternary matrices as stale, after an update or a load."""
         if self.shards is not None:
             self.shards.stale = True
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> BatchStats:
-        """Forward only."""
-        self._begin(last=True)
+        """Return the statistics of a batch without a backward pass. Collective."""
+        self._begin_forward(last=True)
         self.deepspeed.eval()
-        return self.deepspeed(batch)
+        stats: BatchStats = self.deepspeed(batch)
+        return stats
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits [B,T,C] fp32 of this rank's slice of a batch. Collective.
+
+        This is the forward pass of `evaluate`, so it works in every layout: where experts, sequences or weights lie
+        on several ranks, all ranks call it with the same tokens.
+        """
+        outputs: list[Tensor] = []
+        hook = self.model.head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        try:
+            self.evaluate(batch)
+        finally:
+            hook.remove()
+        return outputs[0].float()
 
     def close(self) -> None:
-        """Free what DeepSpeed holds, for a process that goes on to train another model."""
+        """Free DeepSpeed's memory, for a process that goes on to train another model."""
         self.deepspeed.destroy()
 
     @property
@@ -158,9 +188,14 @@ class Engine:
 
     @torch.no_grad()
     def function_curves(self, points: Tensor, edges: int) -> dict[int, dict[str, Tensor]]:
-        """Layer → values [E,F,P] of the learned functions of this rank's routed experts at `points` [P], on the host.
+        """Return the learned functions of this rank's routed experts, by layer and name. Collective.
 
-        Empty for forms without any. `edges`: how many are taken where each edge has one. Collective.
+        Args:
+            points: [P] where to evaluate them.
+            edges: number of edges to take where each edge has a function of its own.
+
+        Returns:
+            Values [E,F,P] on the host; empty for experts without learned functions.
         """
         curves = {}
         self.refresh()
@@ -193,7 +228,7 @@ class Engine:
 
 
 def shard_ternary(model: MixKABRN, config: Config, mesh: Mesh) -> TernaryShards:
-    """Keep this rank's pieces of the ternary matrices only."""
+    """Keep only this rank's shards of the ternary matrices, and return how they are sharded."""
     dtype = TORCH_DTYPES[config.training.precision]
     packing, bucket = WIRE_FORMATS[config.parallel.ternary_wire_format], config.parallel.bucket_size
     everyone = dist.group.WORLD if mesh.world_size > 1 else None

@@ -1,14 +1,13 @@
-"""ZeRO's flat pieces as fragments of logical tensors, whatever the stage: what checkpoints are made of.
+"""ZeRO's flat shards as fragments of logical tensors, at every stage: the content of checkpoints.
 
-With train/zero.py the only file that knows DeepSpeed's internals (0.19.8). Each rank sees the fp32 masters and both
-moments it is responsible for, as views: writing into them changes the run, and `publish` then carries masters over
-into the working copy.
+Depends on internals of DeepSpeed 0.19.8. Each rank sees the fp32 masters and both moments it is responsible for, as
+views: writing into them changes the run, and `sync_working_copy` then copies masters into the working copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -21,14 +20,31 @@ from kabrn_dist.checkpoint.fragment import Fragment
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def list_fragments(engine: Engine) -> list[Fragment]:
-    """This rank's pieces of every parameter's master and moments, as live views.
+class ShardedState(NamedTuple):
+    """This rank's part of the training state.
 
-    Names are `<parameter>/master`, `…/exp_avg`, `…/exp_avg_sq`, and those of the routers' states, which all ranks hold.
-    Experts are stacked by global number: a rank's experts are a contiguous piece of the logical tensor [E, …]. Without
-    ZeRO all ranks hold copies and the first one owns them.
+    Attributes:
+        fragments: live views of its part of every master and moment, and of the routers' states.
+        updates: AdamW's own counter: optimizer steps without those that were skipped.
+    """
+
+    fragments: list[Fragment]
+    updates: int
+
+
+def sharded_state(engine: Engine) -> ShardedState:
+    """Return this rank's part of the training state, for a checkpoint to be written from or read into.
+
+    Fragments are named `<parameter>/master`, `…/exp_avg`, `…/exp_avg_sq`, and as the routers' states, which all ranks
+    hold. Experts are stacked by global number: a rank's experts are a contiguous range of the logical tensor [E, …].
+    Without ZeRO all ranks hold copies and the first one owns them.
     """
     _create_moments(engine)
+    updates = int(next(iter(_inner(engine).state.values()))["step"].item())
+    return ShardedState(_list_fragments(engine), updates)
+
+
+def _list_fragments(engine: Engine) -> list[Fragment]:
     mesh = engine.mesh
     fragments = []
     for name, parameter in engine.model.named_parameters():
@@ -55,13 +71,8 @@ def list_fragments(engine: Engine) -> list[Fragment]:
     return fragments
 
 
-def count_updates(engine: Engine) -> int:
-    """AdamW's own counter: steps less those that fp16 skipped. Call `list_fragments` first."""
-    return int(next(iter(_inner(engine).state.values()))["step"].item())
-
-
 def sync_working_copy(engine: Engine, updates: int) -> None:
-    """After fragments were overwritten: refresh the working copy and set AdamW's counter. Collective."""
+    """Refresh the working copy after fragments were overwritten, and set AdamW's counter. Collective."""
     engine.weights_changed()
     optimizer, inner = engine.optimizer, _inner(engine)
     for state in inner.state.values():

@@ -84,7 +84,7 @@ def generate(
     decoder = StreamDecoder(tokenizer)
     one = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for position in range(length, length + tokens):
-        chosen = _draw(logits[0, : tokenizer.vocab_size].cpu(), temperature, top_k, generator)
+        chosen = draw_token(logits[0, : tokenizer.vocab_size].cpu(), temperature, top_k, generator)
         if chosen == tokenizer.document_token:
             break
         yield decoder.push(chosen)
@@ -92,7 +92,15 @@ def generate(
     yield decoder.finish()
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+def draw_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Draw one token.
+
+    Args:
+        logits: [C] fp32, on the host.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among this many likeliest tokens; 0 among all.
+        generator: decides the draw.
+    """
     if temperature == 0:
         return int(logits.argmax())
     values, ids = logits.topk(min(top_k or len(logits), len(logits)))

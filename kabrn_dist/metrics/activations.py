@@ -1,4 +1,4 @@
-"""How far int8 activations are used up: the share of codes at ±127, read by hooks that change nothing.
+"""Saturation of int8 activations: the fraction of codes at the clipping bound ±127, read by hooks.
 
 Shapes: B rows of a micro-batch, T time, D width, L layers.
 """
@@ -24,10 +24,10 @@ class Saturation:
     """Sums over forward passes, float64 on the model's device.
 
     An input that several matrices read counts once: that of q, k, v and gate, that of the output matrix, and the one
-    that all experts of a layer share. The experts' hidden activations are not seen from outside.
+    that all experts of a layer share. The experts' hidden activations cannot be seen from outside.
 
     Attributes:
-        rows: [B] bool, the rows of the next pass that count; None: all.
+        rows: [B] bool, the rows of the next pass that count; None for all.
     """
 
     def __init__(self, layers: int, device: torch.device) -> None:
@@ -42,19 +42,19 @@ class Saturation:
         self._sums[1, layer] += ends.numel()
 
     def values(self, mesh: Mesh) -> dict[str, float]:
-        """Each layer's share over all ranks by the name of the log; nothing where nothing was counted. Collective.
+        """Return each layer's fraction over all ranks by its name in the log; empty if nothing was counted. Collective.
 
-        Each token is scaled by its largest value, so the share is at least 1/D; the nearer it is to that, the more of
-        the 8 bits is spent on a few outliers' range. 1 means that all values are ± one size.
+        Each token is scaled by its largest value, so the fraction is at least 1/D; the nearer it is to that, the more
+        of the 8 bits is spent on the range of a few outliers. 1 means that all values are ± the same size.
         """
         sums = mesh.all_reduce_sum(self._sums).cpu()
-        shares = (sums[0] / sums[1]).tolist() if bool((sums[1] > 0).all()) else []
-        return {f"ternary/saturation/layer_{layer}": share for layer, share in enumerate(shares)}
+        fractions = (sums[0] / sums[1]).tolist() if bool((sums[1] > 0).all()) else []
+        return {f"ternary/saturation/layer_{layer}": fraction for layer, fraction in enumerate(fractions)}
 
 
 @contextmanager
 def watch_saturation(model: MixKABRN) -> Iterator[Saturation]:
-    """Within it the model's forward passes are counted; nothing is where it is not wholly quantised."""
+    """Count the codes of the model's forward passes within the context; none while it is not fully quantized."""
     saturation = Saturation(len(model.blocks), next(model.parameters()).device)
     hooks = []
     for layer, block in enumerate(model.blocks if model.quant.lam == 1 else ()):
@@ -62,9 +62,9 @@ def watch_saturation(model: MixKABRN) -> Iterator[Saturation]:
             # Matrices of one module read one input. (ZeRO 3 hands each its own view, so it cannot be told by identity.)
             readers = [part for part in module.children() if isinstance(part, BitLinear)]
             if readers:
-                hooks.append(readers[0].register_forward_pre_hook(partial(_see_quantized, saturation, layer)))
+                hooks.append(readers[0].register_forward_pre_hook(partial(_count_quantized, saturation, layer)))
             if isinstance(module, MixtureOfExperts | DenseFeedForward):
-                hooks.append(module.register_forward_pre_hook(partial(_see_plain, saturation, layer)))
+                hooks.append(module.register_forward_pre_hook(partial(_count_plain, saturation, layer)))
     try:
         yield saturation
     finally:
@@ -72,14 +72,14 @@ def watch_saturation(model: MixKABRN) -> Iterator[Saturation]:
             hook.remove()
 
 
-def _see_quantized(saturation: Saturation, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _count_quantized(saturation: Saturation, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     x: Quantized = inputs[0]
     if x.int8_codes is not None:
         saturation.add(layer, x.int8_codes)
 
 
-def _see_plain(saturation: Saturation, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Its first act is to normalise and quantise: once more here, as tokens travel to experts without their rows."""
-    kept = normalize_quantize(inputs[0].detach()).int8_codes
-    assert kept is not None
-    saturation.add(layer, kept)
+def _count_plain(saturation: Saturation, layer: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Normalize and quantize again, as the module does: tokens travel to experts without their rows."""
+    codes = normalize_quantize(inputs[0].detach()).int8_codes
+    assert codes is not None
+    saturation.add(layer, codes)

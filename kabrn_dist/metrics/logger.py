@@ -1,4 +1,4 @@
-"""What a run says of itself: a console line and a bar for people, log.jsonl and TensorBoard for later."""
+"""Where a run's metrics go: the console and its progress bar, and through `LogWriter` log.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from kabrn_dist.metrics.writer import LogWriter
-from kabrn_dist.plots.figure import to_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricsLogger:
@@ -24,19 +26,18 @@ class MetricsLogger:
     Args:
         folder: the run's folder.
         active: True on the rank that writes.
-        step: steps done before this session; what TensorBoard holds beyond them (an earlier session's lost steps) is
-            hidden.
+        step: steps done before this session; log entries beyond them, which an earlier session lost, are removed.
         steps: last step of the run.
 
     Raises:
-        UserError: where the files cannot be opened.
+        UserError: if the files cannot be opened.
     """
 
     def __init__(self, folder: Path, active: bool, step: int, steps: int) -> None:
         self.active = active
         if not active:
             return
-        self._journal = LogWriter(folder, step)
+        self._writer = LogWriter(folder, step)
         # A pipe or a file gets whole lines; only a terminal is folded to its width and gets the bar.
         self._console = Console(width=None if Console().is_terminal else 200, highlight=False)
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -45,62 +46,77 @@ class MetricsLogger:
         self._progress.start()
 
     def truncate_after(self, step: int) -> None:
-        """Take back what was written of the steps after `step`: the run goes on from there another way."""
+        """Remove what was written of the steps after `step`: the run continues from there with other data."""
         if self.active:
-            self._journal.truncate_after(step)
+            self._writer.truncate_after(step)
             self.advance(step)
 
     def print_line(self, text: str) -> None:
-        """A line for people."""
+        """Print a line on the console."""
         if self.active:
             # Where stdout is a file on a full disk, that is no reason to end.
             with suppress(OSError):
-                self._console.print(text, markup=False)
+                self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Move the progress bar to `step`."""
         if self.active:
             self._progress.update(self._task, completed=step)
 
     def write(
         self, step: int, values: Mapping[str, float], line: str, lists: Mapping[str, list[object]] | None = None
     ) -> None:
-        """One object in log.jsonl, one scalar a value in TensorBoard, one console line; `lists` go to the log only.
+        """Write one object to log.jsonl, one scalar per value to TensorBoard, and one line to the console.
 
-        Values that are not finite are left out: JSON has no name for them.
+        Args:
+            step: steps done.
+            values: scalars by name. Those that are not finite are left out: JSON has no name for them.
+            line: the console's line.
+            lists: what goes to log.jsonl only.
         """
         if not self.active:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         entry = {"step": step, "time": round(time.time(), 3), **values, **(lists or {})}
-        self._journal.write(entry)
+        self._writer.write(entry)
 
         def add(board: SummaryWriter) -> None:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
 
-        self._journal.log_tensorboard(step, add)
+        self._writer.log_tensorboard(step, add)
         self.print_line(line)
 
     def write_figure(self, step: int, name: str, draw: Callable[[], Figure]) -> None:
-        """An image in TensorBoard. Drawing takes up to seconds, so `draw` is called where it is written only."""
-        if self.active:
-            pixels = to_pixels(draw())
-            self._journal.log_tensorboard(step, lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+        """Write an image to TensorBoard.
 
-    def write_text(self, name: str, text: str) -> None:
-        """Text in TensorBoard."""
+        Args:
+            step: steps done.
+            name: the image's tag.
+            draw: makes the figure. It takes up to seconds and needs matplotlib, so only the writing rank calls it.
+        """
         if self.active:
-            self._journal.log_tensorboard(0, lambda board: board.add_text(name, f"```\n{text}\n```", 0))
+            from kabrn_dist.plots.figure import to_pixels
+
+            pixels = to_pixels(draw())
+            self._writer.log_tensorboard(step, lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Write a text to TensorBoard, as it is."""
+        if self.active:
+            # Markdown: four spaces in front of each line keep all else from having a meaning.
+            block = "\n".join(f"    {line}" for line in text.split("\n"))
+            self._writer.log_tensorboard(step, lambda board: board.add_text(name, block, step))
 
     def close(self) -> None:
+        """Stop the progress bar and close the files. A second call does nothing."""
         if self.active:
             self._progress.stop()
-            self._journal.close()
+            self._writer.close()
 
 
 def memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: on its card, or resident on a CPU."""
+    """Return the most memory this process has held, in GiB: on its card, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status").read_text(encoding="ascii") if Path("/proc/self/status").exists() else ""

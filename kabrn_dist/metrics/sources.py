@@ -1,4 +1,4 @@
-"""How well each source of the data is learned: its loss, apart from the others'.
+"""Loss and bits per byte of each source of the data.
 
 Shapes: S sources, B rows of a micro-batch.
 """
@@ -17,43 +17,51 @@ from kabrn_dist.model.mixkabrn import BatchStats
 
 
 class SourceSums:
-    """Sums over rows by their source, added up over micro-batches and ranks, in float64 on the host.
+    """Sums over rows by source, added up over micro-batches and ranks, in float64 on the host.
 
-    They come out the same for every world size, slicing of sequences and split into micro-batches, to rounding.
+    The sums are the same for every world size, slicing of sequences and split into micro-batches, to rounding.
     """
 
     def __init__(self, sources: int) -> None:
         self._sums = torch.zeros(sources, 3, dtype=torch.float64)
 
     def add(self, batch: Batch, rows: Tensor, text_bytes: Tensor | None = None) -> None:
-        """Add a micro-batch, or this rank's slice of one, that lies on the host.
+        """Add a micro-batch on the host, or this rank's slice of one.
 
         Args:
-            rows: [B] nats of each row, `Sums.rows`, on any device.
-            text_bytes: [B] UTF-8 bytes of each row's targets, where they are wanted.
+            batch: the micro-batch.
+            rows: [B] nats of each row, `BatchStats.rows`, on any device.
+            text_bytes: [B] UTF-8 bytes of each row's targets; None if bits per byte are not needed.
         """
         texts = torch.zeros(len(rows)) if text_bytes is None else text_bytes
         amounts = torch.stack([part.cpu().double() for part in (rows, (batch.targets >= 0).sum(1), texts)], 1)
         for source in batch.sources.unique().tolist():
             self._sums[source] += amounts[batch.sources == source].sum(0)
 
-    def take(self, mesh: Mesh) -> Tensor:
-        """Nats, targets and text bytes of each source over all ranks, float64 [S,3] on the host. Collective."""
+    def all_reduce(self, mesh: Mesh) -> Tensor:
+        """Return nats, targets and text bytes of each source over all ranks, float64 [S,3] on the host. Collective."""
         return mesh.all_reduce_sum(self._sums.to(mesh.device)).cpu()
 
 
 def measure_step(
     mesh: Mesh, data: TokenDataset, batches: Sequence[Batch], sums: Sequence[BatchStats], consumed: int
 ) -> dict[str, float]:
-    """What to log of a step's sources: this rank's micro-batches and what the model said of them. Collective.
+    """Return what to log of a step's sources. Collective.
 
-    By name: `loss`, nats a target, of sources that the step had; `share` of the step's targets; `tokens` drawn in the
-    first `consumed` sequences of the run; `epochs`, passes over the source in these.
+    For each source: `loss`, nats per target, if the step had any of it; `share`, its fraction of the step's targets;
+    `tokens` drawn in the first `consumed` sequences of the run; `epochs`, passes over the source in these.
+
+    Args:
+        mesh: all ranks.
+        data: the training split.
+        batches: this rank's micro-batches, on the host.
+        sums: the model's statistics of each of them.
+        consumed: sequences that the run has drawn, this step included.
     """
     parts = SourceSums(len(data.sequences_per_source))
     for batch, each in zip(batches, sums, strict=True):
         parts.add(batch, each.rows)
-    total = parts.take(mesh)
+    total = parts.all_reduce(mesh)
     everything = max(1.0, float(total[:, 1].sum()))
     drawn_all = data.sequences_drawn(consumed)
     values: dict[str, float] = {}
@@ -73,7 +81,7 @@ def measure_step(
 
 
 def validation_values(names: Sequence[str], sums: Tensor) -> dict[str, float]:
-    """What to log of a validation's `SourceSums.take` [S,3]: nats a target and bits a byte of each source's text."""
+    """Return nats per target and bits per byte of each source, from the [S,3] of `SourceSums.all_reduce`."""
     values: dict[str, float] = {}
     for name, (nats, targets, text_bytes) in zip(names, sums.tolist(), strict=True):
         if targets:

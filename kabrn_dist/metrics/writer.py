@@ -1,4 +1,4 @@
-"""What a run writes of itself, log.jsonl and TensorBoard: where a disk refuses, that is lost and the run goes on."""
+"""The files of a run's log, log.jsonl and TensorBoard: if the disk refuses a write, it is lost and the run goes on."""
 
 from __future__ import annotations
 
@@ -7,52 +7,53 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
 
 class LogWriter:
-    """One process writes a run's journal.
+    """Appends to a run's log files; one process of the run has one.
 
     Args:
         folder: the run's folder.
-        step: steps done before this session; what is there of later ones, which an earlier session lost, is taken back.
+        step: steps done before this session; entries of later ones, which an earlier session lost, are removed.
 
     Raises:
-        UserError: where the files cannot be opened. Later refusals are warned of, once for each streak.
+        UserError: if the files cannot be opened. Later failures to write are logged as warnings, once for each streak.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._lines, self._folder = folder / "log.jsonl", folder / "tensorboard"
+        self._path, self._folder = folder / "log.jsonl", folder / "tensorboard"
         self._board: SummaryWriter | None = None
-        self._refused: set[Path] = set()
+        self._failed_paths: set[Path] = set()
         try:
-            _truncate_log(self._lines, step)
-            self._log = _open_log(self._lines)
+            _truncate_log(self._path, step)
+            self._log = _open_log(self._path)
             self._open_board(step + 1)
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot be written to ({error}); make room or choose another run.folder"
+                f"{folder}: cannot be written to ({error}); make room or set run.folder to another disk"
             ) from error
 
     def truncate_after(self, step: int) -> None:
-        """Take back what was written of the steps after `step`: the run goes on from there another way."""
-        self._attempt(self._lines, lambda: self._take_back(step))
+        """Remove what was written of the steps after `step`: the run continues from there with other data."""
+        self._attempt(self._path, lambda: self._truncate(step))
         self._close_board()
         self._attempt(self._folder, lambda: self._open_board(step + 1))
 
     def write(self, entry: dict[str, Any]) -> None:
-        """One line in log.jsonl, whole or not at all."""
-        self._attempt(self._lines, lambda: self._append(f"{json.dumps(entry)}\n".encode()))
+        """Append one line to log.jsonl, whole or not at all."""
+        self._attempt(self._path, lambda: self._append(f"{json.dumps(entry)}\n".encode()))
 
     def log_tensorboard(self, step: int, add: Callable[[SummaryWriter], None]) -> None:
-        """What `add` adds to TensorBoard, which may be on disk much later."""
+        """Call `add` with the TensorBoard writer; what it adds may reach the disk much later."""
         if self._board is None:
             # A new file: what the last one holds may end in the middle.
             self._attempt(self._folder, lambda: self._open_board(step))
@@ -61,13 +62,15 @@ class LogWriter:
             self._close_board()
 
     def close(self) -> None:
-        """A second call does nothing."""
+        """Close the files. A second call does nothing."""
         if self._log >= 0:
             os.close(self._log)
         self._log = -1
         self._close_board()
 
     def _open_board(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._board = SummaryWriter(str(self._folder), purge_step=step)
 
     def _close_board(self) -> None:
@@ -85,21 +88,21 @@ class LogWriter:
             os.ftruncate(self._log, end)
             raise
 
-    def _take_back(self, step: int) -> None:
-        _truncate_log(self._lines, step)
+    def _truncate(self, step: int) -> None:
+        _truncate_log(self._path, step)
         # Opened first: where that fails there is still one that can be written to and closed.
-        log, self._log = self._log, _open_log(self._lines)
+        log, self._log = self._log, _open_log(self._path)
         os.close(log)
 
     def _attempt(self, path: Path, work: Callable[[], object]) -> bool:
         try:
             work()
         except (OSError, UserError) as error:
-            if path not in self._refused:
+            if path not in self._failed_paths:
                 logger.warning("%s: cannot be written (%s); the run goes on without", path, error)
-            self._refused.add(path)
+            self._failed_paths.add(path)
             return False
-        self._refused.discard(path)
+        self._failed_paths.discard(path)
         return True
 
 

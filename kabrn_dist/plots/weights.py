@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -19,34 +17,11 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from kabrn_dist.plots.figure import COLOURS, make_figure
+from kabrn_dist.plots.ternary_figure import BINS, REACH, TernaryFigure
 
-# Bins of latent / γ. Thresholds lie on edges, so a bin has one code; the outermost bins hold what lies beyond.
-REACH, BINS = 4.0, 64
 # Orange, light grey and blue for −1, 0 and +1.
 CODE_COLOURS, NAMES = (COLOURS[1], "#D9D9D9", COLOURS[0]), ("−1", "0", "+1")
 COLUMNS = 6
-
-
-class TernaryFigure(NamedTuple):
-    """One ternary matrix, or a stack of them.
-
-    Attributes:
-        name: such as "mixer.inputs.query".
-        histogram: [BINS] weights by latent / γ from −REACH to REACH.
-        codes: [R,C] −1, 0, 1: the upper left corner of the first matrix.
-        shape: of all of it.
-    """
-
-    name: str
-    histogram: Tensor
-    codes: Tensor
-    shape: tuple[int, ...]
-
-
-def count_latents(latent: Tensor, gamma: Tensor) -> Tensor:
-    """[BINS] float64: how many weights lie where; `gamma` broadcasts to the latents. Pieces' counts add up."""
-    place = ((latent.detach().float() / gamma.float() + REACH) * (BINS / (2 * REACH))).floor_()
-    return torch.bincount(place.clamp_(0, BINS - 1).long().flatten(), minlength=BINS).double()
 
 
 def draw_weights(portraits: Sequence[TernaryFigure], title: str) -> Figure:

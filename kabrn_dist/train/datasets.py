@@ -1,4 +1,4 @@
-"""The data of a run: both splits, opened and checked before any process group forms."""
+"""The datasets of a run: both splits, opened and checked before any process group forms."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import numpy as np
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """Attributes:
-    train, validation: the sequences, of the same sources in the same order.
-    bytes_per_token: [vocabulary] int64, UTF-8 bytes that each token stands for.
-    gzip_bits_per_byte: what `gzip -9` makes of the validation text: a yardstick.
+    """Both splits of a run's data.
+
+    Attributes:
+        train: training sequences.
+        validation: validation sequences, of the same sources in the same order.
+        tokenizer: the tokenizer of all sources.
+        bytes_per_token: [vocabulary] int64, UTF-8 bytes that each token stands for.
+        gzip_bits_per_byte: compression of the validation text by `gzip -9`, for comparison.
     """
 
     train: TokenDataset
     validation: TokenDataset
+    tokenizer: Tokenizer
     bytes_per_token: np.ndarray
     gzip_bits_per_byte: float
 
@@ -44,4 +50,4 @@ def open_datasets(config: Config) -> Datasets:
             f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
             f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocab_size}"
         )
-    return Datasets(train, validation, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())
+    return Datasets(train, validation, tokenizer, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())

@@ -1,37 +1,40 @@
-"""Experts for each rank by what it can do: `experts_per_rank: auto` becomes numbers."""
+"""Number of experts for each rank by its speed and memory: `experts_per_rank: auto` becomes numbers."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from kabrn_dist.config import Config
 from kabrn_dist.distributed.expert_placement import allocate_experts, plan_expert_counts
 from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.train.throughput import time_matmul
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
-# The rest is left to activations, buckets and whatever else runs there.
-STATE_SHARE = 0.5
-# Chance makes such differences in a measurement of a tenth of a second.
-ALIKE = 0.8
+# Fraction of the free memory for training state; the rest is left to activations, buckets and other processes.
+STATE_FRACTION = 0.5
+# Speeds within 20 % are treated as equal: that is the noise of a 0.1 s measurement.
+EQUAL_SPEED = 0.8
 SECONDS = 0.1
 ROWS = 256
 
 
 def resolve_placement(config: Config, mesh: Mesh) -> Config:
-    """The configuration with a number of experts for each rank of an expert group, the same on all ranks. Collective.
+    """Return the configuration with a number of experts for each rank of an expert group. Collective.
 
-    Without rank_weights, every rank times a product of an expert's shape and reads its free memory. What counts for a
-    place in the expert group is the slowest, and the fullest, rank that has it in any group.
+    Without `rank_weights`, every rank times a matrix product of an expert's shape and reads its free memory. For each
+    rank of an expert group the slowest one, and the one with the least memory, of all groups counts.
+
+    Args:
+        config: the whole configuration.
+        mesh: all ranks.
 
     Raises:
-        UserError: on all ranks, where the experts do not fit.
+        UserError: on all ranks, if the experts do not fit.
     """
     if config.parallel.experts_per_rank != "auto":
         return config
@@ -49,30 +52,36 @@ def resolve_placement(config: Config, mesh: Mesh) -> Config:
 
 
 def level(speeds: Sequence[float]) -> list[float]:
-    """Each speed as that of the fastest rank it cannot be told from, so that like cards get like shares."""
+    """Round each speed up to the fastest one that is equal within noise, so that equal cards get as many experts."""
     levels: list[float] = []
     for speed in sorted(speeds, reverse=True):
-        if not levels or speed < ALIKE * levels[-1]:
+        if not levels or speed < EQUAL_SPEED * levels[-1]:
             levels.append(speed)
     return [min(top for top in levels if top >= speed) for speed in speeds]
 
 
-def count_room(config: Config, world: int, free: Sequence[float]) -> list[int]:
-    """Experts (of all layers) whose training state fits into a rank's free bytes, beside its dense parameters."""
+def count_room(config: Config, world_size: int, free: Sequence[float]) -> list[int]:
+    """Return how many experts (of all layers) fit into each rank's memory next to its dense parameters.
+
+    Args:
+        config: the whole configuration.
+        world_size: number of ranks.
+        free: free bytes of each rank of an expert group.
+    """
     counts = count_parameters(config.model)
-    dense = counts.replicated * _bytes_a_parameter(config, world)
+    dense = counts.replicated * _bytes_per_parameter(config, world_size)
     expert = (
         counts.per_expert
         * len(config.model.moe_layers)
-        * _bytes_a_parameter(config, world // config.parallel.expert_parallel)
+        * _bytes_per_parameter(config, world_size // config.parallel.expert_parallel)
     )
     if not expert:
         return [config.model.experts.num_experts] * len(free)
-    return [max(0, int((STATE_SHARE * room - dense) / expert)) for room in free]
+    return [max(0, int((STATE_FRACTION * room - dense) / expert)) for room in free]
 
 
-def _bytes_a_parameter(config: Config, copies: int) -> float:
-    """Of a parameter that `copies` ranks hold: master and moments, gradient, weight, which ZeRO 1, 2, 3 share out."""
+def _bytes_per_parameter(config: Config, copies: int) -> float:
+    """Bytes of a parameter that `copies` ranks hold: master and moments, gradient, weight; ZeRO 1, 2, 3 shard them."""
     working = 4 if config.training.precision == "fp32" else 2
     return sum(
         part / copies if config.parallel.zero_stage >= stage else part
@@ -81,31 +90,13 @@ def _bytes_a_parameter(config: Config, copies: int) -> float:
 
 
 def _measure_speed(config: Config, device: torch.device) -> float:
-    """Products a second of rows with an expert's matrix: the best of several, while all ranks try."""
-    dtype = TORCH_DTYPES[config.training.precision]
-    rows = torch.ones(ROWS, config.model.hidden_size, device=device, dtype=dtype)
-    matrix = torch.ones(config.model.hidden_size, config.model.experts.expert_hidden_size, device=device, dtype=dtype)
-    rows @ matrix
-    if dist.is_initialized():
-        dist.barrier()
-    best, end = float("inf"), time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(8):
-            rows @ matrix
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 8 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """FLOP/s of products of rows with an expert's matrix."""
+    shape = (ROWS, config.model.hidden_size, config.model.experts.expert_hidden_size)
+    return time_matmul(device, TORCH_DTYPES[config.training.precision], shape, SECONDS)
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Free memory of this process's card, or its share of the machine's; without bound where that cannot be read."""
+    """Free memory of this process's card, or its part of the machine's; practically infinite if it cannot be read."""
     neighbors = read_launch_env().local_world_size
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / -(-neighbors // torch.cuda.device_count())

@@ -1,4 +1,4 @@
-"""What all ranks must agree on before a step changes anything: is it good, and does anyone wish to stop?"""
+"""Checks that every rank runs before the optimizer step: finite loss and gradients, loss spikes, stop requests."""
 
 from __future__ import annotations
 
@@ -13,52 +13,63 @@ from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.train.spikes import SpikeWindow
 
 # What a rank reports of its step; the worst is named first in a message.
-_FINE, _GRADIENT, _LOSS = 0, 1, 2
+_FINITE, _BAD_GRADIENT, _BAD_LOSS = 0, 1, 2
 
 
 class StepSync(NamedTuple):
-    """The same on all ranks.
+    """State of a step that all ranks have exchanged; the same on all of them.
 
     Attributes:
-        losses: the step's, by the names of `Losses`.
-        bad_losses, bad_gradients: ranks whose share of the loss, or only whose gradients, are not finite.
-        stop: a rank wishes to stop. ended: on all ranks the checkpoint that is written beside the training is done.
+        losses: the step's losses, by the names of `Losses`.
+        bad_losses: ranks whose part of the loss is not finite.
+        bad_gradients: ranks whose gradients are not finite although their loss is.
+        stop: True if any rank has received a stop request.
+        save_done: True if the asynchronous checkpoint is written on all ranks.
     """
 
     losses: dict[str, float]
     bad_losses: list[int]
     bad_gradients: list[int]
     stop: bool
-    ended: bool
+    save_done: bool
 
 
-def sync_step(mesh: Mesh, losses: Tensor, gradients: Tensor, stop: bool, ended: bool) -> StepSync:
-    """Everything that the ranks must know of each other before an update, in one all-reduce. Collective.
+def sync_step(mesh: Mesh, losses: Tensor, gradients: Tensor, stop: bool, save_done: bool) -> StepSync:
+    """Exchange in one all-reduce what the ranks must know of each other before an update. Collective.
 
     Args:
-        losses: this rank's shares of the step's losses, in the order of `Losses`.
-        gradients: scalar that is finite where this rank's gradients are.
+        mesh: all ranks.
+        losses: this rank's parts of the step's losses, in the order of `Losses`.
+        gradients: scalar that is finite if this rank's gradients are.
+        stop: whether this rank has received a stop request.
+        save_done: whether this rank has finished writing its part of the asynchronous checkpoint.
     """
     count, device = len(Losses._fields), mesh.device
     sent = torch.zeros(count + 2 + mesh.world_size, dtype=torch.float64, device=device)
     sent[:count] = losses
-    sent[count : count + 2] = torch.tensor([float(stop), float(ended)], dtype=torch.float64)
-    # On the device, as each look at a value there costs a wait.
-    worst = torch.where(gradients.isfinite(), _FINE, _GRADIENT)
-    sent[count + 2 + mesh.rank] = torch.where(losses.isfinite().all(), worst, _LOSS)
+    sent[count : count + 2] = torch.tensor([float(stop), float(save_done)], dtype=torch.float64)
+    # Computed on the device, as reading a value from there costs a wait.
+    gradient_report = torch.where(gradients.isfinite(), _FINITE, _BAD_GRADIENT)
+    sent[count + 2 + mesh.rank] = torch.where(losses.isfinite().all(), gradient_report, _BAD_LOSS)
     received = mesh.all_reduce_sum(sent).tolist()
     reports = received[count + 2 :]
     return StepSync(
         {name: value / mesh.world_size for name, value in zip(Losses._fields, received, strict=False)},
-        [rank for rank, report in enumerate(reports) if report == _LOSS],
-        [rank for rank, report in enumerate(reports) if report == _GRADIENT],
+        [rank for rank, report in enumerate(reports) if report == _BAD_LOSS],
+        [rank for rank, report in enumerate(reports) if report == _BAD_GRADIENT],
         stop=received[count] > 0,
-        ended=received[count + 1] == mesh.world_size,
+        save_done=received[count + 1] == mesh.world_size,
     )
 
 
 class Decision(NamedTuple):
-    """What is made of a step: `skip` keeps it from changing anything, `reason` is for people, empty for a good one."""
+    """Decision about one step.
+
+    Attributes:
+        kind: what was found.
+        skip: do not apply the update.
+        reason: message for the console; empty for a good step.
+    """
 
     kind: Literal["good", "spike", "bad"]
     skip: bool
@@ -66,55 +77,67 @@ class Decision(NamedTuple):
 
 
 class LossGuard:
-    """Judges steps and counts the bad ones. What it remembers travels in checkpoints.
+    """Decides whether steps are applied and counts the bad ones. Its state travels in checkpoints.
+
+    Args:
+        config: the `guard` section.
 
     Attributes:
-        skipped, spikes, rollbacks: since the start of the run.
+        window: losses of the last good steps.
+        skipped: steps skipped since the start of the run.
+        spikes: loss spikes since the start of the run.
+        rollbacks: returns to a checkpoint since the start of the run.
         bad: bad steps in a row.
-        returned_to: step of the checkpoint that the run last went back to, None if it never did.
+        returned_to: step of the checkpoint that the run last went back to; None if it never did.
     """
 
-    def __init__(self, settings: GuardConfig) -> None:
-        self.settings = settings
-        self.window = SpikeWindow(settings.spike_window, settings.spike_sigma, settings.max_bad_steps)
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.window = SpikeWindow(config.spike_window, config.spike_sigma, config.max_bad_steps)
         self.skipped = self.spikes = self.rollbacks = self.bad = 0
         self.returned_to: int | None = None
 
-    def decide(self, agreed: StepSync) -> Decision:
-        """To be asked once for each step, before its update."""
-        if agreed.bad_losses or agreed.bad_gradients:
+    def decide(self, sync: StepSync) -> Decision:
+        """Return what to do with a step. Call once per step, before its update."""
+        if sync.bad_losses or sync.bad_gradients:
             self.bad += 1
-            what, ranks = ("loss", agreed.bad_losses) if agreed.bad_losses else ("gradient", agreed.bad_gradients)
-            return Decision("bad", True, f"non-finite {what} on {_name(ranks)}")
+            kind, ranks = ("loss", sync.bad_losses) if sync.bad_losses else ("gradient", sync.bad_gradients)
+            return Decision("bad", True, f"non-finite {kind} on {_join_ranks(ranks)}")
         self.bad = 0
-        loss, limit = agreed.losses["language"], self.window.limit()
-        if self.settings.spike == "off" or not self.window.is_spike(loss):
+        loss, limit = sync.losses["language"], self.window.limit()
+        if self.config.spike == "off" or not self.window.is_spike(loss):
             return Decision("good", False, "")
         self.spikes += 1
-        reason = f"language loss {loss:.4f} is a spike, above {limit:.4f} = mean + {self.settings.spike_sigma:g}σ"
-        return Decision("spike", self.settings.spike == "skip", reason)
+        reason = f"language loss {loss:.4f} is a spike, above {limit:.4f} = mean + {self.config.spike_sigma:g}σ"
+        return Decision("spike", self.config.spike == "skip", reason)
 
-    def record(self, verdict: Decision, agreed: StepSync, applied: bool) -> None:
-        """After the step: `applied` is False where it was skipped, by this guard or because fp16 overflowed."""
+    def record(self, decision: Decision, sync: StepSync, applied: bool) -> None:
+        """Count a finished step.
+
+        Args:
+            decision: what `decide` returned for it.
+            sync: its exchanged state.
+            applied: False if it was skipped, by this guard or because fp16 overflowed.
+        """
         if not applied:
             self.skipped += 1
-        elif verdict.kind == "good":
-            self.window.add(agreed.losses["language"])
+        elif decision.kind == "good":
+            self.window.add(sync.losses["language"])
 
     @property
     def exhausted(self) -> bool:
-        """So many bad steps in a row that the run must go back to its last checkpoint."""
-        return self.bad >= self.settings.max_bad_steps
+        """True after `max_bad_steps` bad steps in a row: the run must go back to its last checkpoint."""
+        return self.bad >= self.config.max_bad_steps
 
     def roll_back(self, step: int, state: dict[str, Any]) -> None:
-        """Forget what was learned since the checkpoint of `step`, but for what happened."""
+        """Restore the state of the checkpoint of `step`, but keep the counters and count the rollback."""
         skipped, spikes, rollbacks = self.skipped, self.spikes, self.rollbacks + 1
         self.restore(state)
         self.skipped, self.spikes, self.rollbacks, self.bad = skipped, spikes, rollbacks, 0
         self.returned_to = step
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: JSON types."""
+        """Return the state for a checkpoint, JSON types only."""
         return {
             "skipped": self.skipped,
             "spikes": self.spikes,
@@ -126,7 +149,7 @@ class LossGuard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; nothing in `state` is a fresh start."""
+        """Continue from a checkpoint's state; an empty one is a fresh start."""
         self.skipped, self.spikes, self.rollbacks, self.bad = (
             int(state.get(name, 0)) for name in ("skipped", "spikes", "rollbacks", "bad")
         )
@@ -135,5 +158,5 @@ class LossGuard:
         self.window.restore(map(float, state.get("window", [])), int(state.get("spikes_in_a_row", 0)))
 
 
-def _name(ranks: list[int]) -> str:
+def _join_ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

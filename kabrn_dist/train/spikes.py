@@ -1,4 +1,4 @@
-"""Spikes of the loss: a step far above the last good ones."""
+"""Detection of loss spikes: a loss far above those of the last good steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class SpikeWindow:
     """The losses of the last good steps, in nats.
 
     Args:
-        size: steps; nothing is a spike before there are so many.
-        sigma: standard deviations above the mean that make one.
-        patience: so many spikes in a row are no spike but a new level of the loss: the window begins anew. Without
-            this a run that skips spikes would never train again after its data has changed.
+        size: number of steps; there are no spikes before the window is full.
+        sigma: number of standard deviations above the mean from which a loss is a spike.
+        patience: more spikes in a row than this are a new level of the loss, and the window is cleared. Without this
+            a run that skips spikes would never train again after its data has changed.
     """
 
     def __init__(self, size: int, sigma: float, patience: int) -> None:
@@ -23,7 +23,7 @@ class SpikeWindow:
         self.in_a_row = 0
 
     def limit(self) -> float:
-        """The largest loss that is no spike; infinite until the window is full."""
+        """Return the largest loss that is no spike; infinite until the window is full."""
         if len(self.losses) < (self.losses.maxlen or 0):
             return math.inf
         mean = math.fsum(self.losses) / len(self.losses)
@@ -31,7 +31,7 @@ class SpikeWindow:
         return mean + self.sigma * math.sqrt(variance)
 
     def is_spike(self, loss: float) -> bool:
-        """True for a loss above the limit, which is then not remembered; to be asked once for a step."""
+        """Return True for a loss above the limit. Call once per step: it counts the spikes in a row."""
         if loss <= self.limit():
             self.in_a_row = 0
             return False
@@ -43,11 +43,11 @@ class SpikeWindow:
         return True
 
     def add(self, loss: float) -> None:
-        """Remember the loss of a good step."""
+        """Add the loss of a good step."""
         self.losses.append(loss)
 
     def restore(self, losses: Iterable[float], in_a_row: int) -> None:
-        """Continue from what a checkpoint holds."""
+        """Continue from a checkpoint's state."""
         self.losses.clear()
         self.losses.extend(losses)
         self.in_a_row = in_a_row

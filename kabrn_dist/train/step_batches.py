@@ -1,4 +1,4 @@
-"""What one step reads, and what all ranks read together."""
+"""The micro-batches of one step, and the step's totals over all ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from kabrn_dist.utils.errors import UserError
 
 
 def next_step_batches(config: Config, mesh: Mesh, data: TokenDataset, first: int) -> tuple[list[Batch], StepTotals]:
-    """This rank's micro-batches of the step that reads from position `first` on, and the step's totals. Collective.
+    """Return this rank's micro-batches of a step, on the host, and the step's totals. Collective.
+
+    Args:
+        config: the whole configuration.
+        mesh: all ranks.
+        data: the training split.
+        first: position of the step's first sequence.
 
     Raises:
-        UserError: on all ranks, where one cannot read.
+        UserError: on all ranks, if one cannot read.
     """
     batches: list[Batch] = []
     failure: UserError | None = None
@@ -27,15 +33,15 @@ def next_step_batches(config: Config, mesh: Mesh, data: TokenDataset, first: int
     except UserError as error:
         failure = error
     counts = torch.tensor([sum(int((b.targets >= 0).sum()) for b in batches), int(failure is not None)])
-    targets, failures = mesh.all_reduce_sum(counts.to(mesh.device)).tolist()
+    valid_tokens, failures = mesh.all_reduce_sum(counts.to(mesh.device)).tolist()
     if failures:
         raise_on_all(None, failure)
     sequences = config.training.global_batch_size
-    return batches, StepTotals(targets, sequences * config.data.sequence_length, sequences, mesh.world_size)
+    return batches, StepTotals(valid_tokens, sequences * config.data.sequence_length, sequences, mesh.world_size)
 
 
 def _micro_batches(config: Config, mesh: Mesh, data: TokenDataset, first: int) -> Iterator[Batch]:
-    """Sequence p of the step belongs to data rank p mod their number."""
+    """Sequence p of the step belongs to data rank p mod the number of data ranks."""
     training = config.training
     own = range(first + mesh.data_rank, first + training.global_batch_size, mesh.data_world_size)
     for start in range(0, len(own), training.micro_batch_size):

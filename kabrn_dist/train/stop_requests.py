@@ -1,4 +1,4 @@
-"""Wishes to stop a run: signals, a file, the clock. Each rank has its own; acting on them is decided together."""
+"""Requests to stop a run: signals, the file STOP, a time limit. The ranks exchange them and act together."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A terminal sends Ctrl-C to all processes, and launchers pass it on: that is one wish, not two.
+# A terminal sends Ctrl-C to all processes, and launchers pass it on: that is one request, not two.
 ECHO_SECONDS = 3.0
 
 
 class StopRequests:
-    """SIGTERM, SIGINT or SIGUSR1 to this rank, a file `STOP` in the run's folder, or the end of its time.
+    """Listens for SIGTERM, SIGINT or SIGUSR1 to this rank, a file `STOP` in the run's folder, and the time limit.
 
     Args:
         folder: the run's folder.
         watch_file: True on the one rank that looks for the file.
-        max_minutes: of this session, from now on; None for ever.
+        max_minutes: length of this session, from now on; None for no limit.
     """
 
     def __init__(self, folder: Path, watch_file: bool, max_minutes: float | None) -> None:
         self.file = folder / "STOP"
         self.watch_file = watch_file
         self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
-        self._signalled: float | None = None
+        self._signaled_at: float | None = None
 
     def requested(self) -> bool:
-        """True where this rank wishes to stop; others may wish otherwise."""
-        if self._signalled is not None or time.monotonic() >= self._end:
+        """Return True if this rank has received a stop request. Not synchronized: other ranks may answer otherwise."""
+        if self._signaled_at is not None or time.monotonic() >= self._end:
             return True
         return self.watch_file and self.file.exists()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn the signals into wishes for as long as this lasts; a leftover STOP file is removed first."""
+        """Take signals as stop requests within the context; a leftover STOP file is removed first."""
         if self.watch_file:
             self.file.unlink(missing_ok=True)
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self._signalled is not None and now - self._signalled > ECHO_SECONDS:
-            # Someone pressed Ctrl-C again and will not wait for the save.
+        if number == signal.SIGINT and self._signaled_at is not None and now - self._signaled_at > ECHO_SECONDS:
+            # A second Ctrl-C: the user does not want to wait for the checkpoint.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._signalled = self._signalled or now
+        self._signaled_at = self._signaled_at or now

@@ -1,36 +1,48 @@
-"""The run: shards → batch → model → losses → guard → step → metrics and checkpoint, until done or told to stop."""
+"""The training loop: shards → batch → model → losses → guard → optimizer step → metrics and checkpoints."""
 
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from kabrn_dist.backend.engine import Engine
-from kabrn_dist.backend.sharded_state import list_fragments
+from kabrn_dist.backend.losses import Losses, StepTotals
+from kabrn_dist.backend.sharded_state import sharded_state
+from kabrn_dist.backend.ternary_weights import current_codes
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
+from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import DEFAULT_TIMEOUT_S, Mesh, init_distributed, make_mesh
 from kabrn_dist.grow.run import grow
-from kabrn_dist.kernels.selection import select_kernels, int8_matmul_is_faster, matmul_dtype
-from kabrn_dist.metrics.figures import TrainingFigures
+from kabrn_dist.kernels.selection import matmul_dtype
 from kabrn_dist.metrics.logger import MetricsLogger
 from kabrn_dist.metrics.sources import measure_step
-from kabrn_dist.metrics.ternary import current_codes
-from kabrn_dist.model.mixkabrn import build_model
+from kabrn_dist.model.mixkabrn import BatchStats, build_model
+from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.planner.flops import flops_per_token
+from kabrn_dist.train.console import format_text
 from kabrn_dist.train.datasets import Datasets, open_datasets
 from kabrn_dist.train.expert_balance import resolve_placement
-from kabrn_dist.train.guard import Decision, LossGuard, sync_step
+from kabrn_dist.train.figures import TrainingFigures
+from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
+from kabrn_dist.train.phase_timer import PhaseTimer
 from kabrn_dist.train.resume import START, Progress, choose_checkpoint, make_run_state, restore
+from kabrn_dist.train.run_summary import describe_run
+from kabrn_dist.train.sample import generate_sample
 from kabrn_dist.train.saver import Saver
 from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.train.step_batches import next_step_batches
 from kabrn_dist.train.step_log import StepLog, log_step
 from kabrn_dist.train.stop_requests import StopRequests
+from kabrn_dist.train.throughput import TimeLeft, measure_matmul_rate
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
 from kabrn_dist.utils.atomic_io import atomic_write
@@ -40,189 +52,258 @@ from kabrn_dist.utils.lock import acquire_lock
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
 
-def train(config: Config, place: LaunchEnv, resume: str = "auto", stop_after: int | None = None) -> bool:
-    """Train to `training.steps`, or until told to stop; then save. Returns whether the run is finished.
+def train(config: Config, env: LaunchEnv, resume: str = "auto", stop_after: int | None = None) -> bool:
+    """Train to `training.steps`, or until a stop request; then save.
 
     Args:
-        place: this process among those that the launcher started.
-        resume: "auto" continues from the newest intact checkpoint of the run's folder if there is one, "must"
-            fails without one, "never" refuses a folder that has one; else a checkpoint's path.
-        stop_after: steps to train in this session, as if it were told to stop then.
+        config: the whole configuration.
+        env: rank and world size of this process, from the launcher.
+        resume: "auto" continues from the newest intact checkpoint of the run's folder if there is one, "must" fails
+            without one, "never" refuses a folder that has one; or a checkpoint's path.
+        stop_after: stop after this many steps of this session; None for no limit.
+
+    Returns:
+        True if the run is finished, False if it was stopped before its last step.
 
     Raises:
         UserError: for impossible settings and unusable data or checkpoints, on all ranks.
     """
-    config.check_world_size(place.world_size)
-    splits = open_datasets(config)
-    # The watchdog of a rank that hangs must speak before the others lose patience with it.
-    with init_distributed(place, max(DEFAULT_TIMEOUT_S, 2 * config.guard.hang_timeout_s)) as device:
+    config.check_world_size(env.world_size)
+    datasets = open_datasets(config)
+    # The watchdog of a rank that hangs must act before the other ranks' collectives time out.
+    with init_distributed(env, max(DEFAULT_TIMEOUT_S, 2 * config.guard.hang_timeout_s)) as device:
         parallel = config.parallel
-        mesh = make_mesh(place, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
-        config = resolve_placement(config, mesh)
-        finished = Trainer(config, mesh, splits, resume).run(stop_after)
-        # Where one process ends with a code that is not 0, its launcher ends the others: none may still be writing.
+        mesh = make_mesh(env, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
+        with Trainer.create(resolve_placement(config, mesh), mesh, datasets, resume) as trainer:
+            finished = trainer.run(stop_after)
+        # If one process exits with a code that is not 0, its launcher ends the others: none may still be writing.
         mesh.any_rank(False)
         return finished
 
 
 class Trainer:
-    """One start of a run: from its checkpoint, if any, to its end or a wish to stop."""
+    """One session of a run: from its checkpoint, if any, to its end or a stop request.
 
-    def __init__(self, config: Config, mesh: Mesh, splits: Datasets, resume: str) -> None:
-        self.config, self.mesh, self.splits = config, mesh, splits
-        self.folder = config.run.folder
-        self.wishes = StopRequests(self.folder, mesh.is_main, config.run.max_minutes)
-        self.watchdog = Watchdog(mesh.rank, config.guard.hang_timeout_s)
-        self.watchdog.start()
-        self.lock = run_on_main(None, acquire_lock, self.folder)
-        checkpoint = config.checkpoint
-        self.store = CheckpointStore(
-            self.folder / "checkpoints",
-            checkpoint.keep_last,
-            checkpoint.keep_every,
-            background_group=mesh.checkpoint_group,
-        )
-        chosen = choose_checkpoint(self.store, resume)
-        if chosen is None and config.run.init_from is not None:
-            chosen = grow(config.run.init_from, config)
-        self.engine = Engine(build_model(config, mesh), config, mesh)
-        position = restore(self.store, chosen, self.engine, splits, config) if chosen else START
-        self.came_from = chosen
-        self.step, self.skipped_data_steps = position.step, position.skipped_data_steps
+    `Trainer.create` builds one, and a `with` block around `run` owns what must be released whatever happens: the lock
+    on the run's folder, the watchdog, the signal handlers and the log files.
+
+    Attributes:
+        config: the whole configuration, with a number of experts for each rank.
+        mesh: this process among the others.
+        datasets: both splits of the data.
+        engine: the model in training.
+        store: checkpoints of the run.
+        stop_requests: signals, the file STOP and the time limit.
+        resumed_from: checkpoint that the session started from; None for a fresh start.
+        first_step: steps done before this session.
+        step: steps done, those that changed nothing included.
+        skipped_data_steps: steps' worth of data that rollbacks have skipped.
+        guard: decides whether steps are applied.
+        stopping: True once the ranks have agreed to stop.
+        tokens_per_expert: [L,E] tokens routed to each expert in the last logged step; None before the first.
+        timer: seconds of each phase of a step.
+        metrics: console, log.jsonl and TensorBoard; within the `with` block only.
+        saver: writes checkpoints; within the `with` block only.
+        watchdog: ends this process if it makes no progress.
+    """
+
+    metrics: MetricsLogger
+    saver: Saver
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        datasets: Datasets,
+        engine: Engine,
+        store: CheckpointStore,
+        stop_requests: StopRequests,
+        watchdog: Watchdog,
+        resources: ExitStack,
+        progress: Progress = START,
+        resumed_from: Path | None = None,
+    ) -> None:
+        self.config, self.mesh, self.datasets, self.engine, self.store = config, mesh, datasets, engine, store
+        self.stop_requests, self.watchdog, self.resumed_from = stop_requests, watchdog, resumed_from
+        self._resources = resources
+        self.first_step = self.step = progress.step
+        self.skipped_data_steps = progress.skipped_data_steps
         self.guard = LossGuard(config.guard)
-        self.guard.restore(position.guard)
-        run_on_main(None, atomic_write, self.folder / "config.yaml", dump_config(config).encode())
-        self.metrics = run_on_all(None, MetricsLogger, self.folder, mesh.is_main, self.step, config.training.steps)
-        self.metrics.write_text("config", dump_config(config))
-        self.metrics.print_line(
-            f"functions and products: {select_kernels(mesh.device.type).reason}; {_say_products(config, mesh)}"
-        )
-        if mesh.expert_parallel > 1:
-            self.metrics.print_line(f"experts on the ranks of a group: {list(config.expert_counts())}")
-        self.saver = Saver(self.store, checkpoint.async_save, self.step if chosen else None, self.metrics.print_line)
-        self.pictures = TrainingFigures(self.engine, self.metrics, config, self.step)
-        self.load: Tensor | None = None
+        self.guard.restore(progress.guard)
         self.stopping = False
-        if chosen:
-            self.metrics.print_line(f"resumed from {chosen} at step {self.step}")
+        self.tokens_per_expert: Tensor | None = None
+        self.timer = PhaseTimer()
+        self._logged_step = self.step
+        self._time_left = TimeLeft(config.training.steps)
 
-    def run(self, stop_after: int | None) -> bool:
-        """Train, validate and save at their intervals. Returns whether the run is finished."""
-        steps, first = self.config.training.steps, self.step
-        last = steps if stop_after is None else min(steps, first + stop_after)
+    @classmethod
+    def create(cls, config: Config, mesh: Mesh, datasets: Datasets, resume: str = "auto") -> Trainer:
+        """Build a trainer: lock the run's folder, build the model and its optimizer, and load a checkpoint. Collective.
+
+        A run with `run.init_from` and without a checkpoint gets one, grown from the other run's. The trainer holds the
+        lock and a running watchdog from here on; a `with` block releases them, as a failure in here does.
+
+        Args:
+            config: the whole configuration, as `resolve_placement` returns it.
+            mesh: this process among the others.
+            datasets: both splits of the data.
+            resume: see `train`.
+
+        Raises:
+            UserError: on all ranks, if another process runs in the folder or the checkpoint cannot be used.
+        """
+        folder = config.run.folder
+        with ExitStack() as resources:
+            stop_requests = StopRequests(folder, mesh.is_main, config.run.max_minutes)
+            watchdog = resources.enter_context(Watchdog(mesh.rank, config.guard.hang_timeout_s))
+            lock = run_on_main(None, acquire_lock, folder)
+            if lock is not None:
+                resources.enter_context(lock)
+            store = CheckpointStore(
+                folder / "checkpoints",
+                config.checkpoint.keep_last,
+                config.checkpoint.keep_every,
+                background_group=mesh.checkpoint_group,
+            )
+            checkpoint = choose_checkpoint(store, resume)
+            if checkpoint is None and config.run.init_from is not None:
+                checkpoint = grow(config.run.init_from, config)
+            engine = Engine(build_model(config, mesh), config, mesh)
+            progress = restore(store, checkpoint, engine, datasets, config) if checkpoint else START
+            return cls(
+                config,
+                mesh,
+                datasets,
+                engine,
+                store,
+                stop_requests,
+                watchdog,
+                resources.pop_all(),
+                progress,
+                checkpoint,
+            )
+        raise AssertionError("ExitStack suppresses nothing")
+
+    def __enter__(self) -> Trainer:
+        """Open the log, print what runs, and listen for signals. Collective."""
         try:
-            with self.wishes.listening():
-                while self.step < last and not self.stopping and self._has_data():
-                    self._train_step()
-                    self.saver.check()
-                    if self.guard.exhausted:
-                        self._roll_back()
-                        continue
-                    if _due(self.step, self.config.validation.eval_interval):
-                        self._validate()
-                    if _due(self.step, self.config.checkpoint.save_interval) and self.step < last and not self.stopping:
-                        self._save(wait=False)
-                return self._finish(first)
-        finally:
-            self.watchdog.stop()
-            self.metrics.close()
-            if self.lock is not None:
-                self.lock.release()
+            self._open()
+        except BaseException:
+            self._resources.close()
+            raise
+        return self
 
-    def _train_step(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the signal handlers, the log files, the lock and the watchdog."""
+        self._resources.close()
+
+    def _open(self) -> None:
+        config, mesh, folder = self.config, self.mesh, self.config.run.folder
+        run_on_main(None, atomic_write, folder / "config.yaml", dump_config(config).encode())
+        self.metrics = run_on_all(None, MetricsLogger, folder, mesh.is_main, self.step, config.training.steps)
+        self._resources.callback(self.metrics.close)
+        self.metrics.write_text(0, "config", dump_config(config))
+        counts = count_parameters(config.model)
+        matmul_rate = measure_matmul_rate(mesh, matmul_dtype(mesh.device.type, TORCH_DTYPES[config.training.precision]))
+        self._mfu_per_speed = flops_per_token(config.model, config.data.sequence_length, counts.active) / matmul_rate
+        for line in describe_run(config, mesh, counts, matmul_rate):
+            self.metrics.print_line(line)
+        if self.resumed_from:
+            self.metrics.print_line(f"resumed from {self.resumed_from} at step {self.step}")
+        saved_step = self.step if self.resumed_from else None
+        self.saver = Saver(self.store, config.checkpoint.async_save, saved_step, self.metrics.print_line)
+        self._figures = TrainingFigures(self.engine, self.metrics, self.step)
+        self._resources.enter_context(self.stop_requests.listening())
+
+    def run(self, stop_after: int | None = None) -> bool:
+        """Train, validate and save at their intervals. Collective.
+
+        Args:
+            stop_after: stop after this many steps; None for no limit.
+
+        Returns:
+            True if the run is finished.
+        """
+        steps, config = self.config.training.steps, self.config
+        last = steps if stop_after is None else min(steps, self.first_step + stop_after)
+        while self.step < last and not self.stopping and self._has_data():
+            self.train_step()
+            self.saver.check()
+            if self.guard.exhausted:
+                self._roll_back()
+                continue
+            if _is_due(self.step, config.validation.eval_interval):
+                self._validate()
+            if _is_due(self.step, config.checkpoint.save_interval) and self.step < last and not self.stopping:
+                self._save(wait=False)
+        return self.finish()
+
+    def train_step(self) -> None:
+        """Take one optimizer step, or skip it if the guard says so, and log it. Collective."""
         config, engine, mesh = self.config, self.engine, self.mesh
-        self.watchdog.beat(f"in step {self.step + 1}")
+        self.watchdog.report_progress(f"in step {self.step + 1}")
         inject_fault("step.begin")
-        began = time.perf_counter()
-        start = self._consumed()
-        batches, totals = next_step_batches(config, mesh, self.splits.train, start)
-        waited = time.perf_counter() - began
-        rate, decay = (
-            part(self.step, config.training.steps, config.optimizer) for part in (learning_rate, weight_decay)
-        )
-        parts = [engine.forward_backward(batch.to(mesh.device), totals) for batch in batches]
-        losses = torch.stack([torch.stack(loss) for loss, _ in parts]).sum(0)
-        agreed = sync_step(mesh, losses, engine.local_grad_norm(), self.wishes.requested(), self.saver.done())
-        verdict = self.guard.decide(agreed)
-        logged = _due(self.step + 1, config.training.log_interval) or self.step + 1 == config.training.steps
-        codes = current_codes(engine) if logged else []
-        update = engine.skip_step() if verdict.skip else engine.optimizer_step(rate, decay)
-        self.guard.record(verdict, agreed, update.applied)
-        self.step += 1
-        self.stopping = agreed.stop
-        if agreed.ended:
-            self.saver.wait()
-        self._say_verdict(verdict, start)
-        self.metrics.advance(self.step)
+        begin = time.perf_counter()
+        first_sequence = self.sequences_consumed
+        lr = learning_rate(self.step, config.training.steps, config.optimizer)
+        decay = weight_decay(self.step, config.training.steps, config.optimizer)
+        with self.timer.span("data"):
+            batches, totals = next_step_batches(config, mesh, self.datasets.train, first_sequence)
+        with self.timer.span("forward_backward"):
+            passes = [engine.forward_backward(batch.to(mesh.device), totals) for batch in batches]
+        with self.timer.span("sync"):
+            losses, grad_norm = _sum_losses([losses for losses, _ in passes]), engine.local_grad_norm()
+            sync = sync_step(mesh, losses, grad_norm, self.stop_requests.requested(), self.saver.done())
+        decision = self.guard.decide(sync)
+        is_logged = _is_due(self.step + 1, config.training.log_interval) or self.step + 1 == config.training.steps
+        with self.timer.span("log"):
+            codes = current_codes(engine) if is_logged else []
+        with self.timer.span("optimizer"):
+            result = engine.skip_step() if decision.skip else engine.optimizer_step(lr, decay)
+        self.guard.record(decision, sync, result.applied)
+        self._end_step(sync, decision, first_sequence)
         traffic = [layer.take() for layer in engine.model.traffic]
-        if logged:
-            sums, seconds = [sums for _, sums in parts], time.perf_counter() - began
-            sources = measure_step(mesh, self.splits.train, batches, sums, start + config.training.global_batch_size)
-            done = StepLog(
-                self.step, agreed, update, rate, decay, codes, totals, sums, traffic, sources, seconds, waited
-            )
-            self.load = log_step(done, self.metrics, engine, self.guard)
-
-    def _say_verdict(self, verdict: Decision, start: int) -> None:
-        if verdict.reason:
-            positions = f"data positions [{start}, {start + self.config.training.global_batch_size})"
-            outcome = "skipped: " if verdict.skip else ""
-            self.metrics.print_line(f"step {self.step:6d}  {outcome}{verdict.reason}, {positions}")
-
-    def _validate(self) -> None:
-        """Score the validation split, unless someone wishes to stop meanwhile: then nothing of it is written."""
-        scores = score(self.engine, self.splits, self.config, self._interrupted)
-        if scores is None:
-            self.stopping = True
+        if not is_logged:
             return
-        self.metrics.write(self.step, scores.values(), f"step {self.step:6d}  {scores.line()}")
-        if self.config.validation.eval_interval:
-            self.pictures.draw(self.step, self.load)
-
-    def _interrupted(self) -> bool:
-        self.watchdog.beat(f"validating after step {self.step}")
-        return self.mesh.any_rank(self.wishes.requested())
-
-    def _save(self, wait: bool) -> None:
-        self.watchdog.beat(f"saving step {self.step}")
-        fragments = list_fragments(self.engine)
-        position = Progress(self.step, self.skipped_data_steps, self.guard.state())
-        self.saver.save(self.step, fragments, make_run_state(position, self.engine, self.splits, self.config), wait)
-
-    def _roll_back(self) -> None:
-        """Go back to the newest checkpoint, and from there on pass over all data that was read since."""
-        self.saver.wait()
-        self.watchdog.beat("going back to the last checkpoint")
-        path, bad = (
-            self.store.find_latest() or self.came_from,
-            f"{self.guard.bad} bad steps in a row, up to step {self.step}",
-        )
-        if path is None:
-            raise UserError(f"{bad}, and no checkpoint to go back to; lower optimizer.learning_rate, or check the data")
-        position = restore(self.store, path, self.engine, self.splits, self.config)
-        if position.step == self.guard.returned_to:
-            raise UserError(
-                f"{bad}, and the run has gone back to step {position.step} before; lower optimizer.learning_rate, or "
-                "remove its newest checkpoints to go back further; nothing was saved"
+        seconds = time.perf_counter() - begin
+        phase_seconds = self._take_phase_seconds()
+        with self.timer.span("log"):
+            log = StepLog(
+                step=self.step,
+                sync=sync,
+                result=result,
+                learning_rate=lr,
+                weight_decay=decay,
+                totals=totals,
+                stats=[stats for _, stats in passes],
+                codes=codes,
+                traffic=traffic,
+                sources=self._measure_sources(batches, [stats for _, stats in passes]),
+                seconds=seconds,
+                phase_seconds=phase_seconds,
+                mfu=self._mfu(totals, seconds),
+                seconds_left=self._time_left.seconds(self.step),
             )
-        self.guard.roll_back(position.step, position.guard)
-        self.skipped_data_steps += self.step - position.step
-        self.step = self.saver.saved_step = position.step
-        self.metrics.truncate_after(self.step)
-        self.metrics.print_line(f"{bad}: back to {path.name}; data up to position {self._consumed()} is passed over")
+            self.tokens_per_expert = log_step(log, self.metrics, engine, self.guard)
 
-    def _has_data(self) -> bool:
-        """False where what was passed over is now missing at the end of data that are drawn from only so often."""
-        length = self.splits.train.num_positions
-        return length is None or self._consumed() + self.config.training.global_batch_size <= length
-
-    def _consumed(self) -> int:
+    @property
+    def sequences_consumed(self) -> int:
+        """Sequences that the run has drawn or skipped: the position of the next one."""
         return (self.step + self.skipped_data_steps) * self.config.training.global_batch_size
 
-    def _finish(self, first: int) -> bool:
-        """The last validation and the last save. Returns whether the run is finished."""
+    def finish(self) -> bool:
+        """Validate if the run is finished, and save. Collective.
+
+        Returns:
+            True if the run is finished.
+
+        Raises:
+            UserError: on all ranks, if the last checkpoint cannot be written.
+        """
         finished = self.step == self.config.training.steps or not self._has_data()
-        if finished and self.step > first and not _due(self.step, self.config.validation.eval_interval):
+        if finished and self.step > self.first_step and not _is_due(self.step, self.config.validation.eval_interval):
             self._validate()
         self._save(wait=True)
         if self.saver.saved_step != self.step:
@@ -230,15 +311,82 @@ class Trainer:
         self.metrics.print_line(f"{'finished' if finished else 'stopped'} at step {self.step}")
         return finished
 
+    def _end_step(self, sync: StepSync, decision: Decision, first_sequence: int) -> None:
+        self.step += 1
+        self.stopping = sync.stop
+        if sync.save_done:
+            self.saver.wait()
+        if decision.reason:
+            positions = f"data positions [{first_sequence}, {first_sequence + self.config.training.global_batch_size})"
+            outcome = "skipped: " if decision.skip else ""
+            self.metrics.print_line(f"step {self.step:6d}  {outcome}{decision.reason}, {positions}")
+        self.metrics.advance(self.step)
 
-def _say_products(config: Config, mesh: Mesh) -> str:
-    if not config.model.quantize:
-        return "matrices are plain"
-    dtype = TORCH_DTYPES[config.training.precision]
-    forward = "int8" if int8_matmul_is_faster(mesh.device.type, dtype) else "fp32"
-    backward = "fp32" if matmul_dtype(mesh.device.type, dtype) == torch.float32 else config.training.precision
-    return f"products forward in {forward}, backward in {backward}, measured faster here"
+    def _take_phase_seconds(self) -> dict[str, float]:
+        """Mean seconds per step of each phase since the last logged step, the writing of that one included."""
+        steps, self._logged_step = max(1, self.step - self._logged_step), self.step
+        return {phase: seconds / steps for phase, seconds in self.timer.take().items()}
+
+    def _measure_sources(self, batches: list[Batch], stats: list[BatchStats]) -> dict[str, float]:
+        return measure_step(self.mesh, self.datasets.train, batches, stats, self.sequences_consumed)
+
+    def _mfu(self, totals: StepTotals, seconds: float) -> float:
+        return self._mfu_per_speed * totals.tokens / seconds
+
+    def _validate(self) -> None:
+        """Score the validation split and write a sample, unless a stop request arrives: then nothing is logged."""
+        scores = score(self.engine, self.datasets, self.config, self._is_interrupted)
+        if scores is None:
+            self.stopping = True
+            return
+        self.metrics.write(self.step, scores.values(), f"step {self.step:6d}  {scores.line()}")
+        if self.config.validation.sample_tokens:
+            text = generate_sample(self.engine, self.datasets.tokenizer, self.config.validation.sample_tokens)
+            self.metrics.print_line(f"step {self.step:6d}  sample: {format_text(text)}")
+            self.metrics.write_text(self.step, "sample", text)
+        if self.config.validation.eval_interval:
+            self._figures.draw(self.step, self.tokens_per_expert)
+
+    def _is_interrupted(self) -> bool:
+        self.watchdog.report_progress(f"validating after step {self.step}")
+        return self.mesh.any_rank(self.stop_requests.requested())
+
+    def _save(self, wait: bool) -> None:
+        self.watchdog.report_progress(f"saving step {self.step}")
+        fragments, updates = sharded_state(self.engine)
+        progress = Progress(self.step, self.skipped_data_steps, self.guard.state())
+        state = make_run_state(progress, updates, self.engine, self.datasets, self.config)
+        self.saver.save(self.step, fragments, state, wait)
+
+    def _roll_back(self) -> None:
+        """Return to the newest checkpoint, and skip all data that was read since."""
+        self.saver.wait()
+        self.watchdog.report_progress("returning to the last checkpoint")
+        path = self.store.find_latest() or self.resumed_from
+        bad = f"{self.guard.bad} bad steps in a row, up to step {self.step}"
+        if path is None:
+            raise UserError(f"{bad}, and no checkpoint to go back to; lower optimizer.learning_rate, or check the data")
+        progress = restore(self.store, path, self.engine, self.datasets, self.config)
+        if progress.step == self.guard.returned_to:
+            raise UserError(
+                f"{bad}, and the run has gone back to step {progress.step} before; lower optimizer.learning_rate, or "
+                "remove its newest checkpoints to go back further; nothing was saved"
+            )
+        self.guard.roll_back(progress.step, progress.guard)
+        self.skipped_data_steps += self.step - progress.step
+        self.step = self._logged_step = self.saver.saved_step = progress.step
+        self.metrics.truncate_after(self.step)
+        self.metrics.print_line(f"{bad}: back to {path.name}; data up to position {self.sequences_consumed} is skipped")
+
+    def _has_data(self) -> bool:
+        """False if skipped data is now missing at the end of data with a limited number of epochs."""
+        length = self.datasets.train.num_positions
+        return length is None or self.sequences_consumed + self.config.training.global_batch_size <= length
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _sum_losses(losses: list[Losses]) -> Tensor:
+    return torch.stack([torch.stack(each) for each in losses]).sum(0)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

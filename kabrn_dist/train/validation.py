@@ -1,4 +1,4 @@
-"""The loss on text that the run never trains on."""
+"""Loss and bits per byte on the validation split."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from kabrn_dist.utils.fault_injection import inject_fault
 
 
 class Scores(NamedTuple):
-    """Means over the scored tokens: nats a token, bits a byte of text, and what `gzip -9` needs for one.
+    """Means over the scored tokens.
 
-    By the names of the log: `sources`, loss and bits a byte of each source; `saturation` of each layer's int8 codes.
+    Attributes:
+        loss: nats per token.
+        bits_per_byte: bits per byte of text.
+        gzip_bits_per_byte: what `gzip -9` needs, for comparison.
+        sources: loss and bits per byte of each source, by name in the log.
+        saturation: fraction of each layer's int8 codes at ±127, by name in the log.
     """
 
     loss: float
@@ -30,49 +35,55 @@ class Scores(NamedTuple):
     saturation: dict[str, float]
 
     def values(self) -> dict[str, float]:
-        """By the names of the log."""
+        """Return all scores by their names in the log."""
         whole = self._asdict()
         return {f"validation/{name}": whole[name] for name in self._fields[:-2]} | self.sources | self.saturation
 
     def line(self) -> str:
-        """For people."""
+        """Return the scores as text for the console."""
         return (
-            f"validation {self.loss:.4f} nats a token, "
+            f"validation {self.loss:.4f} nats per token, "
             f"{self.bits_per_byte:.3f} bits per byte (gzip -9: {self.gzip_bits_per_byte:.3f})"
         )
 
 
-def score(engine: Engine, data: Datasets, config: Config, interrupted: Callable[[], bool]) -> Scores | None:
-    """Score the first validation sequences of each source. Collective: all ranks make the same number of passes.
+def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Callable[[], bool]) -> Scores | None:
+    """Score the first validation sequences of each source. Collective.
 
     Args:
-        interrupted: asked before each pass; collective, the same on all ranks. True gives up: None is returned.
+        engine: the model in training.
+        datasets: both splits of the data.
+        config: the whole configuration.
+        is_interrupted: called before each forward pass; collective, the same on all ranks. True stops the scoring.
+
+    Returns:
+        The scores; None if it was interrupted.
     """
-    mesh, micro = engine.mesh, config.training.micro_batch_size
-    positions = data.validation.validation_positions(config.validation.eval_sequences)
+    mesh, micro, data = engine.mesh, config.training.micro_batch_size, datasets.validation
+    positions = data.validation_positions(config.validation.eval_sequences)
     count = len(positions)
-    bytes_per_token = torch.from_numpy(data.bytes_per_token)
-    sums = SourceSums(len(data.validation.sequences_per_source))
+    bytes_per_token = torch.from_numpy(datasets.bytes_per_token)
+    sums = SourceSums(len(data.sequences_per_source))
     with watch_saturation(engine.model) as saturation:
         for start in range(0, count, micro * mesh.data_world_size):
             inject_fault("validate")
-            if interrupted():
+            if is_interrupted():
                 return None
-            # Ranks without a sequence of their own take part with a copy that does not count.
+            # Ranks without a sequence of their own take part with a copy, whose loss is masked.
             rows = [start + mesh.data_rank + i * mesh.data_world_size for i in range(micro)]
-            batch = data.validation.get([positions[min(row, count - 1)] for row in rows])
+            batch = data.get([positions[min(row, count - 1)] for row in rows])
             batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence_parallel)
-            counts = torch.tensor([row < count for row in rows])
-            saturation.rows = counts
-            batch = batch._replace(targets=batch.targets.masked_fill(~counts[:, None], -100))
+            is_scored = torch.tensor([row < count for row in rows])
+            saturation.rows = is_scored
+            batch = batch._replace(targets=batch.targets.masked_fill(~is_scored[:, None], -100))
             text = bytes_per_token[batch.targets.clamp(min=0)].masked_fill(batch.targets < 0, 0).sum(1)
             sums.add(batch, engine.evaluate(batch.to(mesh.device)).rows, text)
-    total = sums.take(mesh)
+    total = sums.all_reduce(mesh)
     nats, tokens, text_bytes = total.sum(0).tolist()
     return Scores(
         nats / max(1, tokens),
         nats / math.log(2) / max(1, text_bytes),
-        data.gzip_bits_per_byte,
-        validation_values(data.validation.corpus.names, total),
+        datasets.gzip_bits_per_byte,
+        validation_values(data.corpus.names, total),
         saturation.values(mesh),
     )

@@ -39,7 +39,7 @@ SMALL_CONFIG: dict[str, Any] = {
     # Elements whose gradient is summation noise would otherwise move by a full learning rate, in either direction.
     "optimizer": {"learning_rate": 3.0e-3, "warmup_steps": 2, "max_grad_norm": 0.5, "eps": 1.0e-5},
     "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "log_interval": 1},
-    "validation": {"eval_interval": 0, "eval_sequences": 5},
+    "validation": {"eval_interval": 0, "eval_sequences": 5, "sample_tokens": 0},
     "checkpoint": {"save_interval": 0},
 }
 

@@ -18,7 +18,7 @@ from kabrn_dist.train.trainer import Trainer
 def open_trainers(jobs: list[tuple[str, str]]) -> Iterator[Trainer]:
     """Yield a trainer for each (configuration file, resume) of `jobs`, as `launch/train.py` makes it. Collective.
 
-    The caller runs or steps a trainer to its end and closes it before it asks for the next.
+    The caller runs or steps a trainer to its end before it asks for the next, which closes it.
     """
     env = read_launch_env()
     with init_distributed(env) as device:
@@ -27,15 +27,9 @@ def open_trainers(jobs: list[tuple[str, str]]) -> Iterator[Trainer]:
             config.check_world_size(env.world_size)
             parallel = config.parallel
             mesh = make_mesh(env, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
-            yield Trainer(resolve_placement(config, mesh), mesh, open_datasets(config), resume)
-
-
-def close_trainer(trainer: Trainer) -> None:
-    """Finish and close a trainer that was stepped by hand, not by `run`."""
-    trainer._finish(0)
-    trainer.watchdog.stop()
-    trainer.metrics.close()
-    trainer.engine.close()
+            with Trainer.create(resolve_placement(config, mesh), mesh, open_datasets(config), resume) as trainer:
+                yield trainer
+            trainer.engine.close()
 
 
 def read_jobs(path: str) -> list[Any]:

@@ -102,14 +102,15 @@ def spoil_gradients(jobs: list[list[Any]], step: int) -> None:
         for path, resume, stop_after in jobs:
             config = load_config(path)
             mesh = make_mesh(place, device, config.parallel.expert_parallel)
-            session = Trainer(config, mesh, open_datasets(config), resume)
+            session = Trainer.create(config, mesh, open_datasets(config), resume)
             spoiled = next(iter(session.engine.model.routed_parameters()))
 
             def spoil(gradient: torch.Tensor, session: Trainer = session, rank: int = mesh.rank) -> torch.Tensor:
                 return gradient * math.inf if (rank, session.step) == (1, step - 1) else gradient
 
             spoiled.register_hook(spoil)
-            session.run(stop_after)
+            with session:
+                session.run(stop_after)
             session.engine.close()
 
 

@@ -102,7 +102,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         "stop_requests.ECHO_SECONDS = 0.3\n"
         "w = stop_requests.StopRequests(Path(sys.argv[1]), True, None)\n"
         "with w.listening():\n"
-        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); print(w.requested(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print(w.requested(), flush=True)\n"
         "    time.sleep(0.4); os.kill(os.getpid(), signal.SIGINT); time.sleep(1); print('still here')\n"
     )
     ended = wait_for_exit(start_command([sys.executable, "-c", code, str(tmp_path)]), 60)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.trainers import close_trainer, open_trainers, read_jobs
+from tests.support.trainers import open_trainers, read_jobs
 
 
 def main(jobs: str) -> None:
@@ -22,12 +22,12 @@ def main(jobs: str) -> None:
         gc.disable()
         alive = []
         for _ in range(trainer.config.training.steps - 1):
-            trainer._train_step()
+            trainer.train_step()
             alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
         gc.enable()
         assert max(alive[3:]) <= min(alive[3:]) + 2, f"{Path(path).stem}: {alive}"
-        trainer._train_step()
-        close_trainer(trainer)
+        trainer.train_step()
+        trainer.finish()
 
 
 if __name__ == "__main__":

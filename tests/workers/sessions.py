@@ -15,7 +15,6 @@ def main(jobs: str) -> None:
     trainers = open_trainers([(path, resume) for path, resume, _ in sessions])
     for (_, _, stop_after), trainer in zip(sessions, trainers, strict=True):
         trainer.run(stop_after)
-        trainer.engine.close()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kabrn_dist.backend.ternary_sharding import TernaryShard
 from kabrn_dist.distributed.mesh import Mesh
-from tests.support.trainers import close_trainer, open_trainers, read_jobs
+from tests.support.trainers import open_trainers, read_jobs
 
 
 def main(jobs: str) -> None:
@@ -21,7 +21,7 @@ def main(jobs: str) -> None:
         assert trainer.engine.shards is not None
         before: list[Tensor] = []
         for _ in range(trainer.config.training.steps):
-            trainer._train_step()
+            trainer.train_step()
             trainer.engine.refresh()
             shards = trainer.engine.shards
             codes = [check_codes(shard, trainer.mesh) for shard in shards.by_name.values()]
@@ -29,7 +29,7 @@ def main(jobs: str) -> None:
             before = codes
             latents = sum(shard.ranks * shard.size for shard in shards.by_name.values())
             assert shards.resident_bytes() <= 0.3 * latents
-        close_trainer(trainer)
+        trainer.finish()
 
 
 def check_codes(shard: TernaryShard, mesh: Mesh) -> Tensor:

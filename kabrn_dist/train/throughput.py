@@ -1,0 +1,77 @@
+"""Speed of training relative to the device: measured matmul rate and model FLOPs utilization (MFU)."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from kabrn_dist.distributed.mesh import Mesh
+
+# Rows, inner and outer size of the product that stands for the device's speed.
+MATMUL_SHAPE = (512, 512, 512)
+CUDA_MATMUL_SHAPE = (4096, 4096, 4096)
+MATMUL_SECONDS = 0.25
+
+
+def time_matmul(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
+    """Return the FLOP/s of a matrix product on this rank: the best of several runs, while all ranks try. Collective.
+
+    Ranks that share cores or a card slow each other down as they do in training.
+
+    Args:
+        device: where to multiply.
+        dtype: of both matrices.
+        shape: rows, inner and outer size.
+        seconds: how long to try.
+    """
+    rows, inner, outer = shape
+    left = torch.ones(rows, inner, device=device, dtype=dtype)
+    right = torch.ones(inner, outer, device=device, dtype=dtype)
+    left @ right
+    if dist.is_initialized():
+        dist.barrier()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        _wait_for(device)
+        begin = time.perf_counter()
+        for _ in range(8):
+            left @ right
+        _wait_for(device)
+        best = min(best, time.perf_counter() - begin)
+    return 8 * 2.0 * rows * inner * outer / best
+
+
+def measure_matmul_rate(mesh: Mesh, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of matrix products on all ranks together. Collective; takes `MATMUL_SECONDS`."""
+    shape = CUDA_MATMUL_SHAPE if mesh.device.type == "cuda" else MATMUL_SHAPE
+    rate = torch.tensor(time_matmul(mesh.device, dtype, shape, MATMUL_SECONDS), dtype=torch.float64)
+    return float(mesh.all_reduce_sum(rate.to(mesh.device)))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class TimeLeft:
+    """Estimates the time to the end of a run from the steps of this session, validations and saves included.
+
+    Args:
+        last_step: last step of the run.
+    """
+
+    def __init__(self, last_step: int) -> None:
+        self.last_step = last_step
+        # After the first step of the session, which is slower than all others.
+        self._first: tuple[int, float] | None = None
+
+    def seconds(self, step: int) -> float:
+        """Return the estimate after `step`; not a number after the first step of a session."""
+        now = time.monotonic()
+        if self._first is None or step <= self._first[0]:
+            self._first = (step, now)
+            return float("nan")
+        first, begin = self._first
+        return (now - begin) / (step - first) * (self.last_step - step)
