@@ -141,7 +141,7 @@ def test_bad_steps_lead_back_to_the_checkpoint_and_past_the_data(zero: int, shar
     for step in (6, 9):
         tensors, state = checkpoint(whole, step)
         again, resumed = checkpoint(parts, step)
-        assert state["passed_over"] == 2 and state["cursor"]["consumed"] == (step + 2) * 4
+        assert state["skipped_data_steps"] == 2 and state["cursor"]["consumed"] == (step + 2) * 4
         assert state["guard"] == resumed["guard"] and state["guard"]["rollbacks"] == 1
         assert all(torch.equal(values, again[name]) for name, values in tensors.items())
     entries = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
