@@ -150,7 +150,7 @@ def test_bad_steps_lead_back_to_the_checkpoint_and_past_the_data(zero: int, shar
     assert read_losses(whole) == read_losses(parts)
 
 
-def test_a_run_ends_early_where_data_that_was_passed_over_is_missing_at_the_end(tmp_path: Path) -> None:
+def test_a_run_ends_early_where_data_that_was_skipped_is_missing_at_the_end(tmp_path: Path) -> None:
     make_set(tmp_path / "set", Texts("once", train=20, epochs=1))
     changes = {
         "training__global_batch_size": 4,
