@@ -1,14 +1,15 @@
-"""What a run draws from: the sources of one shard set or several, with their weights."""
+"""Corpus of a run: the sources of one or several shard sets, with their weights."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from kabrn_dist.config import DataConfig
 from kabrn_dist.data.index import Source, SplitName
 from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.shard_set import ShardSet, open_shard_folder
@@ -16,37 +17,15 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.errors import UserError
 
 
-class ExtraSetSettings(Protocol):
-    """One more shard set: see `data.extra_sets` of the configuration."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-
-
-class DataSettings(Protocol):
-    """The `data` section of the configuration."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def extra_sets(self) -> Sequence[ExtraSetSettings]: ...
-    @property
-    def weights(self) -> Mapping[str, float]: ...
-    @property
-    def epochs(self) -> Mapping[str, float]: ...
-    @property
-    def cache_dir(self) -> Path: ...
-    @property
-    def cache_size_gb(self) -> float: ...
-
-
 class WeightedSource(NamedTuple):
     """A source as a run draws from it.
 
-    `name` is unique in the run; `weight` its share in any unit, 0 to leave it out of training; `epochs` the passes
-    after which it leaves, None for never.
+    Attributes:
+        name: Unique in the run.
+        shards: Shard set that holds the source.
+        source: Its entry in the index.
+        weight: Fraction of the training sequences in any unit; 0 to leave it out of training.
+        epochs: Passes after which it is exhausted; None for never.
     """
 
     name: str
@@ -58,12 +37,12 @@ class WeightedSource(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sources of shard sets that share one tokenizer.
+    """Sources of shard sets that have the same tokenizer.
 
     Attributes:
-        sets: at least one.
-        sources: of all sets, in their order.
-        cache_bytes: what may be kept of sets behind a URL.
+        sets: Shard sets, at least one.
+        sources: Sources of all sets, in their order.
+        cache_bytes: Limit on the cache of sets behind a URL.
     """
 
     sets: tuple[ShardSet, ...]
@@ -72,87 +51,105 @@ class Corpus:
 
     @property
     def names(self) -> list[str]:
-        """The sources' names."""
-        return [drawn.name for drawn in self.sources]
+        """Names of the sources."""
+        return [source.name for source in self.sources]
 
     @property
     def document_token(self) -> int:
+        """Id of the token that begins each document."""
         return self.sets[0].index.document_token
 
     @property
     def location(self) -> str:
-        """The sets' folders and URLs, for messages."""
-        return ", ".join(each.location for each in self.sets)
+        """Folders and URLs of the sets, for messages."""
+        return ", ".join(shards.location for shards in self.sets)
 
     @property
     def is_remote(self) -> bool:
-        """True where a set lies behind a URL."""
-        return any(each.is_remote for each in self.sets)
+        """Whether a set lies behind a URL."""
+        return any(shards.is_remote for shards in self.sets)
 
     @property
     def tokenizer_sha256(self) -> str:
+        """Hash of `tokenizer.json`."""
         return self.sets[0].index.tokenizer.sha256
 
     def tokenizer(self) -> Tokenizer:
-        """Return the sets' tokenizer. Raises UserError when it is not the one that made the shards."""
+        """Return the tokenizer of the sets.
+
+        Raises:
+            UserError: if it is not the one that made the shards.
+        """
         return self.sets[0].tokenizer()
 
     def num_tokens(self, split: SplitName) -> int:
-        """Tokens of a split, over all sources."""
-        return sum(each.index.tokens(split) for each in self.sets)
+        """Return the number of tokens of a split, over all sources."""
+        return sum(shards.index.tokens(split) for shards in self.sets)
 
     def gzip_bits_per_byte(self) -> float:
-        """What `gzip -9` makes of the validation texts, in bits per byte of them; 0 where nobody says."""
-        packed = sum(each.index.gzip9_bytes("validation") for each in self.sets)
-        return 8 * packed / max(1, sum(each.index.text_bytes("validation") for each in self.sets))
+        """Return the size of the validation texts after `gzip -9` in bits per byte of text; 0 if it is not recorded."""
+        gzip_bytes = sum(shards.index.gzip9_bytes("validation") for shards in self.sets)
+        return 8 * gzip_bytes / max(1, sum(shards.index.text_bytes("validation") for shards in self.sets))
 
 
-def open_corpus(settings: DataSettings) -> Corpus:
+def open_corpus(data_config: DataConfig) -> Corpus:
     """Open all shard sets of a configuration.
 
-    Raises UserError when one cannot be read or is wrong, they have different tokenizers, or `weights` and `epochs` name
-    a source that there is not or leave nothing to draw.
+    Raises:
+        UserError: if one cannot be read or is wrong, they have different tokenizers, or `weights` and `epochs` name an
+            unknown source or leave nothing to draw from.
     """
-    paths = [settings.path, *(each.path for each in settings.extra_sets)]
-    sets = [open_shard_set(path, settings.cache_dir, settings.cache_size_gb) for path in paths]
-    for other in sets[1:]:
-        found, wanted = other.index.tokenizer.sha256, sets[0].index.tokenizer.sha256
-        if found != wanted:
-            raise UserError(
-                f"data.extra_sets: {other.location} has tokenizer {found[:12]}, {sets[0].location} has {wanted[:12]}. "
-                "Prepare both with the same (--tokenizer of data_prep)."
-            )
-    factors = [1.0, *(each.weight for each in settings.extra_sets)]
+    extra_sets = data_config.extra_sets
+    paths = [data_config.path, *(extra.path for extra in extra_sets)]
+    sets = [open_shard_set(path, data_config.cache_dir, data_config.cache_size_gb) for path in paths]
+    _check_tokenizers(sets)
+    factors = [1.0, *(extra.weight for extra in extra_sets)]
     sources: dict[str, WeightedSource] = {}
-    for each, factor in zip(sets, factors, strict=True):
-        for source in each.index.sources:
+    for shards, factor in zip(sets, factors, strict=True):
+        for source in shards.index.sources:
             name = _free_name(source.name, sources)
-            sources[name] = WeightedSource(name, each, source, factor * source.weight, source.epochs)
-    for key, given in (("weights", settings.weights), ("epochs", settings.epochs)):
-        for name in given:
+            sources[name] = WeightedSource(name, shards, source, factor * source.weight, source.epochs)
+    weights, epochs = data_config.weights, data_config.epochs
+    for key, overrides in (("weights", weights), ("epochs", epochs)):
+        for name in overrides:
             if name not in sources:
-                raise UserError(f"data.{key}: there is no source {name!r}; there are {', '.join(sources)}.")
-    drawn = tuple(
-        each._replace(weight=settings.weights.get(name, each.weight), epochs=settings.epochs.get(name, each.epochs))
-        for name, each in sources.items()
+                raise UserError(f"data.{key}: unknown source {name!r}; use one of {', '.join(sources)}")
+    weighted = tuple(
+        source._replace(weight=weights.get(name, source.weight), epochs=epochs.get(name, source.epochs))
+        for name, source in sources.items()
     )
-    total = sum(each.weight for each in drawn)
+    total = sum(source.weight for source in weighted)
     if not 0 < total < math.inf:
         raise UserError(
-            f"data.weights: the weights of {', '.join(sources)} sum to {total:g}, so there is nothing to draw by; give "
-            "at least one source a weight above 0."
+            f"data.weights: the weights of {', '.join(sources)} sum to {total:g}, so there is nothing to draw from; "
+            "give at least one source a weight above 0"
         )
-    return Corpus(tuple(sets), drawn, settings.cache_size_gb * 1e9)
+    return Corpus(tuple(sets), weighted, data_config.cache_size_gb * 1e9)
 
 
 def open_folder_corpus(folder: Path) -> Corpus:
-    """Open one folder as its index says. Raises UserError when the index or a shard is missing or wrong."""
+    """Open one shard folder with the weights of its index.
+
+    Raises:
+        UserError: if the index or a shard is missing or wrong.
+    """
     shards = open_shard_folder(folder)
-    drawn = (WeightedSource(s.name, shards, s, s.weight, s.epochs) for s in shards.index.sources)
-    return Corpus((shards,), tuple(drawn))
+    sources = (WeightedSource(s.name, shards, s, s.weight, s.epochs) for s in shards.index.sources)
+    return Corpus((shards,), tuple(sources))
+
+
+def _check_tokenizers(sets: list[ShardSet]) -> None:
+    first = sets[0]
+    for other in sets[1:]:
+        hashes = [shards.index.tokenizer.sha256 for shards in (other, first)]
+        if hashes[0] != hashes[1]:
+            raise UserError(
+                f"data.extra_sets: {other.location} has tokenizer {hashes[0][:12]}, {first.location} has "
+                f"{hashes[1][:12]}; prepare both with the same (--tokenizer of data_prep)"
+            )
 
 
 def _free_name(name: str, taken: Mapping[str, WeightedSource]) -> str:
-    """`name`, or `name.2`, `name.3` and so on where there is one of that name."""
+    """Return `name`, or `name.2`, `name.3` and so on if it is taken."""
     candidates = (name if number == 1 else f"{name}.{number}" for number in itertools.count(1))
-    return next(free for free in candidates if free not in taken)
+    return next(candidate for candidate in candidates if candidate not in taken)

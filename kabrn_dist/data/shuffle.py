@@ -1,4 +1,4 @@
-"""Which sequence comes when: a pure function of the position, so that nothing has to be stored or shared."""
+"""Shuffled order of sequences: a pure function of the position, so that nothing has to be stored or shared."""
 
 from __future__ import annotations
 
@@ -12,18 +12,33 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
-# Short epochs use shorter runs, so that there are about this many to shuffle.
-_RUNS_WANTED = 64
+# Short epochs use shorter blocks, so that there are about this many to shuffle.
+_TARGET_BLOCKS = 64
 
-# Runs that are read side by side. A batch up to this size then holds no two neighbours of one text.
+# Blocks that are interleaved. A batch up to this size then holds no two neighbors of one text.
 _LANES = 256
 
 
 def permute(x: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Map integers [...] in [0, n) to int64 [...] by a bijection of [0, n) that depends on `key`.
+    """Map integers in [0, n) through a bijection of [0, n) that depends on the key.
 
-    A Feistel cipher on the smallest even number of bits that holds n; a result beyond n is enciphered again
-    until it falls inside (at most four times on average). Raises ValueError when a value lies outside [0, n).
+    A Feistel cipher on the smallest even number of bits that holds n; a result beyond n is enciphered again until it
+    falls inside (cycle walking, at most four times on average).
+
+    Args:
+        x: Integers [...] in [0, n).
+        n: Size of the domain.
+        key: Unsigned 64-bit key.
+
+    Returns:
+        int64, of the shape of `x`.
+
+    Raises:
+        ValueError: if a value lies outside [0, n).
+
+    Example:
+        >>> permute(np.arange(8), 8, key=1).tolist()
+        [6, 4, 5, 3, 1, 2, 0, 7]
     """
     if x.size and not 0 <= x.min() <= x.max() < n:
         raise ValueError(f"permute: values from {x.min()} to {x.max()} do not lie in [0, {n})")
@@ -45,7 +60,7 @@ def permute(x: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def permute_naive(x: int, n: int, key: int) -> int:
-    """One value of `permute` in plain Python integers."""
+    """Return one value of `permute`, computed in plain Python integers."""
     half = _half_bits(n)
     low = (1 << half) - 1
     while True:
@@ -62,12 +77,25 @@ def permute_naive(x: int, n: int, key: int) -> int:
 
 @dataclass(frozen=True)
 class BlockShuffle:
-    """Global position → sequence number. Each epoch visits each of the `sequences` exactly once.
+    """Map from global position to sequence number, in which each epoch visits each sequence exactly once.
 
-    Runs of consecutive sequences are shuffled, not single ones, and many runs are read in turn: a batch is drawn from
-    all over the corpus, and yet each file is read forwards in a few places. Where the
-    run length does not divide the number of sequences, the rest comes at the epoch's end; a rotation that
-    differs from epoch to epoch decides which sequences these are, and where runs begin.
+    Blocks of consecutive sequences are shuffled instead of single ones, and many blocks are interleaved: a batch is
+    drawn from all over the corpus, and yet each file is read forward in a few places. If the block size does not
+    divide the number of sequences, the remainder comes at the end of the epoch; a rotation that differs from epoch to
+    epoch decides which sequences these are, and where blocks begin.
+
+    Attributes:
+        sequences: Number of sequences in an epoch.
+        seed: Seed of the order.
+        block_size: Sequences in a block; fewer in short epochs.
+
+    Raises:
+        ValueError: if `sequences` or `block_size` is below 1.
+
+    Example:
+        >>> shuffle = BlockShuffle(sequences=6, seed=0)
+        >>> shuffle(np.arange(6)).tolist(), shuffle(np.arange(6, 12)).tolist()
+        ([2, 3, 5, 1, 0, 4], [1, 0, 4, 2, 3, 5])
     """
 
     sequences: int
@@ -76,39 +104,42 @@ class BlockShuffle:
 
     def __post_init__(self) -> None:
         if self.sequences < 1 or self.block_size < 1:
-            raise ValueError(f"Order: sequences {self.sequences} and run {self.block_size} must be at least 1")
+            raise ValueError(
+                f"BlockShuffle: sequences {self.sequences} and block_size {self.block_size} must be at least 1"
+            )
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Map global positions, int [...] from 0 on without end, to sequence numbers, int64 [...].
+        """Map global positions, int [...] of any size, to sequence numbers, int64 [...].
 
-        Raises ValueError when a position is negative.
+        Raises:
+            ValueError: if a position is negative.
         """
         positions = np.asarray(positions, np.int64)
         if positions.size and positions.min() < 0:
-            raise ValueError(f"Order: position {positions.min()} is negative")
+            raise ValueError(f"BlockShuffle: position {positions.min()} is negative")
         epochs, slots = np.divmod(positions, self.sequences)
         numbers = np.empty_like(slots)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            numbers[here] = self._epoch(slots[here], epoch)
+            in_epoch = epochs == epoch
+            numbers[in_epoch] = self._shuffle_epoch(slots[in_epoch], epoch)
         return numbers
 
-    def _epoch(self, slots: np.ndarray, epoch: int) -> np.ndarray:
+    def _shuffle_epoch(self, slots: np.ndarray, epoch: int) -> np.ndarray:
         key, rotation = epoch_keys(self.seed, epoch)
-        run = max(1, min(self.block_size, self.sequences // _RUNS_WANTED))
-        runs = self.sequences // run
+        size = max(1, min(self.block_size, self.sequences // _TARGET_BLOCKS))
+        blocks = self.sequences // size
         numbers = slots.copy()
-        whole = slots < runs * run
-        place, offset = _interleave(slots[whole], runs, run)
-        numbers[whole] = permute(place, runs, key) * run + offset
+        in_blocks = slots < blocks * size
+        block, offset = _interleave(slots[in_blocks], blocks, size)
+        numbers[in_blocks] = permute(block, blocks, key) * size + offset
         return (numbers + rotation % self.sequences) % self.sequences
 
 
 def _interleave(slots: np.ndarray, blocks: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Slot → (run's place, offset in the run), taking one sequence of each of `_LANES` runs in turn."""
-    window, within = np.divmod(slots, _LANES * block_size)
+    """Map slots to (block, offset in the block), taking one sequence from each of `_LANES` blocks in turn."""
+    window, slot = np.divmod(slots, _LANES * block_size)
     lanes = np.minimum(_LANES, blocks - window * _LANES)
-    return window * _LANES + within % lanes, within // lanes
+    return window * _LANES + slot % lanes, slot // lanes
 
 
 def epoch_keys(seed: int, epoch: int) -> tuple[int, int]:

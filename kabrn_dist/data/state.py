@@ -1,4 +1,4 @@
-"""Where a run stands in its data, and whether another session goes on with the same."""
+"""Position of a run in its data, and the check that a later session continues with the same data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from kabrn_dist.utils.errors import UserError
 
 
 class HasDataState(Protocol):
-    """What has cursors: see `Batches`."""
+    """Data with a position that can be stored, such as `TokenDataset`."""
 
-    def state(self, consumed: int) -> DataState: ...
+    def state(self, consumed: int) -> DataState:
+        """Return the state after `consumed` sequences."""
 
 
 @dataclass(frozen=True)
 class DataState:
-    """Where a run stands in its data: `consumed` sequences over all ranks since its start, and of what.
+    """Position of a run in its data. The fields are part of the checkpoint format.
 
-    `fingerprint` covers the sets and their weights; `drawn` says the same in words, source by source.
+    Attributes:
+        consumed: Sequences read over all ranks since the start of the run.
+        seed: Seed of the order.
+        sequence_length: Tokens of a sequence.
+        fingerprint: Hash over the shard sets and their weights.
+        drawn: For each source that is drawn from, a description of all that decides about the order.
     """
 
     consumed: int
@@ -32,42 +38,54 @@ class DataState:
     drawn: dict[str, str] = field(default_factory=dict)
 
     def check(self, data: HasDataState) -> None:
-        """Raise UserError when `data` would not go on with the stream that this cursor was taken from."""
-        now = data.state(self.consumed)
-        if self.fingerprint != now.fingerprint:
-            names = [name for name in {**self.drawn, **now.drawn} if self.drawn.get(name) != now.drawn.get(name)]
+        """Check that `data` continues the stream of sequences that this state is from.
+
+        Raises:
+            UserError: if it does not, with the differences.
+        """
+        current = data.state(self.consumed)
+        if self.fingerprint != current.fingerprint:
             changes = "; ".join(
-                f"{name}: {self.drawn.get(name, 'not drawn')}, now {now.drawn.get(name, 'not drawn')}" for name in names
+                f"{name}: {self.drawn.get(name, 'not drawn')}, now {current.drawn.get(name, 'not drawn')}"
+                for name in {**self.drawn, **current.drawn}
+                if self.drawn.get(name) != current.drawn.get(name)
             )
             raise UserError(
-                f"the checkpoint was trained on data {self.fingerprint[:12]}, the run has {now.fingerprint[:12]}"
-                f"{f' ({changes})' if changes else ''}. Resume with the old data, data.extra_sets, data.weights and "
-                "data.epochs, or start a new run."
+                f"the checkpoint was trained on data {self.fingerprint[:12]}, the run has {current.fingerprint[:12]}"
+                f"{f' ({changes})' if changes else ''}; resume with the old data, data.extra_sets, data.weights and "
+                "data.epochs, or start a new run"
             )
-        for key, then, here in (
-            ("seed", self.seed, now.seed),
-            ("sequence_length", self.sequence_length, now.sequence_length),
+        for key, before, now in (
+            ("seed", self.seed, current.seed),
+            ("sequence_length", self.sequence_length, current.sequence_length),
         ):
-            if then != here:
-                raise UserError(f"{key}: the checkpoint has {then}, the run {here}. Set it back, or start a new run.")
+            if before != now:
+                raise UserError(
+                    f"{key}: the checkpoint has {before}, the run {now}; set {key} to {before}, or start a new run"
+                )
 
 
 def describe_sources(corpus: Corpus, slots_per_period: Sequence[int]) -> dict[str, str]:
-    """Say, for each source that is drawn from, all that decides about the order; `slots` of a period are its own."""
+    """Return, for each source that is drawn from, a description of all that decides about the order.
+
+    Args:
+        corpus: Sources of the run.
+        slots_per_period: Slots of each source in a period of the mixture.
+    """
     return {
-        drawn.name: f"{_describe_one(drawn)}, {count} of {sum(slots_per_period)} draws"
-        for drawn, count in zip(corpus.sources, slots_per_period, strict=True)
+        source.name: f"{_describe_one(source)}, {count} of {sum(slots_per_period)} draws"
+        for source, count in zip(corpus.sources, slots_per_period, strict=True)
         if count
     }
 
 
-def data_fingerprint(corpus: Corpus, drawn: dict[str, str]) -> str:
-    """Return the index's fingerprint of a single source, else one over all that `describe` says."""
+def data_fingerprint(corpus: Corpus, descriptions: dict[str, str]) -> str:
+    """Return the fingerprint of the index for a single source, else a hash over `describe_sources`."""
     if len(corpus.sources) == 1:
         return corpus.sets[0].index.fingerprint
-    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(descriptions, sort_keys=True).encode()).hexdigest()
 
 
-def _describe_one(drawn: WeightedSource) -> str:
-    passes = "no end" if drawn.epochs is None else f"{drawn.epochs:g} epochs"
-    return f"data {drawn.shards.index.fingerprint[:16]}, {passes}"
+def _describe_one(source: WeightedSource) -> str:
+    passes = "no end" if source.epochs is None else f"{source.epochs:g} epochs"
+    return f"data {source.shards.index.fingerprint[:16]}, {passes}"

@@ -62,8 +62,8 @@ def test_weights_and_epochs_of_the_run_override_the_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"weights": {"wbe": 1.0}}, "data.weights: there is no source 'wbe'; there are web, math."),
-        ({"epochs": {"code": 1.0}}, "data.epochs: there is no source 'code'; there are web, math."),
+        ({"weights": {"wbe": 1.0}}, "data.weights: unknown source 'wbe'; use one of web, math"),
+        ({"epochs": {"code": 1.0}}, "data.epochs: unknown source 'code'; use one of web, math"),
         ({"weights": {"web": 0.0, "math": 0.0}}, "the weights of web, math sum to 0"),
     ],
 )
@@ -80,7 +80,7 @@ def test_sets_of_different_tokenizers_are_refused(folder: Path, tmp_path: Path) 
     )
     write_index(tmp_path / "two", changed)
     shutil.copytree(folder / "one", tmp_path / "one")
-    with pytest.raises(UserError, match=r"data.extra_sets: .*two has tokenizer ffffffffffff, .*one has .*Prepare both"):
+    with pytest.raises(UserError, match=r"data.extra_sets: .*two has tokenizer ffffffffffff, .*one has .*prepare both"):
         open_sets(tmp_path, ("two", 1.0))
     with pytest.raises(UserError, match=r"nowhere/index.json: No such file"):
         open_sets(tmp_path, ("nowhere", 1.0))

@@ -140,15 +140,15 @@ def test_slices_join_to_the_whole_and_keep_global_numbers(folder: Path) -> None:
 
 def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path) -> None:
     batches = TokenDataset(open_folder_corpus(folder), "train", LENGTH, seed=5)
-    cursor = DataState(**asdict(batches.state(48)))
-    cursor.check(batches)
+    state = DataState(**asdict(batches.state(48)))
+    state.check(batches)
     for changed, expected in (
-        (replace(cursor, seed=6), "seed: the checkpoint has 6, the run 5. Set it back"),
+        (replace(state, seed=6), "seed: the checkpoint has 6, the run 5; set seed to 6"),
         (
-            replace(cursor, sequence_length=32),
-            "sequence_length: the checkpoint has 32, the run 64. Set it back",
+            replace(state, sequence_length=32),
+            "sequence_length: the checkpoint has 32, the run 64; set sequence_length to 32",
         ),
-        (replace(cursor, fingerprint="f" * 64), "trained on data ffffffffffff, the run has"),
+        (replace(state, fingerprint="f" * 64), "trained on data ffffffffffff, the run has"),
     ):
         with pytest.raises(UserError, match=expected):
             changed.check(batches)
@@ -157,7 +157,7 @@ def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path
 def test_too_little_data_is_said_at_once(folder: Path) -> None:
     tokens = read_index(folder).tokens("validation")
     assert TokenDataset(open_folder_corpus(folder), "validation", tokens - 1, seed=0).num_sequences == 1
-    with pytest.raises(UserError, match=rf"validation split has {tokens} tokens.*needs {tokens + 1}.*Shorten"):
+    with pytest.raises(UserError, match=rf"validation split has {tokens} tokens.*needs {tokens + 1}.*shorten"):
         TokenDataset(open_folder_corpus(folder), "validation", tokens, seed=0)
     with pytest.raises(UserError, match="sequence_length: 0"):
         TokenDataset(open_folder_corpus(folder), "train", 0, seed=0)
@@ -235,8 +235,8 @@ def test_mixed_rows_are_the_same_for_every_world(mixed: Corpus, world: int) -> N
 
 def test_a_cursor_names_what_changed(mixed: Corpus) -> None:
     batches = TokenDataset(mixed, "train", LENGTH, seed=5)
-    cursor = batches.state(48)
-    DataState(**json.loads(json.dumps(asdict(cursor)))).check(batches)
+    state = batches.state(48)
+    DataState(**json.loads(json.dumps(asdict(state)))).check(batches)
 
     def changed(number: int, **fields: float | None) -> TokenDataset:
         sources = list(mixed.sources)
@@ -245,14 +245,14 @@ def test_a_cursor_names_what_changed(mixed: Corpus) -> None:
 
     # In another unit the same weights are the same.
     same = tuple(drawn._replace(weight=8 * drawn.weight) for drawn in mixed.sources)
-    cursor.check(TokenDataset(replace(mixed, sources=same), "train", LENGTH, seed=5))
+    state.check(TokenDataset(replace(mixed, sources=same), "train", LENGTH, seed=5))
     for other, expected in (
         (changed(1, weight=3.0), r"math: data \w+, no end, 964 of 4096 draws, now data \w+, no end, 1966 of 4096"),
         (changed(2, epochs=None), r"\(code: data \w+, 2 epochs, 964 of 4096 draws, now data \w+, no end, 964 of"),
-        (changed(2, weight=0.0), "code: .*now not drawn.*Resume with the old data, data.extra_sets, data.weights"),
+        (changed(2, weight=0.0), "code: .*now not drawn.*resume with the old data, data.extra_sets, data.weights"),
     ):
         with pytest.raises(UserError, match=expected):
-            cursor.check(other)
+            state.check(other)
 
 
 def test_the_end_of_the_data_is_known_at_the_start(mixed: Corpus) -> None:
@@ -264,7 +264,7 @@ def test_the_end_of_the_data_is_known_at_the_start(mixed: Corpus) -> None:
         UserError, match=rf"{batches.num_positions + 1:,} sequences, the data has {batches.num_positions:,} .*web 1.5"
     ):
         batches.check_length(batches.num_positions + 1)
-    with pytest.raises(UserError, match=r"Lower training\.steps"):
+    with pytest.raises(UserError, match=r"lower training\.steps"):
         batches.get([batches.num_positions])
     with pytest.raises(IndexError):
         batches.get([-1])

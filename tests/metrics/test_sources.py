@@ -134,6 +134,6 @@ def test_a_run_that_would_outlast_its_data_is_refused_at_the_start(folder: Path)
     data = {"weights": {"web": 0.0, "math": 0.0}}
     open_datasets(settings(folder, data=data))
     with pytest.raises(
-        UserError, match=r"800,000 sequences, the data has \d+ \(epochs: code 1\). Lower training.steps"
+        UserError, match=r"800,000 sequences, the data has \d+ \(epochs: code 1\); lower training.steps"
     ):
         open_datasets(settings(folder, data=data, training={"steps": 100_000}))
