@@ -1,11 +1,10 @@
-"""Files of this machine that can be had again: bounded, shared by all its processes, each whole or not there.
+"""Cache of downloaded files, bounded and shared by all processes of this machine; each file is whole or absent.
 
-`KEY` is a whole file; `KEY.SIZE.part` one that is being fetched, which counts with its final size.
+`KEY` is a whole file; `KEY.SIZE.part` one that is being downloaded, which counts with its final size.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.lock import flock_exclusive
 
 FetchFunction = Callable[[Path], None]
 
@@ -23,10 +23,16 @@ _WAIT_SECONDS = 0.05
 
 
 class FileCache:
-    """Keeps at most `limit` bytes in `folder`; what was used longest ago goes first. Any thread may ask.
+    """Files of at most `limit` bytes in a folder, least recently used first out. Any thread may call it.
 
-    A file that is dropped while a process has it open stays readable there. Raises UserError when the folder cannot be
-    made.
+    A file that is evicted while a process has it open stays readable there.
+
+    Args:
+        folder: Folder of the cache; made if needed.
+        limit: Most bytes to keep.
+
+    Raises:
+        UserError: if the folder cannot be made.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -34,12 +40,18 @@ class FileCache:
         try:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir {folder}: {error.strerror}. Choose a folder you can write to.") from error
+            raise UserError(f"data.cache_dir {folder}: {error.strerror}; choose a folder you can write to") from error
 
     def get(self, key: str, size: int, fetch: FetchFunction) -> Path:
-        """Return the file of `key`, a sha256, of `size` bytes; `fetch` completes a part that it is given.
+        """Return a file, fetching it if needed. One process of the machine fetches, the others wait.
 
-        One process of the machine fetches, the others wait. Raises UserError when the disk is full, and as `fetch`.
+        Args:
+            key: sha256 of the file.
+            size: Its size in bytes.
+            fetch: Completes the partial file that it is given.
+
+        Raises:
+            UserError: if the disk is full, and as `fetch`.
         """
         if (path := self._find(key, size)) is not None:
             return path
@@ -47,10 +59,19 @@ class FileCache:
             return self._fetch(key, size, fetch)
 
     def prefetch(self, key: str, size: int, fetch: FetchFunction) -> None:
-        """As `get`, but leaves alone what another process or thread is fetching."""
+        """Fetch a file as `get` does, unless another process or thread is fetching it.
+
+        Args:
+            key: As for `get`.
+            size: As for `get`.
+            fetch: As for `get`.
+
+        Raises:
+            UserError: as `get`.
+        """
         if self._find(key, size) is None:
-            with self._lock(_lock_name(key), wait=False) as mine:
-                if mine:
+            with self._lock(_lock_name(key), wait=False) as locked:
+                if locked:
                     self._fetch(key, size, fetch)
 
     def _find(self, key: str, size: int) -> Path | None:
@@ -64,73 +85,68 @@ class FileCache:
         return path
 
     def _fetch(self, key: str, size: int, fetch: FetchFunction) -> Path:
-        """With the key's lock held."""
+        """Fetch with the key's lock held."""
         if (path := self._find(key, size)) is not None:
             return path
         path, part = self._folder / key, self._folder / f"{key}.{size}.part"
         try:
             while not self._make_room(part, size):
-                # Others are fetching all that there is room for; what they have fetched may go.
+                # Others are fetching all that there is room for; what they have fetched may be evicted.
                 time.sleep(_WAIT_SECONDS)
             fetch(part)
             os.replace(part, path)
         except OSError as error:
             raise UserError(
-                f"data.cache_dir {self._folder}: {error.strerror or error}. Free some space there, lower data.cache_size_gb, or "
-                "choose another folder."
+                f"data.cache_dir {self._folder}: {error.strerror or error}; free some space there, lower "
+                "data.cache_size_gb, or choose another folder"
             ) from error
         return path
 
     def _make_room(self, part: Path, size: int) -> bool:
-        """Drop what is needed for `part` to fit, and begin it. False while others hold too much."""
+        """Evict files until `part` fits, and create it. False while other processes hold too much."""
         with self._lock("cache", wait=True):
             files = sorted(_list_files(self._folder), key=lambda file: file[1])
-            over = size + sum(bytes_ for path, _, bytes_ in files if path != part) - self._limit
-            for path, _, bytes_ in files:
-                if over <= 0:
+            excess = size + sum(file_bytes for path, _, file_bytes in files if path != part) - self._limit
+            for path, _, file_bytes in files:
+                if excess <= 0:
                     break
-                if path != part and self._drop(path):
-                    over -= bytes_
-            if over <= 0:
+                if path != part and self._evict(path):
+                    excess -= file_bytes
+            if excess <= 0:
                 part.touch()
-            return over <= 0
+            return excess <= 0
 
-    def _drop(self, path: Path) -> bool:
+    def _evict(self, path: Path) -> bool:
         if path.suffix == ".part":
-            with self._lock(_lock_name(path.name), wait=False) as mine:
-                if mine:
+            with self._lock(_lock_name(path.name), wait=False) as locked:
+                if locked:
                     path.unlink(missing_ok=True)
-                return mine
+                return locked
         path.unlink(missing_ok=True)
         return True
 
     @contextmanager
     def _lock(self, name: str, wait: bool) -> Iterator[bool]:
-        """Hold a lock of this machine, which ends with the process; without `wait` False comes if another has it."""
+        """Hold a lock of this machine; without `wait` yield False if another process has it."""
         descriptor = os.open(self._folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+            yield flock_exclusive(descriptor, timeout=None if wait else 0.0)
         finally:
             os.close(descriptor)
 
 
 def _lock_name(key: str) -> str:
-    # A file for each key would stay for ever: one that is removed may be held by a process that just opened it.
+    # A file for each key would stay for ever: removing one that a process has just opened would break the lock.
     return f"{int(key[:8], 16) % _LOCKS:02x}"
 
 
 def _list_files(folder: Path) -> Iterator[tuple[Path, float, int]]:
-    """(path, time of last use, bytes that it takes or will take)."""
+    """Yield (path, time of last use, bytes that it takes or will take)."""
     for entry in os.scandir(folder):
-        # Whatever else lies there is not the cache's to drop.
+        # Other files in the folder are not the cache's to evict.
         if name := _NAME.fullmatch(entry.name):
             try:
-                found = entry.stat()
+                stat = entry.stat()
             except FileNotFoundError:
                 continue
-            yield Path(entry.path), found.st_mtime, int(name["part"]) if name["part"] else found.st_size
+            yield Path(entry.path), stat.st_mtime, int(name["part"]) if name["part"] else stat.st_size

@@ -1,4 +1,4 @@
-"""Shard sets behind a URL: fetched through fsspec to a cache on this machine, piece by piece, and verified."""
+"""Shard sets behind a URL: downloaded through fsspec to a cache on this machine, chunk by chunk, and verified."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fsspec
 from kabrn_dist.data.cache import FileCache
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Shard
 from kabrn_dist.data.index_io import parse_index
-from kabrn_dist.data.shard_set import ShardSet, open_shard_folder
+from kabrn_dist.data.shard_set import MAX_OPEN_FILES, ShardSet, open_shard_folder
 from kabrn_dist.data.tokenizer import Tokenizer, check_tokenizer
 from kabrn_dist.utils.atomic_io import sha256_of
 from kabrn_dist.utils.errors import UserError
@@ -22,102 +22,142 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# This long after a failed try comes the next one.
+# Seconds to wait after each failed try.
 _RETRY_AFTER_SECONDS = (0.3, 1.0, 4.0, 15.0)
-# A request asks for so much; what has come by then survives a failure or a kill.
+# Bytes of a request; what has arrived by then survives a failure or a kill.
 _CHUNK_BYTES = 8 << 20
-_OPEN_FILES = 64
 
 
 def is_url(path: str) -> bool:
-    """True for `protocol://…`."""
+    """Return whether a path is a URL, `protocol://…`."""
     return "://" in path
 
 
 def open_shard_set(path: str, cache_dir: Path, cache_size_gb: float) -> ShardSet:
-    """Open a folder or a URL. Raises UserError when the index cannot be had or is wrong."""
+    """Open a folder or a URL of shards.
+
+    Args:
+        path: Folder or URL.
+        cache_dir: Folder of the cache for URLs.
+        cache_size_gb: Limit on the cache in GB.
+
+    Raises:
+        UserError: if the index cannot be read or is wrong.
+    """
     return RemoteSet(path, cache_dir, int(cache_size_gb * 1e9)) if is_url(path) else open_shard_folder(Path(path))
 
 
 class RemoteFiles:
-    """Files under a URL. Raises UserError for a protocol that this machine cannot speak."""
+    """Files under a URL.
+
+    Args:
+        url: URL of the folder.
+
+    Attributes:
+        url: URL without a slash at the end.
+
+    Raises:
+        UserError: for a protocol that this machine cannot read.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         protocol = url.split("://", 1)[0]
-        # Behind a proxy the environment says so, which aiohttp asks for only when told.
+        # aiohttp reads the proxy from the environment only on request.
         options = {"client_kwargs": {"trust_env": True}} if protocol in ("http", "https") else {}
         try:
             self._files: Any = fsspec.filesystem(protocol, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"data.path {url}: {protocol}:// cannot be read here ({error}). s3://, gs:// and hf:// need "
-                "`pip install '.[remote]'`; http:// and https:// need nothing more."
+                f"data.path {url}: {protocol}:// cannot be read here ({error}); s3://, gs:// and hf:// need "
+                "`pip install '.[remote]'`, http:// and https:// need nothing more"
             ) from error
 
     def read(self, name: str) -> bytes:
-        """Return a small file whole. Raises UserError when it cannot be had, after retries."""
+        """Return the content of a small file.
+
+        Raises:
+            UserError: if it cannot be read, after retries.
+        """
         return self._with_retries(name, lambda path: bytes(self._files.cat_file(path)))
 
     def download(self, shard: Shard, part: Path) -> None:
-        """Bring `part` up to the whole shard, from where it stands, and verify its sha256.
+        """Complete a partial file to the whole shard and verify its sha256.
 
-        A part that turns out wrong is fetched once more from its beginning. Raises UserError when that is wrong, too,
-        or the file cannot be had.
+        A file that turns out wrong is downloaded once more from its beginning.
+
+        Args:
+            shard: Shard to download.
+            part: Its first bytes, possibly none.
+
+        Raises:
+            UserError: if the second download is wrong, too, or the shard cannot be read.
         """
-        for again in (True, False):
-            while (have := part.stat().st_size) < shard.bytes:
-                self._append(shard, part, have)
-            found = sha256_of(part)
-            if found == shard.sha256:
+        for attempt in (1, 2):
+            while (size := part.stat().st_size) < shard.bytes:
+                self._append(shard, part, size)
+            digest = sha256_of(part)
+            if digest == shard.sha256:
                 return
             part.write_bytes(b"")
-            if not again:
+            if attempt == 2:
                 raise UserError(
-                    f"{self.url}/{shard.name}: came twice with sha256 {found[:12]}…, the index says "
-                    f"{shard.sha256[:12]}…. Upload this shard again, or prepare the data again."
+                    f"{self.url}/{shard.name}: came twice with sha256 {digest[:12]}…, the index says "
+                    f"{shard.sha256[:12]}…; upload this shard again, or prepare the data again"
                 )
 
-    def _append(self, shard: Shard, part: Path, have: int) -> None:
-        wanted = min(_CHUNK_BYTES, shard.bytes - have)
+    def _append(self, shard: Shard, part: Path, start: int) -> None:
+        count = min(_CHUNK_BYTES, shard.bytes - start)
 
-        def ask(path: str) -> bytes:
-            content = bytes(self._files.cat_file(path, start=have, end=have + wanted))
-            # A server that knows no ranges sends the whole file.
-            content = content[have:] if len(content) == shard.bytes > wanted else content
+        def request(path: str) -> bytes:
+            content = bytes(self._files.cat_file(path, start=start, end=start + count))
+            # A server without ranges sends the whole file.
+            content = content[start:] if len(content) == shard.bytes > count else content
             if not content:
-                raise OSError(f"{have} bytes, the index says {shard.bytes}")
+                raise OSError(f"{start} bytes, the index says {shard.bytes}")
             return content
 
-        content = self._with_retries(shard.name, ask)
+        content = self._with_retries(shard.name, request)
         with part.open("ab") as file:
             file.write(content)
 
-    def _with_retries(self, name: str, ask: Callable[[str], Result]) -> Result:
+    def _with_retries(self, name: str, request: Callable[[str], Result]) -> Result:
         url = f"{self.url}/{name}"
         path = self._files._strip_protocol(url)
         problem: Exception | None = None
         for pause in (*_RETRY_AFTER_SECONDS, None):
             try:
-                return ask(path)
-            # Every store raises errors of its own kind, and most of them pass.
+                return request(path)
+            # Every file system raises its own exceptions, most of them transient.
             except Exception as error:
                 problem = error
                 if _is_final(error):
-                    raise UserError(f"{url}: {_reason(error)}. Check the URL and who may read it.") from error
+                    raise UserError(f"{url}: {_reason(error)}; check the URL and who may read it") from error
             if pause is not None:
                 time.sleep(pause)
         assert problem is not None
         raise UserError(
-            f"{url}: {_reason(problem)}, in {len(_RETRY_AFTER_SECONDS) + 1} tries. Check the network, then start "
-            "again: what has been fetched is kept."
+            f"{url}: {_reason(problem)}, in {len(_RETRY_AFTER_SECONDS) + 1} tries; check the network, then start "
+            "again: what has been downloaded is kept"
         ) from problem
 
 
 class RemoteSet:
-    """A shard set under a URL, whose shards come to `cache` as they are needed; at most `limit` bytes are kept.
+    """A shard set under a URL, whose shards are downloaded to a cache as they are needed.
 
-    Raises UserError when the index cannot be had or is wrong, or one shard is larger than the cache.
+    Args:
+        url: URL of the folder.
+        cache: Folder of the cache.
+        limit: Most bytes to keep in the cache.
+
+    Attributes:
+        index: Contents of the set.
+        location: The URL, for messages.
+        max_open_files: Number of shards that a reader may keep open.
+        is_remote: True.
+
+    Raises:
+        UserError: if the index cannot be read or is wrong, or one shard is larger than the cache.
     """
 
     is_remote = True
@@ -131,40 +171,56 @@ class RemoteSet:
         if largest > limit:
             raise UserError(
                 f"data.cache_size_gb {limit / 1e9:g}: too small for a single shard of {self.location}, which has "
-                f"{largest / 1e9:.2g} GB. Set data.cache_size_gb to the size of the whole set, "
-                f"{total / 1e9:.3g}, if the disk has room."
+                f"{largest / 1e9:.2g} GB; set data.cache_size_gb to the size of the whole set, "
+                f"{total / 1e9:.3g}, if the disk has room"
             )
         if total > limit:
             # The order draws from all over the set.
             logger.warning(
-                "data.cache_size_gb %g: %s has %.3g GB, so shards will come again and again; the cache should hold it whole",
+                "data.cache_size_gb %g: %s has %.3g GB, so shards will be downloaded again and again; "
+                "set data.cache_size_gb so that the cache holds the whole set",
                 limit / 1e9,
                 self.location,
                 total / 1e9,
             )
-        # A file that is open keeps its place on the disk even when the cache has dropped it.
-        self.max_open_files = max(1, min(_OPEN_FILES, limit // (4 * largest)))
+        # An open file keeps its disk space even when the cache has evicted it.
+        self.max_open_files = max(1, min(MAX_OPEN_FILES, limit // (4 * largest)))
         self._cache = FileCache(cache, limit)
 
     def locate(self, shard: Shard) -> Path:
+        """Return the shard's file in the cache, downloading it if needed.
+
+        Raises:
+            UserError: if it cannot be downloaded.
+        """
         return self._cache.get(shard.sha256, shard.bytes, lambda part: self._files.download(shard, part))
 
     def prefetch(self, shard: Shard) -> None:
+        """Download the shard to the cache, unless another process is doing so.
+
+        Raises:
+            UserError: if it cannot be downloaded.
+        """
         self._cache.prefetch(shard.sha256, shard.bytes, lambda part: self._files.download(shard, part))
 
     def tokenizer(self) -> Tokenizer:
+        """Return the set's tokenizer.
+
+        Raises:
+            UserError: if it cannot be read or is not the one that made the shards.
+        """
         origin = f"{self.location}/{TOKENIZER_NAME}"
         return check_tokenizer(Tokenizer(self._files.read(TOKENIZER_NAME), origin), self.index, origin)
 
 
 def _is_final(error: Exception) -> bool:
     status = int(getattr(error, "status", 0) or 0)
-    asked_too_often = status in (408, 429)
-    return isinstance(error, FileNotFoundError | PermissionError) or (400 <= status < 500 and not asked_too_often)
+    is_rate_limited = status in (408, 429)
+    return isinstance(error, FileNotFoundError | PermissionError) or (400 <= status < 500 and not is_rate_limited)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    # The file systems' messages go on for lines.
+    # The messages of the file systems fill several lines.
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The token stream of one split of a source: all its blocks one after another, read by byte offset."""
+"""Token stream of one split of a source: all its blocks one after another, read by byte offset."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from kabrn_dist.data.index import Index, Shard, Source, SplitName
 from kabrn_dist.data.shard_set import ShardSet
 from kabrn_dist.utils.errors import UserError
 
-# Network disks have bad moments: this long after a failed try comes the next one.
+# Network disks fail now and then: seconds to wait after each failed try.
 _RETRY_AFTER_SECONDS = (0.1, 0.4)
 
 
 class TokenStream:
     """Random access to the concatenated tokens of one split of a source. For one thread at a time.
 
-    Raises UserError when the split's name is unknown.
+    Args:
+        shards: Shard set that holds the source.
+        source: Its entry in the index.
+        split: "train" or "validation".
+
+    Raises:
+        UserError: if the split's name is unknown.
     """
 
     def __init__(self, shards: ShardSet, source: Source, split: SplitName) -> None:
@@ -39,37 +45,40 @@ class TokenStream:
         self._files: OrderedDict[int, FileIO] = OrderedDict()
 
     def __len__(self) -> int:
-        """Tokens in the split."""
+        """Return the number of tokens in the split."""
         return int(self._start[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) as int64 [stop - start].
 
-        Raises IndexError when the range leaves the stream, UserError when a shard cannot be read or holds a
-        token outside the vocabulary.
+        Raises:
+            IndexError: if the range leaves the stream.
+            UserError: if a shard cannot be read or holds a token outside the vocabulary.
         """
         self._check_range(start, stop)
         tokens = np.empty(stop - start, np.int64)
-        for block, skip, count, at in self._block_ranges(start, stop):
-            tokens[at : at + count] = self._read_tokens(block, skip, count)
+        for block, skip, count, offset in self._block_ranges(start, stop):
+            tokens[offset : offset + count] = self._read_tokens(block, skip, count)
         return tokens
 
     def read_mask(self, start: int, stop: int) -> np.ndarray:
-        """Return bool [stop - start]: which of the tokens [start, stop) of a masked source count as targets.
+        """Return whether each of the tokens [start, stop) of a masked source carries loss, bool [stop - start].
 
-        Raises as `read`.
+        Raises:
+            IndexError: if the range leaves the stream.
+            UserError: if a shard cannot be read.
         """
         self._check_range(start, stop)
         mask = np.empty(stop - start, bool)
-        for block, skip, count, at in self._block_ranges(start, stop):
+        for block, skip, count, offset in self._block_ranges(start, stop):
             first, last = skip // 8, (skip + count + 7) // 8
             content = self._read_bytes(block, int(self._mask[block]) + first, last - first)
             bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
-            mask[at : at + count] = bits[skip % 8 : skip % 8 + count]
+            mask[offset : offset + count] = bits[skip % 8 : skip % 8 + count]
         return mask
 
     def list_shards(self, starts: np.ndarray, stops: np.ndarray) -> list[list[Shard]]:
-        """Return the shards that each range [start, stop) of tokens touches. Reads nothing; any thread may ask."""
+        """Return the shards that each range [start, stop) of tokens touches. Reads nothing; any thread may call it."""
         first = self._shard[np.searchsorted(self._start, starts, "right") - 1]
         last = self._shard[np.searchsorted(self._start, stops, "left") - 1]
         return [list(self._shards[a : b + 1]) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
@@ -84,13 +93,13 @@ class TokenStream:
             raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
 
     def _block_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(block, tokens to skip in it, tokens to take, place in the range) of each block that the range touches."""
+        """Yield (block, tokens to skip in it, tokens to take, offset in the range) of each block of the range."""
         block = int(np.searchsorted(self._start, start, "right")) - 1
-        at = start
-        while at < stop:
+        position = start
+        while position < stop:
             end = min(stop, int(self._start[block + 1]))
-            yield block, at - int(self._start[block]), end - at, at - start
-            at, block = end, block + 1
+            yield block, position - int(self._start[block]), end - position, position - start
+            position, block = end, block + 1
 
     def _read_tokens(self, block: int, skip: int, count: int) -> np.ndarray:
         size = self._dtype.itemsize
@@ -100,15 +109,15 @@ class TokenStream:
             raise self._damaged(block, f"token {tokens.max()} in a vocabulary of {self._vocabulary}")
         return tokens
 
-    def _read_bytes(self, block: int, offset: int, wanted: int) -> bytes:
+    def _read_bytes(self, block: int, offset: int, count: int) -> bytes:
         shard = int(self._shard[block])
         for pause in (*_RETRY_AFTER_SECONDS, None):
             try:
-                content = os.pread(self._file(shard).fileno(), wanted, offset)
-                problem = f"{len(content)} bytes instead of {wanted} at byte {offset}"
+                content = os.pread(self._file(shard).fileno(), count, offset)
+                problem = f"{len(content)} bytes instead of {count} at byte {offset}"
             except OSError as error:
                 content, problem = b"", str(error.strerror)
-            if len(content) == wanted:
+            if len(content) == count:
                 return content
             # A stale network handle never recovers, so the next try opens the file anew.
             if shard in self._files:
@@ -127,17 +136,21 @@ class TokenStream:
 
     def _damaged(self, block: int, problem: str) -> UserError:
         number = int(self._shard[block])
-        shard, where = self._shards[number], self._set.location
+        shard, location = self._shards[number], self._set.location
         return UserError(
-            f"{where}/{shard.name} block {block - int(self._first_blocks[number]):06d}: {problem}. Find every bad "
-            f"shard with `python -m data_prep inspect {where}` and copy it again."
+            f"{location}/{shard.name} block {block - int(self._first_blocks[number]):06d}: {problem}; find every bad "
+            f"shard with `python -m data_prep inspect {location}` and copy it again"
         )
 
 
 def stream_naive(folder: Path, index: Index, split: SplitName, source: str | None = None) -> np.ndarray:
-    """Return a source's stream, int64 [tokens], by unpacking every tar: what `TokenStream` must agree with.
+    """Return the stream of a source, int64 [tokens], by unpacking every tar: the reference for `TokenStream`.
 
-    `source` None: all sources, one after another.
+    Args:
+        folder: Folder of the shards.
+        index: Contents of the folder.
+        split: "train" or "validation".
+        source: Name of the source; None for all sources, one after another.
     """
     dtype = "<u2" if index.dtype == "uint16" else "<u4"
     parts = [np.frombuffer(content, dtype) for content in _members(folder, index, split, source, ".tok")]
@@ -145,7 +158,7 @@ def stream_naive(folder: Path, index: Index, split: SplitName, source: str | Non
 
 
 def mask_naive(folder: Path, index: Index, split: SplitName, source: str) -> np.ndarray:
-    """Return a masked source's loss mask, bool [tokens], bit by bit from every tar."""
+    """Return the loss mask of a masked source, bool [tokens], bit by bit from every tar."""
     sizes = [tokens for shard in index.source(source).split(split).shards for _, tokens, _ in shard.blocks]
     masks = _members(folder, index, split, source, ".use")
     bits = [mask[n // 8] >> (n % 8) & 1 for mask, size in zip(masks, sizes, strict=True) for n in range(size)]

@@ -136,7 +136,7 @@ def test_the_cache_is_bounded_and_drops_the_oldest(index: tuple[Path, Index], we
     settle(web)
     assert sum(path.stat().st_size for path in tmp_path.iterdir() if len(path.name) >= 64) <= limit
     with pytest.raises(
-        UserError, match=r"data.cache_size_gb .*too small for a single shard.*Set data.cache_size_gb to"
+        UserError, match=r"data.cache_size_gb .*too small for a single shard.*set data.cache_size_gb to"
     ):
         RemoteSet(web.url, tmp_path, limit // 3)
 
@@ -201,17 +201,17 @@ def test_bad_servers_are_named(index: tuple[Path, Index], web: Web, tmp_path: Pa
     web.spoil[first.name] = 1
     assert shards.locate(first).read_bytes() == (index[0] / first.name).read_bytes(), "once wrong may pass"
     web.spoil[second.name] = 2
-    with pytest.raises(UserError, match=rf"{web.url}/{second.name}: came twice with sha256 .*Upload this shard again"):
+    with pytest.raises(UserError, match=rf"{web.url}/{second.name}: came twice with sha256 .*upload this shard again"):
         shards.locate(second)
     assert not (tmp_path / second.sha256).exists()
     web.fail[second.name] = 2
     assert shards.locate(second).exists(), "a server that is busy twice is asked a third time"
     (tmp_path / second.sha256).unlink()
     web.fail[second.name] = 3
-    with pytest.raises(UserError, match=rf"{second.name}: .*503.*in 3 tries. Check the network"):
+    with pytest.raises(UserError, match=rf"{second.name}: .*503.*in 3 tries; check the network"):
         shards.locate(second)
     web.folder = tmp_path
-    with pytest.raises(UserError, match=rf"{second.name}: no such file. Check the URL"):
+    with pytest.raises(UserError, match=rf"{second.name}: no such file; check the URL"):
         shards.locate(second)
     with pytest.raises(UserError, match=r"index.json: no such file"):
         RemoteSet(web.url, tmp_path, 10**9)
@@ -233,7 +233,7 @@ def test_a_cache_that_is_too_small_is_said_but_does(
     open_shard_set(f"file://{index[0]}", tmp_path, (limit + 1) / 1e9)
     assert not caplog.text
     open_shard_set(f"file://{index[0]}", tmp_path, limit / 1e9)
-    assert "shards will come again and again" in caplog.text
+    assert "shards will be downloaded again and again" in caplog.text
 
 
 def test_other_bad_urls_are_refused(index: tuple[Path, Index], web: Web, tmp_path: Path) -> None:
