@@ -1,0 +1,114 @@
+"""Commands in the documents work: every `bash` block runs, but for those that a comment exempts.
+
+A page's blocks run in order, in a folder with a corpus, `small.yaml` and `wide.yaml`; on pages that do not prepare data
+themselves, with a trained run in `runs/small`. `<!-- needs: WHAT -->` on the line above a block exempts it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+NEEDS = {"cluster", "minutes", "files", "terminal", "installation"}
+_BLOCK = re.compile(r"(?:^<!-- needs: (\w+) -->\n)?^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """One block of commands.
+
+    Attributes:
+        needs: why it cannot run here, "" if it can.
+        commands: for bash.
+    """
+
+    needs: str
+    commands: str
+
+
+def read_blocks(path: Path) -> list[Block]:
+    return [Block(needs, commands) for needs, commands in _BLOCK.findall(path.read_text(encoding="utf-8"))]
+
+
+PAGES = {
+    path.name if path.parent == ROOT else f"docs/{path.name}": path
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+}
+RUNNABLE = sorted(name for name, path in PAGES.items() if any(not block.needs for block in read_blocks(path)))
+
+
+def test_exemptions_have_a_known_reason() -> None:
+    reasons = {block.needs for path in PAGES.values() for block in read_blocks(path)}
+    assert reasons - {""} <= NEEDS
+    assert "README.md" in RUNNABLE and "docs/training.md" in RUNNABLE
+
+
+def make_workplace(folder: Path) -> None:
+    """Write a corpus of 40 documents and two small configurations; the second has more experts."""
+    (folder / "corpus").mkdir(parents=True)
+    for number in range(40):
+        words = " ".join(f"{number * i % 97} once there was a number {i}," for i in range(60))
+        (folder / "corpus" / f"{number}.txt").write_text(words, encoding="utf-8")
+    small = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+    small["run"]["folder"] = "runs/small"
+    small["data"].update(path="data/corpus", sequence_length=64)
+    small["model"].update(vocab_size=512, layers=2, hidden_size=32)
+    small["model"]["retention"].update(num_heads=2, key_dim=16, value_dim=16)
+    small["model"]["experts"].update(num_experts=4, top_k=2, expert_hidden_size=32)
+    small["parallel"] = {}
+    small["optimizer"]["warmup_steps"] = 1
+    small["training"].update(steps=4, global_batch_size=4, micro_batch_size=4, log_interval=1)
+    small["validation"].update(eval_interval=2, eval_sequences=4)
+    (folder / "small.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    small["run"]["folder"] = "runs/wide"
+    small["model"]["experts"].update(num_experts=8, top_k=4)
+    (folder / "wide.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    command = folder / "bin" / "mixkabrn"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kabrn_dist.cli "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+
+
+def run_commands(folder: Path, commands: str) -> None:
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=folder,
+        env=environment,
+        timeout=600,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{commands}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "work"
+    make_workplace(folder)
+    prepare = "mixkabrn prepare --source text --input corpus --vocabulary 512 --out data/corpus"
+    run_commands(folder, f"{prepare}\nmixkabrn train small.yaml")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_commands_work(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder, blocks = tmp_path / "work", read_blocks(PAGES[name])
+    if any("mixkabrn prepare" in block.commands for block in blocks if not block.needs):
+        make_workplace(folder)
+    else:
+        shutil.copytree(request.getfixturevalue("trained"), folder)
+    for block in blocks:
+        if not block.needs:
+            run_commands(folder, block.commands)
