@@ -9,15 +9,15 @@ WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 4, 64, 12
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A model of the table and how it is trained.
+class ModelRecipe:
+    """One model and how it is trained.
 
     Attributes:
-        what: for the table.
+        what: its description in tables.
         rates: learning rates to try, the best known one first.
-        model: changes to `OURS`, dotted keys; None for the rival.
+        model: changes to `OURS`, by dotted keys; None for the rival.
         optimizer: changes to `OPTIMIZER`.
-        taps: of the rival's convolutions.
+        taps: tokens before the current one that the rival's convolutions see.
     """
 
     what: str
@@ -50,19 +50,19 @@ OPTIMIZER: dict[str, Any] = {
     "lr_schedule": "linear",
     "min_lr_ratio": 0.0,
 }
-# One of so many steps is of the warm-up.
+# Warm-up takes one in this many steps.
 WARMUP = 20
 DENSE = {"experts.type": "swiglu", "experts.num_dense_layers": LAYERS, "experts.dense_hidden_size": 344}
-MODELS: dict[str, Recipe] = {
-    "a": Recipe("dense Transformer, fp32", (2e-3, 3e-3, 1.3e-3), None),
-    "b": Recipe("retention + dense SwiGLU, fp32", (5e-3, 8e-3, 3e-3), {**DENSE, "quantize": False}),
-    "c": Recipe("b, ternary", (1.2e-2, 8e-3, 1.8e-2), DENSE),
-    "d": Recipe("MixKABRN: c with a mixture of rational KANs", (8e-3, 1.2e-2, 5e-3), {}),
-    "e": Recipe(
+MODELS: dict[str, ModelRecipe] = {
+    "a": ModelRecipe("dense Transformer, fp32", (2e-3, 3e-3, 1.3e-3), None),
+    "b": ModelRecipe("retention and dense SwiGLU, fp32", (5e-3, 8e-3, 3e-3), {**DENSE, "quantize": False}),
+    "c": ModelRecipe("b in ternary", (1.2e-2, 8e-3, 1.8e-2), DENSE),
+    "d": ModelRecipe("MixKABRN: c with a mixture of rational KANs", (8e-3, 1.2e-2, 5e-3), {}),
+    "e": ModelRecipe(
         "d with SwiGLU experts", (1.2e-2, 8e-3, 1.8e-2), {"experts.type": "swiglu", "experts.expert_hidden_size": 115}
     ),
-    "f": Recipe("d with one softmax layer of four", (1.2e-2, 8e-3, 1.8e-2), {"layers": "RARR"}),
-    "g": Recipe("a with the convolutions of b to f", (8e-3, 5e-3, 1.2e-2), None, taps=3),
+    "f": ModelRecipe("d with one softmax layer of four", (1.2e-2, 8e-3, 1.8e-2), {"layers": "RARR"}),
+    "g": ModelRecipe("a with the short convolutions of b to f", (8e-3, 5e-3, 1.2e-2), None, taps=3),
 }
 BASELINE = "a"
 # Chosen so that (a) has as many active parameters as (d), and a gate on its heads as ours have.
