@@ -11,6 +11,8 @@ from typing import Any
 
 NOT_MEASURED = "not measured"
 MEGA = 1e-6
+# A benchmark itself takes one of each core.
+LOAD_PER_CORE = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Results:
         """Return the first row whose whole name matches a regular expression, None where there is none."""
         rows = self.report(benchmark)["rows"]
         return next((row for row in rows if re.fullmatch(pattern, row["name"])), None)
+
+    def is_quiet(self, benchmark: str) -> bool:
+        """Return True if the machine did little else while a benchmark ran, so that its times mean something."""
+        about = self.report(benchmark)["machine"]
+        return bool(about) and about["load"] <= LOAD_PER_CORE * about["cores"]
 
     def figure(self, benchmark: str, pattern: str, field: str) -> float | None:
         """Return a figure of a row: `ours`, `rival`, `ratio` (rival / ours) or `share` (ours / rival)."""

@@ -24,7 +24,7 @@ from torch import multiprocessing
 from benchmarks.report import Report
 from benchmarks.wire import sent_by
 from kabrn_dist.distributed.launch_env import free_port
-from kabrn_dist.distributed.state_scan import SequenceLink, ExchangeMethod
+from kabrn_dist.distributed.state_scan import ExchangeMethod, SequenceLink
 from kabrn_dist.ops.retention_chunkwise import retention_slice
 
 HEADS, KEY, VALUE = 2, 32, 64

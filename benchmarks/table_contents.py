@@ -22,20 +22,17 @@ class Line(NamedTuple):
     row: str
 
 
+RETENTION_SAVED = "fp32 kept for backward a token, rival: torchscale"
+MOE_SAVED = "8 experts top-2 fp32 kept for backward, rival: deepspeed dropless"
+KAN_SAVED = "fp32 plain rational kept a token, rival: FastKAN"
 ZERO = [
     Line("weights of one step, bf16 all-gather, 2 ranks", "P=2 weights of shards, rival: bf16 all-gather"),
     Line("weights of one step, bf16 all-gather, 4 ranks", "P=4 weights of shards, rival: bf16 all-gather"),
     *(
-        Line(f"sent in a step of {micro}, {way}, {world} ranks", f"P={world}, {micro} a step, sent, rival: {way}")
-        for world in (2, 4)
+        Line(f"{what} in a step of {micro}, {way}, 2 ranks", f"P=2, {micro} a step, {what}, rival: {way}")
+        for what, ways in (("sent", ("ZeRO 1", "ZeRO 2", "ZeRO 3")), ("time", ("ZeRO 1",)))
         for micro in ("1 micro-batch", "4 micro-batches")
-        for way in ("ZeRO 1", "ZeRO 2", "ZeRO 3")
-    ),
-    *(
-        Line(f"time of a step of {micro}, {way}, {world} ranks", f"P={world}, {micro} a step, time, rival: {way}")
-        for world in (2, 4)
-        for micro in ("1 micro-batch", "4 micro-batches")
-        for way in ("ZeRO 1", "ZeRO 3")
+        for way in ways
     ),
 ]
 RETENTION = [
@@ -45,20 +42,18 @@ RETENTION = [
         for label, rival in (
             ("softmax attention (SDPA)", "SDPA"),
             ("torchscale, its best chunk", "torchscale"),
-            ("torchscale as shipped", "torchscale as shipped"),
             ("the matrix products alone", "bare products"),
         )
     ),
     Line("fp32, saved for backward a token, SDPA", "fp32 kept for backward a token, rival: SDPA"),
-    Line("fp32, saved for backward a token, torchscale", "fp32 kept for backward a token, rival: torchscale"),
+    Line("fp32, saved for backward a token, torchscale", RETENTION_SAVED),
     Line("fp32, a token at 65,536 tokens, at 4,096", "fp32 a token at 64K, rival: at 4K"),
     Line("fp32, decoding state after 100,000 tokens, after 100", "fp32 decoding state at 100,000, rival: at 100"),
     *(
         Line(
-            f"sent by a rank of {degree} with 64K tokens each ({way}), Ulysses",
-            f"wire P={degree} {way}, 64K tokens a rank, rival: Ulysses",
+            f"sent by a rank of 4 with 64K tokens each ({way}), Ulysses",
+            f"wire P=4 {way}, 64K tokens a rank, rival: Ulysses",
         )
-        for degree in (2, 4)
         for way in ("ring", "allgather")
     ),
 ]
@@ -73,9 +68,7 @@ MOE = [
             ("fairscale", "fairscale"),
         )
     ),
-    Line(
-        "fp32, saved for backward, deepspeed.moe", "8 experts top-2 fp32 kept for backward, rival: deepspeed dropless"
-    ),
+    Line("fp32, saved for backward, deepspeed.moe", MOE_SAVED),
 ]
 KAN = [
     *(
@@ -85,15 +78,14 @@ KAN = [
     ),
     Line("fp32, hat, a BitLinear MLP of equal FLOPs", r"fp32 E=1 .*hat, rival: BitLinear MLP of hidden width \d+"),
     Line("fp32, rational, FastKAN", "fp32 plain rational, rival: FastKAN"),
-    Line("fp32, rational, saved a token, FastKAN", "fp32 plain rational kept a token, rival: FastKAN"),
+    Line("fp32, rational, saved a token, FastKAN", KAN_SAVED),
     Line("fp32, bspline, saved a token, FastKAN", "fp32 plain bspline kept a token, rival: FastKAN"),
 ]
 BITLINEAR = [
     *(
-        Line(f"{width}, {dtype}, {way}, {rival}", f"cpu {width} {dtype} {way}, rival: {rival}".replace("+", r"\+"))
+        Line(f"{width}, {dtype}, {rival}", rf"cpu {width} {dtype} forward \+ backward, rival: {rival}")
         for width in (1024, 4096)
         for dtype in ("bf16", "fp32")
-        for way in ("forward", "forward + backward")
         for rival in ("nn.Linear", "AutoBitLinear", "torchao")
     ),
     Line(
@@ -116,41 +108,40 @@ DATA_PREP = [
     Line("not cleaned, one core, datatrove", "not cleaned, one core, rival: datatrove"),
 ]
 FRONT = [
-    ("zero", Line("bytes of weights in a step, all-gather in bf16", ZERO[0].row)),
-    (
-        "zero",
-        Line("bytes sent in a step of 4 micro-batches, ZeRO 2", "P=2, 4 micro-batches a step, sent, rival: ZeRO 2"),
-    ),
+    ("zero", Line("sent for the weights of a step, all-gather in bf16", ZERO[0].row)),
+    ("zero", Line("sent in a step of 4 micro-batches, ZeRO 2", "P=2, 4 micro-batches a step, sent, rival: ZeRO 2")),
+    ("zero", Line("sent in a step of 4 micro-batches, ZeRO 3", "P=2, 4 micro-batches a step, sent, rival: ZeRO 3")),
+    ("retention", Line("sent by a rank with 64K of 128K tokens, Ulysses", "wire P=2 ring, 64K tokens.*: Ulysses")),
+    ("retention", Line("saved for backward a token, torchscale's retention", RETENTION_SAVED)),
+    ("bitlinear", Line("saved for backward by 24 ternary matrices, fake-quantized", BITLINEAR[-1].row)),
+    ("kan", Line("saved for backward a token by a rational KAN expert, FastKAN", KAN_SAVED)),
+    ("moe", Line("saved for backward, top-2 of 8 experts, deepspeed.moe", MOE_SAVED)),
+    ("moe", Line("sent in a step of 2 ranks, deepspeed.moe", "P=2 int8 wire, rival: deepspeed dropless")),
     ("retention", Line("8,192 tokens in fp32, softmax attention (SDPA)", "fp32 8K, rival: SDPA")),
-    ("retention", Line("8,192 tokens in fp32, torchscale's retention", "fp32 8K, rival: torchscale")),
-    (
-        "retention",
-        Line("bytes between 4 slices of 64K tokens, Ulysses", "wire P=4 ring, 64K tokens a rank, rival: Ulysses"),
-    ),
-    (
-        "bitlinear",
-        Line("ternary matrix of 4,096², bf16, nn.Linear", r"cpu 4096 bf16 forward \+ backward, rival: nn.Linear"),
-    ),
-    ("bitlinear", BITLINEAR[-1]),
-    ("kan", Line("rational KAN expert, FastKAN", "fp32 plain rational, rival: FastKAN")),
-    ("moe", Line("top-2 of 8 experts, deepspeed.moe without drops", "8 experts top-2 fp32, rival: deepspeed dropless")),
-    ("checkpoint", Line("save of a checkpoint, a plain copy with fsync", CHECKPOINT[0].row)),
+    ("bitlinear", Line("4,096² ternary matrix in bf16, nn.Linear", r"cpu 4096 bf16 forward \+ .*, rival: nn.Linear")),
 ]
+# Units of times; all others are exact.
+TIMES = {"ms", "µs", "s", "ms a MB"}
 HEADER = "| what is measured, against what | ours | rival | unit | rival ÷ ours |\n|---|---:|---:|---|---:|\n"
 
 
-def table_line(results: Results, benchmark: str, line: Line) -> str:
-    """Return a comparison as a line of Markdown."""
-    row = results.row(benchmark, line.row)
-    figures = [results.figure(benchmark, line.row, field) for field in ("ours", "rival", "ratio")]
-    ours, rival, ratio = map(format_number, figures)
-    return f"| {line.label} | {ours} | {rival} | {row['unit'] if row else ''} | {ratio} |"
+def table_lines(results: Results, benchmark: str, lines: list[Line]) -> str:
+    """Return comparisons as lines of Markdown, without times that were taken on a busy machine."""
+    text = ""
+    for label, pattern in lines:
+        row = results.row(benchmark, pattern)
+        unit = row["unit"] if row else ""
+        if unit in TIMES and not results.is_quiet(benchmark):
+            continue
+        figures = [format_number(results.figure(benchmark, pattern, field)) for field in ("ours", "rival", "ratio")]
+        text += f"| {label} | {figures[0]} | {figures[1]} | {unit} | {figures[2]} |\n"
+    return text
 
 
 def compare_table(benchmark: str, lines: list[Line], results: Results) -> str:
     """Return a benchmark's table and the machine that it is from."""
-    body = "\n".join(table_line(results, benchmark, line) for line in lines)
-    return f"{HEADER}{body}\n\n{machine(benchmark, results)}"
+    body = table_lines(results, benchmark, lines)
+    return f"{HEADER}{body}\n{machine(benchmark, results)}" if body else machine(benchmark, results)
 
 
 def machine(benchmark: str, results: Results) -> str:
@@ -159,15 +150,16 @@ def machine(benchmark: str, results: Results) -> str:
     if not about:
         return f"`benchmarks.{benchmark}`: {NOT_MEASURED}."
     features = about.get("features", "unknown")
+    busy = "" if results.is_quiet(benchmark) else " Times are left out, as the machine was busy: run it on a quiet one."
     return (
         f"`benchmarks.{benchmark}` on {about['cpu']} ({features}), {about['cores']} cores, torch {about['torch']}; "
-        f"load of the machine {about['load']}."
+        f"load {about['load']}.{busy}"
     )
 
 
 def front_table(results: Results) -> str:
     """Return the README's choice of comparisons."""
-    return HEADER + "\n".join(table_line(results, benchmark, line) for benchmark, line in FRONT)
+    return HEADER + "".join(table_lines(results, benchmark, [line]) for benchmark, line in FRONT).rstrip("\n")
 
 
 def quality_table(results: Results) -> str:
