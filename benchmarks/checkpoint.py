@@ -34,7 +34,7 @@ from benchmarks.report import Report, run
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.distributed.launch_env import free_port
-from kabrn_dist.distributed.mesh import keep_freed_memory
+from kabrn_dist.utils.malloc import keep_freed_memory
 
 WORLD = 2
 PARTS = ("master", "exp_avg", "exp_avg_sq")

@@ -29,7 +29,7 @@ from benchmarks.wire import sent_by
 from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import free_port
-from kabrn_dist.distributed.mesh import keep_freed_memory
+from kabrn_dist.utils.malloc import keep_freed_memory
 
 # Ours in each of its ways: experts, int8 there, int8 back.
 OURS = {

@@ -74,7 +74,7 @@ def ours(inputs: Inputs, own: Own = PLAIN, wire: ExpertLink = HERE) -> Layer:
     """Its experts are drawn anew but for the router."""
     shape = inputs.shape
     if wire is HERE:
-        wire = replace(HERE, placement=ExpertPlacement((shape.experts,), 0))
+        wire = replace(HERE, placement=ExpertPlacement.single(shape.experts))
     layer = MixtureOfExperts(own.settings(shape), 1.0, wire)
     layer.routed.initialize(0, "experts")
     layer.router.weight.data.copy_(inputs.router)

@@ -27,7 +27,8 @@ from benchmarks.quality_recipes import (
 from benchmarks.quality_text import Text, read_text
 from kabrn_dist.config import Config
 from kabrn_dist.distributed.launch_env import read_launch_env
-from kabrn_dist.distributed.mesh import init_distributed, keep_freed_memory
+from kabrn_dist.distributed.process_group import init_distributed
+from kabrn_dist.utils.malloc import keep_freed_memory
 
 SCORED_ROWS = 48
 # All of the plays' validation part is 1,742 rows.

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kabrn_dist.distributed.mesh import keep_freed_memory
 from kabrn_dist.utils.atomic_io import atomic_write
+from kabrn_dist.utils.malloc import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from kabrn_dist.backend.losses import StepTotals
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.launch_env import LaunchEnv, free_port
-from kabrn_dist.distributed.mesh import Mesh, init_distributed, make_mesh
+from kabrn_dist.distributed.mesh import Mesh, make_mesh
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 

@@ -93,7 +93,7 @@ def give_up(error: Exception) -> NoReturn:
     The rank that failed shows its traceback and then goes, which is how the others learn of it: what they have to say
     of it would only hide the cause.
     """
-    from kabrn_dist.distributed.mesh import is_peer_failure
+    from kabrn_dist.distributed.process_group import is_peer_failure
 
     rank = os.environ.get("RANK", "0")
     if is_peer_failure(error):

@@ -25,6 +25,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from kabrn_dist.config import Config
+from kabrn_dist.distributed.expert_placement import plan_expert_counts
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
@@ -181,7 +182,7 @@ def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str
 
 
 def _uneven(config: Config) -> bool:
-    return config.parallel.expert_parallel > 1 and len(set(config.expert_counts())) > 1
+    return len(set(plan_expert_counts(config) or ())) > 1
 
 
 def _reduce_bucket(model: MixKABRN, config: Config) -> int:
@@ -195,10 +196,10 @@ def _reduce_bucket(model: MixKABRN, config: Config) -> int:
     if config.parallel.zero_stage != 2 or not _uneven(config):
         return config.parallel.bucket_size
     local = len(model.placement.local)
-    smallest = min(p.numel() // local for p in model.routed_parameters()) * min(config.expert_counts())
+    smallest = min(p.numel() // local for p in model.routed_parameters()) * min(model.placement.counts)
     if smallest < 2:
         raise UserError(
-            f"parallel.experts_per_rank {list(config.expert_counts())} is uneven, and an expert has a parameter of one "
+            f"parallel.experts_per_rank {list(model.placement.counts)} is uneven, and an expert has a parameter of one "
             "element, which ZeRO 2 cannot reduce alone; set parallel.zero_stage to 1 or 3"
         )
     return min(config.parallel.bucket_size, smallest - 1)

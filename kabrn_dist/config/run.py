@@ -75,17 +75,6 @@ class Config(ConfigSection):
         data_ranks = world_size // self.parallel.sequence_parallel
         return self.training.global_batch_size // (self.training.micro_batch_size * data_ranks)
 
-    def expert_counts(self) -> tuple[int, ...]:
-        """Return the number of routed experts on each rank of an expert group.
-
-        `experts_per_rank: auto` must have been replaced by numbers before (`resolve_placement`).
-        """
-        counts = self.parallel.experts_per_rank
-        if counts is not None and self.parallel.expert_parallel > 1:
-            assert counts != "auto", "resolve_placement comes first"
-            return counts
-        return (self.model.experts.num_experts // self.parallel.expert_parallel,) * self.parallel.expert_parallel
-
     def check_world_size(self, world_size: int) -> None:
         """Refuse a configuration that cannot run on `world_size` processes.
 

@@ -31,7 +31,9 @@ class ValidationConfig(ConfigSection):
 
     eval_interval: int = Field(100, ge=0, description="Steps between validations; 0: only at the end.")
     eval_sequences: PositiveInt = Field(256, description="Sequences of the validation split to evaluate.")
-    sample_tokens: int = Field(64, ge=0, description="Tokens of the text that the model writes at each validation; 0: none.")
+    sample_tokens: int = Field(
+        64, ge=0, description="Tokens of the text that the model writes at each validation; 0: none."
+    )
 
 
 class CheckpointConfig(ConfigSection):

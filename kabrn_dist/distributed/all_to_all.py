@@ -1,9 +1,10 @@
-"""Rows between the ranks of an expert group: all-to-all with exact split sizes, beside the caller's work.
+"""All-to-all of rows between the ranks of an expert group, with exact split sizes, overlapped with the caller's work.
 
-Where the group spans several machines, rows go inside the machine first, to the rank that has the destination's place
-there, and then between machines: each pair of machines is crossed by a few long messages instead of many short ones.
+Where the group spans several nodes, rows first go to the rank of their own node that has the destination's local
+index, and then between nodes: each pair of nodes exchanges a few long messages instead of many short ones.
 
-Shapes: P ranks of the group, A machines of L ranks each (P = A·L); rank b·L + j is the j-th of machine b.
+Shapes: P ranks of the group on A nodes of J ranks each (P = A·J), rank a·J + j is number j of node a; W bytes of a row;
+S rows that this rank sends as the source of tokens, R rows that its experts receive.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from torch import Tensor
 
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import NodeGroups
+from kabrn_dist.distributed.overlap import run_overlapped
 
 
 @dataclass
 class Traffic:
-    """What one layer's exchanges have cost since the last `take`. Every exchange counts, those of recomputation too.
+    """Cost of one layer's exchanges since the last `take`; those of activation recomputation count too.
 
     Attributes:
-        bytes_sent: handed to collectives for other ranks, forward and backward, counts of rows included.
-        bytes_dispatch: of these, the rows that dispatch sends forward.
-        seconds: spent waiting for exchanges, forward and backward (on a GPU by the host alone, which hardly waits).
-        rows: copies that arrived at this rank's experts.
+        bytes_sent: bytes handed to collectives for other ranks, forward and backward, row counts included.
+        dispatch_bytes: of these, the bytes of rows that dispatch sends in forward.
+        wait_seconds: time spent waiting, forward and backward; on a GPU by the host alone, which hardly waits.
+        routed_tokens: rows that this rank's experts received.
     """
 
     bytes_sent: int = 0
@@ -37,7 +39,7 @@ class Traffic:
     routed_tokens: int = 0
 
     def take(self) -> Traffic:
-        """What there is, and begin again at zero."""
+        """Return a copy and reset all counts to zero."""
         taken = replace(self)
         self.bytes_sent = self.dispatch_bytes = self.routed_tokens = 0
         self.wait_seconds = 0.0
@@ -46,14 +48,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ExpertLink:
-    """How one layer's copies travel.
+    """How one layer's tokens travel to their experts.
 
     Attributes:
         placement: experts on each rank of `group`.
-        group: the expert group; None when all experts are here.
-        nodes: groups inside and between machines, for an exchange in two steps; None for one step.
-        int8: codes that are whole numbers −128…127 travel as one byte each; otherwise all travel as they are.
-        backward_int8: the gradient of codes travels as int8 with stochastic rounding; otherwise as it is.
+        group: the expert group; None where all experts are on this rank.
+        nodes: groups inside and between nodes, for an exchange in two steps; None for one step.
+        int8: whether int8 codes travel as one byte each; else values travel in the compute dtype.
+        backward_int8: whether the gradient of codes travels as int8 with stochastic rounding.
         traffic: counts what is sent.
     """
 
@@ -67,13 +69,12 @@ class ExpertLink:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Rows between this rank and each other one, seen from the tokens' home.
+    """Row counts between this rank and every other, for rows that travel from tokens to experts.
 
     Attributes:
-        sends: [P] rows that leave this rank as a home, by destination.
-        receives: [P] rows that reach this rank's experts, by home.
-        through: [L][A] rows that come from each neighbour on this machine, and go on to this rank's counterpart on
-            each machine; None for an exchange in one step.
+        sends: [P] rows that this rank sends, by destination; they sum to S.
+        receives: [P] rows that this rank's experts receive, by source; they sum to R.
+        transit: [J][A] rows that arrive from each rank of this node and go on to each node; None for one step.
     """
 
     sends: tuple[int, ...]
@@ -81,145 +82,133 @@ class SplitSizes:
     transit: tuple[tuple[int, ...], ...] | None = None
 
 
-def start_all_to_all(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
-    """Start an exchange. Collective, in the same order on all ranks.
+def start_all_to_all(rows: Tensor, splits: SplitSizes, to_source: bool, link: ExpertLink) -> Callable[[], Tensor]:
+    """Start an exchange, and return at once. Collective, in the same order on all ranks.
 
     Args:
-        rows: [S,W] by destination; homeward [R,W] by home.
-        homeward: from the experts to the tokens' homes instead of there.
+        rows: [S,·] sorted by destination; with `to_source` [R,·] sorted by source.
+        splits: row counts.
+        to_source: from the experts back to the ranks of the tokens.
+        link: how rows travel.
 
     Returns:
-        A function that waits and gives [R,W] by home; homeward [S,W] by destination.
+        A function that waits and returns [R,·] sorted by source; with `to_source` [S,·] sorted by destination.
     """
-    assert wire.group is not None
+    assert link.group is not None
     as_bytes = rows.contiguous().view(torch.uint8)
-    wait = _launch_steps(as_bytes, splits, homeward, wire) if wire.nodes else _launch(as_bytes, splits, homeward, wire)
-
-    def arrive() -> Tensor:
-        begin = time.perf_counter()
-        arrived = wait()
-        wire.traffic.wait_seconds += time.perf_counter() - begin
-        return arrived.view(rows.dtype)
-
-    return arrive
-
-
-def _launch(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
-    sends, receives = (splits.receives, splits.sends) if homeward else (splits.sends, splits.receives)
-    arrived = rows.new_empty(sum(receives), rows.shape[1])
-    wire.traffic.bytes_sent += (sum(sends) - sends[wire.placement.rank]) * rows.shape[1]
-    work = dist.all_to_all_single(arrived, rows, list(receives), list(sends), group=wire.group, async_op=True)
+    start = _start_two_steps if link.nodes else _start_one_step
+    pending = start(as_bytes, splits, to_source, link)
 
     def wait() -> Tensor:
-        work.wait()
-        return arrived
+        begin = time.perf_counter()
+        received = pending()
+        link.traffic.wait_seconds += time.perf_counter() - begin
+        return received.view(rows.dtype)
 
     return wait
 
 
-def _launch_steps(rows: Tensor, splits: SplitSizes, homeward: bool, wire: ExpertLink) -> Callable[[], Tensor]:
-    nodes = wire.nodes
-    assert nodes is not None and splits.transit is not None
-    place, machine = wire.placement.rank % nodes.ranks_per_node, wire.placement.rank // nodes.ranks_per_node
-    to_places = [sum(splits.sends[j :: nodes.ranks_per_node]) for j in range(nodes.ranks_per_node)]
-    from_places = [sum(row) for row in splits.transit]
-    to_machines = [sum(column) for column in zip(*splits.transit, strict=True)]
-    from_machines = [
-        sum(splits.receives[a * nodes.ranks_per_node :][: nodes.ranks_per_node]) for a in range(nodes.num_nodes)
-    ]
-    if homeward:
-        sent = sum(from_machines) - from_machines[machine] + sum(from_places) - from_places[place]
+def _start_one_step(rows: Tensor, splits: SplitSizes, to_source: bool, link: ExpertLink) -> Callable[[], Tensor]:
+    sends, receives = (splits.receives, splits.sends) if to_source else (splits.sends, splits.receives)
+    received = rows.new_empty(sum(receives), rows.shape[1])
+    link.traffic.bytes_sent += (sum(sends) - sends[link.placement.rank]) * rows.shape[1]
+    work = dist.all_to_all_single(received, rows, list(receives), list(sends), group=link.group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return received
+
+    return wait
+
+
+def _start_two_steps(rows: Tensor, splits: SplitSizes, to_source: bool, link: ExpertLink) -> Callable[[], Tensor]:
+    nodes, transit = link.nodes, splits.transit
+    assert nodes is not None and transit is not None
+    size, count = nodes.ranks_per_node, nodes.num_nodes
+    local_index, node = link.placement.rank % size, link.placement.rank // size
+    # Rows between this rank and each local index of its node, and each node.
+    sent_inside = [sum(splits.sends[j::size]) for j in range(size)]
+    received_inside = [sum(row) for row in transit]
+    sent_between = [sum(column) for column in zip(*transit, strict=True)]
+    received_between = [sum(splits.receives[a * size :][:size]) for a in range(count)]
+    if to_source:
+        sent = sum(received_between) - received_between[node] + sum(received_inside) - received_inside[local_index]
     else:
-        sent = sum(to_places) - to_places[place] + sum(to_machines) - to_machines[machine]
-    wire.traffic.bytes_sent += sent * rows.shape[1]
-    through = [n for row in splits.transit for n in row]
-    back = [n for column in zip(*splits.transit, strict=True) for n in column]
+        sent = sum(sent_inside) - sent_inside[local_index] + sum(sent_between) - sent_between[node]
+    link.traffic.bytes_sent += sent * rows.shape[1]
 
-    def out() -> Tensor:
-        by_place = _swap(rows, splits.sends, nodes.num_nodes)
-        here = _exchange(by_place, to_places, from_places, nodes.intra_node)
-        return _exchange(_swap(here, through, nodes.ranks_per_node), to_machines, from_machines, nodes.inter_node)
+    def to_experts(rows: Tensor) -> Tensor:
+        by_index = _transpose_blocks(rows, splits.sends, count)
+        inside = _all_to_all(by_index, sent_inside, received_inside, nodes.intra_node)
+        by_node = _transpose_blocks(inside, [n for row in transit for n in row], size)
+        return _all_to_all(by_node, sent_between, received_between, nodes.inter_node)
 
-    def home() -> Tensor:
-        here = _exchange(rows, from_machines, to_machines, nodes.inter_node)
-        by_place = _exchange(_swap(here, back, nodes.num_nodes), from_places, to_places, nodes.intra_node)
-        sizes = [n for j in range(nodes.ranks_per_node) for n in splits.sends[j :: nodes.ranks_per_node]]
-        return _swap(by_place, sizes, nodes.ranks_per_node)
+    def to_tokens(rows: Tensor) -> Tensor:
+        inside = _all_to_all(rows, received_between, sent_between, nodes.inter_node)
+        by_index = _transpose_blocks(inside, [n for column in zip(*transit, strict=True) for n in column], count)
+        here = _all_to_all(by_index, received_inside, sent_inside, nodes.intra_node)
+        return _transpose_blocks(here, [n for j in range(size) for n in splits.sends[j::size]], size)
 
-    return _beside(home if homeward else out, rows, nodes)
+    return run_overlapped(to_tokens if to_source else to_experts, rows, executor=nodes.executor)
 
 
-def _swap(rows: Tensor, sizes: Sequence[int], outer: int) -> Tensor:
-    """Blocks of rows that lie as [outer, inner], of these sizes, laid as [inner, outer]."""
+def _transpose_blocks(rows: Tensor, sizes: Sequence[int], outer: int) -> Tensor:
+    """Blocks of rows of these sizes, stored as [outer, inner] → stored as [inner, outer]."""
     blocks = rows.split(list(sizes))
     inner = len(blocks) // outer
     return torch.cat([blocks[o * inner + i] for i in range(inner) for o in range(outer)])
 
 
-def _exchange(rows: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
-    arrived = rows.new_empty(sum(receives), rows.shape[1])
-    dist.all_to_all_single(arrived, rows, receives, sends, group=group)
-    return arrived
+def _all_to_all(rows: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = rows.new_empty(sum(receives), rows.shape[1])
+    dist.all_to_all_single(received, rows, receives, sends, group=group)
+    return received
 
 
-def _beside(run: Callable[[], Tensor], rows: Tensor, nodes: NodeGroups) -> Callable[[], Tensor]:
-    if rows.device.type != "cuda":
-        return nodes.executor.submit(run).result
-    side, main = torch.cuda.Stream(rows.device), torch.cuda.current_stream(rows.device)
-    side.wait_stream(main)
-    rows.record_stream(side)
-    with torch.cuda.stream(side):
-        arrived = run()
-
-    def wait() -> Tensor:
-        now = torch.cuda.current_stream(rows.device)
-        now.wait_stream(side)
-        arrived.record_stream(now)
-        return arrived
-
-    return wait
-
-
-def exchange_counts(loads: Sequence[Tensor], wire: ExpertLink) -> Tensor:
-    """Tell each rank of the group a few numbers. Collective.
+def exchange_counts(counts: Sequence[Tensor], link: ExpertLink) -> Tensor:
+    """Send each rank of the group a few numbers. Collective.
 
     Args:
-        loads: for each rank, [n] int64 for it; n is the rank's own number of them.
+        counts: for each rank, [n] int64; n is chosen by the rank that receives them.
+        link: how rows travel.
 
     Returns:
-        [P,n] what each rank has told this one.
+        [P,n] the numbers that each rank sent to this one.
     """
-    told = torch.cat(list(loads))
-    sizes = [len(load) for load in loads]
-    own = sizes[wire.placement.rank]
-    heard = told.new_empty(len(sizes) * own)
-    dist.all_to_all_single(heard, told, [own] * len(sizes), sizes, group=wire.group)
-    wire.traffic.bytes_sent += (len(told) - own) * told.element_size()
-    return heard.view(len(sizes), own)
+    sent = torch.cat(list(counts))
+    sizes = [len(numbers) for numbers in counts]
+    own = sizes[link.placement.rank]
+    received = sent.new_empty(len(sizes) * own)
+    dist.all_to_all_single(received, sent, [own] * len(sizes), sizes, group=link.group)
+    link.traffic.bytes_sent += (len(sent) - own) * sent.element_size()
+    return received.view(len(sizes), own)
 
 
 def make_splits(
-    sends: list[list[int]], receives: list[list[int]], wire: ExpertLink, device: torch.device
+    sends: list[list[int]], receives: list[list[int]], link: ExpertLink, device: torch.device
 ) -> list[SplitSizes]:
-    """Splits of several exchanges at once, [P] rows each way for each. Collective where there are nodes."""
+    """Return the split sizes of several exchanges at once. Collective where there are nodes.
+
+    Args:
+        sends: for each exchange, [P] rows that this rank sends.
+        receives: for each exchange, [P] rows that its experts receive.
+        link: how rows travel.
+        device: where numbers are exchanged.
+    """
     pairs = list(zip(map(tuple, sends), map(tuple, receives), strict=True))
-    nodes = wire.nodes
+    nodes = link.nodes
     if nodes is None:
         return [SplitSizes(*pair) for pair in pairs]
-    # [L, exchanges, A]: to the neighbour with place j, all rows for that place on any machine.
-    told = (
-        torch.tensor(sends, device=device)
-        .view(len(sends), nodes.num_nodes, nodes.ranks_per_node)
-        .permute(2, 0, 1)
-        .contiguous()
-    )
-    wire.traffic.bytes_sent += told[1:].numel() * told.element_size()
+    # [J, exchanges, A]: to the rank of this node with index j, all rows for that index on any node.
+    counts = torch.tensor(sends, device=device).view(len(sends), nodes.num_nodes, nodes.ranks_per_node)
+    counts = counts.permute(2, 0, 1).contiguous()
+    link.traffic.bytes_sent += counts[1:].numel() * counts.element_size()
 
-    def tell() -> Tensor:
-        heard = torch.empty_like(told)
-        dist.all_to_all_single(heard, told, group=nodes.intra_node)
-        return heard
+    def exchange(counts: Tensor) -> Tensor:
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts, group=nodes.intra_node)
+        return received
 
-    # In turn with the other exchanges of that group.
-    numbers = _beside(tell, told, nodes)().tolist()
-    return [SplitSizes(*pair, tuple(tuple(row[i]) for row in numbers)) for i, pair in enumerate(pairs)]
+    # Not called directly: the executor keeps the order of this group's exchanges.
+    transit = run_overlapped(exchange, counts, executor=nodes.executor)().tolist()
+    return [SplitSizes(*pair, tuple(tuple(row[i]) for row in transit)) for i, pair in enumerate(pairs)]

@@ -20,7 +20,7 @@ OUTPUT_PREFIXES = ("down", "outer")
 
 def empty_model(config: Config) -> MixKABRN:
     """The whole model with weights that were never written, so that (on Linux) they take addresses, not memory."""
-    return MixKABRN(config.model, ExpertPlacement((config.model.experts.num_experts,), 0), single_process_mesh())
+    return MixKABRN(config.model, ExpertPlacement.single(config.model.experts.num_experts), single_process_mesh())
 
 
 def list_mappings(plan: GrowthPlan, old: MixKABRN, new: MixKABRN) -> list[TensorMapping]:

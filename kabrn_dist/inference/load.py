@@ -38,7 +38,7 @@ def build_whole(config: Config, device: torch.device | str = "cpu") -> MixKABRN:
 def list_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a whole model's parameters and routers' states; takes no memory for their values."""
     with torch.device("meta"):
-        model = MixKABRN(config.model, ExpertPlacement((config.model.experts.num_experts,), 0), single_process_mesh())
+        model = MixKABRN(config.model, ExpertPlacement.single(config.model.experts.num_experts), single_process_mesh())
     named = dict(model.named_parameters()) | model.routers.named()
     return {name: tuple(values.shape) for name, values in named.items()}
 

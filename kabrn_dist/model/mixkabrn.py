@@ -260,11 +260,7 @@ def make_sequence_link(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig
 
 def build_model(config: Config, mesh: Mesh) -> MixKABRN:
     """This rank's part of the model, on its device, with its initial weights."""
-    placement = (
-        ExpertPlacement(config.expert_counts(), mesh.expert_rank)
-        if mesh.expert_parallel > 1
-        else ExpertPlacement((config.model.experts.num_experts,), 0)
-    )
+    placement = ExpertPlacement.from_config(config, mesh.expert_rank)
     model = MixKABRN(config.model, placement, mesh, config.parallel)
     model.initialize(config.run.seed)
     return model.to(mesh.device)

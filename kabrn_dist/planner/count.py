@@ -31,7 +31,7 @@ class ParameterCounts:
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count on the meta device: nothing is allocated."""
     with torch.device("meta"):
-        model = MixKABRN(config, ExpertPlacement((config.experts.num_experts,), 0), single_process_mesh("meta"))
+        model = MixKABRN(config, ExpertPlacement.single(config.experts.num_experts), single_process_mesh("meta"))
     layers = len(config.moe_layers)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for p in model.routed_parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kabrn_dist.config import Config
+from kabrn_dist.distributed.expert_placement import plan_expert_counts
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.kernels.selection import int8_matmul_is_faster, matmul_dtype, select_kernels
 from kabrn_dist.planner.count import ParameterCounts
@@ -41,7 +42,7 @@ def describe_run(config: Config, mesh: Mesh, counts: ParameterCounts, matmul_rat
         ),
     ]
     if mesh.expert_parallel > 1:
-        entries.append(("", f"experts per rank: {list(config.expert_counts())}"))
+        entries.append(("", f"experts per rank: {list(plan_expert_counts(config) or ())}"))
     entries += [
         ("parameters", f"{counts.total:,} in total, {counts.active:,} active per token"),
         (

@@ -20,7 +20,8 @@ from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
-from kabrn_dist.distributed.mesh import DEFAULT_TIMEOUT_S, Mesh, init_distributed, make_mesh
+from kabrn_dist.distributed.mesh import Mesh, make_mesh
+from kabrn_dist.distributed.process_group import DEFAULT_TIMEOUT_S, init_distributed
 from kabrn_dist.grow.run import grow
 from kabrn_dist.kernels.selection import matmul_dtype
 from kabrn_dist.metrics.logger import MetricsLogger

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kabrn_dist.backend.overlapped_reduce import MOST, GradReduceScatter
 from kabrn_dist.distributed.launch_env import read_launch_env
-from kabrn_dist.distributed.mesh import init_distributed
+from kabrn_dist.distributed.process_group import init_distributed
 from tests.support.runs import run_worker
 
 WIDTHS = [5, 3, 7, 2, 4, 6, 1, 3, 5]

@@ -14,6 +14,7 @@ from data_prep.recipe import load_recipe
 from data_prep.sources.build import build_source
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, load_config
+from kabrn_dist.distributed.expert_placement import plan_expert_counts
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.yaml_section import ConfigSection
 
@@ -163,7 +164,7 @@ def test_overrides(base: Path) -> None:
         base,
         ["training.steps=99", "parallel.expert_parallel=2", "parallel.experts_per_rank=[3, 5]", "run.folder=runs/a=b"],
     )
-    assert config.training.steps == 99 and config.expert_counts() == (3, 5)
+    assert config.training.steps == 99 and plan_expert_counts(config) == (3, 5)
     assert config.run.folder == Path("runs/a=b")
     assert load_config(base, ["training.steps=1", "training.steps=2"]).training.steps == 2
 

@@ -16,10 +16,10 @@ from kabrn_dist.config.file import load_config
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.grow.describe import describe_growth
-from kabrn_dist.grow.plan import make_growth_plan
 from kabrn_dist.grow.mappings import OUTPUT_PREFIXES
+from kabrn_dist.grow.plan import make_growth_plan
 from kabrn_dist.grow.run import grow, plan_growth
-from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, write_part, refine_part
+from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, refine_part, write_part
 from kabrn_dist.inference.generate import load_run
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.grids import knot_insertion_matrix

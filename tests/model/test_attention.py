@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from kabrn_dist.config import RetentionConfig
 from kabrn_dist.distributed import kv_gather as gather
 from kabrn_dist.distributed.launch_env import LaunchEnv, free_port
-from kabrn_dist.distributed.mesh import init_distributed
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.model import attention as module
 from kabrn_dist.model.attention import Attention, KVCache, attention, attention_naive
 from kabrn_dist.model.bitlinear import BitLinear

@@ -15,7 +15,8 @@ from kabrn_dist.config import ExpertsConfig, ModelConfig, RetentionConfig
 from kabrn_dist.data.dataset import Batch, sequence_slice
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import LaunchEnv, free_port
-from kabrn_dist.distributed.mesh import init_distributed, make_mesh, single_process_mesh
+from kabrn_dist.distributed.mesh import make_mesh, single_process_mesh
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.model.mixkabrn import MixKABRN
 
 COLLECTIVES = ("batch_isend_irecv", "all_gather", "all_reduce", "all_to_all_single")
@@ -40,7 +41,7 @@ def settings(layers: str, kept: str = "keep", convolution: int = 3) -> ModelConf
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [17, 1, 22]])
 @pytest.mark.parametrize("convolution", [0, 3])
 def test_reading_in_pieces_is_one_pass(layers: str, pieces: list[int], convolution: int) -> None:
-    model = MixKABRN(settings(layers, convolution=convolution), ExpertPlacement((4,), 0), single_process_mesh())
+    model = MixKABRN(settings(layers, convolution=convolution), ExpertPlacement.single(4), single_process_mesh())
     model.initialize(1)
     for name, weight in model.named_parameters():
         if "convolution" in name:

@@ -46,7 +46,7 @@ def settings(quantized: bool = True, router: dict[str, Any] | None = None, **cha
 
 def make(quantized: bool, router: dict[str, Any] | None = None, **changes: Any) -> MixtureOfExperts:
     chosen = settings(quantized, router, **changes)
-    wire = ExpertLink(ExpertPlacement((chosen.experts.num_experts,), 0), None, None, quantized, False, Traffic())
+    wire = ExpertLink(ExpertPlacement.single(chosen.experts.num_experts), None, None, quantized, False, Traffic())
     layer = MixtureOfExperts(chosen, 1.0, wire)
     for name, module in layer.named_children():
         module.initialize(2, name)
@@ -118,7 +118,7 @@ def test_dense_network_is_a_mixture_of_one(form: str, quantized: bool) -> None:
 def test_dense_layers_stand_where_the_configuration_says() -> None:
     def kinds(layers: int, **experts: Any) -> str:
         chosen = settings(**experts).model_copy(update={"layers": "R" * layers})
-        made = MixKABRN(chosen, ExpertPlacement((ROUTED,), 0), single_process_mesh())
+        made = MixKABRN(chosen, ExpertPlacement.single(ROUTED), single_process_mesh())
         assert made.routers.bias.shape == (len(chosen.moe_layers), ROUTED)
         return "".join("m" if isinstance(block.mixture, MixtureOfExperts) else "d" for block in made.blocks)
 
@@ -146,7 +146,7 @@ def model(**changes: Any) -> MixKABRN:
         retention=RetentionConfig(num_heads=2, key_dim=4, value_dim=6, decay=(1.5, 7.0), chunk_size=8),
         **{"experts": ExpertsConfig(num_experts=4, top_k=2, expert_hidden_size=12, function_groups=4), **changes},
     )
-    made = MixKABRN(chosen, ExpertPlacement((4,), 0), single_process_mesh())
+    made = MixKABRN(chosen, ExpertPlacement.single(4), single_process_mesh())
     made.initialize(3)
     return made
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kabrn_dist.config import RetentionConfig
 from kabrn_dist.distributed.halo import halo_exchange
 from kabrn_dist.distributed.launch_env import read_launch_env
-from kabrn_dist.distributed.mesh import init_distributed
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.model.attention import Attention
 from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.mixer import Mixer, MixerState

@@ -166,7 +166,7 @@ def small_model(heads: int) -> MixKABRN:
     retention = RetentionConfig(num_heads=heads, key_dim=2, value_dim=3, decay="exponent", chunk_size=16)
     experts = ExpertsConfig(num_experts=2, top_k=1, expert_hidden_size=8, function_groups=2)
     settings = ModelConfig(vocab_size=5, hidden_size=8, layers=2, retention=retention, experts=experts)
-    model = MixKABRN(settings, ExpertPlacement((2,), 0), single_process_mesh())
+    model = MixKABRN(settings, ExpertPlacement.single(2), single_process_mesh())
     model.initialize(1)
     return model
 

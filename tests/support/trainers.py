@@ -9,7 +9,8 @@ from typing import Any
 
 from kabrn_dist.config.file import load_config
 from kabrn_dist.distributed.launch_env import read_launch_env
-from kabrn_dist.distributed.mesh import init_distributed, make_mesh
+from kabrn_dist.distributed.mesh import make_mesh
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.train.datasets import open_datasets
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.trainer import Trainer

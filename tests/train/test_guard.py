@@ -16,7 +16,8 @@ from kabrn_dist.checkpoint.store import load_tensor, read_manifest
 from kabrn_dist.config import GuardConfig
 from kabrn_dist.config.file import load_config
 from kabrn_dist.distributed.launch_env import read_launch_env
-from kabrn_dist.distributed.mesh import init_distributed, make_mesh, single_process_mesh
+from kabrn_dist.distributed.mesh import make_mesh, single_process_mesh
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.train.datasets import open_datasets
 from kabrn_dist.train.guard import LossGuard, StepSync, sync_step
 from kabrn_dist.train.spikes import SpikeWindow

@@ -17,7 +17,8 @@ from benchmarks.wire import tcp_bytes_sent
 from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import LaunchEnv
-from kabrn_dist.distributed.mesh import Mesh, NodeGroups, init_distributed, make_mesh
+from kabrn_dist.distributed.mesh import Mesh, NodeGroups, make_mesh
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.distributed.token_dispatch import Dispatch, QuantizedRows, dispatch_tokens
 from kabrn_dist.distributed.token_permutation import plan_dispatch
 
@@ -163,7 +164,7 @@ def visit_experts_naive(
 
 
 def alone_wire(case: Case, int8: bool) -> ExpertLink:
-    return ExpertLink(ExpertPlacement((sum(case.counts),), 0), None, None, int8, False, Traffic())
+    return ExpertLink(ExpertPlacement.single(sum(case.counts)), None, None, int8, False, Traffic())
 
 
 def part_of(data: Data, case: Case, rank: int, placement: ExpertPlacement) -> Data:

@@ -14,7 +14,8 @@ from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import LaunchEnv
-from kabrn_dist.distributed.mesh import Mesh, NodeGroups, init_distributed, make_mesh
+from kabrn_dist.distributed.mesh import Mesh, NodeGroups, make_mesh
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.moe import MixtureOfExperts, RouterInputs, moe_naive
 from kabrn_dist.model.router import RouterStates
@@ -112,7 +113,7 @@ def draw(case: Case) -> tuple[Tensor, Tensor]:
 def reference(case: Case) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """By definition on one process over all ranks' tokens: output, input gradient, parameter gradients, load."""
     layer = make(
-        case, ExpertLink(ExpertPlacement((sum(case.counts),), 0), None, None, case.quantized, False, Traffic())
+        case, ExpertLink(ExpertPlacement.single(sum(case.counts)), None, None, case.quantized, False, Traffic())
     )
     x, noise = draw(case)
     _, sums = layer(x, guide_of(case))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from benchmarks.wire import sent_by
 from kabrn_dist.distributed.launch_env import read_launch_env
-from kabrn_dist.distributed.mesh import init_distributed
+from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.distributed.reduce_scatter import reduce_scatter_sum
 
 
