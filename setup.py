@@ -1,18 +1,25 @@
 """Packaging. Exact versions are in constraints.txt; DeepSpeed is pinned here too, as its internals are used."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "kabrn_dist/__init__.py").read_text(encoding="utf-8"), re.M)
+if VERSION is None:
+    raise RuntimeError("kabrn_dist/__init__.py: no line __version__ = ...")
+
 setup(
     name="kabrn_dist",
-    version="0.1.0",
+    version=VERSION[1],
     description="Distributed training of Mixtures of Kolmogorov-Arnold Bit Retentive Networks",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["kabrn_dist*", "data_prep*"]),
     package_data={"kabrn_dist.kernels": ["*.c", "*.h"]},
+    entry_points={"console_scripts": ["mixkabrn = kabrn_dist.cli.main:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",

@@ -17,11 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 from kabrn_dist.analysis.function_inputs import Reach, measure_reach
-from kabrn_dist.analysis.run import list_networks, open_run
+from kabrn_dist.analysis.run import list_networks
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.inference.load import load_weights
+from kabrn_dist.inference.run import Run
 from kabrn_dist.model.experts.registry import function_range
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.plots.figure import draw_cells, to_png
@@ -66,12 +67,13 @@ def read_functions(folder: Path, edges: int, beyond: float = 0.5) -> LearnedFunc
     Raises:
         UserError: where the folder holds no such run, or its experts have no learned functions.
     """
-    config, model, path = open_run(folder)
+    run = Run.open(folder)
+    config, model = run.config, run.initial_model()
     span = function_range(config.model.experts)
     middle, half = sum(span) / 2, (span[1] - span[0]) / 2 * (1 + beyond)
     points = torch.linspace(middle - half, middle + half, POINTS)
     start = _evaluate(model, points, edges)
-    load_weights(model, path)
+    load_weights(model, run.checkpoint)
     step = model.routers.step
     now = _evaluate(model, points, edges)
     networks = list_networks(model)

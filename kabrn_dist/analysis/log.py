@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kabrn_dist.inference.run import check_run_folder
 from kabrn_dist.utils.errors import UserError
 
 
@@ -50,11 +51,8 @@ def read_expert_log(folder: Path) -> ExpertLog:
     Raises:
         UserError: where the folder is no run, has no log, or nothing in the log tells of experts.
     """
-    if not folder.is_dir():
-        raise UserError(f"--run {folder}: no such folder; name the run.folder of a run's configuration")
+    check_run_folder(folder, "log.jsonl")
     path = folder / "log.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; --run must name the folder of a run that has trained")
     entries = [entry for entry in map(_parse, path.read_text(encoding="utf-8").splitlines()) if "experts/load" in entry]
     if not entries:
         raise UserError(

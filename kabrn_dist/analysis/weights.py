@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kabrn_dist.analysis.run import open_run
 from kabrn_dist.inference.load import load_weights
+from kabrn_dist.inference.run import Run
 from kabrn_dist.metrics.ternary import TernaryStats, named_ternary_weights, weight_sums
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import absmean_quantize
@@ -39,11 +39,12 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
     Raises:
         UserError: where the folder holds no such run, or one without ternary weights.
     """
-    config, model, path = open_run(folder)
+    run = Run.open(folder)
+    config, model = run.config, run.initial_model()
     if not config.model.quantize:
         raise UserError(f"{folder}: model.quantize is false, so no weight is ternary; name a run that has them")
     start = _read_codes(model)
-    load_weights(model, path)
+    load_weights(model, run.checkpoint)
     matrices = list(_measure(model, start))
     console.print(_make_table(matrices, f"{folder}: ternary weights at step {model.routers.step}"))
     console.print(

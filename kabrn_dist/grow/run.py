@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints
-from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
+from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.state import RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.config import Config
@@ -20,9 +20,10 @@ from kabrn_dist.config.file import dump_config, parse_config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.distributed.collectives import Group, group_rank, group_size, run_on_all, run_on_main
-from kabrn_dist.grow.plan import GrowthPlan, make_growth_plan
 from kabrn_dist.grow.mappings import draw_initial, empty_model, list_mappings
+from kabrn_dist.grow.plan import GrowthPlan, make_growth_plan
 from kabrn_dist.grow.tensors import TENSOR_PARTS, ScratchTensors, SymmetryBreaking, TensorMapping, write_part
+from kabrn_dist.inference.run import find_checkpoint
 from kabrn_dist.model.router import RouterStates
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
@@ -50,10 +51,7 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
     Raises:
         UserError: on every rank, for a folder without an intact checkpoint, or a difference that growing cannot bridge.
     """
-    path = CheckpointStore(source / "checkpoints", group=group).find_latest()
-    if path is None:
-        raise UserError(f"{source}/checkpoints: no intact checkpoint to start from; name the folder of a trained run")
-    manifest = run_on_all(group, read_manifest, path)
+    path, manifest = find_checkpoint(source, group=group)
     before = parse_config(read_state(path, manifest).config, f"{path}/manifest.json")
     plan = make_growth_plan(before.model, config.model)
     mappings = list_mappings(plan, empty_model(before), empty_model(config))

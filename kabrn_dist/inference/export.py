@@ -23,15 +23,13 @@ import torch
 
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import encode_header
-from kabrn_dist.checkpoint.layout import checkpoint_path
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
-from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
-from kabrn_dist.config.file import dump_config, load_config
-from kabrn_dist.data.remote import open_shard_set
+from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.load import INDEX_NAME, WEIGHTS_NAME, list_shapes
+from kabrn_dist.inference.run import Run
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
 
@@ -47,7 +45,7 @@ A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {pa
   in fp32.
 - `config.yaml`: the whole configuration of the run. `tokenizer.json`: its tokenizer (sha256 {tokenizer}).
 
-    python launch/generate.py --model THIS_FOLDER --prompt "Once"
+    mixkabrn generate THIS_FOLDER --prompt "Once"
 """
 
 
@@ -89,25 +87,16 @@ def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_byt
     Raises:
         UserError: without a run, an intact checkpoint or its tokenizer, or where they do not fit each other.
     """
-    config = load_config(run / "config.yaml")
-    store = CheckpointStore(run / "checkpoints")
-    path = store.find_latest() if step is None else checkpoint_path(store.folder, step)
-    if path is None:
-        raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
-    manifest = store.check(path, verify=step is not None)
-    shapes = list_shapes(config)
+    opened = Run.open(run, step)
+    shapes = list_shapes(opened.config)
     for name, shape in shapes.items():
-        record = manifest.tensors.get(_source(name))
+        record = opened.manifest.tensors.get(_source(name))
         if record is None or record.shape != shape:
-            found = "missing" if record is None else record.shape
-            raise UserError(f"{path}: {name!r} is {found}, {run}/config.yaml asks for {shape}; restore that file")
-    tokenizer = open_shard_set(config.data.path, config.data.cache_dir, config.data.cache_size_gb).tokenizer()
-    if tokenizer.sha256 != manifest.state.get("tokenizer_sha256"):
-        raise UserError(
-            f"{config.data.path}/tokenizer.json is not the one that {path} was trained with; "
-            f"restore it or point data.path in {run}/config.yaml to it"
-        )
-    export = Export(config, path, manifest, tokenizer, dtype, shapes, {})
+            actual = "missing" if record is None else record.shape
+            raise UserError(
+                f"{opened.checkpoint}: {name!r} is {actual}, {run}/config.yaml asks for {shape}; restore that file"
+            )
+    export = Export(opened.config, opened.checkpoint, opened.manifest, opened.tokenizer(), dtype, shapes, {})
     export.files.update(_spread(export, file_bytes))
     return export
 

@@ -1,4 +1,4 @@
-"""A trained model in one process, whatever layout trained it: from a run's checkpoint or from an export.
+"""A trained model in one process, from a checkpoint of any parallel layout or from an export.
 
 An export is a folder of safetensors files (one, or several with an index), config.yaml and tokenizer.json: see
 kabrn_dist/inference/export.py, which writes them.
@@ -19,24 +19,38 @@ from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.checkpoint.safe_open import read_plain
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
+from kabrn_dist.config.file import load_config
+from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
-from kabrn_dist.model.mixkabrn import MixKABRN, build_model
+from kabrn_dist.inference.generate import GenerativeModel
+from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES_LIMIT = 16 * 2**20
 
 
-def build_whole(config: Config, device: torch.device | str = "cpu") -> MixKABRN:
-    """The model of a run with its initial weights, all experts here, for evaluation."""
+def build_full_model(config: Config, device: torch.device | str = "cpu") -> GenerativeModel:
+    """Build the model of a run with its initial weights and all experts in this process, for evaluation.
+
+    Args:
+        config: The run's configuration; its parallel layout is ignored.
+        device: The device of the parameters.
+
+    Returns:
+        The model in evaluation mode.
+    """
     layout = {"expert_parallel": 1, "experts_per_rank": None, "sequence_parallel": 1, "ranks_per_node": None}
     parallel = config.parallel.model_copy(update=layout)
-    return build_model(config.model_copy(update={"parallel": parallel}), single_process_mesh(device)).eval()
+    placement = ExpertPlacement((config.model.experts.num_experts,), 0)
+    model = GenerativeModel(config.model, placement, single_process_mesh(device), parallel)
+    model.initialize(config.run.seed)
+    return model.to(device).eval()
 
 
 def list_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a whole model's parameters and routers' states; takes no memory for their values."""
+    """Return names and shapes of a full model's parameters and routers' states, without memory for their values."""
     with torch.device("meta"):
         model = MixKABRN(config.model, ExpertPlacement.single(config.model.experts.num_experts), single_process_mesh())
     named = dict(model.named_parameters()) | model.routers.named()
@@ -44,10 +58,17 @@ def list_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(model: MixKABRN, path: Path) -> Manifest:
-    """Fill a whole model with a checkpoint's masters and routers' states; returns its manifest.
+    """Load a checkpoint's fp32 weights and routers' states into a full model.
+
+    Args:
+        model: A model with all experts in this process.
+        path: The checkpoint's folder.
+
+    Returns:
+        The checkpoint's manifest.
 
     Raises:
-        UserError: for a checkpoint that cannot be read or is of another shape.
+        UserError: for a checkpoint that cannot be read or has other shapes.
     """
     named = {f"{name}/master": parameter.detach() for name, parameter in model.named_parameters()}
     named |= model.routers.named()
@@ -58,19 +79,52 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
     return manifest
 
 
-def load_exported(config: Config, folder: Path, device: torch.device | str = "cpu") -> MixKABRN:
-    """A whole model with the weights of an export, which `config` describes.
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is an export rather than a run."""
+    files = (WEIGHTS_NAME, INDEX_NAME, "tokenizer.json")
+    return not (folder / "checkpoints").is_dir() and any((folder / file).exists() for file in files)
+
+
+def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, Tokenizer]:
+    """Load model and tokenizer from a folder that `mixkabrn export` wrote.
+
+    Args:
+        folder: The export's folder.
+        device: The device of the model's parameters.
 
     Raises:
-        UserError: for files that are damaged, or are not of this model; before memory is taken for it.
+        UserError: for a file that is missing or damaged, or does not fit the others.
+    """
+    config = load_config(folder / "config.yaml")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{folder}/tokenizer.json has {tokenizer.vocab_size} tokens, model.vocab_size in config.yaml is "
+            f"{config.model.vocab_size}: they are not of one export; copy the folder again"
+        )
+    return load_export_weights(config, folder, device), tokenizer
+
+
+def load_export_weights(config: Config, folder: Path, device: torch.device | str = "cpu") -> GenerativeModel:
+    """Build the model that `config` describes with the weights of an export.
+
+    Args:
+        config: The export's configuration.
+        folder: The export's folder.
+        device: The device of the parameters.
+
+    Raises:
+        UserError: for files that are damaged or do not fit `config`, before memory is allocated for the model.
     """
     entries = _list_entries(folder)
     expected = list_shapes(config)
     for name, shape in expected.items():
-        found = entries[name][1].shape if name in entries else "missing"
-        if found != shape:
-            raise UserError(f"{folder}: tensor {name!r} is {found}, config.yaml asks for {shape}; export the run again")
-    model = build_whole(config, device)
+        actual = entries[name][1].shape if name in entries else "missing"
+        if actual != shape:
+            raise UserError(
+                f"{folder}: tensor {name!r} is {actual}, config.yaml asks for {shape}; export the run again"
+            )
+    model = build_full_model(config, device)
     for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
         file, entry = entries[name]
         read_entries(file, [(entry, 0, prod(entry.shape), values.detach().view(-1))])
@@ -78,7 +132,7 @@ def load_exported(config: Config, folder: Path, device: torch.device | str = "cp
 
 
 def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
-    """Where each tensor of an export lies."""
+    """Return file and header entry of each tensor."""
     if (folder / WEIGHTS_NAME).exists() or not (folder / INDEX_NAME).exists():
         names = {WEIGHTS_NAME}
     else:

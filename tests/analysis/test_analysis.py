@@ -16,13 +16,14 @@ import yaml
 from kabrn_dist.analysis.elementary import write_formula
 from kabrn_dist.analysis.function_inputs import measure_reach, read_inputs
 from kabrn_dist.analysis.log import read_expert_log
-from kabrn_dist.analysis.run import list_networks, open_run
+from kabrn_dist.analysis.run import list_networks
 from kabrn_dist.analysis.symbolic import fit_symbolic
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.inference.load import load_weights
+from kabrn_dist.inference.run import Run
 from kabrn_dist.model.bitlinear import absmean_quantize
 from kabrn_dist.model.mixkabrn import MixKABRN, build_model
 from launch.report import main
@@ -152,7 +153,8 @@ def test_symbolic(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ternary_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = rows(report(capsys, "weights", "--run", trained, "--out", tmp_path / "pictures"))
-    _, model, path = open_run(trained)
+    run = Run.open(trained)
+    model, path = run.initial_model(), run.checkpoint
     start = [weight.detach().clone() for _, weight in model.ternary_weights()]
     load_weights(model, path)
     weights = list(model.ternary_weights())
@@ -185,7 +187,8 @@ def test_a_run_without_ternary_weights_is_named(copied: Path, capsys: pytest.Cap
 
 
 def test_weights_come_from_the_checkpoint(trained: Path) -> None:
-    _, model, path = open_run(trained)
+    run = Run.open(trained)
+    model, path = run.initial_model(), run.checkpoint
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     load_weights(model, path)
     assert model.routers.step == 5
@@ -215,7 +218,7 @@ def small(form: str, trained: Path) -> MixKABRN:
 def test_reach_follows_the_models_own_stream(form: str, trained: Path) -> None:
     """Each network reads what the forward pass counts for it; few inputs leave the range, and more a narrower one."""
     model = small(form, trained)
-    config, _, _ = open_run(trained)
+    config = Run.open(trained).config
     batch = TokenDataset(open_corpus(config.data), "validation", 32, 3, ordered=False).get([0, 1, 2])
     with torch.no_grad():
         load = model(batch).tokens_per_expert

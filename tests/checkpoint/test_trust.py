@@ -25,7 +25,7 @@ from kabrn_dist.data.index_io import read_index
 from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.data.verify import verify_shards
-from kabrn_dist.inference.generate import load_export
+from kabrn_dist.inference.load import load_export
 from kabrn_dist.utils.errors import UserError
 from tests.checkpoint.test_store import constant, reseal
 from tests.support.runs import SMALL_CONFIG

@@ -20,7 +20,7 @@ from kabrn_dist.grow.mappings import OUTPUT_PREFIXES
 from kabrn_dist.grow.plan import make_growth_plan
 from kabrn_dist.grow.run import grow, plan_growth
 from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, refine_part, write_part
-from kabrn_dist.inference.generate import load_run
+from kabrn_dist.inference.run import Run
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.grids import knot_insertion_matrix
 from kabrn_dist.utils.errors import UserError
@@ -107,7 +107,7 @@ def load(path: Path, name: str) -> Tensor:
 
 def score(folder: Path, shards: Path) -> Tensor:
     """Mean loss of a few validation sequences in nats, of the run's newest checkpoint."""
-    model, _, _ = load_run(folder)
+    model = Run.open(folder).model()
     batch = TokenDataset(open_folder_corpus(shards), "validation", 32, 3, ordered=False).get(range(16))
     with torch.no_grad():
         return model(batch).language / batch.targets.numel()

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kabrn_dist.inference.export import plan_export, write_export
-from kabrn_dist.inference.generate import load_export, load_run
+from kabrn_dist.inference.load import load_export
+from kabrn_dist.inference.run import Run
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 from launch.export import main
@@ -49,7 +50,8 @@ def logits(model: MixKABRN) -> Tensor:
 
 
 def test_an_fp32_export_gives_the_same_logits_bit_for_bit(trained: Path, tmp_path: Path) -> None:
-    reference, _, step = load_run(trained)
+    run = Run.open(trained)
+    reference, step = run.model(), run.step
     for file_bytes in (2 * 10**9, 30_000):
         out = tmp_path / str(file_bytes)
         export = plan_export(trained, torch.float32, file_bytes=file_bytes)
@@ -79,7 +81,7 @@ def test_a_bf16_export_is_the_rounded_one_and_writes_alone(trained: Path, tmp_pa
     shutil.copytree(trained, moved)
     assert main(["--run", str(moved), "--out", str(out), "--dry-run"]) == 0 and not out.exists()
     assert main(["--run", str(moved), "--out", str(out), "--step", "3"]) == 0
-    reference, _, _ = load_run(moved)
+    reference = Run.open(moved).model()
     shutil.rmtree(moved)
     model, _ = load_export(out)
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):

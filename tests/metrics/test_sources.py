@@ -14,7 +14,7 @@ from kabrn_dist.backend.losses import StepTotals, compute_losses
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
-from kabrn_dist.inference.load import build_whole
+from kabrn_dist.inference.load import build_full_model
 from kabrn_dist.metrics.sources import SourceSums, validation_values
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.train.datasets import open_datasets
@@ -42,7 +42,7 @@ def settings(folder: Path, **changes: dict[str, Any]) -> Config:
 
 
 def build(folder: Path) -> MixKABRN:
-    model = build_whole(settings(folder))
+    model = build_full_model(settings(folder))
     model.initialize(3)
     return model
 

@@ -155,7 +155,7 @@ def test_the_others_say_one_line_of_a_rank_that_has_gone(shards: Path, tmp_path:
         ended = group.wait(60, grace=None)
     assert ended.exit_codes == (1, 1), ended.output
     _check_cause(ended.output)
-    assert "rank 0 ends, as another rank has gone" in ended.output
+    assert "rank 0 exits because another rank failed" in ended.output
 
 
 def _check_cause(out: str) -> None:

@@ -1,0 +1,67 @@
+"""Arguments that several commands share, and how their parsers are made."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+RunCommand: TypeAlias = Callable[[argparse.Namespace], int]
+
+
+def add_command(
+    subparsers: Subparsers, name: str, run: RunCommand, summary: str, description: str = "", examples: str = ""
+) -> argparse.ArgumentParser:
+    """Add the parser of one command.
+
+    Args:
+        subparsers: the parsers of the command above it.
+        name: what the user types.
+        run: called with the parsed options; returns the exit code.
+        summary: one line for the list of commands, without a full stop.
+        description: more about the command, shown in its own help below the summary.
+        examples: commands that work, one a line.
+
+    Returns:
+        The parser, for the command's own arguments.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{description}".rstrip(),
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add the positional CONFIG and the option --set."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=help_text)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override one value of the configuration, e.g. training.steps=50; may be repeated",
+    )
+
+
+def add_run_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the positional RUN."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run (run.folder of its configuration)")
+
+
+def positive_int(text: str) -> int:
+    """Return the integer in `text`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is less than 1.
+    """
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value

@@ -1,0 +1,55 @@
+"""`mixkabrn generate`: text from a trained run or an export."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from kabrn_dist.cli.arguments import Subparsers, add_command
+
+DESCRIPTION = """Prints the text as it is generated. Of a run, the newest intact checkpoint is used, with the tokenizer
+of the shards that it was trained on; an export, which `mixkabrn export` writes, contains all that is needed. Decoding
+is recurrent: a retention layer keeps a state of fixed size, whatever the length."""
+
+EXAMPLES = """  mixkabrn generate runs/tiny --prompt "def "
+  mixkabrn generate runs/tiny --prompt "import os" --tokens 1000 --temperature 0
+  mixkabrn generate exports/tiny --prompt "def " --seed 1
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `mixkabrn generate`."""
+    parser = add_command(
+        subparsers, "generate", run, "generate text with a trained run or an export", DESCRIPTION, EXAMPLES
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN|MODEL", help="folder of a run or of an export")
+    parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="maximum number of tokens (default 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=50, metavar="K", help="sample among the K likeliest; 0: among all (default 50)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generate and print; return the exit code."""
+    from kabrn_dist.inference.run import load_model
+
+    model, tokenizer = load_model(options.folder)
+    print(options.prompt, end="", flush=True)
+    start, pieces = time.perf_counter(), 0
+    for piece in model.generate(
+        options.prompt, tokenizer, options.tokens, options.temperature, options.top_k, options.seed
+    ):
+        print(piece, end="", flush=True)
+        pieces += 1
+    rate = pieces / (time.perf_counter() - start)
+    # An export does not count steps.
+    at_step = f" at step {model.routers.step}" if model.routers.step else ""
+    print(f"\n[{options.folder}{at_step}, {rate:.0f} tokens/s]", file=sys.stderr)
+    return 0

@@ -1,0 +1,87 @@
+"""Entry point of `mixkabrn`: parse the command line, run one command, turn errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import kabrn_dist
+from kabrn_dist.cli import config, export, generate, grow, inspect, plan, prepare, report, train
+from kabrn_dist.utils.errors import UserError
+
+COMMANDS = (prepare, inspect, plan, train, generate, export, report, grow, config)
+EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+# The first process to end has its launcher end the others; the one that prints the message must be first.
+REPORT_SECONDS = 0.5
+
+DESCRIPTION = """Train ternary language models with retention and mixtures of Kolmogorov-Arnold experts (MixKABRN)."""
+
+EXAMPLES = """from text to text:
+  mixkabrn prepare --source python-stdlib --vocabulary 2048 --out data/python-stdlib
+  mixkabrn train configs/tiny.yaml
+  mixkabrn generate runs/tiny --prompt "def "
+
+`mixkabrn COMMAND --help` explains a command and shows examples. In a checkout of the sources, `python -m kabrn_dist`
+does the same without an installation.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command of `mixkabrn`.
+
+    Args:
+        arguments: the command and its options; None takes those of the process.
+
+    Returns:
+        The exit code: 0, or what the command defines; 2 after an error of the user, which is one line on stderr;
+        130 after Ctrl-C; 141 if the reader of stdout has gone.
+    """
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        exit_code = int(options.run(options))
+        sys.stdout.flush()
+    except UserError as error:
+        _report_error(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has seen enough. The interpreter's own flush must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="mixkabrn",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mixkabrn {kabrn_dist.__version__}")
+    # DeepSpeed's launcher puts it in front of what the user typed. The environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def _report_error(error: UserError) -> None:
+    """Print the error once per machine: every process of a run has the same one."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(REPORT_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

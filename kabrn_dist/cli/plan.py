@@ -1,0 +1,84 @@
+"""`mixkabrn plan`: check a configuration for a number of processes and print what would be trained."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, positive_int
+
+if TYPE_CHECKING:
+    from kabrn_dist.config import Config
+    from kabrn_dist.train.datasets import Datasets
+
+DESCRIPTION = """Checks the configuration for N processes, opens the data, and prints the layout of the processes, the
+number of parameters, memory per process, and how often each source is read. Starts and writes nothing."""
+
+EXAMPLES = """  mixkabrn plan configs/tiny.yaml
+  mixkabrn plan configs/big.yaml --world 64
+  mixkabrn plan configs/tiny.yaml --world 2 --set parallel.zero_stage=2
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `mixkabrn plan`."""
+    parser = add_command(
+        subparsers,
+        "plan",
+        run,
+        "show layout, parameters and memory of a run without starting it",
+        DESCRIPTION,
+        EXAMPLES,
+    )
+    add_config(parser, "YAML file of the run")
+    parser.add_argument(
+        "--world", type=positive_int, metavar="N", help="number of processes (default: those that were started, or 1)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan of a configuration file; return the exit code."""
+    from kabrn_dist.config.file import load_config
+
+    return print_plan(load_config(options.config, options.set), options.world)
+
+
+def print_plan(config: Config, world_size: int | None) -> int:
+    """Print the plan of a configuration.
+
+    Args:
+        config: the configuration.
+        world_size: number of processes; None takes the launcher's, or 1.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: for a configuration that does not fit the processes, or data that cannot be used.
+    """
+    from kabrn_dist.planner.estimate import describe_plan
+    from kabrn_dist.train.datasets import open_datasets
+
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+    config.check_world_size(world_size)
+    print(describe_plan(config, world_size))
+    print(_describe_data(open_datasets(config), config))
+    print("nothing was started or written")
+    return 0
+
+
+def _describe_data(datasets: Datasets, config: Config) -> str:
+    train, corpus = datasets.train, datasets.train.corpus
+    total = config.training.steps * config.training.global_batch_size
+    lines = [
+        f"data                 {corpus.num_tokens('train'):,} training tokens = {train.num_sequences:,} sequences, "
+        f"{total / train.num_sequences:.2f} epochs; {corpus.num_tokens('validation'):,} validation tokens"
+    ]
+    if len(train.sequences_per_source) > 1:
+        for name, count, drawn in zip(
+            corpus.names, train.sequences_per_source, train.sequences_drawn(total), strict=True
+        ):
+            epochs = f", {drawn / count:.2f} epochs" if count else ""
+            lines.append(f"  {name:<19}{count:,} sequences, {drawn / total:.1%} of all that are read{epochs}")
+    return "\n".join(lines)

@@ -1,0 +1,31 @@
+"""The scripts in launch/: their flags as the arguments of `mixkabrn`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kabrn_dist.cli.main import main
+
+
+def run_script(command: Sequence[str], flags: Sequence[str], arguments: Sequence[str]) -> int:
+    """Run a command of `mixkabrn` whose positional arguments are given as flags.
+
+    Args:
+        command: the command, such as `["train"]`.
+        flags: the flags, such as `--run`, in the order of the positional arguments that their values become.
+        arguments: what the user typed.
+
+    Returns:
+        The exit code.
+    """
+    values: dict[str, str] = {}
+    others: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
+        if flag in flags:
+            values[flag] = value if equals else next(remaining, "")
+        else:
+            others.append(argument)
+    positionals = [values[flag] for flag in flags if flag in values]
+    return main([*command, *positionals, *others])

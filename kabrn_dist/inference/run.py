@@ -1,0 +1,165 @@
+"""A run's folder, opened: configuration, newest intact checkpoint, tokenizer and model, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kabrn_dist.checkpoint.layout import checkpoint_path
+from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.store import CheckpointStore
+from kabrn_dist.config import Config
+from kabrn_dist.config.file import load_config
+from kabrn_dist.data.remote import open_shard_set
+from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.distributed.collectives import Group, run_on_all
+from kabrn_dist.inference.generate import GenerativeModel
+from kabrn_dist.inference.load import build_full_model, is_export, load_export, load_weights
+from kabrn_dist.utils.errors import UserError
+
+SHOWN_FOLDERS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, or one that is still training.
+
+    Attributes:
+        folder: The run's folder.
+        config: Its configuration, from config.yaml in the folder.
+        checkpoint: Folder of the chosen checkpoint, whose files match their hashes.
+        manifest: The checkpoint's manifest.
+    """
+
+    folder: Path
+    config: Config
+    checkpoint: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path | str, step: int | None = None) -> Run:
+        """Open a run's folder and verify a checkpoint.
+
+        Example:
+            run = Run.open("runs/small")
+            model, tokenizer = run.model(), run.tokenizer()
+
+        Args:
+            folder: The run's folder.
+            step: Step of the checkpoint; None takes the newest intact one.
+
+        Raises:
+            UserError: for a folder that does not exist, is no run, or has no intact checkpoint (of that step).
+        """
+        folder = Path(folder)
+        check_run_folder(folder, "config.yaml")
+        config = load_config(folder / "config.yaml")
+        path, manifest = find_checkpoint(folder, step)
+        return cls(folder, config, path, manifest)
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps before the checkpoint."""
+        return self.manifest.step
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the shard set that the run was trained on.
+
+        Raises:
+            UserError: for a shard set that is missing, or has another tokenizer by now.
+        """
+        data = self.config.data
+        tokenizer = open_shard_set(data.path, data.cache_dir, data.cache_size_gb).tokenizer()
+        if tokenizer.sha256 != self.manifest.state.get("tokenizer_sha256"):
+            raise UserError(
+                f"{data.path}/tokenizer.json is not the tokenizer that {self.checkpoint} was trained with; restore it, "
+                f"or set data.path in {self.folder}/config.yaml to the shards that have it"
+            )
+        return tokenizer
+
+    def model(self, device: torch.device | str = "cpu") -> GenerativeModel:
+        """Return the model with the checkpoint's weights, for evaluation.
+
+        Args:
+            device: The device of its parameters.
+
+        Raises:
+            UserError: for a checkpoint that cannot be read or does not fit config.yaml.
+        """
+        model = self.initial_model(device)
+        load_weights(model, self.checkpoint)
+        return model
+
+    def initial_model(self, device: torch.device | str = "cpu") -> GenerativeModel:
+        """Return the model with the weights that training without `run.init_from` starts from."""
+        return build_full_model(self.config, device)
+
+
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[GenerativeModel, Tokenizer]:
+    """Load a trained model with its tokenizer.
+
+    Example:
+        model, tokenizer = load_model("runs/small")
+        for piece in model.generate("Once", tokenizer=tokenizer):
+            print(piece, end="")
+
+    Args:
+        folder: The folder of a run, of which the newest intact checkpoint is used, or of an export.
+        device: The device of the model's parameters.
+
+    Raises:
+        UserError: for a folder that is neither, or contents that are damaged or do not belong together.
+    """
+    folder = Path(folder)
+    if is_export(folder):
+        return load_export(folder, device)
+    run = Run.open(folder)
+    tokenizer = run.tokenizer()
+    return run.model(device), tokenizer
+
+
+def find_checkpoint(folder: Path, step: int | None = None, group: Group = None) -> tuple[Path, Manifest]:
+    """Return the folder and the manifest of a run's checkpoint after verifying the hashes of its files.
+
+    Collective over `group` where torch.distributed is initialized.
+
+    Args:
+        folder: The run's folder.
+        step: Step of the checkpoint; None takes the newest intact one.
+        group: The ranks that call this.
+
+    Raises:
+        UserError: on every rank, for a folder that does not exist or has no intact checkpoint (of that step).
+    """
+    run_on_all(group, check_run_folder, folder)
+    store = CheckpointStore(folder / "checkpoints", group=group)
+    path = store.find_latest() if step is None else checkpoint_path(store.folder, step)
+    if path is None:
+        raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
+    return path, store.check(path, verify=step is not None)
+
+
+def check_run_folder(folder: Path, file: str | None = None) -> None:
+    """Check that a run's folder exists and contains a file.
+
+    Args:
+        folder: The run's folder.
+        file: Name of the file; None checks the folder only.
+
+    Raises:
+        UserError: if not; the message lists the runs and exports next to a folder that does not exist.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {_list_neighbors(folder.parent)}")
+    if file is not None and not (folder / file).exists():
+        raise UserError(f"{folder / file}: no such file; name the folder of a run that has trained (its run.folder)")
+
+
+def _list_neighbors(parent: Path) -> str:
+    names = sorted(path.parent.name for path in parent.glob("*/config.yaml"))
+    if not names:
+        return "name the folder of a run (run.folder of its configuration)"
+    more = f" and {len(names) - SHOWN_FOLDERS} more" if len(names) > SHOWN_FOLDERS else ""
+    return f"{parent} contains {', '.join(names[:SHOWN_FOLDERS])}{more}"
