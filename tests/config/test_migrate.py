@@ -23,7 +23,9 @@ from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, load_config, parse_config
 from kabrn_dist.config.migrate import CURRENT_VERSION, RENAMED_KEYS, migrate
 from kabrn_dist.grow.run import grow
-from kabrn_dist.inference.generate import generate, load_export, load_run
+from kabrn_dist.inference.generate import generate
+from kabrn_dist.inference.load import load_export
+from kabrn_dist.inference.run import Run
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import read_losses, run_command, run_sessions
 
@@ -266,7 +268,7 @@ def test_growing_starts_from_a_run_of_version_1(tmp_path: Path) -> None:
     changes = ["model.experts.num_experts=8", "model.experts.top_k=4", "parallel.experts_per_rank=[2, 6]"]
     config = load_config(VERSION_1 / "config.yaml", [*changes, SHARDS, f"run.folder={tmp_path / 'grown'}"])
     grow(VERSION_1 / "ternary", config)
-    assert load_run(tmp_path / "grown")[2] == 0
+    assert Run.open(tmp_path / "grown").step == 0
     command = [sys.executable, "launch/grow.py", "--from", str(VERSION_1 / "ternary"), "--dry-run", "--config"]
     options = [f"--set={change}" for change in [*changes, SHARDS]]
     result = run_command([*command, str(VERSION_1 / "config.yaml"), *options])
