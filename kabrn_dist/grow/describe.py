@@ -1,4 +1,4 @@
-"""What growing does, as a table for people."""
+"""A growth as a table for the console."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from kabrn_dist.grow.tensors import TensorMapping
 
 
 def describe_growth(growth: Growth, noise: float | None = None, redraw: float = 0.0) -> str:
-    """One line for each kind of tensor, layers taken together, and what becomes of the loss."""
-    rows = [("tensor", "layers", "from", "to", "what")]
+    """Return a table with one line per kind of tensor over all layers, and how the loss changes.
+
+    Args:
+        growth: The planned growth.
+        noise: Relative standard deviation of the noise on copies; None for the default of `grow`.
+        redraw: Fraction of the copies' hidden units that are drawn again.
+    """
+    rows = [("tensor", "layers", "from", "to", "origin")]
     rows += [_row(growth, mappings) for mappings in _by_kind(growth.mappings).values()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
@@ -24,12 +30,12 @@ def describe_growth(growth: Growth, noise: float | None = None, redraw: float = 
 
 def _remarks(growth: Growth, noise: float, redraw: float) -> list[str]:
     plan = growth.plan
-    disturbed = plan.disturbances(noise, redraw)
-    remarks = [f"loss at the start: {'not as it was, by ' + '; '.join(disturbed) if disturbed else 'unchanged'}"]
+    disturbances = plan.disturbances(noise, redraw)
+    remarks = [f"loss at the start: {'changed by ' + '; '.join(disturbances) if disturbances else 'unchanged'}"]
     if plan.copies > 1 and not noise and not redraw and plan.copies_per_token > 1:
-        remarks.append("copies of an expert see the same tokens and will never part: use --noise or --redraw")
+        remarks.append("copies of an expert see the same tokens and stay equal; set --noise or --redraw above 0")
     if growth.config.model.experts.capacity_factor is not None and (plan.copies > 1 or plan.upcycled_layers):
-        remarks.append("model.experts.capacity_factor drops copies in training until the new experts are balanced")
+        remarks.append("model.experts.capacity_factor drops tokens in training until the new experts are balanced")
     return remarks
 
 
@@ -56,7 +62,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _ranges(layers: list[int]) -> str:
-    """0, 1, 2, 5 → 0-2,5."""
+    """The ranges 0-2,5 for the layers 0, 1, 2, 5."""
     starts = [layer for layer in layers if layer - 1 not in layers]
     ends = [layer for layer in layers if layer + 1 not in layers]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

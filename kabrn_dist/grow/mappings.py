@@ -1,4 +1,4 @@
-"""Which tensor of the old model each one of the grown model comes from."""
+"""The origin of each tensor of a grown model in the old model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,31 @@ from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.router import Router
 
-# What the forms of experts call the matrices that read hidden units.
+# Prefixes of the matrices that read hidden units, in all types of experts.
 OUTPUT_PREFIXES = ("down", "outer")
 
 
 def empty_model(config: Config) -> MixKABRN:
-    """The whole model with weights that were never written, so that (on Linux) they take addresses, not memory."""
+    """Return the whole model with weights that are allocated but not written, so they take no memory on Linux."""
     return MixKABRN(config.model, ExpertPlacement.single(config.model.experts.num_experts), single_process_mesh())
 
 
 def list_mappings(plan: GrowthPlan, old: MixKABRN, new: MixKABRN) -> list[TensorMapping]:
-    """One for each parameter of `new`, in its order."""
+    """Return the mapping of each parameter of `new`, in the order of its parameters."""
     shapes = {name: tuple(p.shape) for name, p in old.named_parameters()}
     return [_map_tensor(plan, new, name, tuple(p.shape), shapes) for name, p in new.named_parameters()]
 
 
 def draw_initial(model: MixKABRN, mapping: TensorMapping, seed: int) -> Tensor:
-    """The values that a new run would start this parameter with, or zeros. Memory: its module's, which stays."""
+    """Return the initial values of a parameter in a new run, or zeros.
+
+    Drawing writes the weights of the parameter's module in `model`, which take up memory from then on.
+
+    Args:
+        model: The grown model, from `empty_model`.
+        mapping: The parameter, which has no source.
+        seed: Seed of the run.
+    """
     module_name, _, leaf = mapping.name.rpartition(".")
     if mapping.starts_at_zero:
         return torch.zeros(mapping.shape)
@@ -49,50 +57,50 @@ def _map_tensor(
     is_matrix = isinstance(module, Experts) and leaf in module.stds
     is_output = is_matrix and leaf.startswith(OUTPUT_PREFIXES)
     if layer in plan.upcycled_layers and part == "router":
-        return TensorMapping(name, shape, None, "drawn afresh")
+        return TensorMapping(name, shape, None, "newly initialized")
     if layer in plan.upcycled_layers and part == "shared":
-        what = "zeros: it adds nothing yet" if is_output else "drawn afresh"
-        return TensorMapping(name, shape, None, what, starts_at_zero=is_output)
+        description = "zeros: adds nothing at the start" if is_output else "newly initialized"
+        return TensorMapping(name, shape, None, description, starts_at_zero=is_output)
     source = name
-    copies, visited = 1, 1
+    copies, copies_per_token = 1, 1
     if layer in plan.upcycled_layers and part == "routed":
         source = f"{module_name.removesuffix('routed')}shared.{leaf}"
-        copies, visited = shape[0], plan.new.experts.top_k
+        copies, copies_per_token = shape[0], plan.new.experts.top_k
     elif layer in plan.copied_layers and part in ("routed", "router"):
-        copies, visited = plan.copies, plan.copies_per_token
-    finer = _finer(plan) if shapes[source][1:] != shape[1:] else None
-    breaks = copies > 1
+        copies, copies_per_token = plan.copies, plan.copies_per_token
+    refinement = _refinement(plan) if shapes[source][1:] != shape[1:] else None
+    copied = copies > 1
     return TensorMapping(
         name,
         shape,
         source,
-        _describe(source if source != name else "", copies, finer),
+        _describe(source if source != name else "", copies, refinement),
         copies,
-        visited,
-        finer,
-        hidden_size=plan.new.experts.expert_hidden_size if breaks and is_matrix else 0,
+        copies_per_token,
+        refinement,
+        hidden_size=plan.new.experts.expert_hidden_size if copied and is_matrix else 0,
         is_output=is_output,
-        adds_noise=breaks and (is_matrix or part == "router"),
+        adds_noise=copied and (is_matrix or part == "router"),
     )
 
 
 def _layer(name: str) -> int | None:
-    """blocks.3.mixture.routed.up → 3; None outside the blocks."""
+    """The 3 of blocks.3.mixture.routed.up; None outside the blocks."""
     first, _, rest = name.partition(".")
     return int(rest.partition(".")[0]) if first == "blocks" else None
 
 
-def _finer(plan: GrowthPlan) -> GridRefinement:
+def _refinement(plan: GrowthPlan) -> GridRefinement:
     old, new = plan.old.experts, plan.new.experts
     return GridRefinement(old.grid_size, new.grid_size, new.spline_order if new.type == "bspline" else 1)
 
 
-def _describe(source: str, copies: int, finer: GridRefinement | None) -> str:
-    said = []
+def _describe(source: str, copies: int, refinement: GridRefinement | None) -> str:
+    parts = []
     if source:
-        said.append(f"{copies} copies of the dense layer's")
+        parts.append(f"{copies} copies of the dense layer's")
     elif copies > 1:
-        said.append(f"{copies} copies of each")
-    if finer:
-        said.append(f"grid {finer.old_size} → {finer.new_size}")
-    return ", ".join(said) or "as it was"
+        parts.append(f"{copies} copies of each")
+    if refinement:
+        parts.append(f"grid {refinement.old_size} → {refinement.new_size}")
+    return ", ".join(parts) or "unchanged"

@@ -1,4 +1,4 @@
-"""A run's newest checkpoint, grown to another configuration: read tensor by tensor, written as step 0 of a new run."""
+"""Growth of a run: its newest checkpoint, mapped to another configuration, becomes step 0 of a new run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ FP16_SCALE = 2.0**16
 
 @dataclass(frozen=True)
 class Growth:
-    """What would be done: from which checkpoint, to which configuration, tensor by tensor."""
+    """A growth that can be carried out.
+
+    Attributes:
+        checkpoint: Folder of the checkpoint to start from.
+        manifest: Its manifest.
+        old_config: Its configuration.
+        config: The new configuration.
+        plan: What changes in the model.
+        mappings: Origin of each tensor of the new model.
+    """
 
     checkpoint: Path
     manifest: Manifest
@@ -44,9 +53,14 @@ class Growth:
 
 
 def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
-    """Read the newest intact checkpoint of the run in `source` and what turns it into `config`. Writes nothing.
+    """Return how the newest intact checkpoint of a run becomes a checkpoint for `config`, without writing anything.
 
-    Collective over `group` where torch.distributed is initialised.
+    Collective over `group` if torch.distributed is initialized.
+
+    Args:
+        source: Folder of the run to start from.
+        config: Configuration of the new run.
+        group: Ranks that grow together; None for all.
 
     Raises:
         UserError: on every rank, for a folder without an intact checkpoint, or a difference that growing cannot bridge.
@@ -57,54 +71,60 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
     mappings = list_mappings(plan, empty_model(before), empty_model(config))
     missing = [r.source for r in mappings if r.source and f"{r.source}/master" not in manifest.tensors]
     if missing:
-        raise UserError(f"{path}: has no tensor {missing[0]!r}, so another version wrote it; start from a newer run")
+        raise UserError(
+            f"{path}: has no tensor {missing[0]!r}, so another version wrote it; set run.init_from to a newer run"
+        )
     return Growth(path, manifest, before, config, plan, mappings)
 
 
 def grow(source: Path, config: Config, noise: float | None = None, redraw: float = 0.0, group: Group = None) -> Path:
     """Write the newest checkpoint of the run in `source`, grown to `config`, as step 0 of `config.run.folder`.
 
-    Collective over `group` where torch.distributed is initialised: each rank grows a share of the tensors. The result
-    depends on the checkpoint and the arguments only. A rank holds one stored part of one logical tensor in memory;
-    what it has grown lies in files beside the run until the checkpoint is written, so the disk has room for two.
+    Collective over `group` if torch.distributed is initialized; each rank grows some of the tensors. The result
+    depends only on the checkpoint and the arguments. A rank holds one part of one logical tensor in memory. Grown
+    tensors are kept in files in the run's folder until the checkpoint is written, so the disk must have room for both.
 
     Args:
-        source: the folder of the run to start from.
-        noise: relative standard deviation of noise on copies of experts. Default: 0 for copies of dense layers, which
-            part by themselves as a fresh router sends them other tokens, and 0.01 for copies of experts.
-        redraw: share of each copy's hidden units drawn anew (0.5 in drop-upcycling, arXiv 2502.19261).
+        source: Folder of the run to start from.
+        config: Configuration of the new run.
+        noise: Relative standard deviation of the noise on copies of experts. Default: 0 for copies of dense layers,
+            which diverge because the new router sends them different tokens, and 0.01 for copies of experts.
+        redraw: Fraction of each copy's hidden units to draw again (0.5 in drop-upcycling, arXiv 2502.19261).
+        group: Ranks that grow together; None for all.
 
     Returns:
-        The new checkpoint's folder.
+        The folder of the new checkpoint.
 
     Raises:
-        UserError: on every rank, as `plan_growth`; where the new run has a checkpoint; for another tokenizer.
+        UserError: on every rank, as `plan_growth`; if the new run has a checkpoint; for another tokenizer.
     """
-    _check_shares(noise, redraw)
+    _check_fractions(noise, redraw)
     folder = config.run.folder
     run_on_main(group, _refuse_existing, folder)
     growth = plan_growth(source, config, group)
-    state = run_on_all(group, _fresh_state, growth)
+    state = run_on_all(group, _initial_state, growth)
     if noise is None:
         noise = default_noise(growth.plan)
     scratch = folder / "growing"
-    run_on_main(group, _make_empty, scratch)
-    fragments = _grown(growth, SymmetryBreaking(noise, redraw, config.run.seed), scratch, group)
+    run_on_main(group, _make_empty_folder, scratch)
+    fragments = _grow_fragments(growth, SymmetryBreaking(noise, redraw, config.run.seed), scratch, group)
     saved = CheckpointStore(folder / "checkpoints", group=group).save(0, fragments, state)
     run_on_main(group, shutil.rmtree, scratch)
     if not saved:
-        raise UserError(f"{folder}: the grown checkpoint could not be written, for the reason logged; then start again")
+        raise UserError(
+            f"{folder}: the grown checkpoint could not be written; the reason is logged, start again without it"
+        )
     run_on_main(group, atomic_write, folder / "config.yaml", dump_config(config).encode())
     return checkpoint_path(folder / "checkpoints", 0)
 
 
 def default_noise(plan: GrowthPlan) -> float:
-    """Relative noise where none is asked for: see `grow`."""
+    """Return the relative noise that `grow` uses by default."""
     return 0.01 if plan.copies > 1 else 0.0
 
 
-def _grown(growth: Growth, breaking: SymmetryBreaking, scratch: Path, group: Group) -> Iterator[Fragment]:
-    """This rank's share of the grown checkpoint, each fragment grown when it is asked for."""
+def _grow_fragments(growth: Growth, breaking: SymmetryBreaking, scratch: Path, group: Group) -> Iterator[Fragment]:
+    """This rank's fragments of the grown checkpoint, each grown when it is needed."""
     rank, size = group_rank(group), group_size(group)
     store = ScratchTensors(scratch / str(rank))
     model = empty_model(growth.config)
@@ -123,23 +143,26 @@ def _grown(growth: Growth, breaking: SymmetryBreaking, scratch: Path, group: Gro
 
 
 def _router_states(growth: Growth) -> dict[str, Tensor]:
-    """Copies keep the bias of the expert they come from and share its tokens; new mixtures start even."""
+    """Copies keep the bias of their expert and split its load; new mixtures start with an even load."""
     plan = growth.plan
     states = RouterStates.initial(len(plan.new.moe_layers), plan.new.experts.num_experts, "cpu").named()
-    # Copies split a softmax among them, and the bias competes with what is left of a score.
-    shares = {"router/bias": 1 if plan.new.router.score_func == "sigmoid" else plan.copies, "router/share": plan.copies}
+    # Copies split a softmax score, and the bias is added to what is left of it.
+    divisors = {
+        "router/bias": 1 if plan.new.router.score_func == "sigmoid" else plan.copies,
+        "router/share": plan.copies,
+    }
     for name, values in states.items():
         if not plan.copied_layers or name not in growth.manifest.tensors:
             continue
-        old = load_tensor(growth.checkpoint, growth.manifest, name) / shares[name]
+        old = load_tensor(growth.checkpoint, growth.manifest, name) / divisors[name]
         for row, layer in enumerate(plan.new.moe_layers):
             if layer in plan.copied_layers:
                 values[row] = old[plan.old.moe_layers.index(layer)].repeat(plan.copies)
     return states
 
 
-def _fresh_state(growth: Growth) -> dict[str, Any]:
-    """What the training loop keeps beside the tensors, of a run that has read nothing yet."""
+def _initial_state(growth: Growth) -> dict[str, Any]:
+    """The state of the new run, which has not read any data."""
     config, old = growth.config, read_state(growth.checkpoint, growth.manifest)
     data = config.data
     corpus = open_corpus(data)
@@ -147,10 +170,10 @@ def _fresh_state(growth: Growth) -> dict[str, Any]:
     tokenizer = corpus.tokenizer_sha256
     if tokenizer != old.tokenizer_sha256:
         raise UserError(
-            f"{data.path}/tokenizer.json is not the one that {growth.checkpoint} was trained with, so its embedding would "
-            "mean nothing; prepare the data with that run's tokenizer (`python -m data_prep --tokenizer FILE`)"
+            f"{data.path}/tokenizer.json is not the one that {growth.checkpoint} was trained with, "
+            "so the embedding would not match; prepare the data with that run's tokenizer (`mixkabrn prepare --tokenizer FILE`)"
         )
-    is_fp16, was_fp16 = (c.training.precision == "fp16" for c in (config, growth.old_config))
+    is_fp16, was_fp16 = (each.training.precision == "fp16" for each in (config, growth.old_config))
     scale = (old.loss_scale if was_fp16 else FP16_SCALE) if is_fp16 else 1.0
     state = RunState(
         step=0,
@@ -164,19 +187,21 @@ def _fresh_state(growth: Growth) -> dict[str, Any]:
     return state.model_dump()
 
 
-def _check_shares(noise: float | None, redraw: float) -> None:
+def _check_fractions(noise: float | None, redraw: float) -> None:
     if noise is not None and not 0 <= noise < 1:
-        raise UserError(f"noise {noise:g} is a share of the weights' size; use 0 to below 1, such as 0.01")
+        raise UserError(
+            f"noise {noise:g} is not a fraction of the weights; set it to 0 or more and below 1, such as 0.01"
+        )
     if not 0 <= redraw <= 1:
-        raise UserError(f"redraw {redraw:g} is a share of hidden units; use 0 to 1, such as 0.5")
+        raise UserError(f"redraw {redraw:g} is not a fraction of the hidden units; set it to 0 to 1, such as 0.5")
 
 
 def _refuse_existing(folder: Path) -> None:
-    if found := list_checkpoints(folder / "checkpoints"):
-        raise UserError(f"{found[0]}: the new run has begun already; choose another run.folder, or move it away")
+    if existing := list_checkpoints(folder / "checkpoints"):
+        raise UserError(f"{existing[0]}: the new run has begun already; choose another run.folder, or move it away")
 
 
-def _make_empty(scratch: Path) -> None:
+def _make_empty_folder(scratch: Path) -> None:
     if scratch.exists():
         shutil.rmtree(scratch)
     scratch.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""One logical tensor of the grown model from one of the old: copies, noise, redrawing, finer grids, moments.
+"""Growth of one logical tensor: copies, noise, redrawn units, finer grids, and the moments of AdamW.
 
-Experts are worked on one by one, so that beside a stored part [E, …] one expert is in memory, not the grown tensor.
+Experts are processed one at a time, so memory holds a stored part [E, …] and one expert, not the grown tensor.
 
 Shapes: E experts, H hidden units, O outputs, I inputs, K coefficients of a function on a grid.
 """
@@ -22,7 +22,13 @@ TENSOR_PARTS = ("master", "exp_avg", "exp_avg_sq")
 
 
 class GridRefinement(NamedTuple):
-    """A grid that becomes finer: intervals before and after, degree of the pieces (1 for hats)."""
+    """Refinement of a grid.
+
+    Attributes:
+        old_size: Intervals before.
+        new_size: Intervals after.
+        spline_order: Degree of the polynomial pieces; 1 for hats.
+    """
 
     old_size: int
     new_size: int
@@ -31,19 +37,21 @@ class GridRefinement(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """Where a tensor of the grown model comes from.
+    """Origin of a tensor of the grown model.
 
     Attributes:
-        name, shape: of the grown tensor.
-        source: the old tensor's name; None where it is drawn afresh, with moments of zero.
-        what: for people.
-        copies: slices made of each old one along the first dimension (experts, a router's rows); old slice e becomes
-            the slices e, e + E, e + 2E …, so that each run of E neighbours is a whole set.
-        visited: of those copies, how many a token visits.
-        finer: the grid whose coefficients lie along the last dimension, where it is refined.
-        hidden: H where this is a matrix of copied experts, of which units may be redrawn; output: H is its input side.
-        noised: True where the copies' symmetry may be broken by noise.
-        zero: True for a fresh output matrix that starts with zeros.
+        name: Name of the grown tensor.
+        shape: Its shape.
+        source: Name of the old tensor; None for a newly initialized one, whose moments are zero.
+        description: The origin in words, for the console.
+        copies: Slices made from each old one along the first dimension (experts, rows of a router). Old slice e
+            becomes the slices e, e + E, e + 2E …, so every E neighbors are a complete set.
+        copies_per_token: How many of those copies a token visits.
+        refinement: Refinement of the grid whose coefficients lie along the last dimension, if any.
+        hidden_size: H of a matrix of copied experts, whose units may be redrawn; 0 for other tensors.
+        is_output: True if the hidden units are the inputs of the matrix.
+        adds_noise: True if noise may break the symmetry of the copies.
+        starts_at_zero: True for a new output matrix that starts with zeros.
     """
 
     name: str
@@ -61,12 +69,12 @@ class TensorMapping:
 
 @dataclass(frozen=True)
 class SymmetryBreaking:
-    """How copies are made to differ.
+    """Randomness that makes copies differ.
 
     Attributes:
-        noise: standard deviation of what is added to each matrix and router row, as a share of its root mean square.
-        redraw: share of each copy's hidden units drawn anew (drop-upcycling, arXiv 2502.19261).
-        seed: of both draws.
+        noise: Standard deviation of the noise on each matrix and router row, as a fraction of its root mean square.
+        redraw: Fraction of each copy's hidden units that are drawn again (drop-upcycling, arXiv 2502.19261).
+        seed: Seed of both.
     """
 
     noise: float
@@ -75,23 +83,30 @@ class SymmetryBreaking:
 
 
 def write_part(target: Tensor, old: Tensor, mapping: TensorMapping, part: str, breaking: SymmetryBreaking) -> None:
-    """Write one part of the grown tensor into `target`, from the same part of the old one. Both fp32.
+    """Write one part of the grown tensor, made from the same part of the old one.
 
-    Moments: the gradients of an expert's copies add up to the gradient it had, so each has 1/copies of its mean. With
-    tokens' gradients taken as independent, its mean square falls to 1/(copies·visited) of what it was; where they agree
-    it falls further, and the first steps are then shorter, never longer, than Adam's usual ones. Redrawn units start
-    with none.
+    Moments: the gradients of an expert's copies add up to the expert's gradient, so the mean of each is 1/copies of
+    it. If the gradients of tokens are independent, the mean square falls to 1/(copies·copies_per_token). If they
+    agree it falls further, and the first steps are shorter than Adam's usual ones, never longer. The moments of
+    redrawn units are zero.
+
+    Args:
+        target: The part of the grown tensor, fp32.
+        old: The part of the old tensor, fp32.
+        mapping: Origin of the tensor.
+        part: One of `TENSOR_PARTS`.
+        breaking: Noise and redrawing.
     """
     if mapping.copies == 1 and mapping.refinement is None:
         target.copy_(old)
         return
-    share = {
+    factor = {
         "master": 1.0,
         "exp_avg": 1 / mapping.copies,
         "exp_avg_sq": 1 / (mapping.copies * mapping.copies_per_token),
     }[part]
     for expert, values in enumerate(target):
-        values.copy_(refine_part(old[expert % len(old)], mapping.refinement, part) * share)
+        values.copy_(refine_part(old[expert % len(old)], mapping.refinement, part) * factor)
         if mapping.adds_noise and breaking.noise and part == "master":
             std = breaking.noise * float(values.square().mean().sqrt())
             values.add_(draw_normal(breaking.seed, f"{mapping.name}.noise.{expert}", tuple(values.shape), std))
@@ -100,9 +115,9 @@ def write_part(target: Tensor, old: Tensor, mapping: TensorMapping, part: str, b
 
 
 def _redraw(values: Tensor, mapping: TensorMapping, expert: int, part: str, breaking: SymmetryBreaking) -> None:
-    """Draw the rows (columns of an output matrix) of some hidden units anew, with the mean and spread they had.
+    """Draw the rows (columns of an output matrix) of some hidden units again, with the mean and spread they had.
 
-    The same units in all matrices of an expert, others in each expert.
+    The units are the same in all matrices of an expert, and different in each expert.
     """
     module = mapping.name.rpartition(".")[0]
     count = round(breaking.redraw * mapping.hidden_size)
@@ -112,17 +127,28 @@ def _redraw(values: Tensor, mapping: TensorMapping, expert: int, part: str, brea
     if part != "master":
         rows[units] = 0
     elif count:
-        lost = rows[units]
-        drawn = draw_normal(breaking.seed, f"{mapping.name}.redrawn.{expert}", tuple(lost.shape), float(lost.std()))
-        rows[units] = drawn + lost.mean()
+        replaced = rows[units]
+        drawn = draw_normal(
+            breaking.seed, f"{mapping.name}.redrawn.{expert}", tuple(replaced.shape), float(replaced.std())
+        )
+        rows[units] = drawn + replaced.mean()
 
 
 def refine_part(values: Tensor, refinement: GridRefinement | None, part: str) -> Tensor:
-    """[O,I·K] → [O,I·K']: coefficients of the same functions on the finer grid, or their moments.
+    """Return the coefficients of the same functions on a finer grid, or their moments.
 
-    A coefficient's gradient sums over the inputs under its basis function, and a finer one has grid/finer as many: so
-    moments are read off at the finer knots and scaled by that share. Read off without signs, a mean square stays
-    positive where an end's coefficient is an extrapolation; by Cauchy-Schwarz no step is much longer than before.
+    The gradient of a coefficient sums over the inputs under its basis function, and a finer basis function has
+    old_size/new_size as many. So moments are interpolated at the finer knots and scaled by that ratio. Interpolated
+    without signs, a mean square stays positive where a coefficient at an end is an extrapolation; by Cauchy-Schwarz
+    no step is much longer than before.
+
+    Args:
+        values: [O,I·K] old part of the tensor.
+        refinement: Old and new grid; None returns `values`.
+        part: One of `TENSOR_PARTS`.
+
+    Returns:
+        [O,I·K'] part on the new grid, fp64.
     """
     if refinement is None:
         return values
@@ -135,14 +161,19 @@ def refine_part(values: Tensor, refinement: GridRefinement | None, part: str) ->
 
 
 class ScratchTensors:
-    """Tensors in files of a folder, mapped into memory: what is held is what is being worked on, not all of them."""
+    """Tensors in files of a folder, mapped into memory, so that only those in use take up memory.
+
+    Attributes:
+        folder: The folder, which is created.
+        files: Number of tensors made so far.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.folder, self.files = folder, 0
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """An fp32 tensor of zeros."""
+        """Return a new fp32 tensor of zeros."""
         self.files += 1
         file = str(self.folder / f"{self.files}")
         return torch.from_file(file, shared=True, size=prod(shape), dtype=torch.float32).view(shape)

@@ -1,4 +1,4 @@
-"""Numbers of parameters, counted on a model without memory."""
+"""Numbers of parameters, counted on a model that takes no memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ class ParameterCounts:
     """Numbers of parameters.
 
     Attributes:
-        total: of the whole model; active: that one token passes through; expert: of one routed expert of one layer;
-        dense: that every rank holds; ternary: that are ternary in the forward pass.
+        total: Parameters of the whole model.
+        active: Parameters that one token passes through.
+        per_expert: Parameters of one routed expert of one layer.
+        replicated: Parameters outside the routed experts, which every rank holds.
+        ternary: Parameters that are ternary in the forward pass.
     """
 
     total: int
@@ -29,16 +32,16 @@ class ParameterCounts:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Count on the meta device: nothing is allocated."""
+    """Return the numbers of parameters, counted on the meta device without allocating memory."""
     with torch.device("meta"):
         model = MixKABRN(config, ExpertPlacement.single(config.experts.num_experts), single_process_mesh("meta"))
     layers = len(config.moe_layers)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for p in model.routed_parameters())
-    expert = routed // (config.experts.num_experts * layers) if layers else 0
-    dense = total - routed
+    per_expert = routed // (config.experts.num_experts * layers) if layers else 0
+    replicated = total - routed
     # The embedding is a look-up of one row.
-    active = dense - config.vocab_size * config.hidden_size + config.hidden_size
-    active += expert * config.experts.top_k * layers
+    active = replicated - config.vocab_size * config.hidden_size + config.hidden_size
+    active += per_expert * config.experts.top_k * layers
     ternary = sum(w.numel() for _, w in model.ternary_weights()) if config.quantize else 0
-    return ParameterCounts(total, active, expert, dense, ternary)
+    return ParameterCounts(total, active, per_expert, replicated, ternary)

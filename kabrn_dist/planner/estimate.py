@@ -1,4 +1,4 @@
-"""What a configuration would be: parallel layout, parameters, and the length of the run."""
+"""Estimate of a run from its configuration: parallel layout, parameters and length."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from kabrn_dist.planner.count import count_parameters
 
 
 def describe_plan(config: Config, world_size: int) -> str:
-    """What `--dry-run` prints: the layout on `world` processes, the parameters, and the length of the run."""
+    """Return a description of the layout on `world_size` processes, the parameters and the length of the run.
+
+    `mixkabrn plan` prints it.
+    """
     counts, training = count_parameters(config.model), config.training
-    layers, shares = len(config.model.moe_layers), plan_expert_counts(config)
-    held = sorted({counts.replicated + counts.per_expert * n * layers for n in shares or ()})
+    layers, expert_counts = len(config.model.moe_layers), plan_expert_counts(config)
+    held = sorted({counts.replicated + counts.per_expert * n * layers for n in expert_counts or ()})
     expert, sequence = config.parallel.expert_parallel, config.parallel.sequence_parallel
     tokens = training.global_batch_size * config.data.sequence_length
-    mebibytes = (counts.ternary / 4 + 2 * (counts.total - counts.ternary)) / 2**20
+    ternary_mib = (counts.ternary / 4 + 2 * (counts.total - counts.ternary)) / 2**20
     groups = (
         "; ".join(str(list(range(a, a + expert))) for a in range(0, world_size, expert)[:4]) if expert > 1 else "none"
     )
@@ -23,13 +26,14 @@ def describe_plan(config: Config, world_size: int) -> str:
         f"processes            {world_size} (ZeRO {config.parallel.zero_stage}, expert parallelism {expert}, "
         f"sequence parallelism {sequence}: slices of {config.data.sequence_length // sequence} tokens)",
         f"expert groups        {groups}{more}",
-        f"experts per rank     {list(shares) if shares else 'auto: measured at the start'}",
+        f"experts per rank     {list(expert_counts) if expert_counts else 'auto: measured at the start'}",
         f"parameters           {counts.total:,} in all, {counts.active:,} active per token",
         f"of one expert        {counts.per_expert:,} (× {config.model.experts.num_experts} routed × {layers} layers)",
         f"ternary              {counts.ternary:,} ({counts.ternary / counts.total:.1%}); "
-        f"{mebibytes:.2f} MiB at 2 bits each and 2 bytes for the rest",
+        f"{ternary_mib:.2f} MiB at 2 bits each and 2 bytes for the rest",
         f"held per rank        {' or '.join(f'{n:,}' for n in held) or 'as measured'} before ZeRO",
-        f"one step             {training.global_batch_size} sequences = {tokens:,} tokens: {world_size // sequence} data ranks × "
+        f"one step             {training.global_batch_size} sequences = {tokens:,} tokens: "
+        f"{world_size // sequence} data ranks × "
         f"{config.gradient_accumulation_steps(world_size)} micro-batches × {training.micro_batch_size}",
         f"the run              {training.steps:,} steps = {training.steps * tokens:,} tokens, {training.precision}",
     ]

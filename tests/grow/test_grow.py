@@ -188,7 +188,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"model__short_conv_size": 4},
         "model.short_conv_size is 3 in the run to start from and 4 here; .* set it to 3",
     ),
-    ("mixture", {"model__experts__num_experts": 6}, "num_experts is 4 .* 6 here.* use 4, 8, 12"),
+    ("mixture", {"model__experts__num_experts": 6}, "num_experts is 4 .* 6 here.* set it to 4, 8, 12"),
     (
         "mixture",
         {"model__experts__num_experts": 8},
@@ -204,7 +204,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "limited",
         {"model__experts__num_experts": 12, "model__experts__top_k": 4},
-        "use model.experts.top_k 4 with groups 6 and topk_group 4",
+        "use model.experts.top_k 4 with n_group 6 and topk_group 4",
     ),
     (
         "dense",
@@ -213,7 +213,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("dense", {"model__experts__num_dense_layers": 0, "model__router__norm_topk_prob": False}, "norm_topk_prob false"),
     ("dense", {"model__experts__dense_hidden_size": 48}, "model.experts.dense_hidden_size is 24 .* 48 here"),
-    ("bspline", {"model__experts__grid_size": 4}, "model.experts.grid_size is 3 .* use 3, 6, 9"),
+    ("bspline", {"model__experts__grid_size": 4}, "model.experts.grid_size is 3 .* set it to 3, 6, 9"),
     ("bspline", {"model__experts__grid_size": 6, "model__experts__spline_order": 2}, "model.experts.spline_order is 3"),
 ]
 
@@ -230,7 +230,7 @@ def test_what_cannot_grow_is_refused(
 
 def test_a_run_that_has_begun_is_not_grown_over(trained: Path, shards: Path, tmp_path: Path) -> None:
     config = load_config(configure(trained, shards, tmp_path, "mixture", {}))
-    with pytest.raises(UserError, match=r"redraw 2 is a share .* such as 0.5"):
+    with pytest.raises(UserError, match=r"redraw 2 is not a fraction .* such as 0.5"):
         grow(trained / "mixture", config, redraw=2)
     with pytest.raises(UserError, match="no intact checkpoint"):
         grow(tmp_path, config)
@@ -246,9 +246,9 @@ def test_the_table_says_what_becomes_of_each_tensor(trained: Path, shards: Path,
     rows = {" ".join(line.split()) for line in table}
     assert "mixture.routed.inner_spline 0 1×24×128 8×24×320 8 copies of the dense layer's, grid 3 → 9" in rows
     assert "mixture.routed.inner_spline 1 4×24×128 8×24×320 2 copies of each, grid 3 → 9" in rows
-    assert "mixture.router.weight 0 8×32 drawn afresh" in rows
-    assert "head.weight 257×32 257×32 as it was" in rows
-    assert table[-1] == "loss at the start: not as it was, by noise of 0.01 on the copies"
+    assert "mixture.router.weight 0 8×32 newly initialized" in rows
+    assert "head.weight 257×32 257×32 unchanged" in rows
+    assert table[-1] == "loss at the start: changed by noise of 0.01 on the copies"
     assert not config.run.folder.exists()
 
 
