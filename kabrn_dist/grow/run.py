@@ -171,7 +171,8 @@ def _initial_state(growth: Growth) -> dict[str, Any]:
     if tokenizer != old.tokenizer_sha256:
         raise UserError(
             f"{data.path}/tokenizer.json is not the one that {growth.checkpoint} was trained with, "
-            "so the embedding would not match; prepare the data with that run's tokenizer (`mixkabrn prepare --tokenizer FILE`)"
+            "so the embedding would not match; prepare the data with that run's tokenizer "
+            "(`mixkabrn prepare --tokenizer FILE`)"
         )
     is_fp16, was_fp16 = (each.training.precision == "fp16" for each in (config, growth.old_config))
     scale = (old.loss_scale if was_fp16 else FP16_SCALE) if is_fp16 else 1.0
