@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.bitlinear import bitlinear
-from kabrn_dist.model.experts.base import Experts
+from kabrn_dist.model.experts.base import Experts, ExpertSpec, MatrixSpec
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
-from kabrn_dist.ops.activation_quant import Quantized, quantize, rms_norm
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
 
 GRID, DEGREE = 5, 3
 GAUSSIANS, REACH = 8, 2.0
@@ -73,20 +73,16 @@ class SiluExperts(Experts):
     up: Tensor
     down: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        settings: ExpertsConfig,
-        experts: range,
-        quantized: bool = True,
-        gain: float = 1.0,
-    ) -> None:
-        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantized)
+    @classmethod
+    def define_matrices(cls, spec: ExpertSpec) -> dict[str, MatrixSpec]:
+        return {
+            "up": MatrixSpec(spec.expert_hidden_size, spec.hidden_size),
+            "down": MatrixSpec(spec.hidden_size, spec.expert_hidden_size, spec.init_gain, reads_hidden=True),
+        }
 
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
-        hidden = F.silu(bitlinear(Quantized(codes, scale), self.matrices("up"), counts))
-        return bitlinear(self._requantize(hidden), self.matrices("down"), counts)
+    def forward(self, x: Quantized, tokens_per_expert: Sequence[int]) -> Tensor:
+        hidden = F.silu(bitlinear(x, self.matrices("up"), tokens_per_expert))
+        return bitlinear(normalize_quantize(hidden, self.lam), self.matrices("down"), tokens_per_expert)
 
 
 def experts(form: str, x: Inputs, hidden: int, quantized: bool) -> Pass:
@@ -97,7 +93,7 @@ def experts(form: str, x: Inputs, hidden: int, quantized: bool) -> Pass:
         | {"grid_size": GRID, "spline_order": DEGREE}
     )
     build = SiluExperts if silu else EXPERT_TYPES[form]
-    module = build(x.width, hidden, settings, range(x.experts), quantized, 1.0)
+    module = build(ExpertSpec(x.width, hidden, settings, range(x.experts), quantized))
     module.initialize(0, form)
     module.to(x.device)
     for name in module.stds:
@@ -106,7 +102,8 @@ def experts(form: str, x: Inputs, hidden: int, quantized: bool) -> Pass:
         matrix.data = matrix.data.to(x.dtype)
     codes, scale, _ = quantize(x.rows, quantized)
     codes.requires_grad_()
-    return Pass(lambda: module(codes, scale, x.counts), [codes, *module.parameters()], x.grad)
+    rows = Quantized(codes, scale)
+    return Pass(lambda: module(rows, x.counts), [codes, *module.parameters()], x.grad)
 
 
 def silu(x: Inputs, hidden: int) -> Pass:

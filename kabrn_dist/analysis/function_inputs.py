@@ -1,89 +1,76 @@
-"""What reaches the learned functions: validation sequences run through the model, layer by layer.
+"""What reaches the learned functions: validation sequences run through the model, read by hooks on its experts.
 
-Shapes: B batch, T time, D width, N = B·T tokens, E experts, k experts a token visits.
+Shapes:
+    N: rows that a network reads.
+    E: experts of a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kabrn_dist.analysis.run import Network, list_networks
 from kabrn_dist.data.dataset import Batch
-from kabrn_dist.model.mixer import make_position_info
-from kabrn_dist.model.mixkabrn import Block, MixKABRN
-from kabrn_dist.model.moe import MixtureOfExperts, RouterInputs
-from kabrn_dist.ops.activation_quant import normalize_quantize
-
-
-class Rows(NamedTuple):
-    """What one network reads: codes [R,D] over scales [R,1], rows sorted by expert, `counts` of each expert."""
-
-    network: Network
-    codes: Tensor
-    scale: Tensor
-    counts: list[int]
+from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.ops.activation_quant import Quantized
 
 
 class Reach(NamedTuple):
-    """How far a network's inputs reach.
+    """How far the inputs of a network's functions reach.
 
     Attributes:
-        counts: [E] rows of each expert.
-        outside: "inner", "outer" → [E] share of the values outside the range of the functions before and after the
-            hidden layer; NaN for an expert without rows; empty for a form without functions.
-        quantile: 99.9 % of the inner functions' inputs are smaller in size.
+        tokens_per_expert: [E] rows of each expert.
+        outside: "inner" and "outer" → [E] fraction of the values outside the range of the functions before and after
+            the hidden layer; NaN for an expert without rows; empty for a type without functions.
+        quantile: 99.9 % of the inner functions' inputs are smaller in size; NaN without rows.
     """
 
-    counts: Tensor
+    tokens_per_expert: Tensor
     outside: dict[str, Tensor]
     quantile: float
 
 
 @torch.no_grad()
 def measure_reach(model: MixKABRN, batch: Batch) -> list[Reach]:
-    """One `Reach` a network, in the order of `list_networks`. The model must be whole, in this process."""
-    return [_reach(rows) for rows in read_inputs(model, batch)]
+    """Return one `Reach` per network, in the order of `list_networks`, from one forward pass of the model.
 
-
-def read_inputs(model: MixKABRN, batch: Batch) -> Iterator[Rows]:
-    """The stream of a forward pass, stopped in front of every network."""
-    place = make_position_info(batch.documents, batch.positions, model.config.retention.key_dim)
-    x, row = model.embedding(batch.tokens), 0
+    The model must be whole, in this process, and as quantized as it is to be measured.
+    """
     networks = list_networks(model)
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        mixed = x + block.mixer(x, place, None)[0]
-        normed = normalize_quantize(mixed, False).codes
-        codes, scale, _ = normalize_quantize(mixed, model.config.quantize).rows()
-        guide, choice = None, None
-        if isinstance(block.mixture, MixtureOfExperts):
-            guide = RouterInputs(model.routers.bias[row], model.routers.prev_load[row], model.routers.step, None)
-            choice, row = block.mixture.router(normed, *guide).expert_ids, row + 1
-        for network in (each for each in networks if each.layer == layer):
-            everyone = torch.arange(len(network.experts.expert_ids)).expand(len(codes), -1)
-            chosen = choice if network.kind == "routed" and choice is not None else everyone
-            yield _sort(network, codes, scale, chosen)
-        x = block(x, place, None, guide)[0]
+    reaches: dict[int, Reach] = {}
+
+    def measure(number: int, x: Quantized, tokens_per_expert: Sequence[int]) -> None:
+        reaches[number] = _measure_network(networks[number], x, tokens_per_expert)
+
+    with watch_inputs(networks, measure):
+        model(batch)
+    return [reaches[number] for number in range(len(networks))]
 
 
-def _sort(network: Network, codes: Tensor, scale: Tensor, choice: Tensor) -> Rows:
-    """Copies of the rows by expert; a choice [N,k] of E stands for a dropped copy."""
-    experts = len(network.experts.expert_ids)
-    flat = choice.flatten()
-    counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
-    rows = flat.argsort(stable=True)[: sum(counts)] // choice.shape[1]
-    return Rows(network, codes[rows], scale[rows], counts)
+@contextmanager
+def watch_inputs(networks: list[Network], visit: Callable[[int, Quantized, Sequence[int]], None]) -> Iterator[None]:
+    """Within it, call `visit` with a network's number and its experts' inputs before each of their forward passes."""
+
+    def hook(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, inputs: visit(number, *inputs)
+
+    handles = [n.experts.register_forward_pre_hook(hook(number)) for number, n in enumerate(networks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _reach(rows: Rows) -> Reach:
-    counts = torch.tensor(rows.counts)
-    outside = rows.network.experts.outside(rows.codes, rows.scale, rows.counts)
-    empty = counts == 0
-    sizes = (rows.codes / rows.scale).abs().flatten().float()
-    at = max(1, round(0.999 * len(sizes)))
-    quantile = float(sizes.kthvalue(at).values) if len(sizes) else float("nan")
-    return Reach(counts, {role: v.masked_fill(empty, float("nan")) for role, v in outside.items()}, quantile)
+def _measure_network(network: Network, x: Quantized, tokens_per_expert: Sequence[int]) -> Reach:
+    rows = torch.tensor(tokens_per_expert)
+    outside = network.experts.outside(x, tokens_per_expert)
+    sizes = (x.codes / x.scale).abs().flatten().float()
+    rank = max(1, round(0.999 * len(sizes)))
+    quantile = float(sizes.kthvalue(rank).values) if len(sizes) else float("nan")
+    return Reach(rows, {role: v.masked_fill(rows == 0, float("nan")) for role, v in outside.items()}, quantile)

@@ -149,7 +149,7 @@ def _make_table(learned: LearnedFunctions, reaches: list[Reach] | None, title: s
 def _reach_columns(reach: Reach | None, role: str) -> tuple[str, str, str]:
     if reach is None:
         return "–", "–", "–"
-    known = reach.outside[role][reach.counts > 0]
+    known = reach.outside[role][reach.tokens_per_expert > 0]
     share = (f"{100 * known.mean():.2f}", f"{100 * known.max():.2f}") if len(known) else ("–", "–")
     return *share, f"{reach.quantile:.2f}" if role == "inner" else "–"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.inference.run import Run
-from kabrn_dist.metrics.ternary import TernaryStats, named_ternary_weights, weight_sums
+from kabrn_dist.metrics.ternary import TernaryStats, weight_sums
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import absmean_quantize
 from kabrn_dist.plots.figure import to_png
@@ -61,14 +61,14 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
 @torch.no_grad()
 def _read_codes(model: MixKABRN) -> list[Tensor]:
     return [
-        absmean_quantize(_stack(weight), model.config.scale_group_size)[0].to(torch.int8)
-        for _, _, weight in named_ternary_weights(model)
+        absmean_quantize(_stack(matrix.parameter), model.config.scale_group_size)[0].to(torch.int8)
+        for matrix in model.ternary_weights()
     ]
 
 
 @torch.no_grad()
 def _measure(model: MixKABRN, start: list[Tensor]) -> Iterator[Matrix]:
-    for (layer, name, weight), before in zip(named_ternary_weights(model), start, strict=True):
+    for (layer, name, weight, _), before in zip(model.ternary_weights(), start, strict=True):
         latent = _stack(weight)
         codes, gamma = absmean_quantize(latent, model.config.scale_group_size)
         each = [weight_sums(*parts) for parts in zip(latent, codes, gamma, before, strict=True)]

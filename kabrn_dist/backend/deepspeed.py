@@ -28,6 +28,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.distributed.expert_placement import plan_expert_counts
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.model.parameters import ParameterInfo
 from kabrn_dist.utils.errors import UserError
 
 
@@ -41,7 +42,7 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed would compile a kernel at every machine's first start that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    pieces = list(model.sharded_parameters()) if mesh.world_size > 1 else []
+    pieces = model.select_parameters(lambda p: p.sharded) if mesh.world_size > 1 else []
     apart = mesh.expert_parallel > 1 or bool(pieces)
     if mesh.expert_parallel > 1:
         _mark_experts(model, mesh, config.parallel.zero_stage)
@@ -96,15 +97,14 @@ class _DeepSpeed(DeepSpeedEngine):
     _dropping = False
 
     def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
-        kept = (
-            [*self.module.function_parameters(), *self.module.router_weights()]
-            if self.zero_optimization_stage() < 3
-            else []
+        # ZeRO 3 needs one dtype; see above.
+        keep_fp32 = self.zero_optimization_stage() < 3
+        parameters = self.module.select_parameters(
+            lambda p: p.sharded or (keep_fp32 and (p.learned_function or p.role == "router"))
         )
-        kept += self.module.sharded_parameters()
-        values = [p.data for p in kept]
+        values = [p.data for p in parameters]
         super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
-        for parameter, value in zip(kept, values, strict=True):
+        for parameter, value in zip(parameters, values, strict=True):
             parameter.data = value
 
     def drop_step(self) -> None:
@@ -140,11 +140,6 @@ def _forget_gradients(optimizer: Any, stage: int) -> None:
     for group in optimizer.averaged_gradients:
         optimizer.averaged_gradients[group] = None
         optimizer.all_grad_tensors[group] = None
-
-
-def is_expert(parameter: nn.Parameter) -> bool:
-    """True for parameters that other ranks of the expert group do not hold."""
-    return getattr(parameter, "allreduce", True) is False
 
 
 def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str, Any]:
@@ -196,7 +191,9 @@ def _reduce_bucket(model: MixKABRN, config: Config) -> int:
     if config.parallel.zero_stage != 2 or not _uneven(config):
         return config.parallel.bucket_size
     local = len(model.placement.local)
-    smallest = min(p.numel() // local for p in model.routed_parameters()) * min(model.placement.counts)
+    smallest = min(p.numel() // local for p in model.select_parameters(lambda p: p.routed)) * min(
+        model.placement.counts
+    )
     if smallest < 2:
         raise UserError(
             f"parallel.experts_per_rank {list(model.placement.counts)} is uneven, and an expert has a parameter of one "
@@ -248,7 +245,7 @@ def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
             "ds_zero_partition_rank": dist.get_rank(mesh.expert_data_group),
             "ds_zero_partition_world_size": dist.get_world_size(mesh.expert_data_group),
         }
-    for parameter in model.routed_parameters():
+    for parameter in model.select_parameters(lambda p: p.routed):
         for tag, value in tags.items():
             setattr(parameter, tag, value)
 
@@ -274,21 +271,24 @@ def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict
 
     The first group's dtype is what DeepSpeed takes for the model's. `rate` multiplies the learning rate.
     """
-    coefficients, routers, pieces = (
-        list(model.function_parameters()),
-        list(model.router_weights()),
-        list(model.sharded_parameters()),
-    )
-    apart = {id(p) for p in (*coefficients, *routers, *pieces)}
-    matrices = [p for p in model.parameters() if id(p) not in apart]
+    by_group: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "pieces": [], "coefficients": []}
+    table = model.parameter_table()
+    for name, parameter in model.named_parameters():
+        by_group[_group_of(table[name])].append(parameter)
     decay, rate = config.optimizer.weight_decay, config.optimizer.function_lr_ratio
     found: list[dict[str, Any]] = [
-        {"params": matrices, "name": "matrices", "weight_decay": decay, "rate": 1.0},
-        {"params": routers, "name": "routers", "weight_decay": decay, "rate": 1.0},
-        {"params": pieces, "name": "pieces", "weight_decay": decay, "rate": 1.0},
-        {"params": coefficients, "name": "coefficients", "weight_decay": 0.0, "rate": rate},
+        {"params": params, "name": name, "weight_decay": decay, "rate": 1.0} for name, params in by_group.items()
     ]
+    found[-1] |= {"weight_decay": 0.0, "rate": rate}
     found = [group for group in found if group["params"]]
     if split and config.parallel.zero_stage < 3:
         found = split_params_into_different_moe_groups_for_optimizer(found, max_group_size=None)
     return [group for group in found if group["params"]]
+
+
+def _group_of(info: ParameterInfo) -> str:
+    if info.sharded:
+        return "pieces"
+    if info.learned_function:
+        return "coefficients"
+    return "routers" if info.role == "router" else "matrices"

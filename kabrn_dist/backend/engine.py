@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kabrn_dist.backend.deepspeed import gathered, is_expert, local_gradients, start_deepspeed
+from kabrn_dist.backend.deepspeed import gathered, local_gradients, start_deepspeed
 from kabrn_dist.backend.losses import Losses, StepTotals, compute_losses
 from kabrn_dist.backend.ternary_sharding import TernaryShard, TernaryShards
 from kabrn_dist.config import Config
@@ -120,7 +120,7 @@ class Engine:
 
     def _begin_forward(self, last: bool) -> None:
         """Prepare a forward pass; the gradients of the `last` one complete a step. Collective."""
-        self.model.quant.lam = self.config.model.quantization_lambda(self.model.routers.step)
+        self.model.set_quantization(self.config.model.quantization_lambda(self.model.routers.step))
         if self.shards is not None:
             self.shards.expect(last)
         self.refresh()
@@ -215,9 +215,10 @@ class Engine:
         """
         square = torch.zeros(2, device=self.mesh.device, dtype=torch.float64)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        for parameter in self.model.parameters():
+        table, spread = self.model.parameter_table(), self.mesh.expert_group is not None
+        for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                square[int(is_expert(parameter))] += parameter.grad.double().square().sum()
+                square[int(table[name].routed and spread)] += parameter.grad.double().square().sum()
         if self.mesh.expert_group is not None:
             dist.all_reduce(square[1:], group=self.mesh.expert_group)
         norm = float(square.sum().sqrt()) / self.loss_scale

@@ -13,7 +13,6 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
 
-from kabrn_dist.backend.deepspeed import is_expert
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.checkpoint.fragment import Fragment
 
@@ -46,16 +45,16 @@ def sharded_state(engine: Engine) -> ShardedState:
 
 def _list_fragments(engine: Engine) -> list[Fragment]:
     mesh = engine.mesh
-    fragments = []
+    fragments, table = [], engine.model.parameter_table()
     for name, parameter in engine.model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         offset, pieces = _local_pieces(engine, parameter)
-        first_copy, routed, shard = mesh.is_main, is_expert(parameter), engine.ternary_shard(parameter)
+        first_copy, shard = mesh.is_main, engine.ternary_shard(parameter)
         if shard is not None:
-            shape, routed = shard.logical, shard.routed
+            shape = shard.logical
             offset += shard.start
             pieces = {part: values.view(-1)[: shard.count] for part, values in pieces.items()}
-        if routed:
+        if table[name].routed:
             local = engine.model.placement.local
             offset += local.start * (torch.Size(shape).numel() // len(local))
             shape = (engine.config.model.experts.num_experts, *shape[1:])

@@ -158,7 +158,7 @@ class TernaryShards:
         self.parameters: dict[str, nn.Parameter] = {}
         self.stale = True
         self.gatherings = 0
-        routed = {id(p) for p in model.routed_parameters()}
+        routed = {id(p) for p in model.select_parameters(lambda p: p.routed)}
         under_way: list[GradReduceScatter] = []
         for prefix, module in model.named_modules():
             for name in module.stds if isinstance(module, TernaryModule) else ():

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kabrn_dist.backend.deepspeed import gathered, is_expert
+from kabrn_dist.backend.deepspeed import gathered
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.ops.weight_quant import absmean_quantize, round_latents
 
@@ -41,14 +41,14 @@ def counted_parts(engine: Engine) -> Iterator[TernaryPart]:
     if not engine.config.model.quantize:
         return
     engine.refresh()
-    for number, (layer, weight) in enumerate(engine.model.ternary_weights()):
+    for number, (layer, _, weight, routed) in enumerate(engine.model.ternary_weights()):
         shard = engine.ternary_shard(weight)
         if shard is not None:
             for latent, gamma in shard.scaled_runs(weight.detach()):
                 yield TernaryPart(layer, latent, round_latents(latent[None], gamma.view(1, 1))[0], gamma)
             continue
         with gathered([weight], engine.stage):
-            if is_counted_here(engine, number, weight):
+            if is_counted_here(engine, number, routed):
                 latent = weight.detach().view(-1, *weight.shape[-2:])
                 yield TernaryPart(layer, latent, *absmean_quantize(latent, engine.config.model.scale_group_size))
 
@@ -58,16 +58,16 @@ def current_codes(engine: Engine) -> list[Tensor]:
     return [part.codes.to(torch.int8) for part in counted_parts(engine)]
 
 
-def is_counted_here(engine: Engine, number: int, weight: nn.Parameter) -> bool:
+def is_counted_here(engine: Engine, number: int, routed: bool) -> bool:
     """Return True on the one of the ranks that hold a matrix that counts it: they take turns.
 
     All ranks hold dense ones; experts are held by the ranks with the same rank in their expert group.
 
     Args:
         engine: the model in training.
-        number: position of the matrix among `ternary_weights`.
-        weight: the matrix, which is not sharded.
+        number: position of the matrix among `ternary_weights`; it is not sharded.
+        routed: whether it belongs to routed experts.
     """
     mesh = engine.mesh
-    holders = mesh.expert_parallel if is_expert(weight) else 1
+    holders = mesh.expert_parallel if routed else 1
     return number % (mesh.world_size // holders) == mesh.rank // holders

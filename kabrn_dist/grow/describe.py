@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
+from kabrn_dist.grow.mappings import empty_model
 from kabrn_dist.grow.run import Growth, default_noise
 from kabrn_dist.grow.tensors import TensorMapping
+from kabrn_dist.model.parameters import ParameterInfo
+
+Table = dict[str, ParameterInfo]
 
 
 def describe_growth(growth: Growth, noise: float | None = None, redraw: float = 0.0) -> str:
@@ -17,7 +21,8 @@ def describe_growth(growth: Growth, noise: float | None = None, redraw: float = 
         redraw: Fraction of the copies' hidden units that are drawn again.
     """
     rows = [("tensor", "layers", "from", "to", "origin")]
-    rows += [_row(growth, mappings) for mappings in _by_kind(growth.mappings).values()]
+    table = empty_model(growth.config).parameter_table()
+    rows += [_row(growth, table, mappings) for mappings in _by_kind(table, growth.mappings).values()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
@@ -39,22 +44,18 @@ def _remarks(growth: Growth, noise: float, redraw: float) -> list[str]:
     return remarks
 
 
-def _by_kind(mappings: list[TensorMapping]) -> dict[tuple[str, ...], list[TensorMapping]]:
+def _by_kind(table: Table, mappings: list[TensorMapping]) -> dict[tuple[str, ...], list[TensorMapping]]:
     kinds: dict[tuple[str, ...], list[TensorMapping]] = {}
     for mapping in mappings:
-        kinds.setdefault((_name(mapping), str(mapping.shape), mapping.description), []).append(mapping)
+        kinds.setdefault((table[mapping.name].local_name, str(mapping.shape), mapping.description), []).append(mapping)
     return kinds
 
 
-def _row(growth: Growth, mappings: list[TensorMapping]) -> tuple[str, str, str, str, str]:
+def _row(growth: Growth, table: Table, mappings: list[TensorMapping]) -> tuple[str, str, str, str, str]:
     first = mappings[0]
-    layers = [int(mapping.name.split(".")[1]) for mapping in mappings if mapping.name.startswith("blocks.")]
+    layers = [layer for mapping in mappings if (layer := table[mapping.name].layer) is not None]
     source = "" if first.source is None else _shape(growth.manifest.tensors[f"{first.source}/master"].shape)
-    return _name(first), _ranges(layers), source, _shape(first.shape), first.description
-
-
-def _name(mapping: TensorMapping) -> str:
-    return mapping.name.split(".", 2)[2] if mapping.name.startswith("blocks.") else mapping.name
+    return table[first.name].local_name, _ranges(layers), source, _shape(first.shape), first.description
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -12,10 +12,8 @@ from kabrn_dist.grow.plan import GrowthPlan
 from kabrn_dist.grow.tensors import GridRefinement, TensorMapping
 from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.model.parameters import ParameterInfo
 from kabrn_dist.model.router import Router
-
-# Prefixes of the matrices that read hidden units, in all types of experts.
-OUTPUT_PREFIXES = ("down", "outer")
 
 
 def empty_model(config: Config) -> MixKABRN:
@@ -26,7 +24,8 @@ def empty_model(config: Config) -> MixKABRN:
 def list_mappings(plan: GrowthPlan, old: MixKABRN, new: MixKABRN) -> list[TensorMapping]:
     """Return the mapping of each parameter of `new`, in the order of its parameters."""
     shapes = {name: tuple(p.shape) for name, p in old.named_parameters()}
-    return [_map_tensor(plan, new, name, tuple(p.shape), shapes) for name, p in new.named_parameters()]
+    table = new.parameter_table()
+    return [_map_tensor(plan, new, table[name], tuple(p.shape), shapes) for name, p in new.named_parameters()]
 
 
 def draw_initial(model: MixKABRN, mapping: TensorMapping, seed: int) -> Tensor:
@@ -49,13 +48,14 @@ def draw_initial(model: MixKABRN, mapping: TensorMapping, seed: int) -> Tensor:
 
 
 def _map_tensor(
-    plan: GrowthPlan, new: MixKABRN, name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
+    plan: GrowthPlan, new: MixKABRN, info: ParameterInfo, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
 ) -> TensorMapping:
+    name, layer = info.name, info.layer
     module_name, _, leaf = name.rpartition(".")
-    layer, part = _layer(name), module_name.rpartition(".")[2]
+    part = module_name.rpartition(".")[2]
     module = new.get_submodule(module_name)
-    is_matrix = isinstance(module, Experts) and leaf in module.stds
-    is_output = is_matrix and leaf.startswith(OUTPUT_PREFIXES)
+    is_matrix = isinstance(module, Experts) and info.role == "matrix"
+    is_output = isinstance(module, Experts) and is_matrix and module.matrix_specs[leaf].reads_hidden
     if layer in plan.upcycled_layers and part == "router":
         return TensorMapping(name, shape, None, "newly initialized")
     if layer in plan.upcycled_layers and part == "shared":
@@ -82,12 +82,6 @@ def _map_tensor(
         is_output=is_output,
         adds_noise=copied and (is_matrix or part == "router"),
     )
-
-
-def _layer(name: str) -> int | None:
-    """The 3 of blocks.3.mixture.routed.up; None outside the blocks."""
-    first, _, rest = name.partition(".")
-    return int(rest.partition(".")[0]) if first == "blocks" else None
 
 
 def _refinement(plan: GrowthPlan) -> GridRefinement:

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kabrn_dist.config import ModelConfig
+from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.utils.errors import UserError
 
-# Keys of functions on a grid or in groups, and the types of experts that have them.
-FUNCTION_KEYS = {
-    "function_groups": ("rational", "chebyshev"),
-    "grid_size": ("hat", "bspline"),
-    "spline_order": ("bspline",),
-    "grid_range": ("chebyshev", "hat", "bspline"),
-}
+FUNCTION_KEYS = sorted({key for experts in EXPERT_TYPES.values() for key in experts.function_keys})
 FIXED_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -77,7 +72,7 @@ class GrowthPlan:
     def refines_grids(self) -> bool:
         """True if grids become finer."""
         return (
-            self.new.experts.type in FUNCTION_KEYS["grid_size"]
+            "grid_size" in EXPERT_TYPES[self.new.experts.type].function_keys
             and self.new.experts.grid_size > self.old.experts.grid_size
         )
 
@@ -127,10 +122,8 @@ def make_growth_plan(old: ModelConfig, new: ModelConfig) -> GrowthPlan:
 
 
 def _check_functions(old: ModelConfig, new: ModelConfig) -> None:
-    for key, types in FUNCTION_KEYS.items():
+    for key in EXPERT_TYPES[new.experts.type].function_keys:
         then, now = getattr(old.experts, key), getattr(new.experts, key)
-        if new.experts.type not in types:
-            continue
         if key != "grid_size":
             _same(f"experts.{key}", then, now)
         elif now % then:

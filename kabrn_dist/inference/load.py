@@ -75,7 +75,7 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
     fragments = [Fragment(name, tuple(v.shape), 0, v.view(-1), owned=True) for name, v in named.items()]
     manifest = CheckpointStore(path.parent).load(path, fragments)
     model.routers.step = manifest.step
-    model.quant.lam = model.config.quantization_lambda(manifest.step)
+    model.set_quantization(model.config.quantization_lambda(manifest.step))
     return manifest
 
 

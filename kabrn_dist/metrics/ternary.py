@@ -5,14 +5,13 @@ Shapes: L layers, M ternary matrices or stacks of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kabrn_dist.distributed.mesh import Mesh
-from kabrn_dist.model.mixkabrn import MixKABRN
 
 
 class TernaryStats(NamedTuple):
@@ -90,10 +89,3 @@ def weight_values(sums: TernaryStats | None) -> dict[str, float]:
         for name, column in (sums.values() if sums else {}).items()
         for layer, value in enumerate(column.tolist())
     }
-
-
-def named_ternary_weights(model: MixKABRN) -> Iterator[tuple[int, str, torch.nn.Parameter]]:
-    """Yield (layer, name within the layer, latent weight [O,I] or [E,O,I]) of every ternary matrix."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for layer, weight in model.ternary_weights():
-        yield layer, names[id(weight)].removeprefix(f"blocks.{layer}.").removesuffix(".weight"), weight

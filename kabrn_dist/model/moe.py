@@ -1,6 +1,12 @@
 """Feed-forwards of KAN experts: a mixture (DeepSeekMoE, arXiv 2401.06066), or one dense network.
 
-Shapes: B batch, T time, D width, N = B·T tokens, E routed experts, k experts a token visits.
+Shapes:
+    B: batch.
+    T: tokens of a sequence.
+    D: hidden size.
+    N: B·T tokens.
+    E: routed experts.
+    k: experts that a token visits.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from torch import Tensor, nn
 from kabrn_dist.config import ModelConfig
 from kabrn_dist.distributed.all_to_all import ExpertLink
 from kabrn_dist.distributed.token_dispatch import QuantizedRows, dispatch_tokens
+from kabrn_dist.model.experts.base import Experts, ExpertSpec
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.model.router import Router, RouterStats, TokenCoordinates
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
@@ -21,11 +28,13 @@ from kabrn_dist.ops.weight_quant import QuantState
 
 
 class RouterInputs(NamedTuple):
-    """What a layer's router goes by beside the tokens themselves: its rows of the `RouterStates`, and the places.
+    """Inputs of a layer's router besides the tokens: its rows of the `RouterStates`, and coordinates for jitter.
 
     Attributes:
-        bias, share: [E] fp32; step: optimizer steps done.
-        places: of the tokens, for jitter; None in decoding.
+        bias: [E] fp32, added to the scores where experts are chosen.
+        prev_load: [E] fp32, each expert's fraction of the last step's routed tokens.
+        step: optimizer steps done.
+        coordinates: of the tokens, for jitter; None in decoding.
     """
 
     bias: Tensor
@@ -35,13 +44,21 @@ class RouterInputs(NamedTuple):
 
 
 class MixtureOfExperts(nn.Module):
-    """x → Σ shared(x) + Σ weight·routed(x), over one normalised and quantised input.
+    """x → Σ shared(x) + Σ weight·routed(x), over one normalized and quantized input.
 
     Args:
+        config: of the model.
+        init_gain: standard deviation of each expert's output at the start, for inputs of unit variance.
         link: how tokens travel to the experts of other ranks; this rank holds `link.placement.local`.
-        sequence_group: the ranks that hold slices of the same sequences; None when they are whole.
-        quantised: False for plain matrices, or what the modules of a model share; default: as the settings say.
-        forced: see `Router`.
+        sequence_group: the ranks that hold slices of the same sequences; None if sequences are whole.
+        force_load_balance: see `Router`.
+        quant: the `QuantState` that a model's modules share, or False for plain matrices; by default
+            `config.quantize`.
+
+    Attributes:
+        router: chooses each token's experts.
+        routed: this rank's routed experts.
+        shared: experts that every token visits; None if there are none.
     """
 
     def __init__(
@@ -54,25 +71,23 @@ class MixtureOfExperts(nn.Module):
         quant: bool | QuantState | None = None,
     ) -> None:
         super().__init__()
-        experts, width = config.experts, config.hidden_size
+        experts = config.experts
         self.config, self.link = experts, link
-        quant = config.quantize if quant is None else quant
-        form = EXPERT_TYPES[experts.type]
-        self.router = Router(width, config, sequence_group, force_load_balance)
-        self.routed = form(width, experts.expert_hidden_size, experts, link.placement.local, quant, init_gain)
-        self.shared = None
+        self.router = Router(config.hidden_size, config, sequence_group, force_load_balance)
+        size = config, experts.expert_hidden_size
+        self.routed = _make_experts(*size, link.placement.local, init_gain, quant)
+        self.shared: Experts | None = None
         if experts.num_shared_experts:
-            self.shared = form(
-                width, experts.expert_hidden_size, experts, range(experts.num_shared_experts), quant, init_gain
-            )
+            self.shared = _make_experts(*size, range(experts.num_shared_experts), init_gain, quant)
 
-    def forward(self, x: Tensor, guide: RouterInputs) -> tuple[Tensor, RouterStats]:
+    def forward(self, x: Tensor, router_inputs: RouterInputs) -> tuple[Tensor, RouterStats]:
         """Return Σ shared(x) + Σ weight·routed(x) [B,T,D] of x [B,T,D], and the router's statistics.
 
         The shared experts run while tokens travel, and the router's sums are taken while results travel back.
+        Collective over the expert group.
         """
         plain, lam = normalize_quantize(x, False), self.routed.lam
-        routing = self.router(plain.codes, *guide)
+        routing = self.router(plain.codes, *router_inputs)
         tokens = (normalize_quantize(x, lam) if lam else plain).rows()
         exchange = dispatch_tokens(tokens, routing.expert_ids, self.link)
         shared = self._apply_shared(tokens)
@@ -82,8 +97,7 @@ class MixtureOfExperts(nn.Module):
         return (routed if shared is None else routed + shared).view_as(x), stats
 
     def _apply_routed(self, x: QuantizedRows, tokens_per_expert: list[int]) -> Tensor:
-        codes, scale, int8_codes = x
-        out: Tensor = self.routed(codes, scale, tokens_per_expert, int8_codes)
+        out: Tensor = self.routed(Quantized(*x), tokens_per_expert)
         return out
 
     def _apply_shared(self, x: Quantized) -> Tensor | None:
@@ -91,41 +105,65 @@ class MixtureOfExperts(nn.Module):
             return None
         copies, rows = self.config.num_shared_experts, len(x.codes)
         if copies == 1:
-            return self.shared(x.codes, x.scale, [rows], x.int8_codes)
-        codes, scale, kept = (None if part is None else part.repeat(copies, 1) for part in x)
-        return self.shared(codes, scale, [rows] * copies, kept).view(copies, *x.codes.shape).sum(0)
+            return self.shared(x, [rows])
+        return self.shared(x.repeat(copies), [rows] * copies).view(copies, *x.codes.shape).sum(0)
 
 
 class DenseFeedForward(nn.Module):
-    """x → expert(x): one network of the experts' form that every token passes through."""
+    """x → expert(x): one network of the experts' type that every token passes through.
+
+    Args:
+        config: of the model.
+        init_gain: standard deviation of the output at the start, for inputs of unit variance.
+        quant: see `MixtureOfExperts`.
+
+    Attributes:
+        shared: the network, a stack of one expert.
+    """
 
     def __init__(self, config: ModelConfig, init_gain: float, quant: bool | QuantState | None = None) -> None:
         super().__init__()
-        form = EXPERT_TYPES[config.experts.type]
-        quant = config.quantize if quant is None else quant
-        self.shared = form(config.hidden_size, config.dense_hidden_size, config.experts, range(1), quant, init_gain)
+        self.shared = _make_experts(config, config.dense_hidden_size, range(1), init_gain, quant)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,T,D] → [B,T,D]."""
-        read = normalize_quantize(x, self.shared.lam).rows()
-        return self.shared(read.codes, read.scale, [len(read.codes)], read.int8_codes).view_as(x)
+        """Return expert(x) [B,T,D] of x [B,T,D]."""
+        tokens = normalize_quantize(x, self.shared.lam).rows()
+        return self.shared(tokens, [len(tokens.codes)]).view_as(x)
 
 
-def moe_naive(layer: MixtureOfExperts, x: Tensor, guide: RouterInputs) -> Tensor:
-    """The layer by definition, on one process: every expert sees every token, and weights pick. [B,T,D] → same."""
-    routing = layer.router(normalize_quantize(x, False).codes, *guide)
+def _make_experts(
+    config: ModelConfig, expert_hidden_size: int, expert_ids: range, init_gain: float, quant: bool | QuantState | None
+) -> Experts:
+    quant = config.quantize if quant is None else quant
+    spec = ExpertSpec(config.hidden_size, expert_hidden_size, config.experts, expert_ids, quant, init_gain)
+    return EXPERT_TYPES[config.experts.type](spec)
+
+
+def moe_naive(layer: MixtureOfExperts, x: Tensor, router_inputs: RouterInputs) -> Tensor:
+    """Compute the layer by definition, on one process: every expert sees every token, and weights pick.
+
+    Args:
+        layer: with all experts in this process.
+        x: [B,T,D].
+        router_inputs: of the layer's router.
+
+    Returns:
+        [B,T,D].
+    """
+    routing = layer.router(normalize_quantize(x, False).codes, *router_inputs)
     experts = layer.link.placement.total
-    codes, scale, _ = normalize_quantize(x, layer.routed.lam).rows()
-    # A dropped copy's weight lands in a column of its own, which no expert reads.
-    dense = torch.zeros(len(codes), experts + 1, dtype=routing.weights.dtype)
-    dense = dense.scatter_add(1, routing.expert_ids, routing.weights)[:, :experts]
-    everyone = _every_expert(layer.routed, codes, scale)
-    out = torch.einsum("ne,end->nd", dense.to(everyone.dtype), everyone)
+    tokens = normalize_quantize(x, layer.routed.lam).rows()
+    # A dropped token's weight lands in a column of its own, which no expert reads.
+    weights = torch.zeros(len(tokens.codes), experts + 1, dtype=routing.weights.dtype)
+    weights = weights.scatter_add(1, routing.expert_ids, routing.weights)[:, :experts]
+    outputs = _apply_every_expert(layer.routed, tokens)
+    out = torch.einsum("ne,end->nd", weights.to(outputs.dtype), outputs)
     if layer.shared is not None:
-        out = out + _every_expert(layer.shared, codes, scale).sum(0)
+        out = out + _apply_every_expert(layer.shared, tokens).sum(0)
     return out.view_as(x)
 
 
-def _every_expert(experts: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
-    n = len(experts.expert_ids)  # type: ignore[arg-type]
-    return experts(codes.repeat(n, 1), scale.repeat(n, 1), [len(codes)] * n).view(n, *codes.shape)
+def _apply_every_expert(experts: Experts, x: Quantized) -> Tensor:
+    """[E,N,D]."""
+    n = len(experts.expert_ids)
+    return experts(x.repeat(n), [len(x.codes)] * n).view(n, *x.codes.shape)

@@ -32,9 +32,12 @@ class Quantized(NamedTuple):
     int8_codes: Tensor | None = None
 
     def rows(self) -> Quantized:
-        """The same as [N,I]."""
-        kept = None if self.int8_codes is None else self.int8_codes.reshape(-1, self.int8_codes.shape[-1])
-        return Quantized(self.codes.reshape(-1, self.codes.shape[-1]), self.scale.reshape(-1, 1), kept)
+        """Return the same values as rows [N,I]."""
+        return Quantized(*(None if part is None else part.reshape(-1, part.shape[-1]) for part in self))  # type: ignore[arg-type]
+
+    def repeat(self, times: int) -> Quantized:
+        """Return the rows [N,I] `times` times, one copy below the other."""
+        return Quantized(*(None if part is None else part.repeat(times, 1) for part in self))  # type: ignore[arg-type]
 
 
 def to_fp32(x: Tensor) -> Tensor:

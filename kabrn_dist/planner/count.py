@@ -37,11 +37,11 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         model = MixKABRN(config, ExpertPlacement.single(config.experts.num_experts), single_process_mesh("meta"))
     layers = len(config.moe_layers)
     total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for p in model.routed_parameters())
+    routed = sum(p.numel() for p in model.select_parameters(lambda p: p.routed))
     per_expert = routed // (config.experts.num_experts * layers) if layers else 0
     replicated = total - routed
     # The embedding is a look-up of one row.
     active = replicated - config.vocab_size * config.hidden_size + config.hidden_size
     active += per_expert * config.experts.top_k * layers
-    ternary = sum(w.numel() for _, w in model.ternary_weights()) if config.quantize else 0
+    ternary = sum(p.numel() for p in model.select_parameters(lambda p: p.ternary))
     return ParameterCounts(total, active, per_expert, replicated, ternary)

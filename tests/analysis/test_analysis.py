@@ -12,20 +12,23 @@ import matplotlib.image
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from kabrn_dist.analysis.elementary import write_formula
-from kabrn_dist.analysis.function_inputs import measure_reach, read_inputs
+from kabrn_dist.analysis.function_inputs import measure_reach
 from kabrn_dist.analysis.log import read_expert_log
 from kabrn_dist.analysis.run import list_networks
 from kabrn_dist.analysis.symbolic import fit_symbolic
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
-from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.inference.run import Run
-from kabrn_dist.model.bitlinear import absmean_quantize
-from kabrn_dist.model.mixkabrn import MixKABRN, build_model
+from kabrn_dist.model.mixkabrn import BatchStats, MixKABRN, build_model
+from kabrn_dist.model.moe import MixtureOfExperts
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
+from kabrn_dist.ops.weight_quant import absmean_quantize
 from launch.report import main
 from tests.support.runs import make_shards, run_command, torchrun_command, write_small_config
 
@@ -155,16 +158,16 @@ def test_ternary_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
     table = rows(report(capsys, "weights", "--run", trained, "--out", tmp_path / "pictures"))
     run = Run.open(trained)
     model, path = run.initial_model(), run.checkpoint
-    start = [weight.detach().clone() for _, weight in model.ternary_weights()]
+    start = [matrix.parameter.detach().clone() for matrix in model.ternary_weights()]
     load_weights(model, path)
     weights = list(model.ternary_weights())
-    assert [row[0] for row in table] == [str(layer) for layer, _ in weights]
+    assert [row[0] for row in table] == [str(matrix.layer) for matrix in weights]
     assert [row[1] for row in table[:6]] == [
         *(f"mixer.inputs.{part}" for part in ("query", "key", "value", "gate")),
         "mixer.output.out",
         "mixture.shared.up",
     ]
-    for row, (_, weight), first in zip(table, weights, start, strict=True):
+    for row, (_, _, weight, _), first in zip(table, weights, start, strict=True):
         (codes, gamma), (before, _) = (absmean_quantize(w.detach().view(-1, *w.shape[-2:])) for w in (weight, first))
         assert row[2] == " × ".join(map(str, weight.shape))
         means = [cell.split(" ")[0] for cell in row[3:]]
@@ -208,32 +211,71 @@ def test_what_is_missing_is_named(trained: Path, tmp_path: Path, capsys: pytest.
 
 
 def small(form: str, trained: Path) -> MixKABRN:
+    """A whole model with a convolution in front of each feed-forward that does something, half-way into ternary."""
     tree = yaml.safe_load((trained / "config.yaml").read_text())
     tree["model"]["experts"]["type"] = form
+    tree["model"]["short_conv_size"] = 3
     tree["parallel"]["expert_parallel"] = 1
-    return build_model(Config.model_validate(tree), single_process_mesh("cpu")).eval()
+    model = build_model(Config.model_validate(tree), single_process_mesh("cpu")).eval()
+    torch.manual_seed(4)
+    for weight in model.select_parameters(lambda p: p.role == "conv"):
+        weight.data.normal_()
+    return model
 
 
+def see_inputs(model: MixKABRN, batch: Batch) -> tuple[list[Tensor], list[Tensor], BatchStats]:
+    """What the forward pass hands to each feed-forward, the experts that each router chooses, and its sums."""
+    inputs: list[Tensor] = []
+    chosen: list[Tensor] = []
+    hooks = []
+    for block in model.blocks:
+        hooks.append(block.mixture.register_forward_pre_hook(lambda _, given: inputs.append(given[0])))
+        if isinstance(block.mixture, MixtureOfExperts):
+            hooks.append(block.mixture.router.register_forward_hook(lambda _, __, out: chosen.append(out.expert_ids)))
+    with torch.no_grad():
+        stats = model(batch)
+    for hook in hooks:
+        hook.remove()
+    return inputs, chosen, stats
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.5])
 @pytest.mark.parametrize("form", ["rational", "hat", "relu2"])
-def test_reach_follows_the_models_own_stream(form: str, trained: Path) -> None:
-    """Each network reads what the forward pass counts for it; few inputs leave the range, and more a narrower one."""
+def test_reach_follows_the_models_own_stream(form: str, lam: float, trained: Path) -> None:
+    """Each network reads what the forward pass gives it, whatever the quantizer's state; few inputs leave the range."""
     model = small(form, trained)
+    model.set_quantization(lam)
     config = Run.open(trained).config
     batch = TokenDataset(open_corpus(config.data), "validation", 32, 3, ordered=False).get([0, 1, 2])
-    with torch.no_grad():
-        load = model(batch).tokens_per_expert
+    inputs, chosen, stats = see_inputs(model, batch)
     reaches = measure_reach(model, batch)
-    kinds = [(n.layer, n.kind) for n in list_networks(model)]
-    assert kinds == [(0, "dense"), (1, "routed"), (1, "shared"), (2, "routed"), (2, "shared")]
+    networks = list_networks(model)
+    assert [(n.layer, n.kind) for n in networks] == [
+        (0, "dense"),
+        (1, "routed"),
+        (1, "shared"),
+        (2, "routed"),
+        (2, "shared"),
+    ]
     for row, place in enumerate((1, 3)):
-        assert reaches[place].counts.tolist() == load[row].tolist()
-    for reach, read in zip(reaches, read_inputs(model, batch), strict=True):
-        values = (read.codes / read.scale).abs()
+        assert reaches[place].tokens_per_expert.tolist() == stats.tokens_per_expert[row].tolist()
+    for network, reach in zip(networks, reaches, strict=True):
+        x = normalize_quantize(inputs[network.layer], lam).rows()
+        experts = len(network.experts.expert_ids)
+        everyone = torch.arange(experts).repeat(len(x.codes), 1)
+        visits = chosen[network.layer - 1] if network.kind == "routed" else everyone
+        tokens = [(visits == expert).any(1).nonzero().flatten() for expert in range(experts)]
+        assert reach.tokens_per_expert.tolist() == [len(part) for part in tokens]
+        rows = Quantized(x.codes[torch.cat(tokens)], x.scale[torch.cat(tokens)])
+        values = (rows.codes / rows.scale).abs()
+        assert reach.quantile == float(values.flatten().kthvalue(round(0.999 * values.numel())).values)
         assert (values <= reach.quantile).float().mean() == pytest.approx(0.999, abs=2e-3)
         assert set(reach.outside) == (set() if form == "relu2" else {"inner", "outer"})
-        for share in reach.outside.values():
-            known = share[reach.counts > 0]
-            assert share[reach.counts == 0].isnan().all() and ((known >= 0) & (known < 0.2)).all()
+        expected = network.experts.outside(rows, [len(part) for part in tokens])
+        for role, fraction in reach.outside.items():
+            known = reach.tokens_per_expert > 0
+            torch.testing.assert_close(fraction[known], expected[role][known], atol=1e-6, rtol=0)
+            assert fraction[~known].isnan().all() and ((fraction[known] >= 0) & (fraction[known] < 0.2)).all()
 
 
 X, POSITIVE = torch.linspace(-2, 2, 81, dtype=torch.float64), torch.linspace(0.5, 3, 81, dtype=torch.float64)

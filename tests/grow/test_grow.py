@@ -16,11 +16,11 @@ from kabrn_dist.config.file import load_config
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.grow.describe import describe_growth
-from kabrn_dist.grow.mappings import OUTPUT_PREFIXES
 from kabrn_dist.grow.plan import make_growth_plan
 from kabrn_dist.grow.run import grow, plan_growth
 from kabrn_dist.grow.tensors import GridRefinement, SymmetryBreaking, TensorMapping, refine_part, write_part
 from kabrn_dist.inference.run import Run
+from kabrn_dist.model.experts.base import ExpertSpec
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.grids import knot_insertion_matrix
 from kabrn_dist.utils.errors import UserError
@@ -305,9 +305,9 @@ def test_moments_of_a_finer_grid_make_no_longer_steps(grid: int, finer: int, deg
 
 def test_every_form_names_the_matrices_that_read_hidden_units() -> None:
     for name, form in EXPERT_TYPES.items():
-        experts = form(
-            8, 24, ExpertsConfig(type=name, num_experts=2, top_k=1, expert_hidden_size=24), range(1), True, 1.0
-        )
-        for leaf in experts.stds:
+        config = ExpertsConfig(type=name, num_experts=2, top_k=1, expert_hidden_size=24)
+        experts = form(ExpertSpec(8, 24, config, range(1)))
+        assert experts.matrix_specs.keys() == experts.stds.keys()
+        for leaf, matrix in experts.matrix_specs.items():
             rows, columns = experts.get_parameter(leaf).shape[1:]
-            assert (rows, columns % 24) == (8, 0) if leaf.startswith(OUTPUT_PREFIXES) else rows == 24, (name, leaf)
+            assert (rows, columns % 24) == (8, 0) if matrix.reads_hidden else rows == 24, (name, leaf)

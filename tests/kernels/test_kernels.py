@@ -17,6 +17,7 @@ from kabrn_dist.kernels.build import KernelUnavailable, load_library
 from kabrn_dist.kernels.selection import ENV_SWITCH, Kernels, select_kernels
 from kabrn_dist.model import bitlinear as bitlinear_module
 from kabrn_dist.model.bitlinear import bitlinear, bitlinear_naive
+from kabrn_dist.model.experts.base import ExpertSpec
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts
 from kabrn_dist.model.experts.grouped import GroupedExperts
 from kabrn_dist.model.experts.rational import RationalExperts
@@ -58,7 +59,7 @@ def make(form: str, experts: int, width: int) -> tuple[GroupedExperts, Tensor]:
     settings = ExpertsConfig(
         num_experts=experts, top_k=1, expert_hidden_size=width, function_groups=GROUPS, grid_range=(-1.5, 2.5)
     )
-    made = FORMS[form](width, width, settings, range(experts), True, 1.0)
+    made = FORMS[form](ExpertSpec(width, width, settings, range(experts)))
     made.initialize(0, "experts")
     coefficients = made.coefficients("outer").detach()
     return made, coefficients + torch.randn(coefficients.shape) * 0.05
@@ -94,10 +95,13 @@ def test_activations_are_the_eager_ones(
     noise = torch.randn(x.codes.shape).to(dtype)
     exact = Quantized(x.codes.double(), x.scale.double())
     mine = results(
-        lambda x, c: activate(x, module.function, module.eager, c, counts, quantized), x, coefficients, noise
+        lambda x, c: activate(x, module.function, module.apply_eager, c, counts, quantized), x, coefficients, noise
     )
     theirs = results(
-        lambda x, c: activate_eager(x, module.eager, c, counts, quantized), exact, coefficients.double(), noise.double()
+        lambda x, c: activate_eager(x, module.apply_eager, c, counts, quantized),
+        exact,
+        coefficients.double(),
+        noise.double(),
     )
     rounding = torch.finfo(dtype).eps
     if quantized:
@@ -120,13 +124,16 @@ def test_far_inputs_are_finite_and_a_nan_stays_in_its_row(form: str) -> None:
     for dtype in DTYPES:
         x = Quantized(rows.to(dtype), torch.ones(3, 1))
         found = results(
-            lambda x, c: activate(x, module.function, module.eager, c, (3,), True), x, coefficients, torch.ones(3, 64)
+            lambda x, c: activate(x, module.function, module.apply_eager, c, (3,), True),
+            x,
+            coefficients,
+            torch.ones(3, 64),
         )
         assert all(bool(part.isfinite().all()) for part in found)
     rows[1, 5] = torch.nan
     for dtype in DTYPES:
         x = Quantized(rows.to(dtype), torch.ones(3, 1))
-        codes = activate(x, module.function, module.eager, coefficients, (3,), True).codes
+        codes = activate(x, module.function, module.apply_eager, coefficients, (3,), True).codes
         assert bool(codes[1].isnan().all()) and bool(codes[[0, 2]].isfinite().all())
 
 
@@ -139,7 +146,9 @@ def test_threads_change_nothing(form: str, two_threads: None) -> None:
     found = []
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        part = results(lambda x, c: activate(x, module.function, module.eager, c, counts, True), x, coefficients, noise)
+        part = results(
+            lambda x, c: activate(x, module.function, module.apply_eager, c, counts, True), x, coefficients, noise
+        )
         kernels = select_kernels("cpu").kernels
         assert kernels is not None
         found.append([*part, *ternarize(latents)[1:]])
@@ -231,7 +240,7 @@ def test_counts_that_do_not_fit_are_refused() -> None:
     module, coefficients = make("rational", 2, 64)
     for counts in ((3, 3), (5,), (6, -1)):
         with pytest.raises(ValueError, match=str(list(counts))[1:-1]):
-            activate(quantize(torch.randn(5, 64)), module.function, module.eager, coefficients, counts, True)
+            activate(quantize(torch.randn(5, 64)), module.function, module.apply_eager, coefficients, counts, True)
 
 
 def test_eager_torch_wherever_kernels_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.metrics.activations import watch_saturation
-from kabrn_dist.metrics.ternary import TernaryStats, named_ternary_weights, weight_sums, weight_values
+from kabrn_dist.metrics.ternary import TernaryStats, weight_sums, weight_values
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.ops.activation_quant import normalize_quantize
 from kabrn_dist.ops.weight_quant import absmean_quantize
@@ -236,16 +236,16 @@ def test_nothing_ternary_has_no_instruments(shards: Path, tmp_path: Path) -> Non
 
 def test_portraits(config: Config) -> None:
     model = build_model(config, single_process_mesh())
-    named = list(named_ternary_weights(model))
-    assert [name for layer, name, _ in named if layer == 1] == [
+    named = list(model.ternary_weights())
+    assert [name for layer, name, *_ in named if layer == 1] == [
         *(f"mixer.inputs.{part}" for part in ("query", "key", "value", "gate")),
         "mixer.output.out",
         *(f"mixture.{kind}.{part}" for kind in ("routed", "shared") for part in ("up", "down")),
     ]
-    _, name, weight = next(entry for entry in named if entry[1] == "mixture.routed.up")
+    _, name, weight, routed = next(entry for entry in named if entry[1] == "mixture.routed.up")
     codes, gamma = absmean_quantize(weight.detach())
     portrait = make_ternary_figure(name, tuple(weight.shape), weight.detach(), codes, gamma)
-    assert portrait.shape == (4, 24, 32) and portrait.codes.equal(codes[0])
+    assert routed and portrait.shape == (4, 24, 32) and portrait.codes.equal(codes[0])
     assert portrait.histogram.sum() == weight.numel()
     low, high = (round((REACH + threshold) * BINS / (2 * REACH)) for threshold in (-0.5, 0.5))
     counts = [int(part.sum()) for part in portrait.histogram.split([low, high - low, BINS - high])]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
+from kabrn_dist.model.experts.base import ExpertSpec
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts, chebyshev, chebyshev_naive, fit_swish
 
 WIDTH, GROUPS = 12, 4
@@ -88,18 +89,17 @@ def test_swish_start_is_the_nearest_cubic(ends: tuple[float, float]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", ["inner", "outer"])
 def test_starts_are_finite_far_out(layer: str, dtype: torch.dtype) -> None:
-    made = ChebyshevExperts(
-        4, 4, ExpertsConfig(num_experts=1, top_k=1, expert_hidden_size=4, function_groups=1), range(1)
-    )
+    config = ExpertsConfig(num_experts=1, top_k=1, expert_hidden_size=4, function_groups=1)
+    made = ChebyshevExperts(ExpertSpec(4, 4, config, range(1)))
     made.initialize(0, "experts")
     c = made.coefficients(layer).detach().requires_grad_()
     sizes = torch.cat([torch.zeros(1), torch.logspace(-3, 4, 500)])
     x = torch.cat([-sizes, sizes]).to(dtype)[:, None].requires_grad_()
-    out = chebyshev(x, c, (len(x),), made.ends)
+    out = chebyshev(x, c, (len(x),), made.range_ends)
     assert out.dtype == dtype and bool(out.isfinite().all())
     out.float().mean().backward()
     assert x.grad is not None and c.grad is not None and c.grad.dtype == torch.float32
     assert bool(x.grad.isfinite().all()) and bool(c.grad.isfinite().all())
-    exact = chebyshev(x.detach().double(), c.detach().double(), (len(x),), made.ends)
+    exact = chebyshev(x.detach().double(), c.detach().double(), (len(x),), made.range_ends)
     precision = torch.finfo(dtype).eps
     torch.testing.assert_close(out.detach().double(), exact, atol=4 * precision, rtol=4 * precision)

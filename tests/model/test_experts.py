@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
-from kabrn_dist.model.experts.base import Experts
+from kabrn_dist.model.experts.base import Experts, ExpertSpec
 from kabrn_dist.model.experts.rational import IDENTITY, SWISH, rational, rational_naive
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
-from kabrn_dist.ops.activation_quant import quantize, rms_norm
+from kabrn_dist.ops.activation_quant import Quantized, quantize, rms_norm
 
 WIDTH, HIDDEN, GROUPS = 12, 16, 4
 COUNTS = [(6,), (0,), (2, 0, 3, 1, 0), (0, 0, 5, 0, 0), (0, 0, 0, 0, 0), (3, 4, 2, 1, 2)]
@@ -108,7 +108,7 @@ def test_starts_are_finite_far_out(which: tuple[tuple[float, ...], tuple[float, 
 
 
 def make(form: str, experts: range, quantized: bool = True) -> Experts:
-    made = EXPERT_TYPES[form](WIDTH, HIDDEN, SETTINGS, experts, quantized, 1.0)
+    made = EXPERT_TYPES[form](ExpertSpec(WIDTH, HIDDEN, SETTINGS, experts, quantized))
     made.initialize(5, "experts")
     # Each expert's functions differ too, as after some training.
     for name, parameter in made.named_parameters():
@@ -118,10 +118,10 @@ def make(form: str, experts: range, quantized: bool = True) -> Experts:
     return made.double()
 
 
-def rows(counts: tuple[int, ...], quantized: bool) -> tuple[Tensor, Tensor, Tensor]:
+def rows(counts: tuple[int, ...], quantized: bool) -> tuple[Tensor, Quantized]:
     torch.manual_seed(2)
     x = torch.randn(sum(counts), WIDTH, dtype=torch.float64, requires_grad=True)
-    return x, *quantize(rms_norm(x), quantized)[:2]
+    return x, quantize(rms_norm(x), quantized)
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -129,8 +129,8 @@ def rows(counts: tuple[int, ...], quantized: bool) -> tuple[Tensor, Tensor, Tens
 def test_stacked_experts_are_each_expert_alone(form: str, quantized: bool) -> None:
     counts = (3, 0, 4, 1)
     stacked = make(form, range(4), quantized)
-    x, codes, scale = rows(counts, quantized)
-    out = stacked(codes, scale, counts)
+    x, inputs = rows(counts, quantized)
+    out = stacked(inputs, counts)
     noise = torch.randn_like(out)
     (grad,) = torch.autograd.grad((out * noise).sum(), x, retain_graph=True)
     (out * noise).sum().backward()
@@ -138,7 +138,7 @@ def test_stacked_experts_are_each_expert_alone(form: str, quantized: bool) -> No
     for expert, n in enumerate(counts):
         alone, here = make(form, range(expert, expert + 1), quantized), slice(first, first + n)
         part = x.detach()[here].requires_grad_()
-        its = alone(*quantize(rms_norm(part), quantized)[:2], (n,))
+        its = alone(quantize(rms_norm(part), quantized), (n,))
         torch.testing.assert_close(its, out[here], atol=1e-12, rtol=0)
         (its * noise[here]).sum().backward()
         torch.testing.assert_close(part.grad, grad[here], atol=1e-11, rtol=0)
@@ -152,9 +152,9 @@ def test_stacked_experts_are_each_expert_alone(form: str, quantized: bool) -> No
 @pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_experts_without_rows_get_zeros_for_gradients(form: str, counts: tuple[int, ...]) -> None:
     experts = make(form, range(3))
-    _, codes, scale = rows(counts, True)
+    _, x = rows(counts, True)
     # ZeRO waits for every parameter in every backward, so None would hang the other ranks.
-    experts(codes.detach(), scale, counts).square().sum().backward()
+    experts(x._replace(codes=x.codes.detach()), counts).square().sum().backward()
     for name, parameter in experts.named_parameters():
         assert parameter.grad is not None, name
         for gradient, n in zip(parameter.grad, counts, strict=True):
@@ -181,9 +181,9 @@ def test_forms_run_in_training_precisions(form: str, dtype: torch.dtype) -> None
     exact = copy.deepcopy(experts).double()
     torch.manual_seed(0)
     x = torch.randn(50, WIDTH).to(dtype).requires_grad_()
-    out = experts(*quantize(rms_norm(x))[:2], counts)
+    out = experts(quantize(rms_norm(x)), counts)
     assert out.dtype == dtype
-    expected = exact(*quantize(rms_norm(x.detach().double()))[:2], counts)
+    expected = exact(quantize(rms_norm(x.detach().double())), counts)
     # Rounding flips a few codes of a low-precision run; a wrong scale or an overflow would show at once.
     assert float(((out.double() - expected).std() / expected.std()).detach()) < 0.05
     out.sum().backward()
@@ -195,12 +195,12 @@ def test_forms_run_in_training_precisions(form: str, dtype: torch.dtype) -> None
 def test_initial_outputs_have_the_variance_of_the_inputs(form: str, quantized: bool) -> None:
     width, gain, experts = 128, 0.5, 4
     settings = ExpertsConfig(num_experts=1, top_k=1, expert_hidden_size=256, function_groups=GROUPS)
-    made = EXPERT_TYPES[form](width, 256, settings, range(experts), quantized, gain)
+    made = EXPERT_TYPES[form](ExpertSpec(width, 256, settings, range(experts), quantized, gain))
     made.initialize(1, "experts")
     torch.manual_seed(0)
     x = torch.randn(experts * 2000, width)
     with torch.no_grad():
-        out = made(*quantize(rms_norm(x), quantized)[:2], [2000] * experts)
+        out = made(quantize(rms_norm(x), quantized), [2000] * experts)
     assert out.numel() > 1e6
     assert float(out.square().mean()) == pytest.approx(gain**2, rel=0.05)
     assert abs(float(out.mean())) < 0.05 * gain
@@ -216,7 +216,7 @@ def test_forms_are_finite_for_inputs_of_any_size(form: str, dtype: torch.dtype, 
     outlier = 1e-2 * torch.randn(4, WIDTH)
     outlier[:, 3] = torch.tensor([1e4, -1e4, 300.0, -300.0])
     x = torch.cat([sizes * torch.randn(5, WIDTH).clamp(-1, 1), outlier]).to(dtype).requires_grad_()
-    out = experts(*quantize(rms_norm(x), quantized)[:2], (5, 4))
+    out = experts(quantize(rms_norm(x), quantized), (5, 4))
     out.float().square().mean().backward()
     assert all(bool(t.isfinite().all()) for t in (out, x.grad, *(p.grad for p in experts.parameters())))
 
@@ -227,7 +227,7 @@ def test_forms_pass_gradcheck(form: str, counts: tuple[int, ...]) -> None:
     settings = ExpertsConfig(
         num_experts=1, top_k=1, expert_hidden_size=4, function_groups=2, grid_size=3, spline_order=2
     )
-    experts = EXPERT_TYPES[form](4, 4, settings, range(len(counts)), False, 1.0)
+    experts = EXPERT_TYPES[form](ExpertSpec(4, 4, settings, range(len(counts)), False))
     experts.initialize(0, "experts")
     experts.double()
     torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_forms_pass_gradcheck(form: str, counts: tuple[int, ...]) -> None:
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
         given = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(experts, given, (x, torch.ones(3, 1, dtype=torch.float64), counts))
+        return torch.func.functional_call(experts, given, (Quantized(x, torch.ones_like(x[:, :1])), counts))
 
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
@@ -244,7 +244,7 @@ def test_forms_pass_gradcheck(form: str, counts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_counts_that_do_not_fit_are_refused(form: str) -> None:
     experts = make(form, range(3))
-    _, codes, scale = rows((6,), True)
+    _, x = rows((6,), True)
     for counts, message in (
         ((2, 1, 2), r"\[2, 1, 2\] sum to 5, but there are 6 rows"),
         ((4, 3, 0), r"\[4, 3, 0\] sum to 7, but there are 6 rows"),
@@ -253,15 +253,15 @@ def test_counts_that_do_not_fit_are_refused(form: str) -> None:
         ((2, 2, 1, 1), "4 counts for 3 experts"),
     ):
         with pytest.raises(ValueError, match=message):
-            experts(codes, scale, counts)
+            experts(x, counts)
 
 
 @pytest.mark.parametrize("form", EXPERT_TYPES)
 def test_functions_and_their_inputs_can_be_read(form: str) -> None:
     counts = (2, 0, 4)
     experts = make(form, range(3))
-    _, codes, scale = rows(counts, True)
-    shown, shares = experts.functions(torch.linspace(-3, 3, 7), 2), experts.outside(codes, scale, counts)
+    _, x = rows(counts, True)
+    shown, shares = experts.functions(torch.linspace(-3, 3, 7), 2), experts.outside(x, counts)
     assert all(not values.requires_grad for values in (*shown.values(), *shares.values()))
     if form in ("swiglu", "relu2"):
         assert shown == shares == {}
@@ -270,8 +270,16 @@ def test_functions_and_their_inputs_can_be_read(form: str) -> None:
     assert {name: tuple(values.shape) for name, values in shown.items()} == dict.fromkeys(
         ("inner", "outer"), (3, functions, 7)
     )
-    values = codes / scale
+    values = x.codes / x.scale
     reach = 3 if form == "rational" else 2
     expected = [float((part.abs() > reach).double().mean()) if len(part) else 0.0 for part in values.split(counts)]
     assert shares["inner"].tolist() == pytest.approx(expected) and list(shares) == ["inner", "outer"]
     assert 0 <= float(shares["outer"].sum()) < 1
+
+
+@pytest.mark.parametrize("form", EXPERT_TYPES)
+def test_every_type_is_built_without_memory(form: str) -> None:
+    here = make(form, range(2))
+    with torch.device("meta"):
+        empty = EXPERT_TYPES[form](ExpertSpec(WIDTH, HIDDEN, SETTINGS, range(2)))
+    assert empty.stds == here.stds and all(parameter.is_meta for parameter in empty.parameters())

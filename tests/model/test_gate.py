@@ -13,6 +13,7 @@ from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.selection import select_kernels
 from kabrn_dist.model.bitlinear import bitlinear
 from kabrn_dist.model.experts import mlp
+from kabrn_dist.model.experts.base import ExpertSpec
 from kabrn_dist.model.experts.mlp import RELU2, Relu2Experts, SwigluExperts, gated, gated_eager, square
 from kabrn_dist.ops.activation import activate, activate_eager
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
@@ -161,7 +162,8 @@ def test_experts_are_their_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counts, width, hidden = (7, 0, 30), 24, 40
-    experts = form(width, hidden, ExpertsConfig(num_experts=3, top_k=1, expert_hidden_size=hidden), range(3), quantized)
+    config = ExpertsConfig(num_experts=3, top_k=1, expert_hidden_size=hidden)
+    experts = form(ExpertSpec(width, hidden, config, range(3), quantized))
     experts.initialize(0, "experts")
     experts.to(dtype)
     codes, scale, _ = quantize(torch.randn(37, width).to(dtype), quantized)
@@ -179,9 +181,9 @@ def test_experts_are_their_formula(
         out = forward(Quantized(leaf, scale))
         return [out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *experts.parameters()])]
 
-    mine, theirs = run(lambda x: experts(*x[:2], counts)), run(formula)
+    mine, theirs = run(lambda x: experts(x, counts)), run(formula)
     monkeypatch.setattr(mlp, "kernels_for", lambda x: None)
-    eager = run(lambda x: experts(*x[:2], counts))
+    eager = run(lambda x: experts(x, counts))
     for found in (mine, eager):
         for one, other in zip(found, theirs, strict=True):
             # Roundings of half-precision steps flip a code here and there.

@@ -111,8 +111,8 @@ def test_dense_network_is_a_mixture_of_one(form: str, quantized: bool) -> None:
     dense = DenseFeedForward(settings(quantized, type=form, dense_hidden_size=20), 1.0)
     dense.shared.initialize(2, "expert")
     x = torch.randn(3, 5, WIDTH)
-    codes, scale, _ = quantize(rms_norm(x).flatten(0, 1), quantized)
-    torch.testing.assert_close(dense(x).flatten(0, 1), dense.shared(codes, scale, [15]))
+    tokens = quantize(rms_norm(x).flatten(0, 1), quantized)
+    torch.testing.assert_close(dense(x).flatten(0, 1), dense.shared(tokens, [15]))
 
 
 def test_dense_layers_stand_where_the_configuration_says() -> None:
@@ -219,12 +219,14 @@ def test_recomputing_changes_nothing(activations: str, quantize: bool) -> None:
 @pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
 def test_every_ternary_matrix_is_listed_once(activations: str) -> None:
     made = model(activation_checkpointing=activations)
-    listed = list(made.ternary_weights())
-    names = {id(p): name for name, p in made.named_parameters()}
-    found = [names[id(weight)] for _, weight in listed]
+    table = made.parameter_table()
+    names = [name for name, _ in made.named_parameters()]
+    assert list(table) == names and all(info.name == name for name, info in table.items())
+    found = [name for name, info in table.items() if info.ternary]
     assert len(found) == len(set(found)) == 2 * (5 + 2 + 2)
-    for (layer, _), name in zip(listed, found, strict=True):
-        assert name.startswith(f"blocks.{layer}.")
+    for name, info in table.items():
+        assert name == (info.local_name if info.layer is None else f"blocks.{info.layer}.{info.local_name}")
+        assert info.routed == (".mixture.routed." in name) and not info.sharded
     # All matrices of a block but the router's; no coefficients of functions, no embedding, no head.
     high = ("router", "numerator", "denominator", "embedding", "head")
-    assert set(found) == {name for name in names.values() if not any(part in name for part in high)}
+    assert set(found) == {name for name in names if not any(part in name for part in high)}

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
+from kabrn_dist.model.experts.base import ExpertSpec
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts
 from kabrn_dist.model.experts.grouped import GroupedExperts
 from kabrn_dist.model.experts.rational import RationalExperts, rational_naive
@@ -17,7 +18,7 @@ FORMS = {"rational": RationalExperts, "chebyshev": ChebyshevExperts}
 
 def make(form: str, width: int, hidden: int, experts: int, quantized: bool = True, gain: float = 1.0) -> GroupedExperts:
     settings = ExpertsConfig(num_experts=experts, top_k=1, expert_hidden_size=hidden, function_groups=4)
-    made = FORMS[form](width, hidden, settings, range(experts), quantized, gain)
+    made = FORMS[form](ExpertSpec(width, hidden, settings, range(experts), quantized, gain))
     made.initialize(3, "experts")
     return made
 
@@ -29,7 +30,7 @@ def test_variance_at_the_start(form: str, quantized: bool) -> None:
     torch.manual_seed(0)
     rows = torch.randn(4096, 256)  # 1,048,576 samples
     with torch.no_grad():
-        out = experts(*quantize(rms_norm(rows), quantized)[:2], (2048, 2048))
+        out = experts(quantize(rms_norm(rows), quantized), (2048, 2048))
     for part in out.split(2048):
         assert float(part.var()) == pytest.approx(0.25, rel=0.05)
         assert abs(float(part.mean())) < 0.02
@@ -67,10 +68,10 @@ def test_share_of_inputs_outside(form: str, quantized: bool) -> None:
     experts = make(form, 8, 400, 3, quantized)
     torch.manual_seed(0)
     rows = torch.randn(600, 8)
-    codes, scale, _ = quantize(rows, quantized)
-    reach = experts.ends[1]
-    shares = experts.outside(codes, scale, (200, 0, 400))
-    values = codes / scale
+    x = quantize(rows, quantized)
+    reach = experts.range_ends[1]
+    shares = experts.outside(x, (200, 0, 400))
+    values = x.codes / x.scale
     expected = [(part.abs() > reach).float().mean() if len(part) else 0.0 for part in values.split([200, 0, 400])]
     torch.testing.assert_close(shares["inner"], torch.tensor(expected))
     # Products of normalised rows are near normal at the start.

@@ -12,9 +12,11 @@ from scipy.interpolate import BSpline
 from torch import Tensor, nn
 
 from kabrn_dist.config import ExpertsConfig
+from kabrn_dist.model.experts.base import ExpertSpec
 from kabrn_dist.model.experts.bspline import BsplineExperts, extend_grid
 from kabrn_dist.model.experts.hat import HatExperts
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
+from kabrn_dist.ops.activation_quant import Quantized
 from kabrn_dist.ops.edge_layer import edge_layer, edge_layer_naive
 from kabrn_dist.ops.grids import Grid, refine_grid
 from kabrn_dist.ops.splines import basis, basis_bound, basis_naive, basis_slope
@@ -178,7 +180,7 @@ def test_refine_refuses_other_grids() -> None:
 
 
 def make(form: type[BsplineExperts], quantized: bool) -> BsplineExperts:
-    experts = form(8, 6, SETTINGS, range(2, 5), quantized, 0.5)
+    experts = form(ExpertSpec(8, 6, SETTINGS, range(2, 5), quantized, 0.5))
     experts.initialize(3, "experts")
     return experts.double()
 
@@ -189,9 +191,9 @@ def test_extended_experts_compute_the_same(form: type[BsplineExperts]) -> None:
     experts, counts = make(form, False), (7, 0, 5)
     before = [parameter.clone() for parameter in experts.parameters()]
     extended = extend_grid(experts, 12)
-    x, one = 2 * torch.randn(12, 8, dtype=torch.float64), torch.ones(12, 1, dtype=torch.float64)
-    torch.testing.assert_close(extended(x, one, counts), experts(x, one, counts), atol=1e-12, rtol=0)
-    assert extended.grid.intervals == extended.settings.grid_size == 12 and extended.expert_ids == range(2, 5)
+    x = Quantized(2 * torch.randn(12, 8, dtype=torch.float64), torch.ones(12, 1, dtype=torch.float64))
+    torch.testing.assert_close(extended(x, counts), experts(x, counts), atol=1e-12, rtol=0)
+    assert extended.grid.intervals == extended.spec.config.grid_size == 12 and extended.expert_ids == range(2, 5)
     assert all(new.dtype == torch.float64 and new.requires_grad for new in extended.parameters())
     assert all(torch.equal(old, now) for old, now in zip(before, experts.parameters(), strict=True))
     assert extend_grid(experts, 8).inner_spline.shape == (3, 6, 8 * (8 + experts.grid.degree))
@@ -211,7 +213,7 @@ def test_functions_are_those_of_the_edges(form: type[BsplineExperts], quantized:
     for place, (e, f) in enumerate(product(range(3), range(4))):
         o, i = f * hidden // 4, f * width // 4
         assert shown["inner"][e, f].std() > 0.01, place
-        base, spline = (experts._used(f"inner_{part}")[e : e + 1] for part in ("base", "spline"))
+        base, spline = (experts._effective_weight(f"inner_{part}")[e : e + 1] for part in ("base", "spline"))
         rows = torch.zeros(31, width, dtype=torch.float64)
         rows[:, i] = points
         moved = edge_layer_naive(rows, base, spline, (31,), experts.grid, False)[0:, o]
@@ -225,9 +227,9 @@ def test_outside_counts_inputs_beyond_the_range(form: type[BsplineExperts]) -> N
     experts, counts = make(form, False), (2, 0, 1)
     x = torch.zeros(3, 8, dtype=torch.float64)
     x[0, :3], x[1, 0], x[2, :] = 2.1, -2.5, 2.0
-    shares = experts.outside(x, torch.ones(3, 1, dtype=torch.float64), counts)
+    shares = experts.outside(Quantized(x, torch.ones(3, 1, dtype=torch.float64)), counts)
     assert shares["inner"].tolist() == [0.25, 0.0, 0.0]
-    hidden = experts._inner(x, counts)
+    hidden = experts._hidden_units(x, counts)
     beyond = (hidden.abs() > 2).double().mean(1)
     torch.testing.assert_close(shares["outer"].double(), torch.stack([beyond[:2].mean(), beyond[0] * 0, beyond[2]]))
 
@@ -253,11 +255,11 @@ class Alone(nn.Module):
         settings = ExpertsConfig(
             num_experts=1, top_k=1, expert_hidden_size=8, grid_size=8 if form == "hat" else 6, spline_order=3
         )
-        self.expert = EXPERT_TYPES[form](2, 8, settings, range(1), False, 1.0)
+        self.expert = EXPERT_TYPES[form](ExpertSpec(2, 8, settings, range(1), False))
         self.expert.initialize(0, "alone")
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.expert(rows, torch.ones(len(rows), 1), (len(rows),))
+        return self.expert(Quantized(rows, torch.ones(len(rows), 1)), (len(rows),))
 
 
 def test_splines_learn_what_an_mlp_of_equal_size_does_not() -> None:

@@ -104,7 +104,7 @@ def spoil_gradients(jobs: list[list[Any]], step: int) -> None:
             config = load_config(path)
             mesh = make_mesh(place, device, config.parallel.expert_parallel)
             session = Trainer.create(config, mesh, open_datasets(config), resume)
-            spoiled = next(iter(session.engine.model.routed_parameters()))
+            spoiled = session.engine.model.select_parameters(lambda p: p.routed)[0]
 
             def spoil(gradient: torch.Tensor, session: Trainer = session, rank: int = mesh.rank) -> torch.Tensor:
                 return gradient * math.inf if (rank, session.step) == (1, step - 1) else gradient

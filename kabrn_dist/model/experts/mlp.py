@@ -1,6 +1,10 @@
-"""The controls: experts without learnable functions, in everything else like the others.
+"""The control types: experts without learned functions, in everything else like the others.
 
-Shapes: N rows, D width, H hidden width, E experts.
+Shapes:
+    N: rows (routed tokens).
+    D: hidden size of the model.
+    H: hidden units of an expert.
+    E: experts of this rank.
 """
 
 from __future__ import annotations
@@ -13,107 +17,115 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.gate import GateKernel
 from kabrn_dist.kernels.selection import kernels_for
 from kabrn_dist.kernels.univariate import UnivariateFunction
 from kabrn_dist.model.bitlinear import bitlinear, bitlinear_unscaled
-from kabrn_dist.model.experts.base import Experts, check_counts
+from kabrn_dist.model.experts.base import Experts, ExpertSpec, MatrixSpec, check_tokens_per_expert
 from kabrn_dist.ops.activation import activate
 from kabrn_dist.ops.activation_quant import Quantized, interpolate_quantized, quantize, rms_norm, to_fp32
-from kabrn_dist.ops.weight_quant import QuantState
 
 RELU2 = UnivariateFunction("relu2")
 
 
-class _Controls(Experts):
-    def _multiply_down(self, x: Quantized, counts: Sequence[int]) -> Tensor:
+class _MlpExperts(Experts):
+    def _multiply_down(self, x: Quantized, tokens_per_expert: Sequence[int]) -> Tensor:
         down = self.matrices("down")
         if self.lam < 1:  # all scales are 1
-            return bitlinear_unscaled(x, down, counts).codes
-        return bitlinear(x, down, counts)
+            return bitlinear_unscaled(x, down, tokens_per_expert).codes
+        return bitlinear(x, down, tokens_per_expert)
 
 
-class SwigluExperts(_Controls):
-    """The control: y = W₃ q(swish(W₁ x) · W₂ x), a modern MLP (arXiv 2002.05202)."""
+class SwigluExperts(_MlpExperts):
+    """y = W₃ q(swish(W₁ x) · W₂ x), q = RMSNorm and int8: a modern MLP (arXiv 2002.05202).
+
+    Attributes:
+        gate: [E,H,D], ternary, W₁.
+        up: [E,H,D], ternary, W₂.
+        down: [E,D,H], ternary, W₃.
+    """
 
     gate: Tensor
     up: Tensor
     down: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        settings: ExpertsConfig,
-        experts: range,
-        quantized: bool | QuantState = True,
-        gain: float = 1.0,
-    ) -> None:
-        matrices = {"gate": (hidden, width, 1.0), "up": (hidden, width, 1.0), "down": (width, hidden, gain)}
-        super().__init__(matrices, experts, quantized)
+    @classmethod
+    def define_matrices(cls, spec: ExpertSpec) -> dict[str, MatrixSpec]:
+        """Return W₁, W₂ and W₃."""
+        return {
+            "gate": MatrixSpec(spec.expert_hidden_size, spec.hidden_size),
+            "up": MatrixSpec(spec.expert_hidden_size, spec.hidden_size),
+            "down": MatrixSpec(spec.hidden_size, spec.expert_hidden_size, spec.init_gain, reads_hidden=True),
+        }
 
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
-        """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
-        check_counts(len(codes), counts, len(self.expert_ids))
-        x = Quantized(codes, scale, kept)
-        gate, up = (bitlinear_unscaled(x, self.matrices(name), counts) for name in ("gate", "up"))
-        return self._multiply_down(gated(gate, up, self.lam), counts)
+    def forward(self, x: Quantized, tokens_per_expert: Sequence[int]) -> Tensor:
+        """Apply the gated MLP; see `Experts.forward`."""
+        check_tokens_per_expert(len(x.codes), tokens_per_expert, len(self.expert_ids))
+        gate, up = (bitlinear_unscaled(x, self.matrices(name), tokens_per_expert) for name in ("gate", "up"))
+        return self._multiply_down(gated(gate, up, self.lam), tokens_per_expert)
 
 
-class Relu2Experts(_Controls):
-    """The control: y = W₂ q(relu(W₁ x)²), the matmuls of an MLP (Primer, arXiv 2109.08668)."""
+class Relu2Experts(_MlpExperts):
+    """y = W₂ q(relu(W₁ x)²), q = RMSNorm and int8: an MLP of two matrices (Primer, arXiv 2109.08668).
+
+    Attributes:
+        up: [E,H,D], ternary, W₁.
+        down: [E,D,H], ternary, W₂.
+    """
 
     up: Tensor
     down: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        settings: ExpertsConfig,
-        experts: range,
-        quantized: bool | QuantState = True,
-        gain: float = 1.0,
-    ) -> None:
-        super().__init__({"up": (hidden, width, 1.0), "down": (width, hidden, gain)}, experts, quantized)
+    @classmethod
+    def define_matrices(cls, spec: ExpertSpec) -> dict[str, MatrixSpec]:
+        """Return W₁ and W₂."""
+        return {
+            "up": MatrixSpec(spec.expert_hidden_size, spec.hidden_size),
+            "down": MatrixSpec(spec.hidden_size, spec.expert_hidden_size, spec.init_gain, reads_hidden=True),
+        }
 
-    def forward(self, codes: Tensor, scale: Tensor, counts: Sequence[int], kept: Tensor | None = None) -> Tensor:
-        """[N,D] codes and [N,1] scales, rows sorted by expert → [N,D]."""
-        check_counts(len(codes), counts, len(self.expert_ids))
-        up = bitlinear_unscaled(Quantized(codes, scale, kept), self.matrices("up"), counts)
-        nothing = up.scale.new_empty(1, 1, 0)
-        squares = activate(up, RELU2, square, nothing, (len(codes),), self.lam)
-        return self._multiply_down(squares, counts)
+    def forward(self, x: Quantized, tokens_per_expert: Sequence[int]) -> Tensor:
+        """Apply the MLP; see `Experts.forward`."""
+        check_tokens_per_expert(len(x.codes), tokens_per_expert, len(self.expert_ids))
+        up = bitlinear_unscaled(x, self.matrices("up"), tokens_per_expert)
+        no_coefficients = up.scale.new_empty(1, 1, 0)
+        squares = activate(up, RELU2, square, no_coefficients, (len(up.codes),), self.lam)
+        return self._multiply_down(squares, tokens_per_expert)
 
 
-def square(x: Tensor, coefficients: Tensor, counts: Sequence[int]) -> Tensor:
-    """relu(RMSNorm(x))² of rows; coefficients and counts as others take them, unused.
+def square(x: Tensor, coefficients: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
+    """Return relu(RMSNorm(x))² [N,H] of rows [N,H].
 
-    Normalised before it is squared too, which changes no result after the next norm and keeps squares within fp16.
+    Normalizing before squaring too changes no result after the next norm, and keeps squares within fp16's range.
+
+    Args:
+        x: [N,H].
+        coefficients: not used; `activate` passes them to every function.
+        tokens_per_expert: not used.
     """
     return F.relu(rms_norm(x)).square()
 
 
-def gated(gate: Quantized, up: Quantized, share: float) -> Quantized:
-    """q(RMSNorm(silu(gate) · up)), what the last product reads. Keeps gate and up alone for backward.
+def gated(gate: Quantized, up: Quantized, lam: float) -> Quantized:
+    """Return q(RMSNorm(silu(gate) · up)), the input of the last product. Backward keeps only gate and up.
 
     Args:
-        gate, up: codes [N,H] and scale [N,1], products that are not yet scaled.
-        share: how far the quantiser goes; 0 (or False) leaves it out.
+        gate: codes [N,H] and scale [N,1] of a product that is not yet scaled.
+        up: the same.
+        lam: how far values are quantized, see `QuantState`; 0 (or False) leaves the quantizer out.
     """
     kernels = kernels_for(gate.codes)
     if kernels is not None:
-        fused = _Fused.apply(*gate[:2], *up[:2], share == 1, kernels.gate)
-        return interpolate_quantized(Quantized(*fused), share) if 0 < share < 1 else Quantized(*fused)
-    return Quantized(*_Eager.apply(*gate[:2], *up[:2], share))
+        fused = _Fused.apply(*gate[:2], *up[:2], lam == 1, kernels.gate)
+        return interpolate_quantized(Quantized(*fused), lam) if 0 < lam < 1 else Quantized(*fused)
+    return Quantized(*_Eager.apply(*gate[:2], *up[:2], lam))
 
 
-def gated_eager(gate: Quantized, up: Quantized, share: float) -> Quantized:
-    """`gated` step by step, in fp32 (or wider): products of two of fp16's values pass its range."""
+def gated_eager(gate: Quantized, up: Quantized, lam: float) -> Quantized:
+    """Compute `gated` step by step, in fp32 or wider: products of two fp16 values leave the range of fp16."""
     values, factors = to_fp32(up.codes) / up.scale, F.silu(to_fp32(gate.codes) / gate.scale)
-    found = quantize(rms_norm(factors * values), share)
-    return found._replace(codes=found.codes.to(gate.codes.dtype))
+    out = quantize(rms_norm(factors * values), lam)
+    return out._replace(codes=out.codes.to(gate.codes.dtype))
 
 
 class _Fused(torch.autograd.Function):
@@ -122,11 +134,11 @@ class _Fused(torch.autograd.Function):
         ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, quantized: bool, kernel: GateKernel
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = gate.contiguous(), gate_scale.reciprocal(), up.contiguous(), up_scale.reciprocal()
-        codes, scale, rms, kept = kernel.forward(*inputs, quantized)
+        codes, scale, rms, int8_codes = kernel.forward(*inputs, quantized)
         ctx.save_for_backward(*inputs, scale, rms)
         ctx.kernel = kernel
-        ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))
-        return codes, scale, kept
+        ctx.mark_non_differentiable(scale, *(() if int8_codes is None else (int8_codes,)))
+        return codes, scale, int8_codes
 
     @staticmethod
     @once_differentiable
@@ -137,17 +149,17 @@ class _Fused(torch.autograd.Function):
 
 
 class _Eager(torch.autograd.Function):
-    """Runs again in backward what autograd would keep a handful of fp32 tensors for."""
+    """Recomputes in backward, where autograd would keep a handful of fp32 tensors."""
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, share: float
+        ctx: Any, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, lam: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.save_for_backward(gate, gate_scale, up, up_scale)
-        ctx.share = share
-        codes, scale, kept = gated_eager(Quantized(gate, gate_scale), Quantized(up, up_scale), share)
-        ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))
-        return codes, scale, kept
+        ctx.lam = lam
+        codes, scale, int8_codes = gated_eager(Quantized(gate, gate_scale), Quantized(up, up_scale), lam)
+        ctx.mark_non_differentiable(scale, *(() if int8_codes is None else (int8_codes,)))
+        return codes, scale, int8_codes
 
     @staticmethod
     @once_differentiable
@@ -155,6 +167,6 @@ class _Eager(torch.autograd.Function):
         gate, gate_scale, up, up_scale = ctx.saved_tensors
         with torch.enable_grad():
             gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-            again = gated_eager(Quantized(gate, gate_scale), Quantized(up, up_scale), ctx.share)
-        for_gate, for_up = torch.autograd.grad(again.codes, (gate, up), grad)
-        return for_gate, None, for_up, None, None
+            out = gated_eager(Quantized(gate, gate_scale), Quantized(up, up_scale), ctx.lam)
+        grad_gate, grad_up = torch.autograd.grad(out.codes, (gate, up), grad)
+        return grad_gate, None, grad_up, None, None

@@ -1,8 +1,6 @@
-"""The forms of experts by their names in the configuration."""
+"""The types of experts by their names in the configuration (`model.experts.type`)."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.base import Experts
@@ -10,13 +8,9 @@ from kabrn_dist.model.experts.bspline import BsplineExperts
 from kabrn_dist.model.experts.chebyshev import ChebyshevExperts
 from kabrn_dist.model.experts.hat import HatExperts
 from kabrn_dist.model.experts.mlp import Relu2Experts, SwigluExperts
-from kabrn_dist.model.experts.rational import FITTED, RationalExperts
-from kabrn_dist.ops.weight_quant import QuantState
+from kabrn_dist.model.experts.rational import RationalExperts
 
-# width, hidden, settings, global numbers of the experts here, quantised, gain → experts
-Form = Callable[[int, int, ExpertsConfig, range, bool | QuantState, float], Experts]
-
-EXPERT_TYPES: dict[str, Form] = {
+EXPERT_TYPES: dict[str, type[Experts]] = {
     "rational": RationalExperts,
     "chebyshev": ChebyshevExperts,
     "hat": HatExperts,
@@ -26,6 +20,6 @@ EXPERT_TYPES: dict[str, Form] = {
 }
 
 
-def function_range(settings: ExpertsConfig) -> tuple[float, float]:
-    """The grid's ends, or the range that the rational's start was fitted on."""
-    return FITTED if settings.type == "rational" else settings.grid_range
+def function_range(config: ExpertsConfig) -> tuple[float, float]:
+    """Return the range of inputs that the functions of the configured type are made for."""
+    return EXPERT_TYPES[config.type].function_range(config)
