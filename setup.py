@@ -21,24 +21,22 @@ setup(
     package_data={"kabrn_dist.kernels": ["*.c", "*.h"]},
     entry_points={"console_scripts": ["mixkabrn = kabrn_dist.cli.main:main"]},
     python_requires=">=3.10",
+    # What preparing data, training, generating and reporting need as they are configured by default.
     install_requires=[
-        "torch>=2.8",
-        "deepspeed==0.19.8",
-        "fairscale>=0.4.13",
-        "aiohttp>=3.9",
-        "fsspec>=2024.6",
-        "ftfy>=6.2",
-        "matplotlib>=3.8",
-        "webdataset>=1.0",
-        "tensorboard>=2.16",
-        "py3langid>=0.4",
-        "pyyaml>=6",
-        "numpy>=1.26",
-        "pydantic>=2.7",
-        "rich>=13",
-        "safetensors>=0.4.3",
-        "tokenizers>=0.20",
-        "zstandard>=0.22",
+        "torch>=2.8",  # tensors, autograd, process groups
+        "deepspeed==0.19.8",  # ZeRO, fp16 and bf16 training, the launcher of --processes
+        "fairscale>=0.4.13",  # activation checkpointing and offloading: model.activation_checkpointing
+        "webdataset>=1.0",  # writes the tar shards
+        "tensorboard>=2.16",  # metrics of a run
+        "pyyaml>=6",  # configurations and recipes
+        "pydantic>=2.7",  # their validation, and that of manifests and indexes
+        "numpy>=1.26",  # token arrays
+        "tokenizers>=0.20",  # BPE
+        "zstandard>=0.22",  # .zst files as a source of texts
+        "ftfy>=6.2",  # repair of broken Unicode: `clean` in a recipe
+        "py3langid>=0.4",  # language tags: `clean` in a recipe
+        "matplotlib>=3.8",  # figures in TensorBoard and in reports
+        "rich>=13",  # progress bars and tables
     ],
     extras_require={
         # Chunkwise retention as Triton kernels, on cards that can run Triton.
@@ -47,8 +45,19 @@ setup(
         "mpi": ["mpi4py>=4", "mpich"],
         # Parquet files as a source of texts.
         "parquet": ["pyarrow>=17"],
-        # Shards on S3, Google Cloud Storage and the Hugging Face hub.
-        "remote": ["gcsfs", "huggingface_hub", "s3fs"],
-        "dev": ["mypy", "pyarrow>=17", "pytest", "pytest-xdist", "ruff", "scipy", "types-PyYAML"],
+        # Shards behind a URL: HTTP, S3, Google Cloud Storage and the Hugging Face hub.
+        "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "gcsfs", "huggingface_hub", "s3fs"],
+        "dev": [
+            "aiohttp>=3.9",
+            "fsspec>=2024.6",
+            "mypy",
+            "pyarrow>=17",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "safetensors>=0.4.3",
+            "scipy",
+            "types-PyYAML",
+        ],
     },
 )

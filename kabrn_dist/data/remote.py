@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
 from kabrn_dist.data.cache import FileCache
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Shard
 from kabrn_dist.data.index_io import parse_index
@@ -66,11 +64,14 @@ class RemoteFiles:
         # aiohttp reads the proxy from the environment only on request.
         options = {"client_kwargs": {"trust_env": True}} if protocol in ("http", "https") else {}
         try:
+            # An extra of the package: most shard sets are folders.
+            import fsspec
+
             self._files: Any = fsspec.filesystem(protocol, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"data.path {url}: {protocol}:// cannot be read here ({error}); s3://, gs:// and hf:// need "
-                "`pip install '.[remote]'`, http:// and https:// need nothing more"
+                f"data.path {url}: {protocol}:// cannot be read here ({error}); pip install fsspec with aiohttp for "
+                "http and https, s3fs for s3, gcsfs for gs, huggingface_hub for hf"
             ) from error
 
     def read(self, name: str) -> bytes:

@@ -1,0 +1,153 @@
+"""The command line: quick help, one wording of errors, exit codes, and the scripts that pass on to it."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kabrn_dist
+from kabrn_dist.cli import main as cli
+from kabrn_dist.cli import shim
+from kabrn_dist.cli.main import COMMANDS, build_parser, main
+from kabrn_dist.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+NAMES = [module.__name__.rsplit(".", 1)[-1] for module in COMMANDS]
+HELPS = [
+    [],
+    *([name] for name in NAMES),
+    *(["report", kind] for kind in ("experts", "functions", "symbolic", "weights")),
+]
+HEAVY = {"torch", "deepspeed", "matplotlib", "numpy", "pydantic", "yaml", "rich"}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        "from kabrn_dist.cli.main import main\n"
+        f"for command in {HELPS!r}:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        main([*command, '--help'])\n"
+        "    assert 'usage: mixkabrn' in out.getvalue(), command\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['--version'])\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == f"mixkabrn {kabrn_dist.__version__}\n[]\n", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out.partition("examples:\n")[2].replace("\\\n", " ")
+    examples = [shlex.split(line) for line in shown.splitlines() if line.strip().startswith("mixkabrn ")]
+    assert examples
+    for _, *arguments in examples:
+        build_parser().parse_args(arguments)
+
+
+def run_with(outcome: BaseException | int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a command that ends as given."""
+
+    def run(options: Any) -> int:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("kabrn_dist.cli.inspect.run", run)
+    return main(["inspect", "data"])
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(75, monkeypatch) == 75
+    assert run_with(UserError("data: is wrong; mend it"), monkeypatch) == 2
+    assert capsys.readouterr().err == "error: data: is wrong; mend it\n"
+    assert run_with(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cli, "REPORT_SECONDS", 0)
+    assert run_with(UserError("data: is wrong; mend it"), monkeypatch) == 2
+    assert capsys.readouterr().err == "", "another process of the machine prints it"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "kabrn_dist", "config"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode in (141, -signal.SIGPIPE)
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "expected"),
+    [
+        ("train", "--config c.yaml --resume must", "train c.yaml --resume must"),
+        ("train", "--local_rank=1 --config=c.yaml --set a.b=1", "train c.yaml --local_rank=1 --set a.b=1"),
+        ("train", "--config c.yaml --dry-run --world 4", "train c.yaml --dry-run --world 4"),
+        ("train", "--help", "train --help"),
+        ("generate", "--prompt x --run runs/a", "generate runs/a --prompt x"),
+        ("generate", "--model exports/a", "generate exports/a"),
+        ("export", "--out exports/a --run runs/a", "export runs/a exports/a"),
+        ("grow", "--from runs/a --config c.yaml --redraw 0.5", "grow runs/a c.yaml --redraw 0.5"),
+        ("report", "symbolic --run runs/a --layer 0", "report symbolic runs/a --layer 0"),
+    ],
+)
+def test_scripts_pass_on_what_was_typed(
+    script: str, typed: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[list[str]] = []
+
+    def record(arguments: list[str]) -> int:
+        passed.append(arguments)
+        return 3
+
+    monkeypatch.setattr(shim, "main", record)
+    launcher = __import__(f"launch.{script}", fromlist=["main"])
+    assert launcher.main(typed.split()) == 3 and passed == [expected.split()]
+
+
+def test_a_launcher_may_put_its_rank_first() -> None:
+    options = build_parser().parse_args(["--local_rank=1", "train", "c.yaml", "--set", "a.b=1"])
+    assert options.config == Path("c.yaml") and options.set == ["a.b=1"]
+
+
+def test_a_run_that_does_not_exist_names_those_that_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    for command in (
+        ["generate", "{}"],
+        ["export", "{}", "out"],
+        ["report", "functions", "{}"],
+        ["report", "experts", "{}"],
+    ):
+        assert main([part.format(tmp_path / "smal") for part in command]) == 2
+        error = capsys.readouterr().err
+        assert error == f"error: {tmp_path}/smal: no such folder; {tmp_path} contains large, small\n"
+
+
+def test_the_package_imports_its_names_when_they_are_used() -> None:
+    code = (
+        "import sys, kabrn_dist as mk\n"
+        "assert not {'torch', 'numpy', 'yaml', 'pydantic'} & set(sys.modules)\n"
+        "assert callable(mk.load_config) and 'torch' not in sys.modules\n"
+        "assert issubclass(mk.UserError, Exception) and mk.__version__\n"
+        "assert {'Trainer', 'load_model', 'Run'} <= set(dir(mk))\n"
+        "try:\n    mk.nothing\nexcept AttributeError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == "module 'kabrn_dist' has no attribute 'nothing'\n", result.stdout + result.stderr
+
+
+def test_the_api_generates_from_an_export() -> None:
+    model, tokenizer = kabrn_dist.load_model(ROOT / "tests/fixtures/version_1/export")
+    assert "".join(model.generate("Once", tokenizer=tokenizer, tokens=3, temperature=0)) == "g/#"
