@@ -1,4 +1,4 @@
-"""Fragments: the pieces of logical tensors that one rank holds."""
+"""Fragments: parts of logical tensors that one rank holds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from kabrn_dist.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous piece of one logical tensor, flattened.
-
-    name: logical tensor and part, such as "layers.0.experts.up/master" or "layers.0.experts.up/exp_avg".
-    shape: of the whole logical tensor; experts are stacked by global id in the first dimension.
-    offset: first element held here, counted in the flattened logical tensor.
-    values: 1-D view, any dtype and device; writing into it changes the run.
-    owned: exactly one rank owns each element, and only owners write it to disk.
+    """A contiguous part of one flattened logical tensor.
 
     A rank may hold several fragments of one name, fragments may be empty, and ranks may hold copies.
+
+    Attributes:
+        name: Logical tensor and part, such as "layers.0.experts.up/master" or "layers.0.experts.up/exp_avg".
+        shape: Shape of the whole logical tensor; experts are stacked by global id in the first dimension.
+        offset: First element held here, counted in the flattened logical tensor.
+        values: 1-D view of any dtype and device; writing into it changes the run.
+        owned: Whether this rank writes the values to disk; exactly one rank owns each element.
     """
 
     name: str
@@ -33,9 +34,12 @@ class Fragment:
 
 
 def check_fragment(fragment: Fragment) -> None:
-    """Raise UserError unless the values are 1-D and lie inside the logical tensor.
+    """Check that the values are 1-D and lie inside the logical tensor.
 
     A function rather than a `__post_init__`, so that it runs where all ranks agree on failures.
+
+    Raises:
+        UserError: if they do not.
     """
     total = prod(fragment.shape)
     if fragment.values.ndim != 1:
@@ -49,10 +53,19 @@ def check_fragment(fragment: Fragment) -> None:
 
 
 def overlapping_ranges(start: int, stop: int, bounds: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Where `[start, stop)` meets the adjoining ranges `[bounds[i], bounds[i + 1])`.
+    """Return the overlaps of [start, stop) with the adjoining ranges [bounds[i], bounds[i + 1]).
 
-    `bounds` rises from 0 to at least `stop`. Returns (i, first, last) for each range that shares
-    elements with `[start, stop)`, in order, `first` and `last` counted as `start` is.
+    Args:
+        start: First element.
+        stop: Element after the last.
+        bounds: Rises from 0 to at least `stop`.
+
+    Returns:
+        (i, first, last) for each range that shares the elements [first, last) with [start, stop), in order.
+
+    Example:
+        >>> overlapping_ranges(2, 7, [0, 4, 8])
+        [(0, 2, 4), (1, 4, 7)]
     """
     overlaps: list[tuple[int, int, int]] = []
     index = bisect_right(bounds, start) - 1

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read with suspicion: every number is checked before memory is taken for it.
+"""Header of a safetensors file, untrusted: every number is checked before memory is allocated for it.
 
 Format: 8 bytes with the header's length N (little-endian), N bytes of JSON {key: {dtype, shape, data_offsets}},
 then the data. https://github.com/huggingface/safetensors#format
@@ -26,7 +26,14 @@ _DIMENSIONS = 16
 
 
 class TensorEntry(NamedTuple):
-    """A tensor of a file: the code of its dtype, its shape, and the file's bytes [start, stop) that hold it."""
+    """A tensor of a safetensors file.
+
+    Attributes:
+        dtype: Code of the dtype, a key of SAFETENSORS_DTYPES.
+        shape: Shape of the tensor.
+        start: First byte of its data in the file.
+        stop: Byte after its data.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,12 +42,18 @@ class TensorEntry(NamedTuple):
 
 
 def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file.
+    """Read the header of a safetensors file.
 
-    limit: most bytes of header to read; absurd lengths in it are met before any memory is taken.
+    Args:
+        file: File to read.
+        limit: Largest header to accept, in bytes; a longer one is refused before memory is allocated.
 
-    Raises UserError where it is not one: a link, no regular file, no JSON, nested, a header or data outside the
-    file, tensors that overlap or leave holes, a size that its shape does not give.
+    Returns:
+        The tensors of the file by key.
+
+    Raises:
+        UserError: if it is no valid file: a link or no regular file, no JSON, nested too deeply, a header or data
+            outside the file, tensors that overlap or leave holes, a size that does not match the shape.
     """
     with open_plain(file) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -53,7 +66,7 @@ def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, Tensor
     except (ValueError, RecursionError) as error:
         raise _refusal(file, f"its header is not JSON ({type(error).__name__})") from None
     if not isinstance(content, dict):
-        raise _refusal(file, "its header is no mapping")
+        raise _refusal(file, "its header is not a mapping")
     content.pop("__metadata__", None)
     first = _LENGTH_BYTES + length
     entries = {key: _entry(file, key, value, first) for key, value in content.items()}
@@ -62,7 +75,12 @@ def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, Tensor
 
 
 def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """What a file that holds these tensors one after another begins with."""
+    """Return the header of a file that holds tensors one after another.
+
+    Args:
+        tensors: dtype and shape by key, in the order of their data.
+        metadata: Texts to store in the header.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, (dtype, shape) in tensors.items():
@@ -83,7 +101,7 @@ def _entry(file: Path, key: str, value: Any, first: int) -> TensorEntry:
             file, f"tensor {key[:80]!r} has dtype {str(dtype)[:80]!r}, none of {', '.join(SAFETENSORS_DTYPES)}"
         )
     if not _are_counts(shape) or len(shape) > _DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
-        raise _refusal(file, f"tensor {key[:80]!r} has shape or data_offsets that are no sizes")
+        raise _refusal(file, f"tensor {key[:80]!r} has a shape or data_offsets that are not sizes")
     start, stop = offsets
     if stop - start != prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
         raise _refusal(file, f"tensor {key[:80]!r} has {stop - start} bytes, which its shape and dtype do not give")
@@ -91,7 +109,7 @@ def _entry(file: Path, key: str, value: Any, first: int) -> TensorEntry:
 
 
 def _are_counts(values: object) -> bool:
-    # type() and not isinstance(), for which True is a number.
+    # type() instead of isinstance(), for which True is a number.
     return isinstance(values, list) and all(type(value) is int and 0 <= value <= 2**50 for value in values)
 
 

@@ -1,7 +1,7 @@
-"""The manifest: which files a checkpoint has, and where the pieces of each logical tensor lie in them.
+"""Manifest of a checkpoint: its files, and the location of each logical tensor's pieces in them.
 
-A manifest may come from a stranger. Everything here is checked, against itself and against the sizes
-on disk, before memory is taken for what it describes.
+A manifest is untrusted. Everything in it is checked, against itself and against the sizes on disk, before memory is
+allocated for what it describes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kabrn_dist.utils.errors import UserError
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 256 * 2**20
 HASH_CHUNK_BYTES = 4 * 2**20
-# A process alone may have the files of many ranks to verify.
+# A single process may have to verify the files of many ranks.
 HASH_THREADS = 4
 
 # Codes of the safetensors format.
@@ -50,13 +50,19 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ManifestRecord(BaseModel):
-    """What all parts of a manifest share: frozen, strict, unknown keys refused."""
+    """Base of all parts of a manifest: frozen, strict, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class FileRecord(ManifestRecord):
-    """One file of the checkpoint."""
+    """One file of the checkpoint.
+
+    Attributes:
+        name: Name in the checkpoint's folder.
+        bytes: Size.
+        sha256: Hash of the content.
+    """
 
     name: FileName
     bytes: Count
@@ -64,7 +70,14 @@ class FileRecord(ManifestRecord):
 
 
 class PieceRecord(ManifestRecord):
-    """Elements [offset, offset + count) of a flattened logical tensor: all of tensor `key` in `file`."""
+    """Elements of a flattened logical tensor that one tensor of a file holds.
+
+    Attributes:
+        file: Name of the file.
+        key: Name of the tensor in the file.
+        offset: First element.
+        count: Number of elements.
+    """
 
     file: FileName
     key: str
@@ -73,7 +86,13 @@ class PieceRecord(ManifestRecord):
 
 
 class TensorRecord(ManifestRecord):
-    """A logical tensor: `pieces`, ordered by offset, cover it exactly once."""
+    """A logical tensor.
+
+    Attributes:
+        dtype: Code of the dtype, a key of SAFETENSORS_DTYPES.
+        shape: Shape of the whole tensor.
+        pieces: Pieces that cover it exactly once, ordered by offset.
+    """
 
     dtype: str
     shape: Annotated[tuple[Count, ...], Field(max_length=16)]
@@ -81,12 +100,12 @@ class TensorRecord(ManifestRecord):
 
     @property
     def total(self) -> int:
-        """Elements of the whole tensor."""
+        """Number of elements of the whole tensor."""
         return prod(self.shape)
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one element."""
+        """Size of one element in bytes."""
         return SAFETENSORS_DTYPES[self.dtype].itemsize
 
     @model_validator(mode="after")
@@ -147,25 +166,32 @@ class SealedManifest(ManifestRecord):
 
 
 def first_validation_error(error: ValidationError) -> str:
-    """One line for the first thing wrong: where, what, and the value found."""
+    """Return one line about the first error: the field, the problem, and the value."""
     detail = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in detail["loc"]) or "manifest"
-    found = detail["input"]
-    shown = "" if isinstance(found, dict | bytes) else f" (found {str(found)[:80]!r})"
-    return f"{where}: {detail['msg']}{shown}"
+    key = ".".join(str(part) for part in detail["loc"]) or "manifest"
+    value = detail["input"]
+    shown = "" if isinstance(value, dict | bytes) else f" (found {str(value)[:80]!r})"
+    return f"{key}: {detail['msg']}{shown}"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The sealed JSON to write. Raises ValueError for NaN or infinity in the state, which JSON lacks."""
+    """Return the content of `manifest.json`, with its hash.
+
+    Raises:
+        ValueError: for NaN or infinity in the state, which JSON lacks.
+    """
     body = manifest.model_dump()
-    return json.dumps({"sha256": _seal(manifest), "manifest": body}, allow_nan=False, indent=1).encode()
+    return json.dumps({"sha256": _manifest_sha256(manifest), "manifest": body}, allow_nan=False, indent=1).encode()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint directory `path`, consistent and with all files at their sizes.
+    """Read the manifest of the checkpoint folder `path`, and check it and the sizes of all files.
 
-    Contents of the files are not read: see `verify_files`. Raises UserError for a manifest that is
-    missing, malformed, edited or absurd, and for files that are missing or of another size.
+    The content of the files is not read: see `verify_files`.
+
+    Raises:
+        UserError: for a manifest that is missing, malformed, edited or inconsistent, and for files that are missing or
+            of another size.
     """
     source = path / MANIFEST_NAME
     remedy = "use another checkpoint"
@@ -173,7 +199,7 @@ def read_manifest(path: Path) -> Manifest:
         sealed = SealedManifest.model_validate_json(read_plain(source, MANIFEST_BYTES_LIMIT))
     except ValidationError as error:
         raise UserError(f"{source}: {first_validation_error(error)}; {remedy}") from error
-    if _seal(sealed.manifest) != sealed.sha256:
+    if _manifest_sha256(sealed.manifest) != sealed.sha256:
         raise UserError(f"{source}: damaged or edited, its sha256 is not {sealed.sha256}; {remedy}")
     for file in sealed.manifest.files:
         _check_size(path / file.name, file.bytes)
@@ -181,7 +207,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify_files(path: Path, files: tuple[FileRecord, ...]) -> None:
-    """Read `files` whole, several at a time; UserError for the first whose sha256 is not the recorded one."""
+    """Read files of the checkpoint `path` whole, several at a time, and check their hashes.
+
+    Raises:
+        UserError: for the first file whose sha256 is not the recorded one.
+    """
     with ThreadPoolExecutor(max_workers=HASH_THREADS) as hashers:
         for _ in hashers.map(lambda file: _verify_file(path / file.name, file), files):
             pass
@@ -203,17 +233,17 @@ def _verify_file(path: Path, file: FileRecord) -> None:
         )
 
 
-def _seal(manifest: Manifest) -> str:
+def _manifest_sha256(manifest: Manifest) -> str:
     canonical = json.dumps(manifest.model_dump(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _check_size(file: Path, expected: int) -> None:
     try:
-        found = os.lstat(file)
+        status = os.lstat(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{file}: is not a plain file (a link could point anywhere); use another checkpoint")
-    if found.st_size != expected:
-        raise UserError(f"{file}: has {found.st_size} bytes, the manifest says {expected}; use another checkpoint")
+    if status.st_size != expected:
+        raise UserError(f"{file}: has {status.st_size} bytes, the manifest says {expected}; use another checkpoint")

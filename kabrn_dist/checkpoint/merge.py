@@ -1,4 +1,4 @@
-"""One manifest from what all ranks report of what they hold."""
+"""Merge of the reports of all ranks into one manifest."""
 
 from __future__ import annotations
 
@@ -12,28 +12,42 @@ from kabrn_dist.checkpoint.writer import WrittenRange
 from kabrn_dist.utils.errors import UserError
 
 
-def make_rank_report(file: FileRecord, holdings: list[WrittenRange]) -> list[Any]:
-    """What one rank tells rank 0, as JSON."""
+def make_rank_report(file: FileRecord, ranges: list[WrittenRange]) -> list[Any]:
+    """Return the report of one rank to rank 0, JSON types only.
+
+    Args:
+        file: File that the rank wrote.
+        ranges: One for each fragment of the rank.
+    """
     return [
         file.model_dump(),
-        [{**held._asdict(), "piece": held.piece and held.piece.model_dump()} for held in holdings],
+        [{**written._asdict(), "piece": written.piece and written.piece.model_dump()} for written in ranges],
     ]
 
 
 def merge_reports(step: int, reports: list[Any], state: Mapping[str, JsonValue]) -> Manifest:
-    """The manifest of all ranks' reports; UserError if they disagree or do not cover a tensor once."""
+    """Merge the reports of all ranks into one manifest.
+
+    Args:
+        step: Step of the checkpoint.
+        reports: Results of `make_rank_report`, in rank order.
+        state: The caller's JSON.
+
+    Raises:
+        UserError: if the ranks disagree about a tensor or do not cover it exactly once.
+    """
     tensors: dict[str, dict[str, Any]] = {}
-    for _, holdings in reports:
-        for held in holdings:
-            new = {"dtype": held["dtype"], "shape": tuple(held["shape"]), "pieces": []}
-            tensor = tensors.setdefault(held["name"], new)
+    for _, ranges in reports:
+        for written in ranges:
+            new = {"dtype": written["dtype"], "shape": tuple(written["shape"]), "pieces": []}
+            tensor = tensors.setdefault(written["name"], new)
             if (tensor["dtype"], tensor["shape"]) != (new["dtype"], new["shape"]):
                 raise UserError(
-                    f"{held['name']}: one fragment says {tensor['dtype']} {tensor['shape']}, another "
+                    f"{written['name']}: one fragment says {tensor['dtype']} {tensor['shape']}, another "
                     f"{new['dtype']} {new['shape']}; all must describe the same logical tensor"
                 )
-            if held["piece"]:
-                tensor["pieces"].append(held["piece"])
+            if written["piece"]:
+                tensor["pieces"].append(written["piece"])
     for tensor in tensors.values():
         tensor["pieces"] = tuple(sorted(tensor["pieces"], key=lambda piece: piece["offset"]))
     try:
@@ -48,5 +62,5 @@ def merge_reports(step: int, reports: list[Any], state: Mapping[str, JsonValue])
         )
     except ValidationError as error:
         raise UserError(
-            f"step {step}: {first_validation_error(error)}; every element needs one owner, every state entry a JSON type"
+            f"step {step}: {first_validation_error(error)}; give every element one owner and the state JSON types only"
         ) from error

@@ -1,6 +1,6 @@
-"""Ranges of logical tensors read back from a checkpoint's files, straight into where they belong.
+"""Reader of ranges of logical tensors from a checkpoint's files, directly into their target tensors.
 
-Files may come from a stranger: a header must agree with the manifest in everything before its data is read.
+Files are untrusted: a header must agree with the manifest in everything before its data is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from kabrn_dist.utils.errors import UserError
 
 
 class RangeRead(NamedTuple):
-    """Elements [start, stop) of tensor `piece.key` in its file, to be written into `target` (1-D)."""
+    """A read of elements of one piece.
+
+    Attributes:
+        piece: Piece of the logical tensor.
+        dtype: Code of its dtype.
+        start: First element within the piece.
+        stop: Element after the last.
+        target: 1-D tensor to fill, of any dtype and device.
+    """
 
     piece: PieceRecord
     dtype: str
@@ -36,11 +44,18 @@ class RangeRead(NamedTuple):
 def plan_reads(
     path: Path, manifest: Manifest, fragments: Iterable[Fragment], skip_missing: bool = False
 ) -> list[RangeRead]:
-    """The reads that fill all `fragments`.
+    """Return the reads that fill all fragments.
 
-    Raises UserError for one that the checkpoint in `path` lacks (unless skipped) or has in another shape.
+    Args:
+        path: Folder of the checkpoint.
+        manifest: Its manifest, from `read_manifest`.
+        fragments: Fragments to fill, owned or not.
+        skip_missing: Skip tensors that the checkpoint lacks.
+
+    Raises:
+        UserError: for a tensor that the checkpoint lacks, unless skipped, or has in another shape.
     """
-    copies: list[RangeRead] = []
+    reads: list[RangeRead] = []
     for fragment in fragments:
         check_fragment(fragment)
         if skip_missing and fragment.name not in manifest.tensors:
@@ -51,75 +66,104 @@ def plan_reads(
                 f"{path}: tensor {fragment.name!r} has shape {record.shape} in the checkpoint and "
                 f"{fragment.shape} in this run; use the config this checkpoint was written with"
             )
-        copies.extend(_copies(record, fragment))
-    return copies
+        reads.extend(_reads(record, fragment))
+    return reads
 
 
-def read_ranges(path: Path, copies: Iterable[RangeRead]) -> None:
-    """Carry out `copies` from the files in `path`, converting dtype and device on the way.
+def read_ranges(path: Path, reads: Iterable[RangeRead]) -> None:
+    """Do `reads` from the files of the checkpoint `path`, converting dtype and device.
 
-    Raises UserError if a file is not safetensors or holds something else than the manifest says.
+    Raises:
+        UserError: if a file is not safetensors or differs from the manifest.
     """
-    CheckpointReader(path).read(copies)
+    CheckpointReader(path).read(reads)
 
 
 class CheckpointReader:
-    """Reads from the files of one checkpoint; each header is read once, and checked for every piece asked for."""
+    """Reader of one checkpoint; each header is read once, and checked for every piece that is read.
+
+    Args:
+        path: Folder of the checkpoint.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._entries: dict[str, dict[str, TensorEntry]] = {}
 
-    def read(self, copies: Iterable[RangeRead]) -> None:
-        """See `read_copies`."""
+    def read(self, reads: Iterable[RangeRead]) -> None:
+        """Do reads, converting dtype and device.
+
+        Raises:
+            UserError: if a file is not safetensors or differs from the manifest.
+        """
         by_file: dict[str, list[RangeRead]] = defaultdict(list)
-        for copy in copies:
-            by_file[copy.piece.file].append(copy)
-        for name, wanted in by_file.items():
+        for read in reads:
+            by_file[read.piece.file].append(read)
+        for name, of_file in by_file.items():
             file = self._path / name
             if name not in self._entries:
                 self._entries[name] = read_header(file)
             entries = self._entries[name]
-            for copy in wanted:
-                _check_piece(file, entries, copy.piece.key, copy.dtype, copy.piece.count)
-            read_entries(file, ((entries[c.piece.key], c.start, c.stop, c.target) for c in wanted))
+            for read in of_file:
+                _check_piece(file, entries, read.piece.key, read.dtype, read.piece.count)
+            read_entries(file, ((entries[read.piece.key], read.start, read.stop, read.target) for read in of_file))
 
 
-def read_entries(file: Path, wanted: Iterable[tuple[TensorEntry, int, int, Tensor]]) -> None:
-    """Read elements [start, stop) of each entry of a safetensors file into its 1-D tensor, converted to its dtype.
+def read_entries(file: Path, reads: Iterable[tuple[TensorEntry, int, int, Tensor]]) -> None:
+    """Read ranges of tensors of a safetensors file, converting dtype and device.
 
-    The entries come from `read_header(file)`. Stages CHUNK_BYTES where dtype or device differ, else nothing.
-    Raises UserError where the file cannot be read or has become shorter.
+    Stages CHUNK_BYTES where dtype or device differ, else nothing.
+
+    Args:
+        file: File to read.
+        reads: (entry, start, stop, target): elements [start, stop) of an entry, which comes from `read_header(file)`,
+            go to the 1-D tensor `target`.
+
+    Raises:
+        UserError: if the file cannot be read or has become shorter.
     """
     try:
         with open_plain(file) as stream:
-            for entry, start, stop, target in wanted:
+            for entry, start, stop, target in reads:
                 _read_entry(stream, entry, start, stop, target)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; use another one") from error
 
 
 def check_headers(path: Path, manifest: Manifest, files: Iterable[FileRecord]) -> None:
-    """UserError unless the header of each of `files` says just what the manifest says."""
+    """Check that the headers of `files` agree with the manifest in everything.
+
+    Raises:
+        UserError: for the first header that does not.
+    """
     pieces = _pieces_of(manifest)
     for file in files:
         _check_header(path / file.name, pieces[file.name])
 
 
 def load_tensor(path: Path, manifest: Manifest, name: str) -> Tensor:
-    """The whole logical tensor `name` of the checkpoint in `path`, in its shape and stored dtype, on the CPU.
+    """Return a whole logical tensor in its shape and stored dtype, on the CPU. Not collective.
 
-    `manifest` comes from `read_manifest(path)`. Not collective. Raises UserError for an unknown name or
-    an unreadable file.
+    Args:
+        path: Folder of the checkpoint.
+        manifest: Its manifest, from `read_manifest`.
+        name: Name of the tensor.
+
+    Raises:
+        UserError: for an unknown name or an unreadable file.
     """
     record = tensor_record(path, manifest, name)
     values = torch.empty(record.total, dtype=SAFETENSORS_DTYPES[record.dtype])
-    read_ranges(path, _copies(record, Fragment(name, record.shape, 0, values, owned=False)))
+    read_ranges(path, _reads(record, Fragment(name, record.shape, 0, values, owned=False)))
     return values.view(record.shape)
 
 
 def tensor_record(path: Path, manifest: Manifest, name: str) -> TensorRecord:
-    """The record of `name`; UserError if the checkpoint lacks it."""
+    """Return the manifest's record of a tensor.
+
+    Raises:
+        UserError: if the checkpoint lacks it.
+    """
     if name not in manifest.tensors:
         raise UserError(
             f"{path}: has no tensor {name!r}; use the config this checkpoint was written with, "
@@ -128,7 +172,7 @@ def tensor_record(path: Path, manifest: Manifest, name: str) -> TensorRecord:
     return manifest.tensors[name]
 
 
-def _copies(record: TensorRecord, fragment: Fragment) -> Iterator[RangeRead]:
+def _reads(record: TensorRecord, fragment: Fragment) -> Iterator[RangeRead]:
     bounds = [*(piece.offset for piece in record.pieces), record.total]
     values = fragment.values.detach()
     stop = fragment.offset + values.numel()
@@ -139,7 +183,7 @@ def _copies(record: TensorRecord, fragment: Fragment) -> Iterator[RangeRead]:
 
 
 def _pieces_of(manifest: Manifest) -> dict[str, dict[str, tuple[str, int]]]:
-    """For each file, dtype and elements of each of its keys."""
+    """Return (dtype, number of elements) of each key of each file."""
     pieces: dict[str, dict[str, tuple[str, int]]] = {file.name: {} for file in manifest.files}
     for tensor in manifest.tensors.values():
         for piece in tensor.pieces:
@@ -148,22 +192,22 @@ def _pieces_of(manifest: Manifest) -> dict[str, dict[str, tuple[str, int]]]:
 
 
 def _check_header(file: Path, pieces: dict[str, tuple[str, int]]) -> None:
-    # No header of these keys is longer: a letter takes 12 bytes at most, the numbers of a tensor fewer than 200.
+    # An upper bound: a character takes 12 bytes at most, the numbers of a tensor fewer than 200.
     limit = 1024 + sum(12 * len(key) + 200 for key in pieces)
     entries = read_header(file, min(limit, HEADER_BYTES_LIMIT))
     for key, (dtype, count) in pieces.items():
         _check_piece(file, entries, key, dtype, count)
     if len(entries) > len(pieces):
-        raise UserError(f"{file}: holds tensors that the manifest does not know; use another checkpoint")
+        raise UserError(f"{file}: holds tensors that the manifest does not list; use another checkpoint")
 
 
 def _check_piece(file: Path, entries: dict[str, TensorEntry], key: str, dtype: str, count: int) -> None:
     if key not in entries:
         raise UserError(f"{file}: lacks {key!r}, which the manifest says it holds; use another checkpoint")
-    found = entries[key]
-    if (found.dtype, found.shape) != (dtype, (count,)):
+    entry = entries[key]
+    if (entry.dtype, entry.shape) != (dtype, (count,)):
         raise UserError(
-            f"{file}: {key} is {found.dtype} {list(found.shape)}, the manifest says {dtype} {[count]}; "
+            f"{file}: {key} is {entry.dtype} {list(entry.shape)}, the manifest says {dtype} {[count]}; "
             "use another checkpoint"
         )
 

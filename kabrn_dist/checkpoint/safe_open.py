@@ -1,4 +1,4 @@
-"""Files from strangers: opened only where they are plain files in their own place."""
+"""Untrusted files: opened only if they are regular files and no links."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from kabrn_dist.utils.errors import UserError
 def open_plain(file: Path) -> FileIO:
     """Open a regular file for reading, unbuffered.
 
-    Raises UserError for one that is missing or unreadable, for a link, which could point anywhere, and for
-    pipes and devices, which could block or never end.
+    Raises:
+        UserError: for a file that is missing or unreadable, for a link, which could point anywhere, and for pipes and
+            devices, which could block or never end.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -30,7 +31,11 @@ def open_plain(file: Path) -> FileIO:
 
 
 def read_plain(file: Path, limit: int) -> bytes:
-    """All of a regular file of at most `limit` bytes. Raises UserError as `open_plain`, and for a larger one."""
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        UserError: as `open_plain`, and for a larger file.
+    """
     with open_plain(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:

@@ -1,4 +1,4 @@
-"""One rank's file: owned fragments streamed out as safetensors."""
+"""Writer of one rank's file: owned fragments, streamed as safetensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ CHUNK_BYTES = 16 * 2**20
 
 
 class WrittenRange(NamedTuple):
-    """What one rank reports of one fragment; `piece` is None where it wrote nothing (a copy, or empty)."""
+    """One fragment of a rank, for its report.
+
+    Attributes:
+        name: Logical tensor.
+        dtype: Code of the dtype.
+        shape: Shape of the whole logical tensor.
+        piece: Where it was written; None for a copy or an empty fragment, which are not written.
+    """
 
     name: str
     dtype: str
@@ -30,40 +37,50 @@ class WrittenRange(NamedTuple):
 
 
 def write_rank_file(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[WrittenRange]]:
-    """Write what is owned to `file`, durable on return, and say what it holds.
+    """Write the owned fragments to a file, durable on return.
 
-    Written by hand rather than by `safetensors.torch.save_file`, which copies every GPU tensor to the
-    host at once and leaves a second reading for the hash: here CHUNK_BYTES are staged, on a CPU nothing.
-    Raises UserError for a fragment outside its tensor or held twice, OSError from the file system.
+    `safetensors.torch.save_file` would copy every GPU tensor to the host at once, and the hash would need a second
+    reading: here CHUNK_BYTES are staged, on a CPU nothing.
+
+    Args:
+        file: File to write.
+        fragments: Fragments of this rank, owned or not.
+
+    Returns:
+        The record of the file, and one range for each fragment.
+
+    Raises:
+        UserError: for a fragment outside its tensor or owned twice.
+        OSError: from the file system.
     """
     if not file.parent.is_dir():
         raise UserError(
-            f"{file.parent}: made by rank 0 but not seen by this one; "
+            f"{file.parent}: made by rank 0 but not visible to this rank; "
             "put the checkpoint folder on a file system that all ranks share"
         )
-    holdings, owned = _take_stock(file.name, fragments)
+    ranges, owned = _collect_owned(file.name, fragments)
     # Wide types first: offsets then stay aligned for readers that map the file.
     owned = dict(sorted(owned.items(), key=lambda item: -item[1].itemsize))
     digest = hashlib.sha256()
-    waiting: list[memoryview | bytes] = []
+    unhashed: list[memoryview | bytes] = []
     # The disk first: hashing, which takes as long as writing, runs while fsync waits for it. Only what will be
     # overwritten in memory is hashed on the way.
     with open(file, "wb") as stream, ThreadPoolExecutor(max_workers=1) as hasher:
         for chunk, is_staged in _file_chunks(owned):
-            waiting.append(chunk)
+            unhashed.append(chunk)
             if is_staged:
-                hashed = hasher.submit(_update, digest, waiting)
+                hashed = hasher.submit(_update, digest, unhashed)
                 stream.write(chunk)
                 hashed.result()
-                waiting = []
+                unhashed = []
             else:
                 stream.write(chunk)
         stream.flush()
-        hashed = hasher.submit(_update, digest, waiting)
+        hashed = hasher.submit(_update, digest, unhashed)
         os.fsync(stream.fileno())
         hashed.result()
         size = stream.tell()
-    return FileRecord(name=file.name, bytes=size, sha256=digest.hexdigest()), holdings
+    return FileRecord(name=file.name, bytes=size, sha256=digest.hexdigest()), ranges
 
 
 def _update(digest: hashlib._Hash, chunks: list[memoryview | bytes]) -> None:
@@ -71,8 +88,8 @@ def _update(digest: hashlib._Hash, chunks: list[memoryview | bytes]) -> None:
         digest.update(chunk)
 
 
-def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[WrittenRange], dict[str, Tensor]]:
-    holdings: list[WrittenRange] = []
+def _collect_owned(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[WrittenRange], dict[str, Tensor]]:
+    ranges: list[WrittenRange] = []
     owned: dict[str, Tensor] = {}
     for fragment in fragments:
         check_fragment(fragment)
@@ -86,12 +103,12 @@ def _take_stock(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[Wri
             count = fragment.values.numel()
             piece = PieceRecord(file=file_name, key=key, offset=fragment.offset, count=count)
             owned[key] = fragment.values.detach()
-        holdings.append(WrittenRange(fragment.name, CODES[fragment.values.dtype], fragment.shape, piece))
-    return holdings, owned
+        ranges.append(WrittenRange(fragment.name, CODES[fragment.values.dtype], fragment.shape, piece))
+    return ranges, owned
 
 
 def _file_chunks(owned: dict[str, Tensor]) -> Iterator[tuple[memoryview | bytes, bool]]:
-    """What the file holds, in order, and for each piece whether the next one overwrites it in memory."""
+    """Yield the chunks of the file in order, each with whether the next one overwrites it in memory."""
     yield encode_header({key: (values.dtype, (values.numel(),)) for key, values in owned.items()}, {}), False
     staging: Tensor | None = None
     for values in owned.values():

@@ -1,4 +1,4 @@
-"""The shard-set format: `index.json` describes tar shards that plain WebDataset reads, source by source.
+"""Format of shard sets: `index.json` describes tar shards that plain WebDataset reads, source by source.
 
 A shard is a tar of blocks; block 123 is the members `000123.len` (uint32 document lengths, in tokens), in sources with
 a loss mask `000123.use` (a bit for each token, the lowest first: 1 where the token counts in the loss as a target), and
@@ -32,8 +32,14 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One tar.
 
-    `blocks`, in file order: byte offset of the raw tokens in the tar, number of tokens, byte offset of the loss mask or
-    0 without one.
+    Attributes:
+        name: Name of the file.
+        bytes: Size.
+        sha256: Hash of the content.
+        tokens: Number of tokens.
+        documents: Number of documents.
+        blocks: In file order: byte offset of the raw tokens in the tar, number of tokens, byte offset of the loss mask
+            or 0 without one.
     """
 
     name: str
@@ -45,12 +51,16 @@ class Shard(_Record):
 
 
 class Split(_Record):
-    """The shards of one split of one source, in stream order, and their totals.
+    """The shards of one split of one source and their totals.
 
-    `text_bytes` counts the UTF-8 bytes of the texts. `gzip9_bytes` is the size of the concatenated
-    texts as one gzip file at zlib's level 9 (validation only): the yardstick a model's bits per byte are held
-    against. The gzip program itself comes out some 0.2 % smaller. `loss_tokens` are those that count as targets: all of
-    them without a mask.
+    Attributes:
+        shards: In stream order.
+        documents: Number of documents.
+        tokens: Number of tokens.
+        text_bytes: UTF-8 bytes of the texts.
+        gzip9_bytes: Size of the concatenated texts as one gzip file at zlib's level 9 (validation only), to compare
+            with a model's bits per byte. The gzip program's result is some 0.2 % smaller.
+        loss_tokens: Number of tokens that carry loss as targets: all of them without a mask.
     """
 
     shards: tuple[Shard, ...]
@@ -62,7 +72,12 @@ class Split(_Record):
 
 
 class TokenizerInfo(_Record):
-    """Which tokenizer made the tokens; `sha256` is that of `tokenizer.json` beside the index."""
+    """The tokenizer that made the tokens.
+
+    Attributes:
+        kind: "bytes" or "bpe".
+        sha256: Hash of `tokenizer.json` next to the index.
+    """
 
     kind: Literal["bytes", "bpe"]
     sha256: str
@@ -71,9 +86,15 @@ class TokenizerInfo(_Record):
 class Source(_Record):
     """Texts of one origin.
 
-    `kind` and `options` say how they were read. `weight` is the source's share of the training sequences against the
-    other sources', `epochs` after how many passes it is drawn from no more (None: never). `masked`: its blocks have
-    loss masks.
+    Attributes:
+        name: Unique in the set.
+        kind: Kind of reader that read them.
+        options: Options of that reader.
+        weight: Fraction of the training sequences, relative to the weights of the other sources.
+        epochs: Number of passes after which the source is exhausted; None for never.
+        masked: Whether its blocks have loss masks.
+        train: Training split.
+        validation: Validation split.
     """
 
     name: str
@@ -86,16 +107,28 @@ class Source(_Record):
     validation: Split
 
     def split(self, name: SplitName) -> Split:
-        """Return one split. Raises UserError when `name` is neither "train" nor "validation"."""
+        """Return one split.
+
+        Raises:
+            UserError: if `name` is neither "train" nor "validation".
+        """
         if name not in SPLITS:
-            raise UserError(f"split: there is no {name!r}; use one of {', '.join(SPLITS)}.")
+            raise UserError(f"split: unknown split {name!r}; use one of {', '.join(SPLITS)}")
         return self.train if name == "train" else self.validation
 
 
 class Index(_Record):
-    """The whole of `index.json`. `fingerprint` is empty until `write_index` fills it in.
+    """Content of `index.json`.
 
-    `recipe` holds whatever else decides about the bytes: cleaning, the share of validation, seeds.
+    Attributes:
+        format: Version of the format.
+        dtype: Type of the tokens in the shards.
+        vocabulary: Number of token ids.
+        document_token: Id of the token that begins each document.
+        tokenizer: The tokenizer that made the tokens.
+        recipe: Everything else that decides about the bytes: cleaning, the fraction of validation, seeds.
+        sources: Sources of the set.
+        fingerprint: Hash of the other fields; empty until `write_index` sets it.
     """
 
     format: Literal[2] = 2
@@ -109,38 +142,42 @@ class Index(_Record):
 
     @property
     def item_bytes(self) -> int:
-        """Bytes a token takes on disk."""
+        """Size of a token on disk in bytes."""
         return 2 if self.dtype == "uint16" else 4
 
     def source(self, name: str) -> Source:
-        """Return the source of that name. Raises UserError, listing those there are, when there is none."""
+        """Return the source of a name.
+
+        Raises:
+            UserError: if there is none; the message lists the names.
+        """
         for source in self.sources:
             if source.name == name:
                 return source
-        raise UserError(f"source: there is no {name!r}; there are {', '.join(s.name for s in self.sources)}.")
+        raise UserError(f"source: unknown source {name!r}; use one of {', '.join(s.name for s in self.sources)}")
 
     def shards(self) -> Iterator[Shard]:
-        """All shards, source by source, training before validation."""
+        """Yield all shards, source by source, training before validation."""
         for source in self.sources:
             yield from (*source.train.shards, *source.validation.shards)
 
     def tokens(self, split: SplitName) -> int:
-        """Tokens of a split, over all sources."""
+        """Return the number of tokens of a split, over all sources."""
         return sum(source.split(split).tokens for source in self.sources)
 
     def documents(self, split: SplitName) -> int:
-        """Documents of a split, over all sources."""
+        """Return the number of documents of a split, over all sources."""
         return sum(source.split(split).documents for source in self.sources)
 
     def text_bytes(self, split: SplitName) -> int:
-        """UTF-8 bytes of a split's texts, over all sources."""
+        """Return the UTF-8 bytes of a split's texts, over all sources."""
         return sum(source.split(split).text_bytes for source in self.sources)
 
     def gzip9_bytes(self, split: SplitName) -> int:
-        """What gzip makes of a split's texts, source by source; 0 where no source says."""
+        """Return the sum of the gzip sizes of a split's sources; 0 if none is recorded."""
         return sum(source.split(split).gzip9_bytes or 0 for source in self.sources)
 
 
 def dtype_for(vocab_size: int) -> Dtype:
-    """Return the narrowest type on disk that holds every id below `vocabulary`."""
+    """Return the narrowest type on disk that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"

@@ -1,4 +1,4 @@
-"""The quick checks of a shard set: an index that agrees with itself, and files of the right sizes."""
+"""Quick checks of a shard set: a consistent index, and files of the right sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kabrn_dist.data.index import Index, Shard, Source
+from kabrn_dist.data.index import Index, Shard, Source, dtype_for
 from kabrn_dist.utils.errors import UserError
 
 # No slash, no leading dot: a name from the index can only be a plain file of the folder itself.
@@ -17,39 +17,47 @@ _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 def loss_mask_bytes(tokens: int) -> int:
-    """Bytes that the loss mask of so many tokens takes."""
+    """Return the size in bytes of a loss mask of `tokens` tokens."""
     return (tokens + 7) // 8
 
 
 def check_shard_files(folder: Path, index: Index) -> None:
-    """Check that every shard is present and has the right size (one `stat` each).
+    """Check that every shard exists and has the right size (one `stat` each).
 
-    Raises UserError that names the first shard that is not so.
+    Raises:
+        UserError: for the first shard that does not.
     """
     for shard in index.shards():
         path = folder / shard.name
         try:
-            found = path.stat().st_size
+            size = path.stat().st_size
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}. Copy this shard again, or prepare the data again.") from error
-        if found != shard.bytes:
+            raise UserError(f"{path}: {error.strerror}; copy this shard again, or prepare the data again") from error
+        if size != shard.bytes:
             raise UserError(
-                f"{path}: {found} bytes, the index says {shard.bytes}. Copy this shard again, or prepare "
-                "the data again."
+                f"{path}: {size} bytes, the index says {shard.bytes}; copy this shard again, or prepare the data again"
             )
 
 
 def check_consistency(origin: str, index: Index) -> None:
-    """Check that the index agrees with itself. Raises UserError, naming `origin`, where it does not."""
+    """Check that an index is consistent.
+
+    Args:
+        origin: Name of the index in messages.
+        index: Index to check.
+
+    Raises:
+        UserError: for the first contradiction.
+    """
     problem = next(_contradictions(index), None)
     if problem is not None:
-        raise UserError(f"{origin}: {problem}. The index is damaged: copy it again, or prepare the data again.")
+        raise UserError(f"{origin}: {problem}, so the index is damaged; copy it again, or prepare the data again")
 
 
 def _contradictions(index: Index) -> Iterator[str]:
-    wanted = "uint16" if index.vocabulary <= 1 << 16 else "uint32"
-    if index.dtype != wanted:
-        yield f"dtype is {index.dtype!r}, a vocabulary of {index.vocabulary} needs {wanted!r}"
+    dtype = dtype_for(index.vocabulary)
+    if index.dtype != dtype:
+        yield f"dtype is {index.dtype!r}, a vocabulary of {index.vocabulary} needs {dtype!r}"
     if not 0 <= index.document_token < index.vocabulary:
         yield f"document_token is {index.document_token}, outside the vocabulary of {index.vocabulary}"
     if not index.sources:
@@ -85,7 +93,7 @@ def _shard_contradictions(index: Index, source: Source, shard: Shard) -> Iterato
     if not _SHARD_NAME.fullmatch(shard.name):
         yield f"shard name {shard.name!r} is not a plain file name that ends in .tar"
     if not _SHA256.fullmatch(shard.sha256):
-        yield f"{shard.name}: sha256 {shard.sha256!r} is none"
+        yield f"{shard.name}: sha256 {shard.sha256!r} is not a sha256"
     end = 0
     for number, (offset, tokens, mask) in enumerate(shard.blocks):
         start, end = end, offset + tokens * index.item_bytes

@@ -1,4 +1,4 @@
-"""Text ↔ token ids: byte-level BPE from a `tokenizer.json`, or the bare bytes."""
+"""Tokenizers, text ↔ token ids: byte-level BPE from a `tokenizer.json`, or the bare bytes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,31 @@ from kabrn_dist.utils.errors import UserError
 DOCUMENT_TOKEN = "<|document|>"
 
 _BYTES_CONTENT = b'{"kind": "bytes"}\n'
-# What careless tokenizers change: composed letters, blanks, line ends, NUL, text that spells a special token.
+# Text that careless tokenizers change: composed letters, blanks, line ends, NUL, the name of a special token.
 _PROBE = f"a  b\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT_TOKEN} "
 
 
 class Tokenizer:
-    """Turns any text into ids and back without loss.
+    """Lossless map from any text to token ids and back.
 
-    Attributes: `kind` ("bytes" or "bpe"), `vocabulary` (ids are below it), `document_token` (the id that
-    begins each document; no text encodes to it), `content` (the bytes of `tokenizer.json`) and its `sha256`.
+    Args:
+        content: Content of `tokenizer.json`.
+        origin: Its name in messages.
 
-    Raises UserError, naming `origin`, when `content` is not a tokenizer this framework can use.
+    Attributes:
+        kind: "bytes" or "bpe".
+        vocab_size: Number of ids.
+        document_token: Id of the token that begins each document; no text is encoded to it.
+        content: Content of `tokenizer.json`.
+        sha256: Hash of `content`.
+
+    Raises:
+        UserError: if `content` is not a tokenizer that this framework can use.
+
+    Example:
+        >>> tokenizer = Tokenizer.of_bytes()
+        >>> tokenizer.encode("né"), tokenizer.decode([256, 110])
+        ([110, 195, 169], '<|document|>n')
     """
 
     def __init__(self, content: bytes, origin: str = TOKENIZER_NAME) -> None:
@@ -52,7 +66,7 @@ class Tokenizer:
         if self.decode(ids) != _PROBE or self.document_token in ids:
             raise UserError(
                 f"{origin}: text does not come back unchanged (a normalizer, a prefix space, or ordinary "
-                f"text that becomes {DOCUMENT_TOKEN}). Use a plain byte-level BPE, or let data_prep train one."
+                f"text that becomes {DOCUMENT_TOKEN}); use a plain byte-level BPE, or let data_prep train one"
             )
 
     @classmethod
@@ -62,70 +76,91 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a `tokenizer.json`. Raises UserError when it cannot be read or used."""
+        """Read a `tokenizer.json`.
+
+        Raises:
+            UserError: if it cannot be read or used.
+        """
         try:
             return cls(path.read_bytes(), str(path))
         except OSError as error:
             raise UserError(
-                f"{path}: {error.strerror}. Give a tokenizer.json that holds the special token {DOCUMENT_TOKEN}."
+                f"{path}: {error.strerror}; give a tokenizer.json that has the special token {DOCUMENT_TOKEN}"
             ) from error
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`, byte for byte what was loaded. Raises UserError when the disk refuses."""
+        """Write `tokenizer.json`, byte for byte as it was loaded.
+
+        Raises:
+            UserError: if the disk refuses.
+        """
         atomic_write(path, self.content)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, which is all ordinary text: no document token is added or recognised."""
+        """Return the ids of an ordinary text; no document token is added or recognized."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; BPE works on several at once, one a processor."""
+        """Return the ids of each text; BPE encodes several at once, one per processor."""
         if self._bpe is None:
             return [list(text.encode()) for text in texts]
-        return [found.ids for found in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
+        """Return the text of ids; special tokens appear by name, bytes that are not UTF-8 as U+FFFD."""
         return b"".join(self._token_bytes[n] for n in ids).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """Return the bytes one id stands for, which may be part of a character."""
+        """Return the bytes of one id, which may be part of a character."""
         return self._token_bytes[id]
 
     def bytes_per_token(self) -> np.ndarray:
-        """Return the UTF-8 bytes of text each id stands for, int64 [vocabulary]; 0 for special tokens."""
+        """Return the number of UTF-8 bytes of text of each id, int64 [vocab_size]; 0 for special tokens."""
         lengths = [0 if n in self._special else len(piece) for n, piece in enumerate(self._token_bytes)]
         return np.array(lengths, np.int64)
 
 
 class StreamDecoder:
-    """Decodes ids one by one and gives out only complete characters."""
+    """Decoder of ids one by one that returns only complete characters."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """Take one id; return the characters it completes, possibly none."""
+        """Append one id and return the characters that it completes, possibly none."""
         return self._utf8.decode(self._tokenizer.token_bytes(id))
 
     def finish(self) -> str:
-        """Return what is left: U+FFFD when the last character never became complete, else nothing."""
+        """Return the rest: U+FFFD if the last character is incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(folder: Path, index: Index) -> Tokenizer:
-    """Read the tokenizer of a shard folder. Raises UserError when it is not the one that made the shards."""
+    """Read the tokenizer of a shard folder.
+
+    Raises:
+        UserError: if it cannot be read or is not the one that made the shards.
+    """
     path = folder / TOKENIZER_NAME
     return check_tokenizer(Tokenizer.load(path), index, str(path))
 
 
 def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenizer:
-    """Return `tokenizer`. Raises UserError, naming `origin`, when it is not the one that made the shards."""
+    """Return a tokenizer if it is the one that made the shards.
+
+    Args:
+        tokenizer: Tokenizer to check.
+        index: Index of the shards.
+        origin: Name of the tokenizer in messages.
+
+    Raises:
+        UserError: if it is another one.
+    """
     if tokenizer.sha256 != index.tokenizer.sha256:
         raise UserError(
             f"{origin}: sha256 is {tokenizer.sha256[:12]}…, the index says {index.tokenizer.sha256[:12]}…: "
-            "this is not the tokenizer that made the shards. Copy it again, or prepare the data again."
+            "this is not the tokenizer that made the shards; copy it again, or prepare the data again"
         )
     return tokenizer
 
@@ -134,7 +169,7 @@ def _is_bytes(content: bytes, origin: str) -> bool:
     try:
         return bool(json.loads(content) == {"kind": "bytes"})
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not JSON ({error}). Give a tokenizer.json.") from error
+        raise UserError(f"{origin}: not JSON ({error}); give a tokenizer.json") from error
 
 
 def _parse(content: bytes, origin: str) -> tokenizers.Tokenizer:
@@ -142,10 +177,12 @@ def _parse(content: bytes, origin: str) -> tokenizers.Tokenizer:
         bpe = tokenizers.Tokenizer.from_str(content.decode())
     # The library raises bare Exception for everything it cannot parse.
     except Exception as error:
-        raise UserError(f"{origin}: not a tokenizer.json of Hugging Face tokenizers ({error}).") from error
+        raise UserError(
+            f"{origin}: not a tokenizer.json of Hugging Face tokenizers ({error}); let data_prep train one"
+        ) from error
     if not any(token.special and token.content == DOCUMENT_TOKEN for token in _added(bpe).values()):
         raise UserError(
-            f"{origin}: no special token {DOCUMENT_TOKEN}. Add it to the tokenizer, or let data_prep train one."
+            f"{origin}: no special token {DOCUMENT_TOKEN}; add it to the tokenizer, or let data_prep train one"
         )
     bpe.no_truncation()
     bpe.no_padding()
@@ -168,10 +205,10 @@ def _list_token_bytes(bpe: tokenizers.Tokenizer, origin: str) -> list[bytes]:
         elif all(letter in value_of for letter in token):
             pieces[number] = bytes(value_of[letter] for letter in token)
         else:
-            raise UserError(f"{origin}: token {token!r} is not byte-level. Use a byte-level BPE tokenizer.")
+            raise UserError(f"{origin}: token {token!r} is not byte-level; use a byte-level BPE tokenizer")
     missing = 256 - len({piece for piece in pieces if len(piece) == 1})
     if missing:
-        raise UserError(f"{origin}: {missing} of the 256 bytes have no token. Use a complete byte-level BPE tokenizer.")
+        raise UserError(f"{origin}: {missing} of the 256 bytes have no token; use a complete byte-level BPE tokenizer")
     return pieces
 
 
@@ -180,4 +217,4 @@ def _byte_level_alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in set(printable)]
     letters = {chr(value): value for value in printable}
-    return letters | {chr(0x100 + place): value for place, value in enumerate(others)}
+    return letters | {chr(0x100 + number): value for number, value in enumerate(others)}

@@ -1,4 +1,4 @@
-"""The thorough check of a shard set: every byte is read."""
+"""Thorough check of a shard set, which reads every byte."""
 
 from __future__ import annotations
 
@@ -14,28 +14,36 @@ from kabrn_dist.utils.atomic_io import sha256_of
 from kabrn_dist.utils.errors import UserError
 
 
-def verify_shards(folder: Path, index: Index, progress: Callable[[int], None] = lambda read: None) -> None:
-    """Check every shard's sha256, and that its blocks, documents and loss masks are what the index says.
+def verify_shards(folder: Path, index: Index, progress: Callable[[int], None] = lambda count: None) -> None:
+    """Check every shard's sha256, and that its blocks, documents and loss masks agree with the index.
 
-    `progress` is called with the number of bytes just hashed. Raises UserError naming the first bad shard.
+    Args:
+        folder: Folder of the shards.
+        index: Contents of the folder.
+        progress: Called with the number of bytes just hashed.
+
+    Raises:
+        UserError: for the first bad shard.
     """
     check_shard_files(folder, index)
     for source in index.sources:
         for split in (source.train, source.validation):
-            used = sum(_verify_shard(folder / shard.name, index, source, shard, progress) for shard in split.shards)
-            if used != split.loss_tokens:
+            loss_tokens = sum(
+                _verify_shard(folder / shard.name, index, source, shard, progress) for shard in split.shards
+            )
+            if loss_tokens != split.loss_tokens:
                 raise UserError(
-                    f"{folder}: {used} tokens of source {source.name} count in the loss, the index says "
-                    f"{split.loss_tokens}. Prepare the data again."
+                    f"{folder}: {loss_tokens} tokens of source {source.name} count in the loss, the index says "
+                    f"{split.loss_tokens}; prepare the data again"
                 )
 
 
 def _verify_shard(path: Path, index: Index, source: Source, shard: Shard, progress: Callable[[int], None]) -> int:
-    """Check one shard; return how many of its tokens count in the loss."""
+    """Check one shard; return the number of its tokens that count in the loss."""
     try:
-        found = sha256_of(path, progress)
-        if found != shard.sha256:
-            raise _damaged(path, f"sha256 is {found[:12]}…, the index says {shard.sha256[:12]}…")
+        digest = sha256_of(path, progress)
+        if digest != shard.sha256:
+            raise _damaged(path, f"sha256 is {digest[:12]}…, the index says {shard.sha256[:12]}…")
         return _verify_blocks(path, index, source, shard)
     except (OSError, tarfile.TarError) as error:
         raise _damaged(path, str(error)) from error
@@ -43,12 +51,12 @@ def _verify_shard(path: Path, index: Index, source: Source, shard: Shard, progre
 
 def _verify_blocks(path: Path, index: Index, source: Source, shard: Shard) -> int:
     suffixes = ("len", "use", "tok") if source.masked else ("len", "tok")
-    documents = used = 0
+    documents = loss_tokens = 0
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
-        wanted = len(suffixes) * len(shard.blocks)
-        if len(members) != wanted:
-            raise _damaged(path, f"{len(members)} members, {len(shard.blocks)} blocks need {wanted}")
+        expected = len(suffixes) * len(shard.blocks)
+        if len(members) != expected:
+            raise _damaged(path, f"{len(members)} members, {len(shard.blocks)} blocks need {expected}")
         for number, (offset, tokens, mask) in enumerate(shard.blocks):
             parts = members[len(suffixes) * number :][: len(suffixes)]
             names = [f"{number:06d}.{suffix}" for suffix in suffixes]
@@ -62,14 +70,16 @@ def _verify_blocks(path: Path, index: Index, source: Source, shard: Shard) -> in
             _verify_documents(path, index, number, starts, stream)
             if source.masked and (parts[1].offset_data, parts[1].size) != (mask, loss_mask_bytes(tokens)):
                 raise _damaged(path, f"block {number}: no loss mask at byte {mask} of {tokens} tokens")
-            used += _count_used(path, number, tokens, _content(tar, parts[1])) if source.masked else tokens
+            loss_tokens += (
+                _count_loss_tokens(path, number, tokens, _content(tar, parts[1])) if source.masked else tokens
+            )
             documents += len(starts)
     if documents != shard.documents:
         raise _damaged(path, f"{documents} documents, the index says {shard.documents}")
-    return used
+    return loss_tokens
 
 
-def _count_used(path: Path, number: int, tokens: int, mask: bytes) -> int:
+def _count_loss_tokens(path: Path, number: int, tokens: int, mask: bytes) -> int:
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
     if bits[tokens:].any():
         raise _damaged(path, f"block {number}: the loss mask goes on beyond its {tokens} tokens")
@@ -94,4 +104,4 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(f"{path}: {problem}. Copy this shard again, or prepare the data again.")
+    return UserError(f"{path}: {problem}; copy this shard again, or prepare the data again")

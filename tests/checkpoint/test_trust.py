@@ -30,7 +30,7 @@ from kabrn_dist.utils.errors import UserError
 from tests.checkpoint.test_store import constant, reseal
 from tests.support.runs import SMALL_CONFIG
 from tests.support.shard_sets import Texts, make_set
-from tests.test_imports import EVERYTHING, names_used, parse
+from tests.test_imports import EVERYTHING, list_names, parse
 
 
 class Bomb:
@@ -334,7 +334,7 @@ DANGEROUS |= {"os.popen", "subprocess.getoutput", "__import__", "importlib.impor
 @pytest.mark.parametrize("source", EVERYTHING)
 def test_no_source_holds_what_runs_a_text(source: str) -> None:
     tree = parse(source)
-    assert not names_used(tree) & DANGEROUS
+    assert not list_names(tree) & DANGEROUS
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword):
             assert node.arg not in ("shell", "allow_pickle", "trust_remote_code") or _is_false(node.value), source

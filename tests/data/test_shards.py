@@ -111,7 +111,7 @@ def test_totals_add_up_over_the_sources(folder: Path) -> None:
         assert index.tokens(split) == sum(part.tokens for part in parts) == len(stream_naive(folder, index, split))
         assert index.documents(split) == sum(part.documents for part in parts)
         assert index.text_bytes(split) == sum(part.text_bytes for part in parts) and index.gzip9_bytes(split) == 0
-    assert "there is no 'x'; there are random, more" in refusal(index.source, "x")
+    assert "unknown source 'x'; use one of random, more" in refusal(index.source, "x")
 
 
 def test_plain_webdataset_reads_the_shards(folder: Path) -> None:
@@ -150,7 +150,7 @@ def test_damaged_shards_are_found(folder: Path) -> None:
     path.write_bytes(flipped)
     check_shard_files(folder, index)
     message = refusal(verify_shards, folder, index)
-    assert str(path) in message and "sha256" in message and "Copy this shard again" in message
+    assert str(path) in message and "sha256" in message and "copy this shard again" in message
     path.write_bytes(whole[:-1000])
     message = refusal(check_shard_files, folder, index)
     assert f"{len(whole) - 1000} bytes, the index says {len(whole)}" in message and str(path) in message
@@ -213,7 +213,7 @@ def test_bad_indexes_are_refused(folder: Path) -> None:
     path = folder / "index.json"
     whole = path.read_text()
     cases: list[tuple[dict[str, object], str]] = [
-        ({"format": 1}, "format: Input should be 2, found '1'. Prepare the data again"),
+        ({"format": 1}, "format: Input should be 2, found '1'; prepare the data again"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"vocabulary": "many"}, "vocabulary: Input should be a valid integer, found 'many'"),
         ({"sources.0.train.shards.0.name": "../elsewhere.tar"}, "'../elsewhere.tar' is not a plain file name"),
@@ -231,7 +231,7 @@ def test_bad_indexes_are_refused(folder: Path) -> None:
         ({"sources.0.name": "../x"}, "source name '../x'"),
         ({"sources.0.weight": -1.0}, "random.weight is -1.0"),
         ({"sources.1.epochs": 0.0}, "more.epochs is 0.0"),
-        ({"sources.0.train.shards.0.sha256": "../../x"}, "sha256 '../../x' is none"),
+        ({"sources.0.train.shards.0.sha256": "../../x"}, "sha256 '../../x' is not a sha256"),
         ({"sources.0.train.loss_tokens": 5}, "random.train.loss_tokens is 5 of"),
         ({"sources.0.masked": True}, "its loss mask at byte 0 lies outside the block"),
         ({"sources.1.masked": False}, "has a loss mask, its source has none"),
@@ -263,4 +263,4 @@ def test_another_tokenizer_and_another_split_are_refused(folder: Path) -> None:
     assert "not the tokenizer that made the shards" in refusal(load_tokenizer, folder, index)
     (folder / "tokenizer.json").unlink()
     assert "No such file" in refusal(load_tokenizer, folder, index)
-    assert "there is no 'test'" in refusal(index.sources[0].split, "test")
+    assert "unknown split 'test'" in refusal(index.sources[0].split, "test")
