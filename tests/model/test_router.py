@@ -221,17 +221,17 @@ def places(rows: int, time: int) -> TokenCoordinates:
 
 def test_jitter_depends_on_the_token_and_the_step_only() -> None:
     made, x, where = make(jitter_eps=0.1), inputs(), places(4, 6)
-    first = route(made, x, step=5, places=where).logits
-    assert torch.equal(route(made, x, step=5, places=where).logits, first)
-    assert not torch.equal(route(made, x, step=6, places=where).logits, first)
+    first = route(made, x, step=5, coordinates=where).logits
+    assert torch.equal(route(made, x, step=5, coordinates=where).logits, first)
+    assert not torch.equal(route(made, x, step=6, coordinates=where).logits, first)
     halves = [
-        route(made, x[:, part], step=5, places=TokenCoordinates(*(p[:, part] for p in where))).logits
+        route(made, x[:, part], step=5, coordinates=TokenCoordinates(*(p[:, part] for p in where))).logits
         for part in (slice(0, 2), slice(2, 6))
     ]
     torch.testing.assert_close(torch.cat(halves, 1), first, atol=1e-12, rtol=0)
     first, plain = first.detach(), route(make(), x).logits.detach()
     assert 1e-3 < float((first - plain).abs().mean()) < float(plain.abs().mean())
-    assert torch.equal(route(made.eval(), x, step=5, places=where).logits, plain)
+    assert torch.equal(route(made.eval(), x, step=5, coordinates=where).logits, plain)
 
 
 def test_forced_balance_is_even_and_unreachable_from_a_configuration() -> None:
