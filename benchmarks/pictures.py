@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.quality_recipes import MODELS
 from benchmarks.results import ModelQuality, Results
 from benchmarks.tables import ROOT
-from kabrn_dist.plots.figure import COLOURS, make_figure, to_png
+from kabrn_dist.plots.figure import COLORS, make_figure, to_png
 
 IMAGES = ROOT / "docs" / "img"
 # By name in docs/img: the report's picture.
@@ -24,7 +24,7 @@ OF_RUN = {"functions.png": "functions_layer_3_routed.png", "experts.png": "load_
 PALETTE = 64
 # The height of a label.
 LABEL_NATS = 0.003
-DENSE, OURS = COLOURS[0], COLOURS[1]
+DENSE, OURS = COLORS[0], COLORS[1]
 
 
 def spread_labels(heights: list[float], gap: float) -> list[float]:

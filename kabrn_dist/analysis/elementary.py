@@ -1,7 +1,7 @@
-"""Elementary functions that a learned one may be named after, each of its own shape (c·f(a·x + b) + d).
+"""Elementary functions f for symbolic fits of the form c·f(a·x + b) + d.
 
-They act on the last axis. Where one is undefined on any of an axis' points, or has a pole between two of them, all
-of that axis is NaN, so that no fit rests on a lucky choice of points.
+They act on the last axis. If a function is undefined at a point of an axis, or has a pole between two points, the
+whole axis is NaN, so no fit depends on a lucky choice of points.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ class Elementary(NamedTuple):
     """A function of one variable.
 
     Attributes:
-        complexity: of equally good fits the simpler one is named.
-        slope: which a lead to shapes of their own, where others are no more than another b, c or d: 1 alone, ±1
-            (`sign`), all above 0 (`size`), or `any`.
-        shift: False where b is no more than another c or d.
-        period: of b; half of it turns the sign, so that a smaller b says the same. 0 for none.
+        name: Name in reports.
+        complexity: Rank by simplicity; of equally good fits the simplest is chosen.
+        apply: The function.
+        slope: Values of a that give different shapes; others are equivalent to a change of b, c or d. Only 1
+            (`one`), ±1 (`sign`), all above 0 (`size`), or all (`any`).
+        shift: False if a change of b is equivalent to a change of c or d.
+        period: Period in b; half of it changes the sign, so a smaller b is equivalent. 0 for none.
     """
 
     name: str
@@ -63,7 +65,7 @@ ELEMENTARY = (
 
 
 def write_formula(name: str, a: float, b: float, c: float, d: float) -> str:
-    """c·f(a·x + b) + d for people, without the numbers that say nothing."""
+    """Return c·f(a·x + b) + d as text, without the constants that have no effect."""
     if name == "constant":
         return f"{d:.3g}"
     slope = "x" if a == 1 else f"{a:.3g}·x"

@@ -1,4 +1,4 @@
-"""How a run's routers spread their tokens: a table and three pictures from its log."""
+"""Report of the load balance of a run's experts: a table and three pictures from its log."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ COLUMNS = (
 
 
 def report_experts(folder: Path, last: int, layer: int | None, console: Console) -> None:
-    """Print the tables and write the pictures of `folder` to `folder`/report.
+    """Print tables of the load balance and write pictures to the folder report/ of the run.
 
     Args:
-        last: logged steps that the second table averages.
-        layer: whose experts are drawn over the steps; None: that of the largest mean MaxVio in those steps.
+        folder: Folder of the run.
+        last: Number of logged steps that the second table averages.
+        layer: Layer whose experts are drawn over the steps; None for the largest mean MaxVio in those steps.
+        console: Where the tables are printed.
 
     Raises:
-        UserError: where there is no such log, or no such layer in it.
+        UserError: if there is no log of experts, or no such layer in it.
     """
     log = read_expert_log(folder)
     if layer is not None and layer not in log.layers:
@@ -53,13 +55,13 @@ def report_experts(folder: Path, last: int, layer: int | None, console: Console)
     if len(tail.steps) > 1:
         span = f"{len(tail.steps)} logged steps, {tail.steps[0]} to {tail.steps[-1]}"
         console.print(make_table(tail, f"mean of the last {span}"))
-    console.print("load: over its ideal, the mean of the layer. entropy: nats a token. A rank's columns: fewest–most.")
+    console.print("load: relative to the mean of the layer. entropy: nats per token. Columns per rank: lowest–highest.")
     for path in draw(log, tail, layer, folder / "report"):
         console.print(f"wrote {path}", soft_wrap=True)
 
 
 def make_table(log: ExpertLog, title: str) -> Table:
-    """A row a layer; every figure is the mean over the log's steps."""
+    """Return a table with one row per layer; every value is the mean over the steps of the log."""
     table = Table(title=title, title_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="right")
@@ -67,16 +69,23 @@ def make_table(log: ExpertLog, title: str) -> Table:
     entropy, bias, dropped = (part.mean(0).tolist() for part in (log.entropy, log.bias_range, log.dropped))
     ranks = _rank_columns(log)
     for i, layer in enumerate(log.layers):
-        most, least, variation, violation, dead, starving = (part[i] for part in balance)
+        most, least, variation, violation, dead, underused = (part[i] for part in balance)
         even = (f"{value:.3f}" for value in (most, least, variation, violation))
-        counts = f"{dead:.3g}", f"{starving:.3g}"
+        counts = f"{dead:.3g}", f"{underused:.3g}"
         rest = f"{entropy[i]:.3f}", f"{bias[i]:.4f}", f"{100 * dropped[i]:.2f}"
         table.add_row(str(layer), *even, *counts, *rest, *ranks[i])
     return table
 
 
 def draw(log: ExpertLog, tail: ExpertLog, layer: int | None, folder: Path) -> Iterator[Path]:
-    """Write the pictures; yields their paths."""
+    """Write the pictures and yield their paths.
+
+    Args:
+        log: All logged steps.
+        tail: The last steps.
+        layer: Layer whose experts are drawn; None for the least balanced one of `tail`.
+        folder: Folder to write to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     violation = measure_balance(log.load).violation
     if layer is None:
@@ -93,7 +102,7 @@ def draw(log: ExpertLog, tail: ExpertLog, layer: int | None, folder: Path) -> It
 
 
 def _rank_columns(log: ExpertLog) -> list[tuple[str, str, str]]:
-    """Copies, MiB and milliseconds of each layer, fewest to most over the ranks; of the last session's ranks."""
+    """Routed tokens, MiB and milliseconds of each layer, lowest to highest over the ranks of the last session."""
     known = [traffic for traffic in log.traffic if traffic is not None]
     same = [traffic for traffic in known if traffic.shape == known[-1].shape]
     if not same:

@@ -1,4 +1,4 @@
-"""The experts' part of a run's log.jsonl.
+"""Reader of the entries about experts in log.jsonl.
 
 Shapes: S logged steps, L mixture layers, E routed experts, W ranks.
 """
@@ -18,14 +18,17 @@ from kabrn_dist.utils.errors import UserError
 
 
 class ExpertLog(NamedTuple):
-    """What was logged of the mixtures, oldest step first.
+    """Logged metrics of the mixtures of experts, oldest step first.
 
     Attributes:
-        layers: numbers of the L layers. steps: S of them.
-        load: [S,L,E] float64, copies that chose each expert.
-        entropy, bias_range, dropped: [S,L] float64: mean nats a token, max − min of the bias, share of the copies.
-        traffic: S times [W,L,3] of each rank: copies that arrived, bytes sent, seconds; None where not logged. W may
-            differ from session to session.
+        layers: Indices of the L layers.
+        steps: The S steps.
+        load: [S,L,E] float64, tokens routed to each expert.
+        entropy: [S,L] float64, mean entropy of the router in nats per token.
+        bias_range: [S,L] float64, maximum − minimum of the router's bias.
+        dropped: [S,L] float64, fraction of the routed tokens that were dropped.
+        traffic: S times [W,L,3] for each rank: tokens received, bytes sent, seconds; None if not logged. W may differ
+            between sessions.
     """
 
     layers: list[int]
@@ -37,7 +40,7 @@ class ExpertLog(NamedTuple):
     traffic: list[Tensor | None]
 
     def last(self, steps: int) -> ExpertLog:
-        """The last so many logged steps of it."""
+        """Return the log of the last `steps` logged steps."""
         tail = slice(-steps, None)
         load, entropy, bias_range, dropped = (
             part[tail] for part in (self.load, self.entropy, self.bias_range, self.dropped)
@@ -46,20 +49,20 @@ class ExpertLog(NamedTuple):
 
 
 def read_expert_log(folder: Path) -> ExpertLog:
-    """Read `folder`/log.jsonl.
+    """Return the metrics of experts in `folder`/log.jsonl.
 
     Raises:
-        UserError: where the folder is no run, has no log, or nothing in the log tells of experts.
+        UserError: if the folder is not that of a run, has no log, or the log has no entries about experts.
     """
     check_run_folder(folder, "log.jsonl")
     path = folder / "log.jsonl"
     entries = [entry for entry in map(_parse, path.read_text(encoding="utf-8").splitlines()) if "experts/load" in entry]
     if not entries:
         raise UserError(
-            f"{path}: no step tells of experts: the model has no mixture layer, no step was logged, or an older "
-            "version wrote it; train with a mixture and training.log_interval below training.steps"
+            f"{path}: no entry about experts: the model has no mixture layer, no step was logged, or an older "
+            "version wrote the log; train with a mixture and training.log_interval below training.steps"
         )
-    # A folder may have been used again for another model: only what is shaped like the newest entry is one run.
+    # A folder may have been reused for another model: entries of the newest one's shape belong to one run.
     shape = torch.tensor(entries[-1]["experts/load"]).shape
     entries = [entry for entry in entries if torch.tensor(entry["experts/load"]).shape == shape]
     layers = [int(layer) for layer in entries[-1]["experts/layers"]]
@@ -72,7 +75,7 @@ def read_expert_log(folder: Path) -> ExpertLog:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    """A line's object; nothing for a line that a crash cut short."""
+    """The object in a line; empty for a line that a crash truncated."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -81,7 +84,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _column(entries: list[dict[str, Any]], name: str, layers: list[int]) -> Tensor:
-    """[S,L] of a scalar; a share that was not logged, as none was dropped, is 0."""
+    """[S,L] values of a scalar; a fraction that was not logged is 0, as nothing was dropped."""
     rows = [[float(entry.get(f"experts/{name}/layer_{layer}", 0.0)) for layer in layers] for entry in entries]
     return torch.tensor(rows, dtype=torch.float64)
 

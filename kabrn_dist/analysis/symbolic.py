@@ -1,7 +1,7 @@
-"""Names for learned functions: the best of a list of elementary ones, as pykan's `suggest_symbolic` finds it.
+"""Symbolic fits of learned functions by elementary ones, like pykan's `suggest_symbolic`.
 
-Source: KAN (arXiv 2404.19756), section 2.5: y ≈ c·f(a·x + b) + d, a and b by a grid that is refined around its best
-point, c and d by least squares.
+Source: KAN (arXiv 2404.19756), section 2.5: y ≈ c·f(a·x + b) + d, with a and b from a grid that is refined around its
+best point, and c and d from least squares.
 
 Shapes: N functions, P points, K candidates (a, b).
 """
@@ -18,14 +18,24 @@ from kabrn_dist.analysis.elementary import ELEMENTARY, Elementary
 
 # Steps of the first grid, and of each finer one around the best point so far.
 _SLOPES, _SHIFTS, _FINE, _ROUNDS = 40, 61, 7, 9
-# Fits that leave less than this share of the variance unexplained count as equally good.
+# Fits that leave less than this fraction of the variance unexplained count as equally good.
 _EQUAL = 1e-5
-# tanh before sigmoid, sin before cos, which are the same but for a, b, c and d.
-_ORDER = {function.name: place for place, function in enumerate(ELEMENTARY)}
+# tanh before sigmoid and sin before cos, which differ only in a, b, c and d.
+_ORDER = {function.name: rank for rank, function in enumerate(ELEMENTARY)}
 
 
 class Fit(NamedTuple):
-    """y ≈ c·f(a·x + b) + d, with the share of the variance that it explains (R² ≤ 1)."""
+    """A fit y ≈ c·f(a·x + b) + d.
+
+    Attributes:
+        name: Name of the elementary function f.
+        a: Slope of the argument.
+        b: Shift of the argument.
+        c: Factor on the values.
+        d: Offset of the values.
+        r2: Fraction of the variance that the fit explains, at most 1.
+        complexity: Complexity of f.
+    """
 
     name: str
     a: float
@@ -37,17 +47,26 @@ class Fit(NamedTuple):
 
 
 def fit_symbolic(x: Tensor, y: Tensor) -> list[Fit]:
-    """Fit every elementary function to the points (x, y), both [P]; best first.
+    """Return the fits of all elementary functions to a set of points, best first.
 
-    Of fits that leave at most 1e-5 of the variance, or hardly more than the best, the simplest comes first: the
-    elementary function of least complexity, then that with most of a = 1, b = 0, c = 1, d = 0, then the list's order.
-    A y that does not vary is `constant`.
+    Of fits that leave at most 1e-5 of the variance unexplained, or hardly more than the best, the simplest comes
+    first: the one of least complexity, then the one with most of a = 1, b = 0, c = 1, d = 0, then the first in
+    `ELEMENTARY`. Values that do not vary are `constant`.
+
+    Args:
+        x: [P] arguments.
+        y: [P] values.
     """
     return fit_all(x, y[None])[0]
 
 
 def fit_all(x: Tensor, ys: Tensor) -> list[list[Fit]]:
-    """`fit_symbolic` of N functions [N,P] at the same points [P] at once."""
+    """Return `fit_symbolic` of N functions at the same points.
+
+    Args:
+        x: [P] arguments.
+        ys: [N,P] values of each function.
+    """
     x, ys = x.detach().double().cpu(), ys.detach().double().cpu()
     fits: list[list[Fit]] = [[] for _ in ys]
     spread = ys.std(-1, correction=0)
@@ -118,7 +137,7 @@ def _refine(
     moves = far * ticks if function.shift else torch.zeros(1, dtype=torch.float64)
     count = len(stretches) * len(moves)
     slopes = (slope[:, None, None] * stretches[:, None]).expand(-1, -1, len(moves)).reshape(-1, count)
-    # A steep slope wants its bend placed as finely as a gentle one.
+    # The bend of a steep slope is placed as finely as that of a gentle one.
     reach = slope.abs().clamp(min=1)[:, None, None]
     shifts = (shift[:, None, None] + reach * moves).expand(-1, len(stretches), -1).reshape(-1, count)
     picked = []

@@ -1,4 +1,4 @@
-"""The elementary function nearest to each learned one of a run: a table and JSON."""
+"""Report of the elementary function nearest to each learned function of a run: a table and JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from kabrn_dist.analysis.symbolic import Fit, fit_all
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
-# Fits that JSON keeps of each function.
-KEPT = 5
-# Rows of the table; JSON has all.
-SHOWN = 200
+# Best fits of each function in the JSON file.
+FITS_PER_FUNCTION = 5
+# Limit on the rows of the table; the JSON file has all.
+TABLE_ROWS = 200
 
 
-class Named(NamedTuple):
-    """One learned function and its fits, best first."""
+class SymbolicFunction(NamedTuple):
+    """A learned function and its symbolic fits.
+
+    Attributes:
+        layer: Index of the layer.
+        kind: Kind of its experts: routed, shared or dense.
+        expert: Index of the expert.
+        role: "inner" before the hidden layer, "outer" after it.
+        function: Index of the function in the expert.
+        fits: Fits, best first.
+    """
 
     layer: int
     kind: str
@@ -34,14 +43,17 @@ class Named(NamedTuple):
 
 
 def report_symbolic(folder: Path, edges: int, layer: int | None, expert: int | None, console: Console) -> None:
-    """Print the table of `folder` and write report/symbolic.json.
+    """Print a table of symbolic fits and write report/symbolic.json in the folder of the run.
 
     Args:
-        edges: functions of an expert that are named where every edge has its own.
-        layer, expert: only these; None for all.
+        folder: Folder of the run.
+        edges: Number of functions per expert to fit, for types with a function on every edge.
+        layer: Layer to report; None for all.
+        expert: Expert to report; None for all.
+        console: Where the table is printed.
 
     Raises:
-        UserError: where the run has no learned functions, or none of that layer and expert.
+        UserError: if the run has no learned functions, or none in that layer and expert.
     """
     learned = read_functions(folder, edges, beyond=0.0)
     curves = [each for each in learned.curves if layer in (None, each.layer)]
@@ -51,31 +63,31 @@ def report_symbolic(folder: Path, edges: int, layer: int | None, expert: int | N
         most = max(next(iter(curves.now.values())).shape[0] for curves in learned.curves)
         asked = " ".join(f"--{k} {v}" for k, v in (("layer", layer), ("expert", expert)) if v is not None)
         raise UserError(f"{asked}: there are functions in layers {layers}, of experts 0 to {most - 1}")
-    console.print(_make_table(named[:SHOWN], f"{folder}: nearest elementary functions at step {learned.step}"))
-    if len(named) > SHOWN:
-        console.print(f"{len(named) - SHOWN} more are in symbolic.json; --layer and --expert choose")
+    console.print(_make_table(named[:TABLE_ROWS], f"{folder}: nearest elementary functions at step {learned.step}"))
+    if len(named) > TABLE_ROWS:
+        console.print(f"{len(named) - TABLE_ROWS} more are in symbolic.json; --layer and --expert choose")
     path = folder / "report" / "symbolic.json"
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, (json.dumps(_as_json(learned, named), indent=1, ensure_ascii=False) + "\n").encode())
     console.print(f"wrote {path}", soft_wrap=True)
 
 
-def _name(learned: LearnedFunctions, curves: Curves, expert: int | None) -> list[Named]:
-    found = []
+def _name(learned: LearnedFunctions, curves: Curves, expert: int | None) -> list[SymbolicFunction]:
+    functions = []
     for role, values in curves.now.items():
         chosen = [e for e in range(len(values)) if expert in (None, e)]
         if not chosen:
             continue
         per_expert = values.shape[1]
         fits = fit_all(learned.points, torch.cat([values[e] for e in chosen]))
-        found += [
-            Named(curves.layer, curves.kind, chosen[i // per_expert], role, i % per_expert, each)
+        functions += [
+            SymbolicFunction(curves.layer, curves.kind, chosen[i // per_expert], role, i % per_expert, each)
             for i, each in enumerate(fits)
         ]
-    return found
+    return functions
 
 
-def _make_table(named: list[Named], title: str) -> Table:
+def _make_table(named: list[SymbolicFunction], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("layer", "experts", "expert", "function", "number", "name", "R²"):
         table.add_column(name, justify="right")
@@ -83,13 +95,13 @@ def _make_table(named: list[Named], title: str) -> Table:
     table.add_column("next best")
     for one in named:
         best, *others = one.fits
-        place = str(one.layer), one.kind, str(one.expert), one.role, str(one.function)
+        location = str(one.layer), one.kind, str(one.expert), one.role, str(one.function)
         rest = ", ".join(f"{fit.name} {fit.r2:.5f}" for fit in others[:2])
-        table.add_row(*place, best.name, f"{best.r2:.5f}", write_formula(*best[:5]), rest)
+        table.add_row(*location, best.name, f"{best.r2:.5f}", write_formula(*best[:5]), rest)
     return table
 
 
-def _as_json(learned: LearnedFunctions, named: list[Named]) -> dict[str, object]:
-    functions = [one._asdict() | {"fits": [fit._asdict() for fit in one.fits[:KEPT]]} for one in named]
-    form = learned.config.model.experts.type
-    return {"step": learned.step, "form": form, "range": list(learned.span), "functions": functions}
+def _as_json(learned: LearnedFunctions, named: list[SymbolicFunction]) -> dict[str, object]:
+    functions = [one._asdict() | {"fits": [fit._asdict() for fit in one.fits[:FITS_PER_FUNCTION]]} for one in named]
+    kind = learned.config.model.experts.type
+    return {"step": learned.step, "form": kind, "range": list(learned.span), "functions": functions}

@@ -1,4 +1,4 @@
-"""What all pictures share: a figure without a display, its pixels, its PNG, colours that everyone can tell apart."""
+"""Common parts of all figures: figures without a display, pixels, PNG, and colors for the color-blind."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # Okabe and Ito's palette, without its yellow, which is lost on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def make_figure(width: float, height: float, solve: bool = True) -> Figure:
-    """An empty figure of so many inches, drawn by Agg: pyplot, its global state and its display are not involved.
+    """Return an empty figure that is drawn by Agg, without pyplot, its global state or a display.
 
     Args:
-        solve: let matplotlib find room for labels; otherwise the caller places everything.
+        width: Width in inches.
+        height: Height in inches.
+        solve: Let matplotlib make room for labels; otherwise the caller places everything.
     """
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained" if solve else None)
     FigureCanvasAgg(figure)
@@ -27,14 +29,14 @@ def make_figure(width: float, height: float, solve: bool = True) -> Figure:
 
 
 def to_pixels(figure: Figure) -> np.ndarray:
-    """[height,width,3] uint8."""
+    """Return the pixels of a figure, [height,width,3] uint8."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def to_png(figure: Figure) -> bytes:
-    """A PNG file's bytes; the same figure gives the same bytes."""
+    """Return a figure as the bytes of a PNG file; the same figure gives the same bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
@@ -43,15 +45,16 @@ def to_png(figure: Figure) -> bytes:
 def draw_cells(
     values: Tensor, rows: list[str], title: str, unit: str, center: float | None = None, columns: str = "expert"
 ) -> Figure:
-    """A heat map with a colour bar, numbers in the cells where they fit.
+    """Return a heat map with a color bar, and numbers in the cells if they fit.
 
     Args:
-        values: [R,C]; NaN leaves a cell empty.
-        rows: R names.
-        unit: what the colours mean.
-        centre: the value that is drawn white, with orange above (up to 4 times as much, so that one
-            outlier does not hide the rest) and purple below; default: colours from 0 up.
-        columns: what the columns are; they are numbered from 0.
+        values: [R,C] values; NaN leaves a cell empty.
+        rows: Names of the R rows.
+        title: Title of the figure.
+        unit: Label of the color bar.
+        center: Value that is drawn white, with orange above it (up to 4 times as much, so one outlier does not hide
+            the rest) and purple below it; None for a scale from 0.
+        columns: Label of the columns, which are numbered from 0.
     """
     cells = values.detach().double().cpu().numpy()
     count, wide = cells.shape

@@ -1,4 +1,4 @@
-"""Pictures of learned univariate functions.
+"""Figures of learned univariate functions.
 
 Shapes: E experts, F functions of an expert (its groups, or the edges that are shown), P points.
 """
@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from kabrn_dist.plots.figure import COLOURS, make_figure
+from kabrn_dist.plots.figure import COLORS, make_figure
 
 
 def draw_functions(
@@ -25,15 +25,15 @@ def draw_functions(
     title: str,
     most: int = 64,
 ) -> Figure:
-    """Small multiples: a panel an expert, in it a learned curve a function, its start dashed, the range shaded.
+    """Return one panel per expert with a curve per function; initial functions are dashed, the range is shaded.
 
     Args:
-        points: [P] inputs.
-        now: "inner" and "outer" → [E,F,P] values of the functions before and after the hidden layer.
-        start: the same at the start of the training.
-        span: the grid's ends, or the range that the start was fitted on.
-        title: such as "layer 3, routed experts, step 600".
-        most: experts that are drawn, from the first one on.
+        points: [P] arguments.
+        now: [E,F,P] values of the functions before ("inner") and after ("outer") the hidden layer.
+        start: The same at the start of training.
+        span: Ends of the grid, or of the range that the initial functions were fitted on.
+        title: Title, such as "layer 3, routed experts, step 600".
+        most: Maximum number of experts, from the first one on.
     """
     count, functions = next(iter(now.values())).shape[:2]
     experts = min(most, count)
@@ -41,11 +41,11 @@ def draw_functions(
     lines = math.ceil(experts / columns)
     panel = (1.2, 1.05) if experts > 16 else (1.9, 1.7)
     block, height = max(4.2, columns * panel[0] + 0.75), max(2.2, lines * panel[1]) + 1.5
-    # Places in inches: a layout solver takes longer than everything else together.
+    # Positions in inches: a layout solver takes longer than everything else together.
     figure = make_figure(len(now) * block, height, solve=False)
-    for place, (role, curves) in enumerate(now.items()):
+    for block_index, (role, curves) in enumerate(now.items()):
         width = figure.get_figwidth()
-        left, right = (block * place + 0.75) / width, (block * (place + 1) - 0.1) / width
+        left, right = (block * block_index + 0.75) / width, (block * (block_index + 1) - 0.1) / width
         edges = {"left": left, "right": right, "bottom": 0.75 / height, "top": 1 - 0.75 / height}
         grid = figure.add_gridspec(lines, columns, **edges, wspace=0.08, hspace=0.22)
         panels = grid.subplots(sharex=True, sharey=True, squeeze=False).flatten().tolist()
@@ -64,15 +64,15 @@ def draw_functions(
 
 
 def _name_colors(figure: Figure, functions: int) -> None:
-    lines = [Line2D([], [], color=color, label=f"function {i}") for i, color in enumerate(COLOURS[:functions])]
-    if functions <= len(COLOURS):
-        figure.legend(handles=lines, loc="lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
+    lines = [Line2D([], [], color=color, label=f"function {i}") for i, color in enumerate(COLORS[:functions])]
+    if functions <= len(COLORS):
+        figure.legend(handles=lines, loc="lower center", ncols=len(COLORS), fontsize=8, frameon=False)
 
 
 def _draw_experts(
     panels: Sequence[Axes], points: Tensor, now: Tensor, start: Tensor, span: tuple[float, float]
 ) -> None:
-    """One panel an expert, all with the same axes, so that they compare at a glance."""
+    """One panel per expert, all with the same axes."""
     for panel in panels[len(now) :]:
         panel.set_visible(False)
     for expert, panel in enumerate(panels[: len(now)]):
@@ -87,14 +87,14 @@ def _draw_experts(
 
 def _draw_curves(panel: Axes, points: Tensor, now: Tensor, start: Tensor) -> None:
     x = points.detach().cpu().numpy()
-    for place, (learned, first) in enumerate(zip(now.detach().cpu(), start.detach().cpu(), strict=True)):
-        color = COLOURS[place % len(COLOURS)]
+    for i, (learned, first) in enumerate(zip(now.detach().cpu(), start.detach().cpu(), strict=True)):
+        color = COLORS[i % len(COLORS)]
         panel.plot(x, learned.numpy(), color=color, linewidth=1.1)
         panel.plot(x, first.numpy(), color=color, linewidth=0.7, linestyle="--", alpha=0.7)
 
 
 def _limits(points: Tensor, now: Tensor, start: Tensor, span: tuple[float, float]) -> tuple[float, float]:
-    """Of the values inside the range: what grows outside must not flatten what was learned."""
+    """Limits of the values inside the range, so that growth outside does not flatten the learned part."""
     inside = (points >= span[0]) & (points <= span[1])
     both = [part[..., inside].detach().float().flatten() for part in (now, start)]
     low = min(float(part.min()) for part in both)
