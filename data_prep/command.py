@@ -14,7 +14,7 @@ from data_prep.recipe import Recipe, load_recipe, parse_recipe
 from data_prep.report import summarize_records
 from data_prep.train_tokenizer import check_vocab_size
 from data_prep.workers import MpiWorkerGroup, WorkerGroup, start_workers, under_mpirun
-from data_prep.workspace import acquire_lock, release_lock
+from data_prep.workspace import acquire_workspace, release_workspace
 from kabrn_dist.data.index import Index
 from kabrn_dist.utils.errors import UserError
 
@@ -119,7 +119,7 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, group: WorkerGroup) ->
         return
     locks: list[int] = []
     try:
-        group.on_main(lambda: locks.append(acquire_lock(recipe.out)))
+        group.on_main(lambda: locks.append(acquire_workspace(recipe.out)))
         if group.world > 1 or options.workers == 1:
             index = prepare(recipe, group, options.force)
         else:
@@ -130,7 +130,7 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, group: WorkerGroup) ->
             _print_result(recipe, index)
     finally:
         for descriptor in locks:
-            release_lock(recipe.out, descriptor)
+            release_workspace(recipe.out, descriptor)
 
 
 def _print_dry_run(recipe: Recipe) -> None:

@@ -92,7 +92,7 @@ class Workspace:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def acquire_lock(out: Path) -> int:
+def acquire_workspace(out: Path) -> int:
     """Lock the preparation of `out` and return the descriptor that holds the lock, for `let_go`.
 
     Raises UserError where another preparation holds it, or the folder cannot be made.
@@ -110,7 +110,7 @@ def acquire_lock(out: Path) -> int:
     return descriptor
 
 
-def release_lock(out: Path, descriptor: int) -> None:
+def release_workspace(out: Path, descriptor: int) -> None:
     """Unlock `out`, and leave no trace of a preparation that was refused before it began."""
     os.close(descriptor)
     folder = out / ".work"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kabrn_dist.checkpoint.manifest import CODES, SAFETENSORS_DTYPES
+from kabrn_dist.checkpoint.manifest import DTYPE_CODES, SAFETENSORS_DTYPES
 from kabrn_dist.checkpoint.safe_open import open_plain
 from kabrn_dist.utils.errors import UserError
 
@@ -85,7 +85,7 @@ def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], me
     end = 0
     for key, (dtype, shape) in tensors.items():
         start, end = end, end + prod(shape) * dtype.itemsize
-        header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     # A multiple of 8, so that readers which map the file find aligned data.
     text = text.ljust(-(-len(text) // 8) * 8)

@@ -40,7 +40,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+DTYPE_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 # Larger than any disk, smaller than what overflows an int64 product with an item size.
 Count = Annotated[int, Field(ge=0, le=2**50)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment, check_fragment
 from kabrn_dist.checkpoint.header import encode_header
-from kabrn_dist.checkpoint.manifest import CODES, FileRecord, PieceRecord
+from kabrn_dist.checkpoint.manifest import DTYPE_CODES, FileRecord, PieceRecord
 from kabrn_dist.utils.errors import UserError
 
 CHUNK_BYTES = 16 * 2**20
@@ -93,8 +93,8 @@ def _collect_owned(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[
     owned: dict[str, Tensor] = {}
     for fragment in fragments:
         check_fragment(fragment)
-        if fragment.values.dtype not in CODES:
-            raise UserError(f"{fragment.name}: {fragment.values.dtype} cannot be stored; use one of {[*CODES]}")
+        if fragment.values.dtype not in DTYPE_CODES:
+            raise UserError(f"{fragment.name}: {fragment.values.dtype} cannot be stored; use one of {[*DTYPE_CODES]}")
         piece = None
         if fragment.owned and fragment.values.numel():
             key = f"{fragment.name}@{fragment.offset}"
@@ -103,7 +103,7 @@ def _collect_owned(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[
             count = fragment.values.numel()
             piece = PieceRecord(file=file_name, key=key, offset=fragment.offset, count=count)
             owned[key] = fragment.values.detach()
-        ranges.append(WrittenRange(fragment.name, CODES[fragment.values.dtype], fragment.shape, piece))
+        ranges.append(WrittenRange(fragment.name, DTYPE_CODES[fragment.values.dtype], fragment.shape, piece))
     return ranges, owned
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from kabrn_dist.data.index import Index, Shard
 from kabrn_dist.data.index_checks import check_shard_files
 from kabrn_dist.data.index_io import read_index
-from kabrn_dist.data.tokenizer import Tokenizer, load_tokenizer
+from kabrn_dist.data.tokenizer import Tokenizer, load_folder_tokenizer
 
 # Files that a stream keeps open.
 MAX_OPEN_FILES = 64
@@ -90,7 +90,7 @@ class FolderSet:
         Raises:
             UserError: if it is not the one that made the shards.
         """
-        return load_tokenizer(self.folder, self.index)
+        return load_folder_tokenizer(self.folder, self.index)
 
 
 def open_shard_folder(folder: Path) -> FolderSet:

@@ -136,7 +136,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def load_tokenizer(folder: Path, index: Index) -> Tokenizer:
+def load_folder_tokenizer(folder: Path, index: Index) -> Tokenizer:
     """Read the tokenizer of a shard folder.
 
     Raises:

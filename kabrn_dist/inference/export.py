@@ -28,7 +28,7 @@ from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.inference.load import INDEX_NAME, WEIGHTS_NAME, list_shapes
+from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, list_shapes
 from kabrn_dist.inference.run import Run
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
@@ -161,7 +161,7 @@ def _small_files(export: Export, name: str) -> dict[str, bytes]:
     if len(export.files) > 1:
         weight_map = {name: file for file, names in export.files.items() for name in names}
         index = {"metadata": {"total_size": export.bytes}, "weight_map": weight_map}
-        files[INDEX_NAME] = json.dumps(index, indent=1).encode()
+        files[WEIGHTS_INDEX_NAME] = json.dumps(index, indent=1).encode()
     return files
 
 

@@ -27,7 +27,7 @@ from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 
-WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES_LIMIT = 16 * 2**20
 
 
@@ -81,7 +81,7 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
 
 def is_export(folder: Path) -> bool:
     """Return whether a folder is an export rather than a run."""
-    files = (WEIGHTS_NAME, INDEX_NAME, "tokenizer.json")
+    files = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, "tokenizer.json")
     return not (folder / "checkpoints").is_dir() and any((folder / file).exists() for file in files)
 
 
@@ -133,18 +133,20 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
 
 def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
     """Return file and header entry of each tensor."""
-    if (folder / WEIGHTS_NAME).exists() or not (folder / INDEX_NAME).exists():
+    if (folder / WEIGHTS_NAME).exists() or not (folder / WEIGHTS_INDEX_NAME).exists():
         names = {WEIGHTS_NAME}
     else:
         try:
-            names = set(json.loads(read_plain(folder / INDEX_NAME, INDEX_BYTES_LIMIT))["weight_map"].values())
+            names = set(json.loads(read_plain(folder / WEIGHTS_INDEX_NAME, INDEX_BYTES_LIMIT))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{folder / INDEX_NAME}: no index of tensors ({type(error).__name__}); copy it again"
+                f"{folder / WEIGHTS_INDEX_NAME}: no index of tensors ({type(error).__name__}); copy it again"
             ) from None
     entries: dict[str, tuple[Path, TensorEntry]] = {}
     for name in sorted(names, key=str):
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{folder / INDEX_NAME}: {str(name)[:80]!r} is no plain file name; use another export")
+            raise UserError(
+                f"{folder / WEIGHTS_INDEX_NAME}: {str(name)[:80]!r} is no plain file name; use another export"
+            )
         entries |= {key: (folder / name, entry) for key, entry in read_header(folder / name).items()}
     return entries

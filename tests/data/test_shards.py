@@ -15,7 +15,7 @@ from kabrn_dist.data.index_checks import check_shard_files
 from kabrn_dist.data.index_io import index_fingerprint, read_index
 from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
 from kabrn_dist.data.token_stream import TokenStream, mask_naive, stream_naive
-from kabrn_dist.data.tokenizer import load_tokenizer
+from kabrn_dist.data.tokenizer import load_folder_tokenizer
 from kabrn_dist.data.verify import verify_shards
 from kabrn_dist.utils.errors import UserError
 from tests.support.shard_sets import DOCUMENT, Texts, make_set
@@ -258,9 +258,9 @@ def test_bad_indexes_are_refused(folder: Path) -> None:
 
 def test_another_tokenizer_and_another_split_are_refused(folder: Path) -> None:
     index = read_index(folder)
-    assert load_tokenizer(folder, index).kind == "bytes"
+    assert load_folder_tokenizer(folder, index).kind == "bytes"
     (folder / "tokenizer.json").write_text('{"kind":  "bytes"}')
-    assert "not the tokenizer that made the shards" in refusal(load_tokenizer, folder, index)
+    assert "not the tokenizer that made the shards" in refusal(load_folder_tokenizer, folder, index)
     (folder / "tokenizer.json").unlink()
-    assert "No such file" in refusal(load_tokenizer, folder, index)
+    assert "No such file" in refusal(load_folder_tokenizer, folder, index)
     assert "unknown split 'test'" in refusal(index.sources[0].split, "test")
