@@ -93,7 +93,7 @@ class Workspace:
 
 
 def acquire_workspace(out: Path) -> int:
-    """Lock the preparation of `out` and return the descriptor that holds the lock, for `let_go`.
+    """Lock the preparation of `out` and return the descriptor that holds the lock, for `release_workspace`.
 
     Raises UserError where another preparation holds it, or the folder cannot be made.
     """
