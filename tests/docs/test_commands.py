@@ -73,7 +73,7 @@ def make_workplace(folder: Path) -> None:
     (folder / "wide.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     command = folder / "bin" / "mixkabrn"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kabrn_dist.cli "$@"\n', encoding="utf-8")
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kabrn_dist "$@"\n', encoding="utf-8")
     command.chmod(0o755)
 
 
