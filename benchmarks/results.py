@@ -60,10 +60,10 @@ class Results:
         rows = self.report(benchmark)["rows"]
         return next((row for row in rows if re.fullmatch(pattern, row["name"])), None)
 
-    def is_quiet(self, benchmark: str) -> bool:
-        """Return True if the machine did little else while a benchmark ran, so that its times mean something."""
+    def is_busy(self, benchmark: str) -> bool:
+        """Return True if the machine did much else while a benchmark ran, so that its times mean little."""
         about = self.report(benchmark)["machine"]
-        return bool(about) and about["load"] <= LOAD_PER_CORE * about["cores"]
+        return bool(about) and about["load"] > LOAD_PER_CORE * about["cores"]
 
     def figure(self, benchmark: str, pattern: str, field: str) -> float | None:
         """Return a figure of a row: `ours`, `rival`, `ratio` (rival / ours) or `share` (ours / rival)."""

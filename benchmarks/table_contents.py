@@ -126,12 +126,12 @@ HEADER = "| what is measured, against what | ours | rival | unit | rival ÷ ours
 
 
 def table_lines(results: Results, benchmark: str, lines: list[Line]) -> str:
-    """Return comparisons as lines of Markdown, without times that were taken on a busy machine."""
+    """Return comparisons as lines of Markdown, of a busy machine without times and what its shorter run left out."""
     text = ""
     for label, pattern in lines:
         row = results.row(benchmark, pattern)
         unit = row["unit"] if row else ""
-        if unit in TIMES and not results.is_quiet(benchmark):
+        if results.is_busy(benchmark) and (row is None or unit in TIMES):
             continue
         figures = [format_number(results.figure(benchmark, pattern, field)) for field in ("ours", "rival", "ratio")]
         text += f"| {label} | {figures[0]} | {figures[1]} | {unit} | {figures[2]} |\n"
@@ -150,7 +150,7 @@ def machine(benchmark: str, results: Results) -> str:
     if not about:
         return f"`benchmarks.{benchmark}`: {NOT_MEASURED}."
     features = about.get("features", "unknown")
-    busy = "" if results.is_quiet(benchmark) else " Times are left out, as the machine was busy: run it on a quiet one."
+    busy = " Times are left out, as the machine was busy: run it on a quiet one." if results.is_busy(benchmark) else ""
     return (
         f"`benchmarks.{benchmark}` on {about['cpu']} ({features}), {about['cores']} cores, torch {about['torch']}; "
         f"load {about['load']}.{busy}"
