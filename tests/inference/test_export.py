@@ -128,5 +128,5 @@ def test_refusals_leave_nothing_behind(
     (out / "config.yaml").write_text(config)
     (out / "model.safetensors").rename(out / "model.bin")
     (out / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere"}}')
-    with pytest.raises(UserError, match="no plain file name"):
+    with pytest.raises(UserError, match="is no file name"):
         load_export(out)
