@@ -119,7 +119,7 @@ class TokenStream:
                 content, problem = b"", str(error.strerror)
             if len(content) == count:
                 return content
-            # A stale network handle never recovers, so the next try opens the file anew.
+            # A stale network handle never recovers, so the next try opens the file again.
             if shard in self._files:
                 self._files.pop(shard).close()
             if pause is not None:

@@ -68,9 +68,9 @@ def until(done: Callable[[], bool]) -> None:
 
 def settle(web: Web) -> None:
     """Until nothing more is asked for, as far as one can see."""
-    asked = -1
-    while asked != len(web.asked):
-        asked = len(web.asked)
+    count = -1
+    while count != len(web.responses):
+        count = len(web.responses)
         time.sleep(0.3)
 
 
@@ -111,7 +111,7 @@ def test_what_is_fetched_ahead_leaves_room_for_what_is_read(
     batches = TokenDataset(open_corpus(data(web.url, tmp_path, cache_size_gb=limit / 1e9)), "train", LENGTH, 3)
     batches.get([0])
     settle(web)
-    fetched = {name for name, *_ in web.asked if name.endswith(".tar")}
+    fetched = {name for name, *_ in web.responses if name.endswith(".tar")}
     assert 1 <= len(fetched) < 6 and web.sent() <= limit
     batches.close()
 
@@ -167,7 +167,7 @@ def test_a_part_is_completed_from_where_it_stands(
     part = tmp_path / f"{shard.sha256}.{shard.bytes}.part"
     part.write_bytes((index[0] / shard.name).read_bytes()[:50_000])
     assert shards.locate(shard).read_bytes() == (index[0] / shard.name).read_bytes()
-    assert min(first for name, first, _ in web.asked if name == shard.name) == 50_000 and not part.exists()
+    assert min(first for name, first, _ in web.responses if name == shard.name) == 50_000 and not part.exists()
     # Servers without ranges send all of it, which still does.
     web.ranges = False
     part.write_bytes((index[0] / shard.name).read_bytes()[:50_000])
@@ -191,7 +191,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(index: tuple[Path, Ind
     for shard in wanted:
         assert (tmp_path / shard.sha256).read_bytes() == (index[0] / shard.name).read_bytes()
     assert not any(tmp_path.glob("*.part"))
-    times = {shard.name: sum(name == shard.name for name, *_ in web.asked) for shard in wanted}
+    times = {shard.name: sum(name == shard.name for name, *_ in web.responses) for shard in wanted}
     assert sorted(times.values())[-1] <= 2 and sum(times.values()) <= len(wanted) + 1, "the killed one's comes again"
 
 

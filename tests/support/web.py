@@ -1,4 +1,4 @@
-"""A web server of a folder for tests: it knows ranges, counts what it is asked for, and can misbehave."""
+"""A web server of a folder for tests: it supports ranges, records its responses, and can misbehave."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Web(ThreadingHTTPServer):
     """Serves `folder`.
 
     Attributes:
-        asked: (name, first byte, bytes sent) of every answer.
-        ranges: False: sends files whole, whatever is asked for.
-        spoil: names whose last byte comes flipped so many times more.
-        fail: names that are answered with an error 503 so many times more.
-        pause: seconds before each 64 KiB.
+        responses: (name, first byte, bytes sent) of every response.
+        ranges: Support ranges; otherwise every response is the whole file.
+        spoil: How many more times the last byte of a file comes flipped, by name.
+        fail: How many more times a file is answered with an error 503, by name.
+        pause: Seconds before each 64 KiB.
     """
 
     daemon_threads = True
@@ -27,7 +27,7 @@ class Web(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.ranges, self.pause = folder, True, 0.0
-        self.asked: list[tuple[str, int, int]] = []
+        self.responses: list[tuple[str, int, int]] = []
         self.spoil: dict[str, int] = {}
         self.fail: dict[str, int] = {}
 
@@ -37,7 +37,7 @@ class Web(ThreadingHTTPServer):
 
     def sent(self, suffix: str = ".tar") -> int:
         """Bytes of files so named that have been sent."""
-        return sum(size for name, _, size in self.asked if name.endswith(suffix))
+        return sum(size for name, _, size in self.responses if name.endswith(suffix))
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that are killed in the middle are what tests are about."""
@@ -69,18 +69,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(code)
             return
         content, first, last = path.read_bytes(), 0, path.stat().st_size - 1
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if web.spoil.get(name, 0) and (not asked or int(asked[2] or last) >= last):
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if web.spoil.get(name, 0) and (not requested or int(requested[2] or last) >= last):
             web.spoil[name] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
-        if asked and web.ranges:
-            first, last = int(asked[1]), min(int(asked[2] or last), last)
-        self.send_response(206 if asked and web.ranges else 200)
+        if requested and web.ranges:
+            first, last = int(requested[1]), min(int(requested[2] or last), last)
+        self.send_response(206 if requested and web.ranges else 200)
         self.send_header("Content-Length", str(last + 1 - first))
-        if asked and web.ranges:
+        if requested and web.ranges:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         self.end_headers()
-        web.asked.append((name, first, last + 1 - first))
+        web.responses.append((name, first, last + 1 - first))
         for at in range(first, last + 1, 1 << 16):
             time.sleep(web.pause)
             self.wfile.write(content[at : min(at + (1 << 16), last + 1)])
