@@ -43,7 +43,7 @@ def retention_slice(
     link: SequenceLink,
     chunk: int = 64,
 ) -> Tensor:
-    """This rank's slice of sequences that are spread over the ranks of `link` (docs/math.md, "Sequence parallelism"). Collective.
+    """This rank's slice of sequences spread over the ranks of `link` (docs/math.md, Sequence parallelism). Collective.
 
     Args:
         q, k, v, log_decay, chunk: as for `retention_chunk`; `T` is the length of a slice.

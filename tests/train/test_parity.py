@@ -1,4 +1,4 @@
-"""Losses, gradients and weights are the same for every layout (docs/architecture.md, "Contracts"): world × sequence × expert × ZeRO."""
+"""Losses, gradients and weights agree for every layout (docs/architecture.md): world × sequence × expert × ZeRO."""
 
 from __future__ import annotations
 
