@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from benchmarks import tables
 from benchmarks.results import Results
+from kabrn_dist.config import Config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,3 +65,25 @@ def headings(path: Path) -> set[str]:
     """Return the anchors that GitHub makes of a page's headings."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[\w.]+/)+[\w.]+\.(?:py|md|yaml|c))`", text):
+        if "NAME" not in name:
+            assert (ROOT / name).exists() or (ROOT / "kabrn_dist" / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path.name != "configuration.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_keys_that_are_named_exist(path: Path) -> None:
+    sections = "|".join(Config.model_fields)
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(rf"`((?:{sections})(?:\.\w+)+)", text):
+        section, *keys = name.split(".")
+        found = Config.model_fields[section].annotation
+        for key in keys:
+            assert isinstance(found, type) and issubclass(found, BaseModel) and key in found.model_fields, name
+            found = found.model_fields[key].annotation
