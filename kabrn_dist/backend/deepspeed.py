@@ -1,7 +1,6 @@
-"""How DeepSpeed 0.19.8 is started: its dictionary, parameter groups, expert groups, and what stays fp32.
+"""Start of DeepSpeed 0.19.8: its configuration, parameter groups, expert groups, and which parameters stay fp32.
 
-This file and train/fragments.py are the only ones that know DeepSpeed. Facts it rests on are in the comments; the
-version is pinned because some of them are private.
+The version is pinned because some of the facts in the comments are private to DeepSpeed.
 """
 
 from __future__ import annotations
@@ -33,38 +32,43 @@ from kabrn_dist.utils.errors import UserError
 
 
 def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEngine:
-    """The model under ZeRO, with AdamW. Pieces of ternary matrices are left to each rank. Collective.
+    """Return the model under ZeRO, with AdamW. Shards of ternary matrices are left to each rank. Collective.
+
+    Args:
+        model: this rank's part of the model.
+        config: the whole configuration.
+        mesh: this process among the others.
 
     Raises:
-        UserError: where the device cannot train in the chosen precision, or ZeRO cannot in this placement.
+        UserError: if the device cannot train in the chosen precision, or ZeRO cannot with this expert placement.
     """
     _check_precision(config.training.precision, mesh.device)
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed would compile a kernel at every machine's first start that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    pieces = model.select_parameters(lambda p: p.sharded) if mesh.world_size > 1 else []
-    apart = mesh.expert_parallel > 1 or bool(pieces)
+    shards = model.select_parameters(lambda p: p.sharded) if mesh.world_size > 1 else []
+    split_groups = mesh.expert_parallel > 1 or bool(shards)
     if mesh.expert_parallel > 1:
         _mark_experts(model, mesh, config.parallel.zero_stage)
-    if pieces:
-        _mark_pieces(pieces, mesh)
-    if apart and config.parallel.zero_stage < 3:
+    if shards:
+        _mark_shards(shards, mesh)
+    if split_groups and config.parallel.zero_stage < 3:
         # Stage 3 refuses the marker and needs only the attributes of the parameters.
         model.deepspeed_marker = _ExpertMarker(model.config.experts.num_experts, mesh.expert_parallel)
     optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config, apart),
+        _parameter_groups(model, config, split_groups),
         lr=0.0,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         fused=mesh.device.type == "cuda",
     )
-    settings = deepspeed_config(config, mesh.world_size, _reduce_bucket(model, config))
+    dictionary = deepspeed_config(config, mesh.world_size, _reduce_bucket(model, config))
     # As deepspeed.initialize does, with a class of our own.
     deepspeed.init_distributed(dist_init_required=False)
-    parsed = DeepSpeedConfig(settings)
+    parsed = DeepSpeedConfig(dictionary)
     set_optimizer_flags(parsed, model)
     started = _DeepSpeed(
-        args=None, model=model, optimizer=optimizer, config=settings, config_class=parsed, dist_init_required=False
+        args=None, model=model, optimizer=optimizer, config=dictionary, config_class=parsed, dist_init_required=False
     )
     # Without ZeRO, half precision begins with an update by zero gradients (hence the rate of 0), which AdamW counts:
     # its first real updates would be half as large.
@@ -75,26 +79,27 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
 
 
 def gathered(weights: list[nn.Parameter], stage: int) -> AbstractContextManager[Any]:
-    """Within it the weights are whole, also under ZeRO 3. Collective there."""
+    """Return a context within which the weights are whole, also under ZeRO 3, where it is collective."""
     return GatheredParameters(weights) if stage == 3 else nullcontext()
 
 
 def local_gradients(engine: DeepSpeedEngine, stage: int) -> list[Tensor]:
-    """What this rank holds of the whole step's reduced gradients, after the backward of its last micro-batch."""
+    """Return this rank's part of the step's reduced gradients, after the backward of its last micro-batch."""
     if stage == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
     return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
 
 
 class _DeepSpeed(DeepSpeedEngine):
-    """Can drop a step, and casts the model to its working precision but for routers, function coefficients and
-    pieces of ternary matrices.
+    """DeepSpeed's engine, which can also skip a step and leaves some parameters in fp32.
+
+    These are routers, function parameters and shards of ternary matrices; all others are cast to the working precision.
 
     ZeRO 0–2 keep each parameter group in the dtype it has. ZeRO 3 lays all parameters into one buffer of one dtype, so
     there they are working copies like all others, of fp32 masters; what is computed with them is fp32 in any case.
     """
 
-    _dropping = False
+    _skipping = False
 
     def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
         # ZeRO 3 needs one dtype; see above.
@@ -107,31 +112,31 @@ class _DeepSpeed(DeepSpeedEngine):
         for parameter, value in zip(parameters, values, strict=True):
             parameter.data = value
 
-    def drop_step(self) -> None:
-        """End an optimizer step without changing anything; its gradients are forgotten wherever they are kept."""
-        self._dropping = True
+    def skip_step(self) -> None:
+        """End an optimizer step without changing anything; its gradients are discarded wherever they are kept."""
+        self._skipping = True
         self.step()
-        self._dropping = False
+        self._skipping = False
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        if not self._dropping:
+        if not self._skipping:
             super()._take_model_step(lr_kwargs)
             return
         if self.zero_optimization_stage() > 0:
-            _forget_gradients(self.optimizer, self.zero_optimization_stage())
+            _discard_gradients(self.optimizer, self.zero_optimization_stage())
         self.zero_grad()
         self.losses = None
         self.global_steps += 1
         self.skipped_steps += 1
 
 
-def _forget_gradients(optimizer: Any, stage: int) -> None:
-    """What DeepSpeed's own steps do where gradients have overflowed, but for the loss scale, which stays."""
+def _discard_gradients(optimizer: Any, stage: int) -> None:
+    """Do what DeepSpeed's own steps do after an overflow of gradients, except for the loss scale, which stays."""
     if stage == 3:
         optimizer._pre_step()
         optimizer._partition_all_parameters()
         optimizer._overflow_clean_up(optimizer.loss_scale)
-        # fp16 notes overflows here as they come, and would skip the next step for them too.
+        # fp16 records overflows here as they occur, and would skip the next step for them too.
         optimizer.inf_or_nan_tracker.zero_()
         return
     optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
@@ -143,7 +148,7 @@ def _forget_gradients(optimizer: Any, stage: int) -> None:
 
 
 def deepspeed_config(config: Config, world: int, reduce_bucket: int) -> dict[str, Any]:
-    """The DeepSpeed dictionary: derived, never written by the user."""
+    """Return the DeepSpeed dictionary: derived, never written by the user."""
     stage, bucket = config.parallel.zero_stage, config.parallel.bucket_size
     zero: dict[str, Any] = {
         "stage": stage,
@@ -250,11 +255,11 @@ def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
             setattr(parameter, tag, value)
 
 
-def _mark_pieces(pieces: list[nn.Parameter], mesh: Mesh) -> None:
-    """Pieces of ternary matrices are to DeepSpeed what experts are that one rank holds: averaged over nobody."""
-    everyone, itself = range(mesh.world_size), range(mesh.rank, mesh.rank + 1)
-    name = _register(mesh.world_size, (dist.group.WORLD, everyone), (mesh.self_group, itself))
-    for parameter in pieces:
+def _mark_shards(shards: list[nn.Parameter], mesh: Mesh) -> None:
+    """Shards of ternary matrices are to DeepSpeed like experts that one rank holds: their gradients are not averaged."""
+    all_ranks, this_rank = range(mesh.world_size), range(mesh.rank, mesh.rank + 1)
+    name = _register(mesh.world_size, (dist.group.WORLD, all_ranks), (mesh.self_group, this_rank))
+    for parameter in shards:
         parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
 
 
@@ -267,7 +272,7 @@ def _register(degree: int, together: tuple[Any, range], alike: tuple[Any, range]
 
 
 def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict[str, Any]]:
-    """Matrices decay; function coefficients do not. Each apart for experts where DeepSpeed must tell them.
+    """Matrices have weight decay; function parameters do not. Experts have groups of their own if DeepSpeed needs them.
 
     The first group's dtype is what DeepSpeed takes for the model's. `rate` multiplies the learning rate.
     """

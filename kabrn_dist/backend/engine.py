@@ -114,7 +114,7 @@ class Engine:
 
     def skip_step(self) -> StepResult:
         """End the step without an update: its gradients and expert loads are discarded."""
-        self.deepspeed.drop_step()
+        self.deepspeed.skip_step()
         self._end_step(applied=False)
         return StepResult(float("inf"), applied=False)
 

@@ -1,4 +1,4 @@
-"""From sums over batches to losses: means over the *global* step, however its tokens are spread."""
+"""Losses of a step: means over its tokens on all ranks and in all micro-batches, from sums over batches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from kabrn_dist.model.mixkabrn import BatchStats
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one optimizer step holds over all ranks and micro-batches.
+    """Totals of one optimizer step over all ranks and micro-batches.
 
     Attributes:
-        targets: tokens that carry loss, which may be none; tokens: all tokens; sequences: rows.
-        ranks: DeepSpeed divides gradients by this; each rank's share of a loss is multiplied by it.
+        valid_tokens: tokens that carry loss; may be 0.
+        tokens: all tokens.
+        sequences: rows.
+        ranks: number of ranks. DeepSpeed divides gradients by it, so each rank's part of a loss is multiplied by it.
     """
 
     valid_tokens: int
@@ -27,13 +29,13 @@ class StepTotals:
 
 
 class Losses(NamedTuple):
-    """Scalars. The mean over ranks of the sum over micro-batches is the step's loss.
+    """Scalars of a micro-batch. The mean over ranks of the sum over micro-batches is the step's loss.
 
     Attributes:
-        total: what is differentiated.
+        total: weighted sum of all losses, which is differentiated.
         language: nats per target.
         balance: mean over mixtures and sequences, unweighted; 1 is a perfect balance of softmax scores.
-        global_balance: mean over mixtures and tokens, unweighted; the same against the last step's loads.
+        global_balance: mean over mixtures and tokens, unweighted; balance relative to the last step's loads.
         router_z: mean over mixtures and tokens of logsumexp², unweighted.
     """
 
@@ -44,8 +46,14 @@ class Losses(NamedTuple):
     router_z: Tensor
 
 
-def compute_losses(sums: BatchStats, totals: StepTotals, settings: RouterConfig) -> Losses:
-    """One rank's share of a step's losses, from its micro-batch's sums."""
+def compute_losses(sums: BatchStats, totals: StepTotals, config: RouterConfig) -> Losses:
+    """Return a rank's part of a step's losses.
+
+    Args:
+        sums: statistics of one micro-batch.
+        totals: totals of the step.
+        config: the `router` section, with the weights of the losses.
+    """
     layers = max(1, len(sums.tokens_per_expert))
     # A step of nothing but masked targets has a language loss of 0.
     language = sums.language * (totals.ranks / max(1, totals.valid_tokens))
@@ -54,8 +62,8 @@ def compute_losses(sums: BatchStats, totals: StepTotals, settings: RouterConfig)
     global_balance, router_z = sums.global_balance * per_token, sums.z * per_token
     total = (
         language
-        + settings.seq_aux_loss_weight * balance
-        + settings.global_aux_loss_weight * global_balance
-        + settings.z_loss_weight * router_z
+        + config.seq_aux_loss_weight * balance
+        + config.global_aux_loss_weight * global_balance
+        + config.z_loss_weight * router_z
     )
     return Losses(total, language, balance, global_balance, router_z)

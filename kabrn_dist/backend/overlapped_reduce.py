@@ -1,9 +1,10 @@
-"""How the gradient of a shared-out matrix comes to the ranks that own its pieces, while backward goes on.
+"""Reduce-scatter of the gradients of sharded ternary matrices, overlapped with backward.
 
-Products read a piece through a ticket that is drawn before the model's forward pass. What is first in forward is last
-in backward: so a gradient sets out as soon as it is known, and is waited for when all else is done.
+Products read a shard through an anchor that is made before the model's forward pass. Autograd runs in reverse order
+of creation, so the anchor's backward comes last: a gradient's reduce-scatter starts as soon as the gradient is known,
+and is waited for when everything else is done.
 
-Shapes: G ranks that share the matrix, S latents of a rank's piece, padding included.
+Shapes: G ranks that share the matrix, S latents of a rank's shard, padding included.
 """
 
 from __future__ import annotations
@@ -18,104 +19,114 @@ from torch import Tensor, nn
 from kabrn_dist.distributed.reduce_scatter import start_reduce_scatter
 from kabrn_dist.ops.weight_quant import grad_placeholder
 
-# Exchanges under way at a time. Each holds the gradient of a whole matrix twice.
-MOST = 4
+# Largest number of pending exchanges. Each holds the gradient of a whole matrix twice.
+MAX_PENDING = 4
 
 
 class GradReduceScatter:
-    """The gradient of one shared-out matrix.
+    """Gradient exchange of one sharded matrix.
 
     Args:
-        shape: of the whole matrix.
-        pieces: G, S.
-        group: the ranks that share it; None for one rank.
-        dtype: of the gradient as it travels.
-        under_way: exchanges that have set out, of all matrices, oldest first.
+        shape: shape of the whole matrix.
+        shards: G, S.
+        group: the ranks that share the matrix; None for one rank.
+        dtype: dtype of the gradient in the exchange.
+        pending: exchanges that have been started, of all matrices, oldest first.
 
     Attributes:
-        last: whether the next gradient completes a step. Only then it sets out, with those kept before.
+        last: True if the next gradient completes a step. Only then is it exchanged, with those accumulated before.
+        anchor: tensor of one element through which the gradient reaches the shard; None before the first forward.
+        accumulated: gradients of earlier micro-batches of the step, not exchanged yet.
     """
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        pieces: tuple[int, int],
+        shards: tuple[int, int],
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
-        under_way: list[GradReduceScatter],
+        pending: list[GradReduceScatter],
     ) -> None:
-        self.shape, self.pieces, self.group, self.dtype = shape, pieces, group, dtype
-        self.under_way = under_way
+        self.shape, self.shards, self.group, self.dtype = shape, shards, group, dtype
+        self.pending = pending
         self.last = True
-        self.ticket: Tensor | None = None
-        self.kept: Tensor | None = None
-        self.finish: Callable[[], Tensor] | None = None
-        self.sum: Tensor | None = None
+        self.anchor: Tensor | None = None
+        self.accumulated: Tensor | None = None
+        self._wait: Callable[[], Tensor] | None = None
+        self._sum: Tensor | None = None
 
-    def draw_ticket(self, piece: nn.Parameter, last: bool) -> None:
-        """Before a forward pass in which `piece` [S] fp32 is read, once at most."""
+    def make_anchor(self, shard: nn.Parameter, last: bool) -> None:
+        """Prepare a forward pass in which the matrix is read at most once.
+
+        Args:
+            shard: [S] fp32, this rank's latents.
+            last: True if the pass is the last of a step.
+        """
         self.last = last
-        self.ticket = _Arrive.apply(piece, self)
+        self.anchor = _AnchorToShard.apply(shard, self)
 
-    def whole(self) -> Tensor:
-        """A place, of the whole's shape and without memory, from which a gradient finds its way to the piece."""
-        found: Tensor = _Depart.apply(self.ticket, self)
-        return found
+    def placeholder(self) -> Tensor:
+        """Return a zero-stride tensor of the full shape; its gradient is reduce-scattered to the owners of the shards."""
+        placeholder: Tensor = _PlaceholderToAnchor.apply(self.anchor, self)
+        return placeholder
 
-    def depart(self, gradient: Tensor) -> bool:
-        """Take in this rank's gradient of the whole; False if it waits for those of further micro-batches."""
-        if self.kept is not None:
-            gradient = gradient + self.kept
-        self.kept = None if self.last else gradient
+    def start(self, gradient: Tensor) -> bool:
+        """Start the exchange of this rank's gradient of the whole matrix.
+
+        Returns:
+            False if the gradient is only accumulated, because further micro-batches follow.
+        """
+        if self.accumulated is not None:
+            gradient = gradient + self.accumulated
+        self.accumulated = None if self.last else gradient
         if not self.last:
             return False
-        ranks, size = self.pieces
+        ranks, size = self.shards
         padded = nn.functional.pad(gradient.reshape(-1), (0, ranks * size - gradient.numel())).view(ranks, size)
         if self.group is None:
-            self.sum = padded[0].float()
+            self._sum = padded[0].float()
             return True
-        self.finish = start_reduce_scatter(padded, self.group)
-        self.under_way.append(self)
-        if len(self.under_way) > MOST:
-            self.under_way[0].land()
+        self._wait = start_reduce_scatter(padded, self.group)
+        self.pending.append(self)
+        if len(self.pending) > MAX_PENDING:
+            self.pending[0]._finish()
         return True
 
-    def land(self) -> None:
-        """Wait for the sum, if it has not come yet."""
-        if self.finish is not None:
-            self.sum, self.finish = self.finish().float(), None
-            self.under_way.remove(self)
+    def _finish(self) -> None:
+        if self._wait is not None:
+            self._sum, self._wait = self._wait().float(), None
+            self.pending.remove(self)
 
-    def arrive(self) -> Tensor:
-        """The sum over ranks [S] fp32 of this rank's piece."""
-        self.land()
-        found, self.sum = self.sum, None
-        assert found is not None
-        return found
+    def wait(self) -> Tensor:
+        """Return the gradient [S] fp32 of this rank's shard, summed over ranks."""
+        self._finish()
+        total, self._sum = self._sum, None
+        assert total is not None
+        return total
 
 
-class _Arrive(torch.autograd.Function):
-    """Piece → ticket, of one element."""
+class _AnchorToShard(torch.autograd.Function):
+    """Forward: shard → anchor of one element. Backward: wait for the shard's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, piece: Tensor, homing: GradReduceScatter) -> Tensor:
-        ctx.homing = homing
+    def forward(ctx: Any, shard: Tensor, reducer: GradReduceScatter) -> Tensor:
+        ctx.reducer = reducer
         ctx.set_materialize_grads(False)
-        return piece.new_zeros(1)
+        return shard.new_zeros(1)
 
     @staticmethod
-    def backward(ctx: Any, departed: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if departed is None else ctx.homing.arrive(), None
+    def backward(ctx: Any, anchor_grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if anchor_grad is None else ctx.reducer.wait(), None
 
 
-class _Depart(torch.autograd.Function):
-    """Ticket → whole."""
+class _PlaceholderToAnchor(torch.autograd.Function):
+    """Forward: anchor → placeholder of the full shape. Backward: start the exchange of its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, homing: GradReduceScatter) -> Tensor:
-        ctx.homing = homing
-        return grad_placeholder(ticket.to(homing.dtype), homing.shape)
+    def forward(ctx: Any, anchor: Tensor, reducer: GradReduceScatter) -> Tensor:
+        ctx.reducer = reducer
+        return grad_placeholder(anchor.to(reducer.dtype), reducer.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        return gradient.new_zeros(1, dtype=torch.float32) if ctx.homing.depart(gradient) else None, None
+        return gradient.new_zeros(1, dtype=torch.float32) if ctx.reducer.start(gradient) else None, None

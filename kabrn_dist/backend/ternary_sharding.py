@@ -1,10 +1,10 @@
-"""Ternary matrices whose latents are shared out over ranks: what travels is two bits a weight, exactly.
+"""Ternary matrices whose latents are sharded over ranks: the all-gather moves two bits per weight, exactly.
 
-Each rank of a matrix's group (all ranks, or those that hold the same experts) keeps an equal piece of the flattened
-fp32 latents, the last ones padded. Once an optimizer step the pieces are rounded where they lie and their codes
-gathered; all ranks then compute with the same packed codes. Gradients come home to the owner of each piece.
+Each rank of a matrix's group (all ranks, or those that hold the same experts) keeps an equal shard of the flattened
+fp32 latents, the last ones padded. Once per optimizer step the shards are quantized where they lie and their codes
+gathered; all ranks then compute with the same packed codes. Gradients are reduce-scattered to the owner of each shard.
 
-Shapes: E matrices, O output width, I input width, G ranks of the group, S latents of a rank's piece, padding included.
+Shapes: E matrices, O output width, I input width, G ranks of the group, S latents of a rank's shard, padding included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from kabrn_dist.ops.weight_quant import (
 
 @dataclass(frozen=True)
 class ScaleRun:
-    """Neighbouring latents of a piece that share a scale: elements [first, last) of the piece, scale number `scale`."""
+    """Consecutive latents of a shard that share a scale.
+
+    Attributes:
+        first: index of the first latent in the shard.
+        last: index after the last latent.
+        scale: number of the scale.
+    """
 
     first: int
     last: int
@@ -40,14 +46,26 @@ class ScaleRun:
 
 
 class TernaryShard(TernarySource):
-    """One parameter's matrices, of which this rank holds a piece of the latents.
+    """One parameter's matrices, of which this rank holds a shard of the latents.
+
+    Args:
+        whole: the latents before sharding.
+        group: the ranks that share them; None for one rank.
+        scale_group: outputs that share a scale; None for one scale per matrix.
+        dtype: dtype of the products' inputs.
+        block: the size of a shard is a multiple of this.
+        routed: whether they are routed experts, of which other ranks hold others.
+        pending: gradient exchanges that have been started, of all matrices.
 
     Attributes:
-        shape: [E,O,I] of the whole. logical: the same, [O,I] for a matrix that is no expert's.
-        group: the ranks that share it; None for one rank.
-        size: S. start: of this piece in the flattened whole. count: its latents without padding.
-        routed: whether they are routed experts, of which other ranks hold others.
-        packed: uint8, codes of all pieces, two bits each. gamma: [E,1,1], or [E,O,1] with groups of scales.
+        shape: [E,O,I], shape of the whole stack.
+        logical: shape of the parameter before sharding, [O,I] for a single matrix.
+        size: S.
+        start: index of the shard's first latent in the flattened whole.
+        count: latents of the shard without padding.
+        packed: uint8, codes of all shards, two bits each.
+        gamma: scales [E,1,1], or [E,O,1] with several scales per matrix.
+        reducer: exchange of the gradient.
     """
 
     def __init__(
@@ -58,7 +76,7 @@ class TernaryShard(TernarySource):
         dtype: torch.dtype,
         block: int,
         routed: bool,
-        under_way: list[GradReduceScatter],
+        pending: list[GradReduceScatter],
     ) -> None:
         shape = tuple(whole.shape)
         self.shape, self.logical = shape if len(shape) == 3 else (1, *shape), shape
@@ -69,12 +87,12 @@ class TernaryShard(TernarySource):
         self.start = min(self.rank * self.size, total)
         self.count = min(total - self.start, self.size)
         rows = self.shape[1] if scale_group is None else min(scale_group, self.shape[1])
-        # Scales of a matrix begin at these of its outputs.
+        # The outputs of a matrix at which its scales begin.
         self.begins = list(range(0, self.shape[1], rows))
         self.runs = list(self._find_runs())
         self.packed = whole.new_zeros(self.ranks * self.size // 4, dtype=torch.uint8)
         self.gamma = whole.new_ones(self.shape[0], 1, 1, dtype=torch.float32)
-        self.homing = GradReduceScatter(self.shape, (self.ranks, self.size), group, dtype, under_way)
+        self.reducer = GradReduceScatter(self.shape, (self.ranks, self.size), group, dtype, pending)
 
     def _find_runs(self) -> Iterator[ScaleRun]:
         experts, outputs, inputs = self.shape
@@ -86,62 +104,73 @@ class TernaryShard(TernarySource):
                 if first < last:
                     yield ScaleRun(first, last, expert * len(self.begins) + number)
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """This rank's piece [S] fp32 of the whole latents, padded with zeros."""
-        piece = whole.detach().reshape(-1)[self.start : self.start + self.count].float()
-        return torch.cat([piece, piece.new_zeros(self.size - self.count)])
+    def take_from(self, whole: Tensor) -> Tensor:
+        """Return this rank's shard [S] fp32 of the whole latents, padded with zeros."""
+        latents = whole.detach().reshape(-1)[self.start : self.start + self.count].float()
+        return torch.cat([latents, latents.new_zeros(self.size - self.count)])
 
-    def sums(self, piece: Tensor) -> Tensor:
-        """Σ|w| of each scale's latents in this piece, fp64."""
-        found = torch.zeros(self.shape[0] * len(self.begins), dtype=torch.float64, device=piece.device)
+    def sums(self, latents: Tensor) -> Tensor:
+        """Return Σ|w| of each scale's latents [S] in this shard, fp64."""
+        sums = torch.zeros(self.shape[0] * len(self.begins), dtype=torch.float64, device=latents.device)
         for run in self.runs:
-            found[run.scale] = sum_magnitudes(piece[None, run.first : run.last])[0]
-        return found
+            sums[run.scale] = sum_magnitudes(latents[None, run.first : run.last])[0]
+        return sums
 
-    def codes(self, piece: Tensor, total: Tensor) -> Tensor:
-        """int8 codes [S] of the piece, zeros for padding; `total`: Σ|w| of each scale over all pieces."""
+    def codes(self, latents: Tensor, total: Tensor) -> Tensor:
+        """Quantize this shard, and set the scales of the whole.
+
+        Args:
+            latents: [S] fp32.
+            total: Σ|w| of each scale over all shards, fp64.
+
+        Returns:
+            int8 codes [S], zeros for padding.
+        """
         outputs, inputs = self.shape[1:]
         rows = torch.tensor([b - a for a, b in zip(self.begins, [*self.begins[1:], outputs], strict=True)])
         counts = (rows * inputs).repeat(self.shape[0]).to(total.device)
         gamma = mean_magnitude(total, counts, torch.float32)
-        found = torch.zeros(self.size, dtype=torch.int8, device=piece.device)
+        codes = torch.zeros(self.size, dtype=torch.int8, device=latents.device)
         for run in self.runs:
-            found[run.first : run.last] = round_latents(piece[None, run.first : run.last], gamma[run.scale])[0]
+            codes[run.first : run.last] = round_latents(latents[None, run.first : run.last], gamma[run.scale])[0]
         by_scale = gamma.view(self.shape[0], -1, 1)
         self.gamma = by_scale if len(rows) == 1 else by_scale.repeat_interleave(rows.to(gamma.device), 1)
-        return found
+        return codes
 
-    def scaled_runs(self, piece: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Neighbouring latents [n] of the piece with their scale, a scalar, without padding."""
+    def scaled_runs(self, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield consecutive latents [n] of the shard [S] with their scale, a scalar, without padding."""
         scales = self.gamma[:, self.begins if self.gamma.shape[1] > 1 else [0]].reshape(-1)
         for run in self.runs:
-            yield piece[run.first : run.last], scales[run.scale]
+            yield latents[run.first : run.last], scales[run.scale]
 
     def matrices(self) -> TernaryMatrices:
-        """As they are now, without a way for gradients."""
+        """Return the matrices as they are now, without gradients."""
         return TernaryMatrices(self.gamma.new_zeros(1, dtype=self.dtype).expand(self.shape), self.packed, self.gamma)
 
     def read(self, parameter: nn.Parameter) -> TernaryMatrices:
-        # Pictures and validation read at any time, also before the first step: no gradient, no ticket.
+        """Return the matrices for a forward pass; gradients reach `parameter` through the reduce-scatter."""
+        # Figures and validation read at any time, also before the first step: no gradient, no anchor.
         if not torch.is_grad_enabled():
             return self.matrices()
-        return TernaryMatrices(self.homing.whole(), self.packed, self.gamma)
+        return TernaryMatrices(self.reducer.placeholder(), self.packed, self.gamma)
 
 
 class TernaryShards:
-    """All ternary matrices of a model, shared out.
+    """All ternary matrices of a model, sharded.
 
     Args:
-        model: with whole latents, which it loses here.
-        world_group, expert_data_group: ranks that share dense matrices, and routed experts; None for one rank.
-        dtype: of the products' inputs.
-        packing: how codes travel.
-        bucket: codes gathered together.
+        model: has whole latents, which are replaced by shards here.
+        world_group: ranks that share dense matrices; None for one rank.
+        expert_data_group: ranks that share routed experts; None for one rank.
+        dtype: dtype of the products' inputs.
+        packing: format of the codes in the all-gather.
+        bucket: number of codes that are gathered together.
 
     Attributes:
-        by_name: of the model's parameters.
-        stale: latents have changed since codes were last gathered.
-        gatherings: that there have been.
+        by_name: sharded matrices by parameter name.
+        parameters: this rank's shards by parameter name.
+        stale: True if latents have changed since codes were last gathered.
+        gatherings: number of times that codes were gathered.
     """
 
     def __init__(
@@ -159,7 +188,7 @@ class TernaryShards:
         self.stale = True
         self.gatherings = 0
         routed = {id(p) for p in model.select_parameters(lambda p: p.routed)}
-        under_way: list[GradReduceScatter] = []
+        pending: list[GradReduceScatter] = []
         for prefix, module in model.named_modules():
             for name in module.stds if isinstance(module, TernaryModule) else ():
                 whole = module.get_parameter(name)
@@ -171,38 +200,38 @@ class TernaryShards:
                     dtype,
                     packing.block_codes,
                     id(whole) in routed,
-                    under_way,
+                    pending,
                 )
-                piece = nn.Parameter(shard.cut(whole))
-                setattr(module, name, piece)
+                latents = nn.Parameter(shard.take_from(whole))
+                setattr(module, name, latents)
                 module.sources[name] = shard
-                self.by_name[f"{prefix}.{name}"], self.parameters[f"{prefix}.{name}"] = shard, piece
+                self.by_name[f"{prefix}.{name}"], self.parameters[f"{prefix}.{name}"] = shard, latents
 
     def expect(self, last: bool) -> None:
-        """Before each forward pass: do its gradients complete a step? Then they are summed at their owners."""
+        """Prepare a forward pass; the gradients of the `last` one of a step are summed at their owners."""
         for name, shard in self.by_name.items():
-            shard.homing.draw_ticket(self.parameters[name], last)
+            shard.reducer.make_anchor(self.parameters[name], last)
 
     def find(self, parameter: nn.Parameter) -> TernaryShard | None:
-        """What a parameter is a piece of."""
-        return next((self.by_name[name] for name, piece in self.parameters.items() if piece is parameter), None)
+        """Return the sharded matrix that a parameter is a shard of; None for other parameters."""
+        return next((self.by_name[name] for name, latents in self.parameters.items() if latents is parameter), None)
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Round all pieces and gather their codes. Collective."""
+        """Quantize all shards and gather their codes. Collective."""
         groups: dict[bool, list[tuple[TernaryShard, Tensor]]] = {}
         for name, shard in self.by_name.items():
             groups.setdefault(shard.routed, []).append((shard, self.parameters[name].data))
         for members in groups.values():
             totals = self._sum_up(members)
-            for some in _buckets(list(zip(members, totals, strict=True)), self.bucket):
-                self._gather_codes([(shard, shard.codes(piece, total)) for (shard, piece), total in some])
+            for bucket in _buckets(list(zip(members, totals, strict=True)), self.bucket):
+                self._gather_codes([(shard, shard.codes(latents, total)) for (shard, latents), total in bucket])
         self.gatherings += 1
         self.stale = False
 
     def _sum_up(self, members: list[tuple[TernaryShard, Tensor]]) -> list[Tensor]:
-        """Σ|w| over all pieces of each shard's scales: one all-reduce."""
-        sums = [shard.sums(piece) for shard, piece in members]
+        """Σ|w| of each matrix's scales over all shards: one all-reduce."""
+        sums = [shard.sums(latents) for shard, latents in members]
         fused, first = torch.cat(sums), members[0][0]
         if first.group is not None:
             dist.all_reduce(fused, group=first.group)
@@ -222,22 +251,22 @@ class TernaryShards:
             shard.packed = self.packing.to_two_bits(bytes_of_all.reshape(-1))
 
     def resident_bytes(self) -> int:
-        """Memory of codes and scales."""
+        """Return the memory of codes and scales in bytes."""
         return sum(s.packed.nbytes + s.gamma.nbytes for s in self.by_name.values())
 
 
 def _buckets(
-    members: list[tuple[tuple[TernaryShard, Tensor], Tensor]], most: int
+    members: list[tuple[tuple[TernaryShard, Tensor], Tensor]], limit: int
 ) -> Iterator[list[tuple[tuple[TernaryShard, Tensor], Tensor]]]:
-    """Neighbours whose pieces have at most so many codes in all; a larger one goes alone."""
-    some: list[tuple[tuple[TernaryShard, Tensor], Tensor]] = []
+    """Consecutive matrices whose shards have at most `limit` codes together; a larger one goes alone."""
+    bucket: list[tuple[tuple[TernaryShard, Tensor], Tensor]] = []
     size = 0
     for member in members:
         codes = member[0][0].size
-        if some and size + codes > most:
-            yield some
-            some, size = [], 0
-        some.append(member)
+        if bucket and size + codes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(member)
         size += codes
-    if some:
-        yield some
+    if bucket:
+        yield bucket

@@ -1,7 +1,7 @@
-"""Failures on purpose, for tests: a named point of the code at which this process dies, sleeps, fails or is told.
+"""Fault injection for tests: named points in the code at which this process can be made to fail.
 
-Off unless KABRN_FAULT is set, to entries `point[@rank][#count]:action` with commas between them, such as
-`save.before_rename@1#2:kill`: on rank 1, the second time that it gets there, SIGKILL.
+Off unless KABRN_FAULT is set, to entries `point[@rank][#count]:action` separated by commas, such as
+`save.before_rename@1#2:kill`: SIGKILL on rank 1, the second time that it reaches the point.
 """
 
 from __future__ import annotations
@@ -13,31 +13,37 @@ from collections import Counter
 
 VARIABLE = "KABRN_FAULT"
 
-_passed: Counter[str] = Counter()
+_visits: Counter[str] = Counter()
 
 
 def inject_fault(point: str) -> bool:
-    """Suffer what KABRN_FAULT asks for at `point`; True where it only asks the caller to pretend (action `mark`).
+    """Trigger the fault that KABRN_FAULT requests at `point`, if any.
 
     Actions: kill (SIGKILL), raise (a RuntimeError), sleep (an hour), full (OSError: no space left), mark.
+
+    Args:
+        point: name of the point.
+
+    Returns:
+        True for the action `mark`, with which the caller pretends a fault of its own.
     """
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
+    requested = os.environ.get(VARIABLE)
+    if not requested:
         return False
-    _passed[point] += 1
-    return any(_strike(point, entry) for entry in wanted.split(","))
+    _visits[point] += 1
+    return any(_trigger(point, entry) for entry in requested.split(","))
 
 
-def _strike(point: str, entry: str) -> bool:
-    place, _, action = entry.rpartition(":")
-    place, _, count = place.partition("#")
-    name, _, rank = place.partition("@")
-    if name != point or (rank and rank != os.environ.get("RANK", "0")) or (count and int(count) != _passed[point]):
+def _trigger(point: str, entry: str) -> bool:
+    location, _, action = entry.rpartition(":")
+    location, _, count = location.partition("#")
+    name, _, rank = location.partition("@")
+    if name != point or (rank and rank != os.environ.get("RANK", "0")) or (count and int(count) != _visits[point]):
         return False
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "raise":
-        raise RuntimeError(f"a failure on purpose at {point}")
+        raise RuntimeError(f"injected fault at {point}")
     elif action == "sleep":
         time.sleep(3600)
     elif action == "full":

@@ -1,4 +1,4 @@
-"""Precisions by their names in the configuration."""
+"""Torch dtypes by their names in the configuration."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kabrn_dist.backend.overlapped_reduce import MOST, GradReduceScatter
+from kabrn_dist.backend.overlapped_reduce import MAX_PENDING, GradReduceScatter
 from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.process_group import init_distributed
 from tests.support.runs import run_worker
@@ -31,28 +31,28 @@ def main() -> None:
         shapes = [(1, *pair) for pair in pairwise(WIDTHS)]
         sizes = [-(-a * b // (world * 4)) * 4 for _, a, b in shapes]
         group = dist.group.WORLD if world > 1 else None
-        under_way: list[GradReduceScatter] = []
-        homings = [
-            GradReduceScatter(s, (world, n), group, torch.float32, under_way)
+        pending: list[GradReduceScatter] = []
+        reducers = [
+            GradReduceScatter(s, (world, n), group, torch.float32, pending)
             for s, n in zip(shapes, sizes, strict=True)
         ]
         pieces = [nn.Parameter(torch.zeros(size)) for size in sizes]
         for step in range(2):
             expected = [torch.zeros(shape) for shape in shapes]
             for micro in range(3):
-                for one, piece in zip(homings, pieces, strict=True):
-                    one.draw_ticket(piece, last=micro == 2)
+                for one, piece in zip(reducers, pieces, strict=True):
+                    one.make_anchor(piece, last=micro == 2)
                 order = note_order()
-                _through([one.whole() for one in homings], step, micro, rank).backward()
+                _through([one.placeholder() for one in reducers], step, micro, rank).backward()
                 if micro < 2:
-                    assert order == ["departs"] * len(shapes) and all(piece.grad is None for piece in pieces)
+                    assert order == ["start"] * len(shapes) and all(piece.grad is None for piece in pieces)
                 for other in range(world):
                     leaves = [torch.zeros(shape, requires_grad=True) for shape in shapes]
                     _through(leaves, step, micro, other).backward()
                     for total, leaf in zip(expected, leaves, strict=True):
                         total.add_(leaf.grad)
-            assert order == ["departs"] * len(shapes) + ["arrives"] * len(shapes)
-            assert not under_way
+            assert order == ["start"] * len(shapes) + ["wait"] * len(shapes)
+            assert not pending
             for piece, total, size in zip(pieces, expected, sizes, strict=True):
                 padded = nn.functional.pad(total.view(-1), (0, world * size - total.numel()))
                 torch.testing.assert_close(piece.grad, padded.view(world, size)[rank], atol=1e-5, rtol=1e-5)
@@ -62,19 +62,19 @@ def main() -> None:
 def note_order() -> list[str]:
     """What happens to the gradients from now on, as it happens; checks how many travel."""
     order: list[str] = []
-    GradReduceScatter.depart = noted(DEPART, "departs", order)
-    GradReduceScatter.arrive = noted(ARRIVE, "arrives", order)
+    GradReduceScatter.start = noted(START, "start", order)
+    GradReduceScatter.wait = noted(WAIT, "wait", order)
     return order
 
 
-DEPART, ARRIVE = GradReduceScatter.depart, GradReduceScatter.arrive
+START, WAIT = GradReduceScatter.start, GradReduceScatter.wait
 
 
 def noted(plain: Callable[..., Any], name: str, order: list[str]) -> Callable[..., Any]:
     def call(one: GradReduceScatter, *arguments: Tensor) -> Any:
         order.append(name)
         found = plain(one, *arguments)
-        assert len(one.under_way) <= MOST
+        assert len(one.pending) <= MAX_PENDING
         return found
 
     return call

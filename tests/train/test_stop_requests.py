@@ -159,7 +159,7 @@ def test_the_others_say_one_line_of_a_rank_that_has_gone(shards: Path, tmp_path:
 
 
 def _check_cause(out: str) -> None:
-    assert "error on rank 1" in out and "RuntimeError: a failure on purpose at step.begin" in out, out
+    assert "error on rank 1" in out and "RuntimeError: injected fault at step.begin" in out, out
     traces = out.split("Traceback (most recent call last):")[1:]
     # torchrun, started as a module, has a traceback of its own after all of ours.
     assert len([trace for trace in traces if "<frozen runpy>" not in trace]) == 1, out
@@ -172,7 +172,7 @@ def test_a_rank_that_hangs_shows_its_stacks_and_ends(shards: Path, tmp_path: Pat
     assert ended.exit_codes == (70, 70), ended.output
     for rank in (0, 1):
         assert f"error: rank {rank} made no progress for" in ended.output
-    assert "while in step 3" in ended.output and "in _strike" in ended.output and "in next_step_batches" in ended.output
+    assert "while in step 3" in ended.output and "in _trigger" in ended.output and "in next_step_batches" in ended.output
 
 
 def test_a_second_run_on_one_folder_is_refused(shards: Path, tmp_path: Path) -> None:
