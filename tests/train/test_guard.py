@@ -224,7 +224,7 @@ def test_spikes(mode: str, skipped: int) -> None:
 
 
 def agreed(loss: float, bad: list[int] | None = None) -> StepSync:
-    return StepSync(dict.fromkeys(Losses._fields, loss), bad or [], [], stop=False, ended=False)
+    return StepSync(dict.fromkeys(Losses._fields, loss), bad or [], [], stop=False, save_done=False)
 
 
 def test_spikes_are_skipped_alike_after_a_resume(shards: Path, tmp_path: Path) -> None:

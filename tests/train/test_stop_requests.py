@@ -172,7 +172,9 @@ def test_a_rank_that_hangs_shows_its_stacks_and_ends(shards: Path, tmp_path: Pat
     assert ended.exit_codes == (70, 70), ended.output
     for rank in (0, 1):
         assert f"error: rank {rank} made no progress for" in ended.output
-    assert "while in step 3" in ended.output and "in _trigger" in ended.output and "in next_step_batches" in ended.output
+    assert (
+        "while in step 3" in ended.output and "in _trigger" in ended.output and "in next_step_batches" in ended.output
+    )
 
 
 def test_a_second_run_on_one_folder_is_refused(shards: Path, tmp_path: Path) -> None:
