@@ -256,7 +256,7 @@ def _mark_experts(model: MixKABRN, mesh: Mesh, stage: int) -> None:
 
 
 def _mark_shards(shards: list[nn.Parameter], mesh: Mesh) -> None:
-    """Shards of ternary matrices are to DeepSpeed like experts that one rank holds: their gradients are not averaged."""
+    """Shards are to DeepSpeed what experts are that only one rank holds: their gradients are not averaged."""
     all_ranks, this_rank = range(mesh.world_size), range(mesh.rank, mesh.rank + 1)
     name = _register(mesh.world_size, (dist.group.WORLD, all_ranks), (mesh.self_group, this_rank))
     for parameter in shards:

@@ -66,7 +66,7 @@ class GradReduceScatter:
         self.anchor = _AnchorToShard.apply(shard, self)
 
     def placeholder(self) -> Tensor:
-        """Return a zero-stride tensor of the full shape; its gradient is reduce-scattered to the owners of the shards."""
+        """Return a zero-stride tensor of the full shape; its gradient is reduce-scattered to the shards."""
         placeholder: Tensor = _PlaceholderToAnchor.apply(self.anchor, self)
         return placeholder
 

@@ -56,7 +56,7 @@ def format_count(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time in at most five characters; "?" if it is not known.
+    """Return a time in at most six characters; "?" if it is not known.
 
     >>> [format_duration(value) for value in (45, 754, 3720, 277200, float("nan"))]
     ['45s', '12m', '1h02m', '3d05h', '?']
@@ -69,8 +69,9 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m"
     if minutes < 24 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"[:6]
-    return f"{minutes // 1440}d{minutes // 60 % 24:02d}h"
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    days = minutes // 1440
+    return f"{days}d{minutes // 60 % 24:02d}h" if days < 10 else f"{days}d"
 
 
 def _format_norm(value: float) -> str:

@@ -218,7 +218,7 @@ def test_spikes(mode: str, skipped: int) -> None:
         guard.record(verdict, agreed(loss), applied=not verdict.skip)
     assert (guard.skipped, guard.spikes, guard.bad) == (skipped, int(mode != "off"), 0)
     assert (5.0 in guard.window.losses) is False
-    other = LossGuard(guard.settings)
+    other = LossGuard(guard.config)
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state() and other.window.limit() == guard.window.limit()
 
