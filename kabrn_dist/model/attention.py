@@ -1,10 +1,17 @@
 """Causal softmax attention over packed documents: exact recall, at a cost that grows with a document's length.
 
-Queries and keys are RMS-normalised per head before the scores, which bounds them by √K (query-key norm, arXiv
-2010.04245; in large models arXiv 2302.05442). It has no gain, so it commutes with the rotary turn.
+Queries and keys are RMS-normalized per head before the scores, which bounds them by √K (query-key norm, arXiv
+2010.04245; in large models arXiv 2302.05442). The norm has no gain, so it commutes with the rotary
+embedding.
 
-Shapes: B batch, H heads, S tokens seen, T queries (the last T of the S), K key width of a head, V value width of a
-head, D model width.
+Shapes:
+    B: batch.
+    H: heads.
+    S: tokens seen so far.
+    T: queries, those of the last T of the S tokens.
+    K: key size of a head.
+    V: value size of a head.
+    D: hidden size.
 """
 
 from __future__ import annotations
@@ -32,10 +39,11 @@ HEAD_NORM_EPS = 1e-6
 
 
 class KVCache(NamedTuple):
-    """All that decoding keeps of the tokens seen; it grows with them.
+    """Keys and values of all tokens seen so far, for decoding.
 
     Attributes:
-        k: [B,H,S,K], normalised and rotated; v: [B,H,S,V].
+        k: [B,H,S,K], normalized and rotated.
+        v: [B,H,S,V].
         documents: [B,S] int64, never falling along a row.
     """
 
@@ -45,7 +53,7 @@ class KVCache(NamedTuple):
 
 
 def attention_naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
-    """The softmax by definition, T×S scores in fp64. Arguments as `attention`; the result is fp64."""
+    """Compute `attention` by definition, with T×S scores in fp64. Same arguments; the result is fp64."""
     q, k, v = q.double(), k.double(), v.double()
     tokens, seen = q.shape[2], k.shape[2]
     rows = []
@@ -57,16 +65,17 @@ def attention_naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tenso
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, block_size: int = QUERY_BLOCK) -> Tensor:
-    """Each query over the keys up to its own place, of its own document.
+    """Return each query's attention over the keys of its document up to its own position.
 
     Work grows with T × the longest documents, not with T × S: a block of queries leaves out the keys before its first
-    document. Memory grows with T + S: backward makes a block's mask and scores anew instead of keeping them.
+    document. Memory grows with T + S: backward computes a block's mask and scores again instead of keeping them.
 
     Args:
         q: [B,H,T,K]; the queries of the last T of the S tokens.
-        k: [B,H,S,K]; v: [B,H,S,V], all of one dtype.
+        k: [B,H,S,K], in the dtype of q.
+        v: [B,H,S,V], in the dtype of q.
         documents: [B,S] int64, never falling along a row.
-        block: queries whose mask is made at a time; changes speed and memory only.
+        block: queries whose mask is in memory at a time; changes speed and memory only.
 
     Returns:
         [B,H,T,V] in the dtype of v.
@@ -116,11 +125,15 @@ def _block(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float) -> 
 
 
 class Attention(Mixer):
-    """The layer. Under sequence parallelism each rank holds an equal, contiguous slice of all rows.
+    """The layer of attention. Under sequence parallelism each rank holds an equal, contiguous slice of all rows.
 
     Args:
-        settings: heads and widths, as retention's; a decay and a chunk mean nothing here.
-        group, taps: see `Mixer`.
+        hidden_size: D.
+        config: heads and their sizes, as retention's; decay and chunk size are not used.
+        quant: see `BitLinear`.
+        init_gain: see `Mixer`.
+        group: see `Mixer`.
+        kernel_size: see `Mixer`.
     """
 
     def __init__(
@@ -136,14 +149,14 @@ class Attention(Mixer):
         self.block_size = QUERY_BLOCK
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, place: PositionInfo, state: KVCache | None
+        self, q: Tensor, k: Tensor, v: Tensor, position: PositionInfo, state: KVCache | None
     ) -> tuple[Tensor, KVCache | None]:
-        """[B,H,T,K], [B,H,T,K], [B,H,T,V] → [B,H,T,V], and the cache after the last token (None with a group).
+        """Attend; see `Mixer.mix`. The state is a `KVCache`, or None with a group. Collective over the group.
 
         Raises:
-            ValueError: for a state with a group: decoding is for whole rows.
+            ValueError: for a state with a group; decoding is for whole rows.
         """
-        q, k, documents = rms_norm(q), rms_norm(k), place.documents
+        q, k, documents = rms_norm(q), rms_norm(k), position.documents
         if self.group is not None:
             if state is not None:
                 raise ValueError(

@@ -2,9 +2,13 @@
 
 The product is taken on whole numbers, in int32 where the processor is fast at that and in fp32 elsewhere, which holds
 every sum there can be: the results are the same bits. It is scaled afterwards and rounded once. One normalised and
-quantised input is shared by all matrices that read it. Backward keeps one byte a value and two bits a weight.
+quantized input is shared by all matrices that read it. Backward keeps one byte per value and two bits per weight.
 
-Shapes: N rows, I input width, O output width, E matrices (experts), rows sorted by matrix.
+Shapes:
+    N: rows, sorted by matrix.
+    I: input features.
+    O: output features.
+    E: matrices (experts).
 """
 
 from __future__ import annotations
@@ -34,13 +38,13 @@ from kabrn_dist.ops.weight_quant import (
 def bitlinear(
     x: Quantized, weight: TernaryMatrices | Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0
 ) -> Tensor:
-    """Rows times their ternary matrices.
+    """Multiply rows by their ternary matrices.
 
     Args:
         x: codes [N,I] and scale [N,1]; rows sorted by matrix.
-        weight: E matrices, or their latents [E,O,I]; matrices without rows get a gradient of zeros, never none.
-        counts: rows of each of the E matrices, which sum to N.
-        share: of latents, how far they are quantised (see `Blend`).
+        weight: E matrices, or their latents [E,O,I]; matrices without rows get a gradient of zeros, never None.
+        rows_per_matrix: rows of each of the E matrices, which sum to N.
+        lam: how far latents are quantized (see `QuantState`); not used for `TernaryMatrices`.
 
     Returns:
         [N,O] in the dtype of the codes.
@@ -51,12 +55,19 @@ def bitlinear(
 def bitlinear_unscaled(
     x: Quantized, weight: TernaryMatrices | Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0
 ) -> Quantized:
-    """`bit_product` whose scaling is left to what reads it: product [N,O] / scale [N,1] is the result."""
+    """Multiply as `bitlinear`, and leave the scaling to the reader: codes [N,O] / scale [N,1] is the result."""
     return _multiply(x, weight, rows_per_matrix, lam, False)
 
 
 def bitlinear_naive(x: Quantized, weight: Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0) -> Tensor:
-    """The same by definition: dequantise both sides, multiply, let autograd differentiate. weight: latents [E,O,I]."""
+    """Compute `bitlinear` by definition: dequantize both sides, multiply, let autograd differentiate.
+
+    Args:
+        x: as in `bitlinear`.
+        weight: latents [E,O,I].
+        rows_per_matrix: as in `bitlinear`.
+        lam: as in `bitlinear`.
+    """
     codes, gamma = absmean_quantize(weight)
     used = weight + lam * (codes * gamma - weight).detach()
     rows = (x.codes / x.scale).split(list(rows_per_matrix))
@@ -64,15 +75,17 @@ def bitlinear_naive(x: Quantized, weight: Tensor, rows_per_matrix: Sequence[int]
 
 
 def _multiply(
-    x: Quantized, weight: TernaryMatrices | Tensor, counts: Sequence[int], share: float, scaled: bool
+    x: Quantized, weight: TernaryMatrices | Tensor, rows_per_matrix: Sequence[int], lam: float, scaled: bool
 ) -> Quantized:
     if isinstance(weight, Tensor):
-        weight = ternarize(weight, share)
+        weight = ternarize(weight, lam)
     if weight.packed is None:
-        product = _PlainProduct.apply(x.codes, weight.latents, tuple(counts))
+        product = _PlainProduct.apply(x.codes, weight.latents, tuple(rows_per_matrix))
         return Quantized(_ScaleRows.apply(product, x.scale.reciprocal()) if scaled else product, x.scale)
-    kept = x.int8_codes if x.int8_codes is not None else x.codes.detach().to(torch.int8)
-    product, factor = _Product.apply(x.codes, x.scale, kept, weight.latents, weight, tuple(counts), scaled)
+    int8_codes = x.int8_codes if x.int8_codes is not None else x.codes.detach().to(torch.int8)
+    product, factor = _Product.apply(
+        x.codes, x.scale, int8_codes, weight.latents, weight, tuple(rows_per_matrix), scaled
+    )
     return Quantized(product, factor if scaled else factor.reciprocal())
 
 
@@ -84,113 +97,123 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         codes: Tensor,
         scale: Tensor,
-        kept: Tensor,
+        int8_codes: Tensor,
         latents: Tensor,
         weight: TernaryMatrices,
-        counts: tuple[int, ...],
+        rows_per_matrix: tuple[int, ...],
         scaled: bool,
     ) -> tuple[Tensor, Tensor]:
         gamma, columns, dtype = weight.gamma, None, codes.dtype
         assert gamma is not None
         factor = scale.reciprocal()
         if gamma.shape[1] == 1:
-            factor = factor * _by_row(gamma, counts)
+            factor = factor * _by_row(gamma, rows_per_matrix)
         else:
             columns = gamma.squeeze(-1)
-        product = _integer_product(codes, kept, weight, counts)
+        product = _integer_product(codes, int8_codes, weight, rows_per_matrix)
         if scaled:
-            out = _scale(product, factor, columns, counts, dtype)
+            out = _scale(product, factor, columns, rows_per_matrix, dtype)
         else:
             shift = _headroom(dtype)
             # The rows' factors are left out, the columns' are not.
             as_is = product.dtype == dtype and columns is None and shift == 1
-            out = product if as_is else _scale(product, torch.full_like(factor, shift), columns, counts, dtype)
+            out = product if as_is else _scale(product, torch.full_like(factor, shift), columns, rows_per_matrix, dtype)
             factor = factor / shift
-        ctx.save_for_backward(kept, weight.packed, gamma, factor if scaled else None)
-        ctx.counts, ctx.scaled, ctx.shape = counts, scaled, tuple(latents.shape)
+        ctx.save_for_backward(int8_codes, weight.packed, gamma, factor if scaled else None)
+        ctx.rows_per_matrix, ctx.scaled, ctx.shape = rows_per_matrix, scaled, tuple(latents.shape)
         ctx.shift = 1 if scaled else _headroom(dtype)
         ctx.mark_non_differentiable(factor)
         return out, factor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        kept, packed, gamma, factor = ctx.saved_tensors
-        counts, dtype, by_column = ctx.counts, grad.dtype, gamma.shape[1] != 1
-        wide = matmul_dtype(grad.device.type, dtype)
+        int8_codes, packed, gamma, factor = ctx.saved_tensors
+        rows_per_matrix, dtype, by_column = ctx.rows_per_matrix, grad.dtype, gamma.shape[1] != 1
+        compute_dtype = matmul_dtype(grad.device.type, dtype)
         grad = grad.contiguous()
-        grad = scale_rows(grad, factor, wide) if ctx.scaled else grad.to(wide) * ctx.shift
-        for_codes = for_weight = None
+        grad = scale_rows(grad, factor, compute_dtype) if ctx.scaled else grad.to(compute_dtype) * ctx.shift
+        grad_codes = grad_weight = None
         if ctx.needs_input_grad[3]:
-            for_weight = grouped_weight_grad(grad, cast_codes(kept, wide), counts)
+            grad_weight = grouped_weight_grad(grad, cast_codes(int8_codes, compute_dtype), rows_per_matrix)
             # Straight through: the result's slope in a latent is that in γ·sign, 1/γ of that in the sign.
-            for_weight = for_weight.to(dtype) if by_column else scale_rows(for_weight, gamma.reciprocal(), dtype)
+            grad_weight = grad_weight.to(dtype) if by_column else scale_rows(grad_weight, gamma.reciprocal(), dtype)
         if ctx.needs_input_grad[0]:
             if by_column:
-                grad = _scale(grad, torch.ones_like(grad[:, :1], dtype=gamma.dtype), gamma.squeeze(-1), counts, wide)
-            signs = unpack(packed, ctx.shape, wide)
-            for_codes = grouped_mm(grad, signs.transpose(1, 2), counts).to(dtype)
-        return for_codes, None, None, for_weight, None, None, None
+                grad = _scale(
+                    grad,
+                    torch.ones_like(grad[:, :1], dtype=gamma.dtype),
+                    gamma.squeeze(-1),
+                    rows_per_matrix,
+                    compute_dtype,
+                )
+            signs = unpack(packed, ctx.shape, compute_dtype)
+            grad_codes = grouped_mm(grad, signs.transpose(1, 2), rows_per_matrix).to(dtype)
+        return grad_codes, None, None, grad_weight, None, None, None
 
 
 class _PlainProduct(torch.autograd.Function):
     """Rows times plain matrices, with a gradient for each matrix."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows_per_matrix: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        wide = matmul_dtype(x.device.type, x.dtype)
-        return grouped_mm(x.to(wide), weight.to(wide), counts).to(x.dtype)
+        ctx.rows_per_matrix = rows_per_matrix
+        compute_dtype = matmul_dtype(x.device.type, x.dtype)
+        return grouped_mm(x.to(compute_dtype), weight.to(compute_dtype), rows_per_matrix).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        wide, for_x, for_weight = matmul_dtype(grad.device.type, grad.dtype), None, None
-        rows = grad.to(wide)
+        compute_dtype, grad_x, grad_weight = matmul_dtype(grad.device.type, grad.dtype), None, None
+        rows = grad.to(compute_dtype)
         if ctx.needs_input_grad[0]:
-            for_x = grouped_mm(rows, weight.to(wide).transpose(1, 2), ctx.counts).to(grad.dtype)
+            grad_x = grouped_mm(rows, weight.to(compute_dtype).transpose(1, 2), ctx.rows_per_matrix).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            for_weight = grouped_weight_grad(rows, x.to(wide), ctx.counts).to(grad.dtype)
-        return for_x, for_weight, None
+            grad_weight = grouped_weight_grad(rows, x.to(compute_dtype), ctx.rows_per_matrix).to(grad.dtype)
+        return grad_x, grad_weight, None
 
 
-def _integer_product(codes: Tensor, kept: Tensor, weight: TernaryMatrices, counts: tuple[int, ...]) -> Tensor:
+def _integer_product(
+    codes: Tensor, int8_codes: Tensor, weight: TernaryMatrices, rows_per_matrix: tuple[int, ...]
+) -> Tensor:
     """[N,I] × [E,O,I] → [N,O] without rounding: int32, fp32, or fp64 where the codes are that."""
-    if int8_matmul_is_faster(codes.device.type, codes.dtype) and _int8_fits(codes.device, weight.latents.shape, counts):
-        return grouped_mm(kept, weight.codes(torch.int8), counts)
+    if int8_matmul_is_faster(codes.device.type, codes.dtype) and _int8_fits(
+        codes.device, weight.latents.shape, rows_per_matrix
+    ):
+        return grouped_mm(int8_codes, weight.codes(torch.int8), rows_per_matrix)
     exact = torch.promote_types(codes.dtype, torch.float32)
-    return grouped_mm(codes.to(exact), weight.codes(exact), counts)
+    return grouped_mm(codes.to(exact), weight.codes(exact), rows_per_matrix)
 
 
-def _int8_fits(device: torch.device, shape: torch.Size, counts: tuple[int, ...]) -> bool:
+def _int8_fits(device: torch.device, shape: torch.Size, rows_per_matrix: tuple[int, ...]) -> bool:
     # torch's own on the CPU is wrong at width 1, where rows and columns look alike; the rest is what cuBLAS asks for.
     if device.type == "cpu":
         return shape[2] > 1
-    return shape[1] % 8 == 0 and shape[2] % 8 == 0 and all(n == 0 or n > 16 for n in counts)
+    return shape[1] % 8 == 0 and shape[2] % 8 == 0 and all(n == 0 or n > 16 for n in rows_per_matrix)
 
 
 def _scale(
-    product: Tensor, factor: Tensor, columns: Tensor | None, counts: tuple[int, ...], dtype: torch.dtype
+    product: Tensor, factor: Tensor, columns: Tensor | None, rows_per_matrix: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """product [N,O] times factor [N,1] and the columns [E,O] of each row's matrix, rounded once, to `dtype`."""
     if columns is None or len(columns) == 1:
         return scale_rows(product, factor, dtype, None if columns is None else columns[0])
-    parts = zip(product.split(list(counts)), factor.split(list(counts)), columns, strict=True)
-    return torch.cat([scale_rows(rows, some, dtype, column) for rows, some, column in parts])
+    parts = zip(product.split(list(rows_per_matrix)), factor.split(list(rows_per_matrix)), columns, strict=True)
+    return torch.cat([scale_rows(rows, factors, dtype, column) for rows, factors, column in parts])
 
 
 def scale_rows(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, columns: Tensor | None = None) -> Tensor:
-    """x [N,...] times factor [N,1,...] and, where there are any, columns [...].
+    """Multiply x [N,...] by factor [N,1,...] and, if given, by columns [...].
 
-    Multiplied in fp32 (or wider) and rounded once, to `dtype`, by default that of x.
+    The product is taken in fp32 or wider and rounded once, to `dtype`, by default that of x.
     """
     dtype = dtype or x.dtype
     kernels = kernels_for(x.new_empty(0, dtype=dtype))
     if kernels is not None and factor.dtype == torch.float32 and x.dtype in (torch.int32, *KERNEL_DTYPES):
         columns = None if columns is None else columns.contiguous()
         return kernels.ternary.scale_rows(x.contiguous(), factor.contiguous(), dtype, columns)
-    found = x * factor
-    return (found if columns is None else found * columns).to(dtype)
+    out = x * factor
+    return (out if columns is None else out * columns).to(dtype)
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -209,14 +232,14 @@ def _headroom(dtype: torch.dtype) -> float:
     return 1 / 128 if dtype == torch.float16 else 1
 
 
-def _by_row(per_matrix: Tensor, counts: tuple[int, ...]) -> Tensor:
-    if len(counts) == 1:
+def _by_row(per_matrix: Tensor, rows_per_matrix: tuple[int, ...]) -> Tensor:
+    if len(rows_per_matrix) == 1:
         return per_matrix.view(1, 1)
-    return torch.cat([value.expand(n, 1) for value, n in zip(per_matrix.view(-1, 1), counts, strict=True)])
+    return torch.cat([value.expand(n, 1) for value, n in zip(per_matrix.view(-1, 1), rows_per_matrix, strict=True)])
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, rows_per_matrix: Sequence[int]) -> Tensor:
-    """[N,I] rows sorted by matrix × [E,O,I] → [N,O]; int8 gives int32."""
+    """Multiply rows [N,I], sorted by matrix, by matrices [E,O,I] → [N,O]; int8 gives int32."""
     multiply, dtype = (torch._int_mm, torch.int32) if rows.dtype == torch.int8 else (torch.mm, rows.dtype)
     if len(rows_per_matrix) == 1:
         return multiply(rows, weight[0].T)
@@ -230,7 +253,7 @@ def grouped_mm(rows: Tensor, weight: Tensor, rows_per_matrix: Sequence[int]) -> 
 
 
 def grouped_weight_grad(left: Tensor, right: Tensor, rows_per_matrix: Sequence[int]) -> Tensor:
-    """[N,O] and [N,I] rows sorted by matrix → [E,O,I] sums of outer products; zeros where no row is."""
+    """Sum the outer products of rows [N,O] and [N,I], sorted by matrix → [E,O,I]; zeros for matrices without rows."""
     if len(rows_per_matrix) == 1:
         return (left.T @ right)[None]
     out = left.new_empty(len(rows_per_matrix), left.shape[1], right.shape[1])
@@ -245,12 +268,16 @@ def grouped_weight_grad(left: Tensor, right: Tensor, rows_per_matrix: Sequence[i
 
 
 class BitLinear(TernaryModule):
-    """One ternary matrix, no bias. Its input is quantised outside, once for all that read it.
+    """One ternary matrix, no bias. Its input is quantized outside, once for all matrices that read it.
 
     Args:
-        inputs, outputs: widths.
-        gain: standard deviation of the output at the start, for an input of unit variance.
-        quantised: False makes it a plain matrix; a model's modules share a `Blend`.
+        in_features: I.
+        out_features: O.
+        init_gain: standard deviation of the output at the start, for an input of unit variance.
+        quant: the `QuantState` that a model's modules share; True for a ternary matrix, False for a plain one.
+
+    Attributes:
+        weight: [O,I], latent.
     """
 
     def __init__(
@@ -260,10 +287,11 @@ class BitLinear(TernaryModule):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def initialize(self, seed: int, name: str) -> None:
+        """Draw the weight from `seed` and the module's `name`."""
         self.weight.data.copy_(draw_normal(seed, f"{name}.weight", tuple(self.weight.shape), self.stds["weight"]))
 
     def forward(self, x: Quantized) -> Tensor:
-        """[..., inputs] quantised → [..., outputs]."""
+        """Multiply [...,I] → [...,O]."""
         rows = x.rows()
         out = bitlinear(rows, self.matrices("weight"), (len(rows.codes),))
         return out.view(*x.codes.shape[:-1], -1)

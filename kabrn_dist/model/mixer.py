@@ -1,8 +1,15 @@
-"""Token mixers: what a layer's q, k and v become is the mixer's own; what stands before and after is shared.
+"""Token mixers: retention and attention differ in how they mix q, k and v; the projections around them are shared.
 
-The parts before and after hold all weights and no collective, so they can be recomputed in backward.
+The projections hold all weights and no collective, so they can be recomputed in backward.
 
-Shapes: B batch, H heads, T time, K key width of a head, V value width of a head, D model width.
+Shapes:
+    B: batch.
+    H: heads.
+    T: tokens of a sequence.
+    K: key size of a head.
+    V: value size of a head.
+    D: hidden size.
+    J: taps of the short convolution on earlier tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +30,13 @@ from kabrn_dist.ops.weight_quant import QuantState
 
 
 class PositionInfo(NamedTuple):
-    """What all layers need to know about a batch's tokens, computed once per forward pass.
+    """Positions of a batch's tokens, computed once per forward pass for all layers.
 
     Attributes:
-        documents: [B,T] int64; starts: [B,T] bool, true at a document's first token.
-        cos, sin: [B,1,T,K/2] fp32 rotary angles of the positions within documents.
+        documents: [B,T] int64, numbers of the documents.
+        starts: [B,T] bool, true at a document's first token.
+        cos: [B,1,T,K/2] fp32, of the rotary angles of the positions within documents.
+        sin: [B,1,T,K/2] fp32, of the same angles.
         positions: [B,T] int64, within documents.
     """
 
@@ -39,12 +48,12 @@ class PositionInfo(NamedTuple):
 
 
 class MixerState(NamedTuple):
-    """What decoding keeps of a layer with a convolution.
+    """State that decoding keeps of a layer with short convolutions.
 
     Attributes:
-        mixed: what the mixer keeps; None where it keeps nothing.
-        recent: [B,J,D], the last J inputs of the mixer, which is all that its convolution needs.
-        between: [B,J,D], those of the feed-forward; None where a mixer stands alone.
+        mixer_state: of the mixer; None if it keeps none.
+        mixer_conv_state: [B,J,D], the last inputs of the mixer, for its convolution.
+        ffn_conv_state: [B,J,D], the last inputs of the feed-forward, for its convolution; None for a mixer alone.
     """
 
     mixer_state: Any
@@ -53,22 +62,29 @@ class MixerState(NamedTuple):
 
 
 def make_position_info(documents: Tensor, positions: Tensor, key_dim: int) -> PositionInfo:
-    """Rotary angles (RoFormer, arXiv 2104.09864, base 10,000) for [B,T] documents and positions in them."""
+    """Return starts and rotary angles (RoFormer, arXiv 2104.09864, base 10,000) of [B,T] documents and positions."""
     half = key_dim // 2
     # In fp32 an angle at position 10⁶ would be off by 0.06.
-    speeds = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
-    angles = positions[:, None, :, None] * speeds
+    frequencies = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    angles = positions[:, None, :, None] * frequencies
     return PositionInfo(documents, positions == 0, angles.cos().float(), angles.sin().float(), positions)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of [B,H,T,K] by its angle, in fp32; same dtype out."""
+    """Rotate each pair (first half, second half) of [B,H,T,K] by its angle, in fp32; the dtype stays."""
     left, right = to_fp32(x).chunk(2, -1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], -1).to(x.dtype)
 
 
 class MixerInputs(nn.Module):
-    """One normalised and quantised input for queries, keys, values and the gate; convolved before, if it is to be."""
+    """Projections to queries, keys, values and the gate, from one normalized and quantized input.
+
+    Args:
+        hidden_size: D.
+        config: heads and their sizes.
+        quant: see `BitLinear`.
+        kernel_size: of a short convolution in front; 0 for none.
+    """
 
     def __init__(
         self, hidden_size: int, config: RetentionConfig, quant: bool | QuantState, kernel_size: int = 0
@@ -85,23 +101,38 @@ class MixerInputs(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B,T,D] → q [B,H,T,K] and k [B,H,T,K], both rotated, v [B,H,T,V], gate [B,T,H·V].
+        """Project the tokens.
 
         Args:
-            before: [B,J,D], what the convolution sees in front of x.
+            x: [B,T,D].
+            cos: see `PositionInfo`.
+            sin: see `PositionInfo`.
+            before: [B,J,D], inputs in front of x for the convolution; None without one.
+            positions: [B,T] int64.
+
+        Returns:
+            q [B,H,T,K] and k [B,H,T,K], both rotated, v [B,H,T,V] and the gate [B,T,H·V].
         """
         if self.convolution is not None:
             x = self.convolution(x, before, positions)
-        shared = normalize_quantize(x, self.query.lam)
+        quantized = normalize_quantize(x, self.query.lam)
         q, k, v = (
-            matrix(shared).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            matrix(quantized).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for matrix in (self.query, self.key, self.value)
         )
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, self.gate(shared)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, self.gate(quantized)
 
 
 class MixerOutput(nn.Module):
-    """Heads normalised one by one, a swish gate, and the output matrix."""
+    """Norm of each head, a swish gate, and the output projection.
+
+    Args:
+        hidden_size: D.
+        config: heads and their sizes.
+        quant: see `BitLinear`.
+        init_gain: see `BitLinear`.
+        eps: of the heads' norm.
+    """
 
     def __init__(
         self, hidden_size: int, config: RetentionConfig, quant: bool | QuantState, init_gain: float, eps: float
@@ -111,17 +142,22 @@ class MixerOutput(nn.Module):
         self.out = BitLinear(config.num_heads * config.value_dim, hidden_size, init_gain, quant=quant)
 
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        """[B,H,T,V] and gate [B,T,H·V] → [B,T,D]."""
+        """Return the mixer's output [B,T,D] of mixed values [B,H,T,V] and a gate [B,T,H·V]."""
         heads = rms_norm(mixed, self.eps).transpose(1, 2).flatten(2)
         return self.out(normalize_quantize(heads * F.silu(gate), self.out.lam))
 
 
 class Mixer(nn.Module, ABC):
-    """A layer that mixes tokens: `mix` is what retention and attention differ in. It holds no weights.
+    """A layer that mixes tokens: projections around `mix`, which holds no weights and is the subclass's own.
 
     Args:
-        taps: J, tokens that a convolution in front sees before each one; 0: none.
-        group: the sequence group, in the order of the slices; None where rows are whole.
+        hidden_size: D.
+        config: heads and their sizes.
+        quant: see `BitLinear`.
+        init_gain: standard deviation of the output at the start, for inputs of unit variance.
+        eps: of the heads' norm.
+        kernel_size: of a short convolution in front; 0 for none.
+        group: the sequence group, in the order of the slices; None if rows are whole.
     """
 
     def __init__(
@@ -139,16 +175,36 @@ class Mixer(nn.Module, ABC):
         self.inputs = MixerInputs(hidden_size, config, quant, kernel_size)
         self.output = MixerOutput(hidden_size, config, quant, init_gain, eps)
 
-    def forward(self, x: Tensor, place: PositionInfo, state: Any = None) -> tuple[Tensor, Any]:
-        """[B,T,D] → [B,T,D] and the state after the last token; `state` continues an earlier call."""
+    def forward(self, x: Tensor, position: PositionInfo, state: Any = None) -> tuple[Tensor, Any]:
+        """Mix tokens [B,T,D] → [B,T,D]; also return the state after the last token.
+
+        Collective over the sequence group.
+
+        Args:
+            x: [B,T,D].
+            position: of the tokens.
+            state: returned by an earlier call, which this one continues.
+        """
         recent = state.mixer_conv_state if isinstance(state, MixerState) else None
         before = preceding_inputs(x, self.kernel_size - 1, recent, self.group) if self.kernel_size else None
-        q, k, v, gate = self.inputs(x, place.cos, place.sin, before, place.positions)
-        mixed, kept = self.mix(q, k, v, place, state.mixer_state if isinstance(state, MixerState) else state)
+        q, k, v, gate = self.inputs(x, position.cos, position.sin, before, position.positions)
+        mixer_state = state.mixer_state if isinstance(state, MixerState) else state
+        mixed, new_state = self.mix(q, k, v, position, mixer_state)
         if before is not None and self.group is None:
-            kept = MixerState(kept, last_inputs(before, x))
-        return self.output(mixed, gate), kept
+            new_state = MixerState(new_state, last_inputs(before, x))
+        return self.output(mixed, gate), new_state
 
     @abstractmethod
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, place: PositionInfo, state: Any) -> tuple[Tensor, Any]:
-        """[B,H,T,K], [B,H,T,K], [B,H,T,V] → [B,H,T,V] and the state after the last token."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, position: PositionInfo, state: Any) -> tuple[Tensor, Any]:
+        """Return mixed values and the state after the last token.
+
+        Args:
+            q: [B,H,T,K].
+            k: [B,H,T,K].
+            v: [B,H,T,V].
+            position: of the tokens.
+            state: after the tokens before; None at the start of a row.
+
+        Returns:
+            [B,H,T,V], and the mixer's own kind of state.
+        """

@@ -1,6 +1,12 @@
 """Multi-scale retention (RetNet, arXiv 2307.08621) as a layer.
 
-Shapes: B batch, H heads, T time, K key width of a head, V value width of a head, D model width.
+Shapes:
+    B: batch.
+    H: heads.
+    T: tokens of a sequence.
+    K: key size of a head.
+    V: value size of a head.
+    D: hidden size.
 """
 
 from __future__ import annotations
@@ -21,7 +27,16 @@ HEAD_NORM_EPS = 1e-2
 
 
 class Retention(Mixer):
-    """The layer. Its state is [B,H,K,V] fp32, whatever the length."""
+    """The layer of multi-scale retention. Its state is [B,H,K,V] fp32, whatever the length.
+
+    Args:
+        hidden_size: D.
+        config: heads, their sizes and decays.
+        quant: see `BitLinear`.
+        init_gain: see `Mixer`.
+        link: how states travel between slices of a sequence; None if sequences are whole.
+        kernel_size: see `Mixer`.
+    """
 
     def __init__(
         self,
@@ -38,18 +53,25 @@ class Retention(Mixer):
         self.link = link
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, place: PositionInfo, state: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, position: PositionInfo, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One token on top of a state takes the recurrent form, all else the chunkwise one."""
-        # Made anew each time, so that no cast of the model can round it: γ is 1 in bf16 from the fourth head on.
+        """Apply the recurrent form to one token on top of a state, else the chunkwise form; see `Mixer.mix`.
+
+        Raises:
+            ValueError: for a state with a sequence group; decoding is for whole rows.
+        """
+        # Created in each call, so that no cast of the model can round it: γ is 1 in bf16 from the fourth head on.
         decay = torch.tensor(log_decays(self.config.decay, self.config.num_heads), device=q.device)
         q = q * self.config.key_dim**-0.5
         if self.link is not None:
             if state is not None:
-                raise ValueError("state: a sequence that is spread over ranks cannot be continued")
-            starts = place.starts[:, 0]
-            return retention_slice(q, k, v, decay, place.documents, starts, self.link, self.config.chunk_size), None
+                raise ValueError(
+                    "retention: a state with a sequence that is spread over ranks, which cannot be continued; "
+                    "decode with link=None"
+                )
+            starts = position.starts[:, 0]
+            return retention_slice(q, k, v, decay, position.documents, starts, self.link, self.config.chunk_size), None
         if state is None or q.shape[2] > 1:
-            return retention_chunk(q, k, v, decay, place.documents, state, self.config.chunk_size)
-        out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, state, place.starts[:, 0])
+            return retention_chunk(q, k, v, decay, position.documents, state, self.config.chunk_size)
+        out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, state, position.starts[:, 0])
         return out[:, :, None], state
