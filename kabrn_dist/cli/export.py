@@ -40,7 +40,10 @@ def run(options: argparse.Namespace) -> int:
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     export = plan_export(options.folder, dtype, options.step)
-    summary = f"{export.parameters:,} parameters in {options.dtype}, {export.bytes:,} bytes ({len(export.files)} files)"
+    summary = (
+        f"{export.num_parameters:,} parameters in {options.dtype}, {export.num_bytes:,} bytes "
+        f"({len(export.files)} files)"
+    )
     if options.dry_run:
         print(f"would write {summary} from {export.path} to {options.out}")
         return 0

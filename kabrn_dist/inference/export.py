@@ -1,11 +1,11 @@
-"""A run's checkpoint as one folder of plain safetensors: to publish, to evaluate, to generate from without the run.
+"""Export of a run's checkpoint: one folder of safetensors to publish, evaluate or generate from without the run.
 
     model.safetensors             or model-00001-of-00003.safetensors … and model.safetensors.index.json
-    config.yaml, tokenizer.json   as the run had them
-    README.md                     what this is
+    config.yaml, tokenizer.json   those of the run
+    README.md                     a description
 
-Tensors have the parameters' names; experts are stacked by global number. No process group, no whole tensor in memory:
-each goes from the checkpoint's fragments to the file in chunks.
+Tensors have the parameters' names; experts are stacked by their global index. There is no process group and no whole
+tensor in memory: each goes from the checkpoint's fragments to the file in chunks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ README = """# {name}: weights at step {step}
 A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {parameters:,} parameters in {dtype}.
 
 - `*.safetensors`: the fp32 masters cast to {dtype}, under the parameters' names; the weights of ternary layers are the
-  latent ones, which the model quantises itself. Experts are stacked in the first dimension. The routers' biases stay
+  latent ones, which the model quantizes itself. Experts are stacked in the first dimension. The routers' biases stay
   in fp32.
 - `config.yaml`: the whole configuration of the run. `tokenizer.json`: its tokenizer (sha256 {tokenizer}).
 
@@ -51,7 +51,17 @@ A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {pa
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported, from where: `files` holds the names of the tensors in each."""
+    """A verified checkpoint and how it is written.
+
+    Attributes:
+        config: Configuration of the run.
+        path: Folder of the checkpoint.
+        manifest: Its manifest.
+        tokenizer: The tokenizer that the run was trained with.
+        dtype: Dtype of the parameters in the export.
+        shapes: Name → shape of every tensor.
+        files: File name → names of the tensors in it.
+    """
 
     config: Config
     path: Path
@@ -62,53 +72,59 @@ class Export:
     files: dict[str, list[str]]
 
     @property
-    def parameters(self) -> int:
-        """Of the model; the routers' states are none."""
+    def num_parameters(self) -> int:
+        """Number of the model's parameters, without the routers' states."""
         return sum(prod(shape) for name, shape in self.shapes.items() if not _is_state(name))
 
     @property
-    def bytes(self) -> int:
-        """Of all tensors."""
-        return sum(prod(shape) * self.stored(name).itemsize for name, shape in self.shapes.items())
+    def num_bytes(self) -> int:
+        """Number of bytes of all tensors."""
+        return sum(prod(shape) * self.stored_dtype(name).itemsize for name, shape in self.shapes.items())
 
-    def stored(self, name: str) -> torch.dtype:
-        """The dtype that a tensor is written in."""
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which a tensor is written: fp32 for the routers' states."""
         return torch.float32 if _is_state(name) else self.dtype
 
 
 def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_bytes: int = FILE_BYTES) -> Export:
-    """Choose and verify the checkpoint, and find the tokenizer. Writes nothing.
+    """Choose and verify a run's checkpoint and its tokenizer. Write nothing.
 
     Args:
-        run: the run's folder.
-        step: of the checkpoint; None takes the newest intact one.
-        file_bytes: most bytes of tensors in one file; a tensor that is larger is alone in its own.
+        run: The run's folder.
+        dtype: Dtype of the parameters in the export.
+        step: Step of the checkpoint; None takes the newest intact one.
+        file_bytes: Maximum bytes of tensors per file; a larger tensor has a file of its own.
 
     Raises:
-        UserError: without a run, an intact checkpoint or its tokenizer, or where they do not fit each other.
+        UserError: without a run, an intact checkpoint or its tokenizer, or if they do not fit each other.
     """
     opened = Run.open(run, step)
     shapes = list_shapes(opened.config)
     for name, shape in shapes.items():
-        record = opened.manifest.tensors.get(_source(name))
+        record = opened.manifest.tensors.get(_name_in_checkpoint(name))
         if record is None or record.shape != shape:
             actual = "missing" if record is None else record.shape
             raise UserError(
                 f"{opened.checkpoint}: {name!r} is {actual}, {run}/config.yaml asks for {shape}; restore that file"
             )
     export = Export(opened.config, opened.checkpoint, opened.manifest, opened.tokenizer(), dtype, shapes, {})
-    export.files.update(_spread(export, file_bytes))
+    export.files.update(_assign_files(export, file_bytes))
     return export
 
 
 def write_export(export: Export, out: Path, progress: Callable[[str], None] = lambda file: None) -> None:
-    """Write the folder `out`, whole or not at all; `progress` is told each file that is done.
+    """Write the export; the folder appears complete or not at all.
+
+    Args:
+        export: What to write.
+        out: The folder to create.
+        progress: Called with the name of each file of tensors after it is written.
 
     Raises:
-        UserError: where `out` exists, or the disk refuses; nothing is left behind then.
+        UserError: if `out` exists or the disk refuses; nothing is left behind then.
     """
     if os.path.lexists(out):
-        raise UserError(f"--out {out}: exists; name a new folder")
+        raise UserError(f"{out}: exists already; name a new folder")
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -133,13 +149,13 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
 
 
 def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], stream: BinaryIO) -> None:
-    header = {name: (export.stored(name), export.shapes[name]) for name in names}
+    header = {name: (export.stored_dtype(name), export.shapes[name]) for name in names}
     stream.write(encode_header(header, {"format": "pt", "step": str(export.manifest.step)}))
     for name in names:
         total = prod(export.shapes[name])
         for start in range(0, total, CHUNK_ELEMENTS):
-            values = torch.empty(min(CHUNK_ELEMENTS, total - start), dtype=export.stored(name))
-            piece = Fragment(_source(name), export.shapes[name], start, values, owned=False)
+            values = torch.empty(min(CHUNK_ELEMENTS, total - start), dtype=export.stored_dtype(name))
+            piece = Fragment(_name_in_checkpoint(name), export.shapes[name], start, values, owned=False)
             reader.read(plan_reads(export.path, export.manifest, [piece]))
             stream.write(values.view(torch.uint8).numpy().data)
 
@@ -149,7 +165,7 @@ def _small_files(export: Export, name: str) -> dict[str, bytes]:
     readme = README.format(
         name=name,
         step=export.manifest.step,
-        parameters=export.parameters,
+        parameters=export.num_parameters,
         dtype=dtype,
         tokenizer=export.tokenizer.sha256,
     )
@@ -160,17 +176,17 @@ def _small_files(export: Export, name: str) -> dict[str, bytes]:
     }
     if len(export.files) > 1:
         weight_map = {name: file for file, names in export.files.items() for name in names}
-        index = {"metadata": {"total_size": export.bytes}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": export.num_bytes}, "weight_map": weight_map}
         files[WEIGHTS_INDEX_NAME] = json.dumps(index, indent=1).encode()
     return files
 
 
-def _spread(export: Export, file_bytes: int) -> dict[str, list[str]]:
-    """Tensors in files, the routers' fp32 first: what follows stays aligned for readers that map the file."""
+def _assign_files(export: Export, file_bytes: int) -> dict[str, list[str]]:
+    """Assign tensors to files, the routers' fp32 first: what follows stays aligned for readers that map the file."""
     groups: list[list[str]] = [[]]
     room = file_bytes
     for name in sorted(export.shapes, key=lambda name: not _is_state(name)):
-        size = prod(export.shapes[name]) * export.stored(name).itemsize
+        size = prod(export.shapes[name]) * export.stored_dtype(name).itemsize
         if size > room and groups[-1]:
             groups.append([])
             room = file_bytes
@@ -185,6 +201,6 @@ def _is_state(name: str) -> bool:
     return "/" in name
 
 
-def _source(name: str) -> str:
-    """A tensor's name in the checkpoint."""
+def _name_in_checkpoint(name: str) -> str:
+    """Return a tensor's name in the checkpoint."""
     return name if _is_state(name) else f"{name}/master"

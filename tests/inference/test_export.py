@@ -69,10 +69,10 @@ def test_an_fp32_export_gives_the_same_logits_bit_for_bit(trained: Path, tmp_pat
         expected = dict(reference.named_parameters()) | reference.routers.named()
         assert set(tensors) == set(expected)
         assert all(torch.equal(tensors[name], values) for name, values in expected.items())
-        assert export.parameters == sum(p.numel() for p in reference.parameters())
+        assert export.num_parameters == sum(p.numel() for p in reference.parameters())
         assert f"step {step}" in (out / "README.md").read_text()
     index = json.loads((tmp_path / "30000" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(expected) and index["metadata"]["total_size"] == export.bytes
+    assert set(index["weight_map"]) == set(expected) and index["metadata"]["total_size"] == export.num_bytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2000000000", "30000"]
 
 
