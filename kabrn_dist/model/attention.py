@@ -75,7 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, block_size: in
         k: [B,H,S,K], in the dtype of q.
         v: [B,H,S,V], in the dtype of q.
         documents: [B,S] int64, never falling along a row.
-        block: queries whose mask is in memory at a time; changes speed and memory only.
+        block_size: queries whose mask is in memory at a time; changes speed and memory only.
 
     Returns:
         [B,H,T,V] in the dtype of v.

@@ -195,7 +195,7 @@ def _int8_fits(device: torch.device, shape: torch.Size, rows_per_matrix: tuple[i
 def _scale(
     product: Tensor, factor: Tensor, columns: Tensor | None, rows_per_matrix: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """product [N,O] times factor [N,1] and the columns [E,O] of each row's matrix, rounded once, to `dtype`."""
+    """The product [N,O] times factor [N,1] and the columns [E,O] of each row's matrix, rounded once, to `dtype`."""
     if columns is None or len(columns) == 1:
         return scale_rows(product, factor, dtype, None if columns is None else columns[0])
     parts = zip(product.split(list(rows_per_matrix)), factor.split(list(rows_per_matrix)), columns, strict=True)

@@ -1,6 +1,11 @@
-"""Learned functions of groups of channels, normalised and quantised: q(RMSNorm(φ(x))), fused where a kernel is.
+"""Learned functions of groups of channels, normalized and quantized: q(RMSNorm(φ(x))), fused if there is a kernel.
 
-Shapes: N rows, D width, E experts, G groups of channels, C coefficients of a function.
+Shapes:
+    N: rows (routed tokens).
+    D: channels.
+    E: experts of this rank.
+    G: groups of channels.
+    C: coefficients of a function.
 """
 
 from __future__ import annotations
@@ -28,15 +33,15 @@ def activate(
     tokens_per_expert: Sequence[int],
     lam: float,
 ) -> Quantized:
-    """q(RMSNorm(φ(x.codes / x.scale))): what the next product reads.
+    """Return q(RMSNorm(φ(x.codes / x.scale))), the input of the next product.
 
     Args:
         x: codes [N,D] and scale [N,1], rows sorted by expert; also a product that is not yet scaled.
         function: what the kernel computes.
-        eager: the same in torch's operations, for whatever the kernel does not take.
+        eager: the same in torch's operations, for devices and dtypes without a kernel.
         coefficients: [E,G,C].
-        counts: rows of each expert, which sum to N.
-        share: how far the quantiser goes; 0 (or False) leaves it out.
+        tokens_per_expert: rows of each expert, which sum to N.
+        lam: how far values are quantized, see `QuantState`; 0 (or False) leaves the quantizer out.
     """
     kernels = kernels_for(x.codes)
     if kernels is not None:
@@ -50,7 +55,7 @@ def activate(
 def activate_eager(
     x: Quantized, eager: EagerFunction, coefficients: Tensor, tokens_per_expert: Sequence[int], lam: float
 ) -> Quantized:
-    """`activate` step by step."""
+    """Compute `activate` step by step, in torch's operations."""
     values = (x.codes / x.scale).to(x.codes.dtype)
     return quantize(rms_norm(eager(values, coefficients, tokens_per_expert)), lam)
 
@@ -70,11 +75,11 @@ class _Activation(torch.autograd.Function):
         kernels: UnivariateKernel,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, coefficients, factor = x.contiguous(), coefficients.contiguous(), x_scale.reciprocal()
-        codes, scale, rms, kept = kernels.forward(function, x, factor, coefficients, counts, quantized)
+        codes, scale, rms, int8_codes = kernels.forward(function, x, factor, coefficients, counts, quantized)
         ctx.save_for_backward(x, factor, coefficients, scale, rms)
         ctx.counts, ctx.function, ctx.kernels = counts, function, kernels
-        ctx.mark_non_differentiable(scale, *(() if kept is None else (kept,)))
-        return codes, scale, kept
+        ctx.mark_non_differentiable(scale, *(() if int8_codes is None else (int8_codes,)))
+        return codes, scale, int8_codes
 
     @staticmethod
     @once_differentiable

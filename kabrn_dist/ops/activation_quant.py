@@ -1,6 +1,8 @@
-"""What ternary products read: rows normalised and rounded to int8, once for all that read them.
+"""Inputs of ternary products: rows normalized and rounded to int8, once for all matrices that read them.
 
-Shapes: N rows, I input width.
+Shapes:
+    N: rows.
+    I: input features.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ IDENTITY = UnivariateFunction("identity")
 
 
 class Quantized(NamedTuple):
-    """A quantised input: `codes / scale` is the value.
+    """A quantized input: `codes / scale` is the value.
 
     Attributes:
-        codes: [..., I] whole numbers −128…127 in the compute dtype (plain values where quantisation is off).
-        scale: [..., 1] fp32, 127 / max|x| of each row (1 where quantisation is off). NaN where the row is not finite.
-        kept: [..., I] the codes as int8: what integer products multiply, and what all readers keep for backward, one
-            byte a value. None where quantisation is off; readers make their own where it was left out.
+        codes: [..., I] whole numbers −128…127 in the compute dtype (plain values if quantization is off).
+        scale: [..., 1] fp32, 127 / max|x| of each row (1 if quantization is off). NaN if the row is not finite.
+        int8_codes: [..., I] the codes as int8, which integer products multiply and all readers save for backward, one
+            byte per value. None if quantization is off; readers convert the codes themselves if it was left out.
     """
 
     codes: Tensor
@@ -41,22 +43,22 @@ class Quantized(NamedTuple):
 
 
 def to_fp32(x: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is that already."""
+    """Cast to fp32; fp64 stays fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Divide by the root mean square over the last dimension, in fp32 (or wider); no gain. Same dtype out."""
-    wide = to_fp32(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    """Divide by the root mean square over the last dimension, in fp32 or wider; no gain. The dtype stays."""
+    x_fp32 = to_fp32(x)
+    return (x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def quantize(x: Tensor, lam: float = 1.0) -> Quantized:
-    """Absmax int8 per row (eq. 4 of arXiv 2402.17764), straight-through: d(codes/scale)/dx = 1.
+    """Quantize to absmax int8 per row (eq. 4 of arXiv 2402.17764), straight-through: d(codes/scale)/dx = 1.
 
     Args:
         x: [..., I] of any float dtype.
-        share: 0 (or False) passes x through, with a scale of 1; between 0 and 1 the value is x + share·(q(x) − x).
+        lam: 0 (or False) passes x through, with a scale of 1; between 0 and 1 the value is x + lam·(q(x) − x).
     """
     if lam == 1:
         return Quantized(*_Round.apply(x))
@@ -65,7 +67,7 @@ def quantize(x: Tensor, lam: float = 1.0) -> Quantized:
 
 
 def normalize_quantize(x: Tensor, lam: float = 1.0) -> Quantized:
-    """`quantise(rms_norm(x), share)`, what every product reads, in one pass where there is a kernel for it."""
+    """Return `quantize(rms_norm(x), lam)`, the input of every product, in one pass if there is a kernel for it."""
     kernels = kernels_for(x)
     if kernels is None:
         return quantize(rms_norm(x), lam)
@@ -75,7 +77,7 @@ def normalize_quantize(x: Tensor, lam: float = 1.0) -> Quantized:
 
 
 def interpolate_quantized(plain: Quantized, lam: float) -> Quantized:
-    """Values a `share` of the way to their quantised ones, straight-through; `plain` has scales of 1."""
+    """Move values by `lam` of the way to their quantized ones, straight-through; `plain` has scales of 1."""
     with torch.no_grad():
         codes, scale, _ = quantize(plain.codes)
         step = (lam * (to_fp32(codes) / scale - to_fp32(plain.codes))).to(plain.codes.dtype)

@@ -1,8 +1,12 @@
 """Ternary matrices: latents rounded to −1, 0, 1 (BitNet b1.58, arXiv 2402.17764), two bits a code.
 
-A product reads `Matrices`, whatever their latents are: a whole parameter here, or shards that other ranks hold.
+A product reads `TernaryMatrices`, whether their latents are a whole parameter or shards that other ranks hold.
 
-Shapes: E matrices (experts), O output width, I input width, R rows of outputs with a scale each.
+Shapes:
+    E: matrices (experts).
+    O: output features.
+    I: input features.
+    R: runs of latents with a scale each.
 """
 
 from __future__ import annotations
@@ -27,11 +31,11 @@ class TernaryMatrices(NamedTuple):
     """Ternary matrices as a product reads them.
 
     Attributes:
-        latents: [E,O,I]; carries the gradient, straight through the rounding. Its values are read only where nothing is
-            packed: a plain, or not yet wholly quantised, matrix.
+        latents: [E,O,I]; carries the gradient, straight through the rounding. Its values are read only if nothing is
+            packed: a plain, or not yet wholly quantized, matrix.
         packed: uint8, two bits a code (`pack`); None for plain matrices.
-        gamma: [E,1,1] fp32, or [E,O,1] where groups of outputs have a scale of their own; None for plain matrices.
-        fresh: [E,O,I] int8, the codes where they have just been made.
+        gamma: [E,1,1] fp32, or [E,O,1] if groups of outputs have a scale of their own; None for plain matrices.
+        int8_codes: [E,O,I] int8, the codes if they have just been computed; else they are unpacked.
     """
 
     latents: Tensor
@@ -40,7 +44,7 @@ class TernaryMatrices(NamedTuple):
     int8_codes: Tensor | None = None
 
     def codes(self, dtype: torch.dtype) -> Tensor:
-        """[E,O,I] codes in `dtype`."""
+        """Return the codes [E,O,I] in `dtype`."""
         assert self.packed is not None
         if self.int8_codes is None:
             return unpack(self.packed, tuple(self.latents.shape), dtype)
@@ -48,11 +52,11 @@ class TernaryMatrices(NamedTuple):
 
 
 class QuantState:
-    """How far values have gone from plain to quantised ones, for all ternary modules of a model.
+    """How far values are quantized; one object that all ternary modules of a model share.
 
     Attributes:
-        share: 0 plain, 1 quantised; between them a value is x + share·(q(x) − x).
-        group: outputs that share a scale; None: all of a matrix.
+        lam: 0 for plain values, 1 for quantized ones; between them a value is x + lam·(q(x) − x).
+        scale_group_size: outputs that share a scale; None: all of a matrix.
     """
 
     def __init__(self, lam: float, scale_group_size: int | None = None) -> None:
@@ -60,11 +64,11 @@ class QuantState:
 
 
 class TernarySource(ABC):
-    """Where the codes of a parameter's matrices come from if not from the parameter itself."""
+    """A source of ternary codes other than the parameter itself, such as shards on several ranks."""
 
     @abstractmethod
     def read(self, parameter: nn.Parameter) -> TernaryMatrices:
-        """Differentiable in the parameter."""
+        """Return the matrices, differentiable in the parameter."""
 
 
 class TernaryModule(nn.Module):
@@ -72,10 +76,10 @@ class TernaryModule(nn.Module):
 
     Args:
         stds: standard deviations of the latents at the start, by name.
-        quantised: False for plain matrices, or what the modules of a model share.
+        quant: the `QuantState` that a model's modules share; True for ternary matrices, False for plain ones.
 
     Attributes:
-        sources: by name, where it is not the parameter itself.
+        sources: by name, of the parameters whose codes come from elsewhere.
     """
 
     def __init__(self, stds: dict[str, float], quant: bool | QuantState) -> None:
@@ -86,11 +90,11 @@ class TernaryModule(nn.Module):
 
     @property
     def lam(self) -> float:
-        """How far values are quantised now."""
+        """How far values are quantized now; see `QuantState`."""
         return self.quant.lam
 
     def matrices(self, name: str) -> TernaryMatrices:
-        """As products read them now."""
+        """Return the matrices of a parameter as products read them now."""
         parameter = self.get_parameter(name)
         source = self.sources.get(name)
         if source is not None:
@@ -101,7 +105,7 @@ class TernaryModule(nn.Module):
 
 
 def ternarize(latents: Tensor, lam: float = 1.0, scale_group_size: int | None = None) -> TernaryMatrices:
-    """Matrices of whole latents [E,O,I]; `share` and `group` as in `Blend`."""
+    """Return the matrices of whole latents [E,O,I]; `lam` and `scale_group_size` as in `QuantState`."""
     if lam == 1:
         found, *rest = _Ternarize.apply(latents, scale_group_size)
         return TernaryMatrices(found, *rest)
@@ -128,16 +132,16 @@ class _Ternarize(torch.autograd.Function):
 
 
 def grad_placeholder(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Zeros of a shape (by default that of x) without memory for them: a place for a gradient to come to."""
+    """Return zeros of a shape (by default that of x) that take no memory, for autograd to send a gradient to."""
     return x.new_zeros(1).expand(shape or x.shape)
 
 
 def absmean_quantize(latents: Tensor, scale_group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Absmean quantisation (eq. 1–3 of arXiv 2402.17764).
+    """Quantize to ternary codes by the absmean (eq. 1–3 of arXiv 2402.17764).
 
     Args:
         latents: [E,O,I].
-        group: outputs that share a scale, the last group of a matrix may be smaller; None: all of a matrix.
+        scale_group_size: outputs that share a scale, the last group of a matrix may be smaller; None: all of a matrix.
 
     Returns:
         codes [E,O,I] of −1, 0, 1 in fp32 (or wider), and γ, the mean |w|: [E,1,1], or [E,O,1] with groups.
@@ -147,7 +151,10 @@ def absmean_quantize(latents: Tensor, scale_group_size: int | None = None) -> tu
 
 
 def absmean_scales(latents: Tensor, scale_group_size: int | None = None) -> Tensor:
-    """γ [E,1,1] or [E,O,1] fp32 (or wider) of latents [E,O,I]. Sums are taken in fp64, so that no layout shows."""
+    """Return γ [E,1,1] or [E,O,1] in fp32 or wider of latents [E,O,I].
+
+    Sums are taken in fp64, so that the result is the same in every layout.
+    """
     experts, outputs, inputs = latents.shape
     if scale_group_size is None:
         return mean_magnitude(sum_magnitudes(latents.view(experts, -1)), outputs * inputs, latents.dtype).view(-1, 1, 1)
@@ -161,13 +168,13 @@ def absmean_scales(latents: Tensor, scale_group_size: int | None = None) -> Tens
 
 
 def mean_magnitude(total: Tensor, count: int | Tensor, dtype: torch.dtype) -> Tensor:
-    """γ of Σ|w| [R] fp64, in fp32 or, for fp64 latents, in fp64."""
+    """Return γ of Σ|w| [R] fp64, in fp32 or, for fp64 latents, in fp64."""
     mean = total / count
     return mean.to(torch.promote_types(dtype, torch.float32)).clamp_(min=MIN_ABSMAX)
 
 
 def sum_magnitudes(runs: Tensor) -> Tensor:
-    """[R,n] latents → [R] fp64, Σ|w| of each run."""
+    """Return Σ|w| [R] fp64 of runs of latents [R,n]."""
     kernels = kernels_for(runs)
     if kernels is not None:
         return kernels.ternary.abs_sums(runs.detach().contiguous())
@@ -175,7 +182,7 @@ def sum_magnitudes(runs: Tensor) -> Tensor:
 
 
 def round_latents(latents: Tensor, gamma: Tensor) -> Tensor:
-    """int8 codes of latents [..., n] with γ that broadcasts, one for each row or for each matrix."""
+    """Round latents [..., n] to int8 codes, with a γ that broadcasts: one for each row or for each matrix."""
     latents, kernels = latents.detach().contiguous(), kernels_for(latents)
     if kernels is not None and gamma.numel() and latents.numel() % gamma.numel() == 0:
         return kernels.ternary.ternarize(latents.view(gamma.numel(), -1), gamma.contiguous()).view_as(latents)
@@ -183,7 +190,7 @@ def round_latents(latents: Tensor, gamma: Tensor) -> Tensor:
 
 
 def cast_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 codes in `dtype`."""
+    """Cast int8 codes to `dtype`."""
     kernels = select_kernels(codes.device.type).kernels
     if kernels is not None and dtype in KERNEL_DTYPES:
         return kernels.ternary.cast(codes.contiguous(), dtype)
@@ -191,9 +198,9 @@ def cast_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def latent_std(inputs: int, init_gain: float, quant: bool | QuantState) -> float:
-    """Standard deviation of latents whose product with unit-variance input has standard deviation `gain`.
+    """Return the standard deviation of latents whose product with unit-variance input has that of `init_gain`.
 
-    Where matrices are to be ternary in the end, it is that of the ternary product.
+    If matrices are to be ternary in the end, it is that of the ternary product.
     """
     ends_ternary = isinstance(quant, QuantState) or quant
     return init_gain / math.sqrt(inputs * (TERNARY_VARIANCE if ends_ternary else 1.0))

@@ -122,7 +122,7 @@ def test_refusals_leave_nothing_behind(
         load_export(out)
     (tmp_path / "elsewhere").rename(out / "tokenizer.json")
     config = (out / "config.yaml").read_text()
-    (out / "config.yaml").write_text(config.replace("width: 32", "width: 1000000"))
+    (out / "config.yaml").write_text(config.replace("hidden_size: 32", "hidden_size: 1000000"))
     with pytest.raises(UserError, match=r"config\.yaml asks for"):
         load_export(out)
     (out / "config.yaml").write_text(config)

@@ -90,7 +90,7 @@ class _Rational(torch.autograd.Function):
 def _to_fp32(
     x: Tensor, numerator: Tensor, denominator: Tensor, tokens_per_expert: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x as [N,G,D/G], and the coefficients of each row, in fp32 or wider."""
+    """Return x as [N,G,D/G], and the coefficients of each row, in fp32 or wider."""
     z = to_fp32(x).reshape(len(x), numerator.shape[1], x.shape[1] // numerator.shape[1])
     return z, per_row(numerator.to(z.dtype), tokens_per_expert), per_row(denominator.to(z.dtype), tokens_per_expert)
 
