@@ -1,4 +1,4 @@
-"""What the stages of preparation hand to each other: documents, and pieces of work that yield them."""
+"""What the stages of a preparation pass on: documents, and units of work that yield documents."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """The characters `text[start:stop]`, on which there is loss."""
+    """Characters `text[start:stop]` that carry loss.
+
+    Attributes:
+        start: index of the first character.
+        stop: index after the last character.
+    """
 
     start: int
     stop: int
 
 
 class Document(NamedTuple):
-    """One text and where it is from, such as "train/algebra/1.json" or "notes.jsonl line 3".
+    """One text and where it comes from.
 
-    `text` is None where there is none (`problem` says why; `raw` holds bytes that could not be decoded, for the
-    cleaning to repair). `spans` None: all of it carries loss. Parallel texts share a `key`.
+    Attributes:
+        name: its origin, such as "train/algebra/1.json" or "notes.jsonl byte 0".
+        text: the text; None if it could not be read.
+        spans: the characters that carry loss; None: all of them.
+        key: key of a parallel text; documents of interleaved sources with the same key belong together.
+        problem: why there is no text.
+        raw: bytes that could not be decoded, which cleaning may repair.
     """
 
     name: str
@@ -29,9 +39,14 @@ class Document(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A piece of work of `bytes` bytes: a whole file or archive, or `[start, stop)` of a file cut at line ends.
+    """Unit of work: a whole file or archive, or a range of a file that is cut at line ends.
 
-    `stop` −1: to the end. `name` is the file's name without the folders above the input.
+    Attributes:
+        path: the file.
+        name: its name without the folders above the input.
+        bytes: size of the unit.
+        start: first byte of the range.
+        stop: byte after the range; −1: to the end of the file.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Stage 5: one shard at a time from the runs, with a record beside the work: what the index will say of it."""
+"""Stage 5: build the shards from the runs, one at a time, each with a record of what the index needs to know."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from kabrn_dist.utils.fault_injection import inject_fault
 
 
 class ShardRecord(NamedTuple):
-    """A shard, and what of its split's totals is its own."""
+    """A finished shard and its part in the totals of its split.
+
+    Attributes:
+        shard: entry of the index.
+        text_bytes: bytes of text in it.
+        loss_tokens: tokens that carry loss.
+    """
 
     shard: Shard
     text_bytes: int
@@ -31,20 +37,33 @@ class ShardRecord(NamedTuple):
 
 
 class ShardBuilder:
-    """Makes shards. `dropped`: ids of documents to leave out, uint64, sorted."""
+    """Builds shards.
 
-    def __init__(self, work: Workspace, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer) -> None:
-        self._work, self._streams, self._dropped = work, streams, dropped
+    Args:
+        workspace: the preparation's folders.
+        streams: all streams; a task names one by its number.
+        dropped: ids of documents to leave out, uint64, sorted.
+        tokenizer: the tokenizer of the mix.
+    """
+
+    def __init__(
+        self, workspace: Workspace, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer
+    ) -> None:
+        self._workspace, self._streams, self._dropped = workspace, streams, dropped
         self._encoder = DocumentEncoder(tokenizer)
         self._dtype = dtype_for(tokenizer.vocab_size)
-        self._reader = RunReader(work.runs)
+        self._reader = RunReader(workspace.runs)
 
     def is_finished(self, task: ShardTask) -> bool:
-        """Whether an earlier run has made the shard."""
-        return shard_record_path(self._work, self._streams, task).exists()
+        """Return whether an earlier run built the shard."""
+        return shard_record_path(self._workspace, self._streams, task).exists()
 
     def build(self, task: ShardTask, progress: StageProgress) -> None:
-        """Write the shard and its record. Raises UserError when the disk refuses."""
+        """Write the shard and its record.
+
+        Raises:
+            UserError: the disk refuses.
+        """
         stream = self._streams[task.stream]
         text_bytes = loss_tokens = 0
 
@@ -58,15 +77,15 @@ class ShardBuilder:
                 progress.advance(1, size, size)
                 yield document
 
-        path = self._work.out / f"{shard_name(stream, task)}.tar"
+        path = self._workspace.out / f"{shard_name(stream, task)}.tar"
         shard = write_tar_shard(path, tokenized(), self._dtype, stream.masked)
         inject_fault("data.shard")
         record = {"shard": shard.model_dump(), "text_bytes": text_bytes, "loss_tokens": loss_tokens}
-        atomic_write(shard_record_path(self._work, self._streams, task), json.dumps(record).encode())
+        atomic_write(shard_record_path(self._workspace, self._streams, task), json.dumps(record).encode())
 
     def measure_gzip(self, number: int, tasks: Sequence[ShardTask]) -> None:
-        """Write how many bytes gzip -9 needs for the validation texts of stream `number`."""
-        path = gzip_record_path(self._work, self._streams[number])
+        """Write the number of bytes that gzip -9 needs for the validation texts of stream `number`."""
+        path = gzip_record_path(self._workspace, self._streams[number])
         if path.exists():
             return
         packer = zlib.compressobj(9, zlib.DEFLATED, wbits=31)
@@ -78,27 +97,27 @@ class ShardBuilder:
 
     def _documents(self, task: ShardTask) -> Iterator[StoredDocument]:
         runs = self._streams[task.stream].runs
-        for run, row in merge_sorted(self._work.runs, runs, task.low, task.high, self._dropped):
+        for run, row in merge_sorted(self._workspace.runs, runs, task.low, task.high, self._dropped):
             yield self._reader.read(run, row)
 
 
 def shard_name(stream: Stream, task: ShardTask) -> str:
-    """The name of a shard, without its ending."""
+    """Return the name of a shard without its suffix."""
     return f"{stream.name}-{task.split}-{task.number:05d}"
 
 
 def shard_record_path(workspace: Workspace, streams: Sequence[Stream], task: ShardTask) -> Path:
-    """Where a shard's record is."""
+    """Return the file of a shard's record."""
     return workspace.shards / f"{shard_name(streams[task.stream], task)}.json"
 
 
 def gzip_record_path(workspace: Workspace, stream: Stream) -> Path:
-    """Where the yardstick of a stream's validation is."""
+    """Return the file that holds the size of a stream's validation texts under gzip -9."""
     return workspace.shards / f"{stream.name}.gzip.json"
 
 
 def read_shard_record(path: Path) -> ShardRecord:
-    """A finished shard's record."""
+    """Read the record of a finished shard."""
     fields = json.loads(path.read_bytes())
     return ShardRecord(
         Shard.model_validate_json(json.dumps(fields["shard"])), fields["text_bytes"], fields["loss_tokens"]

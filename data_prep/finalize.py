@@ -1,4 +1,4 @@
-"""Stage 6: what was made, as the index; and how many documents were duplicates."""
+"""Stage 6: build the index of the finished shards, and count the duplicates for the report."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from data_prep.workspace import Workspace
 from kabrn_dist.data.index import Index, Source, Split, SplitName, TokenizerInfo, dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
 
-# What decides about the outcome of cleaning besides the recipe.
+# Packages that decide the outcome of cleaning besides the recipe.
 _PACKAGES = ("ftfy", "py3langid")
 
 
 def build_index(
     workspace: Workspace, recipe: Recipe, streams: Sequence[Stream], records: Sequence[ReadRecord]
 ) -> Index:
-    """The index of all shards, not yet sealed."""
+    """Return the index of all shards, without fingerprint and sizes that `write_index` adds."""
     tokenizer = Tokenizer.load(workspace.tokenizer)
     tasks = read_shard_plan(workspace.shard_plan)
     return Index(
@@ -54,18 +54,18 @@ def build_index(
 
 
 def summarize_duplicates(workspace: Workspace, recipe: Recipe, records: Sequence[ReadRecord]) -> list[DuplicateSummary]:
-    """What was dropped of each source because another document has the same text, or nearly the same."""
-    same, alike = (_read_pairs(workspace, recipe, records, stage) for stage in ("exact", "near"))
-    exact = same[:, 1]
+    """Return, for each source, how many documents were dropped as duplicates, and samples of them."""
+    exact_pairs, near_pairs = (_read_pairs(workspace, recipe, records, stage) for stage in ("exact", "near"))
+    exact = exact_pairs[:, 1]
     near = np.setdiff1d(np.load(workspace.dropped), exact)
-    first = np.cumsum([0, *(record.tasks for record in records)])
-    counts = [np.histogram((ids >> np.uint64(32)).astype(np.int64), first)[0].tolist() for ids in (exact, near)]
-    samples = sample_duplicates(workspace.runs, records, same, alike)
+    task_edges = np.cumsum([0, *(record.tasks for record in records)])
+    counts = [np.histogram((ids >> np.uint64(32)).astype(np.int64), task_edges)[0].tolist() for ids in (exact, near)]
+    samples = sample_duplicates(workspace.runs, records, exact_pairs, near_pairs)
     return [DuplicateSummary(*each) for each in zip(*counts, samples, strict=True)]
 
 
 def _read_pairs(workspace: Workspace, recipe: Recipe, records: Sequence[ReadRecord], stage: str) -> np.ndarray:
-    """All pairs (earlier, later) of ids that a stage has found, uint64 [n, 2]."""
+    """Read all pairs of ids (earlier, later) that a stage found, uint64 [n, 2]."""
     runs, documents = select_runs(recipe, records, stage)
     return read_pairs(workspace.pairs, stage, make_hash_ranges(stage, documents) if runs else [])
 
@@ -73,12 +73,12 @@ def _read_pairs(workspace: Workspace, recipe: Recipe, records: Sequence[ReadReco
 def _build_split(
     workspace: Workspace, streams: Sequence[Stream], number: int, tasks: Sequence[ShardTask], name: SplitName
 ) -> Split:
-    made = [
+    records = [
         read_shard_record(shard_record_path(workspace, streams, task))
         for task in tasks
         if task.stream == number and task.split == name
     ]
-    shards = tuple(each.shard for each in made)
+    shards = tuple(record.shard for record in records)
     gzip9 = (
         json.loads(gzip_record_path(workspace, streams[number]).read_bytes())
         if name == "validation" and shards
@@ -88,9 +88,9 @@ def _build_split(
         shards=shards,
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
-        text_bytes=sum(each.text_bytes for each in made),
+        text_bytes=sum(record.text_bytes for record in records),
         gzip9_bytes=gzip9,
-        loss_tokens=sum(each.loss_tokens for each in made),
+        loss_tokens=sum(record.loss_tokens for record in records),
     )
 
 
@@ -102,7 +102,7 @@ def _source_options(stream: Stream) -> dict[str, Any]:
 
 
 def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    """All that decides about the bytes; names of files without their folders, so that the same data elsewhere agree."""
+    """Describe all that decides the bytes. Folders are left out, so that the same data elsewhere has the same index."""
     return {
         "validation_share": recipe.validation_share,
         "shard_mb": recipe.shard_mb,
@@ -113,6 +113,6 @@ def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _describe_cleaning(recipe: Recipe, source: SourceRecipe) -> dict[str, Any]:
-    settings = recipe.cleaning_config(source).model_dump(mode="json")
-    settings["contamination"]["paths"] = [Path(path).name for path in settings["contamination"]["paths"]]
-    return settings
+    config = recipe.cleaning_config(source).model_dump(mode="json")
+    config["contamination"]["paths"] = [Path(path).name for path in config["contamination"]["paths"]]
+    return config

@@ -1,4 +1,4 @@
-"""Checks a finished shard folder and shows what is in it, source by source."""
+"""Verify a finished folder of shards and show its contents, source by source."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from kabrn_dist.data.token_stream import TokenStream
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.data.verify import verify_shards
 
-# A sample document is shown up to here.
+# Samples are shown up to this length.
 _SHOWN_TOKENS = 120
 
 
 def inspect_shards(folder: Path, documents: int) -> None:
-    """Verify every shard, print the totals and the beginnings of `documents` training documents of each source.
+    """Verify every shard and print totals and samples.
 
-    Raises UserError for whatever is missing or wrong.
+    Args:
+        folder: a folder that data_prep wrote.
+        documents: number of training documents of each source whose beginnings are printed.
+
+    Raises:
+        UserError: something is missing or damaged.
     """
     shards = open_shard_folder(folder)
     index, tokenizer = shards.index, shards.tokenizer()
@@ -37,15 +42,15 @@ def inspect_shards(folder: Path, documents: int) -> None:
 
 
 def sample_documents(shards: FolderSet, source: Source, tokenizer: Tokenizer, count: int) -> list[str]:
-    """Return the beginnings of the first `count` training documents of a source, decoded."""
+    """Return the decoded beginnings of the first `count` training documents of a source."""
     stream = TokenStream(shards, source, "train")
     texts: list[str] = []
-    at, document_token = 0, shards.index.document_token
-    while len(texts) < count and at < len(stream):
-        ids = stream.read(at + 1, min(at + 1 + _SHOWN_TOKENS, len(stream)))
+    position, document_token = 0, shards.index.document_token
+    while len(texts) < count and position < len(stream):
+        ids = stream.read(position + 1, min(position + 1 + _SHOWN_TOKENS, len(stream)))
         ends = np.flatnonzero(ids == document_token)
         texts.append(tokenizer.decode((ids[: ends[0]] if len(ends) else ids).tolist()))
-        at = _next_document(stream, at + 1, document_token)
+        position = _next_document(stream, position + 1, document_token)
     stream.close()
     return texts
 
@@ -61,9 +66,9 @@ def _next_document(stream: TokenStream, position: int, document_token: int) -> i
 
 
 def _headline(source: Source) -> str:
-    passes = "" if source.epochs is None else f", {source.epochs:g} epochs"
-    masked = ", loss on a part of each document" if source.masked else ""
-    return f"source {source.name} ({source.kind}), weight {source.weight:g}{passes}{masked}"
+    epochs = "" if source.epochs is None else f", {source.epochs:g} epochs"
+    masked = ", loss on part of each document" if source.masked else ""
+    return f"source {source.name} ({source.kind}), weight {source.weight:g}{epochs}{masked}"
 
 
 def _totals(*splits: Split) -> str:
@@ -74,8 +79,8 @@ def _totals(*splits: Split) -> str:
         ("tokens", *(f"{split.tokens:,}" for split in splits)),
         ("tokens with loss", *(f"{split.loss_tokens:,}" for split in splits)),
         ("text bytes", *(f"{split.text_bytes:,}" for split in splits)),
-        ("bytes a token", *(f"{split.text_bytes / max(split.tokens, 1):.3f}" for split in splits)),
-        ("gzip -9 bits a byte", *(_gzip9_bits_per_byte(split) for split in splits)),
+        ("bytes per token", *(f"{split.text_bytes / max(split.tokens, 1):.3f}" for split in splits)),
+        ("gzip -9 bits per byte", *(_gzip9_bits_per_byte(split) for split in splits)),
     ]
     return "\n".join(f"{name:<20}{train:>16}{validation:>16}" for name, train, validation in rows)
 

@@ -1,4 +1,4 @@
-"""Stage 4: the tokenizer of the mix, and with it how the streams are cut into shards."""
+"""Stage 4: train or load the tokenizer of the mix, and plan the shards of each stream."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from kabrn_dist.data.tokenizer import Tokenizer
 _MEASURED_BYTES = 1 << 18
 
 
-def load_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """The tokenizer that the recipe names; None: one is to be trained. Raises UserError when it cannot be used."""
+def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """Return the tokenizer that the recipe names; None if one has to be trained.
+
+    Raises:
+        UserError: the tokenizer cannot be used.
+    """
     choice = recipe.tokenizer
     if choice.bytes:
         return Tokenizer.of_bytes()
@@ -29,58 +33,78 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer | None:
 def plan_shards(
     recipe: Recipe, run_folder: Path, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer | None
 ) -> tuple[Tokenizer, list[ShardTask]]:
-    """Train the tokenizer where there is none, measure what it makes of each stream, and cut the streams.
+    """Train the tokenizer if there is none, measure its tokens per byte on each stream, and divide streams into shards.
 
-    Raises UserError when a stream has nothing to train on.
+    Args:
+        recipe: the recipe.
+        run_folder: folder of the runs.
+        streams: all streams.
+        dropped: ids of documents to leave out, uint64, sorted.
+        tokenizer: the tokenizer; None: train one.
+
+    Returns:
+        The tokenizer and the shards to make.
+
+    Raises:
+        UserError: a stream has nothing to train on.
     """
-    censuses = [count_sizes(run_folder, stream, dropped, recipe.validation_share) for stream in streams]
+    histograms = [count_sizes(run_folder, stream, dropped, recipe.validation_share) for stream in streams]
     reader = RunReader(run_folder)
     if tokenizer is None:
         assert recipe.tokenizer.train is not None
-        texts = _sample(reader, run_folder, streams, censuses, dropped)
+        texts = _sample(reader, run_folder, streams, histograms, dropped)
         tokenizer = train_tokenizer(texts, recipe.tokenizer.train)
     encoder = DocumentEncoder(tokenizer)
     item_bytes = np.dtype(dtype_for(tokenizer.vocab_size)).itemsize
     tasks: list[ShardTask] = []
-    for number, (stream, census) in enumerate(zip(streams, censuses, strict=True)):
-        measured = list(_read_train_texts(reader, run_folder, stream, census, dropped, _MEASURED_BYTES))
+    for number, (stream, histogram) in enumerate(zip(streams, histograms, strict=True)):
+        measured = list(_read_train_texts(reader, run_folder, stream, histogram, dropped, _MEASURED_BYTES))
         tokens = sum(len(document.tokens) for document in encoder.encode(measured))
-        text_bytes_a_token = sum(len(document.text) for document in measured) / tokens
-        tasks += plan_stream(number, census, recipe.shard_mb * 1e6 / item_bytes * text_bytes_a_token)
+        bytes_per_token = sum(len(document.text) for document in measured) / tokens
+        tasks += plan_stream(number, histogram, recipe.shard_mb * 1e6 / item_bytes * bytes_per_token)
     reader.close()
     return tokenizer, tasks
 
 
 def allocate_bytes(budget: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
-    """Share `budget` bytes by weight among streams that have no more than `available`; the others take up the rest."""
+    """Divide `budget` bytes by weight among streams.
+
+    Args:
+        budget: bytes to divide.
+        weights: weight of each stream.
+        available: bytes that each stream has. What one cannot supply goes to the others.
+
+    Returns:
+        Bytes for each stream.
+    """
     sizes = [0] * len(weights)
-    waiting = {number for number, weight in enumerate(weights) if weight > 0}
-    while waiting:
-        total = sum(weights[number] for number in waiting)
+    pending = {number for number, weight in enumerate(weights) if weight > 0}
+    while pending:
+        total = sum(weights[number] for number in pending)
         left = budget - sum(sizes)
-        full = {number for number in waiting if available[number] <= left * weights[number] / total}
-        for number in full or waiting:
+        full = {number for number in pending if available[number] <= left * weights[number] / total}
+        for number in full or pending:
             sizes[number] = available[number] if full else int(left * weights[number] / total)
-        waiting = waiting - full if full else set()
+        pending = pending - full if full else set()
     return sizes
 
 
 def _sample(
     reader: RunReader, runs: Path, streams: Sequence[Stream], histograms: Sequence[SizeHistogram], dropped: np.ndarray
 ) -> Iterator[str]:
-    """Yield training texts from the front of each stream, its share of the mix of them."""
+    """Yield training texts from the beginning of each stream, in proportion to its weight."""
     weights = [sum(source.weight for source in stream.sources) for stream in streams]
-    sizes = allocate_bytes(TRAINING_CHARACTERS, weights, [int(census.train.sum()) for census in histograms])
-    for stream, census, size in zip(streams, histograms, sizes, strict=True):
-        for document in _read_train_texts(reader, runs, stream, census, dropped, size):
-            # A token is some characters long: half a character at the end is left out, not a reason to fail.
+    sizes = allocate_bytes(TRAINING_CHARACTERS, weights, [int(histogram.train.sum()) for histogram in histograms])
+    for stream, histogram, size in zip(streams, histograms, sizes, strict=True):
+        for document in _read_train_texts(reader, runs, stream, histogram, dropped, size):
+            # A document that was cut may end within a character, which is left out.
             yield document.text.decode("utf-8", "ignore")
 
 
 def _read_train_texts(
     reader: RunReader, runs: Path, stream: Stream, histogram: SizeHistogram, dropped: np.ndarray, size: int
 ) -> Iterator[StoredDocument]:
-    """Yield the first `size` bytes of a stream's training texts, the last document cut."""
+    """Yield the first `size` bytes of a stream's training texts; the last document is cut."""
     left = size
     for run, row in merge_sorted(runs, stream.runs, histogram.first_train_key, histogram.key_after(size), dropped):
         if left <= 0:

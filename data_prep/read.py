@@ -1,4 +1,4 @@
-"""Stage 1: source → clean → runs. A work item is a unit of a source; its record is written last."""
+"""Stage 1: read and clean the sources and write runs. A task is one unit of a source; its record is written last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_prep.clean.contamination import EvaluationSets, list_evaluation_files, load_evaluation_sets
 from data_prep.clean.minhash import band_keys
@@ -31,23 +31,43 @@ _LISTED_UNREADABLE = 20
 
 
 class ReadTask(NamedTuple):
-    """One piece of reading: unit `unit` of the recipe's source `source`. Numbers rise in the order of the recipe."""
+    """One task: read one unit of a source.
+
+    Attributes:
+        number: number of the task; numbers rise in the order of the recipe.
+        source: number of the source in the recipe.
+        unit: what to read.
+    """
 
     number: int
     source: int
-    unit: Any
+    unit: Unit | FileGroup
 
     @property
     def name(self) -> str:
-        """Of its record and its runs."""
+        """Name of its record, and beginning of the names of its runs."""
         return f"item-{self.number:06d}"
 
 
 @dataclass
 class ReadRecord:
-    """What reading one item has given. All counts but `documents` and `bytes` are of what was kept or left out.
+    """Result of one task, or the sum over all tasks of a source.
 
-    `lengths[n]` counts kept documents of 2^(n−1) ≤ bytes < 2^n. `samples`: by reason, (name, beginning, particulars).
+    Attributes:
+        source: number of the source in the recipe.
+        tasks: number of tasks in the sum.
+        documents: number of documents read.
+        bytes: characters of text read, or bytes where they could not be decoded.
+        clean_documents: number of documents kept.
+        clean_bytes: bytes of text of these.
+        masked: whether any of these has a loss mask.
+        removed: number of documents removed, by reason.
+        samples: a few removed documents by reason, as (name, beginning, particulars).
+        unreadable: number of documents that could not be read.
+        unreadable_names: the first of these, with the reasons.
+        languages: number of documents kept, by language.
+        lengths: number of documents kept, by size: `lengths[n]` counts those of 2^(n−1) ≤ bytes < 2^n.
+        runs: names of the runs written.
     """
 
     source: int
@@ -66,7 +86,7 @@ class ReadRecord:
     runs: list[str] = field(default_factory=list)
 
     def count_removed(self, reason: str, name: str, text: str, detail: str = "") -> None:
-        """Count a document that is left out; the first few of each reason are kept as samples."""
+        """Count a document that was removed; the first few of each reason become samples."""
         self.removed[reason] += 1
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES_PER_REASON:
@@ -79,7 +99,7 @@ class ReadRecord:
             self.unreadable_names.append(f"{document.name}: {document.problem}")
 
     def merge(self, other: ReadRecord) -> None:
-        """Add the counts of a later item of the same source."""
+        """Add the counts of a later task of the same source."""
         for name in ("tasks", "documents", "bytes", "clean_documents", "clean_bytes", "unreadable"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.masked |= other.masked
@@ -92,7 +112,7 @@ class ReadRecord:
 
 
 def read_record(path: Path) -> ReadRecord:
-    """The record of a finished item."""
+    """Read the record of a finished task."""
     fields = json.loads(path.read_bytes())
     fields["lengths"] = Counter({int(size): count for size, count in fields["lengths"].items()})
     fields["removed"], fields["languages"] = Counter(fields["removed"]), Counter(fields["languages"])
@@ -100,65 +120,82 @@ def read_record(path: Path) -> ReadRecord:
 
 
 def select_runs(recipe: Recipe, records: Sequence[ReadRecord], stage: str) -> tuple[list[str], int]:
-    """Runs of the sources that take part in stage "exact" or "near", and how many documents they hold."""
-    taking = [
+    """Return the runs of the sources that take part in stage "exact" or "near", and the number of their documents."""
+    selected = [
         record
         for source, record in zip(recipe.sources, records, strict=True)
         if getattr(recipe.cleaning_config(source), stage)
     ]
-    return [run for record in taking for run in record.runs], sum(record.clean_documents for record in taking)
+    return [run for record in selected for run in record.runs], sum(record.clean_documents for record in selected)
 
 
 class SourceReader:
-    """Opens the recipe's sources, lists the items, and reads them one at a time.
+    """Opens the sources of a recipe, lists the tasks, and does them one at a time.
 
-    Raises UserError for inputs that are not there or not in the layout of their kind.
+    Args:
+        recipe: the recipe.
+        folder: folder for runs and records.
+        texts: whether to store the texts.
+
+    Attributes:
+        tasks: all reading tasks.
+
+    Raises:
+        UserError: an input is missing or not in the layout of its kind.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, texts: bool = True) -> None:
         self._recipe, self._folder, self._texts = recipe, folder, texts
         self._sources = [_open_source(recipe, source) for source in recipe.sources]
         self._cleaners: dict[int, Cleaner] = {}
-        self._contaminants: dict[str, EvaluationSets] = {}
+        self._evaluation_sets: dict[str, EvaluationSets] = {}
         self.tasks: list[ReadTask] = []
         for number, source in enumerate(self._sources):
             for unit in source.units():
                 self.tasks.append(ReadTask(len(self.tasks), number, unit))
 
     def is_finished(self, task: ReadTask) -> bool:
-        """Whether an earlier run has read `item`."""
+        """Return whether an earlier run did `task`."""
         return self._record_path(task).exists()
 
     def records(self) -> list[ReadRecord]:
-        """One record a source, all its items added up."""
+        """Return one record per source, the sum over its tasks."""
         sums = [ReadRecord(number, tasks=0) for number in range(len(self._sources))]
-        for item in self.tasks:
-            sums[item.source].merge(read_record(self._record_path(item)))
+        for task in self.tasks:
+            sums[task.source].merge(read_record(self._record_path(task)))
         return sums
 
     def licenses(self) -> dict[str, str]:
-        """What the publishers ask for, by the recipe's names of sources; "" where that is not known."""
+        """Return the license of each source by its name in the recipe; "" if it is not known."""
         named = zip(self._recipe.sources, self._sources, strict=True)
         return {recipe.name: source.license for recipe, source in named}
 
     def load_cleaners(self) -> None:
-        """Read the evaluation sets. Raises UserError when they cannot be read."""
+        """Read the evaluation sets.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
         for number in range(len(self._sources)):
             self._cleaner(number)
 
     def read(self, task: ReadTask, progress: StageProgress) -> None:
-        """Read, clean and store the documents of one item. Raises UserError as sources and cleaning do."""
+        """Read, clean and store the documents of one task.
+
+        Raises:
+            UserError: the source or the cleaning refuses an input, or the disk refuses.
+        """
         source, cleaner = self._recipe.sources[task.source], self._cleaner(task.source)
         record = ReadRecord(task.source)
         writer = RunWriter(self._folder, task.name, self._texts)
-        left = task.unit.bytes
+        remaining = task.unit.bytes
         for document in self._sources[task.source].read(task.unit):
             size = len(document.text or document.raw or b"")
             record.documents += 1
             record.bytes += size
-            work = min(size, left)
-            left -= work
-            progress.advance(1, size, work)
+            completed = min(size, remaining)
+            remaining -= completed
+            progress.advance(1, size, completed)
             if document.text is None and document.raw is None:
                 record.count_unreadable(document)
                 continue
@@ -167,25 +204,25 @@ class SourceReader:
         record.runs = writer.names
         inject_fault("data.part")
         atomic_write(self._record_path(task), json.dumps(vars(record), sort_keys=True).encode())
-        progress.advance(0, 0, left)
+        progress.advance(0, 0, remaining)
 
     def _record_path(self, task: ReadTask) -> Path:
         return self._folder / f"{task.name}.json"
 
     def _cleaner(self, number: int) -> Cleaner:
         if number not in self._cleaners:
-            settings = self._recipe.cleaning_config(self._recipe.sources[number])
-            key = settings.contamination.model_dump_json()
-            if settings.contamination.paths and key not in self._contaminants:
-                self._contaminants[key] = load_evaluation_sets(settings.contamination)
-            self._cleaners[number] = Cleaner(settings, self._contaminants.get(key))
+            config = self._recipe.cleaning_config(self._recipe.sources[number])
+            key = config.contamination.model_dump_json()
+            if config.contamination.paths and key not in self._evaluation_sets:
+                self._evaluation_sets[key] = load_evaluation_sets(config.contamination)
+            self._cleaners[number] = Cleaner(config, self._evaluation_sets.get(key))
         return self._cleaners[number]
 
 
 def _store(
     document: Document, cleaner: Cleaner, record: ReadRecord, writer: RunWriter, task: ReadTask, source: SourceRecipe
 ) -> None:
-    """Clean one document and store it, or count why not."""
+    """Clean one document and store it, or count the reason why it is removed."""
     outcome = cleaner(document)
     if isinstance(outcome, RemovedDocument):
         record.count_removed(outcome.reason, document.name, document.text or document.problem, outcome.detail)
@@ -195,7 +232,7 @@ def _store(
     try:
         text = clean.text.encode()
     except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
+        # JSON can contain half of a surrogate pair, which UTF-8 cannot.
         record.count_removed("not Unicode", clean.name, ascii(clean.text))
         return
     if not text:
@@ -203,11 +240,11 @@ def _store(
         return
     if source.interleave and clean.key is None:
         raise UserError(
-            f"{clean.name}: has no key, and source {source.name!r} is interleaved by keys. Name the field of the key "
-            "in its options, or drop interleave."
+            f"{clean.name}: has no key, and source {source.name!r} is interleaved by keys; name the field of the key "
+            "in its options, or drop interleave"
         )
-    settings = cleaner.config
-    keys = band_keys(clean.text, settings.near_numbers) if settings.near else None
+    config = cleaner.config
+    keys = band_keys(clean.text, config.near_numbers) if config.near else None
     record.clean_documents += 1
     record.clean_bytes += len(text)
     record.lengths[len(text).bit_length()] += 1
@@ -224,14 +261,14 @@ def _open_source(recipe: Recipe, source: SourceRecipe) -> DataSource:
 
 
 def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
-    """What the set depends on, as one line: the recipe, and name, size and time of every file to read."""
+    """Return a digest of the inputs: the recipe, and name, size and time of every file to read."""
     digest = hashlib.sha256(recipe.model_dump_json(exclude={"out"}).encode())
     for path in _other_files(recipe):
         digest.update(f"{path.name} {_file_state(path)}".encode())
     for task in reader.tasks:
         unit = task.unit
         # Spelled out in this form, so that folders that earlier versions finished are still recognized.
-        kind, fields = "Unit" if isinstance(unit, Unit) else "Group", unit._replace(path=None)._asdict()
+        kind, fields = "Unit" if isinstance(unit, Unit) else "Group", unit._asdict() | {"path": None}
         described = ", ".join(f"{name}={value!r}" for name, value in fields.items())
         digest.update(f"Item(number={task.number}, source={task.source}, unit={kind}({described}))".encode())
         for path in _unit_files(unit):
@@ -240,7 +277,7 @@ def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
 
 
 def _other_files(recipe: Recipe) -> Iterator[Path]:
-    """The tokenizer and the evaluation sets."""
+    """Yield the files besides the sources: the tokenizer and the evaluation sets."""
     if recipe.tokenizer.file is not None:
         yield recipe.tokenizer.file
     for source in recipe.sources:
@@ -259,6 +296,6 @@ def _file_state(path: Path) -> str:
     try:
         state = path.stat()
     except OSError as error:
-        # Reading it will tell.
+        # Reading the file raises the same error.
         return str(error.strerror)
     return f"{state.st_size} {state.st_mtime_ns}"

@@ -1,10 +1,9 @@
-"""What a preparation did, for machines (report.json), for readers (report.html) and for the console."""
+"""Report of a preparation: report.json, report.html, and a summary for the console."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from data_prep.read import ReadRecord
@@ -17,30 +16,35 @@ from kabrn_dist.utils.atomic_io import atomic_write
 
 
 def write_report(
-    out: Path,
     recipe: Recipe,
     records: Sequence[ReadRecord],
-    dropped: Sequence[DuplicateSummary],
+    duplicates: Sequence[DuplicateSummary],
     index: Index,
     licenses: Mapping[str, str],
     seconds: float,
 ) -> None:
-    """Write report.json and report.html into `out`.
+    """Write report.json and report.html into `recipe.out`.
 
     Args:
-        records, dropped: one a source of the recipe. licences: by source. seconds: that this run took.
+        recipe: the recipe.
+        records: one record per source.
+        duplicates: dropped duplicates of each source.
+        index: index of the shards.
+        licenses: license of each source, by its name.
+        seconds: duration of this run.
 
-    Raises UserError when the disk refuses.
+    Raises:
+        UserError: the disk refuses.
     """
     sources = [
-        _source(recipe, number, record, dropped[number]) | {"licence": licenses[recipe.sources[number].name]}
+        _source(recipe, number, record, duplicates[number]) | {"license": licenses[recipe.sources[number].name]}
         for number, record in enumerate(records)
     ]
-    read = sum(record.bytes for record in records)
+    bytes_read = sum(record.bytes for record in records)
     report: dict[str, Any] = {
         "fingerprint": index_fingerprint(index),
         "seconds": round(seconds, 2),
-        "mb_per_second": round(read / 1e6 / max(seconds, 1e-3), 2),
+        "mb_per_second": round(bytes_read / 1e6 / max(seconds, 1e-3), 2),
         "documents": {
             "read": sum(record.documents for record in records),
             "train": index.documents("train"),
@@ -50,24 +54,24 @@ def write_report(
         "sources": sources,
         "streams": [_stream(index, number) for number in range(len(index.sources))],
     }
-    atomic_write(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    atomic_write(out / "report.html", render_page(report).encode("utf-8", "replace"))
+    atomic_write(recipe.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    atomic_write(recipe.out / "report.html", render_page(report).encode("utf-8", "replace"))
 
 
 def summarize_records(recipe: Recipe, records: Sequence[ReadRecord]) -> str:
-    """A line a source: what was read, and what was left out for which reason."""
+    """Return one line per source: what was read, and what was removed for which reason."""
     lines = []
     for source, record in zip(recipe.sources, records, strict=True):
         reasons = [f"{count:,} {reason}" for reason, count in sorted(record.removed.items())]
         if record.unreadable:
             reasons.append(f"{record.unreadable:,} unreadable (first: {record.unreadable_names[0]})")
-        left_out = f"; left out {', '.join(reasons)}" if reasons else ""
+        removed = f"; removed {', '.join(reasons)}" if reasons else ""
         read = f"{record.documents:,} documents, {record.bytes / 1e6:,.1f} MB"
-        lines.append(f"{source.name}: {read}; kept {record.clean_documents:,}{left_out}")
+        lines.append(f"{source.name}: {read}; kept {record.clean_documents:,}{removed}")
     return "\n".join(lines)
 
 
-def _source(recipe: Recipe, number: int, record: ReadRecord, dropped: DuplicateSummary) -> dict[str, Any]:
+def _source(recipe: Recipe, number: int, record: ReadRecord, duplicates: DuplicateSummary) -> dict[str, Any]:
     source = recipe.sources[number]
     return {
         "name": source.name,
@@ -79,13 +83,13 @@ def _source(recipe: Recipe, number: int, record: ReadRecord, dropped: DuplicateS
         "clean_documents": record.clean_documents,
         "clean_bytes": record.clean_bytes,
         "removed": dict(sorted(record.removed.items())),
-        "removed_samples": record.samples | dropped.samples,
+        "removed_samples": record.samples | duplicates.samples,
         "unreadable": record.unreadable,
         "unreadable_names": record.unreadable_names,
-        "exact_duplicates": dropped.exact,
-        "near_duplicates": dropped.near,
+        "exact_duplicates": duplicates.exact,
+        "near_duplicates": duplicates.near,
         "languages": dict(record.languages.most_common()),
-        # Documents by size: key n counts those of 2^(n−1) to 2^n − 1 bytes.
+        # Key n counts the documents of 2^(n−1) to 2^n − 1 bytes.
         "lengths": {str(size): record.lengths[size] for size in sorted(record.lengths)},
     }
 

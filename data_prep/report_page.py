@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: no scripts, no links. Texts of strangers are escaped."""
+"""Render the report as one self-contained page without scripts and links. Texts from documents are escaped."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ pre { white-space: pre-wrap; background: #8881; padding: .5rem; }
 
 
 def render_page(report: Mapping[str, Any]) -> str:
-    """HTML of what `data_prep.report` gathered."""
+    """Return the HTML page of a report, the mapping that `data_prep.report` writes as JSON."""
     documents = report["documents"]
     body = [
         "<h1>Shards</h1>",
-        f"<p>{documents['read']:,} documents were read; {documents['train']:,} are for training and "
-        f"{documents['validation']:,} for validation, in tokens of a vocabulary of {report['vocabulary']:,}. "
-        f"This took {report['seconds']:,} s ({report['mb_per_second']:,} MB/s).</p>",
-        "<h2>What training draws from</h2>",
+        f"<p>{documents['read']:,} documents were read. {documents['train']:,} are for training and "
+        f"{documents['validation']:,} for validation, with a vocabulary of {report['vocabulary']:,} tokens. "
+        f"The last run took {report['seconds']:,} s ({report['mb_per_second']:,} MB/s).</p>",
+        "<h2>Training mix</h2>",
         _table(
-            ("source", "share", "training tokens", "validation tokens", "tokens with loss", "tokens a byte", "shards"),
+            (
+                "source",
+                "share",
+                "training tokens",
+                "validation tokens",
+                "tokens with loss",
+                "tokens per byte",
+                "shards",
+            ),
             [
                 (
                     stream["name"],
@@ -39,9 +47,9 @@ def render_page(report: Mapping[str, Any]) -> str:
                 for stream in report["streams"]
             ],
         ),
-        "<h2>What was read and left out</h2>",
+        "<h2>Sources</h2>",
         _table(
-            ("source", "documents", "MB", "clean", "unreadable", "same text", "nearly the same", "licence"),
+            ("source", "documents", "MB", "clean", "unreadable", "exact duplicates", "near duplicates", "license"),
             [
                 (
                     source["name"],
@@ -49,7 +57,7 @@ def render_page(report: Mapping[str, Any]) -> str:
                     f"{source['bytes'] / 1e6:,.1f}",
                     *(f"{source[key]:,}" for key in ("clean_documents", "unreadable", "exact_duplicates")),
                     f"{source['near_duplicates']:,}",
-                    source["licence"] or "–",
+                    source["license"] or "–",
                 )
                 for source in report["sources"]
             ],
@@ -63,13 +71,13 @@ def render_page(report: Mapping[str, Any]) -> str:
 def _source(source: Mapping[str, Any]) -> Iterable[str]:
     yield f"<h2>{escape(source['name'])}</h2>"
     if source["removed"]:
-        yield "<h3>Removed by reason</h3>" + _bars(source["removed"])
+        yield "<h3>Removed documents by reason</h3>" + _bars(source["removed"])
     if source["languages"]:
         yield "<h3>Languages</h3>" + _bars(dict(list(source["languages"].items())[:12]))
     sizes = {_size(int(power)): count for power, count in source["lengths"].items()}
     yield "<h3>Clean documents by size</h3>" + _bars(sizes)
     for reason, samples in source["removed_samples"].items():
-        yield f"<details><summary>removed, {escape(reason)}: samples</summary>"
+        yield f"<details><summary>samples of removed documents: {escape(reason)}</summary>"
         for name, beginning, detail in samples:
             yield f"<p>{escape(name)} {escape(detail)}</p><pre>{escape(beginning)}</pre>"
         yield "</details>"
@@ -79,10 +87,10 @@ def _source(source: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _bars(counts: Mapping[str, int]) -> str:
-    most = max(counts.values(), default=1)
+    largest = max(counts.values(), default=1)
     rows = (
         f"<tr><td>{escape(name)}</td><td>{count:,}</td>"
-        f'<td style="text-align:left"><span class=bar style="width:{20 * count / most:.2f}em"></span></td></tr>'
+        f'<td style="text-align:left"><span class=bar style="width:{20 * count / largest:.2f}em"></span></td></tr>'
         for name, count in counts.items()
     )
     return f"<table>{''.join(rows)}</table>"
@@ -95,9 +103,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _size(power: int) -> str:
-    """2^(n−1) to 2^n − 1 bytes, for people."""
-    least = 1 << max(0, power - 1)
+    """Name the range of 2^(n−1) to 2^n − 1 bytes for readers."""
+    start = 1 << max(0, power - 1)
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if least >= unit:
-            return f"from {least // unit} {name}"
-    return f"from {least} bytes"
+        if start >= unit:
+            return f"from {start // unit} {name}"
+    return f"from {start} bytes"

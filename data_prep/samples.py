@@ -1,4 +1,4 @@
-"""A few of the documents that were dropped as duplicates, for the report."""
+"""Sample the documents that were dropped as duplicates, for the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ Samples = dict[str, list[tuple[str, str, str]]]
 
 
 class DuplicateSummary(NamedTuple):
-    """Of a source: how many documents were dropped as the same as others, as nearly the same, and a few of them."""
+    """Duplicates that were dropped from one source.
+
+    Attributes:
+        exact: number of documents with the same text as an earlier one.
+        near: number of documents with nearly the same text.
+        samples: a few of them by kind, as (name, beginning, particulars).
+    """
 
     exact: int
     near: int
@@ -28,22 +34,30 @@ class DuplicateSummary(NamedTuple):
 def sample_duplicates(
     run_folder: Path, records: Sequence[ReadRecord], exact: np.ndarray, near: np.ndarray
 ) -> list[Samples]:
-    """By source and kind: name and beginning of dropped documents, and the name of one that came before.
+    """Return samples of the dropped documents of each source, by kind of duplicate.
 
-    `same`, `alike`: pairs of ids (earlier, dropped), uint64 [n, 2]. Those dropped first are shown.
+    Args:
+        run_folder: folder of the runs.
+        records: one record per source.
+        exact: pairs of ids (earlier, dropped) with the same text, uint64 [n, 2].
+        near: pairs of ids with nearly the same text, uint64 [n, 2].
+
+    Returns:
+        For each source: kind → (name, beginning, "as " and the name of the earlier document), smallest ids first.
     """
     reader, samples = RunReader(run_folder), []
-    items = np.cumsum([0, *(record.tasks for record in records)]).tolist()
-    for low, high in itertools.pairwise(items):
-        found: Samples = {}
+    task_edges = np.cumsum([0, *(record.tasks for record in records)]).tolist()
+    for low, high in itertools.pairwise(task_edges):
+        by_kind: Samples = {}
         for kind, pairs in zip(_SHOWN, (exact, near), strict=True):
-            here = pairs[(pairs[:, 1] >= np.uint64(low << 32)) & (pairs[:, 1] < np.uint64(high << 32))]
-            _, places = np.unique(here[:, 1], return_index=True)
-            if len(places):
-                found[kind] = [
-                    _sample(reader, run_folder, records, *here[place].tolist()) for place in places[:SAMPLES_PER_REASON]
+            source_pairs = pairs[(pairs[:, 1] >= np.uint64(low << 32)) & (pairs[:, 1] < np.uint64(high << 32))]
+            _, positions = np.unique(source_pairs[:, 1], return_index=True)
+            if len(positions):
+                by_kind[kind] = [
+                    _sample(reader, run_folder, records, *source_pairs[position].tolist())
+                    for position in positions[:SAMPLES_PER_REASON]
                 ]
-        samples.append(found)
+        samples.append(by_kind)
     reader.close()
     return samples
 
@@ -52,7 +66,7 @@ def _sample(
     reader: RunReader, runs: Path, records: Sequence[ReadRecord], earlier: int, dropped: int
 ) -> tuple[str, str, str]:
     document, other = (next(_stored(reader, runs, records, id)) for id in (dropped, earlier))
-    # A character may be cut in two at the end.
+    # The bytes may end within a character.
     return (
         document.name,
         document.text[: 4 * SHOWN_CHARACTERS].decode("utf-8", "ignore")[:SHOWN_CHARACTERS],
@@ -61,8 +75,8 @@ def _sample(
 
 
 def _stored(reader: RunReader, runs: Path, records: Sequence[ReadRecord], id: int) -> Iterator[StoredDocument]:
-    item = f"item-{id >> 32:06d}-"
-    for run in (run for record in records for run in record.runs if run.startswith(item)):
+    prefix = f"item-{id >> 32:06d}-"
+    for run in (run for record in records for run in record.runs if run.startswith(prefix)):
         rows = load_rows(runs, run)
-        for place in np.flatnonzero(rows["id"] == np.uint64(id)):
-            yield reader.read(run, rows[place])
+        for position in np.flatnonzero(rows["id"] == np.uint64(id)):
+            yield reader.read(run, rows[position])

@@ -1,4 +1,4 @@
-"""Writes tokenised documents as shards and describes them for the index."""
+"""Write tokenized documents as shards, and describe them for the index."""
 
 from __future__ import annotations
 
@@ -17,21 +17,35 @@ BLOCK_TOKENS = 1 << 16
 
 
 class TokenizedDocument(NamedTuple):
-    """A document: ids [tokens], the document token first, and which of them carry loss as targets (None: all)."""
+    """The tokens of one document.
+
+    Attributes:
+        tokens: ids [tokens], the document token first.
+        loss_mask: which of them carry loss as targets, bool [tokens]; None: all.
+    """
 
     tokens: np.ndarray
     loss_mask: np.ndarray | None = None
 
 
 def write_tar_shard(path: Path, documents: Iterable[TokenizedDocument], dtype: Dtype, masked: bool) -> Shard:
-    """Write `documents` in stream order as one tar; blocks of a `masked` shard hold a loss mask.
+    """Write documents as one shard. The same documents give the same bytes.
 
-    The same documents give the same bytes. No more than a block and a document are held. Raises UserError when the
-    disk refuses.
+    Args:
+        path: the file.
+        documents: in stream order; at most one block and one document are in memory.
+        dtype: dtype of the ids.
+        masked: whether blocks hold a loss mask.
+
+    Returns:
+        The shard's entry in the index.
+
+    Raises:
+        UserError: the disk refuses.
     """
     little_endian = np.dtype(dtype).newbyteorder("<")
     count = 0
-    # Fixed time and owner: what is in the tar depends on the documents alone.
+    # Fixed time and owner: the tar depends only on the documents.
     with (
         atomic_open(path) as file,
         webdataset.TarWriter(file, encoder=False, mtime=0, user="kabrn", group="kabrn") as tar,
@@ -40,7 +54,7 @@ def write_tar_shard(path: Path, documents: Iterable[TokenizedDocument], dtype: D
             lengths = np.array([len(document.tokens) for document in block], "<u4")
             tokens = np.concatenate([document.tokens for document in block]).astype(little_endian)
             key = f"{number:06d}"
-            # Two calls, as each sorts its members by name: the order is len, use, tok.
+            # Two calls, because each sorts its members by name: the order must be len, use, tok.
             tar.write({"__key__": key, "len": lengths.tobytes(), **({"use": _pack_masks(block)} if masked else {})})
             tar.write({"__key__": key, "tok": tokens.tobytes()})
             count += len(block)
@@ -50,19 +64,30 @@ def write_tar_shard(path: Path, documents: Iterable[TokenizedDocument], dtype: D
 def write_shards(
     folder: Path, stem: str, documents: Iterable[np.ndarray], dtype: Dtype, shard_bytes: int
 ) -> tuple[Shard, ...]:
-    """Write `documents`, int arrays [tokens] in stream order, as `stem-00000.tar` and so on.
+    """Write documents as the shards `stem-00000.tar`, `stem-00001.tar`, ….
 
-    A shard is closed by the document that takes it to `shard_bytes` of tokens. Raises UserError as `write_shard` does.
+    Args:
+        folder: folder for the shards.
+        stem: beginning of their names.
+        documents: int arrays [tokens] in stream order.
+        dtype: dtype of the ids.
+        shard_bytes: the document that reaches this number of bytes of tokens ends a shard.
+
+    Returns:
+        The shards' entries in the index.
+
+    Raises:
+        UserError: the disk refuses.
     """
     itemsize = np.dtype(dtype).itemsize
     parts: list[list[TokenizedDocument]] = [[]]
-    waiting = 0
+    part_bytes = 0
     for document in documents:
-        if waiting >= shard_bytes:
+        if part_bytes >= shard_bytes:
             parts.append([])
-            waiting = 0
+            part_bytes = 0
         parts[-1].append(TokenizedDocument(document))
-        waiting += len(document) * itemsize
+        part_bytes += len(document) * itemsize
     numbered = enumerate(part for part in parts if part)
     return tuple(write_tar_shard(folder / f"{stem}-{n:05d}.tar", part, dtype, masked=False) for n, part in numbered)
 
@@ -71,7 +96,7 @@ def _blocks(documents: Iterable[TokenizedDocument]) -> Iterator[list[TokenizedDo
     block: list[TokenizedDocument] = []
     tokens = 0
     for document in documents:
-        # One larger than a block is a block of its own.
+        # A document that is larger than a block is a block of its own.
         if block and len(document.tokens) > BLOCK_TOKENS:
             yield block
             block, tokens = [], 0
@@ -85,16 +110,18 @@ def _blocks(documents: Iterable[TokenizedDocument]) -> Iterator[list[TokenizedDo
 
 
 def _pack_masks(block: Sequence[TokenizedDocument]) -> bytes:
-    uses = [np.ones(len(tokens), bool) if use is None else use for tokens, use in block]
-    return np.packbits(np.concatenate(uses), bitorder="little").tobytes()
+    masks = [np.ones(len(tokens), bool) if mask is None else mask for tokens, mask in block]
+    return np.packbits(np.concatenate(masks), bitorder="little").tobytes()
 
 
 def _describe_shard(path: Path, documents: int, itemsize: int) -> Shard:
     with tarfile.open(path, "r:") as tar:
         members = {member.name: member for member in tar}
-    uses = {name.removesuffix(".use"): member.offset_data for name, member in members.items() if name.endswith(".use")}
+    mask_offsets = {
+        name.removesuffix(".use"): member.offset_data for name, member in members.items() if name.endswith(".use")
+    }
     blocks = tuple(
-        (member.offset_data, member.size // itemsize, uses.get(name.removesuffix(".tok"), 0))
+        (member.offset_data, member.size // itemsize, mask_offsets.get(name.removesuffix(".tok"), 0))
         for name, member in members.items()
         if name.endswith(".tok")
     )

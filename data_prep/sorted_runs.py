@@ -1,8 +1,8 @@
-"""Runs: sorted pieces of the kept documents on disk, between reading and sharding.
+"""Runs: clean documents on disk, sorted, between reading and sharding.
 
 `NAME.texts` holds documents one after another, each as its spans (pairs of little-endian int64: bytes of the text),
-its name and its text (UTF-8). `NAME.npy` has a row for each, in the order in which shards hold them, and
-`NAME.keys.npy` the near-duplicate keys of the rows, uint64 [documents, keys], where they are asked for.
+its name and its text (UTF-8). `NAME.npy` has one row per document, in the order of the shards, and `NAME.keys.npy` the
+near-duplicate keys of the rows, uint64 [documents, bands], if near duplicates are dropped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from data_prep.documents import Document
 from kabrn_dist.utils.atomic_io import atomic_open
 
-# A run is closed by the document that takes it here. What a worker holds of documents is some twice that.
+# The document that reaches this size ends a run. A worker holds about twice as many bytes of documents.
 RUN_BYTES = 32 << 20
 _OPEN_FILES = 128
 
-# `place`: the first 16 bytes of a sha256, as two big-endian numbers, by which shards are ordered; `text`: those of the
-# text; `id`: source, work item and place in it, so ids rise in the order of reading; `spans`: −1 for none given.
+# `sort_key`: order of the shards, the first 16 bytes of a sha256 as two big-endian numbers; `text_hash`: the same of
+# the text; `id`: task and number of the document in it, so ids rise in the order of reading; `spans`: −1 for none.
 ROW = np.dtype(
     [
         ("sort_key", "<u8"),
@@ -41,7 +41,14 @@ ROW = np.dtype(
 
 
 class StoredDocument(NamedTuple):
-    """A document as a run holds it. `spans`: bytes of the UTF-8 text, int64 [n, 2], that carry loss; None: all."""
+    """A document as a run holds it.
+
+    Attributes:
+        id: see `document_id`.
+        name: its origin.
+        text: UTF-8.
+        spans: bytes of the text that carry loss, int64 [n, 2]; None: all.
+    """
 
     id: int
     name: str
@@ -49,21 +56,27 @@ class StoredDocument(NamedTuple):
     spans: np.ndarray | None
 
 
-def document_id(item: int, number: int) -> int:
-    """The id of a work item's document: larger than that of any before it."""
-    return (item << 32) | number
+def document_id(task: int, number: int) -> int:
+    """Return the id of the document `number` of a reading task; ids rise in the order of reading."""
+    return (task << 32) | number
 
 
 def sort_key(content: bytes) -> tuple[int, int]:
-    """The first 16 bytes of the sha256 of `content` as two numbers, which order as the bytes do."""
+    """Return the first 16 bytes of the sha256 of `content` as two numbers that sort as the bytes do."""
     digest = hashlib.sha256(content).digest()
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
 
 
 class RunWriter:
-    """Collects the documents of one work item and writes them as runs `NAME-00`, `NAME-01`, ….
+    """Collects the documents of one reading task and writes them as the runs `NAME-00`, `NAME-01`, ….
 
-    `texts` False: rows alone, for counting. Raises UserError when the disk refuses.
+    Args:
+        folder: folder of the runs.
+        name: beginning of their names.
+        texts: whether to store the texts; without them the rows can only be counted.
+
+    Attributes:
+        names: the runs written so far.
     """
 
     def __init__(self, folder: Path, name: str, texts: bool = True) -> None:
@@ -75,13 +88,23 @@ class RunWriter:
         self._bytes = 0
 
     def add(self, id: int, document: Document, text: bytes, keys: np.ndarray | None) -> None:
-        """Take one document; `text` is its text as UTF-8, `keys` are those of near duplicates, uint64 [keys]."""
-        content = sort_key(text)
-        place = content if document.key is None else sort_key(document.key.encode())
+        """Add one document, and write a run if it is full.
+
+        Args:
+            id: see `document_id`.
+            document: the document.
+            text: its text as UTF-8.
+            keys: its near-duplicate keys, uint64 [bands]; None if near duplicates are kept.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        text_hash = sort_key(text)
+        key = text_hash if document.key is None else sort_key(document.key.encode())
         spans, count = _pack_spans(document)
         name = document.name.encode("utf-8", "replace")
         size = len(spans) + len(name) + len(text)
-        self._rows.append((*place, *content, id, size, len(text), len(name), count))
+        self._rows.append((*key, *text_hash, id, size, len(text), len(name), count))
         if self._texts:
             self._records.append(spans + name + text)
             self._bytes += size
@@ -91,18 +114,22 @@ class RunWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been collected, if anything."""
+        """Write the documents collected so far as a run.
+
+        Raises:
+            UserError: the disk refuses.
+        """
         if not self._rows:
             return
         name = f"{self._name}-{len(self.names):02d}"
         rows = np.array(self._rows, ROW)
         order = np.lexsort((rows["id"], rows["sort_key_low"], rows["sort_key"]))
         rows = rows[order]
-        # Until here the column held sizes.
+        # Until here the column holds sizes.
         rows["offset"] = np.cumsum(rows["offset"]) - rows["offset"]
         if self._texts:
             with atomic_open(self._folder / f"{name}.texts") as file:
-                file.writelines(self._records[place] for place in order)
+                file.writelines(self._records[index] for index in order)
         if self._keys:
             _write_array(self._folder / f"{name}.keys.npy", np.stack(self._keys)[order])
         _write_array(self._folder / f"{name}.npy", rows)
@@ -111,14 +138,14 @@ class RunWriter:
 
 
 class RunReader:
-    """Reads documents of runs by their rows. For one thread; keeps some files open."""
+    """Reads documents of runs by their rows. Not thread-safe. It keeps up to 128 files open."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def read(self, run: str, row: np.void) -> StoredDocument:
-        """The document of one row of `run`."""
+        """Return the document of one row of `run`."""
         count = max(int(row["spans"]), 0)
         spans, name = count * 16, int(row["name_bytes"])
         size = spans + name + int(row["bytes"])
@@ -131,7 +158,7 @@ class RunReader:
         )
 
     def close(self) -> None:
-        """Close the files; reading opens them again."""
+        """Close the files. Reading opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -145,45 +172,53 @@ class RunReader:
 
 
 def load_rows(folder: Path, run: str) -> np.ndarray:
-    """The rows of a run, ROW [documents], mapped and not read."""
+    """Map the rows of a run into memory, ROW [documents]."""
     return np.load(folder / f"{run}.npy", mmap_mode="r")
 
 
 def load_band_keys(folder: Path, run: str) -> np.ndarray:
-    """The near-duplicate keys of a run's rows, uint64 [documents, keys], mapped and not read."""
+    """Map the near-duplicate keys of a run's rows into memory, uint64 [documents, bands]."""
     return np.load(folder / f"{run}.keys.npy", mmap_mode="r")
 
 
 def select_range(rows: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The rows with low ≤ place < high (high ≤ 2^64), of rows in order."""
-    places = rows["sort_key"]
-    start = int(np.searchsorted(places, np.uint64(low)))
-    stop = len(rows) if high >= 1 << 64 else int(np.searchsorted(places, np.uint64(high)))
+    """Return the rows with low ≤ sort key < high (high ≤ 2^64); `rows` are sorted."""
+    keys = rows["sort_key"]
+    start = int(np.searchsorted(keys, np.uint64(low)))
+    stop = len(rows) if high >= 1 << 64 else int(np.searchsorted(keys, np.uint64(high)))
     return rows[start:stop]
 
 
 def merge_sorted(
     folder: Path, runs: Sequence[str], low: int, high: int, dropped: np.ndarray
 ) -> Iterator[tuple[str, np.void]]:
-    """Yield (run, row) of all `runs` with low ≤ place < high in their common order, without the `dropped` ids.
+    """Merge the rows of several runs in a range of sort keys. The rows are held in memory, the texts are not.
 
-    Holds the rows of the range, not the texts. `dropped`: uint64, sorted.
+    Args:
+        folder: folder of the runs.
+        runs: names of the runs.
+        low: smallest sort key.
+        high: end of the range, at most 2^64.
+        dropped: ids to leave out, uint64, sorted.
+
+    Yields:
+        (run, row) in the order of the sort keys.
     """
     parts = [np.array(select_range(load_rows(folder, run), low, high)) for run in runs]
     rows = np.concatenate(parts) if parts else np.empty(0, ROW)
     of_run = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    keep = ~find_members(dropped, rows["id"])
-    rows, of_run = rows[keep], of_run[keep]
-    for place in np.lexsort((rows["id"], rows["sort_key_low"], rows["sort_key"])):
-        yield runs[of_run[place]], rows[place]
+    remaining = ~find_members(dropped, rows["id"])
+    rows, of_run = rows[remaining], of_run[remaining]
+    for index in np.lexsort((rows["id"], rows["sort_key_low"], rows["sort_key"])):
+        yield runs[of_run[index]], rows[index]
 
 
 def find_members(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Which of `ids` are among `sorted_ids`, bool [ids]; both uint64."""
+    """Return which of `ids` are in `sorted_ids`, bool [ids]; both are uint64."""
     if not len(sorted_ids):
         return np.zeros(len(ids), bool)
-    found = np.searchsorted(sorted_ids, ids)
-    return np.asarray(sorted_ids[np.minimum(found, len(sorted_ids) - 1)] == ids)
+    positions = np.searchsorted(sorted_ids, ids)
+    return np.asarray(sorted_ids[np.minimum(positions, len(sorted_ids) - 1)] == ids)
 
 
 def _pack_spans(document: Document) -> tuple[bytes, int]:
@@ -191,7 +226,7 @@ def _pack_spans(document: Document) -> tuple[bytes, int]:
         return b"", -1
     assert document.text is not None
     text = document.text
-    # Characters to bytes: the bytes of the pieces between the edges, added up.
+    # Characters become bytes: the cumulative sizes of the pieces between the edges.
     edges = [edge for span in document.spans for edge in span]
     pieces = [len(text[a:b].encode()) for a, b in zip([0, *edges], edges, strict=False)]
     return np.cumsum(np.array(pieces, "<i8")).astype("<i8").tobytes(), len(document.spans)
@@ -204,10 +239,10 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 
 def _pread(file: int, size: int, offset: int) -> bytes:
     content = os.pread(file, size, offset)
-    # One call reads no more than 2 GiB.
+    # A call reads at most 2 GiB.
     while len(content) < size:
-        more = os.pread(file, size - len(content), offset + len(content))
-        if not more:
+        block = os.pread(file, size - len(content), offset + len(content))
+        if not block:
             raise EOFError(f"a run ends at byte {offset + len(content)}, not at {offset + size}")
-        content += more
+        content += block
     return content

@@ -1,4 +1,4 @@
-"""Texts → tokens, with the loss masks of questions and answers; and the sample that a tokenizer is trained on."""
+"""Encode texts as tokens, with loss masks for questions and answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from data_prep.sorted_runs import StoredDocument
 from kabrn_dist.data.index import dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
 
-# Bytes of text handed to the tokenizer at once: enough to keep all processors busy. Tokens take many times that.
+# Bytes of text per call of the tokenizer: enough for all processors. Its tokens take many times as much memory.
 _BATCH_BYTES = 1 << 20
 
 
 class DocumentEncoder:
-    """Turns stored documents into tokens, in order."""
+    """Encodes stored documents, in order."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -24,13 +24,13 @@ class DocumentEncoder:
         self._lengths = tokenizer.bytes_per_token()
 
     def encode(self, documents: Iterable[StoredDocument]) -> Iterator[TokenizedDocument]:
-        """Yield each document with the document token in front, which counts as a target: the end of the one before.
+        """Yield each document with the document token in front, which carries loss: it ends the document before.
 
-        A token carries loss when a byte of it lies in one of the document's spans.
+        A token carries loss if one of its bytes lies in a span of the document.
         """
         for batch in _batched(documents):
-            found = self._tokenizer.encode_batch([document.text.decode() for document in batch])
-            for document, ids in zip(batch, found, strict=True):
+            encoded = self._tokenizer.encode_batch([document.text.decode() for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
                 tokens = np.empty(len(ids) + 1, self._dtype)
                 tokens[0] = self._tokenizer.document_token
                 tokens[1:] = ids
@@ -39,27 +39,35 @@ class DocumentEncoder:
                 )
 
     def loss_mask(self, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
-        """Which of a document's `tokens` carry loss, bool [tokens]. `spans`: bytes of its text, int64 [n, 2]."""
+        """Return which of a document's tokens carry loss.
+
+        Args:
+            tokens: ids [tokens], the document token first.
+            spans: the bytes of its text that carry loss, int64 [n, 2].
+
+        Returns:
+            bool [tokens].
+        """
         ends = np.cumsum(self._lengths[tokens])
         starts = ends - self._lengths[tokens]
-        use = np.zeros(len(tokens), bool)
+        mask = np.zeros(len(tokens), bool)
         for start, stop in spans:
-            use |= (starts < stop) & (ends > start)
-        use[0] = True
-        return use
+            mask |= (starts < stop) & (ends > start)
+        mask[0] = True
+        return mask
 
 
 def loss_mask_naive(tokenizer: Tokenizer, ids: list[int], text: str, spans: Iterable[tuple[int, int]]) -> list[bool]:
-    """`Encoder.mask` byte by byte, from spans in characters: what it must agree with. `ids` without document token."""
-    carries = bytearray()
-    for place, character in enumerate(text):
-        carries += bytes([any(start <= place < stop for start, stop in spans)]) * len(character.encode())
-    use, at = [True], 0
+    """Compute `DocumentEncoder.loss_mask` byte by byte, from spans in characters and ids without document token."""
+    carries_loss = bytearray()
+    for index, character in enumerate(text):
+        carries_loss += bytes([any(start <= index < stop for start, stop in spans)]) * len(character.encode())
+    mask, position = [True], 0
     for id in ids:
         size = len(tokenizer.token_bytes(id))
-        use.append(any(carries[at : at + size]))
-        at += size
-    return use
+        mask.append(any(carries_loss[position : position + size]))
+        position += size
+    return mask
 
 
 def _batched(documents: Iterable[StoredDocument]) -> Iterator[list[StoredDocument]]:

@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer, the same one every time for the same texts."""
+"""Train a byte-level BPE tokenizer; the same texts always give the same tokenizer."""
 
 from __future__ import annotations
 
@@ -10,26 +10,37 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer
 from kabrn_dist.utils.errors import UserError
 
-# Merges settle long before this; more text only costs time and memory.
+# The merges converge long before this; more text only costs time and memory.
 TRAINING_CHARACTERS = 32 << 20
 
-_SMALLEST = 256 + 1 + 1
+_MIN_VOCAB_SIZE = 256 + 1 + 1
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise UserError when `vocabulary` leaves no room for the bytes, the document token and one merge."""
-    if vocab_size < _SMALLEST:
+    """Check that there is room for the bytes, the document token and one merge.
+
+    Raises:
+        UserError: `vocab_size` is too small.
+    """
+    if vocab_size < _MIN_VOCAB_SIZE:
         raise UserError(
             f"--vocabulary {vocab_size}: too small; 256 bytes, the document token and a merge need "
-            f"{_SMALLEST}. Use --tokenizer bytes for a vocabulary of 257."
+            f"{_MIN_VOCAB_SIZE}; use --tokenizer bytes for a vocabulary of 257"
         )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train on the first `SAMPLE_CHARACTERS` of `texts`, read once, in what should be a random but fixed order.
+    """Train on the first `TRAINING_CHARACTERS` of some texts.
 
-    The result has fewer than `vocabulary` ids when the texts hold too few different pairs. Raises UserError
-    when `vocabulary` is too small.
+    Args:
+        texts: texts in a random but fixed order; read once.
+        vocab_size: number of ids.
+
+    Returns:
+        The tokenizer. It has fewer ids if the texts hold too few different pairs.
+
+    Raises:
+        UserError: `vocab_size` is too small.
     """
     check_vocab_size(vocab_size)
     bpe = BpeTokenizer(models.BPE())
@@ -46,9 +57,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:
-    left = TRAINING_CHARACTERS
+    remaining = TRAINING_CHARACTERS
     for text in texts:
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
+        yield text[:remaining]
+        remaining -= len(text)
+        if remaining <= 0:
             return

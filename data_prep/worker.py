@@ -1,4 +1,4 @@
-"""One of the other processes of `--workers N`: data_prep.workers starts it with a socket to the first, and a job."""
+"""Entry point of the other processes of `--workers N`, which `data_prep.workers` starts with a socket to rank 0."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from kabrn_dist.utils.errors import UserError
 
 
 def main(descriptor: int, rank: int, world: int) -> int:
-    """Work until the end. An error is told to the first process, which reports it."""
-    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    """Run the preparation that rank 0 sends.
+
+    Args:
+        descriptor: file descriptor of the socket to rank 0.
+        rank: number of this worker.
+        world: number of workers.
+
+    Returns:
+        Exit code: 2 after a UserError, which rank 0 reports; else 0.
+    """
+    # Ctrl-C reaches all processes of a terminal; rank 0 ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    team = Worker(rank, world, socket.socket(fileno=descriptor))
-    job = team.receive()
+    workers = Worker(rank, world, socket.socket(fileno=descriptor))
+    job = workers.receive()
     try:
-        prepare(Recipe.model_validate(job["recipe"]), team, job["force"])
+        prepare(Recipe.model_validate(job["recipe"]), workers, job["force"])
     except UserError:
         return 2
     return 0

@@ -1,7 +1,7 @@
-"""Workers that share the work: one process, several of this machine, or those that mpirun started.
+"""Processes that share the work of a preparation: one, several on this machine, or those that mpirun started.
 
-Nothing is sent between them but short texts at meetings. What there is to do is a list that all of them hold, and
-who makes the file of a task first does the task: results go to files, so who did what leaves no trace in them.
+Workers exchange nothing but short texts at barriers. They all hold the same list of tasks; a worker claims a task by
+creating its lock file. Results go to files that do not depend on who made them.
 """
 
 from __future__ import annotations
@@ -22,40 +22,62 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.mpi import import_mpi
 
 Task = TypeVar("Task")
 
 _STOP = "stop"
-_PATIENCE_SECONDS = 10
+_EXIT_TIMEOUT_S = 10
 
 
 class WorkerGroup:
-    """One process that works alone; the base of those that work with others."""
+    """A single process; base class of the groups of several.
+
+    Attributes:
+        rank: number of this worker.
+        world: number of workers.
+    """
 
     rank = 0
     world = 1
 
     def all_gather(self, text: str) -> list[str]:
-        """Wait for all workers; return every worker's text, by rank. Raises UserError when one has died."""
+        """Wait for all workers and return every worker's text, by rank. Collective.
+
+        Raises:
+            UserError: a worker has died.
+        """
         return [text]
 
     def barrier(self, problem: str = "") -> None:
-        """Wait for all workers. Raises UserError on all of them with the first `problem` that is not empty."""
+        """Wait for all workers. Collective.
+
+        Raises:
+            UserError: on all workers, with the first `problem` that is not empty.
+        """
         problems = [text for text in self.all_gather(problem) if text]
         if problems:
             raise UserError(problems[0])
 
     def require_same(self, text: str, message: str) -> None:
-        """Raise UserError with the message `otherwise` on all workers unless all bring the same text."""
+        """Check that all workers pass the same text. Collective.
+
+        Raises:
+            UserError: on all workers, with `message`, if they do not.
+        """
         if len(set(self.all_gather(text))) > 1:
             raise UserError(message)
 
     def all_true(self, flag: bool) -> bool:
-        """True on all workers where it is true on all: the way to decide anything together."""
+        """Return on all workers whether `flag` is true on all of them. Collective."""
         return all(text == "yes" for text in self.all_gather("yes" if flag else ""))
 
     def on_all(self, function: Callable[[], None]) -> None:
-        """Call `do` on every worker; a UserError of one is raised on all."""
+        """Call `function` on every worker. Collective.
+
+        Raises:
+            UserError: on all workers, if one of them raised it.
+        """
         problem = ""
         try:
             function()
@@ -64,14 +86,24 @@ class WorkerGroup:
         self.barrier(problem)
 
     def on_main(self, function: Callable[[], None]) -> None:
-        """Call `do` on rank 0 while the others wait; its UserError is raised on all."""
+        """Call `function` on rank 0 while the others wait. Collective.
+
+        Raises:
+            UserError: on all workers, if rank 0 raised it.
+        """
         self.on_all(function if self.rank == 0 else lambda: None)
 
     def map_tasks(self, lock_folder: Path, stage: str, tasks: Sequence[Task], function: Callable[[Task], None]) -> None:
-        """Do all `tasks` of a stage, each on the worker that comes to it first, and wait for one another.
+        """Call `function` once for every task, each on the worker that claims it first. Collective.
 
-        Put the largest first. `folder` is seen by all workers and `clear_claims` has emptied it. A UserError of one
-        worker is raised on all, which stop at their next task.
+        Args:
+            lock_folder: folder that all workers see, emptied by `clear_folder` before the run.
+            stage: name of the stage, unique within the run.
+            tasks: the same list on all workers, the largest tasks first.
+            function: does one task.
+
+        Raises:
+            UserError: on all workers, if one of them raised it; the others stop before their next task.
         """
         self.on_all(lambda: self._run_tasks(lock_folder, stage, tasks, function))
 
@@ -86,14 +118,14 @@ class WorkerGroup:
             try:
                 function(task)
             except UserError:
-                # Only haste: on a full disk the others go on to the end of the stage.
+                # The file only saves time: if the disk is full, the others work on to the end of the stage.
                 with contextlib.suppress(OSError):
                     (lock_folder / _STOP).touch()
                 raise
 
 
 def clear_folder(folder: Path) -> None:
-    """Forget who took what, before a run begins."""
+    """Make `folder` if it is not there, and delete the files in it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
@@ -105,12 +137,12 @@ def _lock_task(path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Free some space there.") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space there") from error
     return True
 
 
 class Coordinator(WorkerGroup):
-    """Rank 0 of several processes of this machine; it started the others."""
+    """Rank 0 of several processes on this machine. It starts the others and relays their texts."""
 
     def __init__(self, world: int, job: dict[str, Any], keep_open: Sequence[int]) -> None:
         self.world = world
@@ -119,25 +151,26 @@ class Coordinator(WorkerGroup):
             self._workers.append(_start_worker(rank, world, job, keep_open))
 
     def all_gather(self, text: str) -> list[str]:
+        """Collect a text from every worker and send all of them to every worker."""
         texts = [text]
         for rank, (process, stream) in enumerate(self._workers, start=1):
             line = stream.readline()
             if not line:
-                process.wait(_PATIENCE_SECONDS)
+                process.wait(_EXIT_TIMEOUT_S)
                 raise UserError(
-                    f"worker {rank} {describe_exit(process.returncode)}. Run again: what is finished is kept."
+                    f"worker {rank} {_describe_exit(process.returncode)}; run the same command again to continue"
                 )
             texts.append(json.loads(line))
         answer = (json.dumps(texts) + "\n").encode()
         for _, stream in self._workers:
-            # One that has died since is found at the next meeting.
+            # A worker that has died since is noticed at the next barrier.
             with contextlib.suppress(OSError):
                 stream.write(answer)
                 stream.flush()
         return texts
 
     def close(self, succeeded: bool) -> None:
-        """Wait for the workers to end, or end them."""
+        """Wait for the workers to exit; kill them first unless the work succeeded."""
         for process, stream in self._workers:
             if not succeeded:
                 process.kill()
@@ -147,7 +180,7 @@ class Coordinator(WorkerGroup):
 
 
 class Worker(WorkerGroup):
-    """One of the others: rank ≥ 1, with a socket to rank 0. It ends at once when rank 0 does."""
+    """A process that a coordinator started: rank ≥ 1, with a socket to rank 0. It exits when rank 0 does."""
 
     def __init__(self, rank: int, world: int, connection: socket.socket) -> None:
         self.rank, self.world = rank, world
@@ -156,10 +189,11 @@ class Worker(WorkerGroup):
         threading.Thread(target=self._listen, daemon=True).start()
 
     def receive(self) -> Any:
-        """The next message of rank 0."""
+        """Return the next message of rank 0."""
         return json.loads(self._answers.get())
 
     def all_gather(self, text: str) -> list[str]:
+        """Send a text to rank 0 and return the texts of all workers."""
         self._stream.write((json.dumps(text) + "\n").encode())
         self._stream.flush()
         return list(self.receive())
@@ -171,83 +205,81 @@ class Worker(WorkerGroup):
 
 
 class MpiWorkerGroup(WorkerGroup):
-    """One of the processes that mpirun started."""
+    """A process that mpirun started."""
 
     def __init__(self) -> None:
-        try:
-            from mpi4py import MPI
-        except ImportError:
-            raise UserError("started by mpirun, but mpi4py is not installed; pip install mpi4py mpich") from None
-        self._everyone = MPI.COMM_WORLD
-        self._byte = MPI.BYTE
-        self.rank, self.world = self._everyone.rank, self._everyone.size
+        mpi = import_mpi()
+        self._world_group, self._byte = mpi.COMM_WORLD, mpi.BYTE
+        self.rank, self.world = self._world_group.rank, self._world_group.size
 
     def all_gather(self, text: str) -> list[str]:
+        """Exchange the texts of all workers through MPI."""
         content = text.encode()
         sizes = np.empty(self.world, np.int64)
-        self._everyone.Allgather(np.array([len(content)], np.int64), sizes)
+        self._world_group.Allgather(np.array([len(content)], np.int64), sizes)
         gathered = bytearray(int(sizes.sum()))
-        self._everyone.Allgatherv([content, self._byte], [gathered, sizes.tolist(), self._byte])
+        self._world_group.Allgatherv([content, self._byte], [gathered, sizes.tolist(), self._byte])
         ends = np.cumsum(sizes)
         return [gathered[end - size : end].decode() for end, size in zip(ends, sizes, strict=True)]
 
     def abort(self) -> None:
-        """End all processes: this one cannot go on and the others would wait for ever."""
-        self._everyone.Abort(1)
-
-
-def under_mpirun() -> bool:
-    """Whether a launcher of MPI started this process."""
-    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+        """End all processes: this one cannot continue, and the others would wait for it."""
+        self._world_group.Abort(1)
 
 
 @contextlib.contextmanager
 def start_workers(world: int, job: dict[str, Any], keep_open: Sequence[int] = ()) -> Iterator[WorkerGroup]:
-    """The team of `workers` processes, this one among them: `data_prep.worker` gets `job` (JSON) in the others.
+    """Start processes that run `data_prep.worker`, and end them with the context.
 
-    The file descriptors `keep_open` stay open in them. Whatever ends the block ends the others.
+    Args:
+        world: number of workers, this process included.
+        job: what each of the others gets, as JSON.
+        keep_open: file descriptors that stay open in them.
+
+    Yields:
+        The group, seen from rank 0.
     """
-    limit_tokenizer_threads(world)
+    _limit_tokenizer_threads(world)
     if world == 1:
         yield WorkerGroup()
         return
-    leader = Coordinator(world, job, keep_open)
-    ended_well = False
+    coordinator = Coordinator(world, job, keep_open)
+    succeeded = False
     try:
-        yield leader
-        ended_well = True
+        yield coordinator
+        succeeded = True
     finally:
-        leader.close(ended_well)
+        coordinator.close(succeeded)
 
 
-def limit_tokenizer_threads(workers: int) -> None:
-    # The tokenizer takes all processors, which is right for one worker alone.
-    if workers > 1:
+def _limit_tokenizer_threads(world: int) -> None:
+    # By default the tokenizer uses all processors, which is right for a single worker only.
+    if world > 1:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, count // workers)))
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, count // world)))
 
 
 def _start_worker(
     rank: int, world: int, job: dict[str, Any], keep_open: Sequence[int]
 ) -> tuple[subprocess.Popen[bytes], Any]:
-    mine, yours = socket.socketpair()
+    own_end, worker_end = socket.socketpair()
     path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.worker", str(yours.fileno()), str(rank), str(world)],
+        [sys.executable, "-m", "data_prep.worker", str(worker_end.fileno()), str(rank), str(world)],
         stdin=subprocess.DEVNULL,
-        pass_fds=[yours.fileno(), *keep_open],
+        pass_fds=[worker_end.fileno(), *keep_open],
         env={**os.environ, "RANK": str(rank), "PYTHONPATH": os.pathsep.join(path)},
     )
-    yours.close()
-    stream = mine.makefile("rwb")
-    mine.close()
+    worker_end.close()
+    stream = own_end.makefile("rwb")
+    own_end.close()
     with contextlib.suppress(OSError):
         stream.write((json.dumps(job) + "\n").encode())
         stream.flush()
     return process, stream
 
 
-def describe_exit(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code == -signal.SIGKILL:
         return "was killed (out of memory?)"
     return f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -1,5 +1,5 @@
-"""Cleaning: what is done to a document, or why it is removed. Pure functions of the document and the settings.
+"""Clean or remove documents. All functions are pure functions of the document and the configuration.
 
-The order of the stages is that of `pipeline.Cleaner`: encoding and Unicode, language, quality, repetition,
-contamination. Near duplicates need the whole corpus: `near` gives keys of one document and joins those that meet.
+`pipeline.Cleaner` runs the stages in this order: encoding and Unicode, language, quality, repetition, contamination.
+Near duplicates need the whole corpus: `minhash` computes the keys of one document, and pairs documents by their keys.
 """

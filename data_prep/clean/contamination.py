@@ -1,4 +1,4 @@
-"""Pieces of evaluation documents in training documents, found by runs of words (GPT-3, arXiv 2005.14165, C)."""
+"""Find n-grams of evaluation documents in training documents (GPT-3, arXiv 2005.14165, appendix C)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _PREFILTER_BITS = 22
 
 
 class ContaminationMatch(NamedTuple):
-    """What was found first: the evaluation set, the words that agree, and the share of the text's words that do."""
+    """Overlap of a text with evaluation sets.
+
+    Attributes:
+        evaluation_set: name of the set of the first match.
+        words: the first match in the text.
+        fraction: fraction of the text's words that match any set.
+    """
 
     evaluation_set: str
     words: str
@@ -28,9 +34,13 @@ class ContaminationMatch(NamedTuple):
 
 
 class NgramIndex(NamedTuple):
-    """Runs of so many words: their hashes, uint64, sorted, the number of the set each is from, uint16, and a sieve.
+    """All n-grams of one length of the evaluation sets.
 
-    The sieve, bool, tells by the upper bits of a hash that most are not among them.
+    Attributes:
+        length: n.
+        hashes: hashes of the n-grams, uint64, sorted.
+        set_numbers: for each, the number of the set that it is from, uint16.
+        prefilter: by the upper bits of a hash, whether any n-gram has them, bool [2^22]. Most hashes fail this test.
     """
 
     length: int
@@ -40,17 +50,22 @@ class NgramIndex(NamedTuple):
 
 
 class EvaluationSets:
-    """The runs of words of evaluation sets. Picklable.
+    """The n-grams of evaluation sets. Picklable.
 
-    `evaluations` are pairs of a name and texts. A text of fewer than `settings.words` words is one run of all its
-    words; one of fewer than `settings.min_words` is left out, and counted in `passed_over`.
+    Args:
+        evaluations: pairs of a name and texts.
+        config: `words` is n. A shorter text is one n-gram of all its words; one with fewer than `min_words` is skipped.
+
+    Attributes:
+        names: names of the sets.
+        skipped_texts: number of texts that are too short.
     """
 
     def __init__(self, evaluations: Iterable[tuple[str, Iterable[str]]], config: ContaminationConfig) -> None:
-        self._most = config.max_share
+        self._max_fraction = config.max_share
         self.names: list[str] = []
         self.skipped_texts = 0
-        found: dict[int, list[tuple[np.ndarray, int]]] = {}
+        by_length: dict[int, list[tuple[np.ndarray, int]]] = {}
         for name, texts in evaluations:
             for text in texts:
                 hashes = hash_alphanumeric_words(text).hashes
@@ -58,39 +73,43 @@ class EvaluationSets:
                     self.skipped_texts += 1
                     continue
                 length = min(len(hashes), config.words)
-                found.setdefault(length, []).append((hash_ngrams(hashes, length), len(self.names)))
+                by_length.setdefault(length, []).append((hash_ngrams(hashes, length), len(self.names)))
             self.names.append(name)
-        self._runs = [_build_index(length, parts) for length, parts in sorted(found.items(), reverse=True)]
+        self._indexes = [_build_index(length, parts) for length, parts in sorted(by_length.items(), reverse=True)]
 
     def find_match(self, text: str) -> ContaminationMatch | None:
-        """Return what `text` has of the evaluation sets, or None where that is no more than the settings allow."""
+        """Return the overlap of `text` with the evaluation sets, or None if it is within the configured limit."""
         words = hash_alphanumeric_words(text)
         covered = np.zeros(len(words.hashes) + 1, np.int64)
         first: ContaminationMatch | None = None
-        for runs in self._runs:
-            places, sets = _find_ngrams(runs, hash_ngrams(words.hashes, runs.length))
-            if not len(places):
+        for index in self._indexes:
+            positions, sets = _find_ngrams(index, hash_ngrams(words.hashes, index.length))
+            if not len(positions):
                 continue
-            np.add.at(covered, places, 1)
-            np.add.at(covered, places + runs.length, -1)
+            np.add.at(covered, positions, 1)
+            np.add.at(covered, positions + index.length, -1)
             if first is None:
-                start, stop = words.starts[places[0]], words.stops[places[0] + runs.length - 1]
+                start, stop = words.starts[positions[0]], words.stops[positions[0] + index.length - 1]
                 first = ContaminationMatch(self.names[sets[0]], text[start:stop], 0.0)
         if first is None:
             return None
-        share = np.count_nonzero(np.cumsum(covered)[:-1]) / len(words.hashes)
-        return first._replace(fraction=share) if share > self._most else None
+        fraction = np.count_nonzero(np.cumsum(covered)[:-1]) / len(words.hashes)
+        return first._replace(fraction=fraction) if fraction > self._max_fraction else None
 
 
 def load_evaluation_sets(config: ContaminationConfig) -> EvaluationSets:
-    """Read the evaluation sets of `settings.paths`: files .txt (one text), .json and .jsonl (every string in them
-    is a text), plain or .gz, and folders of these. Raises UserError where one cannot be read or holds no text.
+    """Read the evaluation sets of `config.paths`.
+
+    They are .txt files (one text), .json and .jsonl files (every string is a text), plain or .gz, and folders of these.
+
+    Raises:
+        UserError: a set cannot be read or holds no text.
     """
     return EvaluationSets(((str(path), _texts(path)) for path in config.paths), config)
 
 
 def list_evaluation_files(path: Path) -> list[Path]:
-    """The files of one of `settings.paths`, in the order in which they are read."""
+    """Return the files of one of `config.paths` in the order in which they are read."""
     return [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.name.endswith(_ENDINGS))
 
 
@@ -101,12 +120,12 @@ def _texts(path: Path) -> Iterator[str]:
             empty = False
             yield text
     if empty:
-        raise UserError(f"contamination.paths {path}: no text in it. Give files that end in {', '.join(_ENDINGS)}.")
+        raise UserError(f"contamination.paths {path}: no text in it; give files that end in {', '.join(_ENDINGS)}")
 
 
 def _read(path: Path) -> Iterator[str]:
     if not path.name.endswith(_ENDINGS):
-        raise UserError(f"contamination.paths {path}: unknown file type; give files that end in {', '.join(_ENDINGS)}.")
+        raise UserError(f"contamination.paths {path}: unknown file type; give files that end in {', '.join(_ENDINGS)}")
     plain = path.name.removesuffix(".gz")
     try:
         content = path.read_bytes()
@@ -118,11 +137,11 @@ def _read(path: Path) -> Iterator[str]:
             if record.strip():
                 yield from _strings(json.loads(record))
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"contamination.paths {path}: cannot be read ({error}). Replace it or leave it out.") from error
+        raise UserError(f"contamination.paths {path}: cannot be read ({error}); replace it or leave it out") from error
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Yield every string in a JSON value; keys of objects are none of them."""
+    """Yield every string in a JSON value except the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -140,9 +159,9 @@ def _build_index(length: int, parts: list[tuple[np.ndarray, int]]) -> NgramIndex
 
 
 def _find_ngrams(index: NgramIndex, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where `hashes` holds one of `runs`, and the set that one is from."""
-    places = np.flatnonzero(index.prefilter[hashes >> np.uint64(64 - _PREFILTER_BITS)])
-    ranks = np.searchsorted(index.hashes, hashes[places])
+    """Return the positions of n-grams of `index` in `hashes`, and the number of the set that each is from."""
+    positions = np.flatnonzero(index.prefilter[hashes >> np.uint64(64 - _PREFILTER_BITS)])
+    ranks = np.searchsorted(index.hashes, hashes[positions])
     ranks[ranks == len(index.hashes)] = 0
-    same = index.hashes[ranks] == hashes[places]
-    return places[same], index.set_numbers[ranks[same]]
+    same = index.hashes[ranks] == hashes[positions]
+    return positions[same], index.set_numbers[ranks[same]]

@@ -1,4 +1,4 @@
-"""The language of a text, by py3langid's naive Bayes over byte n-grams (97 languages, offline)."""
+"""Identify the language of a text with py3langid: naive Bayes over byte n-grams, 97 languages, offline."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from typing import NamedTuple
 import numpy as np
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-# More text costs time in proportion; on one manual in 29 languages 500 characters give what 2,000 do.
+# The time is proportional to this. On one manual in 29 languages 500 characters give the same result as 2,000.
 CLASSIFIED_CHARACTERS = 1000
 
 UNDETERMINED = "und"
 
 
 class LanguageTag(NamedTuple):
-    """A language (ISO 639-1, or `UNDETERMINED`) and its probability, to four digits."""
+    """The language of a text.
+
+    Attributes:
+        language: ISO 639-1 code, or `UNDETERMINED`.
+        probability: rounded to four digits.
+    """
 
     language: str
     probability: float
 
 
 def identify_language(text: str) -> LanguageTag:
-    """Return the language of the first `SAMPLE_CHARACTERS` of `text`; undetermined where that has no letters."""
+    """Return the language of the first `CLASSIFIED_CHARACTERS` of `text`; undetermined if it has no letters."""
     sample = text[:CLASSIFIED_CHARACTERS]
     if not any(map(str.isalpha, sample)):
         return LanguageTag(UNDETERMINED, 0.0)
@@ -32,7 +37,7 @@ def identify_language(text: str) -> LanguageTag:
 
 
 class _Identifier(LanguageIdentifier):
-    """The library multiplies in fp32 by BLAS, where the last digits depend on the threads; here they do not."""
+    """Scores that do not depend on the number of threads, as they do in the library, which multiplies with BLAS."""
 
     __slots__ = ()
 
@@ -44,5 +49,5 @@ class _Identifier(LanguageIdentifier):
 
 @cache
 def _identifier() -> _Identifier:
-    # Reading the model takes a third of a second: once a process.
+    # Reading the model takes a third of a second, so it is done once per process.
     return _Identifier.from_model_file(MODEL_FILE, norm_probs=True)

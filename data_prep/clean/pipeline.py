@@ -1,4 +1,4 @@
-"""One document through all stages that need no other document."""
+"""Run a document through all stages of cleaning that need no other document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from data_prep.documents import Document
 
 
 class CleanDocument(NamedTuple):
-    """A clean document with its language and the probability of that, None where none was asked for."""
+    """A document that was kept.
+
+    Attributes:
+        document: the clean document.
+        language: its language; None if it was not identified.
+        probability: probability of the language.
+    """
 
     document: Document
     language: str | None = None
@@ -23,9 +29,11 @@ class CleanDocument(NamedTuple):
 
 
 class Cleaner:
-    """Cleans documents of one source. Picklable; the same document always gives the same outcome.
+    """Cleans the documents of one source. Picklable; the same document always gives the same result.
 
-    `contaminants` are the evaluation sets that `settings.contamination` names, see `contamination.collect`.
+    Args:
+        config: how to clean.
+        evaluation_sets: the sets that `config.contamination` names, from `contamination.load_evaluation_sets`.
     """
 
     def __init__(self, config: CleaningConfig, evaluation_sets: EvaluationSets | None = None) -> None:
@@ -35,34 +43,36 @@ class Cleaner:
     def __call__(self, document: Document) -> CleanDocument | RemovedDocument:
         """Return the clean document, or the reason why it is removed.
 
-        A document that needs no change comes back as the same object. Raises UserError, naming the document,
-        for broken encodings when the settings refuse them.
+        A document that needs no change is returned as the same object.
+
+        Raises:
+            UserError: a broken encoding, if the configuration refuses these.
         """
         clean = normalize_document(document, self.config)
         if isinstance(clean, RemovedDocument):
             return clean
-        assert clean.text is not None, "normalise removes what has no text"
-        found = identify_language(clean.text) if self.config.tag else None
-        removal = self._check(clean.text, found)
+        assert clean.text is not None, "normalize_document removes documents without text"
+        language_tag = identify_language(clean.text) if self.config.tag else None
+        removal = self._check(clean.text, language_tag)
         if removal is not None:
             return RemovedDocument(removal[0], clean, removal[1])
-        return CleanDocument(clean) if found is None else CleanDocument(clean, *found)
+        return CleanDocument(clean) if language_tag is None else CleanDocument(clean, *language_tag)
 
     def _check(self, text: str, language_tag: LanguageTag | None) -> tuple[str, str] | None:
-        """Return why `text` is removed and the particulars, or None."""
-        settings = self.config
-        if settings.language and language_tag is not None:
-            which = f"{language_tag.language} {language_tag.probability:.2f}"
-            if language_tag.language not in settings.language:
-                return "language", which
-            if language_tag.probability < settings.min_probability:
-                return "language uncertain", which
+        """Return the reason and the particulars if `text` is to be removed, or None."""
+        config = self.config
+        if config.language and language_tag is not None:
+            detail = f"{language_tag.language} {language_tag.probability:.2f}"
+            if language_tag.language not in config.language:
+                return "language", detail
+            if language_tag.probability < config.min_probability:
+                return "language uncertain", detail
         reason = None
-        if settings.quality == "gopher":
-            reason = check_quality(text, settings.quality_limits, language_tag.language if language_tag else None)
-        if reason is None and settings.repetition == "gopher":
-            reason = check_repetition(text, settings.repetition_limits)
+        if config.quality == "gopher":
+            reason = check_quality(text, config.quality_limits, language_tag.language if language_tag else None)
+        if reason is None and config.repetition == "gopher":
+            reason = check_repetition(text, config.repetition_limits)
         if reason is not None:
             return reason, ""
-        piece = self.evaluation_sets.find_match(text) if self.evaluation_sets is not None else None
-        return None if piece is None else ("contamination", f"{piece.evaluation_set}: {piece.words}")
+        match = self.evaluation_sets.find_match(text) if self.evaluation_sets is not None else None
+        return None if match is None else ("contamination", f"{match.evaluation_set}: {match.words}")

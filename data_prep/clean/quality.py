@@ -1,4 +1,4 @@
-"""Gopher's quality rules (Rae et al., arXiv 2112.11446, A1.1): what is text at all."""
+"""Gopher's quality rules (Rae et al., arXiv 2112.11446, A1.1), which tell prose from other content."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ _ELLIPSES = ("...", "…")
 
 
 def check_quality(text: str, limits: QualityLimits, language: str | None) -> str | None:
-    """Return the name of the first rule that `text` breaks, or None.
+    """Return the name of the first rule that a text breaks, or None.
 
-    Words are what stands between blanks; in scripts without blanks every character is a word, and there the
-    mean length means nothing and is not judged. The rule of stop words holds for `language` "en" alone.
+    Words are separated by whitespace. In scripts without spaces every character is a word, and the mean length of words
+    is not checked.
+
+    Args:
+        text: the text.
+        limits: the limits.
+        language: its language; the rule about stop words is only for "en".
     """
     shapes = measure_whitespace_words(text)
     return (
@@ -46,10 +51,10 @@ def _check_words(shapes: WordShapes, limits: QualityLimits) -> str | None:
 
 
 def _check_symbols(text: str, words: int, limits: QualityLimits) -> str | None:
-    most = limits.max_symbols_per_word * words
-    if text.count("#") > most:
+    limit = limits.max_symbols_per_word * words
+    if text.count("#") > limit:
         return "hash signs"
-    if sum(map(text.count, _ELLIPSES)) > most:
+    if sum(map(text.count, _ELLIPSES)) > limit:
         return "ellipses"
     return None
 
@@ -63,10 +68,10 @@ def _check_lines(text: str, limits: QualityLimits) -> str | None:
     return None
 
 
-def _has_stop_words(text: str, least: int) -> bool:
+def _has_stop_words(text: str, minimum: int) -> bool:
     found: set[str] = set()
-    for match in _STOP_WORD.finditer(text) if least else ():
+    for match in _STOP_WORD.finditer(text) if minimum else ():
         found.add(match[0].lower())
-        if len(found) >= least:
+        if len(found) >= minimum:
             return True
-    return len(found) >= least
+    return len(found) >= minimum

@@ -1,4 +1,4 @@
-"""What becomes of a document that is not kept."""
+"""Documents that cleaning removed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from data_prep.documents import Document
 
 
 class RemovedDocument(NamedTuple):
-    """A document that was removed, why (a short name to count by), and the particulars where there are any."""
+    """A document that was removed.
+
+    Attributes:
+        reason: short name of the reason, by which removed documents are counted.
+        document: the document.
+        detail: particulars, or "".
+    """
 
     reason: str
     document: Document

@@ -1,7 +1,7 @@
-"""Texts as arrays: the words of a text, where they are and a 64-bit hash of each, without a loop over words.
+"""Split texts into words as arrays: their positions and a 64-bit hash of each, without a loop over words.
 
-Scripts that put no blanks between words (Han, Kana, Thai, Lao, Khmer, Burmese, Tibetan) count every character as
-a word. All arithmetic on hashes is modulo 2^64.
+In scripts without spaces between words (Han, Kana, Thai, Lao, Khmer, Burmese, Tibetan) every character counts as a
+word. All arithmetic on hashes is modulo 2^64.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNSPACED_RANGES = (
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
 )
-# Odd, with 3 as the remainder by 4: powers of it differ in all but the lowest bits.
+# Odd and 3 modulo 4, so that its powers differ in all but the lowest bits.
 _BASE = 0x9E3779B97F4A7C13
 _INVERSE = pow(_BASE, -1, 1 << 64)
 _JOIN = np.uint64(0xD6E8FEB86659FD93)
@@ -38,7 +38,13 @@ _WHITESPACE = re.compile(r"\s")
 
 
 class HashedWords(NamedTuple):
-    """Words of a text in order: they are the characters [start, stop), int64 each; their hashes, uint64."""
+    """Words of a text, in order.
+
+    Attributes:
+        starts: index of the first character, int64 [words].
+        stops: index after the last character, int64 [words].
+        hashes: uint64 [words].
+    """
 
     starts: np.ndarray
     stops: np.ndarray
@@ -46,7 +52,13 @@ class HashedWords(NamedTuple):
 
 
 class WordShapes(NamedTuple):
-    """Words of a text in order: lengths in characters, int64; bool each: holds a letter, is one unspaced character."""
+    """Properties of the words of a text, in order.
+
+    Attributes:
+        lengths: number of characters, int64 [words].
+        has_letter: whether the word contains a letter, bool [words].
+        is_unspaced: whether it is a single character of a script without spaces, bool [words].
+    """
 
     lengths: np.ndarray
     has_letter: np.ndarray
@@ -54,27 +66,33 @@ class WordShapes(NamedTuple):
 
 
 def measure_whitespace_words(text: str) -> WordShapes:
-    """Return the shapes of the words between blanks, punctuation and all."""
+    """Return the properties of the words between whitespace, with their punctuation."""
     return WordShapes(*_concatenate([_measure_piece(piece) for _, piece in _split_pieces(text)]))
 
 
 def hash_whitespace_words(text: str) -> HashedWords:
-    """Return the words between blanks, punctuation and all."""
-    return HashedWords(*_concatenate([_hash_whitespace_piece(place, piece) for place, piece in _split_pieces(text)]))
+    """Return the words between whitespace, with their punctuation."""
+    return HashedWords(
+        *_concatenate([_hash_whitespace_piece(position, piece) for position, piece in _split_pieces(text)])
+    )
 
 
 def hash_alphanumeric_words(text: str, merge_numbers: bool = False) -> HashedWords:
-    """Return the words of letters and digits; neither their case nor what stands between them is in the hashes.
+    """Return the words of letters and digits. The hashes ignore case and everything between the words.
 
-    `numbers_alike`: every run of digits hashes as one 0.
+    Args:
+        text: the text.
+        merge_numbers: hash every sequence of digits as a single 0.
     """
     return HashedWords(
-        *_concatenate([_hash_alphanumeric_piece(place, piece, merge_numbers) for place, piece in _split_pieces(text)])
+        *_concatenate(
+            [_hash_alphanumeric_piece(position, piece, merge_numbers) for position, piece in _split_pieces(text)]
+        )
     )
 
 
 def is_mostly_unspaced(text: str, words: HashedWords) -> bool:
-    """Return whether half of the words or more are single characters of a script without blanks."""
+    """Return whether at least half of the words are single characters of a script without spaces."""
     if text.isascii():
         return False
     kinds = classify(code_points(text))
@@ -82,11 +100,11 @@ def is_mostly_unspaced(text: str, words: HashedWords) -> bool:
 
 
 def _split_pieces(text: str) -> Iterator[tuple[int, str]]:
-    """Yield pieces of the text that end at blanks, with their places: arrays of them stay in the cache."""
+    """Yield (position, piece) of pieces that end at whitespace and whose arrays fit into the cache."""
     start = 0
     while start < len(text) or start == 0:
-        blank = _WHITESPACE.search(text, start + _PIECE)
-        stop = blank.start() if blank else len(text)
+        whitespace = _WHITESPACE.search(text, start + _PIECE)
+        stop = whitespace.start() if whitespace else len(text)
         yield start, text[start:stop]
         start = max(stop, 1)
 
@@ -103,29 +121,29 @@ def _measure_piece(piece: str) -> tuple[np.ndarray, ...]:
     return stops - starts, letters[stops] > letters[starts], kinds[starts] == UNSPACED
 
 
-def _hash_whitespace_piece(place: int, piece: str) -> tuple[np.ndarray, ...]:
+def _hash_whitespace_piece(position: int, piece: str) -> tuple[np.ndarray, ...]:
     points = code_points(piece)
     kinds = classify(points)
     starts, stops = find_segments(kinds, kinds != WHITESPACE)
-    return starts + place, stops + place, hash_segments(points, starts, stops)
+    return starts + position, stops + position, hash_segments(points, starts, stops)
 
 
-def _hash_alphanumeric_piece(place: int, piece: str, numbers_alike: bool) -> tuple[np.ndarray, ...]:
+def _hash_alphanumeric_piece(position: int, piece: str, merge_numbers: bool) -> tuple[np.ndarray, ...]:
     points = code_points(lower_in_place(piece))
     kinds = classify(points)
     starts, stops = find_segments(kinds, kinds >= LETTER)
     digits = kinds == DIGIT
-    if not numbers_alike or not digits.any():
-        return starts + place, stops + place, hash_segments(points, starts, stops)
+    if not merge_numbers or not digits.any():
+        return starts + position, stops + position, hash_segments(points, starts, stops)
     points = np.where(digits, points.dtype.type(ord("0")), points)
     counts = np.ones(len(points), bool)
     counts[1:] = ~(digits[1:] & digits[:-1])
-    places = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    return starts + place, stops + place, hash_segments(points[counts], places[starts], places[stops])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return starts + position, stops + position, hash_segments(points[counts], offsets[starts], offsets[stops])
 
 
 def lower_in_place(text: str) -> str:
-    """Return `text` in lower case, of the same length: the few letters that become two stay."""
+    """Return `text` in lower case with the same length: the few letters that would become two stay."""
     lower = text.lower()
     if len(lower) == len(text):
         return lower
@@ -133,36 +151,36 @@ def lower_in_place(text: str) -> str:
 
 
 def code_points(text: str) -> np.ndarray:
-    """Return the code points of `text`, uint8 [characters] where it is ASCII, else uint32."""
+    """Return the code points of `text` [characters], uint8 if it is ASCII, else uint32."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def classify(points: np.ndarray) -> np.ndarray:
-    """Return the class of each code point, uint8."""
+    """Return the class of each code point, uint8 [characters]."""
     return (_ascii_table() if points.dtype == np.uint8 else _table())[points]
 
 
 def find_segments(classes: np.ndarray, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return starts and stops, int64, of the runs where `within` is true; characters of class ALONE are runs."""
+    """Return starts and stops, int64, of the segments where `within` is true; a character of class UNSPACED is one."""
     size = len(classes)
     if not size:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     edges = np.empty(size + 1, bool)
     edges[0], edges[size] = True, True
     np.not_equal(within[1:], within[:-1], out=edges[1:size])
-    alone = classes == UNSPACED
-    if alone.any():
-        edges[:size] |= alone
-        edges[1:] |= alone
+    unspaced = classes == UNSPACED
+    if unspaced.any():
+        edges[:size] |= unspaced
+        edges[1:] |= unspaced
     cuts = np.flatnonzero(edges)
-    kept = within[cuts[:-1]]
-    return cuts[:-1][kept], cuts[1:][kept]
+    is_segment = within[cuts[:-1]]
+    return cuts[:-1][is_segment], cuts[1:][is_segment]
 
 
 def hash_segments(points: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Return a hash of each run of characters, uint64: Σ r(c_i)·B^i over the run, r random by code point, mixed."""
+    """Return a hash of each segment, uint64: Σ r(c_i)·B^i over its characters with random r(c), mixed."""
     if not len(starts):
         return np.zeros(0, np.uint64)
     powers, inverses = _powers(len(points))
@@ -173,21 +191,21 @@ def hash_segments(points: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> 
 
 
 def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Return a hash of every `n` hashes in a row, uint64 [max(len − n + 1, 0)]."""
+    """Return a hash of every `n` consecutive hashes, uint64 [max(len − n + 1, 0)]."""
     count = max(len(hashes) - n + 1, 0)
-    found = hashes[:count]
+    combined = hashes[:count]
     for step in range(1, n):
-        found = combine_hashes(found, hashes[step : step + count])
-    return mix_hashes(found)
+        combined = combine_hashes(combined, hashes[step : step + count])
+    return mix_hashes(combined)
 
 
 def combine_hashes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return hashes of pairs in order, uint64: what hashes a run, and the hash of the word that follows it."""
+    """Return hashes of sequences, uint64: `before` hashes each but its last word, `after` hashes that word."""
     return before * _JOIN + after
 
 
 def mix_hashes(values: np.ndarray) -> np.ndarray:
-    """Return splitmix64's finaliser of each uint64 value plus its increment: a bijection that looks random."""
+    """Return the splitmix64 finalizer of each uint64 value plus its increment, a pseudorandom bijection."""
     mixed = values + np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(30)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -225,7 +243,7 @@ def _ascii_table() -> np.ndarray:
 
 @cache
 def _table() -> np.ndarray:
-    # Above the second plane there are only Han, selectors (marks), and what no one has assigned.
+    # Above the second plane there are only Han characters, variation selectors (marks) and unassigned code points.
     table = np.zeros(0x110000, np.uint8)
     table[:0x20000] = [classify_character(chr(point)) for point in range(0x20000)]
     table[0x20000:0x40000] = UNSPACED
@@ -234,7 +252,7 @@ def _table() -> np.ndarray:
 
 
 def classify_character(letter: str) -> int:
-    """Return the class of a character below U+20000: marks count as letters, all of category N as digits."""
+    """Return the class of a character below U+20000. Marks count as letters, all of category N as digits."""
     if letter.isspace():
         return WHITESPACE
     category = unicodedata.category(letter)

@@ -1,7 +1,7 @@
-"""Text as Unicode means it: sound UTF-8, composed characters, no control characters.
+"""Normalize texts: valid UTF-8, composed characters, no control characters.
 
-A text is normalised in the pieces that its spans cut it into, so the spans of the result hold exactly the
-normalised text of the spans before.
+A text is normalized in the pieces between the edges of its spans, so that the spans of the result contain exactly the
+normalized text of the original spans.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from data_prep.clean.removed import RemovedDocument
 from data_prep.documents import Document, Span
 from kabrn_dist.utils.errors import UserError
 
-# Western accents stand alone among ASCII; other alphabets, and bytes that are no text, come in runs.
-_MOST_IN_RUNS = 0.5
-# So few bad bytes spoil nothing, however they stand.
-_FEW = 0.01
+# Western accented letters stand alone among ASCII; other alphabets and binary data come in sequences.
+_MAX_FRACTION_IN_SEQUENCES = 0.5
+# So few bad bytes do not matter.
+_MAX_FRACTION_IGNORED = 0.01
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -30,10 +30,10 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# All of Unicode's category Cc but \t, \n and \r, and the byte order mark.
+# Unicode category Cc without \t, \n and \r, and the byte order mark.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# The characters that are no ASCII with up to `_REACH` others between: no pattern of ftfy's is longer than that.
+# Non-ASCII characters with up to `_REACH` others between them: no pattern of ftfy is longer than that.
 _REACH = 6
 _FOREIGN = re.compile(f"[^\x00-\x7f]+(?:[\x00-\x7f]{{1,{_REACH}}}[^\x00-\x7f]+)*")
 _ESCAPED = re.compile("[\udc80-\udcff]")
@@ -41,10 +41,13 @@ _ESCAPED_RUN = re.compile("[\udc80-\udcff]{2,}")
 
 
 def normalize_document(document: Document, config: CleaningConfig) -> Document | RemovedDocument:
-    """Return the document as `settings` want it, the same object where nothing changes, or why it is removed.
+    """Return the normalized document, the same object if nothing changes, or the reason why it is removed.
 
-    Reasons: "unreadable" (no text and no bytes), "binary", "encoding" (only where that is to be dropped, or
-    where the bytes cannot be repaired). Raises UserError, naming the document, where settings.broken is "refuse".
+    Reasons are "unreadable" (neither text nor bytes), "binary", and "encoding" (if broken documents are dropped, or the
+    bytes cannot be repaired).
+
+    Raises:
+        UserError: the document is broken and `config.broken` is "refuse".
     """
     if document.text is None:
         return _decode_document(document, config)
@@ -56,18 +59,20 @@ def normalize_document(document: Document, config: CleaningConfig) -> Document |
     new = "".join(pieces)
     if new == text:
         return document
-    place = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
+    new_edges = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
     spans = document.spans
     if spans is not None:
-        spans = tuple(Span(place[start], place[stop]) for start, stop in spans)
+        spans = tuple(Span(new_edges[start], new_edges[stop]) for start, stop in spans)
     return document._replace(text=new, spans=spans)
 
 
 def decode_bytes(raw: bytes) -> str | None:
-    """Return the text of `raw`: UTF-16 or UTF-32 by their marks, UTF-8, and what is neither as Windows-1252.
+    """Decode bytes as UTF-16 or UTF-32 by their byte order marks, as UTF-8, or else as Windows-1252.
 
-    None where that would be a guess: most of what is no UTF-8 comes in runs, as other alphabets do. Central
-    European encodings are not told from Windows-1252: some of their accents come out as others.
+    Central European encodings cannot be distinguished from Windows-1252: some of their accents come out wrong.
+
+    Returns:
+        The text; None if most of the bytes that are not UTF-8 come in sequences, as those of other alphabets do.
     """
     for mark, encoding in _MARKS:
         if raw.startswith(mark):
@@ -76,21 +81,21 @@ def decode_bytes(raw: bytes) -> str | None:
             except UnicodeDecodeError:
                 return None
     text = raw.decode("utf-8", "surrogateescape")
-    guessed = len(_ESCAPED.findall(text))
-    in_runs = sum(map(len, _ESCAPED_RUN.findall(text)))
-    if in_runs > _MOST_IN_RUNS * guessed and guessed > _FEW * len(text):
+    escaped = len(_ESCAPED.findall(text))
+    in_sequences = sum(map(len, _ESCAPED_RUN.findall(text)))
+    if in_sequences > _MAX_FRACTION_IN_SEQUENCES * escaped and escaped > _MAX_FRACTION_IGNORED * len(text):
         return None
-    return _ESCAPED.sub(_decode_western_byte, text) if guessed else text
+    return _ESCAPED.sub(_decode_western_byte, text) if escaped else text
 
 
 def _decode_document(document: Document, config: CleaningConfig) -> Document | RemovedDocument:
     raw = document.raw
     if raw is None:
         if config.broken == "refuse":
-            raise UserError(f"{document.name}: {document.problem or 'no text'}. Mend the file or leave it out.")
+            raise UserError(f"{document.name}: {document.problem or 'no text'}; repair the file or leave it out")
         return RemovedDocument("unreadable", document, document.problem)
     if b"\x00" in raw and not raw.startswith(tuple(mark for mark, _ in _MARKS)):
-        return _reject(document, config, "holds NUL bytes and is no text", reason="binary")
+        return _reject(document, config, "contains NUL bytes, so it is not text", reason="binary")
     if config.broken != "repair":
         return _reject(document, config, document.problem or "not UTF-8")
     text = decode_bytes(raw)
@@ -101,9 +106,7 @@ def _decode_document(document: Document, config: CleaningConfig) -> Document | R
 
 def _reject(document: Document, config: CleaningConfig, problem: str, reason: str = "encoding") -> RemovedDocument:
     if config.broken == "refuse":
-        raise UserError(
-            f"{document.name}: {problem}. Convert the file to UTF-8, or set clean.broken to repair or drop."
-        )
+        raise UserError(f"{document.name}: {problem}; convert the file to UTF-8, or set clean.broken to repair or drop")
     return RemovedDocument(reason, document, problem)
 
 
@@ -116,7 +119,7 @@ def _decode_western_byte(match: re.Match[str]) -> str:
 
 
 def _edges(document: Document) -> list[int]:
-    """Return where the pieces of the text begin and end, in order: at both ends and at every span's."""
+    """Return the edges of the pieces of a text, in order: both ends of the text and of every span."""
     assert document.text is not None
     inner = {edge for span in document.spans or () for edge in span}
     return sorted(inner | {0, len(document.text)})
@@ -124,7 +127,7 @@ def _edges(document: Document) -> list[int]:
 
 def _normalize_piece(text: str, config: CleaningConfig) -> str:
     foreign = not text.isascii()
-    # Mojibake may hold control characters that tell what it was; an accent may follow one, so composition is last.
+    # Control characters help to decode mojibake, and an accent may follow one, so composition comes last.
     if foreign and config.broken == "repair":
         text = _repair(text)
     if config.control:
@@ -135,7 +138,7 @@ def _normalize_piece(text: str, config: CleaningConfig) -> str:
 
 
 def _repair(text: str) -> str:
-    """Return text with surrogates joined or replaced by U+FFFD, and mojibake undone in lines that it makes better."""
+    """Join surrogates or replace them by U+FFFD, and undo mojibake in lines that get better by it."""
     if _SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if not _may_be_mojibake(text):
@@ -144,7 +147,7 @@ def _repair(text: str) -> str:
 
 
 def _may_be_mojibake(text: str) -> bool:
-    """Return whether ftfy sees mojibake; its slow pattern is tried only around what is no ASCII."""
+    """Return whether ftfy finds mojibake; its slow pattern is only tried around non-ASCII characters."""
     return any(
         BADNESS_RE.search(text, max(foreign.start() - _REACH, 0), foreign.end() + _REACH)
         for foreign in _FOREIGN.finditer(text)
@@ -152,5 +155,5 @@ def _may_be_mojibake(text: str) -> bool:
 
 
 def _repair_line(line: str) -> str:
-    mended = ftfy.fix_encoding(line)
-    return mended if badness(mended) < badness(line) else line
+    repaired = ftfy.fix_encoding(line)
+    return repaired if badness(repaired) < badness(line) else line

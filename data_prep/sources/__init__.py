@@ -1,4 +1,4 @@
-"""Where texts come from: one file a source; each cuts its input into units and yields the documents of a unit."""
+"""Sources of texts, one module each. A source divides its inputs into units and yields the documents of a unit."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ __all__ = ["DataSource", "Document", "FileGroup", "Unit"]
 
 
 class DataSource(Protocol):
-    """A published data set or somebody's files. Sources can be pickled: workers get a copy.
+    """A published data set or a user's files.
 
-    Raises UserError where the input is not what the source reads; single bad files are documents without text.
+    Methods raise UserError if an input is not what the source reads. A single bad file is a document without text.
     """
 
     @property
     def kind(self) -> str:
-        """The name that recipes call it by."""
+        """Name of the kind in recipes."""
 
     @property
     def license(self) -> str:
-        """What the publisher asks for, "" where that is not known."""
+        """License of the publisher; "" if it is not known."""
 
     @property
     def masked(self) -> bool:
-        """Whether the documents have spans: the loss counts on answers only."""
+        """Whether the documents have spans, because only answers carry loss."""
 
     def units(self) -> Sequence[Unit | FileGroup]:
-        """Return the pieces of work, sorted by name and the same for any number of workers. Cheap."""
+        """Return the units of work, sorted by name and the same for any number of workers. This is cheap."""
 
     def read(self, unit: Unit | FileGroup) -> Iterator[Document]:
         """Yield the documents of a unit in order, in bounded memory."""

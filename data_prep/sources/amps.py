@@ -21,7 +21,14 @@ _HEADING = re.compile(r"^(Problem|Answer):[ \t]*\r?$", re.MULTILINE)
 
 
 class AmpsOptions(SourceOptions):
-    """`part`: which collection. `answer`: all hints of a Khan problem, or the last. `answers`: the first, or each."""
+    """Options of AMPS.
+
+    Attributes:
+        part: which collection.
+        answer: all hints of a Khan problem, or only the last one.
+        answers: the first answer of a Mathematica problem, or one document for each.
+        loss: what carries loss.
+    """
 
     part: Literal["khan", "mathematica", "all"] = "all"
     answer: Literal["full", "final"] = "full"
@@ -39,7 +46,7 @@ class Amps(FileSource):
     options_class = AmpsOptions
 
     def accepts(self, name: str) -> bool:
-        """Take Khan's .json and Mathematica's .txt; a folder below them may be given alone."""
+        """Accept the .json files of Khan and the .txt files of Mathematica, also if only a folder below is given."""
         part = "khan" if name.removesuffix(".gz").endswith(".json") else "mathematica"
         return self.options.part in (part, "all") and "data_file_lists" not in name.split("/")
 
@@ -52,7 +59,7 @@ class Amps(FileSource):
         if isinstance(record, Document | LayoutMismatch):
             yield record
             return
-        question, steps = _asked(record) if isinstance(record, dict) else (None, None)
+        question, steps = _question_and_steps(record) if isinstance(record, dict) else (None, None)
         if question is None or steps is None:
             yield LayoutMismatch(member.name, describe_record(record))
         elif not steps:
@@ -66,7 +73,7 @@ class Amps(FileSource):
         if whole.text is None:
             yield whole._replace(raw=None)
             return
-        # What is before the first heading, then headings and texts by turns.
+        # The text before the first heading, then headings and texts alternate.
         parts = _HEADING.split(whole.text)[1:]
         blocks = list(zip(parts[::2], (text.strip() for text in parts[1::2]), strict=True))
         problems = [text for heading, text in blocks if heading == "Problem" and text]
@@ -78,9 +85,9 @@ class Amps(FileSource):
             yield render_question(member.name, problems[0], answer, self.options.loss)
 
 
-def _asked(record: dict[str, Any]) -> tuple[str | None, list[str] | None]:
+def _question_and_steps(record: dict[str, Any]) -> tuple[str | None, list[str] | None]:
     question = record.get("question") or record.get("problem")
     steps = record.get("hints", record.get("solution"))
     steps = [steps] if isinstance(steps, str) else steps
-    right = isinstance(steps, list) and all(isinstance(step, str) for step in steps)
-    return question if isinstance(question, str) else None, steps if right else None
+    valid = isinstance(steps, list) and all(isinstance(step, str) for step in steps)
+    return question if isinstance(question, str) else None, steps if valid else None

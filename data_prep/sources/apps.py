@@ -1,8 +1,8 @@
-"""APPS problems: several files of one folder make a problem (Hendrycks et al. 2021, arXiv:2105.09938; MIT).
+"""APPS: problems that consist of several files in a folder (Hendrycks et al. 2021, arXiv:2105.09938; MIT).
 
-The question is `question.txt`, then `starter_code.py` where there is one, then the line that its authors give the
-model: "Use Call-Based format" with starter code, else "Use Standard Input format". Answers are the first of
-`solutions.json`, a list; problems without solutions are documents without text.
+The question is `question.txt`, then `starter_code.py` if there is one, then the line that the authors of APPS append:
+"Use Call-Based format" with starter code, else "Use Standard Input format". The answers are the first entries of the
+list `solutions.json`; problems without solutions are documents without text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_prep.sources.template import LossTarget, render_question
 
 
 def parse_problems(members: Iterator[Member], solutions: int, loss: LossTarget) -> Iterator[Document | LayoutMismatch]:
-    """Yield up to `solutions` documents for each folder; its files must follow one another, as folders are packed."""
+    """Yield up to `solutions` documents per folder. The files of a folder must be adjacent, as in archives."""
     for folder, group in groupby(members, key=lambda member: member.name.rpartition("/")[0]):
         files = {member.name.rpartition("/")[2]: read_text(member) for member in group}
         bad = next((file for file in files.values() if file.text is None), None)
@@ -42,7 +42,7 @@ def _problem(
         yield LayoutMismatch(f"{folder}/solutions.json", f"no JSON ({describe_error(error)})")
         return
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        yield LayoutMismatch(f"{folder}/solutions.json", "JSON, but not a list of texts")
+        yield LayoutMismatch(f"{folder}/solutions.json", "JSON, but not a list of strings")
     elif not answers:
         yield Document(folder, None, problem="no solutions")
     else:
@@ -53,5 +53,5 @@ def _problem(
 
 def _question(files: dict[str, str]) -> str:
     starter = files.get("starter_code.py", "").strip()
-    form = "Use Call-Based format" if starter else "Use Standard Input format"
-    return "\n".join(part for part in (files["question.txt"].strip(), starter, form) if part)
+    answer_format = "Use Call-Based format" if starter else "Use Standard Input format"
+    return "\n".join(part for part in (files["question.txt"].strip(), starter, answer_format) if part)

@@ -1,7 +1,7 @@
-"""The members of a unit, one after another: files of a folder, of a .tar, .tar.gz, .tgz, .tar.zst or .zip, or one file.
+"""Open the members of a unit one after another: a single file, or the files of a folder or archive.
 
-Nothing is unpacked to disk, so a member's name can do no harm; it is only shown. Archives of tar are read in their
-own order (as a stream), those of zip and folders sorted.
+Archives are .tar, .tar.gz, .tgz, .tar.zst and .zip. Nothing is unpacked to disk, so a member's name can do no harm. A
+tar is read as a stream in its own order; zip files and folders are read in sorted order.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ MAX_MEMBER_BYTES = 64 << 20
 _END = bytes(1024)
 _SHOWN = 4
 _MEMBER_BUFFER = 1 << 16
-# The library copies half of its buffer for each header: a large one is slow for small members.
+# The library copies half of its buffer for each header, so a large one is slow for small members.
 _TAR_BUFFER = 1 << 15
 
 
 class Member(NamedTuple):
-    """A file to read: `file` is good until the next member, None if it cannot be opened (`problem` says why).
+    """A file to read.
 
-    `start`, `stop` are the range of a cut file. `apart`: damage to this one does not touch the others.
+    Attributes:
+        name: its name for messages and documents.
+        file: the open file, valid until the next member; None if it cannot be opened.
+        problem: why it cannot be opened.
+        start: first byte of the range to read.
+        stop: byte after the range; −1: to the end.
+        independent: whether damage to this member leaves the others readable.
     """
 
     name: str
@@ -42,9 +48,15 @@ class Member(NamedTuple):
 
 
 def open_members(unit: Unit | FileGroup, file_filter: FileFilter, seen: list[str]) -> Iterator[Member]:
-    """Yield the members of `unit` that `find` takes, and note the first few names met in `seen`.
+    """Yield the members of a unit.
 
-    Raises one of `packed.DAMAGE` where a whole archive or its rest cannot be read.
+    Args:
+        unit: the unit.
+        file_filter: which members to open.
+        seen: gets the first few names in an archive, for messages.
+
+    Raises:
+        Exception: one of `compression.READ_ERRORS`, if an archive or the rest of it cannot be read.
     """
     if isinstance(unit, FileGroup):
         return _open_group(unit, file_filter)
@@ -56,7 +68,7 @@ def open_members(unit: Unit | FileGroup, file_filter: FileFilter, seen: list[str
 
 
 def read_content(member: Member, limit: int = MAX_MEMBER_BYTES) -> bytes | Document:
-    """Return all bytes of `member`, or a document that says why not: damaged, or above `limit` bytes."""
+    """Return all bytes of `member`, or a document with the problem: damaged, or larger than `limit` bytes."""
     if member.file is None:
         return Document(member.name, None, problem=member.problem)
     try:
@@ -77,7 +89,7 @@ def read_text(member: Member) -> Document:
 
 
 def read_lines(member: Member) -> Iterator[tuple[str, bytes] | Document]:
-    """Yield (name, line with its end) of each line, or a document that says why a line or the rest cannot be read."""
+    """Yield (name, line with its end) for each line, or a document with the problem of a line or of the rest."""
     if member.file is None:
         yield Document(member.name, None, problem=member.problem)
         return
@@ -95,12 +107,12 @@ def read_lines(member: Member) -> Iterator[tuple[str, bytes] | Document]:
 
 
 def _read(file: BinaryIO, limit: int) -> bytes:
-    # Asked for all at once, the library would set aside `limit` bytes for each of a million small files.
+    # In a single call the library would allocate `limit` bytes for each of a million small files.
     blocks = []
-    left = limit + 1
-    while left > 0 and (block := file.read(min(left, _MEMBER_BUFFER))):
+    remaining = limit + 1
+    while remaining > 0 and (block := file.read(min(remaining, _MEMBER_BUFFER))):
         blocks.append(block)
-        left -= len(block)
+        remaining -= len(block)
     return b"".join(blocks)
 
 
@@ -130,7 +142,7 @@ def _open_tar(path: Path, file_filter: FileFilter, seen: list[str]) -> Iterator[
     _check_end(path)
     with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER) as archive:
         while (info := archive.next()) is not None:
-            # Kept, the headers of millions of members would fill the memory.
+            # Otherwise the headers of millions of members would fill the memory.
             archive.members = []  # type: ignore[attr-defined]
             name = _member_name(info.name)
             if not info.isfile() or not name:
@@ -159,7 +171,7 @@ def _open_zip(path: Path, file_filter: FileFilter, seen: list[str]) -> Iterator[
 
 
 def _check_end(path: Path) -> None:
-    # A plain tar cut between two members looks whole to the library.
+    # A plain tar that is cut off between two members looks complete to the library.
     if path.suffix != ".tar":
         return
     with path.open("rb") as file:

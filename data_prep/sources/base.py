@@ -1,4 +1,4 @@
-"""What all sources that read files share: finding units, reading their members, and one answer to what goes wrong."""
+"""Base class of all sources that read files: it lists units, reads their members, and handles errors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,28 @@ from data_prep.sources.files import UNIT_BYTES, FileFilter, FileGroup, list_exam
 from data_prep.sources.layout import LayoutMismatch, describe_record, guess_source
 from kabrn_dist.utils.errors import UserError
 
-# So many files or lines of another layout, and not one of the right one, are the wrong input.
+# This many files or lines of another layout, without a single valid one, mean that the input is wrong.
 _MAX_MISMATCHES = 100
 
 
 class SourceOptions(BaseModel):
-    """Settings of a source: fixed, and unknown ones refused."""
+    """Options of a source: immutable, and unknown ones are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class FileSource(ABC):
-    """A source that reads files. Subclasses say what their files are called and what documents are in one.
+    """A source that reads files. Subclasses define the names of their files and the documents in a file.
 
-    `expected` is the layout in words; `licence` what its publisher asks for ("" where it is the user's own).
+    Attributes:
+        kind: name of the kind in recipes.
+        expected: the layout in words, for messages.
+        endings: endings of the files' names.
+        license: license of the publisher; "" for the user's own files.
+        options_class: class of the options.
+        inputs: files and folders to read.
+        options: the options.
+        unit_bytes: approximate size of a unit.
     """
 
     kind: ClassVar[str]
@@ -40,20 +48,28 @@ class FileSource(ABC):
     options_class: ClassVar[type[SourceOptions]]
 
     def __init__(self, inputs: Sequence[Path], options: SourceOptions, unit_bytes: int = UNIT_BYTES) -> None:
-        """Take inputs and checked options; raises UserError without inputs."""
+        """Store inputs and validated options.
+
+        Raises:
+            UserError: there are no inputs.
+        """
         if not inputs:
-            raise UserError(f"input: source {self.kind} needs at least one file or folder: {self.expected}.")
+            raise UserError(f"input: source {self.kind} needs at least one file or folder; give {self.expected}")
         self.inputs = tuple(inputs)
         self.options: Any = options
         self.unit_bytes = unit_bytes
 
     @property
     def masked(self) -> bool:
-        """Whether documents have spans: the loss counts on answers only."""
+        """Whether the documents have spans, because only answers carry loss."""
         return getattr(self.options, "loss", "all") == "answer"
 
     def units(self) -> list[Unit | FileGroup]:
-        """Return the pieces of work, sorted by name. Raises UserError for a wrong or empty input."""
+        """Return the units of work, sorted by name.
+
+        Raises:
+            UserError: an input is wrong or empty.
+        """
         units = list_units(self.inputs, self.file_filter(), self.unit_bytes)
         if not units:
             raise self._empty_error(", ".join(map(str, self.inputs)), list_example_names(self.inputs))
@@ -62,34 +78,36 @@ class FileSource(ABC):
     def read(self, unit: Unit | FileGroup) -> Iterator[Document]:
         """Yield the documents of `unit` in order, in bounded memory.
 
-        What cannot be read in a folder is a document without text; raises UserError for damage to an input given
-        by name (it is all there is) and for another layout.
+        A file of a folder that cannot be read is a document without text.
+
+        Raises:
+            UserError: an input that was given by name is damaged, or the layout is another one.
         """
-        wrong: list[LayoutMismatch] | None = []
+        mismatches: list[LayoutMismatch] | None = []
         try:
-            for found in self._read(unit):
-                if isinstance(found, LayoutMismatch):
-                    yield Document(found.name, None, problem=f"found {found.description}")
-                    wrong = self._record_mismatch(wrong, found)
+            for result in self._read(unit):
+                if isinstance(result, LayoutMismatch):
+                    yield Document(result.name, None, problem=f"found {result.description}")
+                    mismatches = self._record_mismatch(mismatches, result)
                     continue
-                if found.text is not None:
-                    wrong = None
-                yield found
+                if result.text is not None:
+                    mismatches = None
+                yield result
         except READ_ERRORS as error:
             if self._is_given_by_name(unit):
                 raise UserError(
-                    f"{unit.path}: cannot be read ({describe_error(error)}). Replace it or leave it out."
+                    f"{unit.path}: cannot be read ({describe_error(error)}); replace it or leave it out"
                 ) from error
             yield Document(unit.name, None, problem=describe_error(error))
-        if wrong and getattr(unit, "start", 0) == 0:
-            raise self._layout_error(wrong[0])
+        if mismatches and getattr(unit, "start", 0) == 0:
+            raise self._layout_error(mismatches[0])
 
     def file_filter(self) -> FileFilter:
-        """Return what counts as a file of this source."""
+        """Return which files belong to this source."""
         return FileFilter(self.endings, self.accepts)
 
     def accepts(self, name: str) -> bool:
-        """Return whether a file found under this name (folders by "/") belongs to the source."""
+        """Return whether a file of this name, with folders separated by "/", belongs to the source."""
         return True
 
     @abstractmethod
@@ -97,7 +115,7 @@ class FileSource(ABC):
         """Yield the documents of one file."""
 
     def parse_members(self, members: Iterator[Member]) -> Iterator[Document | LayoutMismatch]:
-        """Yield the documents of a unit's files; for sources whose documents lie in several files."""
+        """Yield the documents of a unit's files. Sources whose documents consist of several files override it."""
         for member in members:
             yield from self.parse_member(member)
 
@@ -105,13 +123,13 @@ class FileSource(ABC):
         seen: list[str] = []
         any_member = False
 
-        def noted() -> Iterator[Member]:
+        def watched() -> Iterator[Member]:
             nonlocal any_member
             for member in open_members(unit, self.file_filter(), seen):
                 any_member = True
                 yield member
 
-        yield from self.parse_members(noted())
+        yield from self.parse_members(watched())
         if not any_member and self._is_given_by_name(unit):
             raise self._empty_error(str(unit.path), seen)
         if not any_member:
@@ -121,32 +139,32 @@ class FileSource(ABC):
         return unit.path in self.inputs
 
     def _record_mismatch(
-        self, wrong: list[LayoutMismatch] | None, found: LayoutMismatch
+        self, mismatches: list[LayoutMismatch] | None, mismatch: LayoutMismatch
     ) -> list[LayoutMismatch] | None:
-        if wrong is not None:
-            wrong.append(found)
-            if len(wrong) >= _MAX_MISMATCHES:
-                raise self._layout_error(wrong[0])
-        return wrong
+        if mismatches is not None:
+            mismatches.append(mismatch)
+            if len(mismatches) >= _MAX_MISMATCHES:
+                raise self._layout_error(mismatches[0])
+        return mismatches
 
     def _layout_error(self, first: LayoutMismatch) -> UserError:
-        return UserError(f"{first.name}: found {first.description}. Source {self.kind} expects {self.expected}.")
+        return UserError(f"{first.name}: found {first.description}; source {self.kind} expects {self.expected}")
 
     def _empty_error(self, where: str, names: list[str]) -> UserError:
         found = f"found {', '.join(names)}" if names else "it is empty"
         guess = guess_source(names)
         if guess in (self.kind, f"{self.kind} with layout: {getattr(self.options, 'layout', '')}"):
             given = ", ".join(f"{key}: {value}" for key, value in self.options)
-            found += f"; that is its layout, but the options leave it out ({given})"
+            found += f"; that is its layout, but the options exclude it ({given})"
         elif guess:
             found += f"; it looks like {guess}"
-        return UserError(f"input {where}: no file for source {self.kind}; {found}. Expected: {self.expected}.")
+        return UserError(f"input {where}: no file for source {self.kind}; {found}; expected {self.expected}")
 
 
 def parse_json_file(member: Member) -> Any | Document | LayoutMismatch:
-    """Return the JSON value that a whole file holds, or what is wrong with it."""
-    whole = read_text(member)
-    return whole._replace(raw=None) if whole.text is None else parse_json(whole.name, whole.text)
+    """Return the JSON value of a whole file, or what is wrong with it."""
+    document = read_text(member)
+    return document._replace(raw=None) if document.text is None else parse_json(document.name, document.text)
 
 
 def parse_json(name: str, text: str) -> Any | LayoutMismatch:
@@ -154,7 +172,7 @@ def parse_json(name: str, text: str) -> Any | LayoutMismatch:
     try:
         return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
-        return LayoutMismatch(name, f"no JSON ({describe_error(error)})")
+        return LayoutMismatch(name, f"not JSON ({describe_error(error)})")
 
 
 def read_json_lines(member: Member) -> Iterator[tuple[str, dict[str, Any]] | Document | LayoutMismatch]:

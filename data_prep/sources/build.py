@@ -1,4 +1,4 @@
-"""From the name of a kind of source and its options to the source."""
+"""Build a source from the name of its kind and its options."""
 
 from __future__ import annotations
 
@@ -26,9 +26,18 @@ SOURCE_CLASSES = {source.kind: source for source in _SOURCES}
 
 
 def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -> DataSource:
-    """Return the source of `kind` over `inputs`. Raises UserError for an unknown kind and unknown or wrong options."""
+    """Build a source.
+
+    Args:
+        kind: name of the kind.
+        inputs: files and folders to read.
+        options: options of the kind.
+
+    Raises:
+        UserError: the kind is unknown, or an option is unknown or wrong.
+    """
     if kind not in SOURCE_CLASSES:
-        raise UserError(f"source {kind!r}: no such kind; choose from {', '.join(SOURCE_CLASSES)}.")
+        raise UserError(f"source {kind!r}: no such kind; choose from {', '.join(SOURCE_CLASSES)}")
     options_class = SOURCE_CLASSES[kind].options_class
     known = ", ".join(options_class.model_fields) or "none"
     try:
@@ -37,8 +46,8 @@ def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) 
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][:1]))
         if first["type"] == "extra_forbidden":
-            raise UserError(f"source {kind}: no option {name!r}; its options are: {known}.") from error
-        words = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"source {kind}: no option {name!r}; its options are: {known}") from error
+        message = first["msg"].removeprefix("Value error, ")
         given = f" is {first['input']!r}" if name else ""
-        raise UserError(f"source {kind}: {f'option {name!r}{given}: ' if name else ''}{words}.") from error
+        raise UserError(f"source {kind}: {f'option {name!r}{given}: ' if name else ''}{message}") from error
     return SOURCE_CLASSES[kind](inputs, checked)

@@ -1,13 +1,13 @@
-"""Code: trees of source files, and the task sets HumanEval, MBPP and APPS (`layout` says which).
+"""Code: trees of source files, and the task sets HumanEval, MBPP and APPS, selected by `layout`.
 
-- `tree`: a document a file, by its extension. Left out are vendored and built folders, minified and generated files,
-  binaries and files above `max_kb`; these are choices of the source and not counted as problems.
+- `tree`: one document per file, selected by extension. Vendored and built folders, minified and generated files,
+  binaries and files above `max_kb` are left out on purpose and are not counted as problems.
 - `humaneval` (Chen et al. 2021, arXiv:2107.03374; MIT): .jsonl(.gz) with `task_id`, `prompt`, `canonical_solution`;
-  the text is the prompt and the solution as one piece of code, as a model is asked to continue it.
+  the text is prompt and solution as one piece of code, which a model is asked to continue.
 - `mbpp` (Austin et al. 2021, arXiv:2108.07732; CC BY 4.0): .jsonl with `text`, `code`, `test_list`; the question is
-  the text with its tests, which alone name the function that is wanted.
+  the text with its tests, which are the only place that names the function.
 - `apps` (Hendrycks et al. 2021, arXiv:2105.09938; MIT): `{train,test}/<id>/` with `question.txt`, `solutions.json`
-  and `starter_code.py` where functions are called; see apps.py.
+  and, if functions are called, `starter_code.py`; see apps.py.
 """
 
 from __future__ import annotations
@@ -31,20 +31,29 @@ _LANGUAGES = """
 .lua .pl .pm .sh .bash .sql .hs .ml .mli .ex .exs .erl .clj .lisp .el .f90 .f .pas .v .sv .vhd .asm .s .cmake .proto
 """
 _EXTENSIONS = tuple(_LANGUAGES.split())
-_OTHERS = """
+_VENDORED_NAMES = """
 node_modules bower_components vendor vendored third_party thirdparty site-packages dist-packages __pycache__ venv env
 build dist target Pods
 """
-_VENDORED = frozenset(_OTHERS.split())
+_VENDORED = frozenset(_VENDORED_NAMES.split())
 _MINIFIED = (".min.js", ".bundle.js", "_pb2.py", ".pb.go", ".min.css")
-# No one writes lines like this: minified, or data in the shape of code.
-_LINE_MEAN = 200
-_LINE_MOST = 5000
+# Files with longer lines are minified, or data in the form of code.
+_MAX_MEAN_LINE = 200
+_MAX_LINE = 5000
 _JSONL = ("humaneval", "mbpp")
 
 
 class CodeOptions(SourceOptions):
-    """`extensions` empty: a list of common languages. `split` and `solutions` (how many a problem) are for APPS."""
+    """Options of code.
+
+    Attributes:
+        layout: layout of the files.
+        extensions: extensions of the files to read; empty: those of common languages.
+        max_kb: largest file, in KiB.
+        split: split of APPS.
+        solutions: number of solutions per problem of APPS.
+        loss: what carries loss.
+    """
 
     layout: Literal["tree", "humaneval", "mbpp", "apps"] = "tree"
     extensions: tuple[str, ...] = ()
@@ -75,23 +84,23 @@ class Code(FileSource):
     endings = ()
 
     def file_filter(self) -> FileFilter:
-        """Return the files of the layout; APPS problems stay whole."""
+        """Return which files belong to the layout; the files of an APPS problem stay in one unit."""
         layout = self.options.layout
         if layout in _JSONL:
             return FileFilter((".jsonl",), self.accepts)
         if layout == "apps":
-            return FileFilter((".txt", ".json", ".py"), self.accepts, group_key=_folder)
+            return FileFilter((".txt", ".json", ".py"), self.accepts, group_key=_parent_folder)
         dotted = tuple("." + extension.lstrip(".") for extension in self.options.extensions)
         return FileFilter(
             dotted or _EXTENSIONS, self.accepts, accepts_archive=reject_archives, skipped_folders=_VENDORED
         )
 
     def accepts(self, name: str) -> bool:
-        """Leave out vendored and generated files; take the split of APPS."""
+        """Reject vendored and generated files, and other splits of APPS."""
         parts = name.split("/")
         if self.options.layout == "apps":
-            right = self.options.split == "all" or (len(parts) >= 3 and parts[-3] == self.options.split)
-            return right and parts[-1] in ("question.txt", "solutions.json", "starter_code.py")
+            in_split = self.options.split == "all" or (len(parts) >= 3 and parts[-3] == self.options.split)
+            return in_split and parts[-1] in ("question.txt", "solutions.json", "starter_code.py")
         return self.options.layout in _JSONL or (_VENDORED.isdisjoint(parts[1:-1]) and not name.endswith(_MINIFIED))
 
     def parse_members(self, members: Iterator[Member]) -> Iterator[Document | LayoutMismatch]:
@@ -115,13 +124,13 @@ class Code(FileSource):
         data = read_content(member)
         if isinstance(data, Document):
             yield data
-        elif len(data) <= self.options.max_kb << 10 and b"\0" not in data and not _machine_made(data):
+        elif len(data) <= self.options.max_kb << 10 and b"\0" not in data and not _is_generated(data):
             yield decode_document(member.name, data)
 
 
-def _machine_made(data: bytes) -> bool:
+def _is_generated(data: bytes) -> bool:
     count = data.count(b"\n") + 1
-    return len(data) / count > _LINE_MEAN or max(map(len, data.split(b"\n"))) > _LINE_MOST
+    return len(data) / count > _MAX_MEAN_LINE or max(map(len, data.split(b"\n"))) > _MAX_LINE
 
 
 def _humaneval(name: str, record: dict[str, object], loss: LossTarget) -> Document | LayoutMismatch:
@@ -133,15 +142,15 @@ def _humaneval(name: str, record: dict[str, object], loss: LossTarget) -> Docume
 
 
 def _mbpp(name: str, record: dict[str, object], loss: LossTarget) -> Document | LayoutMismatch:
-    # The hand-checked release calls the question "prompt".
+    # The sanitized release calls the question "prompt".
     question, code, tests = record.get("text", record.get("prompt")), record.get("code"), record.get("test_list", [])
     if not isinstance(question, str) or not isinstance(code, str) or not isinstance(tests, list):
         return LayoutMismatch(name, describe_record(record))
-    asked = "\n".join(
+    full_question = "\n".join(
         [question.strip(), "Your code should pass these tests:", *map(str, tests)] if tests else [question]
     )
-    return render_question(name, asked, code.replace("\r\n", "\n"), loss, gap="\n")
+    return render_question(name, full_question, code.replace("\r\n", "\n"), loss, gap="\n")
 
 
-def _folder(name: str) -> str:
+def _parent_folder(name: str) -> str:
     return name.rpartition("/")[0]

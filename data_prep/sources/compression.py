@@ -1,4 +1,4 @@
-"""One file as a stream of bytes, unpacked on the way if it is a .gz or .zst: nothing is written to disk."""
+"""Open a file as a stream of bytes, which decompresses .gz and .zst on the fly. Nothing is written to disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import BinaryIO
 import zstandard
 
 COMPRESSED_ENDINGS = (".gz", ".zst")
-# What reading a cut, damaged, encrypted or unreadable file raises.
+# Errors that reading a truncated, damaged, encrypted or unreadable file raises.
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -26,17 +26,21 @@ READ_ERRORS = (
     NotImplementedError,
 )
 BUFFER_BYTES = 1 << 20
-_PACKED_BYTES = 1 << 16
-_WINDOW_BYTES = 1 << 31
+_COMPRESSED_BYTES = 1 << 16
+_MAX_WINDOW_BYTES = 1 << 31
 
 
 def open_stream(path: Path) -> BinaryIO:
-    """Open `path` for reading from its begin; raises one of `DAMAGE` now or while it is read."""
+    """Open `path` for reading.
+
+    Raises:
+        Exception: one of `READ_ERRORS`, now or while the stream is read.
+    """
     return decompress(path.open("rb", buffering=BUFFER_BYTES), path.name)
 
 
 def decompress(file: BinaryIO, name: str) -> BinaryIO:
-    """Return the unpacked bytes of `file`, packed as the end of its `name` says; closing it closes `file`."""
+    """Return a stream that decompresses `file` according to its name's ending. Closing the stream closes `file`."""
     if name.endswith((".gz", ".tgz")):
         return io.BufferedReader(_Gzip(file), BUFFER_BYTES)
     if name.endswith(".zst"):
@@ -45,13 +49,13 @@ def decompress(file: BinaryIO, name: str) -> BinaryIO:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the words of `error` on one line, without the path that the message names anyway."""
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join((words or type(error).__name__).split())
+    """Return the text of `error` on one line, without the path, which messages name anyway."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join((text or type(error).__name__).split())
 
 
 class _Gzip(io.RawIOBase):
-    # The library's object closes a file that it opened, but not one that it was given.
+    # GzipFile closes a file that it opened, but not one that it was given.
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -70,13 +74,13 @@ class _Gzip(io.RawIOBase):
 
 
 class _Zstd(io.RawIOBase):
-    # The library's own reader stops after the first frame, or takes a cut file for a whole one.
+    # The reader of the library stops after the first frame, or accepts a truncated file as complete.
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
         self._file = file
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._packed = b""
+        self._compressed = b""
         self._plain = memoryview(b"")
 
     def readable(self) -> bool:
@@ -84,8 +88,8 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._plain:
-            self._packed = self._packed or self._file.read(_PACKED_BYTES)
-            if not self._packed:
+            self._compressed = self._compressed or self._file.read(_COMPRESSED_BYTES)
+            if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("ends in the middle of a zstd frame")
                 return 0
@@ -97,9 +101,9 @@ class _Zstd(io.RawIOBase):
 
     def _unpack(self) -> None:
         if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
-        self._plain = memoryview(self._frame.decompress(self._packed))
-        self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
+        self._plain = memoryview(self._frame.decompress(self._compressed))
+        self._compressed = self._frame.unused_data if self._frame.eof else b""
         if self._frame.eof:
             self._frame = None
 

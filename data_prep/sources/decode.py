@@ -1,4 +1,4 @@
-"""From bytes to text, and what to say where there is none."""
+"""Decode bytes as text, or describe why they are not text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import codecs
 
 from data_prep.documents import Document, Span
 
-_RAW_BYTES = 4 << 20
-_LOOK_BYTES = 8192
-_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_MAX_RAW_BYTES = 4 << 20
+_CHECKED_BYTES = 8192
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 def make_document(name: str, text: str, *, spans: tuple[Span, ...] | None = None, key: str | None = None) -> Document:
-    """Return a document of `text`, or one without text where it holds half a surrogate pair (JSON can name one)."""
+    """Return a document of `text`, or one without text if it contains half a surrogate pair, which JSON allows."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -23,10 +23,10 @@ def make_document(name: str, text: str, *, spans: tuple[Span, ...] | None = None
 
 
 def decode_document(name: str, content: bytes) -> Document:
-    """Return a document of UTF-8 `content` as it is, byte for byte, or one that says why it is no text."""
-    if content.startswith(_WIDE):
+    """Return a document of UTF-8 `content`, byte for byte, or one that describes why it is not text."""
+    if content.startswith(_WIDE_MARKS):
         return Document(name, None, problem="UTF-16 or UTF-32, not UTF-8", raw=_small(content))
-    if b"\0" in content[:_LOOK_BYTES]:
+    if b"\0" in content[:_CHECKED_BYTES]:
         return Document(name, None, problem="binary: a zero byte in its first 8 KiB")
     try:
         return Document(name, content.decode())
@@ -36,7 +36,7 @@ def decode_document(name: str, content: bytes) -> Document:
 
 
 def make_spans(start: int, text: str, masked: bool) -> tuple[Span, ...] | None:
-    """Return the span from `start` to the end of `text` if `masked`, else None: all of it carries loss."""
+    """Return the span from `start` to the end of `text` if `masked`, else None, so that all of it carries loss."""
     return (Span(start, len(text)),) if masked else None
 
 
@@ -46,4 +46,4 @@ def printable_name(name: str) -> str:
 
 
 def _small(raw: bytes | None) -> bytes | None:
-    return raw if raw is not None and len(raw) <= _RAW_BYTES else None
+    return raw if raw is not None and len(raw) <= _MAX_RAW_BYTES else None

@@ -1,4 +1,4 @@
-"""Which files there are, and how they are cut into units of work: sorted, and the same for any number of workers."""
+"""List files and divide them into units of work: sorted, and the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ _SHOWN = 4
 
 
 class FileGroup(NamedTuple):
-    """A unit of many small files: those wanted in the folder `path` from `first` to `last`, in the order of `walk`.
+    """Unit of many small files: those of a folder from `first` to `last`, in the order of `walk_files`.
 
-    `label` is what the names of its files begin with.
+    Attributes:
+        path: the folder.
+        name: name of the unit.
+        bytes: size of the files.
+        label: beginning of the names of its files.
+        first: name of the first file below the folder.
+        last: name of the last file.
     """
 
     path: Path
@@ -32,13 +38,16 @@ class FileGroup(NamedTuple):
 
 
 class FileFilter(NamedTuple):
-    """What counts as a file of a source.
+    """Which files belong to a source, and how they are divided into units.
 
-    Files end in one of `endings` (also packed) and `wants` their name (with the input's own name before it). Plain
-    files may be `cut` into byte ranges after this boundary (None: only .jsonl, after lines). Groups end only where
-    `together` changes.
-    `archive` says which archives met in folders are opened (None: all); with `alone` each file is a unit. Folders
-    named in `skip` are not entered.
+    Attributes:
+        endings: endings of the files' names, before a suffix of compression.
+        accepts: whether a file belongs to the source, by its name with the input's own name before it.
+        boundary: bytes after which a plain file may be cut; None: only .jsonl files, after lines.
+        group_key: a group of files ends only where this function of the names changes.
+        accepts_archive: which archives in folders are opened; None: all.
+        file_per_unit: whether each file is a unit.
+        skipped_folders: names of folders that are not entered.
     """
 
     endings: tuple[str, ...]
@@ -55,10 +64,15 @@ class FileFilter(NamedTuple):
 
 
 def list_units(inputs: Sequence[Path], file_filter: FileFilter, unit_bytes: int = UNIT_BYTES) -> list[Unit | FileGroup]:
-    """Return the units of `inputs` (files, archives, folders of both), sorted by name.
+    """Return the units of files, archives, and folders of both, sorted by name. A folder may have no units.
 
-    A file given by name need not be `wanted`, only end rightly. Raises UserError for a path that is absent, of
-    another type, or given twice, and for a folder that cannot be read; a folder may give no units.
+    Args:
+        inputs: the paths. A file that is given by name only needs the right ending.
+        file_filter: which files to read.
+        unit_bytes: approximate size of a unit.
+
+    Raises:
+        UserError: a path is missing, of another type, or given twice, or a folder cannot be read.
     """
     units: list[Unit | FileGroup] = []
     for path, label in _label_inputs(inputs).items():
@@ -68,19 +82,27 @@ def list_units(inputs: Sequence[Path], file_filter: FileFilter, unit_bytes: int 
             else:
                 units += _list_file_units(path, label, path.stat().st_size, file_filter, unit_bytes)
         except FileNotFoundError as error:
-            raise UserError(f"input {path}: no such file or folder.") from error
+            raise UserError(f"input {path}: no such file or folder") from error
         except OSError as error:
-            raise UserError(f"input {error.filename or path}: cannot be read ({describe_error(error)}).") from error
+            raise UserError(f"input {error.filename or path}: cannot be read ({describe_error(error)})") from error
     return sorted(units, key=lambda unit: unit.name)
 
 
 def walk_files(
     folder: Path, first: str = "", last: str | None = None, skipped_folders: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, int]]:
-    """Yield (name below `folder`, bytes) of its files, folder by folder in sorted order, from `first` to `last`.
+    """Walk through the files of a folder in sorted order. The names of one folder at a time are in memory.
 
-    Hidden files, macOS litter and folders named in `skip` are left out; links are followed, but not round in circles.
-    Only the folders between `first` and `last` are listed, and one folder's names at a time are held in memory.
+    Hidden files and macOS metadata are left out. Links are followed unless they lead to a folder above.
+
+    Args:
+        folder: the folder.
+        first: name of the first file.
+        last: name of the last file; None: to the end. Only folders between the two are listed.
+        skipped_folders: names of folders that are not entered.
+
+    Yields:
+        (name below `folder`, bytes).
     """
     from_parts = tuple(first.split("/")) if first else ()
     to_parts = None if last is None else tuple(last.split("/"))
@@ -88,19 +110,19 @@ def walk_files(
 
 
 def has_ending(name: str, endings: tuple[str, ...]) -> bool:
-    """Return whether `name` ends in one of `endings`, as it is or packed."""
+    """Return whether `name` has one of these endings, also before a suffix of compression."""
     for packed in COMPRESSED_ENDINGS:
         name = name.removesuffix(packed)
     return name.endswith(endings)
 
 
 def reject_archives(name: str) -> bool:
-    """Leave archives met in folders unread: in a tree of code they are data."""
+    """Reject all archives in folders: in a tree of code they are data."""
     return False
 
 
 def is_hidden(part: str) -> bool:
-    """Return whether this part of a path is hidden or macOS litter."""
+    """Return whether this part of a path is hidden or macOS metadata."""
     return part.startswith(".") or part == "__MACOSX"
 
 
@@ -119,7 +141,7 @@ def _walk(
         elif entry.is_file():
             yield "/".join(parts), entry.stat().st_size
         elif entry.is_symlink():
-            yield "/".join(parts), 0  # leads nowhere: reading it says so
+            yield "/".join(parts), 0  # a broken link: reading it reports that
 
 
 def _circular(link: str) -> bool:
@@ -133,26 +155,26 @@ def _list_folder_units(
     size = 0
     for name, count in walk_files(folder, skipped_folders=file_filter.skipped_folders):
         full = f"{label}/{name}"
-        whole = full.endswith(ARCHIVES)
-        if whole and file_filter.accepts_archive is not None and not file_filter.accepts_archive(full):
+        is_archive = full.endswith(ARCHIVES)
+        if is_archive and file_filter.accepts_archive is not None and not file_filter.accepts_archive(full):
             continue
-        if not whole and not file_filter.matches(full):
+        if not is_archive and not file_filter.matches(full):
             continue
-        alone = (
-            whole
+        separate = (
+            is_archive
             or file_filter.file_per_unit
             or (count >= unit_bytes and (_cut_boundary(full, file_filter) or full.endswith(COMPRESSED_ENDINGS)))
         )
-        apart = names and (
+        may_split = names and (
             file_filter.group_key is None or file_filter.group_key(names[-1]) != file_filter.group_key(name)
         )
-        if names and (alone or (size >= unit_bytes and apart)):
+        if names and (separate or (size >= unit_bytes and may_split)):
             yield _make_group(folder, label, names, size)
             names, size = [], 0
-        if alone:
+        if separate:
             yield from _list_file_units(folder / name, full, count, file_filter, unit_bytes)
         else:
-            # Only the ends name the group: a list of millions of names would fill the memory.
+            # A group keeps only its first and last name: millions of names would fill the memory.
             names, size = [names[0] if names else name, name], size + count
     if names:
         yield _make_group(folder, label, names, size)
@@ -167,12 +189,12 @@ def _list_file_units(path: Path, name: str, size: int, file_filter: FileFilter, 
         yield Unit(path, name, size)
     elif not has_ending(path.name, file_filter.endings):
         raise UserError(
-            f"input {path}: unknown file type; give {', '.join((*file_filter.endings, *ARCHIVES))} or folders."
+            f"input {path}: unknown file type; give {', '.join((*file_filter.endings, *ARCHIVES))} or folders"
         )
     elif (boundary := _cut_boundary(name, file_filter)) is None or size <= unit_bytes:
         yield Unit(path, name, size)
     else:
-        # Digits of one width: sorted by name is sorted by place.
+        # With a fixed number of digits, the order of names is the order of ranges.
         for start, stop in find_cuts(path, size, unit_bytes, boundary):
             yield Unit(path, f"{name}@{start:015d}", stop - start, start, stop)
 
@@ -185,10 +207,10 @@ def _cut_boundary(name: str, file_filter: FileFilter) -> bytes | None:
 
 def _label_inputs(inputs: Sequence[Path]) -> dict[Path, str]:
     paths = [Path(os.path.abspath(path)) for path in inputs]
-    twice = [path for path in paths if paths.count(path) > 1]
-    if twice:
-        raise UserError(f"input {twice[0]}: given twice; drop one.")
-    # The fewest folders above that tell the inputs apart: the same data elsewhere keeps its names.
+    repeated = [path for path in paths if paths.count(path) > 1]
+    if repeated:
+        raise UserError(f"input {repeated[0]}: given twice; drop one")
+    # As few folders as distinguish the inputs, so that the same data elsewhere has the same names.
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         labels = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(labels)) == len(labels):
@@ -197,7 +219,7 @@ def _label_inputs(inputs: Sequence[Path]) -> dict[Path, str]:
 
 
 def list_example_names(inputs: Sequence[Path]) -> list[str]:
-    """Return a few names of the files under `inputs`, for messages."""
+    """Return the names of a few files in `inputs`, for messages."""
     names: list[str] = []
     for path in inputs:
         for name, _ in walk_files(path) if path.is_dir() else [(path.name, 0)]:

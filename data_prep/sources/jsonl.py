@@ -1,7 +1,8 @@
-"""Lines of JSON: a document each, from a field of your naming, or from a question and an answer.
+"""Lines of JSON: one document per line, from a field, or from a question and an answer.
 
-A plain file is cut into byte ranges, so that many workers share one large file; a .gz or .zst is read by one.
-Documents are named by the offset of their line ("notes.jsonl byte 0"): a worker cannot know the lines before its own.
+A plain file is divided into byte ranges, so that many workers share a large file; one worker reads a whole .gz or .zst.
+Documents are named by the offset of their line ("notes.jsonl byte 0"), as a worker cannot count the lines before its
+own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from data_prep.sources.template import LossTarget, render_question
 
 
 class FieldOptions(SourceOptions):
-    """Names of fields: `field`, or `question` and `answer`, which are rendered. `key` joins parallel texts."""
+    """Names of the fields of a record.
+
+    Attributes:
+        field: field of the text.
+        key: field of the key that joins parallel texts.
+        question: field of the question.
+        answer: field of the answer.
+        loss: what carries loss.
+    """
 
     field: str = "text"
     key: str | None = None
@@ -39,7 +48,7 @@ class FieldOptions(SourceOptions):
         return self
 
     def text_fields(self) -> list[str]:
-        """Return the names of the one or two fields that make the text."""
+        """Return the names of the one or two fields of the text."""
         return [self.field] if self.question is None or self.answer is None else [self.question, self.answer]
 
 
@@ -47,12 +56,12 @@ class Jsonl(FileSource):
     """Texts of .jsonl files."""
 
     kind = "jsonl"
-    expected = "one JSON object a line with the fields that the options name (field: text)"
+    expected = "one JSON object per line with the fields that the options name (field: text)"
     endings = (".jsonl",)
     options_class = FieldOptions
 
     def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
-        """Yield a document a line."""
+        """Yield one document per line."""
         for item in read_json_lines(member):
             yield (
                 item if isinstance(item, Document | LayoutMismatch) else make_document_from_fields(*item, self.options)
@@ -60,7 +69,7 @@ class Jsonl(FileSource):
 
 
 def make_document_from_fields(name: str, record: Mapping[str, Any], options: FieldOptions) -> Document | LayoutMismatch:
-    """Return the document that the named fields of `record` make. Keys may be numbers."""
+    """Return the document of the named fields of `record`. Keys may be numbers."""
     key = record.get(options.key) if options.key is not None else None
     key = str(key) if isinstance(key, int) else key
     if options.key is not None and not isinstance(key, str):

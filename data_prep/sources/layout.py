@@ -1,4 +1,4 @@
-"""What to say when the files are not laid out as a source expects: what was found, and which source would fit."""
+"""Describe files that do not have the layout of a source, and guess which source would fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import NamedTuple
 
 
 class LayoutMismatch(NamedTuple):
-    """A file or line `name` that can be read but has another layout; `found` says which."""
+    """A file or line that can be read but has another layout.
+
+    Attributes:
+        name: its name.
+        description: what it contains.
+    """
 
     name: str
     description: str
@@ -38,7 +43,7 @@ _BY_KEYS = (
 
 
 def guess_source(names: Sequence[str]) -> str:
-    """Return the source (and option) whose layout has names like these, or ""."""
+    """Return the source, with its option, whose layout has names like these, or ""."""
     for pattern, kind in _BY_NAME:
         if any(re.search(pattern, name, re.IGNORECASE) for name in names):
             return kind
@@ -46,11 +51,11 @@ def guess_source(names: Sequence[str]) -> str:
 
 
 def describe_record(record: object) -> str:
-    """Return what a JSON `record` holds, and "; it looks like …" for the source that reads such records."""
+    """Return the keys of a JSON record, and "; it looks like …" with the source that reads such records."""
     if not isinstance(record, Mapping):
         return f"a {type(record).__name__}"
     keys = ", ".join(repr(key) for key in list(record)[:8]) or "no keys"
-    for wanted, kind in _BY_KEYS:
-        if wanted <= set(record):
+    for required, kind in _BY_KEYS:
+        if required <= set(record):
             return f"{keys}; it looks like {kind}"
     return keys

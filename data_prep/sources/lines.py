@@ -1,4 +1,4 @@
-"""Lines of a stream with their places, and the places where a file may be cut between lines."""
+"""Iterate over the lines of a stream with their offsets, and divide files between lines."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_LINE_BYTES = 64 << 20
-_LOOK_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 16
 
 
 def iterate_lines(
     file: BinaryIO, start: int = 0, stop: int = -1, limit: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (offset, line with its line end) of the lines that begin in [start, stop); `file` stands at `start`.
+    """Yield (offset, line with its line end) of the lines that begin in [start, stop).
 
-    `stop` -1 reads to the end. A line above `limit` bytes is skipped and given as None: memory holds one line.
+    Args:
+        file: a stream, positioned at `start`.
+        start: offset of the first line.
+        stop: end of the range; −1: to the end of the file.
+        limit: a line above this number of bytes is skipped and yielded as None, to bound the memory.
     """
     offset = start
     while stop < 0 or offset < stop:
@@ -33,31 +37,31 @@ def iterate_lines(
 
 
 def find_cuts(path: Path, size: int, unit_bytes: int, boundary: bytes = b"\n") -> list[tuple[int, int]]:
-    """Return ranges [start, stop) of about `unit_bytes` that cover `path`, each cut right after a `boundary`.
+    """Return ranges [start, stop) of about `unit_bytes` that cover a file, each ending right after a `boundary`.
 
-    Reads only from each cut to the next boundary.
+    The file is only read from each approximate cut to the next boundary.
     """
     edges = [0]
     with path.open("rb", buffering=0) as file:
         while edges[-1] + unit_bytes < size:
-            edge = _after(file, edges[-1] + unit_bytes, boundary)
+            edge = _find_after(file, edges[-1] + unit_bytes, boundary)
             if edge is None or edge >= size:
                 break
             edges.append(edge)
     return list(zip(edges, [*edges[1:], size], strict=True))
 
 
-def _after(file: BinaryIO, place: int, boundary: bytes) -> int | None:
-    # Blocks overlap by one byte less than the boundary is long: it may lie across two.
-    at = max(0, place - len(boundary))
-    file.seek(at)
+def _find_after(file: BinaryIO, offset: int, boundary: bytes) -> int | None:
+    # Blocks overlap by one byte less than the length of the boundary, which may lie across two blocks.
+    position = max(0, offset - len(boundary))
+    file.seek(position)
     window = b""
-    while block := file.read(_LOOK_BYTES):
+    while block := file.read(_BLOCK_BYTES):
         window += block
         hit = window.find(boundary)
         if hit >= 0:
-            return at + hit + len(boundary)
+            return position + hit + len(boundary)
         keep = len(boundary) - 1
-        at += len(window) - keep
+        position += len(window) - keep
         window = window[len(window) - keep :]
     return None

@@ -1,10 +1,10 @@
 """M2D2: Massively Multi-domain Language Modeling (Reid et al., EMNLP 2022, arXiv:2210.07370).
 
-Layout: `{domain}.tar.gz` holding `{domain}/train.txt`, `valid.txt` and `test.txt`, one text a line; one archive, a
-folder of them, or unpacked folders (of which large files are cut between lines). Some official names are misspelt
-(`General_referece`, `Human_activites`); both spellings are taken.
+Layout: `{domain}.tar.gz` with `{domain}/train.txt`, `valid.txt` and `test.txt`, one text per line; one
+archive, a folder of archives, or unpacked folders, whose large files are divided between lines. Some official names are
+misspelled (`General_referece`, `Human_activites`); both spellings are accepted.
 
-Licence: CC-BY-NC-4.0. What is trained on it is not for commercial use.
+License: CC-BY-NC-4.0. Models trained on it must not be used commercially.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from data_prep.sources.text import parse_text_lines
 
 
 class M2D2Options(SourceOptions):
-    """`domains`: empty takes all that are there."""
+    """Options of M2D2.
+
+    Attributes:
+        split: the split.
+        domains: domains to read; empty: all.
+    """
 
     split: Literal["train", "valid", "test", "all"] = "train"
     domains: tuple[str, ...] = ()
@@ -41,7 +46,7 @@ class M2D2Options(SourceOptions):
 
 
 class M2D2(FileSource):
-    """Texts of M2D2's domains, a document a line."""
+    """Texts of M2D2's domains, one document per line."""
 
     kind = "m2d2"
     expected = "{domain}.tar.gz with {domain}/train.txt, valid.txt and test.txt, or such folders"
@@ -50,18 +55,18 @@ class M2D2(FileSource):
     options_class = M2D2Options
 
     def file_filter(self) -> FileFilter:
-        """Cut between lines; leave whole archives of other domains unread."""
+        """Return which files to read; they may be cut between lines, and archives of other domains are not opened."""
         return super().file_filter()._replace(boundary=b"\n", accepts_archive=self._archive)
 
     def accepts(self, name: str) -> bool:
-        """Take the files of the split and the domains that were asked for."""
+        """Accept the files of the selected split and domains."""
         parts = name.split("/")
         splits = ("train", "valid", "test") if self.options.split == "all" else (self.options.split,)
         domain = official_name(parts[-2]) if len(parts) > 1 else ""
         return parts[-1] in {f"{split}.txt" for split in splits} and domain in (self.options.domains or (domain,))
 
     def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
-        """Yield a document a line."""
+        """Yield one document per line."""
         return parse_text_lines(member)
 
     def _archive(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The names of M2D2's domains as its publishers wrote them, misspellings and stray entries included."""
+"""Names of the domains of M2D2 as published, with their misspellings and stray entries."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ _SINGLE = (
     "hep-ex hep-lat hep-ph hep-th math-ph mtrl-th nucl-ex nucl-th patt-sol plasm-ph q-alg q-bio quant-ph "
     "solv-int supr-con eval_sets only_text only_txt2"
 )
-# How the names should be spelt, and how they are.
-_SPELT = {"General_reference": "General_referece", "Human_activities": "Human_activites"}
+# Correct and published spelling.
+_PUBLISHED_SPELLING = {"General_reference": "General_referece", "Human_activities": "Human_activites"}
 
 DOMAINS = frozenset(
     [
@@ -61,6 +61,6 @@ DOMAINS = frozenset(
 
 
 def official_name(name: str) -> str:
-    """Return the published spelling of a domain's name; names that are spelt as published stay."""
+    """Return the published spelling of a domain's name."""
     topic, bar, part = name.partition("__")
-    return _SPELT.get(topic, topic) + bar + part
+    return _PUBLISHED_SPELLING.get(topic, topic) + bar + part

@@ -1,4 +1,4 @@
-r"""MATH: competition problems with worked solutions (Hendrycks et al., NeurIPS 2021, arXiv:2103.03874; MIT licence).
+r"""MATH: competition problems with worked solutions (Hendrycks et al., NeurIPS 2021, arXiv:2103.03874; MIT license).
 
 Layout: `{train,test}/<subject>/<n>.json`, each an object with `problem`, `level` ("Level 1" to "Level 5", a few
 "Level ?"), `type` and `solution`, whose last `\boxed{…}` is the answer. As a folder or an archive.
@@ -20,7 +20,14 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed (?=[^\s{])")
 
 
 class MathOptions(SourceOptions):
-    """`answer`: the whole solution, or what its last box holds. `levels`: empty takes all, also "Level ?"."""
+    """Options of MATH.
+
+    Attributes:
+        split: the split.
+        answer: the whole solution, or only the content of its last box.
+        levels: levels to read; empty: all, also "Level ?".
+        loss: what carries loss.
+    """
 
     split: Literal["train", "test", "all"] = "train"
     answer: Literal["full", "final"] = "full"
@@ -29,7 +36,7 @@ class MathOptions(SourceOptions):
 
 
 class Math(FileSource):
-    """Problems of MATH, a document each."""
+    """Problems of MATH, one document each."""
 
     kind = "math"
     expected = "{train,test}/<subject>/<n>.json with 'problem' and 'solution' (MATH, folder or archive)"
@@ -38,14 +45,14 @@ class Math(FileSource):
     options_class = MathOptions
 
     def accepts(self, name: str) -> bool:
-        """Take the files of the split that was asked for."""
+        """Accept the files of the selected split."""
         parts = name.split("/")
         if self.options.split == "all":
             return True
         return len(parts) >= 3 and parts[-3] == self.options.split
 
     def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
-        """Yield the problem, nothing if it is of another level."""
+        """Yield the problem, unless its level is not selected."""
         record = parse_json_file(member)
         if isinstance(record, Document | LayoutMismatch):
             yield record
@@ -65,9 +72,9 @@ class Math(FileSource):
 
 
 def find_last_boxed(solution: str) -> str | None:
-    r"""Return what the last `\boxed{…}` or `\fbox{…}` holds (braces matched), or None.
+    r"""Return the content of the last `\boxed{…}` or `\fbox{…}` with matching braces, or None.
 
-    `\boxed 7` without braces holds the rest up to the closing dollar, as lm-eval reads it.
+    The content of `\boxed 7` without braces is everything up to the closing dollar, as in lm-eval.
     """
     for box in reversed(list(_BOX.finditer(solution))):
         start = box.end()
@@ -81,15 +88,15 @@ def find_last_boxed(solution: str) -> str | None:
 
 def _closing(text: str, start: int) -> int | None:
     depth = 0
-    place = start
-    while place < len(text):
-        if text[place] == "\\":
-            place += 1  # an escaped brace is a character
-        elif text[place] == "{":
+    position = start
+    while position < len(text):
+        if text[position] == "\\":
+            position += 1  # an escaped brace is a character
+        elif text[position] == "{":
             depth += 1
-        elif text[place] == "}":
+        elif text[position] == "}":
             depth -= 1
             if depth == 0:
-                return place
-        place += 1
+                return position
+        position += 1
     return None

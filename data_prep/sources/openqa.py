@@ -1,10 +1,11 @@
-"""Open questions and answers as .jsonl, each record recognised by its fields.
+"""Open questions and answers as .jsonl; each record is recognized by its fields.
 
 - NQ-open (Lee et al. 2019; CC BY-SA 3.0): `question`, `answer` a list of right answers; the EfficientQA files name
   the list `answer_and_def_correct_predictions`.
-- GSM8K (Cobbe et al. 2021; MIT): `question`, `answer` with calculator marks `<<48/2=24>>` and a last line `#### 72`.
+- GSM8K (Cobbe et al. 2021; MIT): `question`, `answer` with calculator annotations `<<48/2=24>>` and a last line `####
+  72`.
 - ARC and OpenBookQA (Clark et al. 2018; Mihaylov et al. 2018): `question.stem`, `question.choices` of `text` and
-  `label`, `answerKey`; rendered with a line for each choice, and "label. text" of the right one as the answer.
+  `label`, `answerKey`; rendered with one line per choice, and "label. text" of the correct choice as the answer.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ _FINAL = "####"
 
 
 class OpenQAOptions(SourceOptions):
-    """`split` picks files in folders and archives by name (one given by name is read in any case).
+    """Options of open questions.
 
-    `marks`: GSM8K's calculator marks. `answer`: its whole solution, or the number after "####". `answers`: the first
-    of several right ones, or a document for each.
+    Attributes:
+        split: selects files in folders and archives by name; a file that is given by name is always read.
+        marks: keep or strip the calculator annotations of GSM8K.
+        answer: the whole solution of GSM8K, or only the number after "####".
+        answers: the first of several correct answers, or one document for each.
+        loss: what carries loss.
     """
 
     split: Literal["train", "valid", "test", "all"] = "train"
@@ -51,40 +56,40 @@ class OpenQA(FileSource):
     options_class = OpenQAOptions
 
     def accepts(self, name: str) -> bool:
-        """Take files whose name has a word of the split; one that names no split counts as train."""
+        """Accept files whose name contains a word of the split; a name without one counts as train."""
         words = set(re.split(r"[^a-z]+", name.rpartition("/")[2].lower()))
         named = {split for split, known in _SPLIT_WORDS.items() if known & words} or {"train"}
         return self.options.split == "all" or self.options.split in named
 
     def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
-        """Yield a document for each question (and answer)."""
+        """Yield one document per question, or per answer."""
         for item in read_json_lines(member):
             if isinstance(item, Document | LayoutMismatch):
                 yield item
                 continue
             name, record = item
-            asked = _question(record)
+            question = _question(record)
             answers = self._answers(record)
-            if asked is None or answers is None:
+            if question is None or answers is None:
                 yield LayoutMismatch(name, describe_record(record))
                 continue
             if not answers:
                 yield Document(name, None, problem="no answer")
             for answer in answers:
-                yield render_question(name, asked, answer, self.options.loss)
+                yield render_question(name, question, answer, self.options.loss)
 
     def _answers(self, record: dict[str, Any]) -> list[str] | None:
         if isinstance(record.get("question"), dict):
-            found = _chosen(record)
+            answers = _correct_choice(record)
         else:
-            found = record.get("answer", record.get("answer_and_def_correct_predictions"))
-        if isinstance(found, str):
-            return [self._worked(found)]
-        if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
+            answers = record.get("answer", record.get("answer_and_def_correct_predictions"))
+        if isinstance(answers, str):
+            return [self._strip_solution(answers)]
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             return None
-        return found if self.options.answers == "each" else found[:1]
+        return answers if self.options.answers == "each" else answers[:1]
 
-    def _worked(self, answer: str) -> str:
+    def _strip_solution(self, answer: str) -> str:
         if self.options.answer == "final" and _FINAL in answer:
             return answer.rpartition(_FINAL)[2]
         return _MARK.sub("", answer) if self.options.marks == "strip" else answer
@@ -98,12 +103,12 @@ def _question(record: dict[str, Any]) -> str | None:
     return None if not isinstance(stem, str) or choices is None else "\n".join([stem, *choices.values()])
 
 
-def _chosen(record: dict[str, Any]) -> list[str] | None:
+def _correct_choice(record: dict[str, Any]) -> list[str] | None:
     choices = _choices(record["question"])
-    right = record.get("answerKey")
-    if choices is None or not isinstance(right, str | int):
+    label = record.get("answerKey")
+    if choices is None or not isinstance(label, str | int):
         return None
-    return [choices[right]] if right in choices else []
+    return [choices[label]] if label in choices else []
 
 
 def _choices(question: dict[str, Any]) -> dict[str, str] | None:

@@ -1,7 +1,7 @@
-"""Parquet files: a document a row, from columns of your naming. Needs `pip install pyarrow`.
+"""Parquet files: one document per row, from named columns. Needs `pip install pyarrow`.
 
-Runs of row groups are the units, so several workers share one file; rows are read some hundreds at a time. Not in
-archives: the format is read from its end.
+The units are ranges of row groups, so several workers share one file. Rows are read in batches of some hundreds. Files
+in archives are not supported, because the format is read from its end.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from data_prep.sources.layout import LayoutMismatch
 from kabrn_dist.utils.errors import UserError
 
 _ROWS = 256
-_WORDS = 120
+_MAX_MESSAGE = 120
 
 
 class Parquet(FileSource):
-    """Texts of .parquet files; `field`, `key`, `question` and `answer` name columns. A unit counts row groups."""
+    """Texts of .parquet files; the options name columns. The range of a unit counts row groups."""
 
     kind = "parquet"
     expected = ".parquet files with the columns that the options name (field: text)"
@@ -33,16 +33,20 @@ class Parquet(FileSource):
     options_class = FieldOptions
 
     def file_filter(self) -> FileFilter:
-        """Take each file alone, and no archives."""
+        """Return which files to read: each is one unit at first, and no archives are opened."""
         return super().file_filter()._replace(file_per_unit=True, accepts_archive=reject_archives)
 
     def units(self) -> list[Unit | FileGroup]:
-        """Return runs of row groups, sorted by name; a file that cannot be opened is one unit, and read says why."""
+        """Return ranges of row groups, sorted by name. A file that cannot be opened is one unit."""
         return [part for unit in super().units() if isinstance(unit, Unit) for part in self._parts(unit)]
 
     def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
-        """Refuse a file as a stream."""
-        raise UserError(f"{member.name}: a .parquet cannot be read from a stream; unpack it first.")
+        """Refuse to read a file as a stream.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{member.name}: a .parquet file cannot be read from a stream; unpack it first")
 
     def _parts(self, unit: Unit) -> Iterator[Unit]:
         try:
@@ -58,18 +62,18 @@ class Parquet(FileSource):
                 start, size = group + 1, 0
 
     def _read(self, unit: Unit | FileGroup) -> Iterator[Document | LayoutMismatch]:
-        assert isinstance(unit, Unit)  # Find.alone makes no groups
+        assert isinstance(unit, Unit)  # file_per_unit makes no groups
         file = _open(unit.path)
         options = self.options
-        wanted = [*options.text_fields(), *([] if options.key is None else [options.key])]
+        selected = [*options.text_fields(), *([] if options.key is None else [options.key])]
         columns = {column.name for column in file.schema_arrow}
         name = printable_name(unit.name.rpartition("@")[0] or unit.name)
-        absent = [column for column in wanted if column not in columns]
-        if absent:
+        missing = [column for column in selected if column not in columns]
+        if missing:
             found = ", ".join(map(repr, sorted(columns)[:8]))
-            raise UserError(f"{unit.path}: no column {absent[0]!r}, found {found}. Name the right one by option.")
+            raise UserError(f"{unit.path}: no column {missing[0]!r}, found {found}; name the right one by option")
         for group in range(unit.start, unit.stop):
-            for row, record in enumerate(_records(file, group, list(dict.fromkeys(wanted)))):
+            for row, record in enumerate(_records(file, group, list(dict.fromkeys(selected)))):
                 yield _document(f"{name} group {group} row {row}", record, options)
 
 
@@ -83,16 +87,16 @@ def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, An
     try:
         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
             yield from batch.to_pylist()
-    except ValueError as error:  # what pyarrow's errors of format are, and text that is not UTF-8
-        raise OSError(describe_error(error)[:_WORDS]) from error
+    except ValueError as error:  # pyarrow raises it for a damaged file, and for text that is not UTF-8
+        raise OSError(describe_error(error)[:_MAX_MESSAGE]) from error
 
 
 def _open(path: Path) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow).") from error
+        raise UserError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
     try:
         return parquet.ParquetFile(path)
     except ValueError as error:
-        raise OSError(f"no parquet ({describe_error(error)[:_WORDS]})") from error
+        raise OSError(f"not a parquet file ({describe_error(error)[:_MAX_MESSAGE]})") from error

@@ -1,4 +1,4 @@
-"""The Python standard library's own source files: a corpus every machine already has."""
+"""The source files of the Python standard library, a corpus that every machine has."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data_prep.sources.files import UNIT_BYTES, FileFilter, reject_archives
 from data_prep.sources.layout import LayoutMismatch
 from kabrn_dist.utils.errors import UserError
 
-# Installed packages differ from machine to machine; test suites are large tables more than code.
+# Installed packages differ between machines; test suites are mostly large tables.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
 class PythonStdlib(FileSource):
-    """The .py files of the running Python's library, without tests and installed packages."""
+    """The .py files of the library of the running Python, without tests and installed packages."""
 
     kind = "python-stdlib"
     expected = "the Python library's .py files"
@@ -27,15 +27,19 @@ class PythonStdlib(FileSource):
     options_class = SourceOptions
 
     def __init__(self, inputs: Sequence[Path], options: SourceOptions, unit_bytes: int = UNIT_BYTES) -> None:
-        """Take no inputs; raises UserError for any."""
+        """Use the library of the running Python.
+
+        Raises:
+            UserError: inputs are given.
+        """
         if inputs:
-            raise UserError(f"input {inputs[0]}: python-stdlib reads this Python's own library; drop the input.")
+            raise UserError(f"input {inputs[0]}: python-stdlib reads this Python's own library; drop the input")
         super().__init__([Path(sysconfig.get_path("stdlib"))], options, unit_bytes)
 
     def file_filter(self) -> FileFilter:
-        """Leave out tests and installed packages, and open no archives."""
+        """Return which files to read: no tests, no installed packages, no archives."""
         return super().file_filter()._replace(accepts_archive=reject_archives, skipped_folders=_LEFT_OUT)
 
     def parse_member(self, member: Member) -> Iterator[Document | LayoutMismatch]:
-        """Yield the file, named without the library's folder, which differs between machines."""
+        """Yield the file, named without the folder of the library, which differs between machines."""
         yield read_text(member._replace(name=member.name.partition("/")[2]))

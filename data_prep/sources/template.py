@@ -1,11 +1,11 @@
-"""Questions and answers as text.
+"""Render questions and answers as text.
 
     Problem: {question}
     Answer: {answer}
 
-The same words as the `hendrycks_math` tasks of lm-eval use as their prompt, so that what was trained is what is asked.
-With `loss: answer` the loss counts from the character after "Answer:" on: the space before the answer belongs to its
-first token, and the end of the document is learned with the answer.
+These are the words of the prompt in the `hendrycks_math` tasks of lm-eval, so that evaluation matches training. With
+`loss: answer` the loss counts from the character after "Answer:": the space before the answer belongs to its first
+token, and the end of the document is learned with the answer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ LossTarget = Literal["all", "answer"]
 def render_question(
     name: str, question: str, answer: str, loss: LossTarget, *, gap: str = " ", key: str | None = None
 ) -> Document:
-    """Return the document of one question; `gap` stands between "Answer:" and the answer (a line end before code).
+    """Return the document of one question, without whitespace around question and answer.
 
-    Blank space around question and answer is dropped.
+    Args:
+        name: name of the document.
+        question: the question.
+        answer: the answer.
+        loss: what carries loss.
+        gap: text between "Answer:" and the answer; a newline before code.
+        key: key of the document.
     """
     prompt = f"Problem: {question.strip()}\nAnswer:"
     text = f"{prompt}{gap}{answer.strip()}"

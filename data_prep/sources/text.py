@@ -1,6 +1,6 @@
-"""Text files in any language: .txt (a document each, or a line or paragraph each) and .jsonl (a document a line).
+"""Text files: .txt with one document per file, line or paragraph, and .jsonl with one document per line.
 
-Files may be packed (.gz, .zst) or lie in archives. Line ends and byte order marks inside a document stay as they are.
+Files may be compressed (.gz, .zst) or in archives. Line ends and byte order marks within a document are kept.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ _PARAGRAPH_BYTES = 64 << 20
 
 
 class TextOptions(SourceOptions):
-    """`unit`: what a document of a .txt is; `field`: the text in a line of a .jsonl."""
+    """Options of text files.
+
+    Attributes:
+        unit: what one document of a .txt is.
+        field: field of the text in a .jsonl.
+    """
 
     unit: Literal["document", "line", "paragraph"] = "document"
     field: str = "text"
 
 
 class Text(FileSource):
-    """People's own texts."""
+    """Texts of the user."""
 
     kind = "text"
     expected = ".txt or .jsonl files"
@@ -35,7 +40,7 @@ class Text(FileSource):
     options_class = TextOptions
 
     def file_filter(self) -> FileFilter:
-        """Cut a .txt between lines or paragraphs if these are the documents."""
+        """Return which files to read; a .txt may be cut between lines or paragraphs if these are the documents."""
         boundary = {"document": None, "line": b"\n", "paragraph": b"\n\n"}[self.options.unit]
         return super().file_filter()._replace(boundary=boundary)
 
@@ -54,7 +59,7 @@ class Text(FileSource):
 
 
 def parse_text_lines(member: Member) -> Iterator[Document]:
-    """Yield a document for each line that is not blank, without its line end."""
+    """Yield one document per line that is not blank, without its line end."""
     for item in read_lines(member):
         if isinstance(item, Document):
             yield item
@@ -63,25 +68,25 @@ def parse_text_lines(member: Member) -> Iterator[Document]:
 
 
 def _paragraphs(member: Member) -> Iterator[Document]:
-    name, held, size = "", [], 0
+    name, lines, size = "", [], 0
     for item in read_lines(member):
         if isinstance(item, Document):
             yield item
             continue
-        place, line = item
+        line_name, line = item
         if line.strip():
-            name, size = name or place, size + len(line)
-            # Beyond the limit lines are counted but not kept.
+            name, size = name or line_name, size + len(line)
+            # Lines beyond the limit are counted but not stored.
             if size <= _PARAGRAPH_BYTES:
-                held.append(line)
+                lines.append(line)
         elif name:
-            yield _paragraph(name, held, size)
-            name, held, size = "", [], 0
+            yield _paragraph(name, lines, size)
+            name, lines, size = "", [], 0
     if name:
-        yield _paragraph(name, held, size)
+        yield _paragraph(name, lines, size)
 
 
-def _paragraph(name: str, held: list[bytes], size: int) -> Document:
+def _paragraph(name: str, lines: list[bytes], size: int) -> Document:
     if size > _PARAGRAPH_BYTES:
         return Document(name, None, problem=f"a paragraph above {_PARAGRAPH_BYTES >> 20} MiB")
-    return decode_document(name, b"".join(held).removesuffix(b"\n").removesuffix(b"\r"))
+    return decode_document(name, b"".join(lines).removesuffix(b"\n").removesuffix(b"\r"))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.mpi import import_mpi, is_under_mpirun
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def read_launch_env() -> LaunchEnv:
 
     Under mpirun the processes agree through mpi4py on the address where they will meet.
     """
-    if "RANK" not in os.environ and any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+    if "RANK" not in os.environ and is_under_mpirun():
         _ask_mpi()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
@@ -34,17 +35,14 @@ def read_launch_env() -> LaunchEnv:
 
 
 def _ask_mpi() -> None:
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        raise UserError("started by mpirun, but mpi4py is not installed; pip install mpi4py mpich") from None
-    everyone = MPI.COMM_WORLD
-    neighbors = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    mpi = import_mpi()
+    everyone = mpi.COMM_WORLD
+    neighbors = everyone.Split_type(mpi.COMM_TYPE_SHARED)
     meeting = bytearray(256)
     if everyone.rank == 0:
         text = f"{socket.gethostbyname(socket.gethostname())} {free_port()}".encode()
         meeting[: len(text)] = text
-    everyone.Bcast([meeting, MPI.BYTE])
+    everyone.Bcast([meeting, mpi.BYTE])
     address, port = meeting.rstrip(b"\0").decode().split()
     os.environ.update(
         RANK=str(everyone.rank),
