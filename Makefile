@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-zero tables clean
+.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-zero tables clean
 
 setup: $(VENV)/.ready
 
@@ -22,8 +22,12 @@ demo: setup
 	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml --set run.folder=runs/demo --resume must
 	$(BIN)/python launch/generate.py --run runs/demo --prompt "def "
 
+# Before a commit: lint, types, and the tests that are quick and start no processes.
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not distributed" $(PYTEST_OPTIONS)
+
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_OPTIONS)
 
 # Half an hour of random kills, and a run that must come out as if nothing had happened.
 soak: setup
