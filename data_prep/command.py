@@ -13,10 +13,11 @@ from data_prep.prepare import check_readable, prepare, scan
 from data_prep.recipe import Recipe, load_recipe, parse_recipe
 from data_prep.report import summarize_records
 from data_prep.train_tokenizer import check_vocab_size
-from data_prep.workers import MpiWorkerGroup, WorkerGroup, start_workers, under_mpirun
+from data_prep.workers import MpiWorkerGroup, WorkerGroup, start_workers
 from data_prep.workspace import acquire_workspace, release_workspace
 from kabrn_dist.data.index import Index
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.mpi import is_under_mpirun
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -33,7 +34,7 @@ def run_prepare(options: argparse.Namespace) -> int:
     """
     group = WorkerGroup()
     try:
-        if under_mpirun():
+        if is_under_mpirun():
             group = MpiWorkerGroup()
         recipes: list[Recipe] = []
         group.on_all(lambda: recipes.append(_make_recipe(options)))
@@ -56,9 +57,9 @@ def run_prepare(options: argparse.Namespace) -> int:
 
 def _make_recipe(options: argparse.Namespace) -> Recipe:
     if options.tokenizer is not None and options.vocabulary is not None:
-        raise UserError(f"--vocabulary {options.vocabulary}: --tokenizer {options.tokenizer} brings its own; drop one.")
+        raise UserError(f"--vocabulary {options.vocabulary}: --tokenizer {options.tokenizer} brings its own; drop one")
     if options.workers < 1:
-        raise UserError(f"--workers {options.workers}: must be at least 1.")
+        raise UserError(f"--workers {options.workers}: must be at least 1")
     if options.vocabulary is not None:
         check_vocab_size(options.vocabulary)
     recipe = _recipe_from_file(options) if options.recipe is not None else _recipe_from_options(options)
@@ -69,7 +70,7 @@ def _make_recipe(options: argparse.Namespace) -> Recipe:
 
 def _recipe_from_file(options: argparse.Namespace) -> Recipe:
     if options.input or options.field:
-        raise UserError("--input and --field belong to --source text; name inputs in the recipe, or with --set.")
+        raise UserError("--input and --field belong to --source text; name inputs in the recipe, or with --set")
     overrides = [f"out={options.out}"] if options.out is not None else []
     for flag in ("validation_share", "shard_mb"):
         if getattr(options, flag) is not None:
@@ -81,13 +82,13 @@ def _recipe_from_file(options: argparse.Namespace) -> Recipe:
 
 def _recipe_from_options(options: argparse.Namespace) -> Recipe:
     if options.out is None:
-        raise UserError("--out: give a folder for the shards.")
+        raise UserError("--out: give a folder for the shards")
     if options.set:
-        raise UserError(f"--set {options.set[0]}: belongs to --recipe.")
+        raise UserError(f"--set {options.set[0]}: belongs to --recipe")
     if options.source == "text" and not options.input:
-        raise UserError("--input: --source text needs at least one file or folder to read.")
+        raise UserError("--input: --source text needs at least one file or folder to read")
     if options.source == "python-stdlib" and (options.input or options.field):
-        raise UserError("--input and --field belong to --source text; drop them or change --source.")
+        raise UserError("--input and --field belong to --source text; drop them or change --source")
     source = {"name": options.source, "kind": options.source, "input": [str(path) for path in options.input]}
     if options.field:
         source["options"] = {"field": options.field}
@@ -95,7 +96,7 @@ def _recipe_from_options(options: argparse.Namespace) -> Recipe:
     tree: dict[str, Any] = {
         "out": str(options.out),
         "tokenizer": _tokenizer_section(options),
-        # As they are, but for what cannot be read and what is there twice.
+        # The documents as they are, without unreadable ones and exact duplicates.
         "clean": {**cleaning, "repetition": "off", "exact": True, "near": False},
         "sources": [source],
         "max_unreadable": 1.0,

@@ -111,11 +111,11 @@ class Workspace:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def lock_output(out: Path) -> int:
+def acquire_workspace(out: Path) -> int:
     """Lock the preparation of `out`. Processes that inherit the descriptor hold the lock too.
 
     Returns:
-        The file descriptor that holds the lock, for `unlock_output`.
+        The file descriptor that holds the lock, for `release_workspace`.
 
     Raises:
         UserError: another preparation holds the lock, or the folder cannot be made.
@@ -133,7 +133,7 @@ def lock_output(out: Path) -> int:
     return descriptor
 
 
-def unlock_output(out: Path, descriptor: int) -> None:
+def release_workspace(out: Path, descriptor: int) -> None:
     """Unlock `out`, and remove the folders of a preparation that was refused before it started."""
     os.close(descriptor)
     folder = out / ".work"

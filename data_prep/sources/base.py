@@ -172,7 +172,7 @@ def parse_json(name: str, text: str) -> Any | LayoutMismatch:
     try:
         return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
-        return LayoutMismatch(name, f"not JSON ({describe_error(error)})")
+        return LayoutMismatch(name, f"no JSON ({describe_error(error)})")
 
 
 def read_json_lines(member: Member) -> Iterator[tuple[str, dict[str, Any]] | Document | LayoutMismatch]:

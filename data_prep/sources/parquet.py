@@ -99,4 +99,4 @@ def _open(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except ValueError as error:
-        raise OSError(f"not a parquet file ({describe_error(error)[:_MAX_MESSAGE]})") from error
+        raise OSError(f"no parquet ({describe_error(error)[:_MAX_MESSAGE]})") from error

@@ -33,8 +33,7 @@ def main() -> None:
         group = dist.group.WORLD if world > 1 else None
         pending: list[GradReduceScatter] = []
         reducers = [
-            GradReduceScatter(s, (world, n), group, torch.float32, pending)
-            for s, n in zip(shapes, sizes, strict=True)
+            GradReduceScatter(s, (world, n), group, torch.float32, pending) for s, n in zip(shapes, sizes, strict=True)
         ]
         pieces = [nn.Parameter(torch.zeros(size)) for size in sizes]
         for step in range(2):

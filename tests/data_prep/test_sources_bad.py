@@ -68,8 +68,8 @@ def test_absent_and_double_inputs_are_named(tmp_path: Path) -> None:
     ("kind", "names", "options", "expected"),
     [
         ("math", ["x/train.jsonl"], {}, "found x/train.jsonl; it looks like jsonl or openqa"),
-        ("math", ["m/train/algebra/1.json"], {"split": "test"}, "its layout, but the options leave it out (split: tes"),
-        ("text", ["m/train/algebra/1.json"], {}, "it looks like math. Expected: .txt or .jsonl files"),
+        ("math", ["m/train/algebra/1.json"], {"split": "test"}, "its layout, but the options exclude it (split: tes"),
+        ("text", ["m/train/algebra/1.json"], {}, "it looks like math; expected .txt or .jsonl files"),
         ("m2d2", ["amps/khan/1/2.json"], {}, "it looks like amps"),
         ("code", ["0/question.txt"], {}, "it looks like code with layout: apps"),
         ("code", ["train/0/question.txt"], {"layout": "apps", "split": "test"}, "its layout, but the options leave"),
@@ -92,7 +92,7 @@ def test_a_wrong_layout_says_what_was_found(
 @pytest.mark.parametrize(
     ("kind", "name", "content", "expected"),
     [
-        ("jsonl", "a.jsonl", '{"body": 1, "id": 1}\n', "byte 0: found no text under 'text' but 'body', 'id'. Source"),
+        ("jsonl", "a.jsonl", '{"body": 1, "id": 1}\n', "byte 0: found no text under 'text' but 'body', 'id'; source"),
         ("jsonl", "a.jsonl", '{"question": "q", "answer": "a"}', "it looks like openqa"),
         ("jsonl", "a.jsonl", "[1]\n", "found a list"),
         ("jsonl", "a.jsonl", '{"text": \n', "found no JSON"),
@@ -104,7 +104,7 @@ def test_a_wrong_layout_says_what_was_found(
             '{"question": {"stem": "s", "choices": []}, "answerKey": ["A"]}',
             "found 'question', 'answerKey'",
         ),
-        ("math", "train/x/1.json", '{"question": "q", "hints": []}', "it looks like amps. Source math expects"),
+        ("math", "train/x/1.json", '{"question": "q", "hints": []}', "it looks like amps; source math expects"),
         ("amps", "khan/x/1.json", '{"problem": "q", "x": []}', "found 'problem', 'x'"),
         ("amps", "mathematica/x/y/1.txt", "Answer:\n1", "found 0 'Problem:' and 1 'Answer:' blocks"),
     ],

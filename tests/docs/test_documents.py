@@ -76,7 +76,9 @@ def test_files_that_are_named_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in DOCUMENTS if path.name != "configuration.md"], ids=lambda path: str(path.relative_to(ROOT))
+    "path",
+    [path for path in DOCUMENTS if path.name != "configuration.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_keys_that_are_named_exist(path: Path) -> None:
     sections = "|".join(Config.model_fields)
