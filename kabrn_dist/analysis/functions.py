@@ -1,4 +1,4 @@
-"""The learned univariate functions of a run: a table, a picture a layer, and how far they and their inputs have gone.
+"""Report of the learned univariate functions of a run: a table, a figure per layer, changes and input ranges.
 
 Shapes: E experts, F functions of an expert (its groups, or the edges that are shown), P points.
 """
@@ -34,7 +34,14 @@ POINTS = 121
 
 
 class Curves(NamedTuple):
-    """The functions of one network, "inner" before and "outer" after its hidden layer, each [E,F,P]."""
+    """Functions of one network, "inner" before and "outer" after its hidden layer.
+
+    Attributes:
+        layer: Index of the layer.
+        kind: Kind of its experts: routed, shared or dense.
+        now: [E,F,P] values of the learned functions.
+        start: [E,F,P] values of the initial functions.
+    """
 
     layer: int
     kind: str
@@ -47,7 +54,16 @@ class Curves(NamedTuple):
 
 
 class LearnedFunctions(NamedTuple):
-    """Of one run: its curves at `points` [P], of which `span` is the range, in `model` as `step` left it."""
+    """Learned functions of a run.
+
+    Attributes:
+        config: Configuration of the run.
+        model: Model at `step`.
+        step: Step of the checkpoint.
+        points: [P] arguments of the curves.
+        span: Range of the functions, which `points` may exceed.
+        curves: Curves of each network with learned functions.
+    """
 
     config: Config
     model: MixKABRN
@@ -58,14 +74,15 @@ class LearnedFunctions(NamedTuple):
 
 
 def read_functions(folder: Path, edges: int, beyond: float = 0.5) -> LearnedFunctions:
-    """Evaluate the functions of a run's newest intact checkpoint, and of its initial weights.
+    """Return the functions of a run's newest intact checkpoint and of its initial weights.
 
     Args:
-        edges: functions of an expert that are read where every edge has its own.
-        beyond: how far the points go beyond the range, as a share of its half.
+        folder: Folder of the run.
+        edges: Number of functions per expert to read, for types with a function on every edge.
+        beyond: Distance of the outermost points from the range, as a fraction of half the range.
 
     Raises:
-        UserError: where the folder holds no such run, or its experts have no learned functions.
+        UserError: if the folder holds no such run, or its experts have no learned functions.
     """
     run = Run.open(folder)
     config, model = run.config, run.initial_model()
@@ -80,18 +97,20 @@ def read_functions(folder: Path, edges: int, beyond: float = 0.5) -> LearnedFunc
     curves = [Curves(n.layer, n.kind, last, first) for n, last, first in zip(networks, now, start, strict=True) if last]
     if not curves:
         raise UserError(
-            f"{folder}: model.experts.type {config.model.experts.type} has no learned functions; the forms "
+            f"{folder}: model.experts.type {config.model.experts.type} has no learned functions; the types "
             "rational, chebyshev, hat and bspline have"
         )
     return LearnedFunctions(config, model, step, points, span, curves)
 
 
 def report_functions(folder: Path, edges: int, sequences: int, console: Console) -> None:
-    """Print the table and write the pictures of `folder` to `folder`/report.
+    """Print a table of the functions and write figures to the folder report/ of the run.
 
     Args:
-        edges: functions of an expert that are shown where every edge has its own.
-        sequences: of the validation split that are read to see how far inputs reach.
+        folder: Folder of the run.
+        edges: Number of functions per expert to show, for types with a function on every edge.
+        sequences: Number of validation sequences that measure the range of the inputs.
+        console: Where the table is printed.
     """
     learned = read_functions(folder, edges)
     batch = _read_data(learned.config, sequences, console)
@@ -99,13 +118,22 @@ def report_functions(folder: Path, edges: int, sequences: int, console: Console)
     console.print(_make_table(learned, reaches, f"{folder}: learned functions at step {learned.step}"))
     console.print("change: RMS difference since the start, inside the range; mean and largest over the experts.")
     if learned.config.run.init_from is not None:
-        console.print("start: freshly drawn weights, not those of run.init_from.")
+        console.print("start: newly initialized weights, not those of run.init_from.")
     for path in _draw(learned, reaches, folder / "report"):
         console.print(f"wrote {path}", soft_wrap=True)
 
 
 def measure_change(curves: Curves, points: Tensor, span: tuple[float, float]) -> dict[str, Tensor]:
-    """[E] RMS over functions and points of the range of what was learned since the start."""
+    """Return the change of the functions since the start.
+
+    Args:
+        curves: The functions of one network.
+        points: [P] their arguments.
+        span: Range of the functions; points outside do not count.
+
+    Returns:
+        [E] RMS over functions and points, for "inner" and "outer".
+    """
     inside = (points >= span[0]) & (points <= span[1])
     return {
         role: (now - curves.start[role])[..., inside].double().square().mean((1, 2)).sqrt()
@@ -122,13 +150,13 @@ def _evaluate(model: MixKABRN, points: Tensor, edges: int) -> list[dict[str, Ten
 
 
 def _read_data(config: Config, sequences: int, console: Console) -> Batch | None:
-    """The first validation sequences of each source; None, and a line that says why, where they cannot be read."""
+    """The first validation sequences of each source; None, with the reason printed, if they cannot be read."""
     data = config.data
     try:
         split = TokenDataset(open_corpus(data), "validation", data.sequence_length, config.run.seed, ordered=False)
         return split.get(split.validation_positions(sequences))
     except UserError as error:
-        console.print(f"without data, so without the inputs' reach: {error}", soft_wrap=True)
+        console.print(f"the range of inputs is left out: {error}", soft_wrap=True)
         return None
 
 
@@ -155,7 +183,7 @@ def _reach_columns(reach: Reach | None, role: str) -> tuple[str, str, str]:
 
 
 def _matching(learned: LearnedFunctions, reaches: list[Reach] | None) -> list[Reach | None]:
-    """Of all networks' reaches those of the networks that have curves."""
+    """The ranges of those networks that have curves."""
     if reaches is None:
         return [None] * len(learned.curves)
     return [reach for reach in reaches if reach.outside]

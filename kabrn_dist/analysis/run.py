@@ -10,7 +10,13 @@ from kabrn_dist.model.moe import MixtureOfExperts
 
 
 class Network(NamedTuple):
-    """The stacked experts of one layer: `kind` is routed, shared or dense."""
+    """The stacked experts of one layer.
+
+    Attributes:
+        layer: Index of the layer.
+        kind: routed, shared or dense.
+        experts: The experts.
+    """
 
     layer: int
     kind: str
@@ -18,12 +24,12 @@ class Network(NamedTuple):
 
 
 def list_networks(model: MixKABRN) -> list[Network]:
-    """All stacked experts, layer by layer."""
-    found = []
+    """Return all stacked experts of a model, layer by layer."""
+    networks = []
     for layer, block in enumerate(model.blocks):
         mixture = isinstance(block.mixture, MixtureOfExperts)
         for name in ("routed", "shared"):
             part = getattr(block.mixture, name, None)
             if isinstance(part, Experts):
-                found.append(Network(layer, name if mixture else "dense", part))
-    return found
+                networks.append(Network(layer, name if mixture else "dense", part))
+    return networks

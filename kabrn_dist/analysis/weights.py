@@ -1,4 +1,4 @@
-"""The ternary weights of a run: a table with a row a matrix, and a picture a layer of its latents and codes."""
+"""Report of the ternary weights of a run: a table with one row per matrix, and a figure per layer."""
 
 from __future__ import annotations
 
@@ -26,18 +26,29 @@ COLUMNS = ("layer", "matrix", "shape", "−1 %", "zeros %", "+1 %", "margin", "s
 
 
 class Matrix(NamedTuple):
-    """A ternary matrix, or a stack of them: [E] sums a matrix each, whose flips are since the start."""
+    """A ternary matrix or a stack of E matrices.
+
+    Attributes:
+        layer: Index of the layer.
+        sums: [E] statistics of each matrix; flips are counted since the start.
+        figure: Data of its figure.
+    """
 
     layer: int
     sums: TernaryStats
-    portrait: TernaryFigure
+    figure: TernaryFigure
 
 
 def report_weights(folder: Path, out: Path | None, console: Console) -> None:
-    """Print the table and write a picture a layer to `out` (default: `folder`/report).
+    """Print a table of the ternary weights and write a figure per layer.
+
+    Args:
+        folder: Folder of the run.
+        out: Folder for the figures; None for the folder report/ of the run.
+        console: Where the table is printed.
 
     Raises:
-        UserError: where the folder holds no such run, or one without ternary weights.
+        UserError: if the folder holds no such run, or one without ternary weights.
     """
     run = Run.open(folder)
     config, model = run.config, run.initial_model()
@@ -48,12 +59,12 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
     matrices = list(_measure(model, start))
     console.print(_make_table(matrices, f"{folder}: ternary weights at step {model.routers.step}"))
     console.print(
-        "margin: mean distance of |latent| from the threshold γ/2, over that threshold. scale: γ, the mean |latent|. "
-        "changed: codes that are not those of the start. Stacks: mean, then lowest–highest of the experts.",
+        "margin: mean distance of |latent| from the threshold γ/2, relative to it. scale: γ, the mean |latent|. "
+        "changed: codes that differ from the start. Stacks: mean, then lowest–highest of the experts.",
         soft_wrap=True,
     )
     if config.run.init_from is not None:
-        console.print("start: freshly drawn weights, not those of run.init_from.")
+        console.print("start: newly initialized weights, not those of run.init_from.")
     for picture in _draw(matrices, model.routers.step, out or folder / "report"):
         console.print(f"wrote {picture}", soft_wrap=True)
 
@@ -87,15 +98,15 @@ def _make_table(matrices: list[Matrix], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "matrix" else "right")
-    for layer, sums, portrait in matrices:
+    for layer, sums, figure in matrices:
         shares = (_show(sums, name, ".1f", 100) for name in ("minus", "zero", "plus"))
         rest = _show(sums, "margin", ".3f"), _show(sums, "scale", ".4f"), _show(sums, "flips", ".1f", 100)
-        table.add_row(str(layer), portrait.name, " × ".join(map(str, portrait.shape)), *shares, *rest)
+        table.add_row(str(layer), figure.name, " × ".join(map(str, figure.shape)), *shares, *rest)
     return table
 
 
 def _show(sums: TernaryStats, name: str, style: str, unit: float = 1.0) -> str:
-    """The mean over all weights, and the range of the matrices' where there are several."""
+    """The mean over all weights, and the range over the matrices if there are several."""
     each = sums.values()[name]
     mean = TernaryStats(*(part.sum() for part in sums)).values()[name]
     text, low, high = (format(unit * float(value), style) for value in (mean, each.min(), each.max()))
@@ -105,7 +116,7 @@ def _show(sums: TernaryStats, name: str, style: str, unit: float = 1.0) -> str:
 def _draw(matrices: list[Matrix], step: int, folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for layer in dict.fromkeys(matrix.layer for matrix in matrices):
-        portraits = [matrix.portrait for matrix in matrices if matrix.layer == layer]
+        figures = [matrix.figure for matrix in matrices if matrix.layer == layer]
         path = folder / f"weights_layer_{layer}.png"
-        atomic_write(path, to_png(draw_weights(portraits, f"layer {layer}, step {step}")))
+        atomic_write(path, to_png(draw_weights(figures, f"layer {layer}, step {step}")))
         yield path

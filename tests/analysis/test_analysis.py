@@ -136,7 +136,7 @@ def test_functions_without_data(copied: Path, capsys: pytest.CaptureFixture[str]
     tree["data"]["path"] = str(copied / "gone")
     (copied / "config.yaml").write_text(yaml.safe_dump(tree))
     out = report(capsys, "functions", "--run", copied)
-    assert "without data" in out and "gone" in out and rows(out)[0][7:] == ["–", "–", "–"]
+    assert "the range of inputs is left out" in out and "gone" in out and rows(out)[0][7:] == ["–", "–", "–"]
     assert (copied / "report" / "change.png").exists() and not (copied / "report" / "outside.png").exists()
 
 
@@ -205,7 +205,7 @@ def test_what_is_missing_is_named(trained: Path, tmp_path: Path, capsys: pytest.
     assert "log.jsonl" in refusal(capsys, "experts", "--run", tmp_path)
     assert "config.yaml" in refusal(capsys, "functions", "--run", tmp_path)
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss/total": 5.0}\n')
-    assert "no step tells of experts" in refusal(capsys, "experts", "--run", tmp_path)
+    assert "no entry about experts" in refusal(capsys, "experts", "--run", tmp_path)
     shutil.copy(trained / "config.yaml", tmp_path)
     assert "no intact checkpoint" in refusal(capsys, "functions", "--run", tmp_path)
 
