@@ -110,13 +110,13 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     assert (ended.exit_code, ended.output) == (-signal.SIGINT, "True\n")
 
 
-def test_time_and_file_are_wishes(tmp_path: Path) -> None:
+def test_time_and_file_are_stop_requests(tmp_path: Path) -> None:
     assert ECHO_SECONDS < 10 and RunConfig(folder=tmp_path).max_minutes is None
     (tmp_path / "STOP").touch()
-    wishes = StopRequests(tmp_path, watch_file=True, max_minutes=None)
-    assert wishes.requested() and not StopRequests(tmp_path, watch_file=False, max_minutes=None).requested()
-    with wishes.listening():
-        assert not wishes.requested(), "a leftover file is removed"
+    requests = StopRequests(tmp_path, watch_file=True, max_minutes=None)
+    assert requests.requested() and not StopRequests(tmp_path, watch_file=False, max_minutes=None).requested()
+    with requests.listening():
+        assert not requests.requested(), "a leftover file is removed"
     assert StopRequests(tmp_path, watch_file=False, max_minutes=0.0).requested()
 
 
