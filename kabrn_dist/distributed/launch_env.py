@@ -1,4 +1,4 @@
-"""Where this process stands among those that were started together, and where they meet."""
+"""Rank, world size and rendezvous address of this process, from the launcher's environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from kabrn_dist.utils.mpi import import_mpi, is_under_mpirun
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """Where this process stands among those that were started, read from the launcher's variables."""
+    """Place of this process among those that the launcher started.
+
+    Attributes:
+        rank: this process among all.
+        world_size: number of processes.
+        local_rank: this process among those of its node.
+        local_world_size: number of processes on its node.
+    """
 
     rank: int
     world_size: int
@@ -23,9 +30,16 @@ class LaunchEnv:
 
 
 def read_launch_env() -> LaunchEnv:
-    """Read the launcher's variables (deepspeed, torchrun), ask MPI under mpirun, or stand alone.
+    """Read the variables of deepspeed or torchrun, or ask MPI under mpirun; without a launcher there is one process.
 
-    Under mpirun the processes agree through mpi4py on the address where they will meet.
+    Under mpirun the processes agree through mpi4py on a rendezvous address, and write it to the environment.
+
+    Raises:
+        UserError: started by mpirun, but mpi4py is not installed.
+
+    Example:
+        >>> read_launch_env()
+        LaunchEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
     """
     if "RANK" not in os.environ and is_under_mpirun():
         _ask_mpi()
@@ -36,17 +50,17 @@ def read_launch_env() -> LaunchEnv:
 
 def _ask_mpi() -> None:
     mpi = import_mpi()
-    everyone = mpi.COMM_WORLD
-    neighbors = everyone.Split_type(mpi.COMM_TYPE_SHARED)
-    meeting = bytearray(256)
-    if everyone.rank == 0:
+    world = mpi.COMM_WORLD
+    neighbors = world.Split_type(mpi.COMM_TYPE_SHARED)
+    rendezvous = bytearray(256)
+    if world.rank == 0:
         text = f"{socket.gethostbyname(socket.gethostname())} {free_port()}".encode()
-        meeting[: len(text)] = text
-    everyone.Bcast([meeting, mpi.BYTE])
-    address, port = meeting.rstrip(b"\0").decode().split()
+        rendezvous[: len(text)] = text
+    world.Bcast([rendezvous, mpi.BYTE])
+    address, port = rendezvous.rstrip(b"\0").decode().split()
     os.environ.update(
-        RANK=str(everyone.rank),
-        WORLD_SIZE=str(everyone.size),
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
         LOCAL_RANK=str(neighbors.rank),
         LOCAL_WORLD_SIZE=str(neighbors.size),
         MASTER_ADDR=address,
@@ -54,18 +68,18 @@ def _ask_mpi() -> None:
     )
 
 
-# Below those that Linux and others hand out to connections, and beside the launchers' 29500.
+# Below the ephemeral ports of Linux and others, and without the launchers' 29500.
 _PORTS = range(20_000, 29_000)
 
 
 def free_port() -> int:
-    """A TCP port of this machine where nobody listens.
+    """Return a TCP port of this machine on which nobody listens.
 
-    Not one that the system would choose: whoever connects to anything could be given the same one in the seconds that
-    pass until a process has started and listens.
+    It is not one that the system would choose: any new connection could be given the same one in the seconds that pass
+    until a process has started and listens.
 
     Raises:
-        UserError: all such ports are taken.
+        UserError: all ports of the range are taken.
     """
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as sock, suppress(OSError):

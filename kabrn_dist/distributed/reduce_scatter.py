@@ -1,4 +1,4 @@
-"""Sums over ranks of which each rank needs one piece."""
+"""Reduce-scatter with sums in fp32 and in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def reduce_scatter_sum(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Piece r of all ranks, summed on rank r of the group: what a reduce-scatter returns. Collective.
+def reduce_scatter_sum(shards: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum shard r of all ranks on rank r of the group, as a reduce-scatter does. Collective.
 
-    Pieces travel in their dtype and are summed where they belong, in fp32 and in the order of ranks, so the bits do not
-    depend on who comes first. gloo's own reduce-scatter is an all-reduce, which sends twice the bytes.
+    Shards travel in their dtype and are summed by their owner, in fp32 and in the order of ranks, so that the bits do
+    not depend on which arrives first. gloo's own reduce-scatter is an all-reduce, which sends twice the bytes.
 
     Args:
-        pieces: [P,...], P ranks of the group.
+        shards: [P,...], P ranks of the group.
+        group: the ranks.
 
     Returns:
-        [...] in fp32, or fp64 where the pieces are that.
+        [...] in fp32, or fp64 for fp64 shards.
     """
-    return start_reduce_scatter(pieces, group)()
+    return start_reduce_scatter(shards, group)()
 
 
-def start_reduce_scatter(pieces: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """`sum_at_owners` that does not wait: what it returns does, when it is called, once."""
-    sent = pieces.contiguous()
-    arrived = torch.empty_like(sent)
-    work = dist.all_to_all_single(arrived, sent, group=group, async_op=True)
+def start_reduce_scatter(shards: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Start `reduce_scatter_sum` and return a function, to be called once, that waits and returns the sum."""
+    sent = shards.contiguous()
+    received = torch.empty_like(sent)
+    work = dist.all_to_all_single(received, sent, group=group, async_op=True)
 
-    def finish() -> Tensor:
+    def wait() -> Tensor:
         work.wait()
-        total = arrived[0].to(torch.promote_types(arrived.dtype, torch.float32))
-        for piece in arrived[1:]:
-            total += piece
+        total = received[0].to(torch.promote_types(received.dtype, torch.float32))
+        for shard in received[1:]:
+            total += shard
         return total
 
-    return finish
+    return wait

@@ -1,7 +1,6 @@
-"""Gradients in int8 with one scale a row, rounded up or down by chance so that they are right on average.
+"""Stochastic rounding of gradients to int8 with one scale a row: unbiased, and without a generator's state.
 
-The chance is a hash of the value's bits and its place: the same input is rounded the same way in every run, and there
-is no generator whose state would have to be kept.
+The noise is a hash of the value's bits and its position, so that the same input is rounded the same way in every run.
 """
 
 from __future__ import annotations
@@ -9,23 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SMALLEST = 1e-30
+_MIN_STEP = 1e-30
 
 
 def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[N,D] of any float dtype → codes [N,D] int8 and step [N,1] fp32 (or wider): `codes · step` is the value.
+    """Round rows to int8; `codes · step` is the value. A row with an infinity or NaN gets no finite value.
 
-    A row with an infinity or NaN comes back without a finite value.
+    Args:
+        rows: [N,D] of any float dtype.
+
+    Returns:
+        codes [N,D] int8, and step [N,1] fp32 (or wider).
     """
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    step = wide.abs().amax(1, keepdim=True) / 127
-    codes = wide / step.clamp(min=_SMALLEST)
-    codes.add_(_noise(wide), alpha=2**-24).round_().clamp_(-127, 127)
+    values = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    step = values.abs().amax(1, keepdim=True) / 127
+    codes = values / step.clamp(min=_MIN_STEP)
+    codes.add_(_noise(values), alpha=2**-24).round_().clamp_(-127, 127)
     return codes.to(torch.int8), step
 
 
 def _noise(values: Tensor) -> Tensor:
-    """[N,D] int32 from −2²³ to 2²³ − 1, a function of each value's bits and place alone.
+    """[N,D] int32 from −2²³ to 2²³ − 1, a function of each value's bits and position alone.
 
     Two rounds of multiplication, as in the finaliser of MurmurHash3, and the bits that they mix best, the upper ones.
     """

@@ -30,7 +30,6 @@ from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, list_shapes
 from kabrn_dist.inference.run import Run
-from kabrn_dist.model.router import ROUTER_STATE_NAMES
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
 
@@ -199,7 +198,7 @@ def _assign_files(export: Export, file_bytes: int) -> dict[str, list[str]]:
 
 
 def _is_state(name: str) -> bool:
-    return name in ROUTER_STATE_NAMES
+    return "/" in name
 
 
 def _name_in_checkpoint(name: str) -> str:

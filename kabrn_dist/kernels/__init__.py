@@ -1,1 +1,1 @@
-"""Kernels in C for what torch would do in many passes over memory, and the one choice whether they are used."""
+"""C kernels for operations that take torch many passes over memory, and the selection of where they are used."""

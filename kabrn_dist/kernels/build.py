@@ -1,4 +1,4 @@
-"""Compiles C files of this package for this CPU, once: the library stays in the user's cache folder."""
+"""Compile C files of this package for this CPU, once: libraries stay in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-# Symbols of OpenMP stay open: they bind to the library that torch has loaded, so that both share one pool of threads.
+# OpenMP symbols stay undefined: they bind to the library that torch has loaded, so that both share a thread pool.
 COMPILE_FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -27,11 +27,11 @@ COMPILE_TIMEOUT_S = 120
 
 
 class KernelUnavailable(Exception):
-    """Why there is no kernel here, in words for the log."""
+    """The reason why there is no kernel here, as text for the log."""
 
 
 def load_library(source: Path) -> ctypes.CDLL:
-    """The library of a C file, compiled where the cache has none for this source, compiler and CPU.
+    """Load the library of a C file, compiling it if the cache has none for this source, compiler and CPU.
 
     Raises:
         Unavailable: no compiler, an error of the compiler's, a cache folder that cannot be written, or a library that
@@ -45,16 +45,20 @@ def load_library(source: Path) -> ctypes.CDLL:
 
 
 def find_compiler() -> str:
-    """$CC, gcc, clang or cc, whichever is there first."""
+    """Return the first of $CC, gcc, clang and cc that exists.
+
+    Raises:
+        KernelUnavailable: there is none.
+    """
     for name in (os.environ.get("CC"), "gcc", "clang", "cc"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
+        path = shutil.which(name) if name else None
+        if path:
+            return path
     raise KernelUnavailable("no C compiler was found")
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/kabrn_dist, by default ~/.cache/kabrn_dist."""
+    """Return $XDG_CACHE_HOME/kabrn_dist, by default ~/.cache/kabrn_dist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kabrn_dist"
 
 
@@ -62,16 +66,16 @@ def find_or_compile(source: Path) -> Path:
     """The library of a C file in the cache, from now on at the latest. Raises Unavailable, OSError."""
     compiler = find_compiler()
     files = [source, *sorted(source.parent.glob("*.h"))]
-    known = (compiler, _run([compiler, "--version"]), *COMPILE_FLAGS, *LINK_FLAGS, _cpu())
+    inputs = (compiler, _run([compiler, "--version"]), *COMPILE_FLAGS, *LINK_FLAGS, _cpu())
     key = hashlib.sha256(
-        b"\0".join([*(file.read_bytes() for file in files), *(part.encode() for part in known)])
+        b"\0".join([*(file.read_bytes() for file in files), *(part.encode() for part in inputs)])
     ).hexdigest()[:16]
     folder = cache_folder()
     library = folder / f"{source.stem}-{key}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Several ranks may be here at once: each builds its own file, and a rename puts a whole one in place.
+    # Several ranks may compile at once: each builds a file of its own, and a rename puts a whole one in place.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
         built, compiled = Path(place) / library.name, Path(place) / "compiled.o"
         _run([compiler, *COMPILE_FLAGS, "-c", str(source), "-o", str(compiled)])
@@ -88,17 +92,19 @@ def _run(command: list[str]) -> str:
     except subprocess.TimeoutExpired as error:
         raise KernelUnavailable(f"{command[0]} took more than {COMPILE_TIMEOUT_S} s") from error
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise KernelUnavailable(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[-1])}")
+        message = done.stderr.strip().splitlines() or ["no message"]
+        raise KernelUnavailable(
+            f"{command[0]} failed: {next((line for line in message if 'error' in line), message[-1])}"
+        )
     return done.stdout
 
 
 def _cpu() -> str:
-    """What `-march=native` may depend on: a home folder can be shared by unlike machines."""
+    """The CPU that `-march=native` compiles for; machines with different CPUs may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    wanted = ("flags", "Features", "model name", "CPU part", "CPU implementer")
-    told = sorted({line for line in lines if line.startswith(wanted)})
-    return "\n".join([platform.machine(), platform.processor(), *told])
+    fields = ("flags", "Features", "model name", "CPU part", "CPU implementer")
+    cpu = sorted({line for line in lines if line.startswith(fields)})
+    return "\n".join([platform.machine(), platform.processor(), *cpu])

@@ -1,4 +1,4 @@
-"""The one choice of what computes functions and products: C kernels, or torch's own operations."""
+"""Select, once a process, what computes functions and products: C kernels, or torch's own operations."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ ENV_SWITCH = "KABRN_KERNELS"
 
 
 class Kernels(NamedTuple):
+    """All C kernels.
+
+    Attributes:
+        univariate: learned functions with RMSNorm and the quantizer.
+        ternary: rounding, packing and scaling around ternary products.
+        gate: SwiGLU's gate with RMSNorm and the quantizer.
+        spline: expansion into B-splines.
+    """
+
     univariate: UnivariateKernel
     ternary: TernaryKernel
     gate: GateKernel
@@ -29,7 +38,7 @@ class Kernels(NamedTuple):
 
 
 class KernelSelection(NamedTuple):
-    """What computes on a type of device.
+    """Kernels selected for a type of device.
 
     Attributes:
         kernels: None for torch's own operations.
@@ -42,9 +51,9 @@ class KernelSelection(NamedTuple):
 
 @cache
 def select_kernels(device: str) -> KernelSelection:
-    """What computes on a type of device ("cpu", "cuda"): chosen, and where needed compiled, once a process.
+    """Select the kernels of a type of device ("cpu", "cuda"), and compile them if needed, once a process.
 
-    KABRN_KERNELS=off in the environment chooses torch's own operations.
+    KABRN_KERNELS=off in the environment selects torch's own operations.
     """
     try:
         if os.environ.get(ENV_SWITCH) == "off":
@@ -58,7 +67,7 @@ def select_kernels(device: str) -> KernelSelection:
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """The kernels that take x; None where torch's own operations must do."""
+    """Return the kernels that take x; None where torch's own operations are used."""
     return select_kernels(x.device.type).kernels if x.dtype in KERNEL_DTYPES else None
 
 
@@ -68,32 +77,32 @@ _TIMED_SIZE, _TIMED_RUNS = 384, 5
 
 @cache
 def int8_matmul_is_faster(device: str, dtype: torch.dtype) -> bool:
-    """Whether a type of device multiplies int8 codes faster than the same codes in fp32: measured once a process.
+    """Return whether a type of device multiplies codes faster in int8 than in fp32. Measured once a process.
 
-    Both give the same bits, so that a choice of another kind changes speed only.
+    Both give the same bits, so the choice changes speed only.
     """
     if dtype == torch.float64:
         return False
     size = _TIMED_SIZE
     codes = (torch.arange(size * size, device=device) * 37 % 255 - 127).view(size, size).to(torch.int8)
     signs = (torch.arange(size * size, device=device) * 11 % 3 - 1).view(size, size).to(torch.int8)
-    wide, wide_signs = codes.float(), signs.float()
+    codes32, signs32 = codes.float(), signs.float()
     try:
-        right = torch.equal(torch._int_mm(codes, signs.T).float(), wide @ wide_signs.T)
+        is_exact = torch.equal(torch._int_mm(codes, signs.T).float(), codes32 @ signs32.T)
     except RuntimeError:
         return False
-    return right and _seconds(lambda: torch._int_mm(codes, signs.T), device) < _seconds(
-        lambda: wide @ wide_signs.T, device
+    return is_exact and _seconds(lambda: torch._int_mm(codes, signs.T), device) < _seconds(
+        lambda: codes32 @ signs32.T, device
     )
 
 
-# How much faster fp32 must be. Its sums are rounded otherwise, so a choice must not hang on a close race.
+# How much faster fp32 must be. Its sums are rounded differently, so a choice must not depend on a close race.
 _CLEARLY = 1.25
 
 
 @cache
 def matmul_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """In which dtype values of `dtype` are multiplied, to be rounded to `dtype` afterwards: measured once a process.
+    """Return the dtype to multiply values of `dtype` in, before rounding back. Measured once a process.
 
     fp32 on processors without units for half precision, or with slow ones; elsewhere `dtype` itself.
     """
@@ -101,11 +110,11 @@ def matmul_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
         return dtype
     size = _TIMED_SIZE
     narrow = torch.linspace(-1, 1, size * size).view(size, size).to(dtype)
-    wide = narrow.float()
+    narrow32 = narrow.float()
     times: dict[torch.dtype, list[float]] = {dtype: [], torch.float32: []}
     for _ in range(_TIMED_RUNS):
-        for values in (narrow, wide):
-            # Time of this process alone, whatever else runs.
+        for values in (narrow, narrow32):
+            # CPU time of this process, whatever else runs.
             begin = time.process_time()
             torch.mm(values, values)
             times[values.dtype].append(time.process_time() - begin)

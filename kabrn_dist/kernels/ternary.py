@@ -1,6 +1,6 @@
-"""What a ternary product needs around the multiplication, each in one pass over memory on the CPU (products.c).
+"""Operations around ternary products, each in one pass over memory on the CPU (ternary.c).
 
-Shapes: N rows, D width, R runs of latents with a scale each.
+Shapes: N rows, D width, R rows of latents with a scale each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPE_NAMES = KERNEL_DTYPES | {torch.int32: "int32", torch.int8: "int8"}
 
 
 class TernaryKernel:
-    """Latents rounded to −1, 0, 1 and packed, codes widened, results scaled; for fp32 and bf16. All contiguous.
+    """Rounding and packing of latents, casts of codes, scaling of results; for fp32 and bf16, all contiguous.
 
     Raises:
         Unavailable: see `build.load`.
@@ -30,9 +30,9 @@ class TernaryKernel:
         self._library.partials.restype = ctypes.c_int64
 
     def scale_rows(self, x: Tensor, factor: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
-        """x [N,...] of fp32, bf16 or int32 times factor [N] (of any shape with N elements) and columns [...].
+        """Multiply x [N,...] of fp32, bf16 or int32 by factor [N] (of any shape with N elements) and columns [...].
 
-        Factors are fp32. Computed in fp32 and rounded once, to `dtype`: fp32 or bf16.
+        Factors are fp32. The product is computed in fp32 and rounded once, to `dtype`: fp32 or bf16.
         """
         out = torch.empty_like(x, dtype=dtype)
         rows, width = len(x), x[:1].numel()
@@ -40,7 +40,7 @@ class TernaryKernel:
         return out
 
     def abs_sums(self, latents: Tensor) -> Tensor:
-        """[R,n] → [R] fp64, Σ|w| of each run."""
+        """Return Σ|w| [R] in fp64 of each row of latents [R,n]."""
         rows, each = latents.shape
         pieces = self._library.partials(ctypes.c_int64(rows), ctypes.c_int64(each))
         partial = latents.new_empty(pieces, dtype=torch.float64)
@@ -48,32 +48,32 @@ class TernaryKernel:
         return partial.view(rows, -1).sum(1)
 
     def ternarize(self, latents: Tensor, gamma: Tensor) -> Tensor:
-        """[R,n] latents and γ [R] fp32 → [R,n] int8 of −1, 0, 1."""
+        """Round latents [R,n] with γ [R] fp32 to int8 codes −1, 0, 1 [R,n]."""
         codes = torch.empty_like(latents, dtype=torch.int8)
         rows, each = latents.shape
         self._call("ternarize", (latents.dtype,), latents, gamma, rows, each, torch.get_num_threads(), codes)
         return codes
 
     def cast(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """int8 → the same numbers in fp32 or bf16."""
+        """Return int8 codes as fp32 or bf16."""
         out = torch.empty_like(codes, dtype=dtype)
         self._call("cast", (dtype,), codes, codes.numel(), torch.get_num_threads(), out)
         return out
 
     def pack(self, codes: Tensor) -> Tensor:
-        """int8 of −1, 0, 1 → uint8, 16 bytes for each 64 codes begun."""
+        """Pack int8 codes −1, 0, 1: uint8, 16 bytes for each block of 64 codes; the last may be incomplete."""
         packed = codes.new_empty(-(-codes.numel() // PACK_BLOCK) * (PACK_BLOCK // 4), dtype=torch.uint8)
         self._call("pack", (), codes, codes.numel(), torch.get_num_threads(), packed)
         return packed
 
     def unpack(self, packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """The first `count` codes of what `pack` made, in int8, fp32 or bf16."""
+        """Return the first `count` codes that `pack` packed, in int8, fp32 or bf16."""
         out = packed.new_empty(count, dtype=dtype)
         self._call("unpack", (dtype,), packed, count, torch.get_num_threads(), out)
         return out
 
     def unpack_base3(self, packed: Tensor) -> Tensor:
-        """uint8, 16 bytes for each 80 codes → int8 codes."""
+        """Return the int8 codes of uint8 bytes, 16 bytes for each 80 codes."""
         codes = packed.new_empty(packed.numel() * 5, dtype=torch.int8)
         self._call("unpack_base3", (), packed, packed.numel() // 16, torch.get_num_threads(), codes)
         return codes

@@ -1,4 +1,4 @@
-"""The functions of grouped KAN experts, RMSNorm and the int8 quantiser as one C kernel, for CPUs (univariate.c).
+"""The functions of grouped KAN experts, RMSNorm and the int8 quantizer as one C kernel, for CPUs (univariate.c).
 
 Shapes: N rows, D width, E experts, G groups of channels, C coefficients of a function.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from kabrn_dist.kernels.build import load_library
 
-# What the C files have names for.
+# Dtypes that the C files take, and their names there.
 KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-ROW_BLOCK = 64  # rows whose gradients of coefficients are summed in one go
+ROW_BLOCK = 64  # rows over which gradients of coefficients are summed at a time
 
 
 class UnivariateArgs(ctypes.Structure):
-    """`job` of univariate.c."""
+    """Arguments of all calls, the struct `args` of univariate.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("width", "groups", "experts", "block", "blocks", "threads")),
@@ -32,12 +32,13 @@ class UnivariateArgs(ctypes.Structure):
 
 
 class UnivariateFunction(NamedTuple):
-    """A function's form, and what is the same for all experts and groups.
+    """Kind of a function, and what is the same for all experts and groups.
 
     Attributes:
-        form: "rational" (a₀…a₅, b₁…b₄), "chebyshev" (c₀…c₃), or without coefficients "relu2" (relu(RMSNorm(x))²) and
+        kind: "rational" (a₀…a₅, b₁…b₄), "chebyshev" (c₀…c₃), or without coefficients "relu2" (relu(RMSNorm(x))²) and
             "identity".
-        centre, reach: its range is centre ± reach (chebyshev alone).
+        center: the range of chebyshev is center ± reach.
+        reach: half of its width.
     """
 
     kind: str
@@ -65,24 +66,25 @@ class UnivariateKernel:
         rows_per_expert: Sequence[int],
         quantized: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """One pass.
+        """Compute the functions in one pass.
 
         Args:
+            function: which functions.
             x: [N,D] fp32 or bf16, contiguous, rows sorted by expert.
             factor: [N,1] fp32: the functions see x·factor; None for x itself.
             coefficients: [E,G,C] fp32, contiguous.
-            counts: rows of each expert.
-            q: whether to quantise.
+            rows_per_expert: rows of each expert.
+            quantized: whether to quantize.
 
         Returns:
-            codes [N,D] in the dtype of x, scale [N,1] fp32 (1 where not quantised), 1/rms [N,1] fp32, and
-            where quantised the codes again as int8.
+            codes [N,D] in the dtype of x, scale [N,1] fp32 (1 if not quantized), 1/rms [N,1] fp32, and
+            if quantized, the codes as int8.
         """
         out, scale = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
-        rms, kept = torch.empty_like(scale), torch.empty_like(x, dtype=torch.int8) if quantized else None
-        job, scratch, _keep = self._job(function, x, factor, coefficients, rows_per_expert, quantized)
-        self._call(function, "forward", job, x, scratch, out, scale, rms, kept)
-        return out, scale, rms, kept
+        rms, int8_codes = torch.empty_like(scale), torch.empty_like(x, dtype=torch.int8) if quantized else None
+        args, scratch, _keep = self._args(function, x, factor, coefficients, rows_per_expert, quantized)
+        self._call(function, "forward", args, x, scratch, out, scale, rms, int8_codes)
+        return out, scale, rms, int8_codes
 
     def backward(
         self,
@@ -95,14 +97,14 @@ class UnivariateKernel:
         scale: Tensor,
         rms: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """From the gradient of the codes (straight through the rounding) to those of x and of the coefficients."""
-        for_x, for_coefficients = torch.empty_like(x), torch.empty_like(coefficients)
-        job, scratch, _keep = self._job(function, x, factor, coefficients, rows_per_expert, True)
-        partial = coefficients.new_empty(job.blocks, *coefficients.shape[1:])
-        self._call(function, "backward", job, x, grad, scale, rms, scratch, partial, for_x, for_coefficients)
-        return for_x, for_coefficients
+        """Return the gradients of x and of the coefficients from that of the codes (straight through the rounding)."""
+        grad_x, grad_coefficients = torch.empty_like(x), torch.empty_like(coefficients)
+        args, scratch, _keep = self._args(function, x, factor, coefficients, rows_per_expert, True)
+        partial = coefficients.new_empty(args.blocks, *coefficients.shape[1:])
+        self._call(function, "backward", args, x, grad, scale, rms, scratch, partial, grad_x, grad_coefficients)
+        return grad_x, grad_coefficients
 
-    def _job(
+    def _args(
         self,
         function: UnivariateFunction,
         x: Tensor,
@@ -113,10 +115,10 @@ class UnivariateKernel:
     ) -> tuple[UnivariateArgs, Tensor, object]:
         experts, groups, _ = coefficients.shape
         if len(counts) != experts or sum(counts) != len(x) or min(counts) < 0 or x.shape[1] % groups:
-            # The kernel would write where nothing is.
+            # The kernel would write out of bounds.
             raise ValueError(f"{list(counts)} rows of {experts} experts, {groups} groups do not fit x {list(x.shape)}")
         rows = (ctypes.c_int64 * experts)(*counts)
-        job = UnivariateArgs(
+        args = UnivariateArgs(
             x.shape[1],
             groups,
             experts,
@@ -130,11 +132,11 @@ class UnivariateKernel:
             function.reach,
             q,
         )
-        scratch = x.new_empty(job.threads * self._library.scratch_floats(ctypes.byref(job)), dtype=torch.float32)
-        return job, scratch, rows
+        scratch = x.new_empty(args.threads * self._library.scratch_floats(ctypes.byref(args)), dtype=torch.float32)
+        return args, scratch, rows
 
     def _call(
-        self, function: UnivariateFunction, way: str, job: UnivariateArgs, first: Tensor, *others: Tensor | None
+        self, function: UnivariateFunction, direction: str, args: UnivariateArgs, first: Tensor, *others: Tensor | None
     ) -> None:
-        run = getattr(self._library, f"{function.kind}_{KERNEL_DTYPES[first.dtype]}_{way}")
-        run(ctypes.byref(job), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))
+        run = getattr(self._library, f"{function.kind}_{KERNEL_DTYPES[first.dtype]}_{direction}")
+        run(ctypes.byref(args), *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (first, *others)))

@@ -28,9 +28,6 @@ from kabrn_dist.model.init import draw_normal
 from kabrn_dist.ops.activation_quant import to_fp32
 from kabrn_dist.ops.counter_rng import hash_combine, hash_uniform, noise_key
 
-# In checkpoints and exports, next to the names of parameters.
-ROUTER_STATE_NAMES = ("router/bias", "router/share")
-
 
 @dataclass
 class RouterStates:
@@ -54,7 +51,7 @@ class RouterStates:
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint holds, by their names there; writing into them changes the model."""
-        return dict(zip(ROUTER_STATE_NAMES, (self.bias, self.prev_load), strict=True)) if len(self.bias) else {}
+        return {"router/bias": self.bias, "router/share": self.prev_load} if len(self.bias) else {}
 
     def update(self, load: Tensor, rate: float) -> None:
         """Record the load of an optimizer step, and move each bias by `rate` towards balance, in place.

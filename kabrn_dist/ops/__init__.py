@@ -1,1 +1,1 @@
-"""Pure functions on tensors, each beside its naive twin."""
+"""Pure functions on tensors, each next to its naive twin."""

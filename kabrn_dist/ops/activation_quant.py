@@ -59,6 +59,11 @@ def quantize(x: Tensor, lam: float = 1.0) -> Quantized:
     Args:
         x: [..., I] of any float dtype.
         lam: 0 (or False) passes x through, with a scale of 1; between 0 and 1 the value is x + lam·(q(x) − x).
+
+    Example:
+        >>> x = quantize(torch.tensor([[0.5, -1.0, 0.25]]))
+        >>> x.int8_codes, x.scale
+        (tensor([[  64, -127,   32]], dtype=torch.int8), tensor([[127.]]))
     """
     if lam == 1:
         return Quantized(*_Round.apply(x))

@@ -1,4 +1,7 @@
-"""Noise that is a function of where it falls: no generator's state, so the same for any layout and after any resume."""
+"""Counter-based random numbers: a hash of (seed, token, position), no generator state.
+
+The numbers are the same for any layout of ranks and after any resume.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ _MASKS = {shift: (1 << (64 - shift)) - 1 for shift in (27, 30, 31, 40)}
 
 
 def noise_key(seed: int, name: str) -> int:
-    """A stream's key: streams of different names, or seeds, are unrelated."""
+    """Return the key of a stream; streams of different names or seeds are unrelated."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/noise".encode()).digest()[:8], "little", signed=True)
 
 
 def hash_combine(*numbers: Tensor) -> Tensor:
-    """Hash int64 tensors that broadcast against each other into one, bit by bit (splitmix64's finaliser on each)."""
+    """Hash int64 tensors that broadcast against each other into one (splitmix64's finalizer on each in turn)."""
     mixed = torch.zeros((), dtype=torch.int64, device=numbers[0].device)
     for number in numbers:
         mixed = (mixed + number) * _FIRST + _STRIDE
@@ -30,7 +33,12 @@ def hash_combine(*numbers: Tensor) -> Tensor:
 
 
 def hash_uniform(*numbers: Tensor) -> Tensor:
-    """fp32 in [0, 1), one for each combination of int64 numbers: the upper 24 bits of their hash."""
+    """Return fp32 numbers in [0, 1), one for each combination of int64 numbers: the upper 24 bits of their hash.
+
+    Example:
+        >>> hash_uniform(torch.tensor(7), torch.arange(3))
+        tensor([0.9882, 0.2875, 0.7575])
+    """
     return _shift(hash_combine(*numbers), 40).to(torch.float32) * 2.0**-24
 
 

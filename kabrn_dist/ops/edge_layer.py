@@ -7,8 +7,8 @@ silu(x) of the row. The basis branch is scaled by the largest value that basis f
 the grid that is a constant (1 for hats), so all rows share one scale; where an input leaves the grid it grows with
 the distance, and its resolution is what int8 codes of such an outlier have anyway.
 
-Rows are expanded to K values an input chunk by chunk, in memory that stays in the cache, and expanded once more in
-backward: what is kept is x.
+Rows are expanded to K values an input chunk by chunk, in memory that stays in the cache, and expanded again in
+backward: only x is saved.
 
 Shapes: N rows, I inputs, O outputs, K = G + p basis functions, E experts, rows sorted by expert.
 """
@@ -41,18 +41,24 @@ def edge_layer(
     grid: Grid,
     quantized: bool = True,
 ) -> Tensor:
-    """The layer of every expert over its rows.
+    """Apply the layer of every expert to its rows.
 
     Args:
         x: [N,I] of any float dtype, rows sorted by expert.
-        base: [E,O,I], matrices with one scale each, or latents; spline: [E,O,I·K], the K coefficients of an edge side
-            by side.
-        counts: rows of each expert, which sum to N.
+        base: [E,O,I], matrices with one scale each, or latents.
+        spline: [E,O,I·K], the K coefficients of an edge next to each other.
+        tokens_per_expert: rows of each expert; they sum to N.
         grid: of the splines.
-        quantised: of latents: False multiplies by them themselves. Values are rounded where matrices are.
+        quantized: whether latents are quantized; values are rounded where matrices are.
 
     Returns:
         [N,O] in the dtype of x.
+
+    Example:
+        >>> grid = Grid(low=-1.0, high=1.0, intervals=2, degree=1)  # K = 3
+        >>> x, base, spline = torch.zeros(2, 4), torch.ones(1, 5, 4), torch.ones(1, 5, 12)
+        >>> edge_layer(x, base, spline, [2], grid)[0]  # Σᵢ (silu(0) + Σₖ Bₖ(0)) = 4·(0 + 1)
+        tensor([4., 4., 4., 4., 4.])
     """
     base, spline = (m if isinstance(m, TernaryMatrices) else ternarize(m, quantized) for m in (base, spline))
     kernels = kernels_for(x)
@@ -64,7 +70,7 @@ def edge_layer(
 def edge_layer_eager(
     x: Tensor, base: Tensor, spline: Tensor, tokens_per_expert: Sequence[int], grid: Grid, quantized: bool = True
 ) -> Tensor:
-    """The same in torch's own operations, for any device and dtype."""
+    """Compute `edge_layer` in torch's own operations, for any device and dtype."""
     both = ternarize(base, quantized), ternarize(spline, quantized)
     return _EdgeLayer.apply(x, both[0].latents, both[1].latents, both, tuple(tokens_per_expert), grid)
 
@@ -72,14 +78,14 @@ def edge_layer_eager(
 def edge_layer_naive(
     x: Tensor, base: Tensor, spline: Tensor, tokens_per_expert: Sequence[int], grid: Grid, quantized: bool = True
 ) -> Tensor:
-    """The same by definition, expert by expert, differentiated by autograd (straight through what is rounded)."""
+    """Compute `edge_layer` by definition, expert by expert, with autograd's gradient (straight through rounding)."""
 
-    def used(weight: Tensor) -> Tensor:
+    def effective(weight: Tensor) -> Tensor:
         codes, gamma = absmean_quantize(weight)
         return weight + (codes * gamma - weight).detach() if quantized else weight
 
     out = []
-    for rows, b, s in zip(x.split(list(tokens_per_expert)), used(base), used(spline), strict=True):
+    for rows, b, s in zip(x.split(list(tokens_per_expert)), effective(base), effective(spline), strict=True):
         silu, scale, _ = quantize(F.silu(rows), quantized)
         values = basis_naive(rows, grid).flatten(-2)
         if quantized:
@@ -138,23 +144,23 @@ class _FusedLayer(torch.autograd.Function):
         weights = [_values(m, x.dtype) for m in (spline, base)]
         form = PLAIN if base.packed is None else VALUES
         matrix, line = _joined(weights, grid, x.dtype), make_spline_spec(grid)
-        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over chunks are taken in fp32.
-        for_matrix = torch.zeros_like(matrix, dtype=torch.float32)
+        grad_matrix = torch.zeros_like(matrix, dtype=torch.float32)
         values = _buffer(x, ctx.counts, matrix.shape[2])
         for e, rows in _chunks(ctx.counts, matrix.shape[2], x.device):
             some, g = values[: rows.stop - rows.start], grad[rows]
             kernel.expand(line, x[rows], form, some)
             if x.dtype == torch.float32:
-                for_matrix[e].addmm_(g.T, some)
+                grad_matrix[e].addmm_(g.T, some)
             else:
-                for_matrix[e] += g.T @ some
-            if for_x is not None:
+                grad_matrix[e] += g.T @ some
+            if grad_x is not None:
                 torch.mm(g, matrix[e], out=some)
-                for_x[rows] = kernel.gather(line, x[rows], some, gammas[e])
-        for_spline, for_base = for_matrix.split([spline.latents.shape[2], x.shape[1]], 2)
-        turned = _knots_last(for_spline.to(x.dtype), grid)
-        return for_x, for_base.to(x.dtype), turned, None, None, None, None
+                grad_x[rows] = kernel.gather(line, x[rows], some, gammas[e])
+        grad_spline, grad_base = grad_matrix.split([spline.latents.shape[2], x.shape[1]], 2)
+        turned = _knots_last(grad_spline.to(x.dtype), grid)
+        return grad_x, grad_base.to(x.dtype), turned, None, None, None, None
 
 
 def _values(matrices: TernaryMatrices, dtype: torch.dtype) -> Tensor:
@@ -239,20 +245,20 @@ class _EdgeLayer(torch.autograd.Function):
         quantized = filled[0].packed is not None
         codes = [_values(m, x.dtype) for m in filled]
         matrices = _matrices(codes, grid, x.dtype)
-        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over chunks are taken in fp32 or wider.
-        for_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices]
+        grad_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices]
         for e, rows in _chunks(ctx.counts, codes[1].shape[2], x.device):
             z, g = to_fp32(x[rows]), grad[rows]
-            for branch, total in zip(_branches(z, grid, quantized, x.dtype), for_weights, strict=True):
+            for branch, total in zip(_branches(z, grid, quantized, x.dtype), grad_weights, strict=True):
                 total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
-            if for_x is not None:
+            if grad_x is not None:
                 silu, splines = ((g * gamma[e]).to(g.dtype) @ m[e] for gamma, m in zip(gammas, matrices, strict=True))
                 slope = basis_slope(z, splines.unflatten(-1, (grid.size, -1)), grid)
-                for_x[rows] = slope.add_(torch.ops.aten.silu_backward(silu.to(z.dtype), z))
-        for_base, for_spline = for_weights
-        for_spline = _knots_last(for_spline, grid)
-        return for_x, for_base.to(ctx.dtypes[0]), for_spline.to(ctx.dtypes[1]), None, None, None
+                grad_x[rows] = slope.add_(torch.ops.aten.silu_backward(silu.to(z.dtype), z))
+        grad_base, grad_spline = grad_weights
+        grad_spline = _knots_last(grad_spline, grid)
+        return grad_x, grad_base.to(ctx.dtypes[0]), grad_spline.to(ctx.dtypes[1]), None, None, None
 
 
 def _matrices(codes: Sequence[Tensor], grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,19 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """Equal intervals from `low` to `high`, and the degree of the splines on them."""
+    """Uniform grid of B-splines.
+
+    Attributes:
+        low: the lower end.
+        high: the upper end.
+        intervals: G, equal intervals between them.
+        degree: p of the splines.
+
+    Example:
+        >>> grid = Grid(low=-1.0, high=1.0, intervals=4, degree=3)
+        >>> grid.step, grid.size
+        (0.5, 7)
+    """
 
     low: float
     high: float
@@ -21,6 +33,7 @@ class Grid(NamedTuple):
 
     @property
     def step(self) -> float:
+        """Length of an interval."""
         return (self.high - self.low) / self.intervals
 
     @property
@@ -29,28 +42,29 @@ class Grid(NamedTuple):
         return self.intervals + self.degree
 
     def knots(self) -> Tensor:
-        """[K + p + 1] fp64, evenly spaced, p steps past both ends."""
-        places = torch.arange(-self.degree, self.intervals + self.degree + 1, dtype=torch.float64)
-        return self.low + places * self.step
+        """Return the knots [K + p + 1] fp64, evenly spaced, p steps past both ends."""
+        steps = torch.arange(-self.degree, self.intervals + self.degree + 1, dtype=torch.float64)
+        return self.low + steps * self.step
 
 
 def refine_grid(coefficients: Tensor, grid: int, finer: int, degree: int) -> Tensor:
-    """The same functions on a finer grid over the same range, by knot insertion (the Oslo algorithm).
+    """Return the coefficients of the same functions on a finer grid, by knot insertion (the Oslo algorithm).
 
     Between the ends the functions are the same, so their values and slopes at the ends are, and with those their
     linear continuations.
 
     Args:
         coefficients: [..., K] with K = grid + degree; hats have degree 1. Experts' matrices are [E,O,I·K] with the
-            K of an input side by side: refine `matrix.unflatten(-1, (-1, K))` and flatten again.
-        grid, finer: intervals before and after.
+            K of an input next to each other: refine `matrix.unflatten(-1, (-1, K))` and flatten again.
+        grid: intervals before.
+        finer: intervals after.
         degree: of the splines.
 
     Returns:
         [..., finer + degree] in the dtype of the coefficients; computed in fp64.
 
     Raises:
-        ValueError: `finer` is no multiple of `grid`, or the coefficients are not grid + degree.
+        ValueError: `finer` is not a multiple of `grid`, or the coefficients are not grid + degree.
     """
     if finer < grid or finer % grid:
         raise ValueError(
@@ -66,7 +80,7 @@ def refine_grid(coefficients: Tensor, grid: int, finer: int, degree: int) -> Ten
 
 
 def knot_insertion_matrix(grid: int, finer: int, degree: int) -> Tensor:
-    """[finer + degree, grid + degree] fp64: fine coefficients from coarse ones.
+    """Return the matrix [finer + degree, grid + degree] fp64 that turns coarse coefficients into fine ones.
 
     A fine coefficient is the blossom, at the knots inside its function's support, of the polynomial on any one
     interval there (Ramshaw 1989; Cohen, Lyche, Riesenfeld 1980).

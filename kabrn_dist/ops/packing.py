@@ -1,4 +1,4 @@
-"""Ternary codes in few bits: two a code where they are read, two or (five a byte) 1.6 where they travel."""
+"""Packed ternary codes: 2 bits a code where they are read, 2 or 1.6 bits (five codes a byte) where they travel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,20 @@ BASE3_BLOCK = 80
 
 
 def pack(codes: Tensor) -> Tensor:
-    """int8 codes −1, 0, 1 → uint8, 16 bytes for each 64 codes begun, whatever the shape."""
+    """Pack codes into two bits each.
+
+    Args:
+        codes: int8 of −1, 0, 1, of any shape.
+
+    Returns:
+        uint8, 16 bytes for each block of 64 codes; the last block may be incomplete.
+
+    Example:
+        >>> codes = torch.tensor([[1, 0], [-1, 1]], dtype=torch.int8)
+        >>> packed = pack(codes)
+        >>> packed.shape, unpack(packed, (2, 2), torch.float32).tolist()
+        (torch.Size([16]), [[1.0, 0.0], [-1.0, 1.0]])
+    """
     kernels = select_kernels(codes.device.type).kernels
     if kernels is not None:
         return kernels.ternary.pack(codes.contiguous())
@@ -26,7 +39,10 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def pack_naive(codes: Tensor) -> Tensor:
-    """Byte i of a block holds codes i, 16 + i, 32 + i and 48 + i, each plus 1, from its low bits up."""
+    """Pack as `pack` does, in torch's operations.
+
+    Byte i of a block holds codes i, 16 + i, 32 + i and 48 + i, each plus 1, from its low bits up.
+    """
     flat = codes.reshape(-1)
     flat = torch.cat([flat, flat.new_zeros(-len(flat) % PACK_BLOCK)])
     parts = (flat + 1).to(torch.uint8).view(-1, 4, PACK_BLOCK // 4)
@@ -34,7 +50,7 @@ def pack_naive(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Codes of `shape` in `dtype` from what `pack` made."""
+    """Return the codes that `pack` packed, in a shape and dtype."""
     kernels = select_kernels(packed.device.type).kernels
     if kernels is not None and dtype in (torch.int8, *KERNEL_DTYPES):
         return kernels.ternary.unpack(packed, math.prod(shape), dtype).view(shape)
@@ -44,19 +60,19 @@ def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 
 
 def pack_base3(codes: Tensor) -> Tensor:
-    """int8 codes −1, 0, 1, a multiple of 80 of them → uint8, 16 bytes for each 80.
+    """Pack int8 codes −1, 0, 1 in base 3: uint8, 16 bytes for each 80 codes, which must be whole blocks.
 
     Byte i of a block is Σ (code 16·j + i, plus 1)·3^j over j = 0…4.
     """
     digits = (codes.reshape(-1, 5, BASE3_BLOCK // 5) + 1).to(torch.uint8)
     packed = digits[:, 4].clone()
-    for place in (3, 2, 1, 0):
-        packed.mul_(3).add_(digits[:, place])
+    for digit in (3, 2, 1, 0):
+        packed.mul_(3).add_(digits[:, digit])
     return packed.view(-1)
 
 
 def unpack_base3(packed: Tensor) -> Tensor:
-    """int8 codes of what `pack_base3` made."""
+    """Return the int8 codes that `pack_base3` packed."""
     kernels = select_kernels(packed.device.type).kernels
     if kernels is not None:
         return kernels.ternary.unpack_base3(packed.contiguous())
@@ -64,7 +80,7 @@ def unpack_base3(packed: Tensor) -> Tensor:
 
 
 def unpack_base3_naive(packed: Tensor) -> Tensor:
-    """The same, a digit at a time."""
+    """Unpack as `unpack_base3` does, in torch's operations, a digit at a time."""
     left, digits = packed.view(-1, BASE3_BLOCK // 5), []
     for _ in range(5):
         digits.append((left % 3).to(torch.int8) - 1)
@@ -73,11 +89,13 @@ def unpack_base3_naive(packed: Tensor) -> Tensor:
 
 
 class WireFormat(NamedTuple):
-    """How codes travel.
+    """Encoding of ternary codes on the wire.
 
     Attributes:
-        block: codes are sent in multiples of this; bytes: that such a block takes.
-        encode: int8 codes → uint8. as_two_bits: what arrived → two bits a code.
+        block_codes: codes are sent in multiples of this number.
+        block_bytes: bytes that such a block takes.
+        encode: int8 codes → uint8.
+        to_two_bits: received bytes → two bits a code (`pack`).
     """
 
     block_codes: int
@@ -86,7 +104,7 @@ class WireFormat(NamedTuple):
     to_two_bits: Callable[[Tensor], Tensor]
 
     def num_bytes(self, codes: int) -> int:
-        """That a multiple of the block takes."""
+        """Return the bytes that a number of codes takes, a multiple of the block."""
         return codes // self.block_codes * self.block_bytes
 
 

@@ -1,6 +1,6 @@
 """Multi-scale retention (RetNet, arXiv 2307.08621) in three forms that agree, for packed documents.
 
-S_n = γ·S_{n−1} + k_nᵀ v_n,  o_n = q_n S_n, with S = 0 where a document starts. Scores are not normalised: normalisers
+S_n = γ·S_{n−1} + k_nᵀ v_n,  o_n = q_n S_n, with S = 0 where a document starts. Scores are not normalized: normalizers
 do not compose across chunks.
 
 Shapes: B batch, H heads, T time, K key width of a head, V value width of a head, C chunk, D model width.
@@ -18,11 +18,12 @@ from kabrn_dist.ops.retention_fla import find_kernel, retention_fla
 
 
 def log_decays(schedule: str | tuple[float, float], heads: int) -> list[float]:
-    """log γ of each head, evenly spaced in −log₂(1−γ).
+    """Return log γ of each head, evenly spaced in −log₂(1−γ).
 
     Args:
         schedule: "exponent" (γ = 1 − 2^(−5−h), eq. 8 of the paper), "linspace" (5…9, the authors' code) or
             [fastest, slowest] exponents.
+        heads: H.
     """
     named = {"exponent": (5.0, 4.0 + heads), "linspace": (5.0, 9.0)}
     fastest, slowest = named[schedule] if isinstance(schedule, str) else schedule
@@ -33,7 +34,7 @@ def log_decays(schedule: str | tuple[float, float], heads: int) -> list[float]:
 def retention_naive(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence by definition, one token at a time. Arguments and results as `retention_chunk`."""
+    """Compute the recurrence by definition, one token at a time, with arguments and results of `retention_chunk`."""
     batch, heads, time, key = q.shape
     s = q.new_zeros(batch, heads, key, v.shape[-1]) if state is None else state.to(q.dtype)
     decay = log_decay.to(q.dtype).exp()[:, None, None]
@@ -49,10 +50,12 @@ def retention_naive(
 def retention_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of decoding.
+    """Decode one token.
 
     Args:
-        q, k: [B,H,K]; v: [B,H,V].
+        q: [B,H,K].
+        k: [B,H,K].
+        v: [B,H,V].
         log_decay: [H] fp32.
         state: [B,H,K,V] fp32.
         starts: [B] bool, true where this token begins a document.
@@ -60,8 +63,8 @@ def retention_step(
     Returns:
         out [B,H,V] in the dtype of v, and the new state [B,H,K,V] fp32.
     """
-    kept = state * ~starts[:, None, None, None] * log_decay.to(state.dtype).exp()[:, None, None]
-    new = kept + k.to(state.dtype)[..., :, None] * v.to(state.dtype)[..., None, :]
+    decayed = state * ~starts[:, None, None, None] * log_decay.to(state.dtype).exp()[:, None, None]
+    new = decayed + k.to(state.dtype)[..., :, None] * v.to(state.dtype)[..., None, :]
     return torch.einsum("bhk,bhkv->bhv", q.to(state.dtype), new).to(v.dtype), new
 
 
@@ -74,10 +77,12 @@ def retention_chunk(
     state: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The chunkwise form (eq. 7 of the paper): all chunks at once, then a short scan over their states.
+    """Compute the chunkwise form (eq. 7 of the paper): all chunks at once, then a short scan over their states.
 
     Args:
-        q, k: [B,H,T,K]; v: [B,H,T,V], one dtype.
+        q: [B,H,T,K].
+        k: [B,H,T,K] in the dtype of q.
+        v: [B,H,T,V] in the dtype of q.
         log_decay: [H] log γ, fp32 (fp64 for fp64 inputs). Gets no gradient.
         documents: [B,T] int64, never falling along a row.
         state: [B,H,K,V] fp32, the state before the first token, of that token's document; None for zeros.
@@ -87,7 +92,14 @@ def retention_chunk(
         out [B,H,T,V] in the dtype of v, and the state after the last token [B,H,K,V] in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: naming the argument, for shapes that do not fit, documents that fall, or T = 0.
+        ValueError: naming the argument, for shapes that do not fit, document numbers that fall, or T = 0.
+
+    Example:
+        >>> q = k = v = torch.ones(1, 1, 3, 2)  # one row, one head, three tokens
+        >>> documents = torch.tensor([[0, 0, 1]])  # the third begins a new document
+        >>> out, state = retention_chunk(q, k, v, torch.tensor([0.5]).log(), documents)
+        >>> out[0, 0, :, 0]
+        tensor([2., 3., 2.])
     """
     check_retention_inputs(q, k, v, log_decay, documents, state)
     if state is None:

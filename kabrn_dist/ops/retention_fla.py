@@ -1,4 +1,4 @@
-"""Retention by flash-linear-attention's Triton kernels, on cards that can run them.
+"""Retention by flash-linear-attention's Triton kernels, on GPUs that can run them.
 
 Chosen once a process, by agreement with the torch form on a small packed example; anything else keeps the torch form.
 
@@ -26,7 +26,7 @@ TOLERANCE = 2e-2
 def retention_fla(
     kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as `retention_chunk`; `kernel` is fla's `chunk_simple_gla`, which retention is a case of.
+    """Compute `retention_chunk` by fla's `chunk_simple_gla`, of which retention is a special case.
 
     Documents become sequences of their own, packed in one row. fla's `chunk_retention` is the same kernel with decays
     of one fixed schedule, rounded in fp32 so that slow heads share one.
@@ -48,20 +48,20 @@ def retention_fla(
 
 @cache
 def find_kernel() -> Callable[..., Any] | None:
-    """fla's kernel, where it is installed, the card can run Triton, and it agrees with the torch form; else None."""
+    """Return fla's kernel if it is installed, the GPU can run Triton, and it agrees with the torch form; else None."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
         return None
     try:
         from fla.ops.simple_gla import chunk_simple_gla
 
-        apart = _disagreement(chunk_simple_gla)
+        difference = _disagreement(chunk_simple_gla)
     except Exception as error:
-        logger.warning("retention: the torch form, as fla's kernels cannot be used: %s", error)
+        logger.warning("retention: using the torch form, because fla's kernels cannot be used: %s", error)
         return None
-    if not apart <= TOLERANCE:
-        logger.warning("retention: the torch form, as fla's kernel differs from it by %.1e", apart)
+    if not difference <= TOLERANCE:
+        logger.warning("retention: using the torch form, because fla's kernel differs from it by %.1e", difference)
         return None
-    logger.info("retention: fla's kernel, which differs from the torch form by %.1e", apart)
+    logger.info("retention: using fla's kernel, which differs from the torch form by %.1e", difference)
     return chunk_simple_gla
 
 

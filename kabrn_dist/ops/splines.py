@@ -22,9 +22,9 @@ from kabrn_dist.ops.grids import Grid
 
 
 def basis_naive(x: Tensor, grid: Grid) -> Tensor:
-    """`basis` by the Cox–de Boor recurrence on the knots, differentiated by autograd: [...] → [..., K]."""
+    """Evaluate `basis` by the Cox–de Boor recurrence on the knots, differentiated by autograd: [...] → [..., K]."""
     knots = grid.knots().to(x.device, x.dtype)
-    # The end tangents: at the high end the last interval counts, although it is half open.
+    # The tangents of the ends: at the high end the last interval counts, although it is half open.
     inside = x.clamp(grid.low, grid.high)
     interval = ((inside.detach() - grid.low) / grid.step).floor().clamp(0, grid.intervals - 1).long() + grid.degree
     pieces = torch.nn.functional.one_hot(interval, len(knots) - 1).to(x.dtype)
@@ -39,13 +39,18 @@ def basis_naive(x: Tensor, grid: Grid) -> Tensor:
 
 
 def basis(x: Tensor, grid: Grid) -> Tensor:
-    """All basis functions at every value.
+    """Evaluate all basis functions at every value.
 
     Args:
         x: [N,I] fp32 or fp64.
+        grid: of the splines.
 
     Returns:
         [N,K,I]; the K values of an x sum to 1.
+
+    Example:
+        >>> basis(torch.tensor([[0.25]]), Grid(low=0.0, high=1.0, intervals=2, degree=1)).flatten()
+        tensor([0.5000, 0.5000, 0.0000])
     """
     place = (x - grid.low) * (1 / grid.step)
     inside = place.clamp(0, grid.intervals)
@@ -60,7 +65,10 @@ def basis(x: Tensor, grid: Grid) -> Tensor:
 
 
 def basis_slope(x: Tensor, grad: Tensor, grid: Grid) -> Tensor:
-    """Σₖ gradientₖ · d basisₖ/dx: [N,I] and [N,K,I] → [N,I]; a slope is a difference of splines one degree lower."""
+    """Return Σₖ gradₖ · d basisₖ/dx: x [N,I] and grad [N,K,I] → [N,I].
+
+    A slope is a difference of two splines of degree p − 1.
+    """
     inside = ((x - grid.low) * (1 / grid.step)).clamp_(0, grid.intervals)
     interval = inside.floor().clamp_(max=grid.intervals - 1)
     column = interval.long().unsqueeze(-2)
@@ -75,7 +83,7 @@ def basis_slope(x: Tensor, grad: Tensor, grid: Grid) -> Tensor:
 
 
 def basis_bound(x: Tensor, grid: Grid) -> Tensor:
-    """[N,1]: what no basis value of a row exceeds in size; outside the grid the tangents decide."""
+    """Return [N,1], a bound on the size of the basis values of each row; outside the grid the tangents decide."""
     middle, half = (grid.low + grid.high) / 2, (grid.high - grid.low) / 2
     beyond = ((x - middle).abs().amax(-1, keepdim=True) - half).clamp_(min=0) * (1 / grid.step)
     values, slopes = (torch.tensor(part, dtype=x.dtype, device=x.device) for part in _end(grid.degree))
@@ -85,7 +93,7 @@ def basis_bound(x: Tensor, grid: Grid) -> Tensor:
 
 @cache
 def make_spline_spec(grid: Grid) -> SplineSpec:
-    """A grid's splines as the kernel takes them."""
+    """Return a grid's splines as the kernel takes them."""
     return SplineSpec(*grid, _cardinal(torch.zeros(1), grid.degree).item(), *_end(grid.degree))
 
 

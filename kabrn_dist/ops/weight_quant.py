@@ -105,10 +105,16 @@ class TernaryModule(nn.Module):
 
 
 def ternarize(latents: Tensor, lam: float = 1.0, scale_group_size: int | None = None) -> TernaryMatrices:
-    """Return the matrices of whole latents [E,O,I]; `lam` and `scale_group_size` as in `QuantState`."""
+    """Return the matrices of whole latents [E,O,I]; `lam` and `scale_group_size` as in `QuantState`.
+
+    Example:
+        >>> matrices = ternarize(torch.tensor([[[0.9, -0.1], [-1.4, 0.0]]]))
+        >>> matrices.codes(torch.int8).tolist(), round(matrices.gamma.item(), 4)
+        ([[[1, 0], [-1, 0]]], 0.6)
+    """
     if lam == 1:
-        found, *rest = _Ternarize.apply(latents, scale_group_size)
-        return TernaryMatrices(found, *rest)
+        placeholder, *rest = _Ternarize.apply(latents, scale_group_size)
+        return TernaryMatrices(placeholder, *rest)
     if not lam:
         return TernaryMatrices(latents)
     with torch.no_grad():
