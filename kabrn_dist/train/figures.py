@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Edges of an expert whose functions are drawn where each edge has one, and the number of experts that are drawn.
-EDGES, EXPERTS = 4, 8
+_MAX_EDGES, _MAX_EXPERTS = 4, 8
 
 
 class TrainingFigures:
@@ -35,7 +35,7 @@ class TrainingFigures:
         low, high = self.span = function_range(engine.config.model.experts)
         margin = (high - low) / 4
         self.points = torch.linspace(low - margin, high + margin, 201)
-        self.start_step, self.start_curves = step, engine.function_curves(self.points, EDGES)
+        self.start_step, self.start_curves = step, engine.function_curves(self.points, _MAX_EDGES)
 
     def draw(self, step: int, tokens_per_expert: Tensor | None) -> None:
         """Draw everything. Collective.
@@ -44,7 +44,7 @@ class TrainingFigures:
             step: steps done.
             tokens_per_expert: [L,E] loads of the last logged step, None before the first.
         """
-        curves = self.engine.function_curves(self.points, EDGES)
+        curves = self.engine.function_curves(self.points, _MAX_EDGES)
         if tokens_per_expert is not None and len(tokens_per_expert):
             draw_load = _load_figure(tokens_per_expert.cpu(), self.engine.config.model.moe_layers, step)
             self.metrics.write_figure(step, "experts/load", draw_load)
@@ -59,7 +59,7 @@ class TrainingFigures:
         def draw() -> Figure:
             from kabrn_dist.plots.functions import draw_functions
 
-            return draw_functions(self.points, now, self.start_curves[layer], self.span, title, EXPERTS)
+            return draw_functions(self.points, now, self.start_curves[layer], self.span, title, _MAX_EXPERTS)
 
         return draw
 
