@@ -17,7 +17,7 @@ from kabrn_dist.plots.figure import to_png
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
-COLUMNS = (
+EXPERT_COLUMNS = (
     "layer",
     "load max",
     "load min",
@@ -63,7 +63,7 @@ def report_experts(folder: Path, last: int, layer: int | None, console: Console)
 def make_table(log: ExpertLog, title: str) -> Table:
     """Return a table with one row per layer; every value is the mean over the steps of the log."""
     table = Table(title=title, title_justify="left")
-    for name in COLUMNS:
+    for name in EXPERT_COLUMNS:
         table.add_column(name, justify="right")
     balance = [part.mean(0).tolist() for part in measure_balance(log.load)]
     entropy, bias, dropped = (part.mean(0).tolist() for part in (log.entropy, log.bias_range, log.dropped))

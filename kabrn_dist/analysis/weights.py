@@ -22,7 +22,7 @@ from kabrn_dist.plots.weights import draw_weights
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
-COLUMNS = ("layer", "matrix", "shape", "−1 %", "zeros %", "+1 %", "margin", "scale", "changed %")
+WEIGHT_COLUMNS = ("layer", "matrix", "shape", "−1 %", "zeros %", "+1 %", "margin", "scale", "changed %")
 
 
 class Matrix(NamedTuple):
@@ -96,7 +96,7 @@ def _stack(weight: Tensor) -> Tensor:
 
 def _make_table(matrices: list[Matrix], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in COLUMNS:
+    for name in WEIGHT_COLUMNS:
         table.add_column(name, justify="left" if name == "matrix" else "right")
     for layer, sums, figure in matrices:
         shares = (_show(sums, name, ".1f", 100) for name in ("minus", "zero", "plus"))

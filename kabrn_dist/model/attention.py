@@ -35,7 +35,7 @@ from kabrn_dist.ops.weight_quant import QuantState
 QUERY_BLOCK = 512
 # A result is a mean of values. Over n unlike values it shrinks by √n, which is signal and not noise: unlike
 # retention's first tokens it may be scaled up again.
-HEAD_NORM_EPS = 1e-6
+ATTENTION_NORM_EPS = 1e-6
 
 
 class KVCache(NamedTuple):
@@ -145,7 +145,7 @@ class Attention(Mixer):
         group: dist.ProcessGroup | None = None,
         kernel_size: int = 0,
     ) -> None:
-        super().__init__(hidden_size, config, quant, init_gain, HEAD_NORM_EPS, kernel_size, group)
+        super().__init__(hidden_size, config, quant, init_gain, ATTENTION_NORM_EPS, kernel_size, group)
         self.block_size = QUERY_BLOCK
 
     def mix(

@@ -23,7 +23,7 @@ from kabrn_dist.ops.weight_quant import QuantState
 
 # A document's first tokens can retain almost nothing (q·k ≈ 0); a usual epsilon would let the norm blow that up to
 # unit size, and its gradient by a thousand: measured as spikes of the gradient's norm from 0.8 to 9.
-HEAD_NORM_EPS = 1e-2
+RETENTION_NORM_EPS = 1e-2
 
 
 class Retention(Mixer):
@@ -48,7 +48,7 @@ class Retention(Mixer):
         kernel_size: int = 0,
     ) -> None:
         super().__init__(
-            hidden_size, config, quant, init_gain, HEAD_NORM_EPS, kernel_size, link.group if link else None
+            hidden_size, config, quant, init_gain, RETENTION_NORM_EPS, kernel_size, link.group if link else None
         )
         self.link = link
 

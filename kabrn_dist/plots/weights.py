@@ -21,7 +21,7 @@ from kabrn_dist.plots.ternary_figure import BINS, REACH, TernaryFigure
 
 # Orange, light grey and blue for −1, 0 and +1.
 CODE_COLORS, NAMES = (COLORS[1], "#D9D9D9", COLORS[0]), ("−1", "0", "+1")
-COLUMNS = 6
+MAX_COLUMNS = 6
 
 
 def draw_weights(matrices: Sequence[TernaryFigure], title: str) -> Figure:
@@ -33,7 +33,7 @@ def draw_weights(matrices: Sequence[TernaryFigure], title: str) -> Figure:
         matrices: The matrices.
         title: Title of the figure.
     """
-    columns = min(COLUMNS, len(matrices))
+    columns = min(MAX_COLUMNS, len(matrices))
     lines = math.ceil(len(matrices) / columns)
     # Positions in inches: a layout solver takes longer than everything else together.
     left, right, wide, above, tall = 0.55, 0.15, 2.1, 0.55, 3.75

@@ -22,7 +22,7 @@ from kabrn_dist.model.experts.grouped import LAYERS, GroupedExperts, per_row, su
 from kabrn_dist.ops.activation_quant import to_fp32
 
 # x·(1 + x²/50) / (1 + |x²/50|) is x itself, and its denominator has a slope to train along from the first step.
-IDENTITY = ((0.0, 1.0, 0.0, 0.02, 0.0, 0.0), (0.0, 0.02, 0.0, 0.0))
+IDENTITY_COEFFICIENTS = ((0.0, 1.0, 0.0, 0.02, 0.0, 0.0), (0.0, 0.02, 0.0, 0.0))
 # x/2 + (n₂x² + n₄x⁴)/(1 + b₂x² + b₄x⁴), fitted to swish by least squares with full weight on [−3,3] and 2 % on
 # [−8,8]: off by 1e-4 on [−3,3], by 5e-3 on [−8,8], of swish's sign and of linear growth everywhere.
 _N2, _N4, _B2, _B4 = 0.249895, 0.005332, 0.104352, 0.000439
@@ -144,7 +144,7 @@ class RationalExperts(GroupedExperts):
     def initialize(self, seed: int, name: str) -> None:
         """Draw the matrices, and start φ₁ as the identity and φ₂ as swish."""
         super().initialize(seed, name)
-        for layer, start in zip(LAYERS, (IDENTITY, SWISH), strict=True):
+        for layer, start in zip(LAYERS, (IDENTITY_COEFFICIENTS, SWISH), strict=True):
             for part, values in zip(("numerator", "denominator"), start, strict=True):
                 self.get_parameter(f"{layer}_{part}").data.copy_(torch.tensor(values))
 
