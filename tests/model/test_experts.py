@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.base import Experts, ExpertSpec
-from kabrn_dist.model.experts.rational import IDENTITY, SWISH, rational, rational_naive
+from kabrn_dist.model.experts.rational import IDENTITY_COEFFICIENTS, SWISH, rational, rational_naive
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.activation_quant import Quantized, quantize, rms_norm
 
@@ -69,7 +69,7 @@ def column(values: Tensor) -> Tensor:
 
 def test_identity_start() -> None:
     x = column(torch.cat([torch.linspace(-6, 6, 1001), torch.tensor([-1e4, -100.0, 100.0, 1e4])]))
-    a, b = start(IDENTITY, torch.float32)
+    a, b = start(IDENTITY_COEFFICIENTS, torch.float32)
     out = rational(x, a, b, (len(x),))
     torch.testing.assert_close(out, x, atol=1e-6, rtol=1e-6)
     (out[:1001] * torch.linspace(0, 1, 1001)[:, None]).sum().backward()
@@ -93,7 +93,7 @@ def test_swish_start() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("which", [IDENTITY, SWISH], ids=["identity", "swish"])
+@pytest.mark.parametrize("which", [IDENTITY_COEFFICIENTS, SWISH], ids=["identity", "swish"])
 def test_starts_are_finite_far_out(which: tuple[tuple[float, ...], tuple[float, ...]], dtype: torch.dtype) -> None:
     sizes = torch.cat([torch.zeros(1), torch.logspace(-3, 4, 500)])
     x = column(torch.cat([-sizes, sizes]).to(dtype))
