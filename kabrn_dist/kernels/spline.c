@@ -1,9 +1,9 @@
-/* What a layer with a spline on every edge needs around its products: rows x [N,I] → the values [N,K+1,I] of the K
+/* Operations around the products of a layer with a spline on every edge: rows x [N,I] → the values [N,K+1,I] of the K
  * B-splines and of silu, and the gradient of those values → that of x.
  *
- * Uniform knots, straight lines outside, as model/kan/splines.py has them; int8 codes with one scale for the splines of
+ * Uniform knots, straight lines outside, as in ops/splines.py; int8 codes with one scale for the splines of
  * a row and one for its silu. Of the K values only p + 1 are not zero: these are computed, and put in their places by
- * comparing. A row is worked on by itself, so that threads have no say in a result.
+ * comparing. A row is worked on by itself, so that the number of threads does not change results.
  */
 #include <omp.h>
 
@@ -12,13 +12,13 @@
 
 /* Mirrored by kabrn_dist/kernels/spline.py. */
 #define MOST_DEGREE 7
-/* What is kept of a rounded value: its code, or the code over its scale. */
+/* Output: the value itself, its code, or its code divided by the scale. */
 enum { PLAIN, CODES, VALUES };
 typedef struct {
     int64_t rows, inputs, intervals, degree, threads, form;
     float low, high, per_step, peak;                         /* peak: the largest value inside the grid */
     float values[MOST_DEGREE + 1], slopes[MOST_DEGREE + 1]; /* of the first p + 1 functions at the low end, a step */
-} job;
+} args;
 
 INLINE vec smaller(vec x, vec y) { return pick(x < y, x, y); }
 INLINE vec where(ivec which, vec x) { return (vec)(which & (ivec)x); }
@@ -26,7 +26,7 @@ INLINE vec where(ivec which, vec x) { return (vec)(which & (ivec)x); }
 /* Where x stands: an interval, the place 0…1 in it, and how far outside the grid, in steps. */
 typedef struct { ivec interval; vec place, below, above; } spot;
 
-INLINE spot find(const job *j, vec x) {
+INLINE spot find(const args *j, vec x) {
     vec place = (x - j->low) * j->per_step, zero = {0}, end = all((float)j->intervals);
     vec inside = smaller(larger(place, zero), end), beyond = place - inside;
     ivec interval = __builtin_convertvector(inside, ivec), last = (ivec){0} + (int32_t)(j->intervals - 1);
@@ -49,7 +49,7 @@ INLINE void nonzero(int degree, vec place, vec *w) {
     }
 }
 
-INLINE void splines(const job *j, int degree, spot at, vec *w) {
+INLINE void splines(const args *j, int degree, spot at, vec *w) {
     nonzero(degree, at.place, w);
     for (int r = 0; r <= degree; r++) w[r] += at.below * j->slopes[r] - at.above * j->slopes[degree - r];
 }
@@ -74,7 +74,7 @@ INLINE vec rounded(int64_t form, vec x, float scale, float inverse) {
     return form == CODES ? x : x * inverse;
 }
 
-INLINE void expand(int bf16, int degree, const job *j, vec x, const float *scale, int64_t v, int64_t rest, char *to) {
+INLINE void expand(int bf16, int degree, const args *j, vec x, const float *scale, int64_t v, int64_t rest, char *to) {
     vec w[MOST_DEGREE + 1];
     int64_t size = j->intervals + degree, stride = j->inputs * (bf16 ? 2 : 4);
     spot at = find(j, x);
@@ -85,7 +85,7 @@ INLINE void expand(int bf16, int degree, const job *j, vec x, const float *scale
     store(bf16, to + size * stride, v, rest, rounded(j->form, x * sigmoid(x), scale[1], 1.0f / scale[1]));
 }
 
-INLINE void measure(const job *j, vec x, int64_t rest, vec *silu, vec *far) {
+INLINE void measure(const args *j, vec x, int64_t rest, vec *silu, vec *far) {
     ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     *silu = larger(magnitude(x * sigmoid(x)), *silu);
     /* Zeros past the row's end may be far outside the grid. */
@@ -93,7 +93,7 @@ INLINE void measure(const job *j, vec x, int64_t rest, vec *silu, vec *far) {
 }
 
 /* Both scales of a row: 127 over what no value exceeds. */
-INLINE void scales(int bf16, int degree, const job *j, const char *x, float *scale) {
+INLINE void scales(int bf16, int degree, const args *j, const char *x, float *scale) {
     int64_t w = j->inputs;
     vec silu = all(1e-5f), far = {0};
     EACH(measure(j, load(bf16, x, v, rest), rest, &silu, &far));
@@ -108,7 +108,7 @@ INLINE void scales(int bf16, int degree, const job *j, const char *x, float *sca
     scale[1] = 127.0f / largest(silu);
 }
 
-INLINE void expand_row(int bf16, int degree, const job *j, int64_t row, const char *x, char *to, float *scale) {
+INLINE void expand_row(int bf16, int degree, const args *j, int64_t row, const char *x, char *to, float *scale) {
     int64_t w = j->inputs, bytes = w * (bf16 ? 2 : 4);
     x += row * bytes, to += row * bytes * (j->intervals + degree + 1), scale += 2 * row;
     if (j->form == PLAIN) scale[0] = scale[1] = 1.0f;
@@ -116,7 +116,7 @@ INLINE void expand_row(int bf16, int degree, const job *j, int64_t row, const ch
     EACH(expand(bf16, degree, j, load(bf16, x, v, rest), scale, v, rest, to));
 }
 
-INLINE void gather(int bf16, int degree, const job *j, vec x, const char *grad, const float *gamma, int64_t v,
+INLINE void gather(int bf16, int degree, const args *j, vec x, const char *grad, const float *gamma, int64_t v,
                    int64_t rest, char *to) {
     vec w[MOST_DEGREE + 1], total = {0}, share = sigmoid(x);
     int64_t size = j->intervals + degree, stride = j->inputs * (bf16 ? 2 : 4);
@@ -128,7 +128,7 @@ INLINE void gather(int bf16, int degree, const job *j, vec x, const char *grad, 
     store(bf16, to, v, rest, total * (j->per_step * gamma[0]) + silu * gamma[1]);
 }
 
-INLINE void gather_row(int bf16, int degree, const job *j, int64_t row, const char *x, const char *grad,
+INLINE void gather_row(int bf16, int degree, const args *j, int64_t row, const char *x, const char *grad,
                        const float *gamma, char *to) {
     int64_t w = j->inputs, bytes = w * (bf16 ? 2 : 4);
     x += row * bytes, to += row * bytes, grad += row * bytes * (j->intervals + degree + 1);
@@ -149,10 +149,10 @@ INLINE void gather_row(int bf16, int degree, const job *j, int64_t row, const ch
 
 /* x [N,I]; out and grad [N,K+1,I]; scale [N,2]; gamma [2], the factors of both parts of the gradient. */
 #define SPLINE(name, bf16)                                                                                          \
-    void name##_forward(const job *j, const void *x, void *out, float *scale) {                                     \
+    void name##_forward(const args *j, const void *x, void *out, float *scale) {                                     \
         DEGREES(expand_row(bf16, degree, j, row, x, out, scale))                                                    \
     }                                                                                                               \
-    void name##_backward(const job *j, const void *x, const void *grad, const float *gamma, void *out) {            \
+    void name##_backward(const args *j, const void *x, const void *grad, const float *gamma, void *out) {            \
         DEGREES(gather_row(bf16, degree, j, row, x, grad, gamma, out))                                              \
     }
 

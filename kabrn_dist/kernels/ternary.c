@@ -1,6 +1,6 @@
-/* What a ternary product needs around the multiplication: latents rounded and packed, codes widened, results scaled.
+/* Operations around ternary products: rounding and packing of latents, casts of codes, scaling of results.
  *
- * Each is one pass over memory, in pieces that threads share; no sum depends on their number.
+ * Each is one pass over memory, in pieces that threads share; no sum depends on the number of threads.
  */
 #include "lanes.h"
 
