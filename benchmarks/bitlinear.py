@@ -39,6 +39,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report: all rivals at each width, the choices of arithmetic, the saved bytes."""
     tokens, widths, seconds = (256, (256, 512), 1.0) if quick else (1024, (256, 512, 1024, 2048, 4096), 20.0)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
@@ -144,6 +145,7 @@ def forward_pass(layer: Layer, x: Tensor) -> Callable[[], object]:
 
 
 def both_passes(layer: Layer, x: Tensor) -> Callable[[], object]:
+    """Return a call of forward and backward, to inputs and weights."""
     noise = torch.randn_like(x)
 
     def call() -> None:

@@ -45,6 +45,7 @@ Figures = dict[str, float]
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report: every save and load against its rivals."""
     size, rounds = (64 * 10**6, 2) if quick else (10**9, 5)
     figures = run_processes(size, rounds)
     gigabytes = size / 1e9
@@ -78,6 +79,7 @@ def questions(report: Report, quick: bool) -> None:
 
 def run_processes(size: int, rounds: int) -> Figures:
     # Beside the repository's runs: /tmp is memory on many machines, and no disk.
+    """Return the figures of all processes, measured on a disk."""
     base = Path(os.environ.get("BENCH_FOLDER", "runs"))
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=base, prefix="bench-checkpoint-") as folder:
@@ -126,6 +128,7 @@ class Measurement:
         self.step_number = 0
 
     def all(self, rounds: int) -> Figures:
+        """Return all figures after this many rounds. Collective."""
         self._prepare()
         for _ in range(rounds):
             self._saves()

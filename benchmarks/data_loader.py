@@ -54,6 +54,7 @@ MODEL: dict[str, Any] = {
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report from a set of random tokens."""
     with tempfile.TemporaryDirectory() as folder:
         make_random_set(Path(folder), tokens=4_000_000 if quick else 40_000_000)
         reading(report, Path(folder), seconds=1.0 if quick else 4.0, rounds=2 if quick else 5)

@@ -55,6 +55,7 @@ Times = dict[tuple[str, int], Time]
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report: preparation of a corpus, then reading what it wrote."""
     place = Path(os.environ.get("BENCH_FOLDER", ROOT / "runs"))
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix="bench-data-") as name:
@@ -168,6 +169,7 @@ def compare(report: Report, times: Times, megabytes: float) -> None:
 
 
 def aims(report: Report, times: Times) -> None:
+    """Add the aims: speed against both rivals, and scaling to two workers."""
     trove, alone = times.get((TROVE, 1)), times[ALONE, 1]
     for kind in CLEANING:
         one, two = times[kind, 1], times.get((kind, 2))

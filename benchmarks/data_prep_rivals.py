@@ -107,6 +107,11 @@ def ours(folder: Path, job: str, workers: int) -> Callable[[], int]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run one job and print its seconds and tokens.
+
+    Returns:
+        The exit code.
+    """
     job, folder, named = arguments
     cores = {int(core) for core in named.split(",")}
     os.sched_setaffinity(0, cores)

@@ -40,6 +40,7 @@ QUICK, WHOLE = Size(256, 32, (1, 2), 0.2, 2), Size(4096, 1024, (1, 8), 6.0, 3)
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report: time and saved bytes of all forms, then fits of functions."""
     size = QUICK if quick else WHOLE
     for name, dtype in DTYPES.items():
         for count in size.experts:

@@ -34,6 +34,8 @@ RMSE = "RMSE"
 
 
 class Task(NamedTuple):
+    """A function to fit and where its inputs lie."""
+
     name: str
     function: Callable[[Tensor], Tensor]  # [N,n] → [N]
     widths: tuple[int, ...]
@@ -71,6 +73,7 @@ class Edges(nn.Module):
             self.splines.append(torch.empty(1, outputs, inputs * (grid + degree)).uniform_(-noise, noise))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the network's values: [N,inputs] → [N,1]."""
         for base, spline, grid in zip(self.bases, self.splines, self.grids, strict=True):
             x = edge_layer(x, base, spline, (len(x),), grid, quantized=False)
         return x
@@ -88,6 +91,7 @@ def mlp(inputs: int, parameters: int, layers: int) -> nn.Module:
 
 
 def count(network: nn.Module) -> int:
+    """Return the number of parameters."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
@@ -127,11 +131,13 @@ def fit(network: nn.Module, train: tuple[Tensor, Tensor], test: tuple[Tensor, Te
 
 
 def rmse(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the root of the mean squared error."""
     with torch.no_grad():
         return float((network(x) - y).square().mean().sqrt())
 
 
 def samples(task: Task, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return inputs and values to train on, and others to test on."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.rand(2 * SAMPLES, task.widths[0], generator=draw, dtype=torch.float64) * 2 - 1
     y = task.function(x)[:, None]
@@ -155,6 +161,7 @@ def question(report: Report, quick: bool) -> None:
 
 
 def compare(report: Report, task: Task, steps: int, seeds: int) -> None:
+    """Add rows of the errors of all networks on one task."""
     here = f"fit {task.name}, {steps} steps of LBFGS"
     degrees = {"bspline": 3, "hat": 1}
     ours = {

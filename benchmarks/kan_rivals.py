@@ -44,12 +44,15 @@ class Inputs:
         self.counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
 
     def normal(self, *shape: int) -> Tensor:
+        """Return standard normal values."""
         return torch.randn(*shape, generator=self.draw).to(self.device, self.dtype)
 
     def matrix(self, outputs: int, inputs: int) -> Tensor:
+        """Return a matrix [outputs,inputs] that keeps the variance."""
         return (self.normal(outputs, inputs) / math.sqrt(inputs)).requires_grad_()
 
     def learns(self) -> Tensor:
+        """Return the inputs as a leaf that requires a gradient."""
         return self.rows.clone().requires_grad_()
 
 
@@ -61,9 +64,11 @@ class Pass:
 
     @property
     def parameters(self) -> int:
+        """The number of learned values."""
         return sum(leaf.numel() for leaf in self.leaves[1:])
 
     def __call__(self) -> object:
+        """Run forward and backward."""
         return torch.autograd.grad(self.forward(), self.leaves, self.grad)
 
 
@@ -75,12 +80,14 @@ class SiluExperts(Experts):
 
     @classmethod
     def define_matrices(cls, spec: ExpertSpec) -> dict[str, MatrixSpec]:
+        """Return the two matrices of an MLP."""
         return {
             "up": MatrixSpec(spec.expert_hidden_size, spec.hidden_size),
             "down": MatrixSpec(spec.hidden_size, spec.expert_hidden_size, spec.init_gain, reads_hidden=True),
         }
 
     def forward(self, x: Quantized, tokens_per_expert: Sequence[int]) -> Tensor:
+        """Return the outputs of rows sorted by expert."""
         hidden = F.silu(bitlinear(x, self.matrices("up"), tokens_per_expert))
         return bitlinear(normalize_quantize(hidden, self.lam), self.matrices("down"), tokens_per_expert)
 
@@ -119,7 +126,7 @@ def silu(x: Inputs, hidden: int) -> Pass:
 
 
 def fastkan(x: Inputs, hidden: int) -> Pass:
-    """y = W_s exp(−((LayerNorm(x) − c)/δ)²) + W_b SiLU(x) + bias in each of two layers, δ the distance of centres."""
+    """Return two layers y = W_s exp(−((LayerNorm(x) − c)/δ)²) + W_b SiLU(x) + bias, δ the distance of centers."""
     rows = x.learns()
     centers = torch.linspace(-REACH, REACH, GAUSSIANS, device=x.device, dtype=x.dtype)
     inverse = (GAUSSIANS - 1) / (2 * REACH)

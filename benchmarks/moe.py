@@ -25,10 +25,12 @@ MILLI, MEGA = 1e3, 1e-6
 
 
 def shapes(tokens: int) -> list[Shape]:
+    """Return the shapes of the two mixtures that are measured."""
     return [Shape(tokens, experts=8, top_k=2, hidden=512), Shape(tokens, experts=64, top_k=6, hidden=176)]
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report: one process, a card, several processes."""
     tokens = 512 if quick else 4096
     seconds, rounds = (1.0, 2) if quick else (40.0, 8)
     for shape in shapes(tokens):
@@ -67,6 +69,7 @@ def one_process(report: Report, here: str, x: Inputs, seconds: float, rounds: in
 
 
 def speed_aims(report: Report, here: str, times: dict[str, float]) -> None:
+    """Add the aims on time."""
     report.at_most(f"{here}: time over one dense network", times["ours"] / times["dense"], 1.15)
     groups = {
         "deepspeed dropless": ["deepspeed dropless"],

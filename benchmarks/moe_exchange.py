@@ -62,6 +62,7 @@ def question(report: Report, quick: bool) -> None:
 
 
 def wire_aims(report: Report, here: str, figures: Figures) -> None:
+    """Add the aims on bytes."""
     for name in OURS:
         counted, sent = figures[name]["counted"], figures[name]["sent"]
         report.at_most(f"{here} {name}: share that our count of bytes is off the wire's", abs(counted / sent - 1), 0.02)
@@ -73,6 +74,7 @@ def wire_aims(report: Report, here: str, figures: Figures) -> None:
 
 
 def run_processes(world: int, tokens: int, rounds: int) -> Figures:
+    """Return the figures of all layers, measured on `world` processes."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "figures.json"
         multiprocessing.spawn(_rank, (world, tokens, rounds, free_port(), result), nprocs=world)

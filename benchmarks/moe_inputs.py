@@ -42,6 +42,7 @@ class Swiglu(nn.Module):
         self.gate, self.up, self.down = (nn.Parameter(matrix.clone()) for matrix in (gate, up, down))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the expert's outputs: [N,D] → [N,D]."""
         return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
 
 
@@ -78,6 +79,7 @@ class Inputs:
         return max(self.counts) * self.shape.experts / (self.shape.tokens * self.shape.top_k)
 
     def experts(self) -> list[Swiglu]:
+        """Return the experts as modules of their own."""
         return [Swiglu(*matrices) for matrices in zip(self.gate, self.up, self.down, strict=True)]
 
 
@@ -88,9 +90,11 @@ def both_passes(layer: Layer, inputs: Inputs) -> Function:
 
 
 def forward_pass(layer: Layer, inputs: Inputs) -> Callable[[], Tensor]:
+    """Return a call of the forward pass alone."""
     x = inputs.x.clone().requires_grad_()
     return lambda: layer.forward(x)
 
 
 def of_module(module: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Layer:
+    """Return a module and its parameters as a layer."""
     return Layer(call or module, list(module.parameters()))

@@ -48,6 +48,7 @@ class Own(NamedTuple):
     quantized: bool = False
 
     def settings(self, shape: Shape) -> ModelConfig:
+        """Return the configuration of a model with such a mixture."""
         return ModelConfig(
             vocab_size=1,
             hidden_size=shape.width,
@@ -89,12 +90,14 @@ def ours(inputs: Inputs, own: Own = PLAIN, wire: ExpertLink = HERE) -> Layer:
 
 
 def own_dense(inputs: Inputs, own: Own = PLAIN) -> Layer:
+    """Return our own network of the same FLOPs, with one expert."""
     layer = DenseFeedForward(own.settings(inputs.shape), 1.0)
     layer.shared.initialize(0, "dense")
     return of_module(layer.to(inputs.dtype))
 
 
 def dense(inputs: Inputs) -> Layer:
+    """Return a dense SwiGLU network of the same FLOPs."""
     k = inputs.shape.top_k
     return of_module(Swiglu(inputs.gate[:k].flatten(0, 1), inputs.up[:k].flatten(0, 1), _side_by_side(inputs.down[:k])))
 
@@ -192,9 +195,10 @@ def fairscale(inputs: Inputs) -> Layer | str:
 
 
 def transformers(inputs: Inputs, back_end: str) -> Layer | str:
-    """The layer, or why it cannot run.
+    """Return the layer, or why it cannot run.
 
     Args:
+        inputs: of all mixtures.
         back_end: eager, grouped_mm or batched_mm.
     """
     shape = inputs.shape

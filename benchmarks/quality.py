@@ -49,6 +49,7 @@ class Best(NamedTuple):
 
     @property
     def mean(self) -> float:
+        """The mean loss over the seeds."""
         return fmean(self.nats)
 
     @property
@@ -86,6 +87,7 @@ def main() -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--text", default=STDLIB, help=f"a UTF-8 text file, or {STDLIB} for Python's library (default: %(default)s)")
@@ -149,6 +151,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 
 def read_change(change: str) -> tuple[str, str]:
+    """Return key and value of a `--set`."""
     key, found, value = change.partition("=")
     if not found or key.partition(".")[0] not in ("model", "optimizer"):
         raise ValueError(f"--set {change}: write it as model.KEY=VALUE or optimizer.KEY=VALUE")
@@ -160,6 +163,7 @@ def read_change(change: str) -> tuple[str, str]:
 
 
 def read_rate(rate: str | float) -> float:
+    """Return a learning rate as a number."""
     try:
         return float(rate)
     except ValueError:
@@ -200,6 +204,7 @@ def find_best(model: str, outcomes: dict[Run, Outcome]) -> Run:
 
 
 def take_best(model: str, outcomes: dict[Run, Outcome]) -> Best:
+    """Return a model's runs at its best rate."""
     rate = find_best(model, outcomes).rate
     mine = [outcome for run, outcome in outcomes.items() if (run.model, run.rate) == (model, rate)]
     return Best(rate, [one.nats for one in mine], mine[0], min(one.seconds for one in mine))

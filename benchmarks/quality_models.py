@@ -63,6 +63,7 @@ class Ours(Learner):
         self.engine = Engine(build_model(config, mesh), config, mesh)
 
     def learn(self, batch: Batch, step: int) -> float:
+        """Take one optimizer step."""
         rows, tokens = batch.tokens.shape[0], batch.tokens.numel()
         losses, _ = self.engine.forward_backward(batch, StepTotals(tokens, tokens, rows, ranks=1))
         steps, settings = self.config.training.steps, self.config.optimizer
@@ -70,13 +71,16 @@ class Ours(Learner):
         return float(losses.language)
 
     def score(self, batch: Batch) -> float:
+        """Return the sum of the cross-entropy in nats."""
         return float(self.engine.evaluate(batch).language)
 
     def close(self) -> None:
+        """Free the engine."""
         self.engine.close()
 
 
 def measure_ours(model: ModelConfig) -> Size:
+    """Return the size of a model of this project."""
     counts = count_parameters(model)
     return Size(counts.total, counts.active, counts.ternary / 4 + 2 * (counts.total - counts.ternary))
 
@@ -91,6 +95,7 @@ class Rival(Learner):
         )
 
     def learn(self, batch: Batch, step: int) -> float:
+        """Take one optimizer step."""
         loss = F.cross_entropy(self.model(batch.tokens).flatten(0, 1), batch.targets.flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -103,6 +108,7 @@ class Rival(Learner):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> float:
+        """Return the sum of the cross-entropy in nats."""
         return float(F.cross_entropy(self.model(batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="sum"))
 
     def close(self) -> None:
@@ -138,6 +144,7 @@ class Transformer(nn.Module):
         return self.head(rms(x))
 
     def measure(self) -> Size:
+        """Return the size of this model."""
         total = sum(p.numel() for p in self.parameters())
         # The embedding is a look-up of one row.
         return Size(total, total - self.embedding.weight.numel() + self.embedding.embedding_dim, 2.0 * total)
@@ -179,16 +186,18 @@ class Layer(nn.Module):
 
 
 def rms(x: Tensor) -> Tensor:
+    """Return x over its root mean square, without a gain."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def rotary_angles(length: int, width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [T,K/2] of each position (RoFormer, arXiv 2104.09864)."""
+    """Return cos and sin [T,K/2] of each position (RoFormer, arXiv 2104.09864)."""
     speeds = 10000.0 ** (-torch.arange(0, width, 2) / width)
     angles = torch.arange(length)[:, None] * speeds
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return rotated queries or keys [B,H,T,K]."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], -1)

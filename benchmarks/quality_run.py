@@ -97,6 +97,7 @@ def train(run: Run) -> Outcome:
 
 
 def make_learner(run: Run, text: Text) -> tuple[Learner, Size]:
+    """Return a new model in training and its size."""
     config = configure(run, text.vocabulary)
     recipe = MODELS[run.model]
     if recipe.model is not None:

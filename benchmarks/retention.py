@@ -30,6 +30,7 @@ TORCHSCALES = {"torchscale as shipped": 512, "torchscale": rivals.TORCHSCALE_CHU
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report: time, growth, saved bytes, decoding, a card, bytes between ranks."""
     lengths = [1024, AIMED] if quick else [1024, 2048, 4096, AIMED, 16384, 32768, 65536]
     seconds, rounds = (1.0, 2) if quick else (6.0, 4)
     for name, dtype in DTYPES.items():
@@ -69,6 +70,7 @@ def against_rivals(report: Report, name: str, x: Inputs, seconds: float, rounds:
 
 
 def speed_aims(report: Report, name: str, here: str, times: dict[str, float]) -> None:
+    """Add the aims on time."""
     for rival, aim in (("SDPA", {"fp32": 10.0, "bf16": 15.0}[name]), *((rival, 2.0) for rival in TORCHSCALES)):
         faster = times[rival] / times["ours"] if rival in times else None
         report.at_least(f"{here}: times faster than {rival}", faster, aim)

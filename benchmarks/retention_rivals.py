@@ -45,10 +45,12 @@ class Inputs:
         self.packed = (torch.arange(time, device=device) // 1003)[None]
 
     def learns(self, x: Tensor) -> Tensor:
+        """Return a copy that requires a gradient."""
         return x.detach().clone().requires_grad_()
 
 
 def ours(x: Inputs, documents: Tensor, backward: bool = True) -> Function:
+    """Return the chunkwise form of this project."""
     q, k, v = (x.learns(part) for part in (x.q, x.k, x.v))
 
     def forward() -> Tensor:
@@ -58,6 +60,7 @@ def ours(x: Inputs, documents: Tensor, backward: bool = True) -> Function:
 
 
 def sdpa(x: Inputs, backward: bool = True) -> Function:
+    """Return causal softmax attention by torch."""
     q, k = (x.learns(F.pad(part, (0, x.value - x.key))) for part in (x.q, x.k))
     v = x.learns(x.v)
 

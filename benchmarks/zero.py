@@ -49,6 +49,7 @@ Figures = dict[str, float]
 
 
 def questions(report: Report, quick: bool) -> None:
+    """Fill the report for two processes and, unless quick, for four."""
     for world in (2,) if quick else (2, 4):
         figures = run_processes(world, 128 if quick else 256, 2 if quick else 6)
         for micro in MICRO_BATCHES:
@@ -72,6 +73,7 @@ def questions(report: Report, quick: bool) -> None:
 
 
 def run_processes(world: int, width: int, steps: int) -> Figures:
+    """Return the figures of the worst rank."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "figures.json"
         multiprocessing.spawn(_rank, (world, free_port(), width, steps, result), nprocs=world)
