@@ -34,7 +34,8 @@ ALLOWED |= {
     "analysis": _BELOW_TRAINING,
 }
 ALLOWED["train"] = {*ALLOWED} - {"analysis"}
-ALLOWED["cli"] = {*ALLOWED}
+# The commands also print the version of the package.
+ALLOWED["cli"] = {*ALLOWED, "kabrn_dist"}
 # The API of the package and the tools next to it, by the first part of their names.
 ALLOWED_OUTSIDE: dict[str, set[str]] = {
     "kabrn_dist": {"config", "train", "inference", "utils"},
