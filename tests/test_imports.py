@@ -70,8 +70,11 @@ def parse(source: str) -> ast.Module:
     return ast.parse((ROOT / source).read_text(encoding="utf-8"), source)
 
 
-def list_imports(tree: ast.Module, functions: bool = True) -> Iterator[str]:
-    """Dotted names that a module imports; `from a import b` counts as a.b. `functions`: also inside functions."""
+def list_imports(tree: ast.Module, functions: bool = True, types: bool = True) -> Iterator[str]:
+    """Dotted names that a module imports; `from a import b` counts as a.b.
+
+    `functions`: also inside functions; `types`: also for type checkers alone.
+    """
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -80,7 +83,9 @@ def list_imports(tree: ast.Module, functions: bool = True) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif functions or not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)):
+        elif (functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)) and (
+            types or not is_type_checking(node)
+        ):
             waiting += ast.iter_child_nodes(node)
 
 
@@ -128,7 +133,9 @@ def make_graph(functions: bool = True) -> dict[str, set[str]]:
     return {
         module: {
             target
-            for target in map(resolve, [*list_imports(tree, functions), *([] if functions else [parent_of(module)])])
+            for target in map(
+                resolve, [*list_imports(tree, functions, types=False), *([] if functions else [parent_of(module)])]
+            )
             if target
         }
         - {module}
@@ -215,7 +222,9 @@ def test_what_reads_a_finished_run_needs_no_training_backend(folder: str) -> Non
         source: found
         for source in EVERYTHING
         if module_name(source) in loaded
-        and (found := {name.split(".")[0] for name in list_imports(parse(source), functions=False)} & HEAVY)
+        and (
+            found := {name.split(".")[0] for name in list_imports(parse(source), functions=False, types=False)} & HEAVY
+        )
     }
     assert modules and not heavy
 
