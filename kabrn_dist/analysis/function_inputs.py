@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.analysis.run import Network, list_networks
+from kabrn_dist.analysis.networks import Network, list_networks
 from kabrn_dist.data.dataset import Batch
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.activation_quant import Quantized

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kabrn_dist.analysis.function_inputs import Reach, measure_reach
-from kabrn_dist.analysis.run import list_networks
+from kabrn_dist.analysis.networks import list_networks
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
@@ -50,6 +50,7 @@ class Curves(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Layer and kind, for titles."""
         return f"layer {self.layer} {self.kind}"
 
 

@@ -145,8 +145,6 @@ def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
     entries: dict[str, tuple[Path, TensorEntry]] = {}
     for name in sorted(names, key=str):
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(
-                f"{folder / WEIGHTS_INDEX_NAME}: {str(name)[:80]!r} is no file name; use another export"
-            )
+            raise UserError(f"{folder / WEIGHTS_INDEX_NAME}: {str(name)[:80]!r} is no file name; use another export")
         entries |= {key: (folder / name, entry) for key, entry in read_header(folder / name).items()}
     return entries

@@ -17,7 +17,7 @@ from torch import Tensor
 from kabrn_dist.analysis.elementary import write_formula
 from kabrn_dist.analysis.function_inputs import measure_reach
 from kabrn_dist.analysis.log import read_expert_log
-from kabrn_dist.analysis.run import list_networks
+from kabrn_dist.analysis.networks import list_networks
 from kabrn_dist.analysis.symbolic import fit_symbolic
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus

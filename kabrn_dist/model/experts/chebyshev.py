@@ -97,7 +97,7 @@ class _Chebyshev(torch.autograd.Function):
 def _to_fp32(
     x: Tensor, coefficients: Tensor, tokens_per_expert: tuple[int, ...], range_ends: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return u clamped to [−1,1] and the excess, [N,G,D/G]; coefficients [N,G,C,1] or [1,G,C,1]. All in fp32 or wider."""
+    """Return u clamped to [−1,1], the excess [N,G,D/G], and coefficients [N,G,C,1] or [1,G,C,1]; fp32 or wider."""
     x, groups, (low, high) = to_fp32(x), coefficients.shape[1], range_ends
     u = (x.reshape(len(x), groups, x.shape[1] // groups) - (low + high) / 2) * (2 / (high - low))
     inside = u.clamp(-1, 1)
