@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,19 +24,25 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["Run", "Trainer", "UserError", "__version__", "load_config", "load_model"]
 
-_MODULES = {
-    "load_config": "kabrn_dist.config.file",
-    "Run": "kabrn_dist.inference.run",
-    "load_model": "kabrn_dist.inference.run",
-    "Trainer": "kabrn_dist.train.trainer",
-    "UserError": "kabrn_dist.utils.errors",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    if name == "load_config":
+        from kabrn_dist.config.file import load_config
+
+        return load_config
+    if name in ("Run", "load_model"):
+        from kabrn_dist.inference import run
+
+        return getattr(run, name)
+    if name == "Trainer":
+        from kabrn_dist.train.trainer import Trainer
+
+        return Trainer
+    if name == "UserError":
+        from kabrn_dist.utils.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

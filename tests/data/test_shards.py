@@ -203,7 +203,7 @@ def test_inspect_shows_every_source(folder: Path, capsys: pytest.CaptureFixture[
     inspect_shards(folder, 2)
     shown, index = capsys.readouterr().out, read_index(folder)
     assert "source random (random), weight 1\n" in shown
-    assert "source more (random), weight 1, loss on a part of each document" in shown
+    assert "source more (random), weight 1, loss on part of each document" in shown
     assert shown.count("--- train document") == 4 and "--- train document 1 of more" in shown
     assert f"{index.sources[1].train.loss_tokens:,}" in shown and f"fingerprint {index.fingerprint}" in shown
     assert f"all sources: {index.tokens('train'):,} + {index.tokens('validation'):,} tokens" in shown

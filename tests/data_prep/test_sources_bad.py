@@ -72,7 +72,7 @@ def test_absent_and_double_inputs_are_named(tmp_path: Path) -> None:
         ("text", ["m/train/algebra/1.json"], {}, "it looks like math; expected .txt or .jsonl files"),
         ("m2d2", ["amps/khan/1/2.json"], {}, "it looks like amps"),
         ("code", ["0/question.txt"], {}, "it looks like code with layout: apps"),
-        ("code", ["train/0/question.txt"], {"layout": "apps", "split": "test"}, "its layout, but the options leave"),
+        ("code", ["train/0/question.txt"], {"layout": "apps", "split": "test"}, "its layout, but the options exclude"),
         ("jsonl", ["a.parquet"], {}, "it looks like parquet"),
         ("openqa", [], {}, "it is empty"),
     ],

@@ -32,13 +32,15 @@ def rates(steps: int, **settings: Any) -> list[float]:
 
 
 def test_one_linear_stage_by_hand() -> None:
-    found = rates(10, learning_rate=8.0, warmup=2, decay="linear", final=0.5)
+    found = rates(10, learning_rate=8.0, warmup_steps=2, lr_schedule="linear", min_lr_ratio=0.5)
     assert found == pytest.approx([4, 8, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5])
 
 
 def test_one_cosine_stage_by_hand() -> None:
-    assert rates(4, learning_rate=1.0, final=0.0) == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - 0.125**0.5])
-    assert rates(5, learning_rate=2.0, warmup=1, final=1.0) == [2.0] * 5
+    assert rates(4, learning_rate=1.0, min_lr_ratio=0.0) == pytest.approx(
+        [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - 0.125**0.5]
+    )
+    assert rates(5, learning_rate=2.0, warmup_steps=1, min_lr_ratio=1.0) == [2.0] * 5
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
