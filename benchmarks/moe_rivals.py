@@ -142,9 +142,13 @@ def bare_products(inputs: Inputs) -> Function:
 def join_deepspeed() -> None:
     """What deepspeed and fairscale ask for before they make a layer: process groups, here of one process."""
     import deepspeed.comm
+    import deepspeed.ops
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # As training does: DeepSpeed would compile a kernel for inference, and wait for ever on a lock that a killed
+    # compilation left behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
