@@ -155,6 +155,9 @@ class Engine:
         self._begin_forward(last=True)
         self.deepspeed.eval()
         stats: BatchStats = self.deepspeed(batch)
+        # What such a pass exchanges counts for no step.
+        for traffic in self.model.traffic:
+            traffic.take()
         return stats
 
     def logits(self, batch: Batch) -> Tensor:

@@ -31,9 +31,6 @@ def generate_sample(engine: Engine, tokenizer: Tokenizer, tokens: int) -> str:
         if token == tokenizer.document_token:
             break
         ids.append(token)
-    # Such forward passes count for the exchange of no step.
-    for traffic in engine.model.traffic:
-        traffic.take()
     return tokenizer.decode(ids[1:])
 
 

@@ -9,13 +9,17 @@ from torch import Tensor
 from kabrn_dist.backend.engine import Engine, StepResult
 from kabrn_dist.backend.losses import StepTotals
 from kabrn_dist.backend.ternary_weights import counted_parts
+from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.distributed.all_to_all import Traffic
 from kabrn_dist.metrics.logger import MetricsLogger, memory_gib
-from kabrn_dist.metrics.moe import expert_lists, expert_values, gather_moe_stats
+from kabrn_dist.metrics.moe import MoEStepStats, expert_lists, expert_values, gather_moe_stats
+from kabrn_dist.metrics.sources import measure_step
 from kabrn_dist.metrics.ternary import sum_layers, weight_values
 from kabrn_dist.model.mixkabrn import BatchStats
 from kabrn_dist.train.console import format_step
 from kabrn_dist.train.guard import LossGuard, StepSync
+from kabrn_dist.train.phase_timer import PhaseTimer
+from kabrn_dist.train.throughput import TimeLeft
 
 
 class StepLog(NamedTuple):
@@ -28,14 +32,12 @@ class StepLog(NamedTuple):
         learning_rate: learning rate of the step.
         weight_decay: weight decay of the step.
         totals: what the step held over all ranks.
+        batches: this rank's micro-batches, on the host.
         stats: this rank's statistics, one entry per micro-batch.
         codes: this rank's ternary codes before the update.
         traffic: this rank's exchange of tokens, one entry per layer.
-        sources: values to log of the data's sources.
+        consumed: sequences that the run has drawn, this step included.
         seconds: duration of the step.
-        phase_seconds: mean seconds per step of each phase since the last logged step.
-        mfu: model FLOPs utilization: FLOP/s of the model over the measured rate of matrix products.
-        seconds_left: estimated time to the end of the run; not a number if it is not known yet.
     """
 
     step: int
@@ -44,50 +46,95 @@ class StepLog(NamedTuple):
     learning_rate: float
     weight_decay: float
     totals: StepTotals
+    batches: list[Batch]
     stats: list[BatchStats]
     codes: list[Tensor]
     traffic: list[Traffic]
-    sources: dict[str, float]
+    consumed: int
     seconds: float
-    phase_seconds: dict[str, float]
-    mfu: float
-    seconds_left: float
 
 
-def log_step(log: StepLog, metrics: MetricsLogger, engine: Engine, guard: LossGuard) -> Tensor:
-    """Write the log of a step, without values that are not finite. Collective.
+class StepLogger:
+    """Writes the log of steps, and keeps what one log entry needs from the one before.
 
-    Returns:
-        [L,E] tokens routed to each expert, on all ranks.
+    Args:
+        engine: the model in training.
+        guard: decides whether steps are applied.
+        metrics: console, log.jsonl and TensorBoard.
+        timer: seconds of each phase of a step.
+        data: the training split.
+        mfu_per_speed: model FLOPs utilization at one token a second.
+        step: steps done before this session.
+
+    Attributes:
+        step: the last logged step; set it where a run goes back.
+        tokens_per_expert: [L,E] tokens routed to each expert in the last logged step; None before the first.
     """
-    model, mesh = engine.config.model, engine.mesh
-    bias = engine.model.routers.bias
-    stats = gather_moe_stats(mesh, model.moe_layers, log.totals.tokens, log.stats, bias, log.traffic)
-    values = _values(log, engine, guard) | log.sources | expert_values(stats)
-    if model.quantize:
-        values |= weight_values(sum_layers(counted_parts(engine), log.codes, len(model.layers), mesh))
-    metrics.write(log.step, values, format_step(log.step, values, log.result.applied), expert_lists(stats))
-    return stats.tokens_per_expert
 
+    def __init__(
+        self,
+        engine: Engine,
+        guard: LossGuard,
+        metrics: MetricsLogger,
+        timer: PhaseTimer,
+        data: TokenDataset,
+        mfu_per_speed: float,
+        step: int,
+    ) -> None:
+        self.engine, self.guard, self.metrics, self.timer, self.data = engine, guard, metrics, timer, data
+        self.step = step
+        self.tokens_per_expert: Tensor | None = None
+        self._mfu_per_speed = mfu_per_speed
+        self._time_left = TimeLeft(engine.config.training.steps)
 
-def _values(log: StepLog, engine: Engine, guard: LossGuard) -> dict[str, float]:
-    phases = log.phase_seconds
-    training_seconds = sum(seconds for phase, seconds in phases.items() if phase != "log")
-    values = {f"loss/{name}": value for name, value in log.sync.losses.items()} | {
-        "optimizer/learning_rate": log.learning_rate,
-        "optimizer/weight_decay": log.weight_decay,
-        "optimizer/gradient_norm": log.result.gradient_norm,
-        "optimizer/loss_scale": engine.loss_scale,
-        "optimizer/quantization_lambda": engine.model.quant.lam,
-        "guard/skipped": float(guard.skipped),
-        "guard/spikes": float(guard.spikes),
-        "guard/rollbacks": float(guard.rollbacks),
-        "speed/tokens_per_second": log.totals.tokens / log.seconds,
-        "speed/seconds_per_step": log.seconds,
-        "speed/data_wait_share": phases["data"] / training_seconds,
-        "speed/memory_gib": memory_gib(engine.mesh.device),
-        "speed/mfu": log.mfu,
-        "progress/tokens": float(log.step * log.totals.tokens),
-        "progress/seconds_left": log.seconds_left,
-    }
-    return values | {f"time/{phase}": seconds for phase, seconds in phases.items()}
+    def write(self, log: StepLog) -> None:
+        """Write the log of a step, without values that are not finite. Collective."""
+        phase_seconds = self._take_phase_seconds(log.step)
+        with self.timer.span("log"):
+            stats = self._gather_moe_stats(log)
+            values = self._values(log, phase_seconds) | self._measure_sources(log) | expert_values(stats)
+            if self.engine.config.model.quantize:
+                values |= self._weight_values(log)
+            self.metrics.write(log.step, values, format_step(log.step, values, log.result.applied), expert_lists(stats))
+        self.tokens_per_expert = stats.tokens_per_expert
+
+    def _take_phase_seconds(self, step: int) -> dict[str, float]:
+        """Mean seconds per step of each phase since the last logged step, the writing of that one included."""
+        steps, self.step = max(1, step - self.step), step
+        return {phase: seconds / steps for phase, seconds in self.timer.take().items()}
+
+    def _gather_moe_stats(self, log: StepLog) -> MoEStepStats:
+        engine = self.engine
+        layers, bias = engine.config.model.moe_layers, engine.model.routers.bias
+        return gather_moe_stats(engine.mesh, layers, log.totals.tokens, log.stats, bias, log.traffic)
+
+    def _measure_sources(self, log: StepLog) -> dict[str, float]:
+        return measure_step(self.engine.mesh, self.data, log.batches, log.stats, log.consumed)
+
+    def _weight_values(self, log: StepLog) -> dict[str, float]:
+        engine = self.engine
+        parts, layers = counted_parts(engine), len(engine.config.model.layers)
+        return weight_values(sum_layers(parts, log.codes, layers, engine.mesh))
+
+    def _values(self, log: StepLog, phase_seconds: dict[str, float]) -> dict[str, float]:
+        engine, guard = self.engine, self.guard
+        tokens_per_second = log.totals.tokens / log.seconds
+        training_seconds = sum(seconds for phase, seconds in phase_seconds.items() if phase != "log")
+        values = {f"loss/{name}": value for name, value in log.sync.losses.items()} | {
+            "optimizer/learning_rate": log.learning_rate,
+            "optimizer/weight_decay": log.weight_decay,
+            "optimizer/gradient_norm": log.result.gradient_norm,
+            "optimizer/loss_scale": engine.loss_scale,
+            "optimizer/quantization_lambda": engine.model.quant.lam,
+            "guard/skipped": float(guard.skipped),
+            "guard/spikes": float(guard.spikes),
+            "guard/rollbacks": float(guard.rollbacks),
+            "speed/tokens_per_second": tokens_per_second,
+            "speed/seconds_per_step": log.seconds,
+            "speed/data_wait_share": phase_seconds["data"] / training_seconds,
+            "speed/memory_gib": memory_gib(engine.mesh.device),
+            "speed/mfu": self._mfu_per_speed * tokens_per_second,
+            "progress/tokens": float(log.step * log.totals.tokens),
+            "progress/seconds_left": self._time_left.seconds(log.step),
+        }
+        return values | {f"time/{phase}": seconds for phase, seconds in phase_seconds.items()}

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.backend.engine import Engine
-from kabrn_dist.backend.losses import Losses, StepTotals
+from kabrn_dist.backend.losses import Losses
 from kabrn_dist.backend.sharded_state import sharded_state
 from kabrn_dist.backend.ternary_weights import current_codes
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
-from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import Mesh, make_mesh
@@ -25,8 +24,7 @@ from kabrn_dist.distributed.process_group import DEFAULT_TIMEOUT_S, init_distrib
 from kabrn_dist.grow.run import grow
 from kabrn_dist.kernels.selection import matmul_dtype
 from kabrn_dist.metrics.logger import MetricsLogger
-from kabrn_dist.metrics.sources import measure_step
-from kabrn_dist.model.mixkabrn import BatchStats, build_model
+from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 from kabrn_dist.planner.flops import flops_per_token
 from kabrn_dist.train.console import format_text
@@ -41,9 +39,9 @@ from kabrn_dist.train.sample import generate_sample
 from kabrn_dist.train.saver import Saver
 from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.train.step_batches import next_step_batches
-from kabrn_dist.train.step_log import StepLog, log_step
+from kabrn_dist.train.step_log import StepLog, StepLogger
 from kabrn_dist.train.stop_requests import StopRequests
-from kabrn_dist.train.throughput import TimeLeft, measure_matmul_rate
+from kabrn_dist.train.throughput import measure_matmul_rate
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
 from kabrn_dist.utils.atomic_io import atomic_write
@@ -101,7 +99,6 @@ class Trainer:
         skipped_data_steps: steps' worth of data that rollbacks have skipped.
         guard: decides whether steps are applied.
         stopping: True once the ranks have agreed to stop.
-        tokens_per_expert: [L,E] tokens routed to each expert in the last logged step; None before the first.
         timer: seconds of each phase of a step.
         metrics: console, log.jsonl and TensorBoard; within the `with` block only.
         saver: writes checkpoints; within the `with` block only.
@@ -132,10 +129,7 @@ class Trainer:
         self.guard = LossGuard(config.guard)
         self.guard.restore(progress.guard)
         self.stopping = False
-        self.tokens_per_expert: Tensor | None = None
         self.timer = PhaseTimer()
-        self._logged_step = self.step
-        self._time_left = TimeLeft(config.training.steps)
 
     @classmethod
     def create(cls, config: Config, mesh: Mesh, datasets: Datasets, resume: str = "auto") -> Trainer:
@@ -208,7 +202,7 @@ class Trainer:
         self.metrics.write_text(0, "config", dump_config(config))
         counts = count_parameters(config.model)
         matmul_rate = measure_matmul_rate(mesh, matmul_dtype(mesh.device.type, TORCH_DTYPES[config.training.precision]))
-        self._mfu_per_speed = flops_per_token(config.model, config.data.sequence_length, counts.active) / matmul_rate
+        mfu_per_speed = flops_per_token(config.model, config.data.sequence_length, counts.active) / matmul_rate
         for line in describe_run(config, mesh, counts, matmul_rate):
             self.metrics.print_line(line)
         if self.resumed_from:
@@ -216,6 +210,9 @@ class Trainer:
         saved_step = self.step if self.resumed_from else None
         self.saver = Saver(self.store, config.checkpoint.async_save, saved_step, self.metrics.print_line)
         self._figures = TrainingFigures(self.engine, self.metrics, self.step)
+        self._step_logger = StepLogger(
+            self.engine, self.guard, self.metrics, self.timer, self.datasets.train, mfu_per_speed, self.step
+        )
         self._resources.enter_context(self.stop_requests.listening())
 
     def run(self, stop_after: int | None = None) -> bool:
@@ -268,26 +265,21 @@ class Trainer:
         traffic = [layer.take() for layer in engine.model.traffic]
         if not is_logged:
             return
-        seconds = time.perf_counter() - begin
-        phase_seconds = self._take_phase_seconds()
-        with self.timer.span("log"):
-            log = StepLog(
-                step=self.step,
-                sync=sync,
-                result=result,
-                learning_rate=lr,
-                weight_decay=decay,
-                totals=totals,
-                stats=[stats for _, stats in passes],
-                codes=codes,
-                traffic=traffic,
-                sources=self._measure_sources(batches, [stats for _, stats in passes]),
-                seconds=seconds,
-                phase_seconds=phase_seconds,
-                mfu=self._mfu(totals, seconds),
-                seconds_left=self._time_left.seconds(self.step),
-            )
-            self.tokens_per_expert = log_step(log, self.metrics, engine, self.guard)
+        log = StepLog(
+            step=self.step,
+            sync=sync,
+            result=result,
+            learning_rate=lr,
+            weight_decay=decay,
+            totals=totals,
+            batches=batches,
+            stats=[stats for _, stats in passes],
+            codes=codes,
+            traffic=traffic,
+            consumed=self.sequences_consumed,
+            seconds=time.perf_counter() - begin,
+        )
+        self._step_logger.write(log)
 
     @property
     def sequences_consumed(self) -> int:
@@ -323,17 +315,6 @@ class Trainer:
             self.metrics.print_line(f"step {self.step:6d}  {outcome}{decision.reason}, {positions}")
         self.metrics.advance(self.step)
 
-    def _take_phase_seconds(self) -> dict[str, float]:
-        """Mean seconds per step of each phase since the last logged step, the writing of that one included."""
-        steps, self._logged_step = max(1, self.step - self._logged_step), self.step
-        return {phase: seconds / steps for phase, seconds in self.timer.take().items()}
-
-    def _measure_sources(self, batches: list[Batch], stats: list[BatchStats]) -> dict[str, float]:
-        return measure_step(self.mesh, self.datasets.train, batches, stats, self.sequences_consumed)
-
-    def _mfu(self, totals: StepTotals, seconds: float) -> float:
-        return self._mfu_per_speed * totals.tokens / seconds
-
     def _validate(self) -> None:
         """Score the validation split and write a sample, unless a stop request arrives: then nothing is logged."""
         scores = score(self.engine, self.datasets, self.config, self._is_interrupted)
@@ -346,7 +327,7 @@ class Trainer:
             self.metrics.print_line(f"step {self.step:6d}  sample: {format_text(text)}")
             self.metrics.write_text(self.step, "sample", text)
         if self.config.validation.eval_interval:
-            self._figures.draw(self.step, self.tokens_per_expert)
+            self._figures.draw(self.step, self._step_logger.tokens_per_expert)
 
     def _is_interrupted(self) -> bool:
         self.watchdog.report_progress(f"validating after step {self.step}")
@@ -375,7 +356,7 @@ class Trainer:
             )
         self.guard.roll_back(progress.step, progress.guard)
         self.skipped_data_steps += self.step - progress.step
-        self.step = self._logged_step = self.saver.saved_step = progress.step
+        self.step = self._step_logger.step = self.saver.saved_step = progress.step
         self.metrics.truncate_after(self.step)
         self.metrics.print_line(f"{bad}: back to {path.name}; data up to position {self.sequences_consumed} is skipped")
 
