@@ -212,6 +212,7 @@ def test_deepspeed_is_known_to_the_backend_alone() -> None:
     assert users and {str(Path(user).parent) for user in users} == {"kabrn_dist/backend"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", LIGHT_FOLDERS)
 def test_what_reads_a_finished_run_needs_no_training_backend(folder: str) -> None:
     """By the sources: what importing them loads. Imports inside functions load nothing until they are called."""

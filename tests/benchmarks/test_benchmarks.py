@@ -185,6 +185,7 @@ def test_data_prep(tmp_path: Path) -> None:
     assert not list((tmp_path / "bench").iterdir())
 
 
+@pytest.mark.slow
 def test_corpus_has_no_document_twice(tmp_path: Path) -> None:
     # More than the library has, so that there are copies.
     count, size = data_prep.make_corpus(tmp_path / "texts", 40_000_000)
@@ -197,6 +198,7 @@ def test_corpus_has_no_document_twice(tmp_path: Path) -> None:
     assert len(set(lines)) == count
 
 
+@pytest.mark.slow
 def test_rivals_of_data_prep_make_the_same_tokens(tmp_path: Path) -> None:
     count, _ = data_prep.make_corpus(tmp_path / "texts", 300_000)
     data_prep.make_tokenizer(tmp_path, 512)

@@ -206,6 +206,7 @@ def test_what_is_no_plain_file_is_never_opened(
     assert name in caplog.text
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_truncation_and_deletion_is_met(tmp_path: Path) -> None:
     """K2 in full, on a small checkpoint: what is damaged is never loaded, and the older one is taken."""
     store = CheckpointStore(tmp_path)
@@ -257,6 +258,7 @@ def test_configurations(tmp_path: Path, bomb: bytes) -> None:
     assert not (tmp_path / "went-off").exists()
 
 
+@pytest.mark.slow
 def test_tokenizers_and_exports(tmp_path: Path, bomb: bytes) -> None:
     file = tmp_path / "tokenizer.json"
     contents = (

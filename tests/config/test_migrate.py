@@ -256,6 +256,7 @@ def test_an_export_of_version_1_generates_the_same() -> None:
     assert (logits[0, :6] - expected).abs().max() < 1e-2 and int(logits.argmax()) == 157
 
 
+@pytest.mark.slow
 def test_reports_open_a_run_of_version_1(tmp_path: Path) -> None:
     run = copy_run("plain", tmp_path)
     console = Console(width=200, record=True)

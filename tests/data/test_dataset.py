@@ -207,6 +207,7 @@ def test_what_is_scored_is_spread_evenly_over_the_sources(mixed: Corpus) -> None
     assert positions == list(range(batches.num_sequences))
 
 
+@pytest.mark.slow
 def test_training_draws_every_source_by_its_weight_and_its_own_order(mixed: Corpus) -> None:
     batches = TokenDataset(mixed, "train", LENGTH, seed=5)
     n = 4096

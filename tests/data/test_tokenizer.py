@@ -33,6 +33,7 @@ def tokenizer(request: pytest.FixtureRequest, bpe: Tokenizer) -> Tokenizer:
     return bpe if request.param == "bpe" else Tokenizer.of_bytes()
 
 
+@pytest.mark.slow
 def test_any_text_comes_back(tokenizer: Tokenizer) -> None:
     random = np.random.default_rng(0)
     points = [*range(0xD800), *range(0xE000, 0x110000)]

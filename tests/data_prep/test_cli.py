@@ -80,6 +80,7 @@ def test_python_stdlib_end_to_end(tmp_path: Path) -> None:
     assert "<h2>python-stdlib</h2>" in (tmp_path / "set" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_bytes_and_every_document(texts: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         assert run("--source", "text", "--input", texts, "--out", tmp_path / name, "--vocabulary", 300) == 0

@@ -197,6 +197,7 @@ def test_what_does_not_count() -> None:
     assert near.band_keys("").shape == (14,)
 
 
+@pytest.mark.slow
 def test_pairs_are_found_as_often_as_the_formula_says() -> None:
     assert near.match_probability(0.8) == pytest.approx(0.924, abs=5e-4)
     assert near.match_probability(0.5) == pytest.approx(0.053, abs=5e-4)

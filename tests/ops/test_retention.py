@@ -108,6 +108,7 @@ def test_forms_agree(time: int, layout: str) -> None:
             assert_same(differentiate(retention_chunk, given, log_decay, ids, state, chunk), expected)
 
 
+@pytest.mark.slow
 def test_chunk_form_passes_gradcheck() -> None:
     inputs, log_decay = draw(7)
     ids = starts_to_documents([[3, 4], [6]], 7)
@@ -171,6 +172,7 @@ def small_model(heads: int) -> MixKABRN:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [[96], [1] * 96, [40, 1, 55]])
 def test_bfloat16_leaves_decays_intact(pieces: list[int]) -> None:
     model = small_model(heads=12).bfloat16()
@@ -191,6 +193,7 @@ def test_bfloat16_leaves_decays_intact(pieces: list[int]) -> None:
         torch.testing.assert_close(state.double(), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_million_tokens_stay_finite_and_right() -> None:
     time = 10**6
     ones = torch.ones(1, 2, time, 1)

@@ -116,6 +116,7 @@ def test_layer_is_its_definition(
             torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(4,), (2, 0, 1, 0)])
 def test_layer_passes_gradcheck(counts: tuple[int, ...]) -> None:
     for grid in (GRIDS[1], GRIDS[5]):
@@ -262,6 +263,7 @@ class Alone(nn.Module):
         return self.expert(Quantized(rows, torch.ones(len(rows), 1)), (len(rows),))
 
 
+@pytest.mark.slow
 def test_splines_learn_what_an_mlp_of_equal_size_does_not() -> None:
     torch.manual_seed(0)
     rows = torch.rand(300, 2) * 2 - 1
