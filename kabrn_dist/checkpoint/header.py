@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kabrn_dist.checkpoint.manifest import DTYPE_CODES, SAFETENSORS_DTYPES
-from kabrn_dist.checkpoint.safe_open import open_plain
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_plain
 
 # The format's own limit.
 HEADER_BYTES_LIMIT = 100_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,12 +31,15 @@ def check_shard_files(folder: Path, index: Index) -> None:
     for shard in index.shards():
         path = folder / shard.name
         try:
-            size = path.stat().st_size
+            status = path.stat()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; copy this shard again, or prepare the data again") from error
-        if size != shard.bytes:
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file; copy this shard again, or prepare the data again")
+        if status.st_size != shard.bytes:
             raise UserError(
-                f"{path}: {size} bytes, the index says {shard.bytes}; copy this shard again, or prepare the data again"
+                f"{path}: {status.st_size} bytes, the index says {shard.bytes}; copy this shard again, or prepare the "
+                "data again"
             )
 
 

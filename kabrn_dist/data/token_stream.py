@@ -15,6 +15,7 @@ import numpy as np
 from kabrn_dist.data.index import Index, Shard, Source, SplitName
 from kabrn_dist.data.shard_set import ShardSet
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_regular
 
 # Network disks fail now and then: seconds to wait after each failed try.
 _RETRY_AFTER_SECONDS = (0.1, 0.4)
@@ -130,7 +131,7 @@ class TokenStream:
         if shard not in self._files:
             if len(self._files) >= self._set.max_open_files:
                 self._files.popitem(last=False)[1].close()
-            self._files[shard] = FileIO(self._set.locate(self._shards[shard]), "r")
+            self._files[shard] = open_regular(self._set.locate(self._shards[shard]))
         self._files.move_to_end(shard)
         return self._files[shard]
 

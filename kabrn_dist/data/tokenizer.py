@@ -15,8 +15,11 @@ import tokenizers
 from kabrn_dist.data.index import TOKENIZER_NAME, Index
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
 
 DOCUMENT_TOKEN = "<|document|>"
+# Vocabularies of a million tokens take a tenth of it.
+TOKENIZER_BYTES_LIMIT = 1 << 29
 
 _BYTES_CONTENT = b'{"kind": "bytes"}\n'
 # Text that careless tokenizers change: composed letters, blanks, line ends, NUL, the name of a special token.
@@ -81,12 +84,8 @@ class Tokenizer:
         Raises:
             UserError: if it cannot be read or used.
         """
-        try:
-            return cls(path.read_bytes(), str(path))
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; give a tokenizer.json that has the special token {DOCUMENT_TOKEN}"
-            ) from error
+        remedy = f"give a tokenizer.json that has the special token {DOCUMENT_TOKEN}"
+        return cls(read_plain(path, TOKENIZER_BYTES_LIMIT, follow_links=True, remedy=remedy), str(path))
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, byte for byte as it was loaded.

@@ -16,7 +16,6 @@ from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import TensorEntry, read_header
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import read_entries
-from kabrn_dist.checkpoint.safe_open import read_plain
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
@@ -26,6 +25,7 @@ from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES_LIMIT = 16 * 2**20
