@@ -28,7 +28,7 @@ from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 from kabrn_dist.planner.flops import flops_per_token
 from kabrn_dist.train.console import format_text
-from kabrn_dist.train.datasets import Datasets, open_datasets
+from kabrn_dist.train.datasets import Datasets, open_datasets, wait_for_verification
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
@@ -334,6 +334,7 @@ class Trainer:
         return self.mesh.any_rank(self.stop_requests.requested())
 
     def _save(self, wait: bool) -> None:
+        wait_for_verification(self.datasets, self.mesh, self.watchdog.report_progress, self.metrics.print_line)
         self.watchdog.report_progress(f"saving step {self.step}")
         fragments, updates = sharded_state(self.engine)
         progress = Progress(self.step, self.skipped_data_steps, self.guard.state())

@@ -13,6 +13,7 @@ from data_prep.inspect import inspect_shards
 from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_checks import check_shard_files
 from kabrn_dist.data.index_io import index_fingerprint, read_index
+from kabrn_dist.data.open_files import OpenFiles
 from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
 from kabrn_dist.data.token_stream import TokenStream, mask_naive, stream_naive
 from kabrn_dist.data.tokenizer import load_folder_tokenizer
@@ -127,10 +128,11 @@ def test_plain_webdataset_reads_the_shards(folder: Path) -> None:
 def test_more_shards_than_open_files(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     index = make_set(folder, Texts("random", train=70, validation=0, sizes=(50, 51), per_shard=1))
-    stream = TokenStream(FolderSet(folder, index), index.sources[0], "train")
+    files = OpenFiles(limit=64)
+    stream = TokenStream(FolderSet(folder, index), index.sources[0], "train", files)
     for document in [*range(70), 0]:
         assert stream.read(50 * document, 50 * document + 1).tolist() == [DOCUMENT]
-    assert len(stream._files) <= 64
+    assert len(files) == 64
     assert len(TokenStream(FolderSet(folder, index), index.sources[0], "validation")) == 0
 
 
