@@ -17,6 +17,7 @@ from kabrn_dist.backend.ternary_weights import current_codes
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
+from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import Mesh, make_mesh
@@ -197,6 +198,7 @@ class Trainer:
     def _open(self) -> None:
         config, mesh, folder = self.config, self.mesh, self.config.run.folder
         run_on_main(None, atomic_write, folder / "config.yaml", dump_config(config).encode())
+        run_on_main(None, atomic_write, folder / TOKENIZER_NAME, self.datasets.tokenizer.content)
         self.metrics = run_on_all(None, MetricsLogger, folder, mesh.is_main, self.step, config.training.steps)
         self._resources.callback(self.metrics.close)
         self.metrics.write_text(0, "config", dump_config(config))
