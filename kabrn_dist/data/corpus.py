@@ -149,8 +149,16 @@ def _check_tokenizers(sets: list[ShardSet]) -> None:
         if hashes[0] != hashes[1]:
             raise UserError(
                 f"data.extra_sets: {other.location} has tokenizer {hashes[0][:12]}, {first.location} has "
-                f"{hashes[1][:12]}; prepare both with the same (--tokenizer of data_prep)"
+                f"{hashes[1][:12]}; prepare both with the same (--tokenizer of `mixkabrn prepare`)"
             )
+        # The first set is compared with the tokenizer itself.
+        for key in ("vocabulary", "document_token"):
+            ours, theirs = getattr(other.index, key), getattr(first.index, key)
+            if ours != theirs:
+                raise UserError(
+                    f"data.extra_sets: {other.location} has {key} {ours}, {first.location} has {theirs} with the same "
+                    "tokenizer, so one index is wrong; copy both again"
+                )
 
 
 def _free_name(name: str, taken: Mapping[str, WeightedSource]) -> str:

@@ -146,7 +146,7 @@ def load_folder_tokenizer(folder: Path, index: Index) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenizer:
-    """Return a tokenizer if it is the one that made the shards.
+    """Return a tokenizer if it is the one that made the shards, and the index says of it what it is.
 
     Args:
         tokenizer: Tokenizer to check.
@@ -154,13 +154,23 @@ def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenize
         origin: Name of the tokenizer in messages.
 
     Raises:
-        UserError: if it is another one.
+        UserError: if it is another one, or the index contradicts it.
     """
     if tokenizer.sha256 != index.tokenizer.sha256:
         raise UserError(
             f"{origin}: sha256 is {tokenizer.sha256[:12]}…, the index says {index.tokenizer.sha256[:12]}…: "
             "this is not the tokenizer that made the shards; copy it again, or prepare the data again"
         )
+    for key, ours, theirs in (
+        ("tokenizer.kind", index.tokenizer.kind, tokenizer.kind),
+        ("vocabulary", index.vocabulary, tokenizer.vocab_size),
+        ("document_token", index.document_token, tokenizer.document_token),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{origin}: the index says {key} {ours}, its tokenizer has {theirs}, so the index is wrong; copy "
+                "index.json again, or prepare the data again"
+            )
     return tokenizer
 
 

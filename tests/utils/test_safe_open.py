@@ -140,6 +140,7 @@ OWN_FILES = {
     "kabrn_dist/data/cache.py": "locks in the cache",
     "kabrn_dist/data/remote.py": "the part of a shard that is being downloaded",
     "kabrn_dist/data/token_stream.py": "the naive twin unpacks tars",
+    "kabrn_dist/data/verified_record.py": "the record in the cache folder, opened without blocking",
     "kabrn_dist/data/verify.py": "tars whose hash was right a moment ago",
     "kabrn_dist/cli/main.py": "/dev/null",
     "kabrn_dist/kernels/build.py": "the compiled kernels",
