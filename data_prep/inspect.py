@@ -12,6 +12,7 @@ from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
 from kabrn_dist.data.token_stream import TokenStream
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.data.verify import verify_shards
+from kabrn_dist.utils.terminal import escape_controls
 
 # Samples are shown up to this length.
 _SHOWN_TOKENS = 120
@@ -35,7 +36,7 @@ def inspect_shards(folder: Path, documents: int) -> None:
     for source in index.sources:
         print(f"\n{_headline(source)}\n{_totals(source.train, source.validation)}")
         for number, text in enumerate(sample_documents(shards, source, tokenizer, documents)):
-            print(f"--- train document {number} of {source.name}\n{text.rstrip()}")
+            print(f"--- train document {number} of {source.name}\n{escape_controls(text).rstrip()}")
     if len(index.sources) > 1:
         print(f"\nall sources: {index.tokens('train'):,} + {index.tokens('validation'):,} tokens")
     print(f"all shards verified, fingerprint {index.fingerprint}")

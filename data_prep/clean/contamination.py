@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.clean.config import ContaminationConfig
 from data_prep.clean.tokenize_words import hash_alphanumeric_words, hash_ngrams
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_regular
 
 _ENDINGS = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 _PREFILTER_BITS = 22
@@ -128,7 +129,8 @@ def _read(path: Path) -> Iterator[str]:
         raise UserError(f"contamination.paths {path}: unknown file type; give files that end in {', '.join(_ENDINGS)}")
     plain = path.name.removesuffix(".gz")
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.readall()
         text = (gzip.decompress(content) if plain != path.name else content).decode()
         if plain.endswith(".txt"):
             yield text

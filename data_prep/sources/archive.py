@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from data_prep.documents import Document, Unit
-from data_prep.sources.compression import READ_ERRORS, decompress, describe_error, open_stream
+from data_prep.sources.compression import BUFFER_BYTES, READ_ERRORS, decompress, describe_error, open_stream
 from data_prep.sources.decode import decode_document, printable_name
 from data_prep.sources.files import ARCHIVES, FileFilter, FileGroup, is_hidden, walk_files
 from data_prep.sources.lines import MAX_LINE_BYTES, iterate_lines
+from kabrn_dist.utils.safe_open import open_regular
 
 MAX_MEMBER_BYTES = 64 << 20
 _END = bytes(1024)
@@ -155,26 +156,26 @@ def _open_tar(path: Path, file_filter: FileFilter, seen: list[str]) -> Iterator[
 
 
 def _open_zip(path: Path, file_filter: FileFilter, seen: list[str]) -> Iterator[Member]:
-    with zipfile.ZipFile(path) as archive:
+    with io.BufferedReader(open_regular(path), BUFFER_BYTES) as file, zipfile.ZipFile(file) as archive:
         named = {_member_name(info.filename): info for info in archive.infolist() if not info.is_dir()}
         for name in sorted((name for name in named if name), key=lambda name: name.split("/")):
             _record_name(seen, name)
             if not file_filter.matches(name):
                 continue
             try:
-                file = _decompress_member(name, cast(BinaryIO, archive.open(named[name])))
+                member = _decompress_member(name, cast(BinaryIO, archive.open(named[name])))
             except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: encrypted
                 yield Member(name, None, describe_error(error), independent=True)
                 continue
-            with file:
-                yield Member(name, file, independent=True)
+            with member:
+                yield Member(name, member, independent=True)
 
 
 def _check_end(path: Path) -> None:
     # A plain tar that is cut off between two members looks complete to the library.
     if path.suffix != ".tar":
         return
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.seek(0, io.SEEK_END) < len(_END):
             raise EOFError("too short for a tar archive")
         file.seek(-len(_END), io.SEEK_END)

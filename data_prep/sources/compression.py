@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 import zstandard
 
+from kabrn_dist.utils.safe_open import open_regular
+
 COMPRESSED_ENDINGS = (".gz", ".zst")
 # Errors that reading a truncated, damaged, encrypted or unreadable file raises.
 READ_ERRORS = (
@@ -36,7 +38,7 @@ def open_stream(path: Path) -> BinaryIO:
     Raises:
         Exception: one of `READ_ERRORS`, now or while the stream is read.
     """
-    return decompress(path.open("rb", buffering=BUFFER_BYTES), path.name)
+    return decompress(io.BufferedReader(open_regular(path), BUFFER_BYTES), path.name)
 
 
 def decompress(file: BinaryIO, name: str) -> BinaryIO:

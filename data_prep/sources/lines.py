@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
+
+from kabrn_dist.utils.safe_open import open_regular
 
 MAX_LINE_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 16
@@ -42,7 +44,7 @@ def find_cuts(path: Path, size: int, unit_bytes: int, boundary: bytes = b"\n") -
     The file is only read from each approximate cut to the next boundary.
     """
     edges = [0]
-    with path.open("rb", buffering=0) as file:
+    with cast(BinaryIO, open_regular(path)) as file:
         while edges[-1] + unit_bytes < size:
             edge = _find_after(file, edges[-1] + unit_bytes, boundary)
             if edge is None or edge >= size:

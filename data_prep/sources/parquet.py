@@ -19,6 +19,7 @@ from data_prep.sources.files import FileFilter, FileGroup, reject_archives
 from data_prep.sources.jsonl import FieldOptions, make_document_from_fields
 from data_prep.sources.layout import LayoutMismatch
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_regular
 
 _ROWS = 256
 _MAX_MESSAGE = 120
@@ -96,6 +97,8 @@ def _open(path: Path) -> Any:
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
+    # The library opens by name: a pipe would block it.
+    open_regular(path).close()
     try:
         return parquet.ParquetFile(path)
     except ValueError as error:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.inference.run import check_run_folder
+from kabrn_dist.metrics.writer import LOG_BYTES_LIMIT
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
 
 
 class ExpertLog(NamedTuple):
@@ -56,7 +58,8 @@ def read_expert_log(folder: Path) -> ExpertLog:
     """
     check_run_folder(folder, "log.jsonl")
     path = folder / "log.jsonl"
-    entries = [entry for entry in map(_parse, path.read_text(encoding="utf-8").splitlines()) if "experts/load" in entry]
+    text = read_plain(path, LOG_BYTES_LIMIT, follow_links=True).decode(errors="replace")
+    entries = [entry for entry in map(_parse, text.splitlines()) if "experts/load" in entry]
     if not entries:
         raise UserError(
             f"{path}: no entry about experts: the model has no mixture layer, no step was logged, or an older "

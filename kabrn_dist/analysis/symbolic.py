@@ -23,6 +23,9 @@ _EQUAL = 1e-5
 # tanh before sigmoid and sin before cos, which differ only in a, b, c and d.
 _ORDER = {function.name: rank for rank, function in enumerate(ELEMENTARY)}
 
+# cos is a sin a quarter of a period away; tanh(x) = 2·sigmoid(2x) − 1.
+_SAME = {"cos": "sin", "sigmoid": "tanh"}
+
 
 class Fit(NamedTuple):
     """A fit y ≈ c·f(a·x + b) + d.
@@ -47,7 +50,7 @@ class Fit(NamedTuple):
 
 
 def fit_symbolic(x: Tensor, y: Tensor) -> list[Fit]:
-    """Return the fits of all elementary functions to a set of points, best first.
+    """Return the fits of all elementary functions to a set of points, best first; one of sin and cos, and so on.
 
     Of fits that leave at most 1e-5 of the variance unexplained, or hardly more than the best, the simplest comes
     first: the one of least complexity, then the one with most of a = 1, b = 0, c = 1, d = 0, then the first in
@@ -82,11 +85,24 @@ def fit_all(x: Tensor, ys: Tensor) -> list[list[Fit]]:
 
 
 def _rank(fits: list[Fit]) -> list[Fit]:
-    fits = sorted(fits, key=lambda fit: -fit.r2)
+    fits = sorted(_merge_equivalent(fits), key=lambda fit: -fit.r2)
     limit = max(_EQUAL, 1.02 * (1 - fits[0].r2))
     equal = [fit for fit in fits if 1 - fit.r2 <= limit]
     best = min(equal, key=lambda fit: (fit.complexity, -_trivial(fit), _ORDER[fit.name]))
     return [best, *(fit for fit in fits if fit is not best)]
+
+
+def _merge_equivalent(fits: list[Fit]) -> list[Fit]:
+    """Keep one fit of functions that are the same but for a, b, c and d: two names of one fit are no rivals."""
+    families: dict[str, list[Fit]] = {}
+    for fit in fits:
+        families.setdefault(_SAME.get(fit.name, fit.name), []).append(fit)
+    kept = []
+    for family in families.values():
+        limit = max(fit.r2 for fit in family) - _EQUAL
+        equal = [fit for fit in family if fit.r2 >= limit]
+        kept.append(min(equal, key=lambda fit: (-_trivial(fit), _ORDER[fit.name])))
+    return kept
 
 
 def _trivial(fit: Fit) -> int:

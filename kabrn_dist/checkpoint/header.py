@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kabrn_dist.checkpoint.manifest import DTYPE_CODES, SAFETENSORS_DTYPES
-from kabrn_dist.checkpoint.safe_open import open_plain
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_plain
 
 # The format's own limit.
 HEADER_BYTES_LIMIT = 100_000_000
@@ -55,6 +55,29 @@ def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, Tensor
         UserError: if it is no valid file: a link or no regular file, no JSON, nested too deeply, a header or data
             outside the file, tensors that overlap or leave holes, a size that does not match the shape.
     """
+    content, first, size = _read_content(file, limit)
+    content.pop("__metadata__", None)
+    entries = {key: _entry(file, key, value, first) for key, value in content.items()}
+    _check_layout(file, entries, first, size)
+    return entries
+
+
+def read_metadata(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file; none for one that has no metadata.
+
+    Args:
+        file: File to read.
+        limit: Largest header to accept, in bytes.
+
+    Raises:
+        UserError: if its header cannot be read.
+    """
+    metadata = _read_content(file, limit)[0].get("__metadata__", {})
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def _read_content(file: Path, limit: int) -> tuple[dict[str, Any], int, int]:
+    """Return the JSON of the header, the first byte after it, and the size of the file."""
     with open_plain(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
@@ -67,11 +90,7 @@ def read_header(file: Path, limit: int = HEADER_BYTES_LIMIT) -> dict[str, Tensor
         raise _refusal(file, f"its header is not JSON ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise _refusal(file, "its header is not a mapping")
-    content.pop("__metadata__", None)
-    first = _LENGTH_BYTES + length
-    entries = {key: _entry(file, key, value, first) for key, value in content.items()}
-    _check_layout(file, entries, first, size)
-    return entries
+    return content, _LENGTH_BYTES + length, size
 
 
 def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

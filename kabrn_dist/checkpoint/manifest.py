@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from kabrn_dist.checkpoint.safe_open import open_plain, read_plain
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_plain, read_plain
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES_LIMIT = 256 * 2**20

@@ -26,7 +26,12 @@ def add_parser(subparsers: Subparsers) -> None:
     add_run_folder(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights; fp32 is exact (default bf16)"
+        "--dtype",
+        choices=("trained", "bf16", "fp32"),
+        default="trained",
+        help="dtype of the weights: as the trainer computes with them, so that ternary codes and scales are the "
+        "trainer's (default); bf16 takes half of fp32's bytes and changes some codes of a run in fp32; fp32 has the "
+        "masters, to go on training elsewhere",
     )
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest intact one)")
     parser.add_argument("--dry-run", action="store_true", help="verify the checkpoint and print what would be written")
@@ -38,10 +43,10 @@ def run(options: argparse.Namespace) -> int:
 
     from kabrn_dist.inference.export import plan_export, write_export
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    dtype = {"trained": None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     export = plan_export(options.folder, dtype, options.step)
     summary = (
-        f"{export.num_parameters:,} parameters in {options.dtype}, {export.num_bytes:,} bytes "
+        f"{export.num_parameters:,} parameters in {export.describe_dtype()}, {export.num_bytes:,} bytes "
         f"({len(export.files)} files)"
     )
     if options.dry_run:

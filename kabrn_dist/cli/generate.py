@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kabrn_dist.cli.arguments import Subparsers, add_command
@@ -38,18 +39,24 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generate and print; return the exit code."""
+    from kabrn_dist.inference.generate import check_sampling
     from kabrn_dist.inference.run import load_model
+    from kabrn_dist.utils.terminal import escape_controls
 
+    # A mistake is reported before a model is loaded.
+    check_sampling(options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
+    # A file or a program gets the text as it is; a terminal would obey some of it.
+    show: Callable[[str], str] = escape_controls if sys.stdout.isatty() else str
     model, tokenizer = load_model(options.folder)
     print(options.prompt, end="", flush=True)
     start, pieces = time.perf_counter(), 0
     for piece in model.generate(
         options.prompt, tokenizer, options.tokens, options.temperature, options.top_k, options.seed
     ):
-        print(piece, end="", flush=True)
+        print(show(piece), end="", flush=True)
         pieces += 1
     rate = pieces / (time.perf_counter() - start)
-    # An export does not count steps.
+    # Exports of some earlier versions do not say their step.
     at_step = f" at step {model.routers.step}" if model.routers.step else ""
     print(f"\n[{options.folder}{at_step}, {rate:.0f} tokens/s]", file=sys.stderr)
     return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import TextIO
 
 import kabrn_dist
 from kabrn_dist.cli import config, export, generate, grow, inspect, plan, prepare, report, train
@@ -40,22 +42,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or what the command defines; 2 after an error of the user, which is one line on stderr;
         130 after Ctrl-C; 141 if the reader of stdout has gone.
     """
+    _tolerate_terminals()
+    try:
+        try:
+            return _run_command(arguments)
+        finally:
+            # Here instead of at the end of the interpreter, which could only complain.
+            for stream in _streams():
+                stream.flush()
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has seen enough. The interpreter's own flush must not fail again.
+        for stream in _streams():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        exit_code = int(options.run(options))
-        sys.stdout.flush()
+        return int(options.run(options))
     except UserError as error:
         _report_error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output, such as `head`, has seen enough. The interpreter's own flush must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    return exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,6 +85,18 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(subparsers)
     return parser
+
+
+def _streams() -> list[TextIO]:
+    """Stdout and stderr, if they are open."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
+def _tolerate_terminals() -> None:
+    """Show what a terminal's encoding lacks as `?`: a message must not end the work that it tells of."""
+    for stream in _streams():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _report_error(error: UserError) -> None:

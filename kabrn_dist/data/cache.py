@@ -77,9 +77,11 @@ class FileCache:
     def _find(self, key: str, size: int) -> Path | None:
         path = self._folder / key
         try:
-            if path.stat().st_size != size:
+            status = path.stat()
+            if status.st_size != size:
                 return None
-            os.utime(path)
+            # The time of the last change stays: it tells whether the content was verified.
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
         except FileNotFoundError:
             return None
         return path
@@ -149,4 +151,8 @@ def _list_files(folder: Path) -> Iterator[tuple[Path, float, int]]:
                 stat = entry.stat()
             except FileNotFoundError:
                 continue
-            yield Path(entry.path), stat.st_mtime, int(name["part"]) if name["part"] else stat.st_size
+            yield (
+                Path(entry.path),
+                max(stat.st_atime, stat.st_mtime),
+                int(name["part"]) if name["part"] else stat.st_size,
+            )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from kabrn_dist.config import DataConfig
 from kabrn_dist.data.index import Source, SplitName
+from kabrn_dist.data.open_files import OpenFiles
 from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.shard_set import ShardSet, open_shard_folder
+from kabrn_dist.data.shard_verifier import ShardVerifier
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.errors import UserError
 
@@ -43,11 +45,13 @@ class Corpus:
         sets: Shard sets, at least one.
         sources: Sources of all sets, in their order.
         cache_bytes: Limit on the cache of sets behind a URL.
+        files: Open files of all sets. Whoever opened the corpus may use them in one thread at a time.
     """
 
     sets: tuple[ShardSet, ...]
     sources: tuple[WeightedSource, ...]
     cache_bytes: float = 0.0
+    files: OpenFiles = field(default_factory=OpenFiles)
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +128,7 @@ def open_corpus(data_config: DataConfig) -> Corpus:
             f"data.weights: the weights of {', '.join(sources)} sum to {total:g}, so there is nothing to draw from; "
             "give at least one source a weight above 0"
         )
-    return Corpus(tuple(sets), weighted, data_config.cache_size_gb * 1e9)
+    return Corpus(tuple(sets), weighted, data_config.cache_size_gb * 1e9, OpenFiles(ShardVerifier()))
 
 
 def open_folder_corpus(folder: Path) -> Corpus:
@@ -145,8 +149,16 @@ def _check_tokenizers(sets: list[ShardSet]) -> None:
         if hashes[0] != hashes[1]:
             raise UserError(
                 f"data.extra_sets: {other.location} has tokenizer {hashes[0][:12]}, {first.location} has "
-                f"{hashes[1][:12]}; prepare both with the same (--tokenizer of data_prep)"
+                f"{hashes[1][:12]}; prepare both with the same (--tokenizer of `mixkabrn prepare`)"
             )
+        # The first set is compared with the tokenizer itself.
+        for key in ("vocabulary", "document_token"):
+            ours, theirs = getattr(other.index, key), getattr(first.index, key)
+            if ours != theirs:
+                raise UserError(
+                    f"data.extra_sets: {other.location} has {key} {ours}, {first.location} has {theirs} with the same "
+                    "tokenizer, so one index is wrong; copy both again"
+                )
 
 
 def _free_name(name: str, taken: Mapping[str, WeightedSource]) -> str:

@@ -71,7 +71,7 @@ class TokenDataset:
         if sequence_length < 1:
             raise UserError(f"sequence_length: {sequence_length} is not a length; use at least 1")
         self.corpus, self.sequence_length, self.seed = corpus, sequence_length, seed
-        self._streams = [TokenStream(source.shards, source.source, split) for source in corpus.sources]
+        self._streams = [TokenStream(source.shards, source.source, split, corpus.files) for source in corpus.sources]
         # The last sequence needs one token more, the target of its last column.
         available = [max(0, len(stream) - 1) // sequence_length for stream in self._streams]
         is_drawn = [source.weight > 0 or not ordered for source in corpus.sources]
@@ -89,9 +89,10 @@ class TokenDataset:
         """Return the sequences at global positions, one row each, in the order given.
 
         Raises:
-            UserError: if a shard cannot be read or an ordered split has ended.
+            UserError: if a shard cannot be read or has turned out to be damaged, or an ordered split has ended.
             IndexError: for a position that an unordered split does not have.
         """
+        self.corpus.files.check()
         position_array = np.asarray(positions, np.int64)
         if self._sampler is not None and position_array.size:
             self.check_length(int(position_array.max()) + 1)
@@ -153,8 +154,7 @@ class TokenDataset:
         """Close the shard files and stop prefetching."""
         if self._prefetcher is not None:
             self._prefetcher.close()
-        for stream in self._streams:
-            stream.close()
+        self.corpus.files.close()
 
     def _lookup(self, positions: np.ndarray) -> np.ndarray:
         """Map positions to sources and sequence numbers, int64 [2, N]."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +14,10 @@ from kabrn_dist.utils.errors import UserError
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+# The largest weight and number of epochs, whose products with numbers of sequences stay exact.
+_LIMITS = {"weight": 1e12, "epochs": 1e6}
+_MOST = 1 << 50
 
 
 def loss_mask_bytes(tokens: int) -> int:
@@ -30,12 +34,15 @@ def check_shard_files(folder: Path, index: Index) -> None:
     for shard in index.shards():
         path = folder / shard.name
         try:
-            size = path.stat().st_size
+            status = path.stat()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; copy this shard again, or prepare the data again") from error
-        if size != shard.bytes:
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file; copy this shard again, or prepare the data again")
+        if status.st_size != shard.bytes:
             raise UserError(
-                f"{path}: {size} bytes, the index says {shard.bytes}; copy this shard again, or prepare the data again"
+                f"{path}: {status.st_size} bytes, the index says {shard.bytes}; copy this shard again, or prepare the "
+                "data again"
             )
 
 
@@ -76,8 +83,8 @@ def _source_contradictions(index: Index, source: Source) -> Iterator[str]:
     if not _SOURCE_NAME.fullmatch(source.name):
         yield f"source name {source.name!r} is not made of a-z, 0-9, _ and -"
     for key, value in (("weight", source.weight), ("epochs", source.epochs)):
-        if value is not None and not 0 < value < math.inf:
-            yield f"{source.name}.{key} is {value}, not above 0"
+        if value is not None and not 0 < value <= _LIMITS[key]:
+            yield f"{source.name}.{key} is {value}, not above 0 and at most {_LIMITS[key]:g}"
     for name, split in (("train", source.train), ("validation", source.validation)):
         for shard in split.shards:
             yield from _shard_contradictions(index, source, shard)
@@ -87,11 +94,17 @@ def _source_contradictions(index: Index, source: Source) -> Iterator[str]:
             yield f"{source.name}.{name}.documents is {split.documents}, its shards do not add up to that"
         if not 0 <= split.loss_tokens <= split.tokens or (not source.masked and split.loss_tokens != split.tokens):
             yield f"{source.name}.{name}.loss_tokens is {split.loss_tokens} of {split.tokens} tokens"
+        for key, count in (("text_bytes", split.text_bytes), ("gzip9_bytes", split.gzip9_bytes or 0)):
+            if not 0 <= count <= _MOST:
+                yield f"{source.name}.{name}.{key} is {count}, which is no size"
 
 
 def _shard_contradictions(index: Index, source: Source, shard: Shard) -> Iterator[str]:
     if not _SHARD_NAME.fullmatch(shard.name):
         yield f"shard name {shard.name!r} is not a plain file name that ends in .tar"
+    for key, count in (("bytes", shard.bytes), ("tokens", shard.tokens), ("documents", shard.documents)):
+        if not 0 <= count <= _MOST:
+            yield f"{shard.name}: {key} is {count}, which is no size"
     if not _SHA256.fullmatch(shard.sha256):
         yield f"{shard.name}: sha256 {shard.sha256!r} is not a sha256"
     end = 0

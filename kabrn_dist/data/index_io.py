@@ -12,6 +12,10 @@ from kabrn_dist.data.index import INDEX_NAME, Index
 from kabrn_dist.data.index_checks import check_consistency
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
+
+# About ten million blocks, which are 40 trillion tokens.
+SHARD_INDEX_BYTES_LIMIT = 1 << 29
 
 
 def index_fingerprint(index: Index) -> str:
@@ -43,13 +47,8 @@ def read_index(folder: Path) -> Index:
         UserError: if it cannot be read, and as `parse_index`.
     """
     path = folder / INDEX_NAME
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; give a folder that `python -m data_prep` has finished: it writes the index last"
-        ) from error
-    return parse_index(content, str(path))
+    remedy = "give a folder that `mixkabrn prepare` has finished: it writes the index last"
+    return parse_index(read_plain(path, SHARD_INDEX_BYTES_LIMIT, follow_links=True, remedy=remedy), str(path))
 
 
 def parse_index(content: bytes, origin: str) -> Index:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import tarfile
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from kabrn_dist.data.index import Index, Shard, Source, SplitName
+from kabrn_dist.data.open_files import OpenFiles
 from kabrn_dist.data.shard_set import ShardSet
 from kabrn_dist.utils.errors import UserError
 
@@ -27,13 +26,15 @@ class TokenStream:
         shards: Shard set that holds the source.
         source: Its entry in the index.
         split: "train" or "validation".
+        files: Open files, shared by all streams of a process; None for files of its own.
 
     Raises:
         UserError: if the split's name is unknown.
     """
 
-    def __init__(self, shards: ShardSet, source: Source, split: SplitName) -> None:
+    def __init__(self, shards: ShardSet, source: Source, split: SplitName, files: OpenFiles | None = None) -> None:
         self._set = shards
+        self._files = OpenFiles() if files is None else files
         self._shards = source.split(split).shards
         blocks = [(number, *block) for number, shard in enumerate(self._shards) for block in shard.blocks]
         table = np.array(blocks, np.int64).reshape(-1, 4)
@@ -42,7 +43,6 @@ class TokenStream:
         self._start = np.concatenate([[0], np.cumsum(table[:, 2])])
         self._vocabulary = shards.index.vocabulary
         self._dtype = np.dtype("<u2" if shards.index.dtype == "uint16" else "<u4")
-        self._files: OrderedDict[int, FileIO] = OrderedDict()
 
     def __len__(self) -> int:
         """Return the number of tokens in the split."""
@@ -85,8 +85,7 @@ class TokenStream:
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
+        self._files.close()
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self):
@@ -110,36 +109,27 @@ class TokenStream:
         return tokens
 
     def _read_bytes(self, block: int, offset: int, count: int) -> bytes:
-        shard = int(self._shard[block])
+        shard = self._shards[int(self._shard[block])]
         for pause in (*_RETRY_AFTER_SECONDS, None):
             try:
-                content = os.pread(self._file(shard).fileno(), count, offset)
+                content = os.pread(self._files.descriptor(self._set, shard), count, offset)
                 problem = f"{len(content)} bytes instead of {count} at byte {offset}"
             except OSError as error:
                 content, problem = b"", str(error.strerror)
             if len(content) == count:
                 return content
             # A stale network handle never recovers, so the next try opens the file again.
-            if shard in self._files:
-                self._files.pop(shard).close()
+            self._files.drop(self._set, shard)
             if pause is not None:
                 time.sleep(pause)
         raise self._damaged(block, problem)
-
-    def _file(self, shard: int) -> FileIO:
-        if shard not in self._files:
-            if len(self._files) >= self._set.max_open_files:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = FileIO(self._set.locate(self._shards[shard]), "r")
-        self._files.move_to_end(shard)
-        return self._files[shard]
 
     def _damaged(self, block: int, problem: str) -> UserError:
         number = int(self._shard[block])
         shard, location = self._shards[number], self._set.location
         return UserError(
             f"{location}/{shard.name} block {block - int(self._first_blocks[number]):06d}: {problem}; find every bad "
-            f"shard with `python -m data_prep inspect {location}` and copy it again"
+            f"shard with `mixkabrn inspect {location}` and copy it again"
         )
 
 

@@ -15,8 +15,11 @@ import tokenizers
 from kabrn_dist.data.index import TOKENIZER_NAME, Index
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
 
 DOCUMENT_TOKEN = "<|document|>"
+# Vocabularies of a million tokens take a tenth of it.
+TOKENIZER_BYTES_LIMIT = 1 << 29
 
 _BYTES_CONTENT = b'{"kind": "bytes"}\n'
 # Text that careless tokenizers change: composed letters, blanks, line ends, NUL, the name of a special token.
@@ -81,12 +84,8 @@ class Tokenizer:
         Raises:
             UserError: if it cannot be read or used.
         """
-        try:
-            return cls(path.read_bytes(), str(path))
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; give a tokenizer.json that has the special token {DOCUMENT_TOKEN}"
-            ) from error
+        remedy = f"give a tokenizer.json that has the special token {DOCUMENT_TOKEN}"
+        return cls(read_plain(path, TOKENIZER_BYTES_LIMIT, follow_links=True, remedy=remedy), str(path))
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, byte for byte as it was loaded.
@@ -147,7 +146,7 @@ def load_folder_tokenizer(folder: Path, index: Index) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenizer:
-    """Return a tokenizer if it is the one that made the shards.
+    """Return a tokenizer if it is the one that made the shards, and the index says of it what it is.
 
     Args:
         tokenizer: Tokenizer to check.
@@ -155,13 +154,23 @@ def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenize
         origin: Name of the tokenizer in messages.
 
     Raises:
-        UserError: if it is another one.
+        UserError: if it is another one, or the index contradicts it.
     """
     if tokenizer.sha256 != index.tokenizer.sha256:
         raise UserError(
             f"{origin}: sha256 is {tokenizer.sha256[:12]}…, the index says {index.tokenizer.sha256[:12]}…: "
             "this is not the tokenizer that made the shards; copy it again, or prepare the data again"
         )
+    for key, ours, theirs in (
+        ("tokenizer.kind", index.tokenizer.kind, tokenizer.kind),
+        ("vocabulary", index.vocabulary, tokenizer.vocab_size),
+        ("document_token", index.document_token, tokenizer.document_token),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{origin}: the index says {key} {ours}, its tokenizer has {theirs}, so the index is wrong; copy "
+                "index.json again, or prepare the data again"
+            )
     return tokenizer
 
 

@@ -30,6 +30,7 @@ from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, list_shapes
 from kabrn_dist.inference.run import Run
+from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
 
@@ -38,11 +39,10 @@ CHUNK_ELEMENTS = 4 * 2**20
 
 README = """# {name}: weights at step {step}
 
-A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {parameters:,} parameters in {dtype}.
+A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {parameters:,} parameters.
 
-- `*.safetensors`: the fp32 masters cast to {dtype}, under the parameters' names; the weights of ternary layers are the
-  latent ones, which the model quantizes itself. Experts are stacked in the first dimension. The routers' biases stay
-  in fp32.
+- `*.safetensors`: the fp32 masters {dtype}, under the parameters' names; the weights of ternary layers are the latent
+  ones, which the model quantizes itself. Experts are stacked in the first dimension. The routers' biases stay in fp32.
 - `config.yaml`: the whole configuration of the run. `tokenizer.json`: its tokenizer (sha256 {tokenizer}).
 
     mixkabrn generate THIS_FOLDER --prompt "Once"
@@ -58,7 +58,7 @@ class Export:
         path: Folder of the checkpoint.
         manifest: Its manifest.
         tokenizer: The tokenizer that the run was trained with.
-        dtype: Dtype of the parameters in the export.
+        dtypes: Dtype of each parameter in the export, by name.
         shapes: Name → shape of every tensor.
         files: File name → names of the tensors in it.
     """
@@ -67,7 +67,7 @@ class Export:
     path: Path
     manifest: Manifest
     tokenizer: Tokenizer
-    dtype: torch.dtype
+    dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, list[str]]
 
@@ -83,15 +83,23 @@ class Export:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which a tensor is written: fp32 for the routers' states."""
-        return torch.float32 if _is_state(name) else self.dtype
+        return self.dtypes.get(name, torch.float32)
+
+    def describe_dtype(self) -> str:
+        """Return the names of the parameters' dtypes, as for messages."""
+        names = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
+        return " and ".join(names)
 
 
-def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_bytes: int = FILE_BYTES) -> Export:
+def plan_export(
+    run: Path, dtype: torch.dtype | None = None, step: int | None = None, file_bytes: int = FILE_BYTES
+) -> Export:
     """Choose and verify a run's checkpoint and its tokenizer. Write nothing.
 
     Args:
         run: The run's folder.
-        dtype: Dtype of the parameters in the export.
+        dtype: Dtype of the parameters in the export; None for those that the trainer computes with, so that ternary
+            codes and scales are the trainer's.
         step: Step of the checkpoint; None takes the newest intact one.
         file_bytes: Maximum bytes of tensors per file; a larger tensor has a file of its own.
 
@@ -107,7 +115,10 @@ def plan_export(run: Path, dtype: torch.dtype, step: int | None = None, file_byt
             raise UserError(
                 f"{opened.checkpoint}: {name!r} is {actual}, {run}/config.yaml asks for {shape}; restore that file"
             )
-    export = Export(opened.config, opened.checkpoint, opened.manifest, opened.tokenizer(), dtype, shapes, {})
+    dtypes = working_dtypes(opened.config, opened.manifest.world_size)
+    if dtype is not None:
+        dtypes = dict.fromkeys(dtypes, dtype)
+    export = Export(opened.config, opened.checkpoint, opened.manifest, opened.tokenizer(), dtypes, shapes, {})
     export.files.update(_assign_files(export, file_bytes))
     return export
 
@@ -150,7 +161,8 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
 
 def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], stream: BinaryIO) -> None:
     header = {name: (export.stored_dtype(name), export.shapes[name]) for name in names}
-    stream.write(encode_header(header, {"format": "pt", "step": str(export.manifest.step)}))
+    metadata = {"format": "pt", "step": str(export.manifest.step), "tokenizer_sha256": export.tokenizer.sha256}
+    stream.write(encode_header(header, metadata))
     for name in names:
         total = prod(export.shapes[name])
         for start in range(0, total, CHUNK_ELEMENTS):
@@ -161,7 +173,7 @@ def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], s
 
 
 def _small_files(export: Export, name: str) -> dict[str, bytes]:
-    dtype = str(export.dtype).removeprefix("torch.")
+    dtype = f"in {export.describe_dtype()}"
     readme = README.format(
         name=name,
         step=export.manifest.step,
@@ -182,10 +194,10 @@ def _small_files(export: Export, name: str) -> dict[str, bytes]:
 
 
 def _assign_files(export: Export, file_bytes: int) -> dict[str, list[str]]:
-    """Assign tensors to files, the routers' fp32 first: what follows stays aligned for readers that map the file."""
+    """Assign tensors to files, fp32 first: what follows stays aligned for readers that map the file."""
     groups: list[list[str]] = [[]]
     room = file_bytes
-    for name in sorted(export.shapes, key=lambda name: not _is_state(name)):
+    for name in sorted(export.shapes, key=lambda name: -export.stored_dtype(name).itemsize):
         size = prod(export.shapes[name]) * export.stored_dtype(name).itemsize
         if size > room and groups[-1]:
             groups.append([])

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from kabrn_dist.checkpoint.fragment import Fragment
-from kabrn_dist.checkpoint.header import TensorEntry, read_header
+from kabrn_dist.checkpoint.header import TensorEntry, read_header, read_metadata
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import read_entries
-from kabrn_dist.checkpoint.safe_open import read_plain
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
@@ -24,10 +23,13 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.inference.generate import GenerativeModel
+from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+STEP_DIGITS = 19
 INDEX_BYTES_LIMIT = 16 * 2**20
 
 
@@ -51,8 +53,7 @@ def build_full_model(config: Config, device: torch.device | str = "cpu") -> Gene
 
 def list_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of a full model's parameters and routers' states, without memory for their values."""
-    with torch.device("meta"):
-        model = MixKABRN(config.model, ExpertPlacement.single(config.model.experts.num_experts), single_process_mesh())
+    model = empty_full_model(config)
     named = dict(model.named_parameters()) | model.routers.named()
     return {name: tuple(values.shape) for name, values in named.items()}
 
@@ -82,7 +83,8 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
 def is_export(folder: Path) -> bool:
     """Return whether a folder is an export rather than a run."""
     files = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, "tokenizer.json")
-    return not (folder / "checkpoints").is_dir() and any((folder / file).exists() for file in files)
+    is_run = (folder / "checkpoints").is_dir() or (folder / "log.jsonl").exists()
+    return not is_run and any((folder / file).exists() for file in files)
 
 
 def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, Tokenizer]:
@@ -101,6 +103,13 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[Gener
         raise UserError(
             f"{folder}/tokenizer.json has {tokenizer.vocab_size} tokens, model.vocab_size in config.yaml is "
             f"{config.model.vocab_size}: they are not of one export; copy the folder again"
+        )
+    metadata = read_metadata(next(iter(_list_entries(folder).values()))[0])
+    # Exports of earlier versions do not say which tokenizer they have.
+    if metadata.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise UserError(
+            f"{folder}/tokenizer.json: sha256 is {tokenizer.sha256[:12]}…, the weights were trained with "
+            f"{metadata['tokenizer_sha256'][:12]}…: this is another tokenizer; copy the folder again"
         )
     return load_export_weights(config, folder, device), tokenizer
 
@@ -128,7 +137,17 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
     for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
         file, entry = entries[name]
         read_entries(file, [(entry, 0, prod(entry.shape), values.detach().view(-1))])
+    step = _read_step(next(iter(entries.values()))[0])
+    if step is not None:
+        model.routers.step = step
+        model.set_quantization(config.model.quantization_lambda(step))
     return model
+
+
+def _read_step(file: Path) -> int | None:
+    """Return the step at which an export was made; None if it does not say."""
+    text = read_metadata(file).get("step", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < STEP_DIGITS else None
 
 
 def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:

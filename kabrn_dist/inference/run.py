@@ -12,11 +12,13 @@ from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
-from kabrn_dist.data.remote import open_shard_set
+from kabrn_dist.data.index import TOKENIZER_NAME
+from kabrn_dist.data.remote import is_url, open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.collectives import Group, run_on_all
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.load import build_full_model, is_export, load_export, load_weights
+from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.utils.errors import UserError
 
 SHOWN_FOLDERS = 8
@@ -65,22 +67,35 @@ class Run:
         return self.manifest.step
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of the shard set that the run was trained on.
+        """Return the tokenizer of the shard set that the run was trained on, which lies in the run's folder.
 
         Raises:
-            UserError: for a shard set that is missing, or has another tokenizer by now.
+            UserError: for a tokenizer that is missing, or another one by now.
         """
-        data = self.config.data
-        tokenizer = open_shard_set(data.path, data.cache_dir, data.cache_size_gb).tokenizer()
+        own = self.folder / TOKENIZER_NAME
+        tokenizer = Tokenizer.load(own) if own.exists() else self._tokenizer_of_shards()
         if tokenizer.sha256 != self.manifest.state.get("tokenizer_sha256"):
+            place = own if own.exists() else f"{self.config.data.path}/{TOKENIZER_NAME}"
             raise UserError(
-                f"{data.path}/tokenizer.json is not the tokenizer that {self.checkpoint} was trained with; restore it, "
-                f"or set data.path in {self.folder}/config.yaml to the shards that have it"
+                f"{place} is not the tokenizer that {self.checkpoint} was trained with; restore it, or set data.path "
+                f"in {self.folder}/config.yaml to the shards that have it"
             )
         return tokenizer
 
+    def _tokenizer_of_shards(self) -> Tokenizer:
+        """Earlier versions left no tokenizer in the run's folder."""
+        data = self.config.data
+        if not is_url(data.path) and not Path(data.path).is_dir():
+            raise UserError(
+                f"data.path {data.path}: no such folder here ({Path.cwd()}), where {self.folder} needs its tokenizer; "
+                "start the command where training was started, or copy tokenizer.json of the shards to the run's folder"
+            )
+        return open_shard_set(data.path, data.cache_dir, data.cache_size_gb).tokenizer()
+
     def model(self, device: torch.device | str = "cpu") -> GenerativeModel:
-        """Return the model with the checkpoint's weights, for evaluation.
+        """Return the model with the checkpoint's weights as the trainer computes with them, for evaluation.
+
+        In half precision those are the rounded working copies, whose ternary codes are not those of the masters.
 
         Args:
             device: The device of its parameters.
@@ -90,6 +105,9 @@ class Run:
         """
         model = self.initial_model(device)
         load_weights(model, self.checkpoint)
+        dtypes = working_dtypes(self.config, self.manifest.world_size)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name]).to(parameter.dtype)
         return model
 
     def initial_model(self, device: torch.device | str = "cpu") -> GenerativeModel:

@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from kabrn_dist.utils.cache_folder import cache_folder
+
 # OpenMP symbols stay undefined: they bind to the library that torch has loaded, so that both share a thread pool.
 COMPILE_FLAGS = (
     "-std=gnu11",
@@ -55,11 +57,6 @@ def find_compiler() -> str:
         if path:
             return path
     raise KernelUnavailable("no C compiler was found")
-
-
-def cache_folder() -> Path:
-    """Return $XDG_CACHE_HOME/kabrn_dist, by default ~/.cache/kabrn_dist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kabrn_dist"
 
 
 def find_or_compile(source: Path) -> Path:

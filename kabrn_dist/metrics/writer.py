@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
+
+# A log of a million steps is smaller.
+LOG_BYTES_LIMIT = 4 << 30
 
 
 class LogWriter:
@@ -107,14 +111,16 @@ class LogWriter:
 
 
 def _open_log(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    # A pipe without a reader fails to open instead of waiting for one.
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
 
 
 def _truncate_log(path: Path, step: int) -> None:
     """Drop what a lost session logged beyond the checkpoint that this one starts from."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
+    text = read_plain(path, LOG_BYTES_LIMIT, follow_links=True).decode(errors="replace")
+    kept = [line for line in text.splitlines() if _logged_step(line) <= step]
     atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +12,12 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.distributed.collectives import run_on_all
+from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.utils.errors import UserError
+
+# Between looks at the thread that verifies shards, and before a line says that there is something to wait for.
+POLL_SECONDS, SILENT_WAIT_SECONDS = 0.02, 2.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,18 @@ class Datasets:
     tokenizer: Tokenizer
     bytes_per_token: np.ndarray
     gzip_bits_per_byte: float
+
+    def is_verifying(self) -> bool:
+        """Return whether a shard that was opened is still to be compared with its hash. Never blocks."""
+        return self.train.corpus.files.is_verifying()
+
+    def check_shards(self) -> None:
+        """Do nothing unless a shard that was opened turned out to be damaged.
+
+        Raises:
+            UserError: if one did.
+        """
+        self.train.corpus.files.check()
 
 
 def open_datasets(config: Config) -> Datasets:
@@ -51,3 +70,32 @@ def open_datasets(config: Config) -> Datasets:
             f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocab_size}"
         )
     return Datasets(train, validation, tokenizer, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())
+
+
+def wait_for_verification(
+    datasets: Datasets, mesh: Mesh, report_progress: Callable[[str], None], print_line: Callable[[str], None]
+) -> None:
+    """Wait until all shards that were read are known to be undamaged: no checkpoint holds anything of others.
+
+    Collective.
+
+    Args:
+        datasets: both splits of the data.
+        mesh: all ranks.
+        report_progress: told again and again that this process is alive.
+        print_line: prints one line on the console, if the wait takes long.
+
+    Raises:
+        UserError: on all ranks, with the name of a damaged shard.
+    """
+    start, printed = time.monotonic(), False
+    while True:
+        pending = mesh.any_rank(datasets.is_verifying())
+        run_on_all(None, datasets.check_shards)
+        if not pending:
+            return
+        if not printed and time.monotonic() - start > SILENT_WAIT_SECONDS:
+            print_line("waiting until the shards that were read are verified; then the checkpoint is saved")
+            printed = True
+        report_progress("verifying shards before a save")
+        time.sleep(POLL_SECONDS)

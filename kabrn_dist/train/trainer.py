@@ -17,6 +17,7 @@ from kabrn_dist.backend.ternary_weights import current_codes
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
+from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import Mesh, make_mesh
@@ -28,7 +29,7 @@ from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 from kabrn_dist.planner.flops import flops_per_token
 from kabrn_dist.train.console import format_text
-from kabrn_dist.train.datasets import Datasets, open_datasets
+from kabrn_dist.train.datasets import Datasets, open_datasets, wait_for_verification
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
@@ -197,6 +198,7 @@ class Trainer:
     def _open(self) -> None:
         config, mesh, folder = self.config, self.mesh, self.config.run.folder
         run_on_main(None, atomic_write, folder / "config.yaml", dump_config(config).encode())
+        run_on_main(None, atomic_write, folder / TOKENIZER_NAME, self.datasets.tokenizer.content)
         self.metrics = run_on_all(None, MetricsLogger, folder, mesh.is_main, self.step, config.training.steps)
         self._resources.callback(self.metrics.close)
         self.metrics.write_text(0, "config", dump_config(config))
@@ -334,6 +336,7 @@ class Trainer:
         return self.mesh.any_rank(self.stop_requests.requested())
 
     def _save(self, wait: bool) -> None:
+        wait_for_verification(self.datasets, self.mesh, self.watchdog.report_progress, self.metrics.print_line)
         self.watchdog.report_progress(f"saving step {self.step}")
         fragments, updates = sharded_state(self.engine)
         progress = Progress(self.step, self.skipped_data_steps, self.guard.state())

@@ -11,6 +11,7 @@ import torch
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import sequence_slice
+from kabrn_dist.distributed.collectives import run_on_all
 from kabrn_dist.metrics.activations import watch_saturation
 from kabrn_dist.metrics.sources import SourceSums, validation_values
 from kabrn_dist.train.datasets import Datasets
@@ -58,6 +59,9 @@ def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Ca
 
     Returns:
         The scores; None if it was interrupted.
+
+    Raises:
+        UserError: on all ranks, if one cannot read.
     """
     mesh, micro, data = engine.mesh, config.training.micro_batch_size, datasets.validation
     positions = data.validation_positions(config.validation.eval_sequences)
@@ -71,7 +75,7 @@ def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Ca
                 return None
             # Ranks without a sequence of their own take part with a copy, whose loss is masked.
             rows = [start + mesh.data_rank + i * mesh.data_world_size for i in range(micro)]
-            batch = data.get([positions[min(row, count - 1)] for row in rows])
+            batch = run_on_all(None, data.get, [positions[min(row, count - 1)] for row in rows])
             batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence_parallel)
             is_scored = torch.tensor([row < count for row in rows])
             saturation.rows = is_scored

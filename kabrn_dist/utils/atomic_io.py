@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_regular
 
 _CHUNK_BYTES = 1 << 20
 
@@ -81,10 +82,10 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda count: None) 
         progress: Called with the number of bytes just read.
 
     Raises:
-        OSError: from the file system.
+        OSError: from the file system, and for what is not a regular file.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             progress(len(chunk))

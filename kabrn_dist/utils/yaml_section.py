@@ -6,6 +6,7 @@ Shared by the training configuration (kabrn_dist/config) and by the recipes of d
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 import typing
 from pathlib import Path
@@ -15,6 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
+
+# No person writes more, and PyYAML would take minutes for it.
+_FILE_BYTES_LIMIT = 4 << 20
 
 
 class ConfigSection(BaseModel):
@@ -44,11 +49,11 @@ def read_mapping(path: Path, hint: str, expected: str) -> dict[str, Any]:
     Raises:
         UserError: for a missing file, a file that cannot be read, bad YAML, or another value than a mapping.
     """
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; {hint}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        tree = yaml.safe_load(read_plain(path, _FILE_BYTES_LIMIT, follow_links=True, remedy=hint).decode())
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None

@@ -310,6 +310,13 @@ def test_known_functions_get_their_names(name: str) -> None:
     assert fit_symbolic(x, KNOWN[name])[0].name == name
 
 
+@pytest.mark.parametrize("y", [KNOWN["sin"], KNOWN["cos"], KNOWN["tanh"], KNOWN["sigmoid"], X.exp() + X**3])
+def test_two_names_of_one_function_are_no_rivals(y: torch.Tensor) -> None:
+    names = [fit.name for fit in fit_symbolic(X, y)]
+    assert len({"sin", "cos"} & {*names}) == len({"tanh", "sigmoid"} & {*names}) == 1
+    assert len(names) == len({*names})
+
+
 def test_a_fit_is_what_its_numbers_say() -> None:
     y = torch.tanh(0.8 * X - 0.3) * 2 + X**2 / 5
     for fit in fit_symbolic(X, y):

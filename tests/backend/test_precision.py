@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor, read_manifest
+from kabrn_dist.config.file import load_config
+from kabrn_dist.inference.working_copy import working_dtypes
 from tests.support.runs import read_losses, run_sessions, run_worker, write_small_config
 
 
@@ -25,6 +27,9 @@ def test_routers_and_coefficients_stay_fp32(shards: Path, tmp_path: Path) -> Non
     (tmp_path / "jobs.json").write_text(json.dumps(paths))
     run_worker(1, "tests.workers.precision", str(tmp_path / "jobs.json"))
     for stage, dtypes in enumerate(json.loads((tmp_path / "dtypes.json").read_text())):
+        # What exports and generation take for the trainer's dtypes.
+        foreseen = working_dtypes(load_config(paths[stage]), 1)
+        assert {name: str(dtype) for name, dtype in foreseen.items()}.items() <= dtypes.items()
         fine = {name for name, dtype in dtypes.items() if dtype == "torch.float32"}
         states = {"router/bias", "router/share"}
         if stage == 3:

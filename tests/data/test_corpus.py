@@ -82,5 +82,5 @@ def test_sets_of_different_tokenizers_are_refused(folder: Path, tmp_path: Path) 
     shutil.copytree(folder / "one", tmp_path / "one")
     with pytest.raises(UserError, match=r"data.extra_sets: .*two has tokenizer ffffffffffff, .*one has .*prepare both"):
         open_sets(tmp_path, ("two", 1.0))
-    with pytest.raises(UserError, match=r"nowhere/index.json: No such file"):
+    with pytest.raises(UserError, match=r"nowhere/index.json: cannot be read .No such file"):
         open_sets(tmp_path, ("nowhere", 1.0))

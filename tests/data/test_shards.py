@@ -13,6 +13,7 @@ from data_prep.inspect import inspect_shards
 from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_checks import check_shard_files
 from kabrn_dist.data.index_io import index_fingerprint, read_index
+from kabrn_dist.data.open_files import OpenFiles
 from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
 from kabrn_dist.data.token_stream import TokenStream, mask_naive, stream_naive
 from kabrn_dist.data.tokenizer import load_folder_tokenizer
@@ -127,10 +128,11 @@ def test_plain_webdataset_reads_the_shards(folder: Path) -> None:
 def test_more_shards_than_open_files(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     index = make_set(folder, Texts("random", train=70, validation=0, sizes=(50, 51), per_shard=1))
-    stream = TokenStream(FolderSet(folder, index), index.sources[0], "train")
+    files = OpenFiles(limit=64)
+    stream = TokenStream(FolderSet(folder, index), index.sources[0], "train", files)
     for document in [*range(70), 0]:
         assert stream.read(50 * document, 50 * document + 1).tolist() == [DOCUMENT]
-    assert len(stream._files) <= 64
+    assert len(files) == 64
     assert len(TokenStream(FolderSet(folder, index), index.sources[0], "validation")) == 0
 
 
@@ -202,11 +204,35 @@ def test_verify_reads_the_masks(tmp_path: Path) -> None:
 def test_inspect_shows_every_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect_shards(folder, 2)
     shown, index = capsys.readouterr().out, read_index(folder)
+    # Documents are any bytes here: a terminal must not obey them.
+    assert all(char.isprintable() or char in "\n\t" for char in shown)
     assert "source random (random), weight 1\n" in shown
     assert "source more (random), weight 1, loss on part of each document" in shown
     assert shown.count("--- train document") == 4 and "--- train document 1 of more" in shown
     assert f"{index.sources[1].train.loss_tokens:,}" in shown and f"fingerprint {index.fingerprint}" in shown
     assert f"all sources: {index.tokens('train'):,} + {index.tokens('validation'):,} tokens" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocabulary": 258}, "tokenizer.json: the index says vocabulary 258, its tokenizer has 257"),
+        ({"vocabulary": 60_000}, "the index says vocabulary 60000, its tokenizer has 257"),
+        ({"document_token": 0}, "the index says document_token 0, its tokenizer has 256"),
+        ({"tokenizer.kind": "bpe"}, "the index says tokenizer.kind bpe, its tokenizer has bytes"),
+        ({"sources.0.epochs": 1e308}, "random.epochs is 1e+308, not above 0 and at most 1e+06"),
+        ({"sources.0.weight": 1e308}, "random.weight is 1e+308, not above 0 and at most 1e+12"),
+        ({"sources.0.train.text_bytes": -1}, "random.train.text_bytes is -1, which is no size"),
+        ({"sources.0.validation.gzip9_bytes": -1}, "random.validation.gzip9_bytes is -1, which is no size"),
+        ({"sources.0.train.shards.0.bytes": -5}, "bytes is -5, which is no size"),
+        ({"sources.0.train.shards.0.documents": -5}, "documents is -5, which is no size"),
+    ],
+)
+def test_an_index_that_was_resealed_by_hand_is_refused_at_the_start(
+    changes: dict[str, object], words: str, folder: Path
+) -> None:
+    rewrite(folder, changes)
+    assert words in refusal(lambda: open_shard_folder(folder).tokenizer())
 
 
 def test_bad_indexes_are_refused(folder: Path) -> None:

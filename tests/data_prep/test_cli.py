@@ -175,7 +175,7 @@ def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest
         ((*read, "--validation-share", 1), "validation_share: Input should be less than 1"),
         ((*read, "--shard-mb", 0), "shard_mb: Input should be greater than 0"),
         (("--source", "text", "--input", texts, "--out", tmp_path / "file"), "is a file"),
-        (("inspect", tmp_path), "index.json: No such file"),
+        (("inspect", tmp_path), "index.json: cannot be read (No such file"),
     ):
         assert expected in refused(capsys, *arguments)
     assert not (tmp_path / "set").exists()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kabrn_dist.inference.export import plan_export, write_export
@@ -30,6 +30,9 @@ CHANGES: dict[str, Any] = {
     "parallel__expert_parallel": 2,
     "parallel__zero_stage": 1,
     "training__steps": 3,
+    "model__quantize_warmup_steps": 2,
+    "checkpoint__save_interval": 1,
+    "checkpoint__keep_last": 5,
 }
 
 
@@ -76,11 +79,61 @@ def test_an_fp32_export_gives_the_same_logits_bit_for_bit(trained: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2000000000", "30000"]
 
 
+def test_an_export_computes_what_the_trainer_computes(trained: Path, tmp_path: Path) -> None:
+    """Without options: the same codes and scales, and quantization as far as it had warmed up."""
+    for step, lam in ((1, 2 / 3), (3, 1)):
+        assert main(["--run", str(trained), "--out", str(tmp_path / str(step)), "--step", str(step)]) == 0
+        model, _ = load_export(tmp_path / str(step))
+        reference = Run.open(trained, step).model()
+        assert model.quant.lam == reference.quant.lam == lam
+        assert torch.equal(logits(model), logits(reference))
+
+
+def test_a_run_in_half_precision_is_read_as_its_working_copies(trained: Path, tmp_path: Path) -> None:
+    """Its codes are rounded from those, wherever the masters are read."""
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("precision: fp32", "precision: bf16"))
+    run = Run.open(tmp_path / "run")
+    write_export(plan_export(tmp_path / "run"), tmp_path / "out")
+    masters, model, exported = Run.open(trained).model(), run.model(), load_export(tmp_path / "out")[0]
+    assert torch.equal(logits(model), logits(exported))
+    for (name, ours), master in zip(model.named_parameters(), masters.parameters(), strict=True):
+        fine = name.endswith(("numerator", "denominator", "convolution.weight", "router.weight"))
+        assert torch.equal(ours, master if fine else master.bfloat16().float()), name
+
+
+def test_a_run_has_its_tokenizer_with_it(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shards may be elsewhere, as seen from another folder."""
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    path = Run.open(trained).config.data.path
+    config.write_text(config.read_text().replace(path, "data/corpus"))
+    monkeypatch.chdir(tmp_path)
+    assert Run.open("run").tokenizer().kind == "bytes"
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"data\.path data/corpus: no such folder here .*start the command where"):
+        Run.open("run").tokenizer()
+
+
+def test_an_export_refuses_another_tokenizer_and_an_old_one_loads(trained: Path, tmp_path: Path) -> None:
+    write_export(plan_export(trained), tmp_path / "out")
+    tokenizer = tmp_path / "out" / "tokenizer.json"
+    tokenizer.write_text('{"kind":  "bytes"}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: sha256 is .* this is another tokenizer"):
+        load_export(tmp_path / "out")
+    # As earlier versions wrote it: no metadata but the format and the step.
+    weights = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "step": "3"})
+    model, _ = load_export(tmp_path / "out")
+    assert torch.equal(logits(model), logits(Run.open(trained).model()))
+
+
 def test_a_bf16_export_is_the_rounded_one_and_writes_alone(trained: Path, tmp_path: Path) -> None:
     moved, out = tmp_path / "run", tmp_path / "exports" / "tiny"
     shutil.copytree(trained, moved)
     assert main(["--run", str(moved), "--out", str(out), "--dry-run"]) == 0 and not out.exists()
-    assert main(["--run", str(moved), "--out", str(out), "--step", "3"]) == 0
+    assert main(["--run", str(moved), "--out", str(out), "--step", "3", "--dtype", "bf16"]) == 0
     reference = Run.open(moved).model()
     shutil.rmtree(moved)
     model, _ = load_export(out)

@@ -93,6 +93,24 @@ def test_a_shard_that_breaks_while_one_rank_reads_it_ends_all_ranks(shards: Path
     check(wait_for_exit(process, timeout=120), shard.name, "block")
 
 
+@pytest.mark.parametrize("damage", ["zeros", "one bit"])
+def test_a_shard_with_another_content_ends_all_ranks_before_a_checkpoint(
+    damage: str, shards: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "shards"
+    shutil.copytree(shards, data)
+    shard = next(data.glob("*-train-*.tar"))
+    content = bytearray(shard.read_bytes())
+    if damage == "zeros":
+        content = bytearray(len(content))
+    else:
+        content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    config = write_small_config(tmp_path / "c.yaml", data, tmp_path / "run")
+    check(train(2, config), shard.name, "sha256", "mixkabrn inspect")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
 def test_two_processes_refuse_what_they_cannot_share(shards: Path, tmp_path: Path) -> None:
     config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=3)
     check(train(2, config), "parallel.expert_parallel 3", "2 processes", "1, 2")
