@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from kabrn_dist.config import checks
 from kabrn_dist.utils.yaml_section import ConfigSection
 
+MAX_LAYERS = 10_000
+
 
 class RetentionConfig(ConfigSection):
     """Multi-scale retention (RetNet, arXiv 2307.08621); its heads are those of attention layers too."""
@@ -146,7 +148,7 @@ class ModelConfig(ConfigSection):
 
     vocab_size: PositiveInt = Field(description="Rows of the embedding, at least the size of the tokenizer.")
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")
-    layers: Annotated[str, Field(pattern="^[RA]+$")] = Field(
+    layers: Annotated[str, Field(pattern="^[RA]+$", max_length=MAX_LAYERS)] = Field(
         description="Mixers, one letter per layer: R retention, A softmax attention, e.g. RRRA; or a number of "
         "retention layers.",
     )
@@ -189,7 +191,13 @@ class ModelConfig(ConfigSection):
     @field_validator("layers", mode="before")
     @classmethod
     def _expand_layer_count(cls, value: Any) -> Any:
-        return "R" * value if isinstance(value, int) and value > 0 else value
+        # --set gives a number as text.
+        count = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else value
+        if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
+            return value
+        if count > MAX_LAYERS:
+            raise ValueError(f"{count} layers are more than {MAX_LAYERS}; set it to {MAX_LAYERS} or fewer")
+        return "R" * count
 
     @field_validator("short_conv_size")
     @classmethod
