@@ -35,7 +35,7 @@ class DataConfig(ConfigSection):
         default_factory=dict,
         description="Sampling weight by source name, in any unit; overrides the weights in index.json.",
     )
-    epochs: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    epochs: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         default_factory=dict,
         description="Number of epochs by source name after which the source is exhausted; overrides index.json.",
     )

@@ -25,14 +25,16 @@ class RetentionConfig(ConfigSection):
         description="Decays γ of the heads, evenly spaced in -log2(1-γ): `exponent` from 5 to 4+num_heads (RetNet's "
         "formula), `linspace` from 5 to 9 (RetNet's code), or [fastest, slowest], e.g. [1.5, 7] for short contexts.",
     )
-    chunk_size: PositiveInt = Field(64, description="Tokens in a chunk of chunkwise retention; affects speed only.")
+    chunk_size: PositiveInt = Field(
+        64, le=65_536, description="Tokens in a chunk of chunkwise retention; affects speed only."
+    )
 
     @model_validator(mode="after")
     def _check_decay_range(self) -> RetentionConfig:
-        if not isinstance(self.decay, str) and not 0 < self.decay[0] <= self.decay[1]:
+        if not isinstance(self.decay, str) and not 0.01 <= self.decay[0] <= self.decay[1] <= 50:
             raise ValueError(
-                f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest; set decay to a pair "
-                "such as [1.5, 7]"
+                f"decay {list(self.decay)} must be [fastest, slowest] with 0.01 <= fastest <= slowest <= 50; set decay "
+                "to a pair such as [1.5, 7]"
             )
         return self
 
@@ -64,6 +66,7 @@ class ExpertsConfig(ConfigSection):
     capacity_factor: float | None = Field(
         None,
         gt=0,
+        le=1e6,
         description="Tokens of one sequence that an expert accepts, as a multiple of an even split; later ones are "
         "dropped and counted. Default: no limit, nothing is dropped.",
     )

@@ -18,6 +18,7 @@ from kabrn_dist.backend.ternary_weights import current_codes
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
+from kabrn_dist.config.idle import list_idle_settings
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import Mesh, make_mesh
@@ -28,6 +29,7 @@ from kabrn_dist.metrics.logger import MetricsLogger
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 from kabrn_dist.planner.flops import flops_per_token
+from kabrn_dist.planner.memory import check_memory, process_memory
 from kabrn_dist.train.console import format_text
 from kabrn_dist.train.datasets import Datasets, open_datasets
 from kabrn_dist.train.expert_balance import resolve_placement
@@ -82,6 +84,8 @@ def train(config: Config, env: LaunchEnv, resume: str = "auto", stop_after: int 
     datasets = open_datasets(config)
     # The watchdog of a rank that hangs must act before the other ranks' collectives time out.
     with init_distributed(env, max(DEFAULT_TIMEOUT_S, 2 * config.guard.hang_timeout_s)) as device:
+        available = process_memory(device, env.local_world_size)
+        run_on_all(None, check_memory, config, env.world_size, available, "it")
         parallel = config.parallel
         mesh = make_mesh(env, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
         with Trainer.create(resolve_placement(config, mesh), mesh, datasets, resume) as trainer:
@@ -227,6 +231,8 @@ class Trainer:
         mfu_per_speed = flops_per_token(config.model, config.data.sequence_length, counts.active) / matmul_rate
         for line in describe_run(config, mesh, counts, matmul_rate):
             self.metrics.print_line(line)
+        for line in list_idle_settings(config, mesh.world_size):
+            self.metrics.print_line(f"warning: {line}")
         for line in self.start_lines:
             self.metrics.print_line(line)
         self._tell_log_copy(log_copy)

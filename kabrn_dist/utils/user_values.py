@@ -55,19 +55,26 @@ def check_number(value: Any) -> None:
         # `1e400` and 5,000 digits are texts in YAML, which validation would take for numbers.
         if not re.fullmatch(r"[-+]?[0-9_.]+([eE][-+]?[0-9]+)?", value.strip()):
             return
+        text = value.strip()
         try:
-            value = float(value)
-        except (ValueError, OverflowError):
+            value = float(text)
+        except ValueError:
             return
+        if abs(value) == float("inf"):
+            raise ValueError(f"{text[:20]}… is too large a number; give a smaller one")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, int) and abs(value) > LARGEST_COUNT:
-        raise ValueError(f"a number above {LARGEST_COUNT:.0e} cannot be computed with; give a smaller one")
+        raise ValueError(f"{_show(value)} is above {LARGEST_COUNT:.0e}, too large a number; give a smaller one")
     if isinstance(value, float) and abs(value) not in (0.0, float("inf")):
         if abs(value) > LARGEST_NUMBER:
-            raise ValueError(f"a number above {LARGEST_NUMBER:.0e} cannot be computed with; give a smaller one")
+            raise ValueError(f"{value:g} is beyond {LARGEST_NUMBER:.0e}, too large a number; give a smaller one")
         if abs(value) < SMALLEST_NUMBER:
-            raise ValueError(f"a number below {SMALLEST_NUMBER:.0e} cannot be computed with; give a larger one, or 0")
+            raise ValueError(f"{value:g} is below {SMALLEST_NUMBER:.0e}, too small a number; give a larger one, or 0")
+
+
+def _show(number: int) -> str:
+    return str(number) if abs(number) < 10**24 else f"a number of {len(str(abs(number)))} digits"
 
 
 def _check_text(text: str) -> None:

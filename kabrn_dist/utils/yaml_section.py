@@ -39,7 +39,12 @@ class ConfigSection(BaseModel):
     @classmethod
     def _read_paths_and_check_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Read paths as people write them, and refuse numbers that nothing can be computed with."""
-        kinds = _branches(cls.model_fields[info.field_name or ""].annotation)
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if section_type(annotation) is not None:
+            return value
+        # The keys of a mapping are names, whatever its values are.
+        is_mapping = typing.get_origin(annotation) is dict
+        kinds = _branches(typing.get_args(annotation)[1] if is_mapping else annotation)
         return _read_parts(value, Path in kinds, str in kinds)
 
 
