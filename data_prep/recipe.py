@@ -115,7 +115,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     tree = read_mapping(path, "give a recipe such as configs/data_mix.yaml", "a mapping with `sources:`")
     for override in overrides:
-        set_value(tree, override, _EXAMPLE_OVERRIDE)
+        set_value(tree, override, _EXAMPLE_OVERRIDE, Recipe)
     return parse_recipe(tree, str(path))
 
 

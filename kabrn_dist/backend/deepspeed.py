@@ -193,8 +193,10 @@ def _reduce_bucket(model: MixKABRN, config: Config) -> int:
     tensor on any rank: each of them is then reduced alone, whatever its size, so sizes of dense tensors, equal on all
     ranks, decide alone which of these go together. ZeRO 1 reduces after backward, dense gradients before any expert.
     """
+    # Memory is taken for the whole bucket, so it is not made larger than what could ever be in it.
+    bucket = min(config.parallel.bucket_size, 2 * sum(p.numel() for p in model.parameters()) + 1024)
     if config.parallel.zero_stage != 2 or not _uneven(config):
-        return config.parallel.bucket_size
+        return bucket
     local = len(model.placement.local)
     smallest = min(p.numel() // local for p in model.select_parameters(lambda p: p.routed)) * min(
         model.placement.counts
@@ -204,7 +206,7 @@ def _reduce_bucket(model: MixKABRN, config: Config) -> int:
             f"parallel.experts_per_rank {list(model.placement.counts)} is uneven, and an expert has a parameter of one "
             "element, which ZeRO 2 cannot reduce alone; set parallel.zero_stage to 1 or 3"
         )
-    return min(config.parallel.bucket_size, smallest - 1)
+    return min(bucket, smallest - 1)
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

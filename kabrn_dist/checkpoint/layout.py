@@ -44,11 +44,29 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
     Raises:
         OSError: if the folder cannot be listed.
+        UserError: for something else in the folder's place, such as a link to a disk that is not mounted.
     """
     if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise UserError(
+                f"{folder}: is not a folder, or a link to one that is not there; restore it or move it away"
+            )
         return []
     paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     return sorted(paths, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
+
+
+def list_links(folder: Path) -> list[str]:
+    """Return the names of checkpoints that are no folders but links or files, which are never read.
+
+    Raises:
+        OSError: if the folder cannot be listed.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and (path.is_symlink() or not path.is_dir())
+    )
 
 
 def step_of(path: Path) -> int:

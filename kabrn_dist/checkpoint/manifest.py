@@ -22,6 +22,7 @@ from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import open_plain, read_plain
 
 MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST_BYTES_LIMIT = 256 * 2**20
 HASH_CHUNK_BYTES = 4 * 2**20
 # A single process may have to verify the files of many ranks.
@@ -136,7 +137,7 @@ class Manifest(ManifestRecord):
         state: The caller's JSON (data cursor, schedule, config, tokenizer hash …), returned as it was given.
     """
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2] = FORMAT_VERSION
     step: Count
     world_size: Annotated[int, Field(ge=1)]
     files: tuple[FileRecord, ...]
@@ -198,6 +199,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         sealed = SealedManifest.model_validate_json(read_plain(source, MANIFEST_BYTES_LIMIT))
     except ValidationError as error:
+        if newer := _newer_version(error):
+            raise UserError(
+                f"{source}: format_version {newer} is of a newer version of MixKABRN; update MixKABRN, or {remedy}"
+            ) from error
         raise UserError(f"{source}: {first_validation_error(error)}; {remedy}") from error
     if _manifest_sha256(sealed.manifest) != sealed.sha256:
         raise UserError(f"{source}: damaged or edited, its sha256 is not {sealed.sha256}; {remedy}")
@@ -231,6 +236,14 @@ def _verify_file(path: Path, file: FileRecord) -> None:
             f"{path}: damaged, its sha256 is {digest.hexdigest()} and the manifest says "
             f"{file.sha256}; use another checkpoint"
         )
+
+
+def _newer_version(error: ValidationError) -> int | None:
+    """The version of a manifest that only a newer version of this code can read."""
+    versions = [
+        detail["input"] for detail in error.errors(include_url=False) if detail["loc"] == ("manifest", "format_version")
+    ]
+    return versions[0] if versions and isinstance(versions[0], int) and versions[0] > FORMAT_VERSION else None
 
 
 def _manifest_sha256(manifest: Manifest) -> str:

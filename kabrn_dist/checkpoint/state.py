@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import Field, FiniteFloat, JsonValue, NonNegativeInt, PositiveInt, ValidationError
 
 from kabrn_dist.checkpoint.manifest import Count, Manifest, ManifestRecord, Sha256, first_validation_error
 from kabrn_dist.utils.errors import UserError
+
+
+class CursorState(ManifestRecord):
+    """Position in the data: the fields of `kabrn_dist.data.state.DataState`, which explains them."""
+
+    consumed: NonNegativeInt
+    seed: NonNegativeInt
+    sequence_length: PositiveInt
+    fingerprint: str
+    drawn: dict[str, str] = Field(default_factory=dict)
+
+
+class GuardState(ManifestRecord):
+    """State of the loss guard: the attributes of `kabrn_dist.train.guard.LossGuard`, which explains them."""
+
+    skipped: Count = 0
+    spikes: Count = 0
+    rollbacks: Count = 0
+    bad: Count = 0
+    returned_to: Count | None = None
+    window: list[FiniteFloat] = Field(default_factory=list)
+    spikes_in_a_row: Count = 0
 
 
 class RunState(ManifestRecord):
@@ -17,7 +39,7 @@ class RunState(ManifestRecord):
     Attributes:
         step: Steps done.
         updates: Steps that changed the weights, the counter of AdamW.
-        cursor: Position in the data, the fields of `kabrn_dist.data.state.DataState`.
+        cursor: Position in the data.
         skipped_data_steps: Steps whose data was read and not trained on.
         precision: Training precision.
         loss_scale: Scale of the loss; 1 unless the precision is fp16.
@@ -28,11 +50,11 @@ class RunState(ManifestRecord):
 
     step: Count
     updates: Count
-    cursor: dict[str, JsonValue]
+    cursor: CursorState
     skipped_data_steps: Count = 0
-    precision: str
+    precision: Literal["fp32", "bf16", "fp16"]
     loss_scale: Annotated[FiniteFloat, Field(gt=0)]
-    guard: dict[str, JsonValue] = Field(default_factory=dict)
+    guard: GuardState = Field(default_factory=GuardState)
     config: dict[str, JsonValue]
     tokenizer_sha256: Sha256
 
@@ -51,8 +73,13 @@ def read_state(path: Path, manifest: Manifest) -> RunState:
     if manifest.format_version == 1 and "passed_over" in state:
         state["skipped_data_steps"] = state.pop("passed_over")
     try:
-        return RunState.model_validate(state)
+        read = RunState.model_validate(state)
     except ValidationError as error:
         raise UserError(
             f"{path}: its state cannot be used ({first_validation_error(error)}); use a checkpoint of this version"
         ) from error
+    if read.step != manifest.step:
+        raise UserError(
+            f"{path}: its state is of step {read.step}, its manifest of step {manifest.step}; use another checkpoint"
+        )
+    return read

@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from pydantic import JsonValue
@@ -23,6 +23,7 @@ from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.layout import (
     commit,
     list_checkpoints,
+    list_links,
     make_temporary,
     prune,
     remove_temporary,
@@ -56,6 +57,18 @@ __all__ = ["CheckpointStore", "load_tensor", "read_manifest"]
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+class Survey(NamedTuple):
+    """What a store's folder holds, as far down as the newest checkpoint that can be used.
+
+    Attributes:
+        path: the newest intact checkpoint; None if there is none.
+        faults: what is wrong with each newer one, by name.
+    """
+
+    path: Path | None
+    faults: dict[str, str]
 
 
 class CheckpointStore:
@@ -153,25 +166,41 @@ class CheckpointStore:
     def find_latest(self, verify: bool = True) -> Path | None:
         """Return the newest intact checkpoint, the same on every rank; None if there is none.
 
+        Collective. See `survey`.
+        """
+        return self.survey(verify).path
+
+    def survey(self, verify: bool = True, accept: Callable[[Path, Manifest], object] | None = None) -> Survey:
+        """Return the newest intact checkpoint and what is wrong with newer ones, the same on every rank.
+
         Collective. Checks manifests, file sizes and headers, and with `verify` the sha256 of every file, of which each
         rank reads its part. Logs each checkpoint that it skips, with the reason.
+
+        Args:
+            verify: Check the hashes of the files.
+            accept: Raises UserError for a manifest whose state the caller cannot use; such a checkpoint is skipped.
 
         Raises:
             UserError: if the folder cannot be listed.
         """
-        checkpoints = run_on_main(self.group, list_checkpoints, self.folder)
-        for name in broadcast_json([path.name for path in checkpoints or []], self.group):
+        found = run_on_main(self.group, _list_names, self.folder)
+        names, links = broadcast_json(found, self.group)
+        faults = dict.fromkeys(links, "is a link or a file, which is never read; move the folder itself here")
+        for name in names:
             try:
-                self.check(self.folder / name, verify)
+                manifest = self.check(self.folder / name, verify)
+                if accept is not None:
+                    run_on_all(self.group, accept, self.folder / name, manifest)
             except UserError as error:
+                faults[name] = str(error)
                 if group_rank(self.group) == 0:
                     logger.warning("skipping checkpoint %s: %s", name, error)
                 continue
-            return self.folder / name
-        return None
+            return Survey(self.folder / name, faults)
+        return Survey(None, faults)
 
     def check(self, path: Path, verify: bool = True) -> Manifest:
-        """Return the manifest of `path` if the checkpoint is intact in the sense of `find_latest`.
+        """Return the manifest of `path` if the checkpoint is intact in the sense of `survey`.
 
         Collective.
 
@@ -258,6 +287,10 @@ class CheckpointStore:
         except Exception as error:
             # The checkpoint is committed, and only rank 0 is here: it must not raise.
             logger.warning("%s: old checkpoints were not pruned: %s", self.folder, error)
+
+
+def _list_names(folder: Path) -> tuple[list[str], list[str]]:
+    return [path.name for path in list_checkpoints(folder)], list_links(folder)
 
 
 def _write_rank_file(file: Path, fragments: Iterable[Fragment]) -> tuple[FileRecord, list[WrittenRange]]:

@@ -55,6 +55,18 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run (run.folder of its configuration)")
 
 
+def non_negative_int(text: str) -> int:
+    """Return the integer in `text`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is less than 0.
+    """
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
 def positive_int(text: str) -> int:
     """Return the integer in `text`.
 

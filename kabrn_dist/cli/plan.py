@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, positive_int
@@ -57,12 +56,23 @@ def print_plan(config: Config, world_size: int | None) -> int:
     Raises:
         UserError: for a configuration that does not fit the processes, or data that cannot be used.
     """
+    import torch
+
+    from kabrn_dist.config.idle import list_idle_settings
+    from kabrn_dist.distributed.launch_env import read_number
     from kabrn_dist.planner.estimate import describe_plan
+    from kabrn_dist.planner.memory import MAX_PLANNED_BYTES, check_memory, process_memory
     from kabrn_dist.train.datasets import open_datasets
 
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+    is_here = world_size is None
+    world_size = world_size or read_number("WORLD_SIZE", 1)
     config.check_world_size(world_size)
+    # Other machines may have more memory than this one, but not without end.
+    available = process_memory(torch.device("cpu"), world_size) if is_here else float(MAX_PLANNED_BYTES)
+    check_memory(config, world_size, available, "this machine" if is_here else "no machine that a plan is made for")
     print(describe_plan(config, world_size))
+    for line in list_idle_settings(config, world_size):
+        print(f"warning: {line}")
     print(_describe_data(open_datasets(config), config))
     print("nothing was started or written")
     return 0

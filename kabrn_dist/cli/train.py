@@ -11,7 +11,7 @@ import warnings
 from typing import NoReturn
 
 from kabrn_dist.cli import plan
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, positive_int
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, non_negative_int, positive_int
 
 # A rank that fails prints its traceback first: what the other ranks print after that would hide the cause.
 PEER_FAILURE_SECONDS = 2.0
@@ -47,7 +47,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "without one; never: fail with one; or the folder of a checkpoint",
     )
     parser.add_argument(
-        "--stop-after", type=int, metavar="N", help="train N steps, save and stop; the same command continues"
+        "--stop-after",
+        type=non_negative_int,
+        metavar="N",
+        help="train N steps, save and stop; the same command continues",
     )
     parser.add_argument(
         "--processes",

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from kabrn_dist.config.run import Config
 
 
+MAX_PROCESSES = 1_000_000
+# A message lists so many numbers.
+MAX_LISTED = 24
+# Expert counts further from working than this are not corrected one by one.
+MAX_CORRECTION = 1000
+
+
 def check_function_groups(model: ModelConfig) -> None:
     """Check that groups of channels divide every width that functions are applied to."""
     if model.experts.type not in ("rational", "chebyshev"):
@@ -137,6 +144,8 @@ def check_world_size(config: Config, world_size: int) -> None:
     Raises:
         UserError: with the numbers and the nearest ones that work.
     """
+    if not 0 < world_size <= MAX_PROCESSES:
+        raise UserError(f"{world_size} processes are not 1 to {MAX_PROCESSES}; start or plan so many")
     _check_expert_parallel(config, world_size)
     _check_sequence_parallel(config, world_size)
     training, sequence = config.training, config.parallel.sequence_parallel
@@ -196,18 +205,21 @@ def _check_sequence_parallel(config: Config, world_size: int) -> None:
 
 
 def divisors(n: int) -> list[int]:
-    """Return all divisors of `n` in ascending order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """Return the divisors of `n` in ascending order; of a number above 10¹², those up to 10⁶ and their partners."""
+    small = [d for d in range(1, min(math.isqrt(n), 10**6) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def join(values: list[int]) -> str:
     """Return numbers as a message lists them: 1, 2, 4."""
-    return ", ".join(map(str, values))
+    shown = ", ".join(map(str, values[:MAX_LISTED]))
+    return f"{shown} and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else shown
 
 
 def _nearest_expert_counts(counts: tuple[int, ...], ranks: int, num_experts: int) -> list[int]:
     """Counts that work and move as few experts as possible; equal ones if `counts` is far from working."""
-    nearest = list(counts) if len(counts) == ranks and sum(counts) <= 2 * num_experts else [1] * ranks
+    near = len(counts) == ranks and abs(sum(counts) - num_experts) <= min(num_experts, MAX_CORRECTION)
+    nearest = list(counts) if near else [num_experts // ranks] * ranks
     while sum(nearest) > num_experts:
         nearest[nearest.index(max(nearest))] -= 1
     while sum(nearest) < num_experts:

@@ -5,22 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from kabrn_dist.utils.user_values import read_location
 from kabrn_dist.utils.yaml_section import ConfigSection
+
+Location = Annotated[str, AfterValidator(read_location)]
 
 
 class ExtraSetConfig(ConfigSection):
     """Another shard set that training samples from."""
 
-    path: str = Field(description="Folder or URL with shards and index.json.")
+    path: Location = Field(description="Folder or URL with shards and index.json.")
     weight: float = Field(1.0, gt=0, description="Factor on the weights of the set's sources.")
 
 
 class DataConfig(ConfigSection):
     """Shard sets to train on, and how they are mixed."""
 
-    path: str = Field(
+    path: Location = Field(
         description="Folder with shards and index.json, made by `mixkabrn prepare`, or its URL: s3://, gs://, "
         "http(s):// or hf://."
     )
@@ -32,7 +35,7 @@ class DataConfig(ConfigSection):
         default_factory=dict,
         description="Sampling weight by source name, in any unit; overrides the weights in index.json.",
     )
-    epochs: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    epochs: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         default_factory=dict,
         description="Number of epochs by source name after which the source is exhausted; overrides index.json.",
     )

@@ -40,7 +40,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     tree = _migrate(tree, str(path))
     for override in overrides:
         _refuse_old_key(override)
-        set_value(tree, override, EXAMPLE_OVERRIDE)
+        set_value(tree, override, EXAMPLE_OVERRIDE, Config)
     return _validate(tree, str(path))
 
 

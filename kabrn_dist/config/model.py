@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from kabrn_dist.config import checks
 from kabrn_dist.utils.yaml_section import ConfigSection
 
+MAX_LAYERS = 10_000
+
 
 class RetentionConfig(ConfigSection):
     """Multi-scale retention (RetNet, arXiv 2307.08621); its heads are those of attention layers too."""
@@ -23,14 +25,16 @@ class RetentionConfig(ConfigSection):
         description="Decays γ of the heads, evenly spaced in -log2(1-γ): `exponent` from 5 to 4+num_heads (RetNet's "
         "formula), `linspace` from 5 to 9 (RetNet's code), or [fastest, slowest], e.g. [1.5, 7] for short contexts.",
     )
-    chunk_size: PositiveInt = Field(64, description="Tokens in a chunk of chunkwise retention; affects speed only.")
+    chunk_size: PositiveInt = Field(
+        64, le=65_536, description="Tokens in a chunk of chunkwise retention; affects speed only."
+    )
 
     @model_validator(mode="after")
     def _check_decay_range(self) -> RetentionConfig:
-        if not isinstance(self.decay, str) and not 0 < self.decay[0] <= self.decay[1]:
+        if not isinstance(self.decay, str) and not 0.01 <= self.decay[0] <= self.decay[1] <= 50:
             raise ValueError(
-                f"decay {list(self.decay)} must be [fastest, slowest] with 0 < fastest <= slowest; set decay to a pair "
-                "such as [1.5, 7]"
+                f"decay {list(self.decay)} must be [fastest, slowest] with 0.01 <= fastest <= slowest <= 50; set decay "
+                "to a pair such as [1.5, 7]"
             )
         return self
 
@@ -62,6 +66,7 @@ class ExpertsConfig(ConfigSection):
     capacity_factor: float | None = Field(
         None,
         gt=0,
+        le=1e6,
         description="Tokens of one sequence that an expert accepts, as a multiple of an even split; later ones are "
         "dropped and counted. Default: no limit, nothing is dropped.",
     )
@@ -146,7 +151,7 @@ class ModelConfig(ConfigSection):
 
     vocab_size: PositiveInt = Field(description="Rows of the embedding, at least the size of the tokenizer.")
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")
-    layers: Annotated[str, Field(pattern="^[RA]+$")] = Field(
+    layers: Annotated[str, Field(pattern="^[RA]+$", max_length=MAX_LAYERS)] = Field(
         description="Mixers, one letter per layer: R retention, A softmax attention, e.g. RRRA; or a number of "
         "retention layers.",
     )
@@ -189,7 +194,13 @@ class ModelConfig(ConfigSection):
     @field_validator("layers", mode="before")
     @classmethod
     def _expand_layer_count(cls, value: Any) -> Any:
-        return "R" * value if isinstance(value, int) and value > 0 else value
+        # --set gives a number as text.
+        count = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else value
+        if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
+            return value
+        if count > MAX_LAYERS:
+            raise ValueError(f"{count} layers are more than {MAX_LAYERS}; set it to {MAX_LAYERS} or fewer")
+        return "R" * count
 
     @field_validator("short_conv_size")
     @classmethod

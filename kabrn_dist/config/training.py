@@ -12,7 +12,7 @@ from kabrn_dist.utils.yaml_section import ConfigSection
 class TrainingConfig(ConfigSection):
     """Length, batch size and precision of the run."""
 
-    steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    steps: PositiveInt = Field(le=10**9, description="Optimizer steps of the whole run.")
     global_batch_size: PositiveInt = Field(description="Sequences per optimizer step, over all ranks.")
     micro_batch_size: PositiveInt = Field(
         description="Sequences per forward pass on one rank. Gradients are accumulated over "
@@ -32,7 +32,7 @@ class ValidationConfig(ConfigSection):
     eval_interval: int = Field(100, ge=0, description="Steps between validations; 0: only at the end.")
     eval_sequences: PositiveInt = Field(256, description="Sequences of the validation split to evaluate.")
     sample_tokens: int = Field(
-        64, ge=0, description="Tokens of the text that the model writes at each validation; 0: none."
+        64, ge=0, le=10_000, description="Tokens of the text that the model writes at each validation; 0: none."
     )
 
 
@@ -75,9 +75,12 @@ class GuardConfig(ConfigSection):
     spike_sigma: float = Field(
         6.0, gt=0, description="A loss counts as a spike if it exceeds the mean by this many standard deviations."
     )
-    spike_window: int = Field(128, ge=8, description="Recent steps from which mean and standard deviation are taken.")
+    spike_window: int = Field(
+        128, ge=8, le=1_000_000, description="Recent steps from which mean and standard deviation are taken."
+    )
     hang_timeout_s: float = Field(
         1800.0,
         ge=0,
+        le=1e8,
         description="Seconds without a finished step after which a rank prints all its stacks and exits; 0: never.",
     )

@@ -35,7 +35,7 @@ def read_launch_env() -> LaunchEnv:
     Under mpirun the processes agree through mpi4py on a rendezvous address, and write it to the environment.
 
     Raises:
-        UserError: started by mpirun, but mpi4py is not installed.
+        UserError: started by mpirun, but mpi4py is not installed; or a variable is not a number.
 
     Example:
         >>> read_launch_env()
@@ -43,9 +43,25 @@ def read_launch_env() -> LaunchEnv:
     """
     if "RANK" not in os.environ and is_under_mpirun():
         _ask_mpi()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
-    return LaunchEnv(rank, world, int(os.environ.get("LOCAL_RANK", 0)), local_world)
+    rank, world = read_number("RANK", 0), read_number("WORLD_SIZE", 1)
+    if not 0 <= rank < world:
+        raise UserError(f"RANK {rank} is not one of the WORLD_SIZE {world} processes; set both, or neither")
+    local_world = read_number("LOCAL_WORLD_SIZE", read_number("LOCAL_SIZE", 1))
+    return LaunchEnv(rank, world, read_number("LOCAL_RANK", 0), max(1, local_world))
+
+
+def read_number(variable: str, default: int) -> int:
+    """Return the number in a launcher's environment variable; one that is not set, or set to nothing, has the default.
+
+    Raises:
+        UserError: for anything else than a number.
+    """
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(f"{variable}={text[:40]!r} in the environment is not a number of processes; unset it")
+    return int(text)
 
 
 def _ask_mpi() -> None:

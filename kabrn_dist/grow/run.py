@@ -13,7 +13,7 @@ from torch import Tensor
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints
 from kabrn_dist.checkpoint.manifest import Manifest
-from kabrn_dist.checkpoint.state import RunState, read_state
+from kabrn_dist.checkpoint.state import CursorState, RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config, parse_config
@@ -179,7 +179,7 @@ def _initial_state(growth: Growth) -> dict[str, Any]:
     state = RunState(
         step=0,
         updates=old.updates,
-        cursor=asdict(cursor),
+        cursor=CursorState(**asdict(cursor)),
         precision=config.training.precision,
         loss_scale=scale,
         config=config.model_dump(mode="json"),

@@ -48,7 +48,8 @@ def measure_step(
 ) -> dict[str, float]:
     """Return what to log of a step's sources. Collective.
 
-    For each source: `loss`, nats per target, if the step had any of it; `share`, its fraction of the step's targets;
+    For each source: `loss`, nats per target, if the step had any of it; `share`, its fraction of the step's targets, if
+    it had any;
     `tokens` drawn in the first `consumed` sequences of the run; `epochs`, passes over the source in these.
 
     Args:
@@ -62,7 +63,7 @@ def measure_step(
     for batch, each in zip(batches, sums, strict=True):
         parts.add(batch, each.rows)
     total = parts.all_reduce(mesh)
-    everything = max(1.0, float(total[:, 1].sum()))
+    everything = float(total[:, 1].sum())
     drawn_all = data.sequences_drawn(consumed)
     values: dict[str, float] = {}
     for number, name in enumerate(data.corpus.names):
@@ -72,8 +73,9 @@ def measure_step(
             continue
         if targets:
             values[f"source/{name}/loss"] = nats / targets
+        if everything:
+            values[f"source/{name}/share"] = targets / everything
         values |= {
-            f"source/{name}/share": targets / everything,
             f"source/{name}/tokens": float(drawn * data.sequence_length),
             f"source/{name}/epochs": drawn / count,
         }

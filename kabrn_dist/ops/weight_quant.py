@@ -164,6 +164,8 @@ def absmean_scales(latents: Tensor, scale_group_size: int | None = None) -> Tens
     experts, outputs, inputs = latents.shape
     if scale_group_size is None:
         return mean_magnitude(sum_magnitudes(latents.view(experts, -1)), outputs * inputs, latents.dtype).view(-1, 1, 1)
+    # A group larger than the matrix is the matrix; it must not be written out in its full size.
+    scale_group_size = min(scale_group_size, outputs)
     sums = sum_magnitudes(latents.reshape(-1, inputs)).view(experts, outputs)
     grouped = [part.sum(1) for part in sums.split(scale_group_size, 1)]
     means = [

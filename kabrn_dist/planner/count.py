@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +33,33 @@ class ParameterCounts:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Return the numbers of parameters, counted on the meta device without allocating memory."""
-    with torch.device("meta"):
-        model = MixKABRN(config, ExpertPlacement.single(config.experts.num_experts), single_process_mesh("meta"))
-    layers = len(config.moe_layers)
-    total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for p in model.select_parameters(lambda p: p.routed))
+    """Return the numbers of parameters, counted on the meta device without allocating memory.
+
+    One layer of each kind is built, so that the time does not depend on their number.
+    """
+    moe_layers = set(config.moe_layers)
+    kinds = Counter((mixer, layer in moe_layers) for layer, mixer in enumerate(config.layers))
+    total = routed = ternary = outside = 0
+    for (mixer, has_mixture), count in kinds.items():
+        model = _build_layer(config, mixer, has_mixture)
+        inside = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
+        outside = sum(p.numel() for p in model.parameters()) - inside
+        total += count * inside
+        routed += count * sum(p.numel() for p in model.select_parameters(lambda p: p.routed))
+        ternary += count * sum(p.numel() for p in model.select_parameters(lambda p: p.ternary))
+    total += outside
+    layers = len(moe_layers)
     per_expert = routed // (config.experts.num_experts * layers) if layers else 0
     replicated = total - routed
     # The embedding is a look-up of one row.
     active = replicated - config.vocab_size * config.hidden_size + config.hidden_size
     active += per_expert * config.experts.top_k * layers
-    ternary = sum(p.numel() for p in model.select_parameters(lambda p: p.ternary))
     return ParameterCounts(total, active, per_expert, replicated, ternary)
+
+
+def _build_layer(config: ModelConfig, mixer: str, has_mixture: bool) -> MixKABRN:
+    """The model with a single layer of one kind, on the meta device."""
+    experts = config.experts.model_copy(update={"moe_layer_interval": 1, "num_dense_layers": int(not has_mixture)})
+    single = config.model_copy(update={"layers": mixer, "experts": experts})
+    with torch.device("meta"):
+        return MixKABRN(single, ExpertPlacement.single(experts.num_experts), single_process_mesh("meta"))

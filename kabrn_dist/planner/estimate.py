@@ -5,6 +5,7 @@ from __future__ import annotations
 from kabrn_dist.config import Config
 from kabrn_dist.distributed.expert_placement import plan_expert_counts
 from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.planner.memory import estimate_memory, format_bytes
 
 
 def describe_plan(config: Config, world_size: int) -> str:
@@ -17,6 +18,7 @@ def describe_plan(config: Config, world_size: int) -> str:
     held = sorted({counts.replicated + counts.per_expert * n * layers for n in expert_counts or ()})
     expert, sequence = config.parallel.expert_parallel, config.parallel.sequence_parallel
     tokens = training.global_batch_size * config.data.sequence_length
+    need = estimate_memory(config, world_size)
     ternary_mib = (counts.ternary / 4 + 2 * (counts.total - counts.ternary)) / 2**20
     groups = (
         "; ".join(str(list(range(a, a + expert))) for a in range(0, world_size, expert)[:4]) if expert > 1 else "none"
@@ -32,6 +34,8 @@ def describe_plan(config: Config, world_size: int) -> str:
         f"ternary              {counts.ternary:,} ({counts.ternary / counts.total:.1%}); "
         f"{ternary_mib:.2f} MiB at 2 bits each and 2 bytes for the rest",
         f"held per rank        {' or '.join(f'{n:,}' for n in held) or 'as measured'} before ZeRO",
+        f"memory per process   at least {format_bytes(sum(need))}: {format_bytes(need.state)} for weights, gradients "
+        f"and moments, {format_bytes(need.activations + need.batch)} for activations and data",
         f"one step             {training.global_batch_size} sequences = {tokens:,} tokens: "
         f"{world_size // sequence} data ranks × "
         f"{config.gradient_accumulation_steps(world_size)} micro-batches × {training.micro_batch_size}",

@@ -11,12 +11,12 @@ def format_step(step: int, values: Mapping[str, float], applied: bool) -> str:
 
     Args:
         step: number of the step.
-        values: scalars by their names in the log.
+        values: scalars by their names in the log; without a loss if no token carried one.
         applied: False for a step that changed nothing.
     """
     parts = [
         f"step {step:6d}",
-        f"loss {values['loss/total']:.4f}"[:11],
+        f"loss {values['loss/total']:.4f}"[:11] if "loss/total" in values else "loss -",
         f"lr {values['optimizer/learning_rate']:.1e}".replace("e-0", "e-"),
         f"grad {_format_norm(values['optimizer/gradient_norm'])}",
     ]

@@ -12,6 +12,7 @@ from kabrn_dist.distributed.expert_placement import allocate_experts, plan_exper
 from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.planner.memory import bytes_per_parameter, format_bytes
 from kabrn_dist.train.throughput import time_matmul
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
@@ -36,7 +37,7 @@ def resolve_placement(config: Config, mesh: Mesh) -> Config:
     Raises:
         UserError: on all ranks, if the experts do not fit.
     """
-    if config.parallel.experts_per_rank != "auto":
+    if config.parallel.experts_per_rank != "auto" or config.parallel.expert_parallel == 1:
         return config
     counts = plan_expert_counts(config)
     if counts is None:
@@ -44,11 +45,23 @@ def resolve_placement(config: Config, mesh: Mesh) -> Config:
         measured[mesh.rank] = torch.tensor([_measure_speed(config, mesh.device), _free_bytes(mesh.device)])
         # Zeros add nothing to the one rank that wrote a row: all ranks read the same numbers.
         speeds, free = mesh.all_reduce_sum(measured).view(-1, mesh.expert_parallel, 2).amin(0).T.tolist()
-        counts = allocate_experts(
-            config.model.experts.num_experts, level(speeds), count_room(config, mesh.world_size, free)
-        )
+        room = count_room(config, mesh.world_size, free)
+        counts = allocate_experts(config.model.experts.num_experts, level(speeds), room)
+        if mesh.is_main:
+            print(_describe_placement(speeds, free, room, counts), flush=True)
     parallel = config.parallel.model_copy(update={"experts_per_rank": counts, "rank_weights": None})
     return config.model_copy(update={"parallel": parallel})
+
+
+def _describe_placement(
+    speeds: Sequence[float], free: Sequence[float], room: Sequence[int], counts: Sequence[int]
+) -> str:
+    """What was measured, and what follows from it."""
+    ranks = "; ".join(
+        f"{speed / 1e9:.1f} GFLOP/s, {format_bytes(each)} free, room for {most}"
+        for speed, each, most in zip(speeds, free, room, strict=True)
+    )
+    return f"experts_per_rank auto: measured for the ranks of an expert group: {ranks}: experts {list(counts)}"
 
 
 def level(speeds: Sequence[float]) -> list[float]:
@@ -69,24 +82,15 @@ def count_room(config: Config, world_size: int, free: Sequence[float]) -> list[i
         free: free bytes of each rank of an expert group.
     """
     counts = count_parameters(config.model)
-    dense = counts.replicated * _bytes_per_parameter(config, world_size)
+    dense = counts.replicated * bytes_per_parameter(config, world_size)
     expert = (
         counts.per_expert
         * len(config.model.moe_layers)
-        * _bytes_per_parameter(config, world_size // config.parallel.expert_parallel)
+        * bytes_per_parameter(config, world_size // config.parallel.expert_parallel)
     )
     if not expert:
         return [config.model.experts.num_experts] * len(free)
     return [max(0, int((STATE_FRACTION * room - dense) / expert)) for room in free]
-
-
-def _bytes_per_parameter(config: Config, copies: int) -> float:
-    """Bytes of a parameter that `copies` ranks hold: master and moments, gradient, weight; ZeRO 1, 2, 3 shard them."""
-    working = 4 if config.training.precision == "fp32" else 2
-    return sum(
-        part / copies if config.parallel.zero_stage >= stage else part
-        for stage, part in ((1, 12), (2, working), (3, working))
-    )
 
 
 def _measure_speed(config: Config, device: torch.device) -> float:

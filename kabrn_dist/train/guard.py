@@ -66,12 +66,12 @@ class Decision(NamedTuple):
     """Decision about one step.
 
     Attributes:
-        kind: what was found.
+        kind: what was found; "empty" is a step without a target.
         skip: do not apply the update.
         reason: message for the console; empty for a good step.
     """
 
-    kind: Literal["good", "spike", "bad"]
+    kind: Literal["good", "empty", "spike", "bad"]
     skip: bool
     reason: str
 
@@ -97,13 +97,21 @@ class LossGuard:
         self.skipped = self.spikes = self.rollbacks = self.bad = 0
         self.returned_to: int | None = None
 
-    def decide(self, sync: StepSync) -> Decision:
-        """Return what to do with a step. Call once per step, before its update."""
+    def decide(self, sync: StepSync, has_targets: bool = True) -> Decision:
+        """Return what to do with a step. Call once per step, before its update.
+
+        Args:
+            sync: its exchanged state.
+            has_targets: False if no token of the step, on any rank, carries loss: then there is nothing to learn, and
+                its loss of 0 says nothing about those of other steps.
+        """
         if sync.bad_losses or sync.bad_gradients:
             self.bad += 1
             kind, ranks = ("loss", sync.bad_losses) if sync.bad_losses else ("gradient", sync.bad_gradients)
             return Decision("bad", True, f"non-finite {kind} on {_join_ranks(ranks)}")
         self.bad = 0
+        if not has_targets:
+            return Decision("empty", True, "")
         loss, limit = sync.losses["language"], self.window.limit()
         if self.config.spike == "off" or not self.window.is_spike(loss):
             return Decision("good", False, "")

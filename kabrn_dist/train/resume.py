@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.sharded_state import sharded_state, sync_working_copy
-from kabrn_dist.checkpoint.state import RunState, read_state
+from kabrn_dist.checkpoint.layout import list_checkpoints, list_links, step_of
+from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
+from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import DataState
+from kabrn_dist.distributed.collectives import broadcast_json, run_on_all, run_on_main
 from kabrn_dist.train.datasets import Datasets
+from kabrn_dist.train.resume_changes import describe_changes, read_model
 from kabrn_dist.utils.errors import UserError
+
+# A message names so many damaged checkpoints.
+SHOWN_FAULTS = 8
 
 
 class Progress(NamedTuple):
@@ -36,25 +44,118 @@ START = Progress(0, 0, {})
 def choose_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
     """Return the checkpoint to resume from; None for a fresh start. Collective.
 
+    A checkpoint whose state cannot be used counts as damaged, as one whose files are.
+
     Args:
         store: checkpoints of the run.
-        resume: "auto", "must", "never", or a checkpoint's path.
+        resume: "auto", "must", "never", or a path: see `find_given`.
 
     Raises:
-        UserError: if a required checkpoint is missing or damaged, or one exists that must not.
+        UserError: if a required checkpoint is missing or damaged, one exists that must not, or all are damaged.
     """
     if resume not in ("auto", "must", "never"):
-        store.check(Path(resume))
-        return Path(resume)
-    found = store.find_latest()
-    if resume == "must" and found is None:
-        raise UserError(f"--resume must: {store.folder} holds no intact checkpoint; use --resume auto")
-    if resume == "never" and found is not None:
+        return find_given(store, resume)
+    found, faults = store.survey(accept=check_state)
+    if resume == "never" and (found is not None or faults):
+        name = found.name if found is not None else next(iter(faults))
         raise UserError(
-            f"--resume never: {store.folder} holds {found.name}; choose another run.folder, "
+            f"--resume never: {store.folder} holds {name}; choose another run.folder, "
             "move it away, or use --resume auto"
         )
+    if found is None and faults:
+        raise UserError(
+            f"{store.folder}: none of its checkpoints can be used, and a fresh start would replace them: "
+            f"{join_faults(faults)}; restore one of them, or set run.folder to another folder to start anew"
+        )
+    if resume == "must" and found is None:
+        raise UserError(f"--resume must: {store.folder} holds no intact checkpoint; use --resume auto")
     return found
+
+
+def find_given(store: CheckpointStore, resume: str) -> Path:
+    """Return the checkpoint that `--resume PATH` means. Collective.
+
+    Args:
+        store: checkpoints of the run.
+        resume: a checkpoint's folder; or the folder of a run, its `checkpoints` or `latest`, for the newest intact one.
+
+    Raises:
+        UserError: if there is none, or it cannot be used.
+    """
+    path = Path(resume).expanduser()
+    folders = [path / "checkpoints", path]
+    if path.name == "latest":
+        folders += [path.parent / "checkpoints", path.parent]
+    folder = broadcast_json(run_on_main(None, _first_with_checkpoints, folders), None)
+    if folder is None:
+        run_on_all(None, _check_exists, path, resume)
+        check_state(path, store.check(path))
+        return path
+    found, faults = CheckpointStore(Path(folder)).survey(accept=check_state)
+    if found is None:
+        raise UserError(f"--resume {resume}: no checkpoint in {folder} can be used: {join_faults(faults)}")
+    return found
+
+
+def describe_resume(path: Path, config: Config) -> list[str]:
+    """Return lines about the checkpoint that a session resumes, and what it changes.
+
+    Args:
+        path: the checkpoint.
+        config: the configuration of the session.
+
+    Raises:
+        UserError: for changes that would make another model of the checkpoint's weights.
+    """
+    state = read_state(path, read_manifest(path))
+    return [f"resumed from {path} at step {state.step}", *describe_changes(path, state, config)]
+
+
+def check_state(path: Path, manifest: Manifest) -> None:
+    """Check that training can go on from the state of a checkpoint, which may come from a stranger.
+
+    Raises:
+        UserError: if not.
+    """
+    read_model(path, read_state(path, manifest))
+
+
+def join_faults(faults: dict[str, str]) -> str:
+    """Return what is wrong with each checkpoint as one text; of many, the first ones."""
+    shown = [f"{name}: {fault}" for name, fault in list(faults.items())[:SHOWN_FAULTS]]
+    more = len(faults) - len(shown)
+    return " | ".join([*shown, f"and {more} more"] if more else shown)
+
+
+def keep_log(folder: Path, step: int) -> Path | None:
+    """Copy a run's log before it is truncated to `step`, if a later checkpoint is kept. Returns the copy.
+
+    Args:
+        folder: the run's folder.
+        step: the log's last step from now on.
+    """
+    log = folder / "log.jsonl"
+    if not log.exists() or all(step_of(path) <= step for path in list_checkpoints(folder / "checkpoints")):
+        return None
+    names = (folder / f"log.before-step-{step:08d}{suffix}.jsonl" for suffix in ("", *map(".{}".format, range(2, 99))))
+    copy = next((name for name in names if not name.exists()), None)
+    if copy is None:
+        raise UserError(f"{folder}: holds too many copies of log.jsonl; move log.before-step-* away")
+    shutil.copyfile(log, copy)
+    return copy
+
+
+def _check_exists(path: Path, resume: str) -> None:
+    if not path.is_dir():
+        raise UserError(
+            f"--resume {resume}: no such checkpoint; use auto, must or never, or name a run's folder or one of its "
+            "checkpoints, such as runs/x/checkpoints/step-00001200"
+        )
+
+
+def _first_with_checkpoints(folders: list[Path]) -> str | None:
+    there = (folder for folder in folders if folder.is_dir())
+    return next((str(folder) for folder in there if list_checkpoints(folder) or list_links(folder)), None)
 
 
 def restore(store: CheckpointStore, path: Path, engine: Engine, datasets: Datasets, config: Config) -> Progress:
@@ -71,7 +172,7 @@ def restore(store: CheckpointStore, path: Path, engine: Engine, datasets: Datase
         UserError: for a checkpoint of other tensors or other data, or a damaged one.
     """
     state = read_state(path, store.load(path, sharded_state(engine).fragments))
-    data_state = _read_data_state(path, state)
+    data_state = DataState(**state.cursor.model_dump())
     data_state.check(datasets.train)
     read = state.step + state.skipped_data_steps
     if data_state.consumed != read * config.training.global_batch_size:
@@ -84,14 +185,7 @@ def restore(store: CheckpointStore, path: Path, engine: Engine, datasets: Datase
     # A checkpoint of another precision has no scale: fp16 then begins with its own.
     if state.precision == "fp16":
         engine.set_loss_scale(state.loss_scale)
-    return Progress(state.step, state.skipped_data_steps, state.guard)
-
-
-def _read_data_state(path: Path, state: RunState) -> DataState:
-    try:
-        return DataState(**state.cursor)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UserError(f"{path}: its cursor cannot be used ({error}); use a checkpoint of this version") from error
+    return Progress(state.step, state.skipped_data_steps, state.guard.model_dump())
 
 
 def make_run_state(
@@ -110,11 +204,11 @@ def make_run_state(
     state = RunState(
         step=progress.step,
         updates=updates,
-        cursor=asdict(datasets.train.state(consumed)),
+        cursor=CursorState(**asdict(datasets.train.state(consumed))),
         skipped_data_steps=progress.skipped_data_steps,
         precision=config.training.precision,
         loss_scale=engine.loss_scale,
-        guard=progress.guard,
+        guard=GuardState(**progress.guard),
         config=config.model_dump(mode="json"),
         tokenizer_sha256=datasets.train.corpus.tokenizer_sha256,
     )

@@ -23,17 +23,24 @@ class Saver:
         async_save: Write in a thread where the run goes on.
         saved_step: Step of the checkpoint that this session started from; None if there is none.
         print_line: Prints one line on the console.
+        after_first_save: Called on each rank once this session has saved a checkpoint.
 
     Attributes:
         saved_step: Step of the newest checkpoint that this session wrote or started from; None if there is none.
     """
 
     def __init__(
-        self, store: CheckpointStore, async_save: bool, saved_step: int | None, print_line: Callable[[str], None]
+        self,
+        store: CheckpointStore,
+        async_save: bool,
+        saved_step: int | None,
+        print_line: Callable[[str], None],
+        after_first_save: Callable[[], None],
     ) -> None:
         self.store, self.async_save, self.saved_step, self.print_line = store, async_save, saved_step, print_line
         self._pending: PendingSave | None = None
         self._failures = 0
+        self._after_first_save: Callable[[], None] | None = after_first_save
         self._step, self._start_time, self._stall_seconds = 0, 0.0, 0.0
 
     def save(self, step: int, fragments: list[Fragment], state: dict[str, Any], wait: bool) -> None:
@@ -85,6 +92,9 @@ class Saver:
             self._failures += 1
             return
         self._failures, self.saved_step = 0, self._step
+        if self._after_first_save is not None:
+            self._after_first_save()
+            self._after_first_save = None
         seconds = time.perf_counter() - self._start_time
         self.print_line(
             f"step {self._step:6d}  saved in {seconds:.2f} s, of which training waited {self._stall_seconds:.2f} s"

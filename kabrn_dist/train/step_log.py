@@ -120,7 +120,8 @@ class StepLogger:
         engine, guard = self.engine, self.guard
         tokens_per_second = log.totals.tokens / log.seconds
         training_seconds = sum(seconds for phase, seconds in phase_seconds.items() if phase != "log")
-        values = {f"loss/{name}": value for name, value in log.sync.losses.items()} | {
+        unknown = () if log.totals.valid_tokens else ("total", "language")
+        values = {f"loss/{name}": value for name, value in log.sync.losses.items() if name not in unknown} | {
             "optimizer/learning_rate": log.learning_rate,
             "optimizer/weight_decay": log.weight_decay,
             "optimizer/gradient_norm": log.result.gradient_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from kabrn_dist.backend.ternary_weights import current_codes
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
+from kabrn_dist.config.idle import list_idle_settings
 from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
@@ -28,13 +30,23 @@ from kabrn_dist.metrics.logger import MetricsLogger
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import count_parameters
 from kabrn_dist.planner.flops import flops_per_token
+from kabrn_dist.planner.memory import check_memory, process_memory
 from kabrn_dist.train.console import format_text
 from kabrn_dist.train.datasets import Datasets, open_datasets, wait_for_verification
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
 from kabrn_dist.train.phase_timer import PhaseTimer
-from kabrn_dist.train.resume import START, Progress, choose_checkpoint, make_run_state, restore
+from kabrn_dist.train.resume import (
+    START,
+    Progress,
+    check_state,
+    choose_checkpoint,
+    describe_resume,
+    keep_log,
+    make_run_state,
+    restore,
+)
 from kabrn_dist.train.run_summary import describe_run
 from kabrn_dist.train.sample import generate_sample
 from kabrn_dist.train.saver import Saver
@@ -42,6 +54,7 @@ from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.train.step_batches import next_step_batches
 from kabrn_dist.train.step_log import StepLog, StepLogger
 from kabrn_dist.train.stop_requests import StopRequests
+from kabrn_dist.train.target_share import TargetShare
 from kabrn_dist.train.throughput import measure_matmul_rate
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
@@ -72,6 +85,8 @@ def train(config: Config, env: LaunchEnv, resume: str = "auto", stop_after: int 
     datasets = open_datasets(config)
     # The watchdog of a rank that hangs must act before the other ranks' collectives time out.
     with init_distributed(env, max(DEFAULT_TIMEOUT_S, 2 * config.guard.hang_timeout_s)) as device:
+        available = process_memory(device, env.local_world_size)
+        run_on_all(None, check_memory, config, env.world_size, available, "it")
         parallel = config.parallel
         mesh = make_mesh(env, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
         with Trainer.create(resolve_placement(config, mesh), mesh, datasets, resume) as trainer:
@@ -95,6 +110,7 @@ class Trainer:
         store: checkpoints of the run.
         stop_requests: signals, the file STOP and the time limit.
         resumed_from: checkpoint that the session started from; None for a fresh start.
+        start_lines: what the console says of that checkpoint.
         first_step: steps done before this session.
         step: steps done, those that changed nothing included.
         skipped_data_steps: steps' worth of data that rollbacks have skipped.
@@ -121,9 +137,11 @@ class Trainer:
         resources: ExitStack,
         progress: Progress = START,
         resumed_from: Path | None = None,
+        start_lines: Sequence[str] = (),
     ) -> None:
         self.config, self.mesh, self.datasets, self.engine, self.store = config, mesh, datasets, engine, store
         self.stop_requests, self.watchdog, self.resumed_from = stop_requests, watchdog, resumed_from
+        self.start_lines = start_lines
         self._resources = resources
         self.first_step = self.step = progress.step
         self.skipped_data_steps = progress.skipped_data_steps
@@ -131,6 +149,7 @@ class Trainer:
         self.guard.restore(progress.guard)
         self.stopping = False
         self.timer = PhaseTimer()
+        self._target_share = TargetShare()
 
     @classmethod
     def create(cls, config: Config, mesh: Mesh, datasets: Datasets, resume: str = "auto") -> Trainer:
@@ -162,8 +181,13 @@ class Trainer:
                 background_group=mesh.checkpoint_group,
             )
             checkpoint = choose_checkpoint(store, resume)
-            if checkpoint is None and config.run.init_from is not None:
+            start_lines: list[str] = []
+            if checkpoint is not None:
+                # Before anything slow: a change that the checkpoint does not allow ends the session here.
+                start_lines = run_on_all(None, describe_resume, checkpoint, config)
+            elif config.run.init_from is not None:
                 checkpoint = grow(config.run.init_from, config)
+                start_lines = [f"grown from the run in {config.run.init_from}, as step 0 of this run"]
             engine = Engine(build_model(config, mesh), config, mesh)
             progress = restore(store, checkpoint, engine, datasets, config) if checkpoint else START
             return cls(
@@ -177,6 +201,7 @@ class Trainer:
                 resources.pop_all(),
                 progress,
                 checkpoint,
+                start_lines,
             )
         raise AssertionError("ExitStack suppresses nothing")
 
@@ -197,8 +222,9 @@ class Trainer:
 
     def _open(self) -> None:
         config, mesh, folder = self.config, self.mesh, self.config.run.folder
-        run_on_main(None, atomic_write, folder / "config.yaml", dump_config(config).encode())
+        run_on_main(None, self._write_config, self.resumed_from is None)
         run_on_main(None, atomic_write, folder / TOKENIZER_NAME, self.datasets.tokenizer.content)
+        log_copy = run_on_main(None, keep_log, folder, self.step)
         self.metrics = run_on_all(None, MetricsLogger, folder, mesh.is_main, self.step, config.training.steps)
         self._resources.callback(self.metrics.close)
         self.metrics.write_text(0, "config", dump_config(config))
@@ -207,15 +233,39 @@ class Trainer:
         mfu_per_speed = flops_per_token(config.model, config.data.sequence_length, counts.active) / matmul_rate
         for line in describe_run(config, mesh, counts, matmul_rate):
             self.metrics.print_line(line)
-        if self.resumed_from:
-            self.metrics.print_line(f"resumed from {self.resumed_from} at step {self.step}")
+        for line in list_idle_settings(config, mesh.world_size):
+            self.metrics.print_line(f"warning: {line}")
+        for line in self.start_lines:
+            self.metrics.print_line(line)
+        self._tell_log_copy(log_copy)
         saved_step = self.step if self.resumed_from else None
-        self.saver = Saver(self.store, config.checkpoint.async_save, saved_step, self.metrics.print_line)
+        self.saver = Saver(
+            self.store, config.checkpoint.async_save, saved_step, self.metrics.print_line, self._try_write_config
+        )
         self._figures = TrainingFigures(self.engine, self.metrics, self.step)
         self._step_logger = StepLogger(
             self.engine, self.guard, self.metrics, self.timer, self.datasets.train, mfu_per_speed, self.step
         )
         self._resources.enter_context(self.stop_requests.listening())
+
+    def _write_config(self, replace: bool) -> None:
+        file = self.config.run.folder / "config.yaml"
+        if replace or not file.exists():
+            atomic_write(file, dump_config(self.config).encode())
+
+    def _try_write_config(self) -> None:
+        """Put this session's configuration in the place of that of an earlier one; not collective."""
+        try:
+            if self.mesh.is_main:
+                self._write_config(replace=True)
+        except (OSError, UserError) as error:
+            self.metrics.print_line(f"config.yaml still holds the last session's configuration: {error}")
+
+    def _tell_log_copy(self, copy: Path | None) -> None:
+        if copy is not None:
+            self.metrics.print_line(
+                f"log.jsonl goes on after step {self.step}; later steps, of which a checkpoint is kept, are in {copy}"
+            )
 
     def run(self, stop_after: int | None = None) -> bool:
         """Train, validate and save at their intervals. Collective.
@@ -256,7 +306,7 @@ class Trainer:
         with self.timer.span("sync"):
             losses, grad_norm = _sum_losses([losses for losses, _ in passes]), engine.local_grad_norm()
             sync = sync_step(mesh, losses, grad_norm, self.stop_requests.requested(), self.saver.done())
-        decision = self.guard.decide(sync)
+        decision = self.guard.decide(sync, has_targets=totals.valid_tokens > 0)
         is_logged = _is_due(self.step + 1, config.training.log_interval) or self.step + 1 == config.training.steps
         with self.timer.span("log"):
             codes = current_codes(engine) if is_logged else []
@@ -264,6 +314,8 @@ class Trainer:
             result = engine.skip_step() if decision.skip else engine.optimizer_step(lr, decay)
         self.guard.record(decision, sync, result.applied)
         self._end_step(sync, decision, first_sequence)
+        if warning := self._target_share.add(totals):
+            self.metrics.print_line(f"step {self.step:6d}  {warning}")
         traffic = [layer.take() for layer in engine.model.traffic]
         if not is_logged:
             return
@@ -297,7 +349,12 @@ class Trainer:
         Raises:
             UserError: on all ranks, if the last checkpoint cannot be written.
         """
-        finished = self.step == self.config.training.steps or not self._has_data()
+        finished = self.step >= self.config.training.steps or not self._has_data()
+        if not self._weights_are_finite():
+            raise UserError(
+                f"the weights are not finite after step {self.step}, and nothing was saved of them; lower "
+                f"optimizer.learning_rate {self.config.optimizer.learning_rate:g}, and start again"
+            )
         if finished and self.step > self.first_step and not _is_due(self.step, self.config.validation.eval_interval):
             self._validate()
         self._save(wait=True)
@@ -335,9 +392,18 @@ class Trainer:
         self.watchdog.report_progress(f"validating after step {self.step}")
         return self.mesh.any_rank(self.stop_requests.requested())
 
+    def _weights_are_finite(self) -> bool:
+        """Return whether all weights are finite, the same on all ranks. Collective."""
+        weights = [part.values for part in sharded_state(self.engine).fragments if part.name.endswith("/master")]
+        return not self.mesh.any_rank(not all(bool(each.isfinite().all()) for each in weights))
+
     def _save(self, wait: bool) -> None:
         wait_for_verification(self.datasets, self.mesh, self.watchdog.report_progress, self.metrics.print_line)
         self.watchdog.report_progress(f"saving step {self.step}")
+        if not wait and not self._weights_are_finite():
+            # The steps that follow will be bad ones, and must find an older checkpoint to go back to.
+            self.metrics.print_line(f"step {self.step:6d}  the weights are not finite: no checkpoint of this step")
+            return
         fragments, updates = sharded_state(self.engine)
         progress = Progress(self.step, self.skipped_data_steps, self.guard.state())
         state = make_run_state(progress, updates, self.engine, self.datasets, self.config)
@@ -347,7 +413,7 @@ class Trainer:
         """Return to the newest checkpoint, and skip all data that was read since."""
         self.saver.wait()
         self.watchdog.report_progress("returning to the last checkpoint")
-        path = self.store.find_latest() or self.resumed_from
+        path = self.store.survey(accept=check_state).path or self.resumed_from
         bad = f"{self.guard.bad} bad steps in a row, up to step {self.step}"
         if path is None:
             raise UserError(f"{bad}, and no checkpoint to go back to; lower optimizer.learning_rate, or check the data")
@@ -360,6 +426,7 @@ class Trainer:
         self.guard.roll_back(progress.step, progress.guard)
         self.skipped_data_steps += self.step - progress.step
         self.step = self._step_logger.step = self.saver.saved_step = progress.step
+        self._tell_log_copy(run_on_main(None, keep_log, self.config.run.folder, self.step))
         self.metrics.truncate_after(self.step)
         self.metrics.print_line(f"{bad}: back to {path.name}; data up to position {self.sequences_consumed} is skipped")
 

@@ -22,9 +22,9 @@ class Scores(NamedTuple):
     """Means over the scored tokens.
 
     Attributes:
-        loss: nats per token.
-        bits_per_byte: bits per byte of text.
-        gzip_bits_per_byte: what `gzip -9` needs, for comparison.
+        loss: nats per token; not a number if no token was scored.
+        bits_per_byte: bits per byte of text; not a number if no text was scored.
+        gzip_bits_per_byte: what `gzip -9` needs, for comparison; not a number if that is not recorded.
         sources: loss and bits per byte of each source, by name in the log.
         saturation: fraction of each layer's int8 codes at ±127, by name in the log.
     """
@@ -42,10 +42,11 @@ class Scores(NamedTuple):
 
     def line(self) -> str:
         """Return the scores as text for the console."""
-        return (
-            f"validation {self.loss:.4f} nats per token, "
-            f"{self.bits_per_byte:.3f} bits per byte (gzip -9: {self.gzip_bits_per_byte:.3f})"
-        )
+        if math.isnan(self.loss):
+            return "validation: no token of its sequences is a target, so there is no loss; raise eval_sequences"
+        rival = "" if math.isnan(self.gzip_bits_per_byte) else f" (gzip -9: {self.gzip_bits_per_byte:.3f})"
+        text = "" if math.isnan(self.bits_per_byte) else f", {self.bits_per_byte:.3f} bits per byte{rival}"
+        return f"validation {self.loss:.4f} nats per token{text}"
 
 
 def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Callable[[], bool]) -> Scores | None:
@@ -85,9 +86,9 @@ def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Ca
     total = sums.all_reduce(mesh)
     nats, tokens, text_bytes = total.sum(0).tolist()
     return Scores(
-        nats / max(1, tokens),
-        nats / math.log(2) / max(1, text_bytes),
-        datasets.gzip_bits_per_byte,
+        nats / tokens if tokens else math.nan,
+        nats / math.log(2) / text_bytes if text_bytes else math.nan,
+        datasets.gzip_bits_per_byte or math.nan,
         validation_values(data.corpus.names, total),
         saturation.values(mesh),
     )

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import reprlib
+import types
 import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.safe_open import read_plain
-
-# No person writes more, and PyYAML would take minutes for it.
-_FILE_BYTES_LIMIT = 4 << 20
+from kabrn_dist.utils.strict_yaml import load_yaml, read_yaml
+from kabrn_dist.utils.user_values import check_number, read_path
 
 
 class ConfigSection(BaseModel):
@@ -37,6 +36,29 @@ class ConfigSection(BaseModel):
                 raise ValueError(f"{name} is {str(value).lower()}, which is not one of its values")
         return values
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_paths_and_check_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read paths as people write them, and refuse numbers that nothing can be computed with."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if section_type(annotation) is not None:
+            return value
+        # The keys of a mapping are names, whatever its values are.
+        is_mapping = typing.get_origin(annotation) is dict
+        kinds = _branches(typing.get_args(annotation)[1] if is_mapping else annotation)
+        return _read_parts(value, Path in kinds, str in kinds)
+
+
+def _read_parts(value: Any, is_path: bool, is_text: bool) -> Any:
+    if isinstance(value, list | tuple):
+        return [_read_parts(part, is_path, is_text) for part in value]
+    if isinstance(value, dict):
+        return {key: _read_parts(part, is_path, is_text) for key, part in value.items()}
+    if isinstance(value, str) and (is_path or is_text):
+        return value if is_text else read_path(value)
+    check_number(value)
+    return value
+
 
 def read_mapping(path: Path, hint: str, expected: str) -> dict[str, Any]:
     """Return the mapping at the top of a YAML file.
@@ -51,49 +73,32 @@ def read_mapping(path: Path, hint: str, expected: str) -> dict[str, Any]:
     """
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; {hint}")
-    try:
-        tree = yaml.safe_load(read_plain(path, _FILE_BYTES_LIMIT, follow_links=True, remedy=hint).decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply for a configuration") from None
+    tree = read_yaml(path, remedy=hint)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected {expected}, found {type(tree).__name__}")
     return tree
 
 
-def split_override(override: str, example: str) -> tuple[str, Any]:
-    """Return key and value of a `--set` option such as `training.steps=100`.
+def set_value(tree: dict[str, Any], override: str, example: str, model: type[BaseModel]) -> None:
+    """Apply a `--set` option such as `training.steps=100` to `tree` in place, creating sections as needed.
 
-    Raises:
-        UserError: for an option without `=`, or a value that is not YAML. The message gives `example`.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override!r}: expected {example}")
-    try:
-        return key, yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from None
-
-
-def set_value(tree: dict[str, Any], override: str, example: str) -> None:
-    """Apply a `--set` option to `tree` in place, creating sections as needed.
-
-    In a list of mappings, an entry is addressed by its `name`, as in `sources.math.weight=2`.
+    In a list of mappings, an entry is addressed by its `name`, as in `sources.math.weight=2`; in a mapping of names to
+    values, all that follows is the name, as in `data.weights.math.2=1`. A text or a path is taken as it is written; any
+    other value is YAML.
 
     Args:
         tree: the configuration as YAML has it.
         override: the option, `section.key=value`.
         example: how the message for a malformed option describes a good one.
+        model: the type of the configuration.
 
     Raises:
         UserError: for a malformed option, or a key below something that is not a section.
     """
-    key, value = split_override(override, example)
-    *parents, last = key.split(".")
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: expected {example}")
+    (*parents, last), annotation = _find_field(key.split("."), model)
     section: Any = tree
     for parent in parents:
         if isinstance(section, list):
@@ -106,7 +111,59 @@ def set_value(tree: dict[str, Any], override: str, example: str) -> None:
             raise UserError(f"--set {override!r}: {parent!r} is a value, not a section")
     if isinstance(section, list):
         raise UserError(f"--set {override!r}: name a key of {last!r} too, as in {key}.KEY=…")
-    section[last] = value
+    section[last] = _read_value(text, annotation, override)
+
+
+def _read_value(text: str, annotation: Any, override: str) -> Any:
+    """The value that `text` means for a field; YAML would end a text at ` #`, and make a date or a number of it."""
+    kinds = set(_alternatives(annotation))
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    is_null = types.NoneType in kinds and text in ("", "null", "~")
+    if kinds and kinds <= {str, Path, types.NoneType} and not is_quoted and not is_null:
+        return text
+    try:
+        value = load_yaml(text)
+    except UserError as error:
+        raise UserError(f"--set {override!r}: {text[:80]!r} is not a YAML value ({error}); quote it") from None
+    if re.search(r"(^|\s)#", text) and "#" not in str(value):
+        raise UserError(f"--set {override!r}: # begins a comment in YAML; put the value in quotes, or leave out the #")
+    return value
+
+
+def _find_field(parts: list[str], model: type[BaseModel]) -> tuple[list[str], Any]:
+    """The keys that lead to a value, and the type of its field; None where the configuration has no such field."""
+    section: Any = model
+    entry: Any = None
+    for number, part in enumerate(parts):
+        if section is None:
+            # The name of an entry of a list.
+            section = entry
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return parts, None
+        annotation, rest = field.annotation, parts[number + 1 :]
+        origin = typing.get_origin(annotation)
+        if not rest:
+            return parts, annotation
+        if origin is dict:
+            value = typing.get_args(annotation)[1]
+            return (parts, None) if value is Any else ([*parts[: number + 1], ".".join(rest)], value)
+        inner = section_type(annotation)
+        if inner is None:
+            return parts, None
+        section, entry = (None, inner) if origin is tuple else (inner, None)
+    return parts, None
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation is a union of, without `Annotated`."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _alternatives(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for argument in typing.get_args(annotation) for kind in _alternatives(argument)]
+    return [] if annotation is None else [annotation]
 
 
 def explain_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -151,7 +208,8 @@ def _explain(detail: Any, model: type[BaseModel]) -> str:
     if detail["type"] == "value_error":
         # A rule between sections has no key of its own.
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {reprlib.repr(detail['input'])}"
+    found = "null" if detail["input"] is None else reprlib.repr(detail["input"])
+    return f"{key}: {message}, found {found}"
 
 
 def _known_keys(location: list[str], model: type[BaseModel]) -> list[str]:

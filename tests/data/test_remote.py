@@ -238,7 +238,7 @@ def test_a_cache_that_is_too_small_is_said_but_does(
 
 def test_other_bad_urls_are_refused(index: tuple[Path, Index], web: Web, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nonsense:// cannot be read here"):
-        open_corpus(data("nonsense://bucket/set", tmp_path))
+        open_shard_set("nonsense://bucket/set", tmp_path, 1.0)
     with pytest.raises(UserError, match=r"127.0.0.1:9/index.json: .*in 3 tries"):
         open_corpus(data("http://127.0.0.1:9", tmp_path))
     file = tmp_path / "file"

@@ -17,13 +17,17 @@ DOCUMENT = 256
 
 
 class Texts(NamedTuple):
-    """Random documents of one source: `train` and `validation` of them, each of `sizes` tokens."""
+    """Random documents of one source: `train` and `validation` of them, each of `sizes` tokens.
+
+    Of a masked one, the first token of a document and `targets` of the others carry loss.
+    """
 
     name: str
     train: int = 30
     validation: int = 5
     sizes: tuple[int, int] = (1, 900)
     masked: bool = False
+    targets: float = 0.3
     weight: float = 1.0
     epochs: float | None = None
     per_shard: int = 10
@@ -85,6 +89,6 @@ def _documents(texts: Texts, count: int, vocabulary: int, random: np.random.Gene
         tokens[0] = DOCUMENT
         use = None
         if texts.masked:
-            use = random.random(len(tokens)) < 0.3
+            use = random.random(len(tokens)) < texts.targets
             use[0] = True
         yield TokenizedDocument(tokens, use)

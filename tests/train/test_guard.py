@@ -281,3 +281,24 @@ def test_what_one_rank_says() -> None:
     )
     assert sync_step(single_process_mesh(), losses, bad, True, False)[1:] == ([], [0], True, False)
     assert sync_step(single_process_mesh(), losses * bad, bad, False, False)[1:3] == ([0], [])
+
+
+def test_steps_without_targets_change_nothing_and_show_no_figures(tmp_path: Path) -> None:
+    make_set(tmp_path / "set", Texts("qa", 4, 2, (4000, 5000), masked=True, targets=0.0))
+    config = write_small_config(
+        tmp_path / "c.yaml", tmp_path / "set", tmp_path / "run", **ONE_PASS, guard__spike="skip"
+    )
+    with fork_server.start_ranks("launch.train:main", [["--config", str(config)]], 2) as group:
+        ended = group.wait(60)
+    assert ended.exit_codes == (0, 0), ended.output
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "optimizer/learning_rate" in entry]
+    empty = [entry["step"] for entry in steps if "loss/language" not in entry]
+    assert len(empty) >= STEPS - 2 and ended.output.count("loss -") == len(empty)
+    assert all(("loss/total" in entry) == (entry["step"] not in empty) for entry in steps)
+    assert ended.output.count(f"step{empty[0]:7d}  warning: none of its 128 tokens is a target") == 1
+    assert ended.output.count("is a target") == 1 + ended.output.count("no token of its sequences")
+    assert "0.0000" not in ended.output and not any("validation/loss" in entry for entry in entries)
+    state = checkpoint(tmp_path / "run", STEPS)[1]
+    assert state["updates"] == STEPS - len(empty) == len(state["guard"]["window"])
+    assert state["guard"]["skipped"] == len(empty) and state["guard"]["bad"] == 0

@@ -1,0 +1,111 @@
+"""Differences between the configuration of a checkpoint and the one that a session resumes it with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kabrn_dist.checkpoint.state import RunState
+from kabrn_dist.config import Config, ModelConfig, OptimizerConfig
+from kabrn_dist.config.migrate import migrate
+from kabrn_dist.grow.plan import TRAINING_KEYS
+from kabrn_dist.train.schedule import learning_rate
+from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.yaml_section import explain_errors
+
+# Keys of the section `model` that may change within a run: they decide about training, not about the trained model.
+FREE_MODEL_KEYS = {f"model.{key}" for key in (*TRAINING_KEYS, "quantize_start_step", "quantize_warmup_steps")}
+
+
+def read_model(path: Path, state: RunState) -> ModelConfig:
+    """Return the section `model` of the configuration in a checkpoint.
+
+    Args:
+        path: the checkpoint, for messages.
+        state: its state.
+
+    Raises:
+        UserError: if the checkpoint's configuration describes no model.
+    """
+    try:
+        return ModelConfig.model_validate(migrate(dict(state.config)).get("model"))
+    except ValidationError as error:
+        mistakes = "; ".join(explain_errors(error, ModelConfig))
+    except UserError as error:
+        mistakes = str(error)
+    raise UserError(f"{path}: the configuration in its state cannot be used ({mistakes}); use another checkpoint")
+
+
+def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
+    """Return lines about what a session changes in the run that it resumes; none if nothing is changed.
+
+    Args:
+        path: the checkpoint.
+        state: its state.
+        config: the configuration of the session.
+
+    Raises:
+        UserError: for changes that would make another model of the checkpoint's weights.
+    """
+    before = _flatten({**migrate(dict(state.config)), "model": read_model(path, state).model_dump(mode="json")})
+    after = _flatten(config.model_dump(mode="json"))
+    changed = [
+        (key, before[key], value)
+        for key, value in after.items()
+        if key not in ("version", "run.folder") and key in before and before[key] != value
+    ]
+    refused = [change for change in changed if change[0].startswith("model.") and change[0] not in FREE_MODEL_KEYS]
+    if refused:
+        told = ", ".join(
+            f"{key} is {_show(then)} in the checkpoint and {_show(now)} here" for key, then, now in refused
+        )
+        remedy = ", ".join(f"{key} to {_show(then)}" for key, then, _ in refused)
+        raise UserError(
+            f"{path}: {told}: that would be another model of the same weights; set {remedy}, or set run.folder to "
+            "another folder to start anew"
+        )
+    lines = [f"changed since the checkpoint: {key} {_show(then)} → {_show(now)}" for key, then, now in changed]
+    return lines + _describe_schedule(state, before, config)
+
+
+def _describe_schedule(state: RunState, before: dict[str, Any], config: Config) -> list[str]:
+    step, steps = state.step, config.training.steps
+    if step > steps:
+        return [f"training.steps {steps} is less than the {step} steps done: nothing is left to train"]
+    try:
+        old = OptimizerConfig.model_validate(_unflatten(before, "optimizer"))
+        rates = learning_rate(step, int(before["training.steps"]), old), learning_rate(step, steps, config.optimizer)
+    except (ValidationError, KeyError, TypeError, ValueError):
+        # A schedule that this version refuses cannot be compared, and need not be: it is not used.
+        return []
+    if step == steps or rates[0] == rates[1]:
+        return []
+    return [f"the learning rate of step {step + 1} is {rates[1]:.3e}; by the schedule so far it was {rates[0]:.3e}"]
+
+
+def _flatten(tree: dict[str, Any], parent: str = "") -> dict[str, Any]:
+    """Values by their dotted keys; lists are values, and so are mappings in place of a value, such as data.weights."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{parent}{key}"
+        is_section = isinstance(value, dict) and name not in ("data.weights", "data.epochs")
+        flat |= _flatten(value, f"{name}.") if is_section else {name: value}
+    return flat
+
+
+def _unflatten(flat: dict[str, Any], section: str) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key.startswith(f"{section}."):
+            *parents, last = key.split(".")[1:]
+            inner = tree
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = value
+    return tree
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
