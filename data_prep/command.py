@@ -71,13 +71,14 @@ def _make_recipe(options: argparse.Namespace) -> Recipe:
 def _recipe_from_file(options: argparse.Namespace) -> Recipe:
     if options.input or options.field:
         raise UserError("--input and --field belong to --source text; name inputs in the recipe, or with --set")
-    overrides = [f"out={options.out}"] if options.out is not None else []
-    for flag in ("validation_share", "shard_mb"):
-        if getattr(options, flag) is not None:
-            overrides.append(f"{flag}={getattr(options, flag)}")
+    flags = {
+        flag: getattr(options, flag)
+        for flag in ("out", "validation_share", "shard_mb")
+        if getattr(options, flag) is not None
+    }
     if options.tokenizer is not None or options.vocabulary is not None:
-        overrides.append(f"tokenizer={_tokenizer_section(options)}")
-    return load_recipe(options.recipe, [*options.set, *overrides])
+        flags["tokenizer"] = _tokenizer_section(options)
+    return load_recipe(options.recipe, options.set, flags)
 
 
 def _recipe_from_options(options: argparse.Namespace) -> Recipe:

@@ -26,8 +26,9 @@ from data_prep.duplicates import (
     make_hash_ranges,
     read_pairs,
 )
-from data_prep.encode import ShardBuilder
+from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
+from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.plan import load_recipe_tokenizer, plan_shards
 from data_prep.progress import StageProgress
 from data_prep.read import ReadRecord, SourceReader, digest_inputs, select_runs
@@ -36,7 +37,7 @@ from data_prep.report import write_report
 from data_prep.streams import Stream, make_streams, read_shard_plan, write_shard_plan
 from data_prep.workers import WorkerGroup
 from data_prep.workspace import Workspace
-from kabrn_dist.data.index import Index
+from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Index
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.atomic_io import atomic_open
@@ -65,6 +66,7 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     opened: list[tuple[Tokenizer | None, SourceReader, str]] = []
 
     def open_inputs() -> None:
+        check_out_holds_no_input(recipe.out, recipe.named_inputs())
         reader = SourceReader(recipe, workspace.runs)
         opened.append((load_recipe_tokenizer(recipe), reader, digest_inputs(reader, recipe)))
 
@@ -167,6 +169,8 @@ def _plan_shards(
     chosen, tasks = plan_shards(recipe, workspace.runs, streams, dropped, tokenizer)
     if tokenizer is None and chosen.vocab_size < (recipe.tokenizer.train or 0):
         print(f"the texts yield only {chosen.vocab_size:,} ids")
+    shards = (f"{shard_name(streams[task.stream], task)}.tar" for task in tasks)
+    workspace.claim_files([*shards, TOKENIZER_NAME, *REPORT_NAMES, INDEX_NAME])
     chosen.save(workspace.tokenizer)
     write_shard_plan(workspace.shard_plan, tasks)
 

@@ -214,7 +214,7 @@ class SourceReader:
             config = self._recipe.cleaning_config(self._recipe.sources[number])
             key = config.contamination.model_dump_json()
             if config.contamination.paths and key not in self._evaluation_sets:
-                self._evaluation_sets[key] = load_evaluation_sets(config.contamination)
+                self._evaluation_sets[key] = load_evaluation_sets(config.contamination, self._recipe.out)
             self._cleaners[number] = Cleaner(config, self._evaluation_sets.get(key))
         return self._cleaners[number]
 
@@ -257,7 +257,7 @@ def _store(
 
 
 def _open_source(recipe: Recipe, source: SourceRecipe) -> DataSource:
-    return build_source(source.kind, recipe.input_paths(source), dict(source.options))
+    return build_source(source.kind, recipe.input_paths(source), dict(source.options), recipe.out)
 
 
 def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
@@ -271,7 +271,7 @@ def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
         kind, fields = "Unit" if isinstance(unit, Unit) else "Group", unit._asdict() | {"path": None}
         described = ", ".join(f"{name}={value!r}" for name, value in fields.items())
         digest.update(f"Item(number={task.number}, source={task.source}, unit={kind}({described}))".encode())
-        for path in _unit_files(unit):
+        for path in _unit_files(unit, recipe.out):
             digest.update(f"{path.name} {_file_state(path)}".encode())
     return digest.hexdigest()
 
@@ -282,14 +282,14 @@ def _other_files(recipe: Recipe) -> Iterator[Path]:
         yield recipe.tokenizer.file
     for source in recipe.sources:
         for path in recipe.cleaning_config(source).contamination.paths:
-            yield from list_evaluation_files(path)
+            yield from list_evaluation_files(path, recipe.out)
 
 
-def _unit_files(unit: Unit | FileGroup) -> Iterator[Path]:
+def _unit_files(unit: Unit | FileGroup, out: Path) -> Iterator[Path]:
     if isinstance(unit, Unit):
         yield unit.path
     else:
-        yield from (unit.path / name for name, _ in walk_files(unit.path, unit.first, unit.last))
+        yield from (unit.path / name for name, _ in walk_files(unit.path, unit.first, unit.last, out=out))
 
 
 def _file_state(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,13 +102,23 @@ class Recipe(ConfigSection):
         """Return the inputs of `source`, resolved against `root`."""
         return [self.root / path for path in source.input]
 
+    def named_inputs(self) -> list[tuple[str, Path]]:
+        """Return all files and folders that a preparation reads, each with a word for it in messages."""
+        named = [("input", path) for source in self.sources for path in self.input_paths(source)]
+        if self.tokenizer.file is not None:
+            named.append(("tokenizer", self.tokenizer.file))
+        for source in self.sources:
+            named += [("evaluation set", path) for path in self.cleaning_config(source).contamination.paths]
+        return named
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML file, apply overrides and validate.
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a YAML file, apply overrides and flags, and validate.
 
     Args:
         path: the file.
-        overrides: `a.b=c`; `sources.NAME.key=…` finds a source by its name.
+        overrides: `a.b=c`, where c is YAML; `sources.NAME.key=…` finds a source by its name.
+        flags: values of keys at the top level as the command line gives them, not YAML.
 
     Raises:
         UserError: for a missing file, bad YAML, an unknown key or a wrong value.
@@ -116,6 +126,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = read_mapping(path, "give a recipe such as configs/data_mix.yaml", "a mapping with `sources:`")
     for override in overrides:
         set_value(tree, override, _EXAMPLE_OVERRIDE)
+    tree.update(flags or {})
     return parse_recipe(tree, str(path))
 
 

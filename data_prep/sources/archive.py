@@ -125,7 +125,7 @@ def _open_single(unit: Unit) -> Iterator[Member]:
 
 
 def _open_group(group: FileGroup, file_filter: FileFilter) -> Iterator[Member]:
-    for below, _ in walk_files(group.path, group.first, group.last, file_filter.skipped_folders):
+    for below, _ in walk_files(group.path, group.first, group.last, file_filter.skipped_folders, file_filter.out):
         name = f"{group.label}/{below}"
         if name.endswith(ARCHIVES) or not file_filter.matches(name):
             continue

@@ -39,6 +39,7 @@ class FileSource(ABC):
         inputs: files and folders to read.
         options: the options.
         unit_bytes: approximate size of a unit.
+        out: the folder for the shards, which is left out of the inputs.
     """
 
     kind: ClassVar[str]
@@ -58,6 +59,7 @@ class FileSource(ABC):
         self.inputs = tuple(inputs)
         self.options: Any = options
         self.unit_bytes = unit_bytes
+        self.out: Path | None = None
 
     @property
     def masked(self) -> bool:
@@ -70,7 +72,7 @@ class FileSource(ABC):
         Raises:
             UserError: an input is wrong or empty.
         """
-        units = list_units(self.inputs, self.file_filter(), self.unit_bytes)
+        units = list_units(self.inputs, self._filter(), self.unit_bytes)
         if not units:
             raise self._empty_error(", ".join(map(str, self.inputs)), list_example_names(self.inputs))
         return units
@@ -125,7 +127,7 @@ class FileSource(ABC):
 
         def watched() -> Iterator[Member]:
             nonlocal any_member
-            for member in open_members(unit, self.file_filter(), seen):
+            for member in open_members(unit, self._filter(), seen):
                 any_member = True
                 yield member
 
@@ -134,6 +136,9 @@ class FileSource(ABC):
             raise self._empty_error(str(unit.path), seen)
         if not any_member:
             yield Document(unit.name, None, problem=f"nothing in it for source {self.kind}")
+
+    def _filter(self) -> FileFilter:
+        return self.file_filter()._replace(out=self.out)
 
     def _is_given_by_name(self, unit: Unit | FileGroup) -> bool:
         return unit.path in self.inputs

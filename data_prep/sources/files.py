@@ -15,6 +15,8 @@ from kabrn_dist.utils.errors import UserError
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".zip")
 UNIT_BYTES = 8 << 20
 _SHOWN = 4
+# Folders that link to one another could be walked through in a factorial number of ways.
+_MAX_LINKS = 5
 
 
 class FileGroup(NamedTuple):
@@ -48,6 +50,7 @@ class FileFilter(NamedTuple):
         accepts_archive: which archives in folders are opened; None: all.
         file_per_unit: whether each file is a unit.
         skipped_folders: names of folders that are not entered.
+        out: the folder for the shards, which is not entered either.
     """
 
     endings: tuple[str, ...]
@@ -57,6 +60,7 @@ class FileFilter(NamedTuple):
     accepts_archive: Callable[[str], bool] | None = None
     file_per_unit: bool = False
     skipped_folders: frozenset[str] = frozenset()
+    out: Path | None = None
 
     def matches(self, name: str) -> bool:
         """Return whether a file or archive member of this name is read."""
@@ -89,24 +93,31 @@ def list_units(inputs: Sequence[Path], file_filter: FileFilter, unit_bytes: int 
 
 
 def walk_files(
-    folder: Path, first: str = "", last: str | None = None, skipped_folders: frozenset[str] = frozenset()
+    folder: Path,
+    first: str = "",
+    last: str | None = None,
+    skipped_folders: frozenset[str] = frozenset(),
+    out: Path | None = None,
 ) -> Iterator[tuple[str, int]]:
     """Walk through the files of a folder in sorted order. The names of one folder at a time are in memory.
 
-    Hidden files and macOS metadata are left out. Links are followed unless they lead to a folder above.
+    Hidden files and macOS metadata are left out. Links are followed unless they lead to a folder
+    above, and at most five in one path.
 
     Args:
         folder: the folder.
         first: name of the first file.
         last: name of the last file; None: to the end. Only folders between the two are listed.
         skipped_folders: names of folders that are not entered.
+        out: one more folder that is not entered, wherever it lies.
 
     Yields:
         (name below `folder`, bytes).
     """
     from_parts = tuple(first.split("/")) if first else ()
     to_parts = None if last is None else tuple(last.split("/"))
-    yield from _walk(str(folder), (), from_parts, to_parts, skipped_folders)
+    excluded = None if out is None else _identity(out)
+    yield from _Walk(from_parts, to_parts, skipped_folders, excluded).walk(str(folder), (), (_identity(folder),), 0)
 
 
 def has_ending(name: str, endings: tuple[str, ...]) -> bool:
@@ -126,26 +137,45 @@ def is_hidden(part: str) -> bool:
     return part.startswith(".") or part == "__MACOSX"
 
 
-def _walk(
-    folder: str, above: tuple[str, ...], first: tuple[str, ...], last: tuple[str, ...] | None, skip: frozenset[str]
-) -> Iterator[tuple[str, int]]:
-    with os.scandir(folder) as listing:
-        entries = sorted((entry for entry in listing if not is_hidden(entry.name)), key=lambda entry: entry.name)
-    for entry in entries:
-        parts = (*above, entry.name)
-        if parts < first[: len(parts)] or (last is not None and parts > last[: len(parts)]):
-            continue
-        if entry.is_dir():
-            if entry.name not in skip and not (entry.is_symlink() and _circular(entry.path)):
-                yield from _walk(entry.path, parts, first, last, skip)
-        elif entry.is_file():
-            yield "/".join(parts), entry.stat().st_size
-        elif entry.is_symlink():
-            yield "/".join(parts), 0  # a broken link: reading it reports that
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from others under whatever name: its device and inode; None if there is none."""
+    try:
+        state = folder.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
 
 
-def _circular(link: str) -> bool:
-    return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
+class _Walk(NamedTuple):
+    """A walk through a folder, between two names."""
+
+    first: tuple[str, ...]
+    last: tuple[str, ...] | None
+    skipped: frozenset[str]
+    out: tuple[int, int] | None
+
+    def walk(
+        self, folder: str, above: tuple[str, ...], folders_above: tuple[tuple[int, int] | None, ...], links: int
+    ) -> Iterator[tuple[str, int]]:
+        with os.scandir(folder) as listing:
+            entries = sorted((entry for entry in listing if not is_hidden(entry.name)), key=lambda entry: entry.name)
+        for entry in entries:
+            parts = (*above, entry.name)
+            if parts < self.first[: len(parts)] or (self.last is not None and parts > self.last[: len(parts)]):
+                continue
+            if entry.is_dir():
+                identity = _identity(Path(entry.path))
+                # A link to a folder above would lead round in circles, also by way of other links.
+                if entry.name in self.skipped or identity == self.out or identity in folders_above:
+                    continue
+                depth = links + entry.is_symlink()
+                if depth > _MAX_LINKS:
+                    raise UserError(f"input {entry.path}: {depth} links to folders in one path; remove some of them")
+                yield from self.walk(entry.path, parts, (*folders_above, identity), depth)
+            elif entry.is_file():
+                yield "/".join(parts), entry.stat().st_size
+            elif entry.is_symlink():
+                yield "/".join(parts), 0  # a broken link: reading it reports that
 
 
 def _list_folder_units(
@@ -153,7 +183,7 @@ def _list_folder_units(
 ) -> Iterator[Unit | FileGroup]:
     names: list[str] = []
     size = 0
-    for name, count in walk_files(folder, skipped_folders=file_filter.skipped_folders):
+    for name, count in walk_files(folder, skipped_folders=file_filter.skipped_folders, out=file_filter.out):
         full = f"{label}/{name}"
         is_archive = full.endswith(ARCHIVES)
         if is_archive and file_filter.accepts_archive is not None and not file_filter.accepts_archive(full):

@@ -135,6 +135,8 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
     assert "too small" in refused(capsys, *base, "--vocabulary", 5, "--force")
     assert contents(tmp_path / "set") == before
     (tmp_path / "set" / "notes.md").write_text("mine")
+    assert "holds notes.md" in refused(capsys, *base, "--tokenizer", "bytes", "--force")
+    (tmp_path / "set" / "notes.md").unlink()
     assert run(*base, "--tokenizer", "bytes", "--force") == 0
     after = contents(tmp_path / "set")
     assert set(after) == {
@@ -143,7 +145,6 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
         "tokenizer.json",
         "text-train-00000.tar",
         "text-validation-00000.tar",
-        "notes.md",
     }
 
 
