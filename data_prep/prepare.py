@@ -28,6 +28,7 @@ from data_prep.duplicates import (
 )
 from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
+from data_prep.losses import check_readable, describe_losses
 from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.plan import load_recipe_tokenizer, plan_shards
 from data_prep.progress import StageProgress
@@ -41,7 +42,6 @@ from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Index
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.atomic_io import atomic_open
-from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
 
 
@@ -79,7 +79,12 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     workers.on_main(lambda: workspace.open(inputs, force))
     _read_sources(workspace, reader, workers)
     records = reader.records()
-    workers.on_main(lambda: check_readable(recipe, records))
+
+    def check() -> None:
+        print(describe_losses(recipe, records), end="", flush=True)
+        check_readable(recipe, records, reader.expected_layouts())
+
+    workers.on_main(check)
     dropped = _find_duplicates(workspace, recipe, records, workers)
     streams = make_streams(recipe, records)
     workers.on_main(lambda: _plan_shards(workspace, recipe, streams, dropped, tokenizer))
@@ -97,21 +102,6 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
 
     workers.on_main(finish)
     return written[0] if written else None
-
-
-def check_readable(recipe: Recipe, records: Sequence[ReadRecord]) -> None:
-    """Check that no source has more unreadable documents than `max_unreadable` allows.
-
-    Raises:
-        UserError: a source has too many.
-    """
-    for source, record in zip(recipe.sources, records, strict=True):
-        if record.unreadable > recipe.max_unreadable * record.documents:
-            raise UserError(
-                f"source {source.name!r}: {record.unreadable} of {record.documents} documents cannot be read (first: "
-                f"{record.unreadable_names[0]}); repair or remove them, or raise max_unreadable, which is "
-                f"{recipe.max_unreadable:g}"
-            )
 
 
 def _read_sources(workspace: Workspace, reader: SourceReader, workers: WorkerGroup) -> None:
@@ -205,6 +195,9 @@ def scan(recipe: Recipe, folder: Path) -> list[ReadRecord]:
 
     Returns:
         One record per source.
+
+    Raises:
+        UserError: for unusable input, or if too much of it cannot be read.
     """
     reader = SourceReader(recipe, folder, texts=False)
     total = sum(task.unit.bytes for task in reader.tasks)
@@ -212,4 +205,6 @@ def scan(recipe: Recipe, folder: Path) -> list[ReadRecord]:
         for task in reader.tasks:
             reader.read(task, progress)
         progress.publish()
-    return reader.records()
+    records = reader.records()
+    check_readable(recipe, records, reader.expected_layouts())
+    return records

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data_prep.documents import Unit
 from data_prep.sources.compression import COMPRESSED_ENDINGS, describe_error
+from data_prep.sources.layout import describe_kind, guess_source
 from data_prep.sources.lines import find_cuts
 from kabrn_dist.utils.errors import UserError
 
@@ -66,23 +68,37 @@ class FileFilter(NamedTuple):
         """Return whether a file or archive member of this name is read."""
         return has_ending(name, self.endings) and self.accepts(name)
 
+    def reason_left_out(self, name: str) -> str:
+        """Return why a file or archive member of this name is not read."""
+        if has_ending(name, (*self.endings, *ARCHIVES)):
+            return "that its kind or options leave out"
+        ending = PurePosixPath(name).suffix.lower()
+        return f"ending in {ending}" if ending else "without an ending"
 
-def list_units(inputs: Sequence[Path], file_filter: FileFilter, unit_bytes: int = UNIT_BYTES) -> list[Unit | FileGroup]:
+
+def list_units(
+    inputs: Sequence[Path],
+    file_filter: FileFilter,
+    unit_bytes: int = UNIT_BYTES,
+    left_out: Counter[str] | None = None,
+) -> list[Unit | FileGroup]:
     """Return the units of files, archives, and folders of both, sorted by name. A folder may have no units.
 
     Args:
         inputs: the paths. A file that is given by name only needs the right ending.
         file_filter: which files to read.
         unit_bytes: approximate size of a unit.
+        left_out: gets the number of files in folders that are not read, by reason.
 
     Raises:
         UserError: a path is missing, of another type, or given twice, or a folder cannot be read.
     """
     units: list[Unit | FileGroup] = []
+    left_out = Counter() if left_out is None else left_out
     for path, label in _label_inputs(inputs).items():
         try:
             if path.is_dir():
-                units += _list_folder_units(path, label, file_filter, unit_bytes)
+                units += _list_folder_units(path, label, file_filter, unit_bytes, left_out)
             else:
                 units += _list_file_units(path, label, path.stat().st_size, file_filter, unit_bytes)
         except FileNotFoundError as error:
@@ -121,10 +137,11 @@ def walk_files(
 
 
 def has_ending(name: str, endings: tuple[str, ...]) -> bool:
-    """Return whether `name` has one of these endings, also before a suffix of compression."""
+    """Return whether `name` has one of these endings in upper or lower case, also before a suffix of compression."""
+    name = name.lower()
     for packed in COMPRESSED_ENDINGS:
         name = name.removesuffix(packed)
-    return name.endswith(endings)
+    return name.endswith(tuple(ending.lower() for ending in endings))
 
 
 def reject_archives(name: str) -> bool:
@@ -179,21 +196,21 @@ class _Walk(NamedTuple):
 
 
 def _list_folder_units(
-    folder: Path, label: str, file_filter: FileFilter, unit_bytes: int
+    folder: Path, label: str, file_filter: FileFilter, unit_bytes: int, left_out: Counter[str]
 ) -> Iterator[Unit | FileGroup]:
     names: list[str] = []
     size = 0
     for name, count in walk_files(folder, skipped_folders=file_filter.skipped_folders, out=file_filter.out):
         full = f"{label}/{name}"
-        is_archive = full.endswith(ARCHIVES)
-        if is_archive and file_filter.accepts_archive is not None and not file_filter.accepts_archive(full):
-            continue
-        if not is_archive and not file_filter.matches(full):
+        is_archive = full.lower().endswith(ARCHIVES)
+        accepted = file_filter.accepts_archive is None or file_filter.accepts_archive(full)
+        if not (accepted if is_archive else file_filter.matches(full)):
+            left_out[file_filter.reason_left_out(full)] += 1
             continue
         separate = (
             is_archive
             or file_filter.file_per_unit
-            or (count >= unit_bytes and (_cut_boundary(full, file_filter) or full.endswith(COMPRESSED_ENDINGS)))
+            or (count >= unit_bytes and (_cut_boundary(full, file_filter) or full.lower().endswith(COMPRESSED_ENDINGS)))
         )
         may_split = names and (
             file_filter.group_key is None or file_filter.group_key(names[-1]) != file_filter.group_key(name)
@@ -215,11 +232,13 @@ def _make_group(folder: Path, label: str, names: list[str], size: int) -> FileGr
 
 
 def _list_file_units(path: Path, name: str, size: int, file_filter: FileFilter, unit_bytes: int) -> Iterator[Unit]:
-    if name.endswith(ARCHIVES):
+    if name.lower().endswith(ARCHIVES):
         yield Unit(path, name, size)
     elif not has_ending(path.name, file_filter.endings):
+        guess = guess_source([path.name])
+        hint = f"; it looks like {guess}: {describe_kind(guess)}" if guess else ""
         raise UserError(
-            f"input {path}: unknown file type; give {', '.join((*file_filter.endings, *ARCHIVES))} or folders"
+            f"input {path}: unknown file type; give {', '.join((*file_filter.endings, *ARCHIVES))} or folders{hint}"
         )
     elif (boundary := _cut_boundary(name, file_filter)) is None or size <= unit_bytes:
         yield Unit(path, name, size)
@@ -230,9 +249,9 @@ def _list_file_units(path: Path, name: str, size: int, file_filter: FileFilter, 
 
 
 def _cut_boundary(name: str, file_filter: FileFilter) -> bytes | None:
-    if name.endswith(COMPRESSED_ENDINGS):
+    if name.lower().endswith(COMPRESSED_ENDINGS):
         return None
-    return b"\n" if name.endswith(".jsonl") else file_filter.boundary
+    return b"\n" if name.lower().endswith(".jsonl") else file_filter.boundary
 
 
 def _label_inputs(inputs: Sequence[Path]) -> dict[Path, str]:

@@ -37,6 +37,11 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--input", nargs="+", type=Path, default=[], metavar="PATH", help="for --source text: files or folders to read")
     add("--field", metavar="KEY", help='for --source text: key of the text in a .jsonl line (default "text")')
     add(
+        "--unit",
+        choices=("document", "line", "paragraph"),
+        help="for --source text: what one document of a .txt is (default document: the file)",
+    )
+    add(
         "--vocabulary",
         type=int,
         metavar="N",
