@@ -35,7 +35,8 @@ from data_prep.progress import StageProgress
 from data_prep.read import ReadRecord, SourceReader, digest_inputs, select_runs
 from data_prep.recipe import Recipe
 from data_prep.report import write_report
-from data_prep.streams import Stream, make_streams, read_shard_plan, write_shard_plan
+from data_prep.split import Stream
+from data_prep.streams import make_streams, read_shard_plan, write_shard_plan
 from data_prep.workers import WorkerGroup
 from data_prep.workspace import Workspace
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Index
