@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,8 @@ from kabrn_dist.utils.mpi import is_under_mpirun
 
 # Of a folder of one's own files some may be none that can be read, but hardly half of them.
 _MAX_UNREADABLE = 0.5
+# More processes than this only wait for one another.
+_WORKERS_PER_CPU, _MIN_WORKERS = 4, 16
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -63,6 +66,9 @@ def _make_recipe(options: argparse.Namespace) -> Recipe:
         raise UserError(f"--vocabulary {options.vocabulary}: --tokenizer {options.tokenizer} brings its own; drop one")
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: must be at least 1")
+    most = max(_MIN_WORKERS, _WORKERS_PER_CPU * (os.cpu_count() or 1))
+    if options.workers > most:
+        raise UserError(f"--workers {options.workers}: at most {most} on this machine; use mpirun for several machines")
     if options.vocabulary is not None:
         check_vocab_size(options.vocabulary)
     recipe = _recipe_from_file(options) if options.recipe is not None else _recipe_from_options(options)

@@ -40,9 +40,10 @@ from data_prep.streams import make_streams, read_shard_plan, write_shard_plan
 from data_prep.workers import WorkerGroup
 from data_prep.workspace import Workspace
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Index
-from kabrn_dist.data.index_io import write_index
+from kabrn_dist.data.index_io import read_index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.atomic_io import atomic_open
+from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
 
 
@@ -98,11 +99,22 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
         duplicates = summarize_duplicates(workspace, recipe, records)
         write_report(recipe, records, duplicates, index, reader.licenses(), time.monotonic() - start)
         inject_fault("data.index")
-        written.append(write_index(recipe.out, index))
+        written.append(_write_index(recipe.out, index))
         workspace.close(inputs)
 
     workers.on_main(finish)
     return written[0] if written else None
+
+
+def _write_index(out: Path, index: Index) -> Index:
+    """Write the index and read it again: what does not come back as it was is not finished."""
+    written = write_index(out, index)
+    try:
+        read_index(out)
+    except UserError:
+        (out / INDEX_NAME).unlink()
+        raise
+    return written
 
 
 def _read_sources(workspace: Workspace, reader: SourceReader, workers: WorkerGroup) -> None:
