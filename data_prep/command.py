@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from data_prep import DEFAULT_VOCAB_SIZE
-from data_prep.prepare import check_readable, prepare, scan
+from data_prep.losses import summarize_records
+from data_prep.prepare import prepare, scan
 from data_prep.recipe import Recipe, load_recipe, parse_recipe
-from data_prep.report import summarize_records
 from data_prep.train_tokenizer import check_vocab_size
 from data_prep.workers import MpiWorkerGroup, WorkerGroup, start_workers
 from data_prep.workspace import acquire_workspace, release_workspace
 from kabrn_dist.data.index import Index
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.mpi import is_under_mpirun
+
+# Of a folder of one's own files some may be none that can be read, but hardly half of them.
+_MAX_UNREADABLE = 0.5
+# More processes than this only wait for one another.
+_WORKERS_PER_CPU, _MIN_WORKERS = 4, 16
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -60,6 +66,9 @@ def _make_recipe(options: argparse.Namespace) -> Recipe:
         raise UserError(f"--vocabulary {options.vocabulary}: --tokenizer {options.tokenizer} brings its own; drop one")
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: must be at least 1")
+    most = max(_MIN_WORKERS, _WORKERS_PER_CPU * (os.cpu_count() or 1))
+    if options.workers > most:
+        raise UserError(f"--workers {options.workers}: at most {most} on this machine; use mpirun for several machines")
     if options.vocabulary is not None:
         check_vocab_size(options.vocabulary)
     recipe = _recipe_from_file(options) if options.recipe is not None else _recipe_from_options(options)
@@ -69,15 +78,16 @@ def _make_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _recipe_from_file(options: argparse.Namespace) -> Recipe:
-    if options.input or options.field:
-        raise UserError("--input and --field belong to --source text; name inputs in the recipe, or with --set")
-    overrides = [f"out={options.out}"] if options.out is not None else []
-    for flag in ("validation_share", "shard_mb"):
-        if getattr(options, flag) is not None:
-            overrides.append(f"{flag}={getattr(options, flag)}")
+    if options.input or options.field or options.unit:
+        raise UserError("--input, --field and --unit belong to --source text; name them in the recipe, or with --set")
+    flags = {
+        flag: getattr(options, flag)
+        for flag in ("out", "validation_share", "shard_mb")
+        if getattr(options, flag) is not None
+    }
     if options.tokenizer is not None or options.vocabulary is not None:
-        overrides.append(f"tokenizer={_tokenizer_section(options)}")
-    return load_recipe(options.recipe, [*options.set, *overrides])
+        flags["tokenizer"] = _tokenizer_section(options)
+    return load_recipe(options.recipe, options.set, flags)
 
 
 def _recipe_from_options(options: argparse.Namespace) -> Recipe:
@@ -87,11 +97,14 @@ def _recipe_from_options(options: argparse.Namespace) -> Recipe:
         raise UserError(f"--set {options.set[0]}: belongs to --recipe")
     if options.source == "text" and not options.input:
         raise UserError("--input: --source text needs at least one file or folder to read")
-    if options.source == "python-stdlib" and (options.input or options.field):
-        raise UserError("--input and --field belong to --source text; drop them or change --source")
-    source = {"name": options.source, "kind": options.source, "input": [str(path) for path in options.input]}
-    if options.field:
-        source["options"] = {"field": options.field}
+    if options.source == "python-stdlib" and (options.input or options.field or options.unit):
+        raise UserError("--input, --field and --unit belong to --source text; drop them or change --source")
+    source: dict[str, Any] = {
+        "name": options.source,
+        "kind": options.source,
+        "input": [str(path) for path in options.input],
+    }
+    source["options"] = {key: getattr(options, key) for key in ("field", "unit") if getattr(options, key) is not None}
     cleaning = {"unicode": "off", "control": False, "broken": "drop", "tag": False, "quality": "off"}
     tree: dict[str, Any] = {
         "out": str(options.out),
@@ -99,7 +112,7 @@ def _recipe_from_options(options: argparse.Namespace) -> Recipe:
         # The documents as they are, without unreadable ones and exact duplicates.
         "clean": {**cleaning, "repetition": "off", "exact": True, "near": False},
         "sources": [source],
-        "max_unreadable": 1.0,
+        "max_unreadable": _MAX_UNREADABLE,
     }
     for flag in ("validation_share", "shard_mb"):
         if getattr(options, flag) is not None:
@@ -137,7 +150,6 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, group: WorkerGroup) ->
 def _print_dry_run(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = scan(recipe, Path(folder))
-    check_readable(recipe, records)
     print(summarize_records(recipe, records))
     print(f"dry run: {recipe.out} was not touched")
 

@@ -28,6 +28,9 @@ class Document(NamedTuple):
         key: key of a parallel text; documents of interleaved sources with the same key belong together.
         problem: why there is no text.
         raw: bytes that could not be decoded, which cleaning may repair.
+        lost_bytes: number of bytes that could not be read, if it is known.
+        mismatch: whether it could be read, but has another layout than its source expects.
+        stretch: whether it is a part of a larger text.
     """
 
     name: str
@@ -36,6 +39,9 @@ class Document(NamedTuple):
     key: str | None = None
     problem: str = ""
     raw: bytes | None = None
+    lost_bytes: int = 0
+    mismatch: bool = False
+    stretch: bool = False
 
 
 class Unit(NamedTuple):

@@ -13,7 +13,8 @@ import numpy as np
 from data_prep.progress import StageProgress
 from data_prep.shards import TokenizedDocument, write_tar_shard
 from data_prep.sorted_runs import RunReader, StoredDocument, merge_sorted
-from data_prep.streams import ShardTask, Stream
+from data_prep.split import Stream
+from data_prep.streams import ShardTask
 from data_prep.tokens import DocumentEncoder
 from data_prep.workspace import Workspace
 from kabrn_dist.data.index import Shard, dtype_for
@@ -98,7 +99,7 @@ class ShardBuilder:
     def _documents(self, task: ShardTask) -> Iterator[StoredDocument]:
         runs = self._streams[task.stream].runs
         for run, row in merge_sorted(self._workspace.runs, runs, task.low, task.high, self._dropped):
-            yield self._reader.read(run, row)
+            yield task.part_of(row, self._reader.read(run, row))
 
 
 def shard_name(stream: Stream, task: ShardTask) -> str:

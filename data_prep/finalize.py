@@ -16,7 +16,8 @@ from data_prep.encode import gzip_record_path, read_shard_record, shard_record_p
 from data_prep.read import ReadRecord, select_runs
 from data_prep.recipe import Recipe, SourceRecipe
 from data_prep.samples import DuplicateSummary, sample_duplicates
-from data_prep.streams import ShardTask, Stream, read_shard_plan
+from data_prep.split import Stream
+from data_prep.streams import ShardTask, read_shard_plan
 from data_prep.workspace import Workspace
 from kabrn_dist.data.index import Index, Source, Split, SplitName, TokenizerInfo, dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from data_prep.recipe import Recipe
 from data_prep.sorted_runs import RunReader, StoredDocument, merge_sorted
-from data_prep.streams import ShardTask, SizeHistogram, Stream, count_sizes, plan_stream
+from data_prep.split import SizeHistogram, Stream, describe_split, divide_stream
+from data_prep.streams import ShardTask, plan_stream
 from data_prep.tokens import DocumentEncoder
 from data_prep.train_tokenizer import TRAINING_CHARACTERS, train_tokenizer
 from kabrn_dist.data.index import dtype_for
@@ -48,7 +50,8 @@ def plan_shards(
     Raises:
         UserError: a stream has nothing to train on.
     """
-    histograms = [count_sizes(run_folder, stream, dropped, recipe.validation_share) for stream in streams]
+    histograms = [divide_stream(run_folder, stream, dropped, recipe.validation_share) for stream in streams]
+    _say_splits(recipe, streams, histograms)
     reader = RunReader(run_folder)
     if tokenizer is None:
         assert recipe.tokenizer.train is not None
@@ -64,6 +67,20 @@ def plan_shards(
         tasks += plan_stream(number, histogram, recipe.shard_mb * 1e6 / item_bytes * bytes_per_token)
     reader.close()
     return tokenizer, tasks
+
+
+def _say_splits(recipe: Recipe, streams: Sequence[Stream], histograms: Sequence[SizeHistogram]) -> None:
+    for stream, histogram in zip(streams, histograms, strict=True):
+        line = describe_split(stream, histogram, recipe.validation_share)
+        if line:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+    if not any(histogram.validation.any() for histogram in histograms):
+        print(
+            f"warning: no text is held out for validation: validation_share is {recipe.validation_share:g}; a training "
+            "run that validates needs another shard set, or a validation_share above 0 here",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def allocate_bytes(budget: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
@@ -110,5 +127,7 @@ def _read_train_texts(
         if left <= 0:
             return
         document = reader.read(run, row)
+        if histogram.cut is not None:
+            document = histogram.cut.part_of(row, document, "train")
         yield document._replace(text=document.text[:left]) if len(document.text) > left else document
         left -= len(document.text)

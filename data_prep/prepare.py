@@ -26,18 +26,21 @@ from data_prep.duplicates import (
     make_hash_ranges,
     read_pairs,
 )
-from data_prep.encode import ShardBuilder
+from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
+from data_prep.losses import check_readable, describe_losses
+from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.plan import load_recipe_tokenizer, plan_shards
 from data_prep.progress import StageProgress
 from data_prep.read import ReadRecord, SourceReader, digest_inputs, select_runs
 from data_prep.recipe import Recipe
 from data_prep.report import write_report
-from data_prep.streams import Stream, make_streams, read_shard_plan, write_shard_plan
+from data_prep.split import Stream
+from data_prep.streams import make_streams, read_shard_plan, write_shard_plan
 from data_prep.workers import WorkerGroup
 from data_prep.workspace import Workspace
-from kabrn_dist.data.index import Index
-from kabrn_dist.data.index_io import write_index
+from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Index
+from kabrn_dist.data.index_io import read_index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.atomic_io import atomic_open
 from kabrn_dist.utils.errors import UserError
@@ -65,6 +68,7 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     opened: list[tuple[Tokenizer | None, SourceReader, str]] = []
 
     def open_inputs() -> None:
+        check_out_holds_no_input(recipe.out, recipe.named_inputs())
         reader = SourceReader(recipe, workspace.runs)
         opened.append((load_recipe_tokenizer(recipe), reader, digest_inputs(reader, recipe)))
 
@@ -77,7 +81,12 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     workers.on_main(lambda: workspace.open(inputs, force))
     _read_sources(workspace, reader, workers)
     records = reader.records()
-    workers.on_main(lambda: check_readable(recipe, records))
+
+    def check() -> None:
+        print(describe_losses(recipe, records), end="", flush=True)
+        check_readable(recipe, records, reader.expected_layouts())
+
+    workers.on_main(check)
     dropped = _find_duplicates(workspace, recipe, records, workers)
     streams = make_streams(recipe, records)
     workers.on_main(lambda: _plan_shards(workspace, recipe, streams, dropped, tokenizer))
@@ -90,26 +99,22 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
         duplicates = summarize_duplicates(workspace, recipe, records)
         write_report(recipe, records, duplicates, index, reader.licenses(), time.monotonic() - start)
         inject_fault("data.index")
-        written.append(write_index(recipe.out, index))
+        written.append(_write_index(recipe.out, index))
         workspace.close(inputs)
 
     workers.on_main(finish)
     return written[0] if written else None
 
 
-def check_readable(recipe: Recipe, records: Sequence[ReadRecord]) -> None:
-    """Check that no source has more unreadable documents than `max_unreadable` allows.
-
-    Raises:
-        UserError: a source has too many.
-    """
-    for source, record in zip(recipe.sources, records, strict=True):
-        if record.unreadable > recipe.max_unreadable * record.documents:
-            raise UserError(
-                f"source {source.name!r}: {record.unreadable} of {record.documents} documents cannot be read (first: "
-                f"{record.unreadable_names[0]}); repair or remove them, or raise max_unreadable, which is "
-                f"{recipe.max_unreadable:g}"
-            )
+def _write_index(out: Path, index: Index) -> Index:
+    """Write the index and read it again: what does not come back as it was is not finished."""
+    written = write_index(out, index)
+    try:
+        read_index(out)
+    except UserError:
+        (out / INDEX_NAME).unlink()
+        raise
+    return written
 
 
 def _read_sources(workspace: Workspace, reader: SourceReader, workers: WorkerGroup) -> None:
@@ -167,6 +172,8 @@ def _plan_shards(
     chosen, tasks = plan_shards(recipe, workspace.runs, streams, dropped, tokenizer)
     if tokenizer is None and chosen.vocab_size < (recipe.tokenizer.train or 0):
         print(f"the texts yield only {chosen.vocab_size:,} ids")
+    shards = (f"{shard_name(streams[task.stream], task)}.tar" for task in tasks)
+    workspace.claim_files([*shards, TOKENIZER_NAME, *REPORT_NAMES, INDEX_NAME])
     chosen.save(workspace.tokenizer)
     write_shard_plan(workspace.shard_plan, tasks)
 
@@ -201,6 +208,9 @@ def scan(recipe: Recipe, folder: Path) -> list[ReadRecord]:
 
     Returns:
         One record per source.
+
+    Raises:
+        UserError: for unusable input, or if too much of it cannot be read.
     """
     reader = SourceReader(recipe, folder, texts=False)
     total = sum(task.unit.bytes for task in reader.tasks)
@@ -208,4 +218,6 @@ def scan(recipe: Recipe, folder: Path) -> list[ReadRecord]:
         for task in reader.tasks:
             reader.read(task, progress)
         progress.publish()
-    return reader.records()
+    records = reader.records()
+    check_readable(recipe, records, reader.expected_layouts())
+    return records

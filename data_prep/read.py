@@ -28,6 +28,7 @@ from kabrn_dist.utils.fault_injection import inject_fault
 SAMPLES_PER_REASON = 3
 SHOWN_CHARACTERS = 200
 _LISTED_UNREADABLE = 20
+_LOSSES = ("unreadable", "lost_bytes", "mismatches", "stretches")
 
 
 class ReadTask(NamedTuple):
@@ -68,6 +69,11 @@ class ReadRecord:
         languages: number of documents kept, by language.
         lengths: number of documents kept, by size: `lengths[n]` counts those of 2^(n−1) ≤ bytes < 2^n.
         runs: names of the runs written.
+        removed_bytes: characters of text removed, by reason.
+        lost_bytes: bytes that could not be read, as far as known.
+        mismatches: number of documents of another layout among the unreadable ones.
+        stretches: number of documents that are parts of larger texts.
+        left_out: number of files that the source did not open, by reason.
     """
 
     source: int
@@ -84,10 +90,16 @@ class ReadRecord:
     languages: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     runs: list[str] = field(default_factory=list)
+    removed_bytes: Counter[str] = field(default_factory=Counter)
+    lost_bytes: int = 0
+    mismatches: int = 0
+    stretches: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
-    def count_removed(self, reason: str, name: str, text: str, detail: str = "") -> None:
-        """Count a document that was removed; the first few of each reason become samples."""
+    def count_removed(self, reason: str, name: str, text: str, detail: str = "", size: int | None = None) -> None:
+        """Count a removed document, of `size` or the size of `text`; the first few of each reason become samples."""
         self.removed[reason] += 1
+        self.removed_bytes[reason] += len(text) if size is None else size
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES_PER_REASON:
             samples.append((name, text[:SHOWN_CHARACTERS], detail[:SHOWN_CHARACTERS]))
@@ -95,15 +107,17 @@ class ReadRecord:
     def count_unreadable(self, document: Document) -> None:
         """Count a document that could not be read."""
         self.unreadable += 1
+        self.lost_bytes += document.lost_bytes
+        self.mismatches += document.mismatch
         if len(self.unreadable_names) < _LISTED_UNREADABLE:
             self.unreadable_names.append(f"{document.name}: {document.problem}")
 
     def merge(self, other: ReadRecord) -> None:
         """Add the counts of a later task of the same source."""
-        for name in ("tasks", "documents", "bytes", "clean_documents", "clean_bytes", "unreadable"):
+        for name in ("tasks", "documents", "bytes", "clean_documents", "clean_bytes", *_LOSSES):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.masked |= other.masked
-        for name in ("removed", "languages", "lengths"):
+        for name in ("removed", "removed_bytes", "left_out", "languages", "lengths"):
             getattr(self, name).update(getattr(other, name))
         for reason, samples in other.samples.items():
             self.samples[reason] = (self.samples.get(reason, []) + samples)[:SAMPLES_PER_REASON]
@@ -115,7 +129,8 @@ def read_record(path: Path) -> ReadRecord:
     """Read the record of a finished task."""
     fields = json.loads(path.read_bytes())
     fields["lengths"] = Counter({int(size): count for size, count in fields["lengths"].items()})
-    fields["removed"], fields["languages"] = Counter(fields["removed"]), Counter(fields["languages"])
+    for name in ("removed", "removed_bytes", "left_out", "languages"):
+        fields[name] = Counter(fields[name])
     return ReadRecord(**fields)
 
 
@@ -149,10 +164,12 @@ class SourceReader:
         self._sources = [_open_source(recipe, source) for source in recipe.sources]
         self._cleaners: dict[int, Cleaner] = {}
         self._evaluation_sets: dict[str, EvaluationSets] = {}
+        self._unlisted: list[Counter[str]] = []
         self.tasks: list[ReadTask] = []
         for number, source in enumerate(self._sources):
             for unit in source.units():
                 self.tasks.append(ReadTask(len(self.tasks), number, unit))
+            self._unlisted.append(Counter(source.left_out))
 
     def is_finished(self, task: ReadTask) -> bool:
         """Return whether an earlier run did `task`."""
@@ -160,10 +177,14 @@ class SourceReader:
 
     def records(self) -> list[ReadRecord]:
         """Return one record per source, the sum over its tasks."""
-        sums = [ReadRecord(number, tasks=0) for number in range(len(self._sources))]
+        sums = [ReadRecord(number, tasks=0, left_out=Counter(files)) for number, files in enumerate(self._unlisted)]
         for task in self.tasks:
             sums[task.source].merge(read_record(self._record_path(task)))
         return sums
+
+    def expected_layouts(self) -> list[str]:
+        """Return what each source expects, in words."""
+        return [source.expected for source in self._sources]
 
     def licenses(self) -> dict[str, str]:
         """Return the license of each source by its name in the recipe; "" if it is not known."""
@@ -189,10 +210,13 @@ class SourceReader:
         record = ReadRecord(task.source)
         writer = RunWriter(self._folder, task.name, self._texts)
         remaining = task.unit.bytes
-        for document in self._sources[task.source].read(task.unit):
+        reader = self._sources[task.source]
+        reader.left_out.clear()
+        for document in reader.read(task.unit):
             size = len(document.text or document.raw or b"")
             record.documents += 1
             record.bytes += size
+            record.stretches += document.stretch
             completed = min(size, remaining)
             remaining -= completed
             progress.advance(1, size, completed)
@@ -202,6 +226,7 @@ class SourceReader:
             _store(document, cleaner, record, writer, task, source)
         writer.flush()
         record.runs = writer.names
+        record.left_out = Counter(reader.left_out)
         inject_fault("data.part")
         atomic_write(self._record_path(task), json.dumps(vars(record), sort_keys=True).encode())
         progress.advance(0, 0, remaining)
@@ -214,7 +239,7 @@ class SourceReader:
             config = self._recipe.cleaning_config(self._recipe.sources[number])
             key = config.contamination.model_dump_json()
             if config.contamination.paths and key not in self._evaluation_sets:
-                self._evaluation_sets[key] = load_evaluation_sets(config.contamination)
+                self._evaluation_sets[key] = load_evaluation_sets(config.contamination, self._recipe.out)
             self._cleaners[number] = Cleaner(config, self._evaluation_sets.get(key))
         return self._cleaners[number]
 
@@ -225,7 +250,8 @@ def _store(
     """Clean one document and store it, or count the reason why it is removed."""
     outcome = cleaner(document)
     if isinstance(outcome, RemovedDocument):
-        record.count_removed(outcome.reason, document.name, document.text or document.problem, outcome.detail)
+        size = len(document.text or document.raw or b"")
+        record.count_removed(outcome.reason, document.name, document.text or document.problem, outcome.detail, size)
         return
     clean = outcome.document
     assert clean.text is not None
@@ -257,7 +283,7 @@ def _store(
 
 
 def _open_source(recipe: Recipe, source: SourceRecipe) -> DataSource:
-    return build_source(source.kind, recipe.input_paths(source), dict(source.options))
+    return build_source(source.kind, recipe.input_paths(source), dict(source.options), recipe.out)
 
 
 def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
@@ -271,7 +297,7 @@ def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
         kind, fields = "Unit" if isinstance(unit, Unit) else "Group", unit._asdict() | {"path": None}
         described = ", ".join(f"{name}={value!r}" for name, value in fields.items())
         digest.update(f"Item(number={task.number}, source={task.source}, unit={kind}({described}))".encode())
-        for path in _unit_files(unit):
+        for path in _unit_files(unit, recipe.out):
             digest.update(f"{path.name} {_file_state(path)}".encode())
     return digest.hexdigest()
 
@@ -282,14 +308,14 @@ def _other_files(recipe: Recipe) -> Iterator[Path]:
         yield recipe.tokenizer.file
     for source in recipe.sources:
         for path in recipe.cleaning_config(source).contamination.paths:
-            yield from list_evaluation_files(path)
+            yield from list_evaluation_files(path, recipe.out)
 
 
-def _unit_files(unit: Unit | FileGroup) -> Iterator[Path]:
+def _unit_files(unit: Unit | FileGroup, out: Path) -> Iterator[Path]:
     if isinstance(unit, Unit):
         yield unit.path
     else:
-        yield from (unit.path / name for name, _ in walk_files(unit.path, unit.first, unit.last))
+        yield from (unit.path / name for name, _ in walk_files(unit.path, unit.first, unit.last, out=out))
 
 
 def _file_state(path: Path) -> str:

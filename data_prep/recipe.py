@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from data_prep.clean.config import CleaningConfig
 from kabrn_dist.utils.errors import UserError
@@ -39,9 +39,15 @@ class SourceRecipe(ConfigSection):
     kind: str = Field(description="Layout: math, amps, m2d2, code, openqa, text, jsonl, parquet, python-stdlib.")
     input: tuple[Path, ...] = Field((), description="Files, folders or archives, relative to `root`.")
     options: dict[str, OptionValue] = Field(default_factory=dict, description="Options of the kind.")
-    weight: float = Field(1.0, ge=0, description="Weight in the training mix, relative to the sum of all weights.")
-    epochs: PositiveFloat | None = Field(
-        None, description="Number of epochs after which training stops drawing from it; null: no limit."
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1e9,
+        description="Weight in the training mix, relative to the sum of all weights. A run leaves a source out with "
+        "data.weights.",
+    )
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="Number of epochs after which training stops drawing from it; null: no limit."
     )
     interleave: SourceName | None = Field(
         None,
@@ -67,7 +73,7 @@ class Recipe(ConfigSection):
     clean: CleaningConfig = Field(default_factory=CleaningConfig, description="How documents are cleaned.")
     sources: tuple[SourceRecipe, ...] = Field(min_length=1, description="Sources of the mix.")
     validation_share: float = Field(0.05, ge=0, lt=1, description="Fraction of each source's documents held out.")
-    shard_mb: PositiveFloat = Field(64, description="Approximate size of a shard in MB of tokens.")
+    shard_mb: float = Field(64, ge=1e-3, le=1e6, description="Approximate size of a shard in MB of tokens.")
     max_unreadable: float = Field(
         0.01, ge=0, le=1, description="Fraction of a source's documents that may be unreadable."
     )
@@ -83,8 +89,6 @@ class Recipe(ConfigSection):
                 raise ValueError(
                     f"interleave {source.interleave!r} of {source.name!r} is also the name of a source; rename one"
                 )
-        if not any(source.weight for source in self.sources):
-            raise ValueError("the weights of the sources sum to 0; give at least one a weight above 0")
         return self
 
     def cleaning_config(self, source: SourceRecipe) -> CleaningConfig:
@@ -102,13 +106,23 @@ class Recipe(ConfigSection):
         """Return the inputs of `source`, resolved against `root`."""
         return [self.root / path for path in source.input]
 
+    def named_inputs(self) -> list[tuple[str, Path]]:
+        """Return all files and folders that a preparation reads, each with a word for it in messages."""
+        named = [("input", path) for source in self.sources for path in self.input_paths(source)]
+        if self.tokenizer.file is not None:
+            named.append(("tokenizer", self.tokenizer.file))
+        for source in self.sources:
+            named += [("evaluation set", path) for path in self.cleaning_config(source).contamination.paths]
+        return named
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML file, apply overrides and validate.
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a YAML file, apply overrides and flags, and validate.
 
     Args:
         path: the file.
-        overrides: `a.b=c`; `sources.NAME.key=…` finds a source by its name.
+        overrides: `a.b=c`, where c is YAML; `sources.NAME.key=…` finds a source by its name.
+        flags: values of keys at the top level as the command line gives them, not YAML.
 
     Raises:
         UserError: for a missing file, bad YAML, an unknown key or a wrong value.
@@ -116,6 +130,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = read_mapping(path, "give a recipe such as configs/data_mix.yaml", "a mapping with `sources:`")
     for override in overrides:
         set_value(tree, override, _EXAMPLE_OVERRIDE, Recipe)
+    tree.update(flags or {})
     return parse_recipe(tree, str(path))
 
 

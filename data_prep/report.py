@@ -58,19 +58,6 @@ def write_report(
     atomic_write(recipe.out / "report.html", render_page(report).encode("utf-8", "replace"))
 
 
-def summarize_records(recipe: Recipe, records: Sequence[ReadRecord]) -> str:
-    """Return one line per source: what was read, and what was removed for which reason."""
-    lines = []
-    for source, record in zip(recipe.sources, records, strict=True):
-        reasons = [f"{count:,} {reason}" for reason, count in sorted(record.removed.items())]
-        if record.unreadable:
-            reasons.append(f"{record.unreadable:,} unreadable (first: {record.unreadable_names[0]})")
-        removed = f"; removed {', '.join(reasons)}" if reasons else ""
-        read = f"{record.documents:,} documents, {record.bytes / 1e6:,.1f} MB"
-        lines.append(f"{source.name}: {read}; kept {record.clean_documents:,}{removed}")
-    return "\n".join(lines)
-
-
 def _source(recipe: Recipe, number: int, record: ReadRecord, duplicates: DuplicateSummary) -> dict[str, Any]:
     source = recipe.sources[number]
     return {
@@ -83,9 +70,12 @@ def _source(recipe: Recipe, number: int, record: ReadRecord, duplicates: Duplica
         "clean_documents": record.clean_documents,
         "clean_bytes": record.clean_bytes,
         "removed": dict(sorted(record.removed.items())),
+        "removed_bytes": dict(sorted(record.removed_bytes.items())),
         "removed_samples": record.samples | duplicates.samples,
         "unreadable": record.unreadable,
         "unreadable_names": record.unreadable_names,
+        "lost_bytes": record.lost_bytes,
+        "left_out": dict(sorted(record.left_out.items())),
         "exact_duplicates": duplicates.exact,
         "near_duplicates": duplicates.near,
         "languages": dict(record.languages.most_common()),

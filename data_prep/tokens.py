@@ -10,6 +10,7 @@ from data_prep.shards import TokenizedDocument
 from data_prep.sorted_runs import StoredDocument
 from kabrn_dist.data.index import dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.utils.errors import UserError
 
 # Bytes of text per call of the tokenizer: enough for all processors. Its tokens take many times as much memory.
 _BATCH_BYTES = 1 << 20
@@ -20,6 +21,7 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._checked = tokenizer.kind != "bytes"
         self._dtype = np.dtype(dtype_for(tokenizer.vocab_size))
         self._lengths = tokenizer.bytes_per_token()
 
@@ -27,10 +29,18 @@ class DocumentEncoder:
         """Yield each document with the document token in front, which carries loss: it ends the document before.
 
         A token carries loss if one of its bytes lies in a span of the document.
+
+        Raises:
+            UserError: the tokens of a document are not its text.
         """
         for batch in _batched(documents):
             encoded = self._tokenizer.encode_batch([document.text.decode() for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
+                if self._checked and self._tokenizer.decode_bytes(ids) != document.text:
+                    raise UserError(
+                        f"{document.name}: the tokenizer does not give back this text as it is, so it changes texts; "
+                        "use a plain byte-level BPE, or let data_prep train one"
+                    )
                 tokens = np.empty(len(ids) + 1, self._dtype)
                 tokens[0] = self._tokenizer.document_token
                 tokens[1:] = ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer as BpeTokenizer
@@ -14,14 +15,21 @@ from kabrn_dist.utils.errors import UserError
 TRAINING_CHARACTERS = 32 << 20
 
 _MIN_VOCAB_SIZE = 256 + 1 + 1
+# The trainer reserves memory for all ids at once. Published vocabularies have some hundred thousand.
+_MAX_VOCAB_SIZE = 1 << 22
+# The trainer takes time with the square of the length of a word. Words of languages are far shorter.
+_MAX_WORD_CHARACTERS = 512
+_LONG_RUN = re.compile(rf"\S{{{_MAX_WORD_CHARACTERS},}}|\s{{{_MAX_WORD_CHARACTERS},}}")
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Check that there is room for the bytes, the document token and one merge.
+    """Check that there is room for the bytes, the document token and one merge, and no more than can be trained.
 
     Raises:
-        UserError: `vocab_size` is too small.
+        UserError: `vocab_size` is too small or too large.
     """
+    if vocab_size > _MAX_VOCAB_SIZE:
+        raise UserError(f"--vocabulary {vocab_size}: too large; give at most {_MAX_VOCAB_SIZE}")
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UserError(
             f"--vocabulary {vocab_size}: too small; 256 bytes, the document token and a merge need "
@@ -40,11 +48,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         The tokenizer. It has fewer ids if the texts hold too few different pairs.
 
     Raises:
-        UserError: `vocab_size` is too small.
+        UserError: `vocab_size` is too small or too large.
     """
     check_vocab_size(vocab_size)
     bpe = BpeTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = splitter
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -52,8 +61,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_sample(texts), trainer)
+    pieces = (piece for text in _sample(texts) for piece in divide_long_words(text, splitter))
+    bpe.train_from_iterator(pieces, trainer)
     return Tokenizer(bpe.to_str(pretty=True).encode())
+
+
+def divide_long_words(text: str, splitter: pre_tokenizers.PreTokenizer) -> Iterator[str]:
+    """Yield `text` in pieces whose words have at most 512 characters.
+
+    Texts without longer words come whole, so their tokenizer does not change.
+
+    Args:
+        text: the text.
+        splitter: what divides texts into words.
+    """
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        for word, (first, last) in splitter.pre_tokenize_str(run[0]):
+            if len(word) <= _MAX_WORD_CHARACTERS:
+                continue
+            for cut in range(run.start() + first, run.start() + last, _MAX_WORD_CHARACTERS):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:

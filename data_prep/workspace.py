@@ -1,26 +1,28 @@
 """The folder of an unfinished preparation: who may work in it, what it holds, and whether it can be continued.
 
 OUT/.work/ holds runs/ (documents that were read), pairs/ (duplicates), shards/ (a record of each shard in OUT),
-dropped.npy, tokenizer.json, shard_plan.json, and what belongs to a single run: locks/, progress/, lock. The folder is
-removed at the end.
+dropped.npy, tokenizer.json, shard_plan.json, files.json (the files that the preparation writes into OUT), and what
+belongs to a single run: locks/, progress/, lock. The folder is removed at the end.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from data_prep.ownership import INPUTS_NAME, list_made_files
 from data_prep.workers import clear_folder
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.lock import flock_exclusive
 
-_OWN_FILES = ("*-train-*.tar", "*-validation-*.tar", "*.tar.tmp", f"{TOKENIZER_NAME}*", f"{INDEX_NAME}.tmp", "report.*")
-_INPUTS = ".inputs"
 # Version of the files in the workspace. What another version left unfinished cannot be continued.
-_FORMAT = "workspace 2"
+_FORMAT = "workspace 3"
+_SHOWN = 3
 
 
 class Workspace:
@@ -37,6 +39,7 @@ class Workspace:
         dropped: file with the ids of the documents that are duplicates.
         tokenizer: file of the tokenizer.
         shard_plan: file with the list of shards to make.
+        files: file with the names of all files that the preparation writes into `out`.
     """
 
     def __init__(self, out: Path) -> None:
@@ -45,11 +48,11 @@ class Workspace:
         self.runs, self.pairs, self.shards = (self.folder / name for name in ("runs", "pairs", "shards"))
         self.task_locks, self.progress = self.folder / "locks", self.folder / "progress"
         self.dropped, self.tokenizer = self.folder / "dropped.npy", self.folder / TOKENIZER_NAME
-        self.shard_plan = self.folder / "shard_plan.json"
+        self.shard_plan, self.files = self.folder / "shard_plan.json", self.folder / "files.json"
 
     def is_finished(self, inputs: str) -> bool:
         """Return whether `out` was finished from these inputs, a digest that `read.digest_inputs` made."""
-        return (self.out / INDEX_NAME).exists() and _read_text(self.out / _INPUTS) == inputs
+        return (self.out / INDEX_NAME).exists() and _read_text(self.out / INPUTS_NAME) == inputs
 
     def open(self, inputs: str, force: bool) -> None:
         """Make the folders, or continue with those that a run with the same inputs left.
@@ -61,9 +64,11 @@ class Workspace:
         Raises:
             UserError: `out` holds something else, or was started with other inputs or by another version.
         """
-        started = _read_text(self.folder / _INPUTS)
+        started = _read_text(self.folder / INPUTS_NAME)
         current = f"{inputs} {_FORMAT}"
-        if not force:
+        if force:
+            self._refuse_foreign_files()
+        else:
             self._refuse_other_inputs(started, current)
         try:
             if force or started != current:
@@ -74,11 +79,26 @@ class Workspace:
             clear_folder(self.progress)
         except OSError as error:
             raise UserError(f"--out {self.out}: {error.strerror}; choose a folder you can write to") from error
-        atomic_write(self.folder / _INPUTS, current.encode())
+        atomic_write(self.folder / INPUTS_NAME, current.encode())
+
+    def claim_files(self, names: Iterable[str]) -> None:
+        """Record the names of the files that the preparation will write into `out`, before it writes any of them.
+
+        Raises:
+            UserError: there is one of them already, which somebody else has put there.
+        """
+        names = sorted(names)
+        for name in names:
+            if os.path.lexists(self.out / name):
+                raise UserError(
+                    f"{self.out / name}: was not made by this preparation, which has to write a file of this name; "
+                    "move it, or choose another --out"
+                )
+        atomic_write(self.files, json.dumps(names).encode())
 
     def close(self, inputs: str) -> None:
         """Record what `out` was made from, and remove the folder."""
-        atomic_write(self.out / _INPUTS, inputs.encode())
+        atomic_write(self.out / INPUTS_NAME, inputs.encode())
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _refuse_other_inputs(self, started: str | None, current: str) -> None:
@@ -95,20 +115,38 @@ class Workspace:
                 "since; choose another folder, or add --force to replace its data"
             )
         if self.out.is_dir() and any(entry != self.folder for entry in self.out.iterdir()):
+            raise UserError(f"--out {self.out}: is not empty, and holds no shards; choose another folder")
+
+    def _refuse_foreign_files(self) -> None:
+        own = list_made_files(self.out, self.folder)
+        foreign = sorted(entry.name for entry in self.out.iterdir() if entry != self.folder and entry.name not in own)
+        known = {"lock", *(path.name for path in self._work_paths())}
+        foreign += sorted(f".work/{entry.name}" for entry in self.folder.iterdir() if entry.name not in known)
+        if foreign:
+            more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
             raise UserError(
-                f"--out {self.out}: is not empty; choose another folder, or add --force to replace its data"
+                f"--out {self.out}: holds {', '.join(foreign[:_SHOWN])}{more}, which no preparation made there, and "
+                "--force replaces only what an index.json or an unfinished preparation names; move your files, or "
+                "choose another folder"
             )
 
     def _clear(self) -> None:
+        names = sorted(list_made_files(self.out, self.folder))
+        (self.folder / INPUTS_NAME).unlink(missing_ok=True)
+        # The names are recorded before the index goes, which named them: a run that is killed here can be repeated.
+        atomic_write(self.files, json.dumps(names).encode())
         # The index first: from here on the old data does not look complete.
-        (self.out / INDEX_NAME).unlink(missing_ok=True)
-        (self.out / _INPUTS).unlink(missing_ok=True)
-        for pattern in _OWN_FILES:
-            for path in self.out.glob(pattern):
-                path.unlink()
-        for entry in self.folder.iterdir() if self.folder.exists() else ():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for name in (INDEX_NAME, *names):
+            if name in names:
+                (self.out / name).unlink(missing_ok=True)
+        for path in self._work_paths():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _work_paths(self) -> list[Path]:
+        """Return all paths in the folder but the lock, in the order in which they may be removed."""
+        paths = [self.folder / INPUTS_NAME, self.runs, self.pairs, self.shards, self.task_locks, self.progress]
+        paths += [self.dropped, self.tokenizer, self.shard_plan, self.files]
+        return [*(path.with_name(f"{path.name}.tmp") for path in paths), *paths]
 
 
 def acquire_workspace(out: Path) -> int:

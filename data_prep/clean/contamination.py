@@ -98,25 +98,34 @@ class EvaluationSets:
         return first._replace(fraction=fraction) if fraction > self._max_fraction else None
 
 
-def load_evaluation_sets(config: ContaminationConfig) -> EvaluationSets:
+def load_evaluation_sets(config: ContaminationConfig, out: Path | None = None) -> EvaluationSets:
     """Read the evaluation sets of `config.paths`.
 
     They are .txt files (one text), .json and .jsonl files (every string is a text), plain or .gz, and folders of these.
 
+    Args:
+        config: names the sets.
+        out: the folder for the shards, whose files belong to no set.
+
     Raises:
         UserError: a set cannot be read or holds no text.
     """
-    return EvaluationSets(((str(path), _texts(path)) for path in config.paths), config)
+    return EvaluationSets(((str(path), _texts(path, out)) for path in config.paths), config)
 
 
-def list_evaluation_files(path: Path) -> list[Path]:
-    """Return the files of one of `config.paths` in the order in which they are read."""
-    return [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.name.endswith(_ENDINGS))
+def list_evaluation_files(path: Path, out: Path | None = None) -> list[Path]:
+    """Return the files of one of `config.paths` in the order in which they are read, without those below `out`."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(_ENDINGS))
+    if out is None or not out.resolve().is_relative_to(path.resolve()):
+        return files
+    return [file for file in files if not file.resolve().is_relative_to(out.resolve())]
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _texts(path: Path, out: Path | None) -> Iterator[str]:
     empty = True
-    for file in list_evaluation_files(path):
+    for file in list_evaluation_files(path, out):
         for text in _read(file):
             empty = False
             yield text
@@ -125,13 +134,14 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> Iterator[str]:
-    if not path.name.endswith(_ENDINGS):
+    name = path.name.lower()
+    if not name.endswith(_ENDINGS):
         raise UserError(f"contamination.paths {path}: unknown file type; give files that end in {', '.join(_ENDINGS)}")
-    plain = path.name.removesuffix(".gz")
+    plain = name.removesuffix(".gz")
     try:
         with open_regular(path) as file:
             content = file.readall()
-        text = (gzip.decompress(content) if plain != path.name else content).decode()
+        text = (gzip.decompress(content) if plain != name else content).decode()
         if plain.endswith(".txt"):
             yield text
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -15,7 +16,17 @@ class DataSource(Protocol):
     """A published data set or a user's files.
 
     Methods raise UserError if an input is not what the source reads. A single bad file is a document without text.
+
+    Attributes:
+        left_out: number of files that the methods below have left out, by reason.
+        expected: the layout in words, for messages.
     """
+
+    left_out: Counter[str]
+
+    @property
+    def expected(self) -> str:
+        """The layout in words, for messages."""
 
     @property
     def kind(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +15,8 @@ from data_prep.documents import Document, Unit
 from data_prep.sources.archive import Member, open_members, read_lines, read_text
 from data_prep.sources.compression import READ_ERRORS, describe_error
 from data_prep.sources.files import UNIT_BYTES, FileFilter, FileGroup, list_example_names, list_units
-from data_prep.sources.layout import LayoutMismatch, describe_record, guess_source
+from data_prep.sources.layout import LayoutMismatch, describe_kind, describe_record, guess_source
 from kabrn_dist.utils.errors import UserError
-
-# This many files or lines of another layout, without a single valid one, mean that the input is wrong.
-_MAX_MISMATCHES = 100
 
 
 class SourceOptions(BaseModel):
@@ -39,6 +37,9 @@ class FileSource(ABC):
         inputs: files and folders to read.
         options: the options.
         unit_bytes: approximate size of a unit.
+        out: the folder for the shards, which is left out of the inputs.
+        left_out: number of files that `units` did not list and `read` did not open, by reason; whoever calls these
+            may clear it.
     """
 
     kind: ClassVar[str]
@@ -58,6 +59,8 @@ class FileSource(ABC):
         self.inputs = tuple(inputs)
         self.options: Any = options
         self.unit_bytes = unit_bytes
+        self.out: Path | None = None
+        self.left_out: Counter[str] = Counter()
 
     @property
     def masked(self) -> bool:
@@ -70,7 +73,7 @@ class FileSource(ABC):
         Raises:
             UserError: an input is wrong or empty.
         """
-        units = list_units(self.inputs, self.file_filter(), self.unit_bytes)
+        units = list_units(self.inputs, self._filter(), self.unit_bytes, self.left_out)
         if not units:
             raise self._empty_error(", ".join(map(str, self.inputs)), list_example_names(self.inputs))
         return units
@@ -78,29 +81,24 @@ class FileSource(ABC):
     def read(self, unit: Unit | FileGroup) -> Iterator[Document]:
         """Yield the documents of `unit` in order, in bounded memory.
 
-        A file of a folder that cannot be read is a document without text.
+        A file of a folder that cannot be read is a document without text, and so is what has another layout: whether
+        the whole input has it is decided when all units have been read.
 
         Raises:
-            UserError: an input that was given by name is damaged, or the layout is another one.
+            UserError: an input that was given by name is damaged.
         """
-        mismatches: list[LayoutMismatch] | None = []
         try:
             for result in self._read(unit):
                 if isinstance(result, LayoutMismatch):
-                    yield Document(result.name, None, problem=f"found {result.description}")
-                    mismatches = self._record_mismatch(mismatches, result)
-                    continue
-                if result.text is not None:
-                    mismatches = None
-                yield result
+                    yield Document(result.name, None, problem=f"found {result.description}", mismatch=True)
+                else:
+                    yield result
         except READ_ERRORS as error:
             if self._is_given_by_name(unit):
                 raise UserError(
                     f"{unit.path}: cannot be read ({describe_error(error)}); replace it or leave it out"
                 ) from error
-            yield Document(unit.name, None, problem=describe_error(error))
-        if mismatches and getattr(unit, "start", 0) == 0:
-            raise self._layout_error(mismatches[0])
+            yield Document(unit.name, None, problem=describe_error(error), lost_bytes=unit.bytes)
 
     def file_filter(self) -> FileFilter:
         """Return which files belong to this source."""
@@ -125,7 +123,7 @@ class FileSource(ABC):
 
         def watched() -> Iterator[Member]:
             nonlocal any_member
-            for member in open_members(unit, self.file_filter(), seen):
+            for member in open_members(unit, self._filter(), seen, self.left_out):
                 any_member = True
                 yield member
 
@@ -135,20 +133,11 @@ class FileSource(ABC):
         if not any_member:
             yield Document(unit.name, None, problem=f"nothing in it for source {self.kind}")
 
+    def _filter(self) -> FileFilter:
+        return self.file_filter()._replace(out=self.out)
+
     def _is_given_by_name(self, unit: Unit | FileGroup) -> bool:
         return unit.path in self.inputs
-
-    def _record_mismatch(
-        self, mismatches: list[LayoutMismatch] | None, mismatch: LayoutMismatch
-    ) -> list[LayoutMismatch] | None:
-        if mismatches is not None:
-            mismatches.append(mismatch)
-            if len(mismatches) >= _MAX_MISMATCHES:
-                raise self._layout_error(mismatches[0])
-        return mismatches
-
-    def _layout_error(self, first: LayoutMismatch) -> UserError:
-        return UserError(f"{first.name}: found {first.description}; source {self.kind} expects {self.expected}")
 
     def _empty_error(self, where: str, names: list[str]) -> UserError:
         found = f"found {', '.join(names)}" if names else "it is empty"
@@ -158,7 +147,8 @@ class FileSource(ABC):
             found += f"; that is its layout, but the options exclude it ({given})"
         elif guess:
             found += f"; it looks like {guess}"
-        return UserError(f"input {where}: no file for source {self.kind}; {found}; expected {self.expected}")
+        message = f"input {where}: no file for source {self.kind}; {found}; expected {self.expected}"
+        return UserError(f"{message}; {describe_kind(guess)}" if "; it looks like" in found else message)
 
 
 def parse_json_file(member: Member) -> Any | Document | LayoutMismatch:

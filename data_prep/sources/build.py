@@ -25,13 +25,14 @@ _SOURCES: tuple[type[FileSource], ...] = (M2D2, Math, Amps, Code, OpenQA, Text, 
 SOURCE_CLASSES = {source.kind: source for source in _SOURCES}
 
 
-def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) -> DataSource:
+def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any], out: Path | None = None) -> DataSource:
     """Build a source.
 
     Args:
         kind: name of the kind.
         inputs: files and folders to read.
         options: options of the kind.
+        out: the folder for the shards: no input, even if it lies in one.
 
     Raises:
         UserError: the kind is unknown, or an option is unknown or wrong.
@@ -50,4 +51,6 @@ def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any]) 
         message = first["msg"].removeprefix("Value error, ")
         given = f" is {first['input']!r}" if name else ""
         raise UserError(f"source {kind}: {f'option {name!r}{given}: ' if name else ''}{message}") from error
-    return SOURCE_CLASSES[kind](inputs, checked)
+    source = SOURCE_CLASSES[kind](inputs, checked)
+    source.out = out
+    return source

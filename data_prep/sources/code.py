@@ -1,7 +1,7 @@
 """Code: trees of source files, and the task sets HumanEval, MBPP and APPS, selected by `layout`.
 
 - `tree`: one document per file, selected by extension. Vendored and built folders, minified and generated files,
-  binaries and files above `max_kb` are left out on purpose and are not counted as problems.
+  binaries and files above `max_kb` are left out on purpose: they are counted, but are no problems.
 - `humaneval` (Chen et al. 2021, arXiv:2107.03374; MIT): .jsonl(.gz) with `task_id`, `prompt`, `canonical_solution`;
   the text is prompt and solution as one piece of code, which a model is asked to continue.
 - `mbpp` (Austin et al. 2021, arXiv:2108.07732; CC BY 4.0): .jsonl with `text`, `code`, `test_list`; the question is
@@ -124,7 +124,11 @@ class Code(FileSource):
         data = read_content(member)
         if isinstance(data, Document):
             yield data
-        elif len(data) <= self.options.max_kb << 10 and b"\0" not in data and not _is_generated(data):
+        elif len(data) > self.options.max_kb << 10:
+            self.left_out[f"above max_kb {self.options.max_kb}"] += 1
+        elif b"\0" in data or _is_generated(data):
+            self.left_out["that are binary, minified or generated"] += 1
+        else:
             yield decode_document(member.name, data)
 
 

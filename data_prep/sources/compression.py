@@ -43,6 +43,7 @@ def open_stream(path: Path) -> BinaryIO:
 
 def decompress(file: BinaryIO, name: str) -> BinaryIO:
     """Return a stream that decompresses `file` according to its name's ending. Closing the stream closes `file`."""
+    name = name.lower()
     if name.endswith((".gz", ".tgz")):
         return io.BufferedReader(_Gzip(file), BUFFER_BYTES)
     if name.endswith(".zst"):

@@ -25,14 +25,14 @@ def make_document(name: str, text: str, *, spans: tuple[Span, ...] | None = None
 def decode_document(name: str, content: bytes) -> Document:
     """Return a document of UTF-8 `content`, byte for byte, or one that describes why it is not text."""
     if content.startswith(_WIDE_MARKS):
-        return Document(name, None, problem="UTF-16 or UTF-32, not UTF-8", raw=_small(content))
+        return Document(name, None, problem="UTF-16 or UTF-32, not UTF-8", raw=_small(content), lost_bytes=len(content))
     if b"\0" in content[:_CHECKED_BYTES]:
-        return Document(name, None, problem="binary: a zero byte in its first 8 KiB")
+        return Document(name, None, problem="binary: a zero byte in its first 8 KiB", lost_bytes=len(content))
     try:
         return Document(name, content.decode())
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: byte {content[error.start]:#04x} at {error.start}"
-        return Document(name, None, problem=problem, raw=_small(content))
+        return Document(name, None, problem=problem, raw=_small(content), lost_bytes=len(content))
 
 
 def make_spans(start: int, text: str, masked: bool) -> tuple[Span, ...] | None:

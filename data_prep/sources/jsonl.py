@@ -75,8 +75,12 @@ def make_document_from_fields(name: str, record: Mapping[str, Any], options: Fie
     if options.key is not None and not isinstance(key, str):
         return LayoutMismatch(name, f"no text under {options.key!r} but {describe_record(record)}")
     for field in options.text_fields():
-        if not isinstance(record.get(field), str):
-            return LayoutMismatch(name, f"no text under {field!r} but {describe_record(record)}")
+        value = record.get(field)
+        if value is None and field in record:
+            return Document(name, None, problem=f"{field!r} is null")
+        if not isinstance(value, str):
+            found = f"a value of type {type(value).__name__}" if field in record else describe_record(record)
+            return LayoutMismatch(name, f"no text under {field!r} but {found}")
     if options.question is None or options.answer is None:
         return make_document(name, record[options.field], key=key)
     return render_question(name, record[options.question], record[options.answer], options.loss, key=key)

@@ -50,6 +50,11 @@ def guess_source(names: Sequence[str]) -> str:
     return ""
 
 
+def describe_kind(guess: str) -> str:
+    """Return how a recipe reads what `guess_source` has guessed."""
+    return f"give a recipe (mixkabrn prepare --recipe FILE) a source with kind: {guess}"
+
+
 def describe_record(record: object) -> str:
     """Return the keys of a JSON record, and "; it looks like …" with the source that reads such records."""
     if not isinstance(record, Mapping):

@@ -14,14 +14,14 @@ _BLOCK_BYTES = 1 << 16
 
 def iterate_lines(
     file: BinaryIO, start: int = 0, stop: int = -1, limit: int = MAX_LINE_BYTES
-) -> Iterator[tuple[int, bytes | None]]:
+) -> Iterator[tuple[int, bytes | int]]:
     """Yield (offset, line with its line end) of the lines that begin in [start, stop).
 
     Args:
         file: a stream, positioned at `start`.
         start: offset of the first line.
         stop: end of the range; −1: to the end of the file.
-        limit: a line above this number of bytes is skipped and yielded as None, to bound the memory.
+        limit: a line above this number of bytes is skipped and its size yielded instead, to bound the memory.
     """
     offset = start
     while stop < 0 or offset < stop:
@@ -35,7 +35,7 @@ def iterate_lines(
         while line and not line.endswith(b"\n"):
             line = file.readline(limit)
             offset += len(line)
-        yield begin, None
+        yield begin, offset - begin
 
 
 def find_cuts(path: Path, size: int, unit_bytes: int, boundary: bytes = b"\n") -> list[tuple[int, int]]:

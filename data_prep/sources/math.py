@@ -63,6 +63,7 @@ class Math(FileSource):
             yield LayoutMismatch(member.name, describe_record(record))
             return
         if self.options.levels and fields.get("level") not in [f"Level {n}" for n in self.options.levels]:
+            self.left_out["of other levels"] += 1
             return
         answer = find_last_boxed(solution) if self.options.answer == "final" else solution
         if answer is None:

@@ -74,7 +74,8 @@ class OpenQA(FileSource):
                 yield LayoutMismatch(name, describe_record(record))
                 continue
             if not answers:
-                yield Document(name, None, problem="no answer")
+                final = self.options.answer == "final" and isinstance(record.get("answer"), str)
+                yield Document(name, None, problem=f"no {_FINAL} before an answer" if final else "no answer")
             for answer in answers:
                 yield render_question(name, question, answer, self.options.loss)
 
@@ -84,15 +85,15 @@ class OpenQA(FileSource):
         else:
             answers = record.get("answer", record.get("answer_and_def_correct_predictions"))
         if isinstance(answers, str):
-            return [self._strip_solution(answers)]
+            return self._strip_solution(answers)
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             return None
         return answers if self.options.answers == "each" else answers[:1]
 
-    def _strip_solution(self, answer: str) -> str:
-        if self.options.answer == "final" and _FINAL in answer:
-            return answer.rpartition(_FINAL)[2]
-        return _MARK.sub("", answer) if self.options.marks == "strip" else answer
+    def _strip_solution(self, answer: str) -> list[str]:
+        if self.options.answer == "final":
+            return [answer.rpartition(_FINAL)[2]] if _FINAL in answer else []
+        return [_MARK.sub("", answer) if self.options.marks == "strip" else answer]
 
 
 def _question(record: dict[str, Any]) -> str | None:
@@ -108,11 +109,12 @@ def _correct_choice(record: dict[str, Any]) -> list[str] | None:
     label = record.get("answerKey")
     if choices is None or not isinstance(label, str | int):
         return None
-    return [choices[label]] if label in choices else []
+    # Some files have numbers where others have texts.
+    return [choices[str(label)]] if str(label) in choices else []
 
 
 def _choices(question: dict[str, Any]) -> dict[str, str] | None:
     try:
-        return {choice["label"]: f"{choice['label']}. {choice['text']}" for choice in question["choices"]}
+        return {str(choice["label"]): f"{choice['label']}. {choice['text']}" for choice in question["choices"]}
     except (KeyError, TypeError):
         return None

@@ -6,10 +6,10 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.documents import Document
+from data_prep.documents import Document, Unit
 from data_prep.sources.archive import Member, read_text
 from data_prep.sources.base import FileSource, SourceOptions
-from data_prep.sources.files import UNIT_BYTES, FileFilter, reject_archives
+from data_prep.sources.files import UNIT_BYTES, FileFilter, FileGroup, reject_archives
 from data_prep.sources.layout import LayoutMismatch
 from kabrn_dist.utils.errors import UserError
 
@@ -35,6 +35,12 @@ class PythonStdlib(FileSource):
         if inputs:
             raise UserError(f"input {inputs[0]}: python-stdlib reads this Python's own library; drop the input")
         super().__init__([Path(sysconfig.get_path("stdlib"))], options, unit_bytes)
+
+    def units(self) -> list[Unit | FileGroup]:
+        """Return the units of work; the library's compiled and other files are no concern of the user."""
+        units = super().units()
+        self.left_out.clear()
+        return units
 
     def file_filter(self) -> FileFilter:
         """Return which files to read: no tests, no installed packages, no archives."""

@@ -21,7 +21,7 @@ LossTarget = Literal["all", "answer"]
 def render_question(
     name: str, question: str, answer: str, loss: LossTarget, *, gap: str = " ", key: str | None = None
 ) -> Document:
-    """Return the document of one question, without whitespace around question and answer.
+    """Return the document of one question, without whitespace around question and answer, or why there is none.
 
     Args:
         name: name of the document.
@@ -31,6 +31,9 @@ def render_question(
         gap: text between "Answer:" and the answer; a newline before code.
         key: key of the document.
     """
+    for part, words in (("question", question), ("answer", answer)):
+        if not words.strip():
+            return Document(name, None, problem=f"an empty {part}", key=key)
     prompt = f"Problem: {question.strip()}\nAnswer:"
     text = f"{prompt}{gap}{answer.strip()}"
     return make_document(name, text, spans=make_spans(len(prompt), text, loss == "answer"), key=key)

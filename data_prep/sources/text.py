@@ -1,5 +1,6 @@
 """Text files: .txt with one document per file, line or paragraph, and .jsonl with one document per line.
 
+A .txt above 64 MiB becomes several documents.
 Files may be compressed (.gz, .zst) or in archives. Line ends and byte order marks within a document are kept.
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from data_prep.documents import Document
-from data_prep.sources.archive import Member, read_lines, read_text
+from data_prep.sources.archive import Member, read_lines, read_stretches
 from data_prep.sources.base import FileSource, SourceOptions, read_json_lines
 from data_prep.sources.decode import decode_document
 from data_prep.sources.files import FileFilter, has_ending
@@ -51,7 +52,7 @@ class Text(FileSource):
             for item in read_json_lines(member):
                 yield item if isinstance(item, Document | LayoutMismatch) else make_document_from_fields(*item, fields)
         elif self.options.unit == "document":
-            yield read_text(member)
+            yield from read_stretches(member)
         elif self.options.unit == "line":
             yield from parse_text_lines(member)
         else:
@@ -88,5 +89,5 @@ def _paragraphs(member: Member) -> Iterator[Document]:
 
 def _paragraph(name: str, lines: list[bytes], size: int) -> Document:
     if size > _PARAGRAPH_BYTES:
-        return Document(name, None, problem=f"a paragraph above {_PARAGRAPH_BYTES >> 20} MiB")
+        return Document(name, None, problem=f"a paragraph above {_PARAGRAPH_BYTES >> 20} MiB", lost_bytes=size)
     return decode_document(name, b"".join(lines).removesuffix(b"\n").removesuffix(b"\r"))

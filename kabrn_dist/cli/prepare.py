@@ -37,6 +37,11 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--input", nargs="+", type=Path, default=[], metavar="PATH", help="for --source text: files or folders to read")
     add("--field", metavar="KEY", help='for --source text: key of the text in a .jsonl line (default "text")')
     add(
+        "--unit",
+        choices=("document", "line", "paragraph"),
+        help="for --source text: what one document of a .txt is (default document: the file)",
+    )
+    add(
         "--vocabulary",
         type=int,
         metavar="N",
@@ -47,7 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--shard-mb", type=float, metavar="MB", help="size of a shard in MB of tokens (default 64)")
     add("--workers", type=int, default=1, metavar="N", help="processes on this machine (default 1); or use mpirun")
     add("--dry-run", action="store_true", help="read, clean and count the documents; write nothing")
-    add("--force", action="store_true", help="replace the data in --out, or start an unfinished command again")
+    add("--force", action="store_true", help="replace the shard set in --out, or start an unfinished command again")
 
 
 def run(options: argparse.Namespace) -> int:

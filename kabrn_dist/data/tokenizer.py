@@ -107,7 +107,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens appear by name, bytes that are not UTF-8 as U+FFFD."""
-        return b"".join(self._token_bytes[n] for n in ids).decode("utf-8", "replace")
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the bytes of ids, which need not be whole characters."""
+        return b"".join([self._token_bytes[n] for n in ids])
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of one id, which may be part of a character."""
@@ -193,11 +197,32 @@ def _parse(content: bytes, origin: str) -> tokenizers.Tokenizer:
         raise UserError(
             f"{origin}: no special token {DOCUMENT_TOKEN}; add it to the tokenizer, or let data_prep train one"
         )
+    _check_deterministic_and_lossless(bpe, origin)
     bpe.no_truncation()
     bpe.no_padding()
     # Text that spells a special token stays text.
     bpe.encode_special_tokens = True
     return bpe
+
+
+def _check_deterministic_and_lossless(bpe: tokenizers.Tokenizer, origin: str) -> None:
+    dropout = getattr(bpe.model, "dropout", None)
+    if dropout:
+        raise UserError(
+            f"{origin}: model.dropout is {dropout:g}, with which a text has other tokens each time; set it to null"
+        )
+    for token in _added(bpe).values():
+        # Special tokens are not recognized in texts.
+        if token.special:
+            continue
+        # Without a normalizer the last flag changes nothing.
+        flags = ["lstrip", "rstrip", "single_word", *(["normalized"] if bpe.normalizer is not None else [])]
+        wrong = [flag for flag in flags if getattr(token, flag)]
+        if wrong:
+            raise UserError(
+                f"{origin}: the added token {token.content!r} has {', '.join(wrong)}, with which it changes the text "
+                "around it; set that to false, or let data_prep train a tokenizer"
+            )
 
 
 def _added(bpe: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:

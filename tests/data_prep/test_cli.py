@@ -136,6 +136,8 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
     assert "too small" in refused(capsys, *base, "--vocabulary", 5, "--force")
     assert contents(tmp_path / "set") == before
     (tmp_path / "set" / "notes.md").write_text("mine")
+    assert "holds notes.md" in refused(capsys, *base, "--tokenizer", "bytes", "--force")
+    (tmp_path / "set" / "notes.md").unlink()
     assert run(*base, "--tokenizer", "bytes", "--force") == 0
     after = contents(tmp_path / "set")
     assert set(after) == {
@@ -144,7 +146,6 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
         "tokenizer.json",
         "text-train-00000.tar",
         "text-validation-00000.tar",
-        "notes.md",
     }
 
 
@@ -173,7 +174,7 @@ def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest
         ((*read, "--vocabulary", 999, "--tokenizer", "bytes"), "brings its own; drop one"),
         ((*read, "--tokenizer", tmp_path / "absent.json"), "absent.json: No such file"),
         ((*read, "--validation-share", 1), "validation_share: Input should be less than 1"),
-        ((*read, "--shard-mb", 0), "shard_mb: Input should be greater than 0"),
+        ((*read, "--shard-mb", 0), "shard_mb: Input should be greater than or equal to 0.001"),
         (("--source", "text", "--input", texts, "--out", tmp_path / "file"), "is a file"),
         (("inspect", tmp_path), "index.json: cannot be read (No such file"),
     ):

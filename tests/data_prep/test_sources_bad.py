@@ -14,6 +14,8 @@ import pytest
 import zstandard
 
 from data_prep.documents import Document
+from data_prep.prepare import scan
+from data_prep.recipe import parse_recipe
 from data_prep.sources import archive, files, lines, text
 from data_prep.sources.build import build_source
 from data_prep.sources.compression import decompress
@@ -112,7 +114,12 @@ def test_a_wrong_layout_says_what_was_found(
 def test_records_of_another_layout_are_refused(
     tmp_path: Path, kind: str, name: str, content: str, expected: str
 ) -> None:
-    assert expected in refused(kind, data.write_folder(tmp_path / "in", {name: content}))
+    root = data.write_folder(tmp_path / "in", {name: content})
+    source = {"name": "a", "kind": kind, "input": [str(root)]}
+    recipe = parse_recipe({"out": "set", "tokenizer": {"bytes": True}, "sources": [source]}, "test")
+    with pytest.raises(UserError) as caught:
+        scan(recipe, tmp_path)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_single_bad_files_are_counted_not_fatal(tmp_path: Path) -> None:
@@ -143,13 +150,6 @@ def test_a_level_of_another_kind_is_no_level(tmp_path: Path) -> None:
     records = {f"train/algebra/{n}.json": {"problem": "p", "solution": "s", "level": level} for n, level in LEVELS}
     found = read("math", data.write_folder(tmp_path / "MATH", records), levels=(3,))
     assert [document.name.rpartition("/")[2] for document in found] == ["2.json"]
-
-
-def test_many_wrong_lines_end_the_reading(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"x": 1}\n' * 100 + '{"text": "late"}\n')
-    assert "no text under 'text'" in refused("jsonl", tmp_path / "a.jsonl")
-    (tmp_path / "a.jsonl").write_text('{"x": 1}\n' * 99 + '{"text": "in time"}\n' + '{"x": 1}\n' * 200)
-    assert [document.text for document in read("jsonl", tmp_path / "a.jsonl") if document.text] == ["in time"]
 
 
 def test_text_that_cannot_be_decoded_is_kept_for_repair(tmp_path: Path) -> None:
@@ -213,10 +213,16 @@ def test_zstd_frames_follow_one_another_and_may_be_empty() -> None:
 def test_what_is_too_large_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 1 << 16
     monkeypatch.setattr(archive.read_content, "__defaults__", (limit,))
+    monkeypatch.setattr(archive.read_stretches, "__defaults__", (limit, limit // 4))
     monkeypatch.setattr(lines.iterate_lines, "__defaults__", (0, -1, limit))
     monkeypatch.setattr(text, "_PARAGRAPH_BYTES", limit)
+    (tmp_path / "large.json").write_text("x\n" * limit)
+    (found,) = read("math", tmp_path / "large.json")
+    assert found.problem.startswith("larger than") and found.lost_bytes == 2 * limit
     (tmp_path / "a.txt").write_text("x\n" * limit)
-    assert read("text", tmp_path / "a.txt")[0].problem.startswith("larger than")
+    stretches = read("text", tmp_path / "a.txt")
+    assert [len(document.text or "") for document in stretches] == [limit // 4] * 8
+    assert stretches[1].name == f"a.txt byte {limit // 4}" and all(document.stretch for document in stretches)
     assert read("text", tmp_path / "a.txt", unit="paragraph")[0].problem.startswith("a paragraph above")
     (tmp_path / "b.txt").write_text("one\n" + "y" * 3 * limit + "\ntwo\n" + "z" * limit)
     found = read("text", tmp_path / "b.txt", unit="line")
