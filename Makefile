@@ -18,8 +18,10 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	rm -rf runs/demo
 	$(BIN)/python -m data_prep --source python-stdlib --vocabulary 2048 --out data/python-stdlib --force
-	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml --set run.folder=runs/demo --stop-after 200
-	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml --set run.folder=runs/demo --resume must
+	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml --set run.folder=runs/demo \
+		--set parallel.expert_parallel=2 --stop-after 200
+	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/tiny.yaml --set run.folder=runs/demo \
+		--set parallel.expert_parallel=2 --resume must
 	$(BIN)/python launch/generate.py --run runs/demo --prompt "def "
 
 # Before a commit: lint, types, and the tests that are quick and start no processes.

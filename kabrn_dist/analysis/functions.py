@@ -23,6 +23,7 @@ from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.inference.run import Run
+from kabrn_dist.inference.working_copy import round_to_working_copies
 from kabrn_dist.model.experts.registry import function_range
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.plots.figure import draw_cells, to_png
@@ -92,6 +93,7 @@ def read_functions(folder: Path, edges: int, beyond: float = 0.5) -> LearnedFunc
     points = torch.linspace(middle - half, middle + half, POINTS)
     start = _evaluate(model, points, edges)
     load_weights(model, run.checkpoint)
+    round_to_working_copies(model, config, run.manifest.world_size)
     step = model.routers.step
     now = _evaluate(model, points, edges)
     networks = list_networks(model)

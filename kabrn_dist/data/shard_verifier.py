@@ -43,7 +43,7 @@ class ShardVerifier:
     """
 
     def __init__(self, record: VerifiedRecord | None = None) -> None:
-        self._record = VerifiedRecord() if record is None else record
+        self._record = record
         self._verified: dict[Path, FileIdentity] = {}
         self._waiting: dict[Path, OpenedShard] = {}
         self._failure: Exception | None = None
@@ -105,13 +105,13 @@ class ShardVerifier:
                 del self._waiting[opened.path]
 
     def _verify(self, opened: OpenedShard) -> None:
-        path, shard = opened.path, opened.shard
+        path, shard, record = opened.path, opened.shard, self._open_record()
         try:
             identity = identify(path, not opened.is_cached)
-            if not self._record.holds(path, identity, shard.sha256):
-                with self._record.turn():
+            if not record.holds(path, identity, shard.sha256):
+                with record.turn():
                     # Another process may have done it meanwhile.
-                    if not self._record.holds(path, identity, shard.sha256):
+                    if not record.holds(path, identity, shard.sha256):
                         self._hash(opened, identity)
         except FileNotFoundError as error:
             # The cache has removed it; when it comes back, its hash is compared on the way.
@@ -124,6 +124,11 @@ class ShardVerifier:
             raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
         self._verified[path] = identity
 
+    def _open_record(self) -> VerifiedRecord:
+        """A corpus that is opened only to be counted leaves no file."""
+        self._record = self._record or VerifiedRecord()
+        return self._record
+
     def _hash(self, opened: OpenedShard, identity: FileIdentity) -> None:
         started, digest = time.time(), _hash_with_retries(opened.path)
         if digest != opened.shard.sha256:
@@ -132,7 +137,7 @@ class ShardVerifier:
                 f"{opened.path}: its sha256 is {digest[:12]}…, the index says {opened.shard.sha256[:12]}…: the shard "
                 f"{opened.shard.name} is damaged; {remedy}"
             )
-        self._record.add(opened.path, identity, digest, started)
+        self._open_record().add(opened.path, identity, digest, started)
 
 
 def _hash_with_retries(path: Path) -> str:

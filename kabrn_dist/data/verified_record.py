@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,15 +66,7 @@ class VerifiedRecord:
     def __init__(self, folder: Path | None = None) -> None:
         self._hashes: dict[str, tuple[str, list[int]]] = {}
         self._read_bytes = 0
-        try:
-            folder = folder or cache_folder() / "verified"
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # A home folder may be shared by machines, each of which has disks of its own.
-            path = folder / f"{socket.gethostname()}.jsonl"
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-            self._file: int | None = os.open(path, flags, 0o600)
-        except (OSError, RuntimeError):
-            self._file = None
+        self._file = _open_record(folder)
 
     def holds(self, path: Path, identity: FileIdentity, sha256: str) -> bool:
         """Return whether a file with this identity had this hash."""
@@ -96,7 +89,7 @@ class VerifiedRecord:
         line = json.dumps({"path": name, "sha256": sha256, "identity": list(identity)})
         # On a full disk the file will be hashed again.
         with suppress(OSError):
-            os.write(self._file, f"\n{line}\n".encode())
+            os.write(self._file.fileno(), f"\n{line}\n".encode())
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -107,30 +100,24 @@ class VerifiedRecord:
         finally:
             self._lock(fcntl.LOCK_UN)
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._file)
-        self._file = None
-
     def _lock(self, operation: int) -> None:
         if self._file is not None:
             # On a file system without locks processes may hash the same shard twice.
             with suppress(OSError):
-                fcntl.flock(self._file, operation)
+                fcntl.flock(self._file.fileno(), operation)
 
     def _refresh(self) -> None:
         """Read what has been appended since the last time."""
         if self._file is None:
             return
         try:
-            size = os.fstat(self._file).st_size
+            size = os.fstat(self._file.fileno()).st_size
             if size > _BYTES_LIMIT:
-                os.ftruncate(self._file, 0)
+                os.ftruncate(self._file.fileno(), 0)
                 size = 0
             if size < self._read_bytes:
                 self._hashes, self._read_bytes = {}, 0
-            content = os.pread(self._file, size - self._read_bytes, self._read_bytes)
+            content = os.pread(self._file.fileno(), size - self._read_bytes, self._read_bytes)
         except OSError:
             return
         whole = content[: content.rfind(b"\n") + 1]
@@ -145,3 +132,16 @@ class VerifiedRecord:
         except (ValueError, KeyError, TypeError):
             # Cut off, or written by another version.
             return
+
+
+def _open_record(folder: Path | None) -> FileIO | None:
+    try:
+        folder = folder or cache_folder() / "verified"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # A home folder may be shared by machines, each of which has disks of its own.
+        path = folder / f"{socket.gethostname()}.jsonl"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+    except (OSError, RuntimeError):
+        return None
+    return FileIO(descriptor, "r+")

@@ -18,7 +18,7 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.collectives import Group, run_on_all
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.load import build_full_model, is_export, load_export, load_weights
-from kabrn_dist.inference.working_copy import working_dtypes
+from kabrn_dist.inference.working_copy import round_to_working_copies
 from kabrn_dist.utils.errors import UserError
 
 SHOWN_FOLDERS = 8
@@ -105,9 +105,7 @@ class Run:
         """
         model = self.initial_model(device)
         load_weights(model, self.checkpoint)
-        dtypes = working_dtypes(self.config, self.manifest.world_size)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name]).to(parameter.dtype)
+        round_to_working_copies(model, self.config, self.manifest.world_size)
         return model
 
     def initial_model(self, device: torch.device | str = "cpu") -> GenerativeModel:

@@ -38,3 +38,16 @@ def working_dtypes(config: Config, world_size: int) -> dict[str, torch.dtype]:
         return torch.float32 if is_sharded or stays else working
 
     return {name: dtype_of(info) for name, info in empty_full_model(config).parameter_table().items()}
+
+
+def round_to_working_copies(model: MixKABRN, config: Config, world_size: int) -> None:
+    """Round the masters in a full model to what training computes with; without effect for a run in fp32.
+
+    Args:
+        model: Full model in fp32 with the masters of a checkpoint.
+        config: Configuration of the run.
+        world_size: Processes of the run.
+    """
+    dtypes = working_dtypes(config, world_size)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name]).to(parameter.dtype)

@@ -1,13 +1,15 @@
 """Commands in the documents work: every `bash` block runs, but for those that a comment exempts.
 
-A page's blocks run in order, in a folder with a corpus, `small.yaml` and `wide.yaml`; on pages that do not prepare data
-themselves, with a trained run in `runs/small`. `<!-- needs: WHAT -->` on the line above a block exempts it.
+A page's blocks run in order, in a folder with a corpus, `small.yaml`, `wide.yaml` and a short `configs/cpu.yaml`; on
+pages that do not prepare data themselves, with a trained run in `runs/small`. `<!-- needs: WHAT -->` on the line above
+a block exempts it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+
+from kabrn_dist.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 NEEDS = {"cluster", "minutes", "files", "terminal", "installation"}
@@ -71,6 +75,13 @@ def make_workplace(folder: Path) -> None:
     small["run"]["folder"] = "runs/wide"
     small["model"]["experts"].update(num_experts=8, top_k=4)
     (folder / "wide.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    cpu = yaml.safe_load((ROOT / "configs" / "cpu.yaml").read_text(encoding="utf-8"))
+    cpu["training"].update(steps=4, global_batch_size=4, micro_batch_size=4)
+    cpu["data"]["sequence_length"] = 64
+    cpu["optimizer"]["warmup_steps"] = 1
+    cpu["validation"]["eval_sequences"] = 4
+    (folder / "configs").mkdir()
+    (folder / "configs" / "cpu.yaml").write_text(yaml.safe_dump(cpu), encoding="utf-8")
     command = folder / "bin" / "mixkabrn"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kabrn_dist "$@"\n', encoding="utf-8")
@@ -112,3 +123,37 @@ def test_commands_work(name: str, tmp_path: Path, request: pytest.FixtureRequest
     for block in blocks:
         if not block.needs:
             run_commands(folder, block.commands)
+
+
+# Examples of --help that need more than a small run: a network, minutes, several machines, or files of one's own.
+TOO_LARGE = ("prepare", "train", "grow", "plan")
+
+
+def examples_of(name: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out.partition("examples:\n")[2].replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in shown.splitlines() if line.strip().startswith("mixkabrn ")]
+
+
+@pytest.mark.slow
+def test_examples_of_the_help_texts_work(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a small run, for those of `tiny.yaml`; `test_layouts.py` checks the ones that are too large."""
+    shutil.copytree(trained, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    Path("runs/small").rename("runs/tiny")
+    Path("data/corpus").rename("data/python-stdlib")
+    config = Path("runs/tiny/config.yaml")
+    config.write_text(config.read_text().replace("data/corpus", "data/python-stdlib"))
+    names = [module.__name__.rsplit(".", 1)[-1] for module in COMMANDS]
+    # Others generate from what it writes.
+    names.sort(key=lambda name: name != "export")
+    examples = [each for name in names if name not in TOO_LARGE for each in examples_of(name, capsys)]
+    assert len(examples) > 8
+    for example in examples:
+        # The small run has two layers, four experts and four steps.
+        typed = ["4" if part == "1200" else part for part in example]
+        typed += ["--tokens", "8"] if typed[0] == "generate" else []
+        assert main(typed) == 0, (typed, capsys.readouterr().err)
