@@ -60,6 +60,7 @@ from kabrn_dist.train.watchdog import Watchdog
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
+from kabrn_dist.utils.launch_time import launch_time
 from kabrn_dist.utils.lock import acquire_lock
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
@@ -168,7 +169,7 @@ class Trainer:
         """
         folder = config.run.folder
         with ExitStack() as resources:
-            stop_requests = StopRequests(folder, mesh.is_main, config.run.max_minutes)
+            stop_requests = StopRequests(folder, mesh.is_main, config.run.max_minutes, launch_time())
             watchdog = resources.enter_context(Watchdog(mesh.rank, config.guard.hang_timeout_s))
             lock = run_on_main(None, acquire_lock, folder)
             if lock is not None:
