@@ -67,10 +67,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, or with --dry-run print the plan; return the exit code."""
-    from kabrn_dist.config.file import load_config
-
     # DeepSpeed and torch take seconds to import: a mistake in the configuration is reported before that.
-    config = load_config(options.config, options.set)
+    config = plan.load(options)
     if options.dry_run:
         return plan.print_plan(config, options.world or options.processes)
     if options.processes is not None and "RANK" not in os.environ:

@@ -71,7 +71,7 @@ def _explain_no_meeting(env: LaunchEnv, error: Exception) -> UserError:
     if not address or not port:
         return UserError(
             f"WORLD_SIZE is {env.world_size}, but MASTER_ADDR {address!r} and MASTER_PORT {port!r} do not say where "
-            "the processes meet; start them with --processes, deepspeed, torchrun or mpirun, or unset WORLD_SIZE and RANK"
+            "the processes meet; start them with --processes, deepspeed, torchrun or mpirun, or unset WORLD_SIZE"
         )
     remedy = "start with another one: --master_port N of deepspeed and torchrun, or MASTER_PORT=N"
     if "EADDRINUSE" in str(error) or "in use" in str(error):

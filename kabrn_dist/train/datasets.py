@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kabrn_dist.config import Config
+from kabrn_dist.config import Config, DataConfig
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.errors import UserError
 
@@ -30,6 +31,16 @@ class Datasets:
     tokenizer: Tokenizer
     bytes_per_token: np.ndarray
     gzip_bits_per_byte: float
+
+
+def read_vocab_size(data: DataConfig) -> int:
+    """Return the number of tokens of a configuration's shards, for a model whose `vocab_size` is left out.
+
+    Raises:
+        UserError: if the shard set cannot be read.
+    """
+    shards = open_shard_set(data.path, data.cache_dir, data.cache_size_gb)
+    return max(shards.index.vocabulary, shards.tokenizer().vocab_size)
 
 
 def open_datasets(config: Config) -> Datasets:

@@ -54,7 +54,7 @@ from kabrn_dist.train.step_batches import next_step_batches
 from kabrn_dist.train.step_log import StepLog, StepLogger
 from kabrn_dist.train.stop_requests import StopRequests
 from kabrn_dist.train.target_share import TargetShare
-from kabrn_dist.train.throughput import measure_matmul_rate
+from kabrn_dist.train.throughput import describe_long_run, measure_matmul_rate
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
 from kabrn_dist.utils.atomic_io import atomic_write
@@ -234,6 +234,10 @@ class Trainer:
             self.metrics.print_line(line)
         for line in list_idle_settings(config, mesh.world_size):
             self.metrics.print_line(f"warning: {line}")
+        tokens = config.training.global_batch_size * config.data.sequence_length
+        least_seconds = mfu_per_speed * tokens * (config.training.steps - self.step)
+        if warning := describe_long_run(least_seconds, "even at the measured rate of matrix products this run takes"):
+            self.metrics.print_line(warning)
         for line in self.start_lines:
             self.metrics.print_line(line)
         self._tell_log_copy(log_copy)
