@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, positive_int
 
 if TYPE_CHECKING:
-    from kabrn_dist.config import Config
+    from kabrn_dist.config import Config, DataConfig
     from kabrn_dist.train.datasets import Datasets
 
 DESCRIPTION = """Checks the configuration for N processes, opens the data, and prints the layout of the processes, the
@@ -38,9 +38,23 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan of a configuration file; return the exit code."""
+    return print_plan(load(options), options.world)
+
+
+def load(options: argparse.Namespace) -> Config:
+    """Return the configuration that CONFIG and --set describe; a vocabulary that is left out is that of the shards.
+
+    Raises:
+        UserError: for a wrong configuration, or shards that cannot be read.
+    """
     from kabrn_dist.config.file import load_config
 
-    return print_plan(load_config(options.config, options.set), options.world)
+    def find_vocab_size(data: DataConfig) -> int:
+        from kabrn_dist.train.datasets import read_vocab_size
+
+        return read_vocab_size(data)
+
+    return load_config(options.config, options.set, find_vocab_size)
 
 
 def print_plan(config: Config, world_size: int | None) -> int:

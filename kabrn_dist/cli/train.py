@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from kabrn_dist.cli import plan
@@ -17,8 +18,8 @@ from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, non_ne
 PEER_FAILURE_SECONDS = 2.0
 
 DESCRIPTION = """Writes checkpoints, log.jsonl and TensorBoard events to run.folder, and resumes from the newest intact
-checkpoint there. To stop a run cleanly, create the file STOP in its folder, press Ctrl-C, or send SIGTERM or SIGUSR1
-to any of its processes: it saves, and the same command resumes.
+checkpoint there. To stop a run cleanly, create the file STOP in its folder, press Ctrl-C, or send SIGTERM, SIGUSR1 or
+SIGHUP to any of its processes: it saves, and the same command resumes.
 
 `mixkabrn config` describes the keys of CONFIG. Several processes are started with --processes on one machine, or by a
 launcher, as in the examples. In a checkout of the sources, launch/train.py --config CONFIG is the same command."""
@@ -44,7 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default="auto",
         metavar="auto|must|never|PATH",
         help="auto (default): continue from the newest intact checkpoint in run.folder, if there is one; must: fail "
-        "without one; never: fail with one; or the folder of a checkpoint",
+        "without one; never: fail with one; or the folder of a checkpoint, or of a run for its newest one",
     )
     parser.add_argument(
         "--stop-after",
@@ -66,10 +67,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, or with --dry-run print the plan; return the exit code."""
-    from kabrn_dist.config.file import load_config
-
     # DeepSpeed and torch take seconds to import: a mistake in the configuration is reported before that.
-    config = load_config(options.config, options.set)
+    config = plan.load(options)
     if options.dry_run:
         return plan.print_plan(config, options.world or options.processes)
     if options.processes is not None and "RANK" not in os.environ:
@@ -93,7 +92,10 @@ def _start_processes(count: int) -> NoReturn:
     """Replace this process by DeepSpeed's launcher, which starts this command `count` times and passes signals on."""
     from kabrn_dist.distributed.launch_env import free_port
 
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(count)]
+    if not any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dri")):
+        # The launcher would tell twice that it has found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     command = [*launcher, "--master_port", str(free_port()), "--module", "kabrn_dist", *sys.argv[1:]]
     sys.stdout.flush()
     os.execv(sys.executable, command)

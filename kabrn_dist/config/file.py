@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from kabrn_dist.config.data import DataConfig
 from kabrn_dist.config.migrate import CURRENT_VERSION, RENAMED_KEYS, detect_version, migrate, rename_hint
 from kabrn_dist.config.run import Config
 from kabrn_dist.utils.errors import UserError
@@ -21,7 +22,9 @@ logger = logging.getLogger(__name__)
 EXAMPLE_OVERRIDE = "section.key=value, e.g. training.steps=100"
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), find_vocab_size: Callable[[DataConfig], int] | None = None
+) -> Config:
     """Read a YAML file, apply `a.b=c` overrides and validate.
 
     A file of an earlier version is converted, and a line is logged that names it.
@@ -29,6 +32,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: the file.
         overrides: values for keys of the current version, as `--set` gives them; the last one of a key counts.
+        find_vocab_size: where `model.vocab_size` is left out, gives its value, such as that of the shards' tokenizer.
 
     Returns:
         The configuration, complete with defaults.
@@ -41,6 +45,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _refuse_old_key(override)
         set_value(tree, override, EXAMPLE_OVERRIDE, Config)
+    if find_vocab_size is not None:
+        _complete_vocab_size(tree, find_vocab_size)
     return _validate(tree, str(path))
 
 
@@ -79,6 +85,18 @@ def _migrate(tree: dict[str, Any], source: str) -> dict[str, Any]:
             CURRENT_VERSION,
         )
     return current
+
+
+def _complete_vocab_size(tree: dict[str, Any], find_vocab_size: Callable[[DataConfig], int]) -> None:
+    model = tree.get("model")
+    if not isinstance(model, dict) or model.get("vocab_size") is not None:
+        return
+    try:
+        data = DataConfig.model_validate(tree.get("data"))
+    except ValidationError:
+        # Told with all other mistakes.
+        return
+    model["vocab_size"] = find_vocab_size(data)
 
 
 def _refuse_old_key(override: str) -> None:

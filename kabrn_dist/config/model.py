@@ -149,7 +149,10 @@ class ModelConfig(ConfigSection):
         router: Choice of experts.
     """
 
-    vocab_size: PositiveInt = Field(description="Rows of the embedding, at least the size of the tokenizer.")
+    vocab_size: PositiveInt = Field(
+        description="Rows of the embedding, at least the size of the tokenizer. Where it is left out, `mixkabrn train` "
+        "and `plan` take it from the shards."
+    )
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")
     layers: Annotated[str, Field(pattern="^[RA]+$", max_length=MAX_LAYERS)] = Field(
         description="Mixers, one letter per layer: R retention, A softmax attention, e.g. RRRA; or a number of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def _ask_mpi() -> None:
     neighbors = world.Split_type(mpi.COMM_TYPE_SHARED)
     rendezvous = bytearray(256)
     if world.rank == 0:
-        text = f"{socket.gethostbyname(socket.gethostname())} {free_port()}".encode()
+        text = f"{find_address(neighbors.size == world.size)} {free_port()}".encode()
         rendezvous[: len(text)] = text
     world.Bcast([rendezvous, mpi.BYTE])
     address, port = rendezvous.rstrip(b"\0").decode().split()
@@ -84,6 +85,40 @@ def _ask_mpi() -> None:
     )
 
 
+def find_address(is_one_machine: bool) -> str:
+    """Return an address of this machine at which the other processes can reach it.
+
+    Host names cannot be relied on: one may not resolve, or to an address that only this machine knows (127.0.1.1). What
+    is chosen in its place is printed.
+
+    Args:
+        is_one_machine: True if all processes run on this machine.
+    """
+    if is_one_machine:
+        return LOOPBACK
+    name = socket.gethostname()
+    with suppress(OSError):
+        address = socket.gethostbyname(name)
+        if not address.startswith("127."):
+            return address
+    address = _interface_address()
+    print(
+        f"the host name {name} has no address for other machines; they meet at {address}", file=sys.stderr, flush=True
+    )
+    return address
+
+
+def _interface_address() -> str:
+    """The address of the interface that leads to other machines; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return LOOPBACK
+
+
+LOOPBACK = "127.0.0.1"
 # Below the ephemeral ports of Linux and others, and without the launchers' 29500.
 _PORTS = range(20_000, 29_000)
 

@@ -39,6 +39,9 @@ def init_distributed(env: LaunchEnv, timeout_s: float = DEFAULT_TIMEOUT_S) -> It
     Args:
         env: this process's rank and the number of processes.
         timeout_s: seconds that a rank waits for another in a collective before it raises.
+
+    Raises:
+        UserError: if the processes cannot meet, such as at a port that is in use.
     """
     device = _choose_device(env)
     if env.world_size == 1:
@@ -47,7 +50,10 @@ def init_distributed(env: LaunchEnv, timeout_s: float = DEFAULT_TIMEOUT_S) -> It
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         os.environ.setdefault("LOCAL_RANK", "0")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:
+        raise _explain_no_meeting(env, error) from error
     try:
         yield device
     except UserError:
@@ -57,6 +63,24 @@ def init_distributed(env: LaunchEnv, timeout_s: float = DEFAULT_TIMEOUT_S) -> It
     # After any other exception this rank leaves alone: destroying groups could wait for the others for ever, and
     # would show them a closed connection before this rank has printed what happened.
     dist.destroy_process_group()
+
+
+def _explain_no_meeting(env: LaunchEnv, error: Exception) -> UserError:
+    """What an error means that comes before there is a group: no other rank has gone, as none has arrived."""
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not address or not port:
+        return UserError(
+            f"WORLD_SIZE is {env.world_size}, but MASTER_ADDR {address!r} and MASTER_PORT {port!r} do not say where "
+            "the processes meet; start them with --processes, deepspeed, torchrun or mpirun, or unset WORLD_SIZE"
+        )
+    remedy = "start with another one: --master_port N of deepspeed and torchrun, or MASTER_PORT=N"
+    if "EADDRINUSE" in str(error) or "in use" in str(error):
+        return UserError(f"port {port} of {address} is in use by another process; {remedy}")
+    reason = str(error).partition("\n")[0][:300]
+    return UserError(
+        f"rank {env.rank} could not meet the others at {address}, port {port} ({reason}); see that all of them were "
+        f"started and can reach that address, or {remedy}"
+    )
 
 
 def is_peer_failure(error: BaseException) -> bool:

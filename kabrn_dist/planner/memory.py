@@ -115,7 +115,7 @@ def format_bytes(count: float) -> str:
     """Return a number of bytes for a message, as 1.50 GiB.
 
     >>> [format_bytes(2.0**power) for power in (20, 33, 45, 90)]
-    ['0.00 GiB', '8.00 GiB', '32.00 TiB', '1.2e+12 PiB']
+    ['0.00 GiB', '8.00 GiB', '32.00 TiB', '1.1e+12 PiB']
     """
     for power, name in ((40, "GiB"), (50, "TiB")):
         if count < 2.0**power:

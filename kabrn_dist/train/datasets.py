@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kabrn_dist.config import Config
+from kabrn_dist.config import Config, DataConfig
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.collectives import run_on_all
 from kabrn_dist.distributed.mesh import Mesh
@@ -49,6 +50,16 @@ class Datasets:
             UserError: if one did.
         """
         self.train.corpus.files.check()
+
+
+def read_vocab_size(data: DataConfig) -> int:
+    """Return the number of tokens of a configuration's shards, for a model whose `vocab_size` is left out.
+
+    Raises:
+        UserError: if the shard set cannot be read.
+    """
+    shards = open_shard_set(data.path, data.cache_dir, data.cache_size_gb)
+    return max(shards.index.vocabulary, shards.tokenizer().vocab_size)
 
 
 def open_datasets(config: Config) -> Datasets:

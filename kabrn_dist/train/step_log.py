@@ -19,7 +19,7 @@ from kabrn_dist.model.mixkabrn import BatchStats
 from kabrn_dist.train.console import format_step
 from kabrn_dist.train.guard import LossGuard, StepSync
 from kabrn_dist.train.phase_timer import PhaseTimer
-from kabrn_dist.train.throughput import TimeLeft
+from kabrn_dist.train.throughput import TimeLeft, describe_long_run
 
 
 class StepLog(NamedTuple):
@@ -85,6 +85,7 @@ class StepLogger:
         self.step = step
         self.tokens_per_expert: Tensor | None = None
         self._mfu_per_speed = mfu_per_speed
+        self._long_run_is_told = False
         self._time_left = TimeLeft(engine.config.training.steps)
 
     def write(self, log: StepLog) -> None:
@@ -96,7 +97,14 @@ class StepLogger:
             if self.engine.config.model.quantize:
                 values |= self._weight_values(log)
             self.metrics.write(log.step, values, format_step(log.step, values, log.result.applied), expert_lists(stats))
+        self._warn_of_long_run(values["progress/seconds_left"])
         self.tokens_per_expert = stats.tokens_per_expert
+
+    def _warn_of_long_run(self, seconds_left: float) -> None:
+        warning = describe_long_run(seconds_left, "at the speed of the first steps this run takes")
+        if warning and not self._long_run_is_told:
+            self.metrics.print_line(warning)
+            self._long_run_is_told = True
 
     def _take_phase_seconds(self, step: int) -> dict[str, float]:
         """Mean seconds per step of each phase since the last logged step, the writing of that one included."""

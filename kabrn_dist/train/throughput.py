@@ -13,6 +13,7 @@ from kabrn_dist.distributed.mesh import Mesh
 MATMUL_SHAPE = (512, 512, 512)
 CUDA_MATMUL_SHAPE = (4096, 4096, 4096)
 MATMUL_SECONDS = 0.25
+LONG_RUN_SECONDS = 86_400.0
 
 
 def time_matmul(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
@@ -53,6 +54,22 @@ def measure_matmul_rate(mesh: Mesh, dtype: torch.dtype) -> float:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def describe_long_run(seconds: float, basis: str) -> str:
+    """Return a warning of a run that takes longer than a day; empty for a shorter one.
+
+    Args:
+        seconds: estimate of the time to its end; may be no number.
+        basis: what the estimate rests on, as the message begins.
+    """
+    if not seconds > LONG_RUN_SECONDS:
+        return ""
+    days = f"{seconds / LONG_RUN_SECONDS:,.1f} days"
+    return (
+        f"warning: {basis} {days} to its last step; lower training.steps or training.global_batch_size, take a smaller "
+        "model, or use more processes or a faster machine"
+    )
 
 
 class TimeLeft:

@@ -55,12 +55,13 @@ from kabrn_dist.train.step_batches import next_step_batches
 from kabrn_dist.train.step_log import StepLog, StepLogger
 from kabrn_dist.train.stop_requests import StopRequests
 from kabrn_dist.train.target_share import TargetShare
-from kabrn_dist.train.throughput import measure_matmul_rate
+from kabrn_dist.train.throughput import describe_long_run, measure_matmul_rate
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
+from kabrn_dist.utils.launch_time import launch_time
 from kabrn_dist.utils.lock import acquire_lock
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
@@ -169,7 +170,7 @@ class Trainer:
         """
         folder = config.run.folder
         with ExitStack() as resources:
-            stop_requests = StopRequests(folder, mesh.is_main, config.run.max_minutes)
+            stop_requests = StopRequests(folder, mesh.is_main, config.run.max_minutes, launch_time())
             watchdog = resources.enter_context(Watchdog(mesh.rank, config.guard.hang_timeout_s))
             lock = run_on_main(None, acquire_lock, folder)
             if lock is not None:
@@ -235,6 +236,10 @@ class Trainer:
             self.metrics.print_line(line)
         for line in list_idle_settings(config, mesh.world_size):
             self.metrics.print_line(f"warning: {line}")
+        tokens = config.training.global_batch_size * config.data.sequence_length
+        least_seconds = mfu_per_speed * tokens * (config.training.steps - self.step)
+        if warning := describe_long_run(least_seconds, "even at the measured rate of matrix products this run takes"):
+            self.metrics.print_line(warning)
         for line in self.start_lines:
             self.metrics.print_line(line)
         self._tell_log_copy(log_copy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from kabrn_dist.checkpoint.store import read_manifest
 from kabrn_dist.config.run import RunConfig
 from kabrn_dist.train.stop_requests import ECHO_SECONDS, StopRequests
+from kabrn_dist.utils.launch_time import launch_time
 from tests.support import fork_server
 from tests.support.runs import (
     deepspeed_command,
@@ -57,7 +59,9 @@ def check_saved(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("rank", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (0, signal.SIGINT)], ids=lambda v: str(int(v))
+    ("rank", "number"),
+    [(1, signal.SIGTERM), (1, signal.SIGUSR1), (0, signal.SIGHUP), (0, signal.SIGINT)],
+    ids=lambda v: str(int(v)),
 )
 def test_a_signal_to_one_rank_stops_and_saves_all(
     rank: int, number: signal.Signals, shards: Path, tmp_path: Path
@@ -100,7 +104,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, time; from pathlib import Path; from kabrn_dist.train import stop_requests\n"
         "stop_requests.ECHO_SECONDS = 0.3\n"
-        "w = stop_requests.StopRequests(Path(sys.argv[1]), True, None)\n"
+        "w = stop_requests.StopRequests(Path(sys.argv[1]), True, None, 0.0)\n"
         "with w.listening():\n"
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
         "    print(w.requested(), flush=True)\n"
@@ -113,11 +117,41 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 def test_time_and_file_are_stop_requests(tmp_path: Path) -> None:
     assert ECHO_SECONDS < 10 and RunConfig(folder=tmp_path).max_minutes is None
     (tmp_path / "STOP").touch()
-    requests = StopRequests(tmp_path, watch_file=True, max_minutes=None)
-    assert requests.requested() and not StopRequests(tmp_path, watch_file=False, max_minutes=None).requested()
+    requests = StopRequests(tmp_path, True, None, launch_time())
+    assert requests.requested() and not StopRequests(tmp_path, False, None, launch_time()).requested()
     with requests.listening():
+        assert requests.requested(), "a file that came while the processes started is an order"
+    with StopRequests(tmp_path, True, None, time.time() + 5).listening():
         assert not requests.requested(), "a leftover file is removed"
-    assert StopRequests(tmp_path, watch_file=False, max_minutes=0.0).requested()
+    assert StopRequests(tmp_path, False, 0.0, launch_time()).requested()
+
+
+def test_an_order_that_comes_while_starting_is_obeyed(shards: Path, tmp_path: Path) -> None:
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", training__steps=5000)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    os.utime(tmp_path / "run" / "STOP", (1, 1))
+    with train(config, 1, "--stop-after", "2") as group:
+        assert "stopped at step 2" in group.wait(60).output, "a leftover is no order"
+    with train(config, 1) as group:
+        (tmp_path / "run" / "STOP").touch()
+        ended = group.wait(60)
+    assert ended.exit_codes == (0,) and "stopped at step 3" in ended.output, ended.output
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        requests = StopRequests(tmp_path, True, None, launch_time())
+        with requests.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not requests.requested() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with requests.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
