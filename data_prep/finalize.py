@@ -16,6 +16,7 @@ from data_prep.encode import gzip_record_path, read_shard_record, shard_record_p
 from data_prep.read import ReadRecord, select_runs
 from data_prep.recipe import Recipe, SourceRecipe
 from data_prep.samples import DuplicateSummary, sample_duplicates
+from data_prep.sources.decode import printable_name
 from data_prep.split import Stream
 from data_prep.streams import ShardTask, read_shard_plan
 from data_prep.workspace import Workspace
@@ -99,7 +100,7 @@ def _source_options(stream: Stream) -> dict[str, Any]:
     if len(stream.sources) > 1:
         return {"sources": tuple(source.name for source in stream.sources)}
     source = stream.sources[0]
-    return {"input": tuple(path.name for path in source.input), **source.options}
+    return {"input": tuple(printable_name(path.name) for path in source.input), **source.options}
 
 
 def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -115,5 +116,5 @@ def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _describe_cleaning(recipe: Recipe, source: SourceRecipe) -> dict[str, Any]:
     config = recipe.cleaning_config(source).model_dump(mode="json")
-    config["contamination"]["paths"] = [Path(path).name for path in config["contamination"]["paths"]]
+    config["contamination"]["paths"] = [printable_name(Path(path).name) for path in config["contamination"]["paths"]]
     return config

@@ -288,9 +288,10 @@ def _open_source(recipe: Recipe, source: SourceRecipe) -> DataSource:
 
 def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
     """Return a digest of the inputs: the recipe, and name, size and time of every file to read."""
-    digest = hashlib.sha256(recipe.model_dump_json(exclude={"out"}).encode())
+    settings = json.dumps(recipe.model_dump(exclude={"out"}), default=str, ensure_ascii=False, separators=(",", ":"))
+    digest = hashlib.sha256(_name_bytes(settings))
     for path in _other_files(recipe):
-        digest.update(f"{path.name} {_file_state(path)}".encode())
+        digest.update(_name_bytes(f"{path.name} {_file_state(path)}"))
     for task in reader.tasks:
         unit = task.unit
         # Spelled out in this form, so that folders that earlier versions finished are still recognized.
@@ -298,8 +299,13 @@ def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
         described = ", ".join(f"{name}={value!r}" for name, value in fields.items())
         digest.update(f"Item(number={task.number}, source={task.source}, unit={kind}({described}))".encode())
         for path in _unit_files(unit, recipe.out):
-            digest.update(f"{path.name} {_file_state(path)}".encode())
+            digest.update(_name_bytes(f"{path.name} {_file_state(path)}"))
     return digest.hexdigest()
+
+
+def _name_bytes(text: str) -> bytes:
+    # Names of files are bytes, which need not be UTF-8.
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _other_files(recipe: Recipe) -> Iterator[Path]:
