@@ -83,7 +83,9 @@ def print_plan(config: Config, world_size: int | None) -> int:
     config.check_world_size(world_size)
     # Other machines may have more memory than this one, but not without end.
     available = process_memory(torch.device("cpu"), world_size) if is_here else float(MAX_PLANNED_BYTES)
-    check_memory(config, world_size, available, "this machine" if is_here else "no machine that a plan is made for")
+    check_memory(
+        config, world_size, available, "this machine" if is_here else "the largest machine that can be planned for"
+    )
     print(describe_plan(config, world_size))
     for line in list_idle_settings(config, world_size):
         print(f"warning: {line}")

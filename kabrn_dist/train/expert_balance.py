@@ -48,15 +48,22 @@ def resolve_placement(config: Config, mesh: Mesh) -> Config:
         room = count_room(config, mesh.world_size, free)
         counts = allocate_experts(config.model.experts.num_experts, level(speeds), room)
         if mesh.is_main:
-            print(_describe_placement(speeds, free, room, counts), flush=True)
+            print(describe_placement(speeds, free, room, counts), flush=True)
     parallel = config.parallel.model_copy(update={"experts_per_rank": counts, "rank_weights": None})
     return config.model_copy(update={"parallel": parallel})
 
 
-def _describe_placement(
+def describe_placement(
     speeds: Sequence[float], free: Sequence[float], room: Sequence[int], counts: Sequence[int]
 ) -> str:
-    """What was measured, and what follows from it."""
+    """Return a line about what was measured, and the placement that follows from it.
+
+    Args:
+        speeds: FLOP/s of each rank of an expert group.
+        free: free bytes of each.
+        room: experts that fit into these.
+        counts: experts that each is given.
+    """
     ranks = "; ".join(
         f"{speed / 1e9:.1f} GFLOP/s, {format_bytes(each)} free, room for {most}"
         for speed, each, most in zip(speeds, free, room, strict=True)

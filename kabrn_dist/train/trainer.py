@@ -87,7 +87,7 @@ def train(config: Config, env: LaunchEnv, resume: str = "auto", stop_after: int 
     # The watchdog of a rank that hangs must act before the other ranks' collectives time out.
     with init_distributed(env, max(DEFAULT_TIMEOUT_S, 2 * config.guard.hang_timeout_s)) as device:
         available = process_memory(device, env.local_world_size)
-        run_on_all(None, check_memory, config, env.world_size, available, "it")
+        run_on_all(None, check_memory, config, env.world_size, available, "its part of this machine")
         parallel = config.parallel
         mesh = make_mesh(env, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)
         with Trainer.create(resolve_placement(config, mesh), mesh, datasets, resume) as trainer:

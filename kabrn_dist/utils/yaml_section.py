@@ -124,7 +124,9 @@ def _read_value(text: str, annotation: Any, override: str) -> Any:
     try:
         value = load_yaml(text)
     except UserError as error:
-        raise UserError(f"--set {override!r}: {text[:80]!r} is not a YAML value ({error}); quote it") from None
+        if not str(error).startswith("not valid YAML"):
+            raise UserError(f"--set {override[:200]!r}: {error}") from None
+        raise UserError(f"--set {override[:200]!r}: {text[:80]!r} is not a YAML value; quote it") from None
     if re.search(r"(^|\s)#", text) and "#" not in str(value):
         raise UserError(f"--set {override!r}: # begins a comment in YAML; put the value in quotes, or leave out the #")
     return value

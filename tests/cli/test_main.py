@@ -151,3 +151,27 @@ def test_the_package_imports_its_names_when_they_are_used() -> None:
 def test_the_api_generates_from_an_export() -> None:
     model, tokenizer = kabrn_dist.load_model(ROOT / "tests/fixtures/version_1/export")
     assert "".join(model.generate("Once", tokenizer=tokenizer, tokens=3, temperature=0)) == "g/#"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "c.yaml", "--stop-after", "-5"], "-5 is less than 0"),
+        (["train", "c.yaml", "--processes", "0"], "0 is less than 1"),
+        (["plan", "c.yaml", "--world", "-2"], "-2 is less than 1"),
+    ],
+)
+def test_counts_below_their_least_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_plan_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "configs/tiny.yaml", "--world", str(10**12)]) == 2
+    assert "1000000000000 processes are not 1 to 1000000" in capsys.readouterr().err
+    assert main(["plan", "configs/tiny.yaml", "--world", "2", "--set", "model.hidden_size=1000000000000"]) == 2
+    message = capsys.readouterr().err
+    assert "a process needs at least " in message and "the largest machine that can be planned for has 1 PiB" in message

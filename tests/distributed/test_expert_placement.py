@@ -14,7 +14,7 @@ from kabrn_dist.config.file import load_config
 from kabrn_dist.distributed.expert_placement import ExpertPlacement, allocate_experts, plan_expert_counts
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.planner.estimate import describe_plan
-from kabrn_dist.train.expert_balance import count_room, level, resolve_placement
+from kabrn_dist.train.expert_balance import count_room, describe_placement, level, resolve_placement
 from kabrn_dist.utils.errors import UserError
 from tests.support.runs import read_losses, run_sessions, write_small_config
 
@@ -101,9 +101,15 @@ def test_auto_is_planned_resolved_and_told(tmp_path: Path) -> None:
     assert plan_expert_counts(measured) is None and "auto: measured at the start" in describe_plan(measured, 4)
     one = configure(tmp_path, parallel__experts_per_rank="auto")
     one.check_world_size(1)
-    assert resolve_placement(one, single_process_mesh()).parallel.experts_per_rank == (8,)
+    assert resolve_placement(one, single_process_mesh()) is one and plan_expert_counts(one) == (8,)
     even = configure(tmp_path, parallel__expert_parallel=2)
     assert plan_expert_counts(even) == (4, 4) and resolve_placement(even, single_process_mesh()) is even
+
+
+def test_what_was_measured_is_told() -> None:
+    line = describe_placement([2e9, 1e9], [2.0**33, 2.0**34], [5, 9], [5, 3])
+    for words in ("2.0 GFLOP/s, 8.00 GiB free, room for 5", "1.0 GFLOP/s, 16.00 GiB free, room for 9", "[5, 3]"):
+        assert words in line
 
 
 def test_what_is_measured_trains_and_another_vector_goes_on(shards: Path, tmp_path: Path) -> None:
