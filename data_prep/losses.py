@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from data_prep.read import ReadRecord
 from data_prep.recipe import Recipe, SourceRecipe
+from data_prep.samples import DuplicateSummary
 from kabrn_dist.utils.errors import UserError
 
 # Reasons of removal that mean a loss, not a choice of the recipe.
@@ -53,6 +54,15 @@ def describe_losses(recipe: Recipe, records: Sequence[ReadRecord]) -> str:
     """Return the lines of `summarize_records`, each with its end, of the sources of which not all was kept."""
     pairs = zip(recipe.sources, records, strict=True)
     return "".join(f"{_summary(source, record)}\n" for source, record in pairs if _has_losses(record))
+
+
+def describe_duplicates(recipe: Recipe, duplicates: Sequence[DuplicateSummary]) -> str:
+    """Return a line, with its end, for each source of which duplicates were dropped."""
+    return "".join(
+        f"{source.name}: dropped {dropped.exact:,} documents that equal another, {dropped.near:,} nearly\n"
+        for source, dropped in zip(recipe.sources, duplicates, strict=True)
+        if dropped.exact or dropped.near
+    )
 
 
 def _has_losses(record: ReadRecord) -> bool:

@@ -28,7 +28,7 @@ from data_prep.duplicates import (
 )
 from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
-from data_prep.losses import check_readable, describe_losses
+from data_prep.losses import check_readable, describe_duplicates, describe_losses
 from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.plan import load_recipe_tokenizer, plan_shards
 from data_prep.progress import StageProgress
@@ -97,6 +97,7 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
         index = build_index(workspace, recipe, streams, records)
         Tokenizer.load(workspace.tokenizer).save(recipe.out / workspace.tokenizer.name)
         duplicates = summarize_duplicates(workspace, recipe, records)
+        print(describe_duplicates(recipe, duplicates), end="", flush=True)
         write_report(recipe, records, duplicates, index, reader.licenses(), time.monotonic() - start)
         inject_fault("data.index")
         written.append(_write_index(recipe.out, index))

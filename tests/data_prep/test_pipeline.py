@@ -82,7 +82,7 @@ def test_without_cleaning_documents_come_back_byte_for_byte(tmp_path: Path) -> N
     assert sorted(texts_of(tmp_path, "a")) == sorted(texts)
 
 
-def test_duplicates_go_once_over_all_sources(tmp_path: Path) -> None:
+def test_duplicates_go_once_over_all_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared, long = "the very same text", words(1, 300)
     nearly = long + " one word more"
     first = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in (shared, long, *(words(n, 60) for n in range(9)))])
@@ -91,6 +91,7 @@ def test_duplicates_go_once_over_all_sources(tmp_path: Path) -> None:
     assert (
         prepare(tmp_path, sources, clean=NO_CLEANING | {"exact": True, "near": True, "near_numbers": "distinct"}) == 0
     )
+    assert "b: dropped 1 documents that equal another, 1 nearly\n" in capsys.readouterr().out
     a, b = texts_of(tmp_path, "a"), texts_of(tmp_path, "b")
     assert shared in a and long in a and len(a) == 11
     assert "own" in b and shared not in b and nearly not in b
