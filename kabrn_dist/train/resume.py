@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.sharded_state import sharded_state, sync_working_copy
-from kabrn_dist.checkpoint.layout import list_checkpoints, list_links, step_of
+from kabrn_dist.checkpoint.layout import list_checkpoints, list_links
 from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
 from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
@@ -125,24 +124,6 @@ def join_faults(faults: dict[str, str]) -> str:
     shown = [f"{name}: {fault}" for name, fault in list(faults.items())[:SHOWN_FAULTS]]
     more = len(faults) - len(shown)
     return " | ".join([*shown, f"and {more} more"] if more else shown)
-
-
-def keep_log(folder: Path, step: int) -> Path | None:
-    """Copy a run's log before it is truncated to `step`, if a later checkpoint is kept. Returns the copy.
-
-    Args:
-        folder: the run's folder.
-        step: the log's last step from now on.
-    """
-    log = folder / "log.jsonl"
-    if not log.exists() or all(step_of(path) <= step for path in list_checkpoints(folder / "checkpoints")):
-        return None
-    names = (folder / f"log.before-step-{step:08d}{suffix}.jsonl" for suffix in ("", *map(".{}".format, range(2, 99))))
-    copy = next((name for name in names if not name.exists()), None)
-    if copy is None:
-        raise UserError(f"{folder}: holds too many copies of log.jsonl; move log.before-step-* away")
-    shutil.copyfile(log, copy)
-    return copy
 
 
 def _check_exists(path: Path, resume: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from kabrn_dist.config import Config
+from kabrn_dist.config.idle import list_idle_settings
 from kabrn_dist.distributed.expert_placement import plan_expert_counts
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.kernels.selection import int8_matmul_is_faster, matmul_dtype, select_kernels
-from kabrn_dist.planner.count import ParameterCounts
+from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.train.throughput import Speed, describe_long_run
 from kabrn_dist.utils.precision import TORCH_DTYPES
 
 _WIDTH = 80
@@ -19,21 +21,22 @@ _MASTERS = {
 }
 
 
-def describe_run(config: Config, mesh: Mesh, counts: ParameterCounts, matmul_rate: float) -> list[str]:
-    """Return the lines: device, precision, layout, parameters, step and kernels, at most 80 columns each.
+def describe_run(config: Config, mesh: Mesh, speed: Speed, step: int) -> list[str]:
+    """Return the lines: device, precision, layout, parameters, step and kernels, at most 80 columns each; warnings.
 
     Args:
         config: the whole configuration.
         mesh: all ranks.
-        counts: numbers of parameters.
-        matmul_rate: FLOP/s of matrix products on all ranks together.
+        speed: what the machines can do.
+        step: steps done before this session.
     """
     training, parallel = config.training, config.parallel
+    counts = count_parameters(config.model)
     accumulation = config.gradient_accumulation_steps(mesh.world_size)
     tokens = training.global_batch_size * config.data.sequence_length
     rest = 4 if training.precision == "fp32" else 2
     entries = [
-        ("device", f"{_describe_device(mesh)}; {matmul_rate / 1e9:,.1f} GFLOP/s measured on all ranks"),
+        ("device", f"{_describe_device(mesh)}; {speed.matmul_rate / 1e9:,.1f} GFLOP/s measured on all ranks"),
         ("precision", f"training.precision {training.precision}: {_MASTERS[training.precision]}"),
         (
             "layout",
@@ -59,7 +62,11 @@ def describe_run(config: Config, mesh: Mesh, counts: ParameterCounts, matmul_rat
         ("kernels", select_kernels(mesh.device.type).reason),
         ("", _describe_products(config, mesh.device)),
     ]
-    return [line for name, text in entries for line in _fold(name, text)]
+    lines = [line for name, text in entries for line in _fold(name, text)]
+    lines += [f"warning: {line}" for line in list_idle_settings(config, mesh.world_size)]
+    least_seconds = speed.mfu_per_token_rate * tokens * (training.steps - step)
+    warning = describe_long_run(least_seconds, "even at the measured rate of matrix products this run takes")
+    return [*lines, warning] if warning else lines
 
 
 def _describe_device(mesh: Mesh) -> str:

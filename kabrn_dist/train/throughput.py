@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from kabrn_dist.config import Config
 from kabrn_dist.distributed.mesh import Mesh
+from kabrn_dist.kernels.selection import matmul_dtype
+from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.planner.flops import flops_per_token
+from kabrn_dist.utils.precision import TORCH_DTYPES
 
 # Rows, inner and outer size of the product that stands for the device's speed.
 MATMUL_SHAPE = (512, 512, 512)
@@ -54,6 +60,25 @@ def measure_matmul_rate(mesh: Mesh, dtype: torch.dtype) -> float:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Speed(NamedTuple):
+    """What this machine can do.
+
+    Attributes:
+        matmul_rate: FLOP/s of matrix products on all ranks together.
+        mfu_per_token_rate: model FLOPs utilization at one token a second.
+    """
+
+    matmul_rate: float
+    mfu_per_token_rate: float
+
+
+def measure_speed(config: Config, mesh: Mesh) -> Speed:
+    """Measure the rate of matrix products in the precision of a run. Collective; takes `MATMUL_SECONDS`."""
+    rate = measure_matmul_rate(mesh, matmul_dtype(mesh.device.type, TORCH_DTYPES[config.training.precision]))
+    flops = flops_per_token(config.model, config.data.sequence_length, count_parameters(config.model).active)
+    return Speed(rate, flops / rate)
 
 
 def describe_long_run(seconds: float, basis: str) -> str:

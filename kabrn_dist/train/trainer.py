@@ -18,18 +18,13 @@ from kabrn_dist.backend.ternary_weights import current_codes
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
-from kabrn_dist.config.idle import list_idle_settings
-from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.distributed.collectives import run_on_all, run_on_main
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import Mesh, make_mesh
 from kabrn_dist.distributed.process_group import DEFAULT_TIMEOUT_S, init_distributed
 from kabrn_dist.grow.run import grow
-from kabrn_dist.kernels.selection import matmul_dtype
 from kabrn_dist.metrics.logger import MetricsLogger
 from kabrn_dist.model.mixkabrn import build_model
-from kabrn_dist.planner.count import count_parameters
-from kabrn_dist.planner.flops import flops_per_token
 from kabrn_dist.planner.memory import check_memory, process_memory
 from kabrn_dist.train.console import format_text
 from kabrn_dist.train.datasets import Datasets, open_datasets, wait_for_verification
@@ -43,10 +38,10 @@ from kabrn_dist.train.resume import (
     check_state,
     choose_checkpoint,
     describe_resume,
-    keep_log,
     make_run_state,
     restore,
 )
+from kabrn_dist.train.run_folder import keep_log, write_config, write_description
 from kabrn_dist.train.run_summary import describe_run
 from kabrn_dist.train.sample import generate_sample
 from kabrn_dist.train.saver import Saver
@@ -55,15 +50,13 @@ from kabrn_dist.train.step_batches import next_step_batches
 from kabrn_dist.train.step_log import StepLog, StepLogger
 from kabrn_dist.train.stop_requests import StopRequests
 from kabrn_dist.train.target_share import TargetShare
-from kabrn_dist.train.throughput import describe_long_run, measure_matmul_rate
+from kabrn_dist.train.throughput import measure_speed
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
-from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
 from kabrn_dist.utils.launch_time import launch_time
 from kabrn_dist.utils.lock import acquire_lock
-from kabrn_dist.utils.precision import TORCH_DTYPES
 
 
 def train(config: Config, env: LaunchEnv, resume: str = "auto", stop_after: int | None = None) -> bool:
@@ -223,54 +216,31 @@ class Trainer:
 
     def _open(self) -> None:
         config, mesh, folder = self.config, self.mesh, self.config.run.folder
-        run_on_main(None, self._write_config, self.resumed_from is None)
-        run_on_main(None, atomic_write, folder / TOKENIZER_NAME, self.datasets.tokenizer.content)
-        log_copy = run_on_main(None, keep_log, folder, self.step)
+        run_on_main(None, write_description, config, self.datasets.tokenizer, self.resumed_from is None)
+        log_lines = run_on_main(None, keep_log, folder, self.step)
         self.metrics = run_on_all(None, MetricsLogger, folder, mesh.is_main, self.step, config.training.steps)
         self._resources.callback(self.metrics.close)
         self.metrics.write_text(0, "config", dump_config(config))
-        counts = count_parameters(config.model)
-        matmul_rate = measure_matmul_rate(mesh, matmul_dtype(mesh.device.type, TORCH_DTYPES[config.training.precision]))
-        mfu_per_speed = flops_per_token(config.model, config.data.sequence_length, counts.active) / matmul_rate
-        for line in describe_run(config, mesh, counts, matmul_rate):
+        speed = measure_speed(config, mesh)
+        for line in [*describe_run(config, mesh, speed, self.step), *self.start_lines, *(log_lines or ())]:
             self.metrics.print_line(line)
-        for line in list_idle_settings(config, mesh.world_size):
-            self.metrics.print_line(f"warning: {line}")
-        tokens = config.training.global_batch_size * config.data.sequence_length
-        least_seconds = mfu_per_speed * tokens * (config.training.steps - self.step)
-        if warning := describe_long_run(least_seconds, "even at the measured rate of matrix products this run takes"):
-            self.metrics.print_line(warning)
-        for line in self.start_lines:
-            self.metrics.print_line(line)
-        self._tell_log_copy(log_copy)
         saved_step = self.step if self.resumed_from else None
         self.saver = Saver(
             self.store, config.checkpoint.async_save, saved_step, self.metrics.print_line, self._try_write_config
         )
         self._figures = TrainingFigures(self.engine, self.metrics, self.step)
         self._step_logger = StepLogger(
-            self.engine, self.guard, self.metrics, self.timer, self.datasets.train, mfu_per_speed, self.step
+            self.engine, self.guard, self.metrics, self.timer, self.datasets.train, speed.mfu_per_token_rate, self.step
         )
         self._resources.enter_context(self.stop_requests.listening())
-
-    def _write_config(self, replace: bool) -> None:
-        file = self.config.run.folder / "config.yaml"
-        if replace or not file.exists():
-            atomic_write(file, dump_config(self.config).encode())
 
     def _try_write_config(self) -> None:
         """Put this session's configuration in the place of that of an earlier one; not collective."""
         try:
             if self.mesh.is_main:
-                self._write_config(replace=True)
+                write_config(self.config)
         except (OSError, UserError) as error:
             self.metrics.print_line(f"config.yaml still holds the last session's configuration: {error}")
-
-    def _tell_log_copy(self, copy: Path | None) -> None:
-        if copy is not None:
-            self.metrics.print_line(
-                f"log.jsonl goes on after step {self.step}; later steps, of which a checkpoint is kept, are in {copy}"
-            )
 
     def run(self, stop_after: int | None = None) -> bool:
         """Train, validate and save at their intervals. Collective.
@@ -431,7 +401,8 @@ class Trainer:
         self.guard.roll_back(progress.step, progress.guard)
         self.skipped_data_steps += self.step - progress.step
         self.step = self._step_logger.step = self.saver.saved_step = progress.step
-        self._tell_log_copy(run_on_main(None, keep_log, self.config.run.folder, self.step))
+        for line in run_on_main(None, keep_log, self.config.run.folder, self.step) or ():
+            self.metrics.print_line(line)
         self.metrics.truncate_after(self.step)
         self.metrics.print_line(f"{bad}: back to {path.name}; data up to position {self.sequences_consumed} is skipped")
 
