@@ -93,18 +93,12 @@ def test_a_shard_that_breaks_while_one_rank_reads_it_ends_all_ranks(shards: Path
     check(wait_for_exit(process, timeout=120), shard.name, "block")
 
 
-@pytest.mark.parametrize("damage", ["zeros", "one bit"])
-def test_a_shard_with_another_content_ends_all_ranks_before_a_checkpoint(
-    damage: str, shards: Path, tmp_path: Path
-) -> None:
+def test_one_flipped_bit_in_a_shard_ends_all_ranks_before_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     data = tmp_path / "shards"
     shutil.copytree(shards, data)
     shard = next(data.glob("*-train-*.tar"))
     content = bytearray(shard.read_bytes())
-    if damage == "zeros":
-        content = bytearray(len(content))
-    else:
-        content[len(content) // 2] ^= 1
+    content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     config = write_small_config(tmp_path / "c.yaml", data, tmp_path / "run")
     check(train(2, config), shard.name, "sha256", "mixkabrn inspect")
