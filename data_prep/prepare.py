@@ -28,11 +28,12 @@ from data_prep.duplicates import (
 )
 from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
+from data_prep.input_digest import digest_inputs
 from data_prep.losses import check_readable, describe_duplicates, describe_losses
 from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.plan import load_recipe_tokenizer, plan_shards
 from data_prep.progress import StageProgress
-from data_prep.read import ReadRecord, SourceReader, digest_inputs, select_runs
+from data_prep.read import ReadRecord, SourceReader, select_runs
 from data_prep.recipe import Recipe
 from data_prep.report import write_report
 from data_prep.split import Stream

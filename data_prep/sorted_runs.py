@@ -99,8 +99,14 @@ class RunWriter:
         Raises:
             UserError: the disk refuses.
         """
-        text_hash = sort_key(text)
-        key = text_hash if document.key is None else sort_key(document.key.encode())
+        text_key = sort_key(text)
+        key = text_key if document.key is None else sort_key(document.key.encode())
+        text_hash = text_key
+        if document.stretch:
+            # Stretches are no duplicates of others of the same text, only of those at the same place of its copies.
+            place = document.name.rpartition(" ")[2].encode()
+            text_hash = sort_key(place + text)
+            keys = None if keys is None else keys ^ np.uint64(sort_key(place)[0])
         spans, count = _pack_spans(document)
         name = document.name.encode("utf-8", "replace")
         size = len(spans) + len(name) + len(text)

@@ -199,8 +199,10 @@ class Worker(WorkerGroup):
         return list(self.receive())
 
     def _listen(self) -> None:
-        while line := self._stream.readline():
-            self._answers.put(line)
+        # A rank 0 that was killed before it had read all resets the connection.
+        with contextlib.suppress(OSError):
+            while line := self._stream.readline():
+                self._answers.put(line)
         os._exit(3)
 
 

@@ -51,7 +51,7 @@ class Workspace:
         self.shard_plan, self.files = self.folder / "shard_plan.json", self.folder / "files.json"
 
     def is_finished(self, inputs: str) -> bool:
-        """Return whether `out` was finished from these inputs, a digest that `read.digest_inputs` made."""
+        """Return whether `out` was finished from these inputs, a digest that `input_digest.digest_inputs` made."""
         return (self.out / INDEX_NAME).exists() and _read_text(self.out / INPUTS_NAME) == inputs
 
     def open(self, inputs: str, force: bool) -> None:

@@ -142,6 +142,19 @@ def test_a_large_text_is_read_in_stretches_and_said(
     assert f"{len(found) - 1:,} of the documents are stretches of larger texts" in shown
 
 
+def test_a_large_text_that_repeats_itself_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive.read_stretches, "__defaults__", (1 << 16, 1 << 12))
+    text = "the same line again and again\n" * 4000
+    root = data.write_folder(tmp_path / "in", {"a.txt": text, "copy.txt": text})
+    (tmp_path / "r.yaml").write_text(
+        f"out: {tmp_path}/set\ntokenizer: {{bytes: true}}\nclean: {{quality: 'off', repetition: 'off'}}\n"
+        f"sources: [{{name: a, kind: text, input: {root}}}]\n"
+    )
+    assert main(["--recipe", str(tmp_path / "r.yaml")]) == 0
+    index = json.loads((tmp_path / "set" / "index.json").read_text())["sources"][0]
+    assert index["train"]["text_bytes"] + index["validation"]["text_bytes"] == len(text)
+
+
 def test_losing_much_of_the_input_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = {f"{n}.txt": f"text number {n}" for n in range(20)}
     root = data.write_folder(tmp_path / "in", good | {"a.txt": b"\0" * 5000})

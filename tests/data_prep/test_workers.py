@@ -1,0 +1,22 @@
+"""Processes that share a preparation: one that is left alone ends."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from data_prep import workers
+
+
+@pytest.mark.parametrize("unread", [b"", b"a text that rank 0 has not read\n"])
+def test_a_worker_ends_with_rank_0(unread: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(workers.os, "_exit", lambda code: ended.set())
+    own, rank_0 = socket.socketpair()
+    own.sendall(unread)
+    worker = workers.Worker(1, 2, own)
+    # With something unread in it, closing resets the connection, as the end of a process does.
+    rank_0.close()
+    assert ended.wait(10) and worker.rank == 1
