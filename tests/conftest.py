@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tests.support.runs import make_shards
 
 # Several test processes share the cores; small products are slower on many threads than on one.
 torch.set_num_threads(1)
+# Commands that tests start take all cores; threads that sleep while they wait leave these to each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
