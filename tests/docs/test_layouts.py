@@ -71,7 +71,8 @@ RECIPES = re.findall(
 
 @functools.cache
 def check_layout(config: str, overrides: tuple[str, ...], world: int) -> None:
-    loaded: Config = load_config(ROOT / config, overrides)
+    # Where a configuration leaves the vocabulary to its shards, these are not there: any size will do.
+    loaded: Config = load_config(ROOT / config, overrides, lambda data: 2048)
     loaded.check_world_size(world)
     assert "parameters" in describe_plan(loaded, world)
 
