@@ -265,7 +265,10 @@ def _check_lengths(corpus: Corpus, split: SplitName, length: int, available: lis
         name, tokens = short[0].name, short[0].source.split(split).tokens
         of_source = "" if len(corpus.sources) == 1 else f" of source {name}"
         remedy = "" if len(corpus.sources) == 1 else f", set data.weights.{name} to 0,"
+        more = "prepare more data"
+        if split == "validation":
+            more = "hold out more text when it is prepared, or set validation.eval_interval to 0 to train without"
         raise UserError(
             f"{short[0].shards.location}: the {split} split{of_source} has {tokens} tokens, one sequence of "
-            f"sequence_length {length} needs {length + 1}; shorten data.sequence_length{remedy} or prepare more data"
+            f"sequence_length {length} needs {length + 1}; shorten data.sequence_length{remedy} or {more}"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kabrn_dist.config import Config, DataConfig
-from kabrn_dist.data.corpus import open_corpus
+from kabrn_dist.data.corpus import Corpus, open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -27,14 +27,15 @@ class Datasets:
 
     Attributes:
         train: training sequences.
-        validation: validation sequences, of the same sources in the same order.
+        validation: validation sequences, of the same sources in the same order; None if there are none and the run
+            asks for no validation.
         tokenizer: the tokenizer of all sources.
         bytes_per_token: [vocabulary] int64, UTF-8 bytes that each token stands for.
         gzip_bits_per_byte: compression of the validation text by `gzip -9`, for comparison.
     """
 
     train: TokenDataset
-    validation: TokenDataset
+    validation: TokenDataset | None
     tokenizer: Tokenizer
     bytes_per_token: np.ndarray
     gzip_bits_per_byte: float
@@ -72,7 +73,9 @@ def open_datasets(config: Config) -> Datasets:
     data = config.data
     corpus = open_corpus(data)
     train = TokenDataset(corpus, "train", data.sequence_length, config.run.seed)
-    validation = TokenDataset(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
+    validation = None
+    if config.validation.eval_interval or _can_validate(corpus, data.sequence_length):
+        validation = TokenDataset(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
     train.check_length(config.training.steps * config.training.global_batch_size)
     tokenizer = corpus.tokenizer()
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -81,6 +84,10 @@ def open_datasets(config: Config) -> Datasets:
             f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocab_size}"
         )
     return Datasets(train, validation, tokenizer, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())
+
+
+def _can_validate(corpus: Corpus, sequence_length: int) -> bool:
+    return any(source.source.split("validation").tokens > sequence_length for source in corpus.sources)
 
 
 def wait_for_verification(

@@ -224,6 +224,8 @@ class Trainer:
         speed = measure_speed(config, mesh)
         for line in [*describe_run(config, mesh, speed, self.step), *self.start_lines, *(log_lines or ())]:
             self.metrics.print_line(line)
+        if self.datasets.validation is None:
+            self.metrics.print_line("warning: no text is held out in this data, so nothing validates this run")
         saved_step = self.step if self.resumed_from else None
         self.saver = Saver(
             self.store, config.checkpoint.async_save, saved_step, self.metrics.print_line, self._try_write_config
@@ -351,6 +353,8 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score the validation split and write a sample, unless a stop request arrives: then nothing is logged."""
+        if self.datasets.validation is None:
+            return
         scores = score(self.engine, self.datasets, self.config, self._is_interrupted)
         if scores is None:
             self.stopping = True

@@ -63,8 +63,11 @@ def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Ca
 
     Raises:
         UserError: on all ranks, if one cannot read.
+        ValueError: if there are no validation sequences.
     """
     mesh, micro, data = engine.mesh, config.training.micro_batch_size, datasets.validation
+    if data is None:
+        raise ValueError("a run without validation sequences has nothing to score")
     positions = data.validation_positions(config.validation.eval_sequences)
     count = len(positions)
     bytes_per_token = torch.from_numpy(datasets.bytes_per_token)

@@ -39,3 +39,20 @@ def test_a_run_of_more_than_a_day_is_told_at_the_start(shards: Path, tmp_path: P
     assert ended.exit_codes == (0,), ended.output
     assert ended.output.count("warning: at the speed of the first steps this run takes ") == 1
     assert " days to its last step; lower training.steps" in ended.output
+
+
+def test_a_set_without_validation_trains_where_none_is_asked_for(tmp_path: Path) -> None:
+    texts = Texts("one", validation=0)
+    make_set(tmp_path / "set", texts)
+    config = write_small_config(
+        tmp_path / "c.yaml",
+        tmp_path / "set",
+        tmp_path / "run",
+        model__vocab_size=257,
+        training__steps=2,
+        validation__eval_interval=0,
+    )
+    ended = fork_server.run_ranks("launch.train:main", [["--config", str(config)]], 1)
+    assert ended.exit_code == 0 and "nothing validates this run" in ended.output, ended.output
+    with pytest.raises(UserError, match=r"0 tokens.*hold out more text.*validation\.eval_interval to 0"):
+        open_datasets(load_config(config, ["validation.eval_interval=1"]))
