@@ -229,6 +229,8 @@ def _fork(order: dict[str, Any], variables: dict[str, str], channel: socket.sock
         if os.getppid() != parent:
             os._exit(1)
         os.close(channel.fileno())
+        # Under nohup, tests would send ranks a signal that all of them ignore.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         _become_rank(order, variables)
     return pid
 
