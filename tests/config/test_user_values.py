@@ -97,7 +97,7 @@ def test_nesting_aliases_and_sizes_have_limits(load: Callable[..., Any], text: s
     tracemalloc.start()
     assert "aliases counted each time" in file_refusal(load, tmp_path, laughs)
     assert "contains it" in file_refusal(load, tmp_path, f"{text}odd: &a [1, *a]\n")
-    assert "is larger than" in file_refusal(load, tmp_path, text + "#" * MAX_BYTES)
+    assert f"above the {MAX_BYTES} allowed" in file_refusal(load, tmp_path, text + "#" * MAX_BYTES)
     assert tracemalloc.get_traced_memory()[1] < 10 * MAX_BYTES
     tracemalloc.stop()
 
@@ -105,9 +105,9 @@ def test_nesting_aliases_and_sizes_have_limits(load: Callable[..., Any], text: s
 @BOTH
 def test_a_file_that_is_none_is_not_waited_for(load: Callable[..., Any], text: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert "is not a regular file" in refusal(load, tmp_path / "pipe.yaml")
+    assert "not a regular file" in refusal(load, tmp_path / "pipe.yaml")
     (tmp_path / "zero.yaml").symlink_to("/dev/zero")
-    assert "is not a regular file" in refusal(load, tmp_path / "zero.yaml")
+    assert "not a regular file" in refusal(load, tmp_path / "zero.yaml")
     reading, writing = os.pipe()
     os.write(writing, text.encode())
     os.close(writing)

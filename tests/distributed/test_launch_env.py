@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from kabrn_dist.distributed.launch_env import LaunchEnv, find_address, read_launch_env
 from kabrn_dist.distributed.process_group import init_distributed
@@ -53,6 +54,9 @@ def test_processes_without_a_meeting_point_are_told_so(monkeypatch: pytest.Monke
 
 def test_a_taken_port_is_named_and_no_rank_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    if dist.is_initialized():
+        # Another test of this process has left its group.
+        dist.destroy_process_group()
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
