@@ -9,6 +9,7 @@ from typing import Any
 
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import read_plain
 
 # The digest of what a finished folder was made from.
 INPUTS_NAME = ".inputs"
@@ -77,8 +78,6 @@ def _is_plain(name: Any) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_RECORD_BYTES:
-            return None
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(read_plain(path, _MAX_RECORD_BYTES, follow_links=True))
+    except (UserError, ValueError, RecursionError):
         return None
