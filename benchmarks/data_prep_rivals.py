@@ -37,6 +37,8 @@ def write_recipes(folder: Path, cleaning: Mapping[str, Mapping[str, object]], sh
             "clean": clean,
             "sources": [{"name": "texts", "kind": "jsonl", "input": "texts"}],
             "shard_mb": shard_mb,
+            # A document that is divided to hold out a stretch of it has other tokens around the cut.
+            "validation_share": 0,
         }
         set_of(folder, job).with_suffix(".yaml").write_text(json.dumps(tree), encoding="utf-8")
 

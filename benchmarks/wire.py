@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 
 import torch.distributed as dist
+
+READINGS = 100
 
 
 def sent_by(function: Callable[[], object], group: dist.ProcessGroup | None = None) -> int:
@@ -22,7 +25,19 @@ def sent_by(function: Callable[[], object], group: dist.ProcessGroup | None = No
 
 
 def tcp_bytes_sent() -> int:
-    """By all open TCP sockets of this process, without retransmissions. Linux only (4.19 or later)."""
+    """By all open TCP sockets of this process, without retransmissions, once the count stands still.
+
+    Linux only (4.19 or later). The kernel may send what it was given before, and another thread may close a file while
+    all are listed, so one reading is not enough.
+    """
+    readings = [_read_counters()]
+    while len(readings) < 2 or (readings[-1] != readings[-2] and len(readings) < READINGS):
+        time.sleep(0.01)
+        readings.append(_read_counters())
+    return readings[-1]
+
+
+def _read_counters() -> int:
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:

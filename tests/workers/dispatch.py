@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +13,14 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.wire import tcp_bytes_sent
+from benchmarks.wire import sent_by
 from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.launch_env import LaunchEnv
 from kabrn_dist.distributed.mesh import Mesh, NodeGroups, make_mesh
 from kabrn_dist.distributed.process_group import init_distributed
 from kabrn_dist.distributed.token_dispatch import Dispatch, QuantizedRows, dispatch_tokens
-from kabrn_dist.distributed.token_permutation import plan_dispatch
+from kabrn_dist.distributed.token_permutation import DispatchPlan, plan_dispatch
 
 WIDTH = 5
 
@@ -325,25 +325,17 @@ def measure_dispatch(mesh: Mesh) -> tuple[float, float]:
     for int8 in (True, False):
         wire = ExpertLink(placement, mesh.expert_group, None, int8, False, Traffic())
         plan = plan_dispatch(choice, wire)
-        with count_socket_bytes() as sent:
-            Dispatch((codes, scale, codes.to(torch.int8) if wire.int8 else None), plan, wire).wait()
+        rows = (codes, scale, codes.to(torch.int8) if wire.int8 else None)
+        sent = sent_by(partial(exchange, rows, plan, wire))
         dispatched = wire.traffic.dispatch_bytes
-        assert dispatched <= sent[0] <= 1.02 * dispatched + 4096, f"{dispatched} counted, {sent} sent"
-        counted.append(sent[0])
+        assert dispatched <= sent <= 1.02 * dispatched + 4096, f"{dispatched} counted, {sent} sent"
+        counted.append(sent)
     return counted[0] / (elsewhere * width * 2), counted[0] / counted[1]
 
 
-@contextmanager
-def count_socket_bytes() -> Iterator[list[int]]:
-    """Bytes that this process's sockets have sent meanwhile, less those of the barriers around."""
-    dist.barrier()
-    before = tcp_bytes_sent()
-    dist.barrier()
-    barrier = tcp_bytes_sent() - before
-    sent: list[int] = []
-    yield sent
-    dist.barrier()
-    sent.append(tcp_bytes_sent() - before - 2 * barrier)
+def exchange(rows: QuantizedRows, plan: DispatchPlan, wire: ExpertLink) -> None:
+    """Send rows to their experts and wait for those of others."""
+    Dispatch(rows, plan, wire).wait()
 
 
 def check_nodes(place: LaunchEnv, device: torch.device) -> NodeGroups:
