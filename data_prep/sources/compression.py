@@ -25,7 +25,7 @@ READ_ERRORS = (
     zstandard.ZstdError,
     zipfile.BadZipFile,
     tarfile.TarError,
-    NotImplementedError,
+    NotImplementedError,  # zipfile's word for a compression method that it does not know
 )
 BUFFER_BYTES = 1 << 20
 _COMPRESSED_BYTES = 1 << 16

@@ -61,10 +61,7 @@ def non_negative_int(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: if it is less than 0.
     """
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is less than 0")
-    return value
+    return _int_from(0, text)
 
 
 def positive_int(text: str) -> int:
@@ -73,7 +70,11 @@ def positive_int(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: if it is less than 1.
     """
+    return _int_from(1, text)
+
+
+def _int_from(minimum: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
     return value

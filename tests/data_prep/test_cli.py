@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.__main__ import main
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.index import SplitName
 from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.data.token_stream import stream_naive
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN
+from tests.support.prepare import prepare, refuse
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,18 +50,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("report.")}
 
 
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
 def test_python_stdlib_end_to_end(tmp_path: Path) -> None:
     done = command("--source", "python-stdlib", "--out", tmp_path / "set", "--vocabulary", 1024, "--shard-mb", 4)
     assert done.returncode == 0, done.stderr
@@ -83,7 +71,7 @@ def test_python_stdlib_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_second_run_gives_the_same_bytes_and_every_document(texts: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        assert run("--source", "text", "--input", texts, "--out", tmp_path / name, "--vocabulary", 300) == 0
+        assert prepare("--source", "text", "--input", texts, "--out", tmp_path / name, "--vocabulary", 300) == 0
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     assert not any(name.endswith(".tmp") or name == ".work" for name in contents(tmp_path / "first"))
     shards = open_shard_folder(tmp_path / "first")
@@ -106,14 +94,14 @@ def test_a_second_run_gives_the_same_bytes_and_every_document(texts: Path, tmp_p
 
 
 def test_own_tokenizers(texts: Path, tmp_path: Path) -> None:
-    assert run("--source", "text", "--input", texts, "--out", tmp_path / "a", "--vocabulary", 300) == 0
+    assert prepare("--source", "text", "--input", texts, "--out", tmp_path / "a", "--vocabulary", 300) == 0
     mine = tmp_path / "a" / "tokenizer.json"
-    assert run("--source", "text", "--input", texts, "--out", tmp_path / "b", "--tokenizer", mine) == 0
+    assert prepare("--source", "text", "--input", texts, "--out", tmp_path / "b", "--tokenizer", mine) == 0
     made, again = contents(tmp_path / "a"), contents(tmp_path / "b")
     # What it was made from differs: a trained tokenizer and one that was given.
     assert made.pop(".inputs") != again.pop(".inputs")
     assert made == again
-    assert run("--source", "text", "--input", texts, "--out", tmp_path / "c", "--tokenizer", "bytes") == 0
+    assert prepare("--source", "text", "--input", texts, "--out", tmp_path / "c", "--tokenizer", "bytes") == 0
     index = open_shard_folder(tmp_path / "c").index
     assert (index.vocabulary, index.document_token, index.tokenizer.kind) == (257, 256, "bytes")
     assert index.tokens("train") == index.text_bytes("train") + index.documents("train")
@@ -121,24 +109,24 @@ def test_own_tokenizers(texts: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_writes_nothing(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--source", "text", "--input", texts, "--out", tmp_path / "set", "--dry-run") == 0
+    assert prepare("--source", "text", "--input", texts, "--out", tmp_path / "set", "--dry-run") == 0
     assert "dry run" in capsys.readouterr().out and not (tmp_path / "set").exists()
 
 
 def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ("--source", "text", "--input", texts, "--out", tmp_path / "set")
-    assert run(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
+    assert prepare(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
     before = contents(tmp_path / "set")
     assert len(before) > 4
-    assert run(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
+    assert prepare(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert "is not empty" in refused(capsys, *base, "--tokenizer", "bytes")
-    assert "too small" in refused(capsys, *base, "--vocabulary", 5, "--force")
+    assert "is not empty" in refuse(capsys, *base, "--tokenizer", "bytes")
+    assert "too small" in refuse(capsys, *base, "--vocabulary", 5, "--force")
     assert contents(tmp_path / "set") == before
     (tmp_path / "set" / "notes.md").write_text("mine")
-    assert "holds notes.md" in refused(capsys, *base, "--tokenizer", "bytes", "--force")
+    assert "holds notes.md" in refuse(capsys, *base, "--tokenizer", "bytes", "--force")
     (tmp_path / "set" / "notes.md").unlink()
-    assert run(*base, "--tokenizer", "bytes", "--force") == 0
+    assert prepare(*base, "--tokenizer", "bytes", "--force") == 0
     after = contents(tmp_path / "set")
     assert set(after) == {
         ".inputs",
@@ -151,7 +139,7 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
 
 def test_a_disk_that_refuses_leaves_no_index(texts: Path, tmp_path: Path) -> None:
     base = ("--source", "text", "--input", texts, "--out", tmp_path / "set", "--tokenizer", "bytes")
-    assert run(*base) == 0
+    assert prepare(*base) == 0
     failed = command(*base, "--force", file_bytes=200_000)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
     assert "cannot be written" in failed.stderr and str(tmp_path / "set") in failed.stderr
@@ -178,20 +166,20 @@ def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest
         (("--source", "text", "--input", texts, "--out", tmp_path / "file"), "is a file"),
         (("inspect", tmp_path), "index.json: cannot be read (No such file"),
     ):
-        assert expected in refused(capsys, *arguments)
+        assert expected in refuse(capsys, *arguments)
     assert not (tmp_path / "set").exists()
-    empty = refused(capsys, "--source", "text", "--input", tmp_path / "none.txt", *out)
+    empty = refuse(capsys, "--source", "text", "--input", tmp_path / "none.txt", *out)
     assert "0 distinct documents leave none to train on" in empty and not (tmp_path / "set" / "index.json").exists()
 
 
 def test_inspect_finds_damage(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "set"
-    assert run("--source", "text", "--input", texts, "--out", out, "--tokenizer", "bytes") == 0
+    assert prepare("--source", "text", "--input", texts, "--out", out, "--tokenizer", "bytes") == 0
     path = out / "text-train-00000.tar"
     content = bytearray(path.read_bytes())
     content[5000] ^= 4
     path.write_bytes(content)
-    assert f"{path}: sha256 is" in refused(capsys, "inspect", out)
+    assert f"{path}: sha256 is" in refuse(capsys, "inspect", out)
 
 
 def test_help_teaches() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import main
 from kabrn_dist.data.shard_set import open_shard_folder
 from tests.support import corpora as data
+from tests.support.prepare import prepare
 
 LATIN = os.fsdecode(b"caf\xe9")
 ODD = [LATIN, "a b", "new\nline", "-x", "#1", "~", "a@000000000000005", "\u202edcba", "é", "e\u0301", "$HOME", "%s{0}"]
@@ -22,7 +22,7 @@ def run(*arguments: object) -> int:
     # As the streams of a terminal are.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    return main([str(argument) for argument in arguments])
+    return prepare(*arguments)
 
 
 def test_texts_in_files_of_any_name_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

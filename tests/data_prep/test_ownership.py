@@ -9,23 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.__main__ import main
 from data_prep.sources.files import walk_files
 from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.utils.errors import UserError
 from tests.support import corpora as data
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+from tests.support.prepare import prepare, refuse
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -49,7 +37,7 @@ def test_force_leaves_files_that_only_have_the_names_of_shards(
     for name in names:
         data.write_folder(out, {name: archive})
         base = ("--source", "text", "--input", texts, "--tokenizer", "bytes", "--out", out)
-        assert name in refused(capsys, *base, "--force")
+        assert name in refuse(capsys, *base, "--force")
         assert contents(out) in ({name: hashlib.sha256(archive).hexdigest()}, {})
         assert (out / name).read_bytes() == archive
         (out / name).unlink()
@@ -59,13 +47,13 @@ def test_force_replaces_what_the_index_names_and_refuses_beside_other_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ("--source", "text", "--input", make_texts(tmp_path / "in"), "--out", tmp_path / "set")
-    assert run(*base, "--tokenizer", "bytes") == 0
+    assert prepare(*base, "--tokenizer", "bytes") == 0
     made = contents(tmp_path / "set")
     (tmp_path / "set" / "other-train-00000.tar").write_bytes(b"mine")
-    assert "other-train-00000.tar" in refused(capsys, *base, "--vocabulary", 300, "--force")
+    assert "other-train-00000.tar" in refuse(capsys, *base, "--vocabulary", 300, "--force")
     (tmp_path / "set" / "other-train-00000.tar").unlink()
     assert contents(tmp_path / "set") == made and not (tmp_path / "set" / ".work").exists()
-    assert run(*base, "--vocabulary", 300, "--force") == 0
+    assert prepare(*base, "--vocabulary", 300, "--force") == 0
     assert open_shard_folder(tmp_path / "set").index.vocabulary > 257
 
 
@@ -74,7 +62,7 @@ def test_an_index_of_something_else_names_nothing(tmp_path: Path, capsys: pytest
     for content in ("{", '["index"]', '{"fingerprint": "x", "sources": [{"name": "../../in/1.txt"}]}', "[" * 5000):
         out = data.write_folder(tmp_path / "set", {"index.json": content})
         base = ("--source", "text", "--input", texts, "--tokenizer", "bytes", "--out", out, "--force")
-        assert "holds index.json" in refused(capsys, *base)
+        assert "holds index.json" in refuse(capsys, *base)
         assert (out / "index.json").read_text() == content
 
 
@@ -87,13 +75,13 @@ def test_a_file_that_appears_while_a_preparation_is_unfinished_is_not_replaced(
         "data_prep.prepare.plan_shards", lambda *a: (_ for _ in ()).throw(UserError("stopped before the plan"))
     )
     base = ("--source", "text", "--input", make_texts(tmp_path / "in"), "--tokenizer", "bytes", "--out", out)
-    assert "stopped" in refused(capsys, *base)
+    assert "stopped" in refuse(capsys, *base)
     monkeypatch.undo()
     (out / "tokenizer.json").write_text("mine")
-    assert "tokenizer.json: was not made by this preparation" in refused(capsys, *base)
+    assert "tokenizer.json: was not made by this preparation" in refuse(capsys, *base)
     assert (out / "tokenizer.json").read_text() == "mine"
     (out / "tokenizer.json").unlink()
-    assert run(*base) == 0
+    assert prepare(*base) == 0
 
 
 def test_an_input_in_the_output_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,21 +90,21 @@ def test_an_input_in_the_output_folder_is_refused(tmp_path: Path, capsys: pytest
     base = ("--source", "text", "--tokenizer", "bytes", "--force")
     for input, out in ((texts, texts), (texts / "1.txt", texts), (texts, tmp_path / "link"), (texts, tmp_path)):
         before = contents(tmp_path)
-        assert "holds the input" in refused(capsys, *base, "--input", input, "--out", out)
+        assert "holds the input" in refuse(capsys, *base, "--input", input, "--out", out)
         assert contents(tmp_path) == before
-    assert run("--source", "text", "--input", texts, "--vocabulary", 300, "--out", tmp_path / "set") == 0
+    assert prepare("--source", "text", "--input", texts, "--vocabulary", 300, "--out", tmp_path / "set") == 0
     own = ("--input", texts, "--tokenizer", tmp_path / "set" / "tokenizer.json", "--out", tmp_path / "set")
-    assert "holds the tokenizer" in refused(capsys, "--source", "text", *own, "--force")
+    assert "holds the tokenizer" in refuse(capsys, "--source", "text", *own, "--force")
 
 
 def test_an_output_folder_inside_the_input_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = make_texts(tmp_path / "in")
     (texts / "again").symlink_to(texts / "shards")
     base = ("--source", "text", "--input", texts, "--tokenizer", "bytes", "--out", texts / "shards")
-    assert run(*base) == 0
+    assert prepare(*base) == 0
     made = contents(texts / "shards")
-    assert run(*base) == 0 and "nothing to do" in capsys.readouterr().out
-    assert run(*base, "--force") == 0 and contents(texts / "shards") == made
+    assert prepare(*base) == 0 and "nothing to do" in capsys.readouterr().out
+    assert prepare(*base, "--force") == 0 and contents(texts / "shards") == made
 
 
 @pytest.mark.parametrize("name", ["precious #2", "2026-11-28", "0123", "a: b", "null", "[x", "&a", "~", "1e5"])
@@ -129,7 +117,7 @@ def test_a_folder_on_the_command_line_is_taken_as_it_is_written(
         yaml.safe_dump({"out": "x", "tokenizer": {"bytes": True}, "clean": {"quality": "off"}, "sources": sources})
     )
     monkeypatch.chdir(tmp_path)
-    assert run("--recipe", "r.yaml", "--out", name, "--dry-run") == 0
+    assert prepare("--recipe", "r.yaml", "--out", name, "--dry-run") == 0
     assert f"dry run: {name} was not touched" in capsys.readouterr().out
 
 
