@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-zero tables clean
+.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-step bench-zero tables clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.data_prep --quick --json runs/bench-data.json
 	$(BIN)/python -m benchmarks.bitlinear --quick --json runs/bench-bitlinear.json
 	$(BIN)/python -m benchmarks.zero --quick --json runs/bench-zero.json
+	$(BIN)/python -m benchmarks.step --quick --json runs/bench-step.json
 	$(BIN)/python -m benchmarks.quality --quick --text $(QUALITY_TEXT) --json runs/bench-quality.json
 
 # Any UTF-8 text file; the source of Python's library is on every machine.
@@ -88,6 +89,11 @@ bench-moe: setup
 bench-bitlinear: setup
 	$(BIN)/pip install --quiet --no-deps transformers==5.23.0 regex==2026.11.15 torchao==0.18.0
 	$(BIN)/python -m benchmarks.bitlinear --json runs/bench-bitlinear.json
+
+# About two hours on two cores. transformers as for bench-moe.
+bench-step: setup
+	$(BIN)/pip install --quiet --no-deps transformers==5.23.0 regex==2026.11.15
+	$(BIN)/python -m benchmarks.step --json runs/bench-step.json
 
 # The tables and figures of README.md and docs/ from benchmarks/results/.
 tables: setup

@@ -60,7 +60,7 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
         lr=0.0,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
-        fused=mesh.device.type == "cuda",
+        fused=True,
     )
     dictionary = deepspeed_config(config, mesh.world_size, _reduce_bucket(model, config))
     # As deepspeed.initialize does, with a class of our own.

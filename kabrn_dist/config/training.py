@@ -18,12 +18,18 @@ class TrainingConfig(ConfigSection):
         description="Sequences per forward pass on one rank. Gradients are accumulated over "
         "global_batch_size / (micro_batch_size × data ranks) passes."
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "fp32",
         description="Data type of activations and of the weights in use; master weights stay in fp32. fp16 scales the "
-        "loss dynamically.",
+        "loss dynamically. auto takes what all ranks are good at, says why, and writes it into the run's config.yaml.",
     )
     log_interval: PositiveInt = Field(1, description="Steps between entries in the console, log.jsonl and TensorBoard.")
+
+    @property
+    def chosen_precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The precision of a run that has begun, where `auto` has been replaced."""
+        assert self.precision != "auto", "resolve_precision or grow comes first"
+        return self.precision
 
 
 class ValidationConfig(ConfigSection):

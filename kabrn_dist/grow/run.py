@@ -67,6 +67,9 @@ def plan_growth(source: Path, config: Config, group: Group = None) -> Growth:
     """
     path, manifest = find_checkpoint(source, group=group)
     before = parse_config(read_state(path, manifest).config, f"{path}/manifest.json")
+    if config.training.precision == "auto":
+        training = config.training.model_copy(update={"precision": before.training.precision})
+        config = config.model_copy(update={"training": training})
     plan = make_growth_plan(before.model, config.model)
     mappings = list_mappings(plan, empty_model(before), empty_model(config))
     missing = [r.source for r in mappings if r.source and f"{r.source}/master" not in manifest.tensors]
@@ -114,7 +117,7 @@ def grow(source: Path, config: Config, noise: float | None = None, redraw: float
         raise UserError(
             f"{folder}: the grown checkpoint could not be written; the reason is logged, start again without it"
         )
-    run_on_main(group, atomic_write, folder / "config.yaml", dump_config(config).encode())
+    run_on_main(group, atomic_write, folder / "config.yaml", dump_config(growth.config).encode())
     return checkpoint_path(folder / "checkpoints", 0)
 
 
@@ -180,7 +183,7 @@ def _initial_state(growth: Growth) -> dict[str, Any]:
         step=0,
         updates=old.updates,
         cursor=CursorState(**asdict(cursor)),
-        precision=config.training.precision,
+        precision=config.training.chosen_precision,
         loss_scale=scale,
         config=config.model_dump(mode="json"),
         tokenizer_sha256=tokenizer,

@@ -187,7 +187,7 @@ def make_run_state(
         updates=updates,
         cursor=CursorState(**asdict(datasets.train.state(consumed))),
         skipped_data_steps=progress.skipped_data_steps,
-        precision=config.training.precision,
+        precision=config.training.chosen_precision,
         loss_scale=engine.loss_scale,
         guard=GuardState(**progress.guard),
         config=config.model_dump(mode="json"),

@@ -32,6 +32,7 @@ from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
 from kabrn_dist.train.phase_timer import PhaseTimer
+from kabrn_dist.train.precision import resolve_precision
 from kabrn_dist.train.resume import (
     START,
     Progress,
@@ -79,6 +80,7 @@ def train(config: Config, env: LaunchEnv, resume: str = "auto", stop_after: int 
     datasets = open_datasets(config)
     # The watchdog of a rank that hangs must act before the other ranks' collectives time out.
     with init_distributed(env, max(DEFAULT_TIMEOUT_S, 2 * config.guard.hang_timeout_s)) as device:
+        config = resolve_precision(config, device)
         available = process_memory(device, env.local_world_size)
         run_on_all(None, check_memory, config, env.world_size, available, "its part of this machine")
         parallel = config.parallel

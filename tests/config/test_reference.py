@@ -29,7 +29,7 @@ def test_a_section_has_its_keys_and_those_of_its_sections() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("training.precision", "(fp32 | bf16 | fp16; default `fp32`): Data type"),
+        ("training.precision", "(fp32 | bf16 | fp16 | auto; default `fp32`): Data type"),
         ("optimizer.betas", "([number, number]; default `[0.9, 0.95]`): AdamW"),
         ("model.retention.key_dim", "(whole number, at least 2, a multiple of 2; required): Dimension"),
         ("parallel.experts_per_rank", "(list of whole numbers | auto | null; default `null`): Experts"),
