@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
+from kabrn_dist.kernels.cross_entropy import CrossEntropyKernel
 from kabrn_dist.kernels.gate import GateKernel
 from kabrn_dist.kernels.spline import SplineKernel
 from kabrn_dist.kernels.ternary import TernaryKernel
@@ -29,12 +30,14 @@ class Kernels(NamedTuple):
         ternary: rounding, packing and scaling around ternary products.
         gate: SwiGLU's gate with RMSNorm and the quantizer.
         spline: expansion into B-splines.
+        cross_entropy: cross-entropy of logits, with its gradient in their place.
     """
 
     univariate: UnivariateKernel
     ternary: TernaryKernel
     gate: GateKernel
     spline: SplineKernel
+    cross_entropy: CrossEntropyKernel
 
 
 class KernelSelection(NamedTuple):
@@ -60,7 +63,7 @@ def select_kernels(device: str) -> KernelSelection:
             raise KernelUnavailable(f"{ENV_SWITCH} is off")
         if device != "cpu":
             raise KernelUnavailable(f"there is no kernel for {device}")
-        kernels = Kernels(UnivariateKernel(), TernaryKernel(), GateKernel(), SplineKernel())
+        kernels = Kernels(UnivariateKernel(), TernaryKernel(), GateKernel(), SplineKernel(), CrossEntropyKernel())
         return KernelSelection(kernels, f"fused C kernels ({Path(find_compiler()).name})")
     except KernelUnavailable as why:
         return KernelSelection(None, f"eager torch, because {why}")

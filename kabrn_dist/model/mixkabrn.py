@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kabrn_dist.config import Config, ModelConfig, ParallelConfig
 from kabrn_dist.data.dataset import Batch
@@ -34,6 +33,7 @@ from kabrn_dist.model.parameters import ParameterInfo, TernaryWeight, build_para
 from kabrn_dist.model.retention import Retention
 from kabrn_dist.model.router import RouterStates, RouterStats, TokenCoordinates
 from kabrn_dist.ops.activation_quant import rms_norm
+from kabrn_dist.ops.cross_entropy import cross_entropy
 from kabrn_dist.ops.retention import log_decays
 from kabrn_dist.ops.weight_quant import QuantState
 
@@ -125,8 +125,7 @@ class MixKABRN(nn.Module):
         """Return the batch's sums. Every sequence starts with an empty state."""
         coordinates = TokenCoordinates(batch.tokens, batch.documents, batch.positions)
         x, _, routers = self._run_blocks(batch.tokens, batch.documents, batch.positions, None, coordinates)
-        logits = self.head(rms_norm(x)).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        nats = cross_entropy(self.head(rms_norm(x)).flatten(0, 1), batch.targets.flatten())
         rows = nats.view_as(batch.targets).sum(1)
         stats = self._sum_router_stats(routers, like=rows)
         return BatchStats(
