@@ -10,6 +10,7 @@ All train on the same random tokens with AdamW and clipped gradients. Each is a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.count import ParameterCounts, count_parameters
 
 VOCABULARY, HEAD_DIM, RATE, CLIP = 4096, 64, 1e-4, 1.0
+# Different ones, as in training: experts get another number of tokens in every step.
+BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,11 @@ class Ours:
         self.totals = StepTotals(case.tokens, case.tokens, case.rows, ranks=place.world_size)
         mesh = make_mesh(place, torch.device("cpu"), expert_parallel=place.world_size, sequence_parallel=1)
         self.engine = Engine(build_model(config, mesh), config, mesh)
-        tokens, targets = draw_tokens(case)
-        documents = torch.zeros_like(tokens)
-        positions = torch.arange(case.context).expand_as(tokens).contiguous()
-        self.batch = Batch(tokens, targets, documents, positions, documents[:, 0])
+        self.batches = itertools.cycle(make_batch(*drawn) for drawn in draw_tokens(case))
 
     def forward_backward(self) -> None:
         """Compute the gradients of one batch."""
-        self.engine.forward_backward(self.batch, self.totals)
+        self.engine.forward_backward(next(self.batches), self.totals)
 
     def update(self) -> None:
         """Clip the gradients and update the weights."""
@@ -181,13 +181,13 @@ class TorchTrainee:
         self.total = sum(p.numel() for p in model.parameters())
         self.model = nn.parallel.DistributedDataParallel(model) if read_launch_env().world_size > 1 else model
         self.half = case.precision == "bf16"
-        self.tokens, self.targets = draw_tokens(case)
+        self.batches = itertools.cycle(draw_tokens(case))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, fused=True)
 
     def forward_backward(self) -> None:
         """Compute the gradients of one batch."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-            loss = self.loss(self.model, self.tokens, self.targets)
+            loss = self.loss(self.model, *next(self.batches))
         loss.backward()
 
     def update(self) -> None:
@@ -258,12 +258,21 @@ MODELS: dict[str, Callable[[Case], Trainee | str]] = {
 }
 
 
-def draw_tokens(case: Case) -> tuple[Tensor, Tensor]:
-    """Return this process's tokens and targets [B,T], the same for every trainee."""
+def draw_tokens(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Return this process's tokens and targets [B,T] of several batches, the same for every trainee."""
     place = read_launch_env()
     generator = torch.Generator().manual_seed(place.rank)
-    drawn = torch.randint(VOCABULARY, (case.rows // place.world_size, case.context + 1), generator=generator)
-    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    shape = BATCHES, case.rows // place.world_size, case.context + 1
+    # Unlike frequencies, as words have: experts' loads are unlike too.
+    drawn = (torch.rand(shape, generator=generator) ** 3 * VOCABULARY).long()
+    return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in drawn]
+
+
+def make_batch(tokens: Tensor, targets: Tensor) -> Batch:
+    """Return a batch of rows that each hold one document."""
+    documents = torch.zeros_like(tokens)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+    return Batch(tokens, targets, documents, positions, documents[:, 0])
 
 
 def _dense_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:

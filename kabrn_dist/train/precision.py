@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -10,14 +11,18 @@ import torch
 from kabrn_dist.checkpoint.layout import list_checkpoints
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
+from kabrn_dist.data.dataset import Batch
 from kabrn_dist.distributed.collectives import broadcast_json, gather_json
-from kabrn_dist.train.throughput import time_matmul
+from kabrn_dist.distributed.expert_placement import ExpertPlacement
+from kabrn_dist.distributed.mesh import single_process_mesh
+from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 
 Precision = Literal["fp32", "fp16", "bf16"]
-# On a processor, much of a step is no product, and in bf16 pays for conversions: products must be this much faster.
-CLEARLY_FASTER = 2.0
-TIMING_SECONDS = 0.05
+# How much less time layers must take in bf16: a choice should not hang on noise.
+CLEARLY_LESS = 0.9
+# Of each precision: rounds at least, and as many as fit these seconds.
+TIMED_TOKENS, TIMED_LAYERS, TIMED_ROUNDS, TIMED_SECONDS = 2048, 4, 2, 1.5
 # Tensor cores that multiply fp16; older cards are as fast in fp32.
 FP16_CAPABILITY = (7, 0)
 
@@ -69,11 +74,12 @@ def choose_precision(device: torch.device, config: Config) -> PrecisionChoice:
     """Return what a device is good at.
 
     Cards take bf16 if they multiply it (Ampere and later), else fp16 if they have tensor cores for it, else fp32.
-    Processors take bf16 if they have units for it, and multiply it faster by far in the shapes of this model.
+    Processors take bf16 if they have units for it and its layers take less time in it: much of the work of
+    a small one is no product, and is faster in fp32.
 
     Args:
         device: where to compute.
-        config: gives the shape of a product.
+        config: says which model, and how many tokens it takes at a time.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -84,13 +90,45 @@ def choose_precision(device: torch.device, config: Config) -> PrecisionChoice:
         return PrecisionChoice("fp32", f"{name} is not faster in half precision")
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return PrecisionChoice("fp32", "this processor has no units for bf16")
-    width = config.model.hidden_size
-    shape = config.training.micro_batch_size * config.data.sequence_length, width, width
-    times = time_matmul(device, torch.bfloat16, shape, TIMING_SECONDS) / time_matmul(
-        device, torch.float32, shape, TIMING_SECONDS
+    wide, half = time_layers(config).values()
+    precision: Precision = "bf16" if half < CLEARLY_LESS * wide else "fp32"
+    return PrecisionChoice(
+        precision,
+        f"a pass through the first layers takes {half * 1e3:.0f} ms in bf16 and {wide * 1e3:.0f} ms in fp32 here",
     )
-    precision: Precision = "bf16" if times >= CLEARLY_FASTER else "fp32"
-    return PrecisionChoice(precision, f"this processor multiplies {width} columns in bf16 {times:.1f} times as fast")
+
+
+def time_layers(config: Config) -> dict[torch.dtype, float]:
+    """Return the seconds of a forward and backward pass on the processor, in fp32 and in bf16.
+
+    The model is this one with its first layers only; its routers and functions stay fp32, as in training.
+    """
+    length = min(config.data.sequence_length, TIMED_TOKENS)
+    rows = min(config.training.micro_batch_size, max(1, TIMED_TOKENS // length))
+    tokens = torch.arange(rows * length).view(rows, length) % config.model.vocab_size
+    zeros = torch.zeros_like(tokens)
+    batch = Batch(tokens, tokens, zeros, torch.arange(length).expand_as(tokens), zeros[:, 0])
+    models = {dtype: _make_layers(config, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    times = dict.fromkeys(models, float("inf"))
+    start, rounds = time.perf_counter(), 0
+    # In turns: a busy moment of the machine hits both.
+    while rounds < TIMED_ROUNDS or time.perf_counter() - start < TIMED_SECONDS:
+        rounds += 1
+        for dtype, model in models.items():
+            begin = time.perf_counter()
+            model(batch).language.backward()
+            times[dtype] = min(times[dtype], time.perf_counter() - begin)
+            model.zero_grad(set_to_none=True)
+    return times
+
+
+def _make_layers(config: Config, dtype: torch.dtype) -> MixKABRN:
+    short = config.model.model_copy(update={"layers": config.model.layers[:TIMED_LAYERS]})
+    model = MixKABRN(short, ExpertPlacement.single(short.experts.num_experts), single_process_mesh("cpu"))
+    model.initialize(config.run.seed)
+    for parameter in model.select_parameters(lambda p: not p.learned_function and p.role != "router"):
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def agree(choices: Sequence[PrecisionChoice]) -> PrecisionChoice:

@@ -79,8 +79,10 @@ def test_the_whole_benchmark_has_every_shape() -> None:
     cases = list(list_cases(quick=False))
     assert len(cases) == len(set(cases)) == 3 * 3 * 2 * 2
     assert {case.tokens for case in cases} == {4096}
-    tokens, targets = draw_tokens(SMALL)
-    assert tokens.shape == (2, 64) and torch.equal(tokens[:, 1:], targets[:, :-1])
+    drawn = draw_tokens(SMALL)
+    assert len({tokens.numpy().tobytes() for tokens, _ in drawn}) == len(drawn) > 1
+    for tokens, targets in drawn:
+        assert tokens.shape == (2, 64) and torch.equal(tokens[:, 1:], targets[:, :-1])
 
 
 @pytest.mark.slow

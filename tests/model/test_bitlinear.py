@@ -9,7 +9,15 @@ from torch.nn import functional as F
 
 from benchmarks.report import kept_bytes
 from kabrn_dist.model import bitlinear as bitlinear_module
-from kabrn_dist.model.bitlinear import BitLinear, bitlinear, bitlinear_naive, bitlinear_unscaled
+from kabrn_dist.model.bitlinear import (
+    BitLinear,
+    _common_count,
+    bitlinear,
+    bitlinear_naive,
+    bitlinear_unscaled,
+    grouped_mm,
+    grouped_weight_grad,
+)
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
 from kabrn_dist.ops.weight_quant import absmean_quantize, ternarize
 
@@ -326,3 +334,36 @@ def test_half_precision_gradients_are_the_exact_ones_rounded(
         assert found.dtype == dtype
         apart = float((found.double() - exact).norm() / exact.norm())
         assert apart <= eps * (0.35 if wide and form != "unscaled" else 1), f"{apart / eps:.2f} of a rounding"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counts", [(1, 0, 31), (32, 33, 0, 700), (0, 0, 5), (1100, 3, 515), (64, 64)])
+def test_grouped_products_are_those_of_each_matrix(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whatever number of rows is really multiplied, also beside rows that are not finite."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    rows, grads = (torch.randn(sum(counts), width, generator=generator).to(dtype) for width in (24, 17))
+    weight = torch.randn(len(counts), 17, 24, generator=generator).to(dtype)
+    last = sum(counts) - counts[-1]
+    rows[last:], grads[last:] = float("nan"), float("inf")
+    found, matrices = grouped_mm(rows, weight, counts), grouped_weight_grad(grads, rows, counts)
+    assert found.dtype == matrices.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    start = 0
+    for i, n in enumerate(counts[:-1]):
+        part, grad = rows[start : start + n].double(), grads[start : start + n].double()
+        expected = part @ weight[i].double().T
+        torch.testing.assert_close(found[start : start + n].double(), expected, rtol=tolerance, atol=tolerance)
+        outer = grad.T @ part
+        atol = tolerance * max(float(outer.abs().max()), 1)
+        torch.testing.assert_close(matrices[i].double(), outer, rtol=tolerance, atol=atol)
+        start += n
+    assert found[start:].isnan().all() and (not counts[-1] or matrices[-1].isnan().all())
+
+
+def test_experts_ask_for_few_numbers_of_rows_in_half_precision() -> None:
+    """A new one costs a compilation: see `_common_count`."""
+    half, wide = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+    counts = [_common_count(n, half) for n in range(1, 16385)]
+    assert all(n <= count <= max(n + 31, 1.07 * n) for n, count in enumerate(counts, 1))
+    assert len(set(counts)) <= 120
+    assert [_common_count(n, wide) for n in (1, 33, 999)] == [1, 33, 999]
