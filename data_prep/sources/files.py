@@ -191,8 +191,8 @@ class _Walk(NamedTuple):
                 yield from self.walk(entry.path, parts, (*folders_above, identity), depth)
             elif entry.is_file():
                 yield "/".join(parts), entry.stat().st_size
-            elif entry.is_symlink():
-                yield "/".join(parts), 0  # a broken link: reading it reports that
+            else:
+                yield "/".join(parts), 0  # a broken link, pipe, socket or device: reading it reports that
 
 
 def _list_folder_units(

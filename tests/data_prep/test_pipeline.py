@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,16 +181,18 @@ def test_unreadable_files_are_counted_and_too_many_refused(tmp_path: Path, capsy
     (tmp_path / "texts" / "binary.txt").write_bytes(b"\x7fELF\x00\x01" * 50)
     (tmp_path / "texts" / "cut.txt.gz").write_bytes(gzip.compress(words(0, 200).encode())[:-20])
     (tmp_path / "texts" / "lost.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "texts" / "pipe.txt")
     source = [{"name": "a", "kind": "text", "input": "texts"}]
     clean = NO_CLEANING | {"broken": "drop"}
     assert prepare(tmp_path, source, clean=clean, max_unreadable=0.02) == 0
     found = report_of(tmp_path)["a"]
     names = [name.partition(":")[0] for name in found["unreadable_names"]]
-    assert found["unreadable"] == 3 and names == ["texts/binary.txt", "texts/cut.txt.gz", "texts/lost.txt"]
-    assert len(texts_of(tmp_path, "a")) == 199 and found["documents"] == 202
+    expected = ["texts/binary.txt", "texts/cut.txt.gz", "texts/lost.txt", "texts/pipe.txt"]
+    assert found["unreadable"] == 4 and names == expected
+    assert len(texts_of(tmp_path, "a")) == 199 and found["documents"] == 203
     capsys.readouterr()
     code = prepare(tmp_path, source, "--force", clean=clean, max_unreadable=0.01)
-    assert "3 of 202 documents cannot be read (first: texts/binary.txt" in refused(capsys, code)
+    assert "4 of 203 documents cannot be read (first: texts/binary.txt" in refused(capsys, code)
     assert not (tmp_path / "set" / "index.json").exists()
 
 
