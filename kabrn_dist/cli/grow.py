@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, add_run_folder
+from kabrn_dist.cli.plan import load
 
 DESCRIPTION = """Writes step 0 of the run that CONFIG describes, from the newest checkpoint of RUN:
 
@@ -58,10 +59,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Grow, or with --dry-run print the plan; return the exit code."""
-    from kabrn_dist.config.file import load_config
-
     # A mistake in the configuration is reported before torch is imported.
-    config = load_config(options.config, options.set)
+    config = load(options)
     from kabrn_dist.grow.describe import describe_growth
     from kabrn_dist.grow.run import grow, plan_growth
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from kabrn_dist.checkpoint.store import load_tensor, read_manifest
+from kabrn_dist.cli.main import main
 from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.config.file import load_config
 from kabrn_dist.data.corpus import open_folder_corpus
@@ -237,6 +239,17 @@ def test_a_run_that_has_begun_is_not_grown_over(trained: Path, shards: Path, tmp
     grow(trained / "mixture", config)
     with pytest.raises(UserError, match="has begun already"):
         grow(trained / "mixture", config)
+
+
+def test_the_command_takes_the_vocabulary_of_the_shards_where_it_is_left_out(
+    trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configure(trained, shards, tmp_path, "mixture", TWICE_ALL)
+    tree = yaml.safe_load(path.read_text())
+    expected = tree["model"].pop("vocab_size")
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["grow", str(trained / "mixture"), str(path)]) == 0, capsys.readouterr().err
+    assert load_config(tmp_path / "grown" / "config.yaml").model.vocab_size == expected
 
 
 def test_the_table_says_what_becomes_of_each_tensor(trained: Path, shards: Path, tmp_path: Path) -> None:
