@@ -75,7 +75,23 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
     for state in started.optimizer.state.values():
         if "step" in state:
             state["step"].zero_()
+    if config.parallel.zero_stage in (1, 2):
+        _share_masters(started.optimizer)
     return started
+
+
+def _share_masters(optimizer: Any) -> None:
+    """Hold parameters once where the parameter is as precise as its fp32 master, of which ZeRO 1 and 2 make a copy."""
+    for partitions, master, group in zip(
+        optimizer.parallel_partitioned_bit16_groups,
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.real_dp_process_group,
+        strict=True,
+    ):
+        own = partitions[dist.get_rank(group)]
+        if own.dtype == master.dtype:
+            master.data = own
+    optimizer._link_all_hp_params()
 
 
 def gathered(weights: list[nn.Parameter], stage: int) -> AbstractContextManager[Any]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
 from kabrn_dist.kernels.cross_entropy import CrossEntropyKernel
 from kabrn_dist.kernels.gate import GateKernel
+from kabrn_dist.kernels.heads import HeadsKernel
+from kabrn_dist.kernels.short_conv import ShortConvKernel
 from kabrn_dist.kernels.spline import SplineKernel
 from kabrn_dist.kernels.ternary import TernaryKernel
 from kabrn_dist.kernels.univariate import KERNEL_DTYPES, UnivariateKernel
@@ -31,6 +33,8 @@ class Kernels(NamedTuple):
         gate: SwiGLU's gate with RMSNorm and the quantizer.
         spline: expansion into B-splines.
         cross_entropy: cross-entropy of logits, with its gradient in their place.
+        short_conv: the short causal convolution of packed documents.
+        heads: rotation and norm of heads.
     """
 
     univariate: UnivariateKernel
@@ -38,6 +42,8 @@ class Kernels(NamedTuple):
     gate: GateKernel
     spline: SplineKernel
     cross_entropy: CrossEntropyKernel
+    short_conv: ShortConvKernel
+    heads: HeadsKernel
 
 
 class KernelSelection(NamedTuple):
@@ -63,7 +69,15 @@ def select_kernels(device: str) -> KernelSelection:
             raise KernelUnavailable(f"{ENV_SWITCH} is off")
         if device != "cpu":
             raise KernelUnavailable(f"there is no kernel for {device}")
-        kernels = Kernels(UnivariateKernel(), TernaryKernel(), GateKernel(), SplineKernel(), CrossEntropyKernel())
+        kernels = Kernels(
+            UnivariateKernel(),
+            TernaryKernel(),
+            GateKernel(),
+            SplineKernel(),
+            CrossEntropyKernel(),
+            ShortConvKernel(),
+            HeadsKernel(),
+        )
         return KernelSelection(kernels, f"fused C kernels ({Path(find_compiler()).name})")
     except KernelUnavailable as why:
         return KernelSelection(None, f"eager torch, because {why}")

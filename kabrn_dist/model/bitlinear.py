@@ -132,7 +132,9 @@ class _Product(torch.autograd.Function):
         rows_per_matrix, dtype, by_column = ctx.rows_per_matrix, grad.dtype, gamma.shape[1] != 1
         compute_dtype = matmul_dtype(grad.device.type, dtype)
         grad = grad.contiguous()
-        grad = scale_rows(grad, factor, compute_dtype) if ctx.scaled else grad.to(compute_dtype) * ctx.shift
+        grad = scale_rows(grad, factor, compute_dtype) if ctx.scaled else grad.to(compute_dtype)
+        if ctx.shift != 1:
+            grad = grad * ctx.shift
         grad_codes = grad_weight = None
         if ctx.needs_input_grad[3]:
             grad_weight = grouped_weight_grad(grad, cast_codes(int8_codes, compute_dtype), rows_per_matrix)

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kabrn_dist.config import RetentionConfig
 from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.short_conv import ShortConv, last_inputs, preceding_inputs
-from kabrn_dist.ops.activation_quant import normalize_quantize, rms_norm, to_fp32
+from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
+from kabrn_dist.ops.gate import gated
+from kabrn_dist.ops.heads import norm_heads, rotate
 from kabrn_dist.ops.weight_quant import QuantState
 
 
@@ -68,12 +69,6 @@ def make_position_info(documents: Tensor, positions: Tensor, key_dim: int) -> Po
     frequencies = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
     angles = positions[:, None, :, None] * frequencies
     return PositionInfo(documents, positions == 0, angles.cos().float(), angles.sin().float(), positions)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (first half, second half) of [B,H,T,K] by its angle, in fp32; the dtype stays."""
-    left, right = to_fp32(x).chunk(2, -1)
-    return torch.cat([left * cos - right * sin, left * sin + right * cos], -1).to(x.dtype)
 
 
 class MixerInputs(nn.Module):
@@ -143,8 +138,10 @@ class MixerOutput(nn.Module):
 
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """Return the mixer's output [B,T,D] of mixed values [B,H,T,V] and a gate [B,T,H·V]."""
-        heads = rms_norm(mixed, self.eps).transpose(1, 2).flatten(2)
-        return self.out(normalize_quantize(heads * F.silu(gate), self.out.lam))
+        heads, shape = norm_heads(mixed, self.eps), gate.shape
+        ones = heads.new_ones(heads[..., 0].numel(), 1, dtype=torch.promote_types(heads.dtype, torch.float32))
+        values, gates = (Quantized(each.reshape(len(ones), -1), ones) for each in (heads, gate))
+        return self.out(gated(gates, values, self.out.lam)).view(*shape[:-1], -1)
 
 
 class Mixer(nn.Module, ABC):

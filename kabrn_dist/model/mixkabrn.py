@@ -34,6 +34,7 @@ from kabrn_dist.model.retention import Retention
 from kabrn_dist.model.router import RouterStates, RouterStats, TokenCoordinates
 from kabrn_dist.ops.activation_quant import rms_norm
 from kabrn_dist.ops.cross_entropy import cross_entropy
+from kabrn_dist.ops.plain_product import plain_product
 from kabrn_dist.ops.retention import log_decays
 from kabrn_dist.ops.weight_quant import QuantState
 
@@ -62,6 +63,22 @@ class BatchStats(NamedTuple):
     rows: Tensor
 
 
+class Head(nn.Linear):
+    """The last matrix, from hidden states to logits; plain, without a bias.
+
+    Args:
+        hidden_size: D.
+        vocab_size: C.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [...,C] of hidden states [...,D]; see `plain_product` for their dtype."""
+        return plain_product(x, self.weight)
+
+
 class MixKABRN(nn.Module):
     """A Mixture of Kolmogorov-Arnold Bit Retentive Networks. Holds this rank's experts only.
 
@@ -88,7 +105,7 @@ class MixKABRN(nn.Module):
         self.traffic = [Traffic() for _ in config.moe_layers]
         self.quant = QuantState(float(config.quantize), config.scale_group_size)
         self.blocks = nn.ModuleList(self._make_blocks(mesh, parallel))
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config.hidden_size, config.vocab_size)
 
     def _make_blocks(self, mesh: Mesh, parallel: ParallelConfig) -> list[Block]:
         config, quant = self.config, self.quant if self.config.quantize else False

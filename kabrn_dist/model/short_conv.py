@@ -18,8 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kabrn_dist.distributed.halo import halo_exchange
+from kabrn_dist.kernels.selection import kernels_for
+from kabrn_dist.kernels.short_conv import MAX_TAPS, ShortConvKernel
 from kabrn_dist.ops.activation_quant import to_fp32
 
 
@@ -50,7 +53,34 @@ def short_conv(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> 
     Returns:
         [B,T,D] in the dtype of x.
     """
-    return _ShortConv.apply(torch.cat([before, x], 1), weight, positions)
+    kernels = kernels_for(x)
+    if kernels is not None and len(weight) <= MAX_TAPS:
+        fused: Tensor = _FusedShortConv.apply(x, before, weight, positions, kernels.short_conv)
+        return fused
+    return short_conv_eager(x, weight, before, positions)
+
+
+def short_conv_eager(x: Tensor, weight: Tensor, before: Tensor, positions: Tensor) -> Tensor:
+    """Compute `short_conv` in torch's operations."""
+    out: Tensor = _ShortConv.apply(torch.cat([before, x], 1), weight, positions)
+    return out
+
+
+class _FusedShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, before: Tensor, weight: Tensor, positions: Tensor, kernel: ShortConvKernel
+    ) -> Tensor:
+        inputs = x.contiguous(), before.contiguous(), weight.float().contiguous(), positions.contiguous()
+        ctx.save_for_backward(*inputs)
+        ctx.kernel, ctx.weight_dtype = kernel, weight.dtype
+        return kernel.forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_before, grad_weight = ctx.kernel.backward(*ctx.saved_tensors, grad.contiguous())
+        return grad_x, grad_before, grad_weight.to(ctx.weight_dtype), None, None
 
 
 class _ShortConv(torch.autograd.Function):

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.kernels.selection import select_kernels
 from kabrn_dist.model.bitlinear import bitlinear
-from kabrn_dist.model.experts import mlp
 from kabrn_dist.model.experts.base import ExpertSpec
-from kabrn_dist.model.experts.mlp import RELU2, Relu2Experts, SwigluExperts, gated, gated_eager, square
+from kabrn_dist.model.experts.mlp import RELU2, Relu2Experts, SwigluExperts, square
+from kabrn_dist.ops import activation, gate
 from kabrn_dist.ops.activation import activate, activate_eager
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
+from kabrn_dist.ops.gate import gated, gated_eager
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (7, 15), (33, 16), (5, 50), (129, 264), (0, 8)]
@@ -182,7 +183,8 @@ def test_experts_are_their_formula(
         return [out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *experts.parameters()])]
 
     mine, theirs = run(lambda x: experts(x, counts)), run(formula)
-    monkeypatch.setattr(mlp, "kernels_for", lambda x: None)
+    for module in (activation, gate):
+        monkeypatch.setattr(module, "kernels_for", lambda x: None)
     eager = run(lambda x: experts(x, counts))
     for found in (mine, eager):
         for one, other in zip(found, theirs, strict=True):

@@ -18,7 +18,7 @@ from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.mixer import Mixer, MixerState
 from kabrn_dist.model.mixer import make_position_info as find_tokens
 from kabrn_dist.model.retention import Retention
-from kabrn_dist.model.short_conv import ShortConv, short_conv, short_conv_naive
+from kabrn_dist.model.short_conv import ShortConv, short_conv, short_conv_eager, short_conv_naive
 from tests.support import fork_server
 
 BATCH, WIDTH = 2, 5
@@ -70,6 +70,31 @@ def test_it_is_its_definition(layout: str, time: int, taps: int) -> None:
         wanted = torch.autograd.grad((expected * noise).sum(), inputs)
         for mine, theirs in zip(torch.autograd.grad((out * noise).sum(), inputs), wanted, strict=True):
             near(mine, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("time", "width"), [(1, 1), (7, 33), (300, 16), (513, 40)])
+@pytest.mark.parametrize("taps", [1, 3, 64])
+def test_one_pass_is_the_steps_in_torch(taps: int, time: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(time + taps)
+    positions = make_positions([range(0, time, 50), [1, time // 2]], time)
+    positions = positions + 2 * (positions == torch.arange(time))
+    shapes = (BATCH, time, width), (taps, width), (BATCH, taps, width)
+    drawn = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
+    noise = torch.randn(BATCH, time, width, generator=generator).to(dtype)
+    results = []
+    before = torch.get_num_threads()
+    runs = (short_conv, dtype, 1), (short_conv, dtype, 5), (short_conv_eager, torch.float64, 1)
+    for function, kind, threads in runs:
+        torch.set_num_threads(threads)
+        inputs = [part.to(kind).requires_grad_() for part in drawn]
+        out = function(*inputs, positions)
+        results.append([out, *torch.autograd.grad((out * noise.to(kind)).sum(), inputs)])
+    torch.set_num_threads(before)
+    limit = 2e-5 if dtype == torch.float32 else 2**-7
+    for mine, other_threads, exact in zip(*results, strict=True):
+        assert torch.equal(mine, other_threads) and mine.dtype == dtype
+        near(mine.double() / (1 + exact.abs()), exact / (1 + exact.abs()), limit * taps**0.5)
 
 
 def test_nothing_comes_from_another_document_or_from_later() -> None:
