@@ -34,8 +34,8 @@ from benchmarks.moe_inputs import Function, Inputs, Layer, Shape, Swiglu, of_mod
 from kabrn_dist.config import ExpertsConfig, ModelConfig, RetentionConfig, RouterConfig
 from kabrn_dist.distributed.all_to_all import ExpertLink, Traffic
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
-from kabrn_dist.model.bitlinear import grouped_mm
 from kabrn_dist.model.moe import DenseFeedForward, MixtureOfExperts, RouterInputs
+from kabrn_dist.ops.grouped_mm import grouped_mm
 
 # Bytes that batched_mm may copy of the experts' matrices, and fairscale may spend on one mask.
 TOO_MUCH = 5e8

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kabrn_dist.kernels.selection import int8_matmul_is_faster, kernels_for, matmul_dtype
 from kabrn_dist.kernels.univariate import KERNEL_DTYPES
 from kabrn_dist.model.init import draw_normal
 from kabrn_dist.ops.activation_quant import Quantized
+from kabrn_dist.ops.grouped_mm import grouped_mm, grouped_weight_grad
 from kabrn_dist.ops.packing import unpack
 from kabrn_dist.ops.weight_quant import (
     QuantState,
@@ -58,6 +58,24 @@ def bitlinear_unscaled(
 ) -> Quantized:
     """Multiply as `bitlinear`, and leave the scaling to the reader: codes [N,O] / scale [N,1] is the result."""
     return _multiply(x, weight, rows_per_matrix, lam, False)
+
+
+def bitlinear_shared(x: Quantized, weights: Sequence[TernaryMatrices]) -> list[Tensor]:
+    """Multiply the same rows by several matrices; backward reads the rows once and sums their gradient unrounded.
+
+    Args:
+        x: codes [N,I] and scale [N,1].
+        weights: one matrix [1,O,I] each.
+
+    Returns:
+        [N,O] for each matrix, in the dtype of the codes.
+    """
+    rows_per_matrix = (len(x.codes),)
+    if any(weight.packed is None for weight in weights):
+        return [bitlinear(x, weight, rows_per_matrix) for weight in weights]
+    int8_codes = x.int8_codes if x.int8_codes is not None else x.codes.detach().to(torch.int8)
+    latents = [weight.latents for weight in weights]
+    return list(_SharedProduct.apply(x.codes, x.scale, int8_codes, tuple(weights), *latents))
 
 
 def bitlinear_naive(x: Quantized, weight: Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0) -> Tensor:
@@ -104,13 +122,8 @@ class _Product(torch.autograd.Function):
         rows_per_matrix: tuple[int, ...],
         scaled: bool,
     ) -> tuple[Tensor, Tensor]:
-        gamma, columns, dtype = weight.gamma, None, codes.dtype
-        assert gamma is not None
-        factor = scale.reciprocal()
-        if gamma.shape[1] == 1:
-            factor = factor * _by_row(gamma, rows_per_matrix)
-        else:
-            columns = gamma.squeeze(-1)
+        dtype = codes.dtype
+        factor, columns = _split_scales(scale, weight, rows_per_matrix)
         product = _integer_product(codes, int8_codes, weight, rows_per_matrix)
         if scaled:
             out = _scale(product, factor, columns, rows_per_matrix, dtype)
@@ -120,7 +133,7 @@ class _Product(torch.autograd.Function):
             as_is = product.dtype == dtype and columns is None and shift == 1
             out = product if as_is else _scale(product, torch.full_like(factor, shift), columns, rows_per_matrix, dtype)
             factor = factor / shift
-        ctx.save_for_backward(int8_codes, weight.packed, gamma, factor if scaled else None)
+        ctx.save_for_backward(int8_codes, weight.packed, weight.gamma, factor if scaled else None)
         ctx.rows_per_matrix, ctx.scaled, ctx.shape = rows_per_matrix, scaled, tuple(latents.shape)
         ctx.shift = 1 if scaled else _headroom(dtype)
         ctx.mark_non_differentiable(factor)
@@ -129,7 +142,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         int8_codes, packed, gamma, factor = ctx.saved_tensors
-        rows_per_matrix, dtype, by_column = ctx.rows_per_matrix, grad.dtype, gamma.shape[1] != 1
+        rows_per_matrix, dtype = ctx.rows_per_matrix, grad.dtype
         compute_dtype = matmul_dtype(grad.device.type, dtype)
         grad = grad.contiguous()
         grad = scale_rows(grad, factor, compute_dtype) if ctx.scaled else grad.to(compute_dtype)
@@ -137,21 +150,81 @@ class _Product(torch.autograd.Function):
             grad = grad * ctx.shift
         grad_codes = grad_weight = None
         if ctx.needs_input_grad[3]:
-            grad_weight = grouped_weight_grad(grad, cast_codes(int8_codes, compute_dtype), rows_per_matrix)
-            # Straight through: the result's slope in a latent is that in γ·sign, 1/γ of that in the sign.
-            grad_weight = grad_weight.to(dtype) if by_column else scale_rows(grad_weight, gamma.reciprocal(), dtype)
+            rows = cast_codes(int8_codes, compute_dtype)
+            grad_weight = _weight_grad(grad, rows, gamma, rows_per_matrix, dtype)
         if ctx.needs_input_grad[0]:
-            if by_column:
-                grad = _scale(
-                    grad,
-                    torch.ones_like(grad[:, :1], dtype=gamma.dtype),
-                    gamma.squeeze(-1),
-                    rows_per_matrix,
-                    compute_dtype,
-                )
+            grad = _with_columns(grad, gamma, rows_per_matrix)
             signs = unpack(packed, ctx.shape, compute_dtype)
             grad_codes = grouped_mm(grad, signs.transpose(1, 2), rows_per_matrix).to(dtype)
         return grad_codes, None, None, grad_weight, None, None, None
+
+
+class _SharedProduct(torch.autograd.Function):
+    """The scaled products of the same rows and several matrices."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        codes: Tensor,
+        scale: Tensor,
+        int8_codes: Tensor,
+        weights: tuple[TernaryMatrices, ...],
+        *latents: Tensor,
+    ) -> tuple[Tensor, ...]:
+        rows_per_matrix, kept, results = (len(codes),), [], []
+        for weight in weights:
+            factor, columns = _split_scales(scale, weight, rows_per_matrix)
+            product = _integer_product(codes, int8_codes, weight, rows_per_matrix)
+            results.append(_scale(product, factor, columns, rows_per_matrix, codes.dtype))
+            kept += [weight.packed, weight.gamma, factor]
+        ctx.save_for_backward(int8_codes, *kept)
+        ctx.shapes = [tuple(latent.shape) for latent in latents]
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        int8_codes, *kept = ctx.saved_tensors
+        dtype, rows_per_matrix = grads[0].dtype, (len(int8_codes),)
+        compute_dtype = matmul_dtype(int8_codes.device.type, dtype)
+        rows = cast_codes(int8_codes, compute_dtype)
+        grad_codes, grad_weights = None, []
+        for number, (grad, shape) in enumerate(zip(grads, ctx.shapes, strict=True)):
+            packed, gamma, factor = kept[3 * number : 3 * number + 3]
+            scaled = scale_rows(grad.contiguous(), factor, compute_dtype)
+            wanted = ctx.needs_input_grad[4 + number]
+            grad_weights.append(_weight_grad(scaled, rows, gamma, rows_per_matrix, dtype) if wanted else None)
+            if ctx.needs_input_grad[0]:
+                factors = _with_columns(scaled, gamma, rows_per_matrix), unpack(packed, shape, compute_dtype)[0]
+                grad_codes = torch.mm(*factors) if grad_codes is None else grad_codes.addmm_(*factors)
+        return None if grad_codes is None else grad_codes.to(dtype), None, None, None, *grad_weights
+
+
+def _split_scales(
+    scale: Tensor, weight: TernaryMatrices, rows_per_matrix: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """The factor [N,1] of each row's result, and that of each column [E,O] where outputs have scales of their own."""
+    assert weight.gamma is not None
+    factor = scale.reciprocal()
+    if weight.gamma.shape[1] == 1:
+        return factor * _by_row(weight.gamma, rows_per_matrix), None
+    return factor, weight.gamma.squeeze(-1)
+
+
+def _weight_grad(
+    grad: Tensor, rows: Tensor, gamma: Tensor, rows_per_matrix: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The gradient of latents from that of the rows' results, times the rows' factors, and the codes of the rows."""
+    grad_weight = grouped_weight_grad(grad, rows, rows_per_matrix)
+    # Straight through: the result's slope in a latent is that in γ·sign, 1/γ of that in the sign.
+    return grad_weight.to(dtype) if gamma.shape[1] != 1 else scale_rows(grad_weight, gamma.reciprocal(), dtype)
+
+
+def _with_columns(grad: Tensor, gamma: Tensor, rows_per_matrix: tuple[int, ...]) -> Tensor:
+    """The gradient times the factors of the columns, where outputs have scales of their own."""
+    if gamma.shape[1] == 1:
+        return grad
+    ones = torch.ones_like(grad[:, :1], dtype=gamma.dtype)
+    return _scale(grad, ones, gamma.squeeze(-1), rows_per_matrix, grad.dtype)
 
 
 class _PlainProduct(torch.autograd.Function):
@@ -239,58 +312,6 @@ def _by_row(per_matrix: Tensor, rows_per_matrix: tuple[int, ...]) -> Tensor:
     if len(rows_per_matrix) == 1:
         return per_matrix.view(1, 1)
     return torch.cat([value.expand(n, 1) for value, n in zip(per_matrix.view(-1, 1), rows_per_matrix, strict=True)])
-
-
-def grouped_mm(rows: Tensor, weight: Tensor, rows_per_matrix: Sequence[int]) -> Tensor:
-    """Multiply rows [N,I], sorted by matrix, by matrices [E,O,I] → [N,O]; int8 gives int32."""
-    multiply, dtype = (torch._int_mm, torch.int32) if rows.dtype == torch.int8 else (torch.mm, rows.dtype)
-    if len(rows_per_matrix) == 1:
-        return multiply(rows, weight[0].T)
-    out = rows.new_empty(len(rows), weight.shape[1], dtype=dtype)
-    start = 0
-    for matrix, n in zip(weight, rows_per_matrix, strict=True):
-        stop, padded = start + n, start + _common_count(n, rows)
-        if n and padded <= len(rows):
-            # What this writes beyond its own rows, the matrices of those rows write again.
-            multiply(rows[start:padded], matrix.T, out=out[start:padded])
-        elif n:
-            out[start:stop] = multiply(_pad_rows(rows[start:stop], padded - stop), matrix.T)[:n]
-        start = stop
-    return out
-
-
-def grouped_weight_grad(left: Tensor, right: Tensor, rows_per_matrix: Sequence[int]) -> Tensor:
-    """Sum the outer products of rows [N,O] and [N,I], sorted by matrix → [E,O,I]; zeros for matrices without rows."""
-    if len(rows_per_matrix) == 1:
-        return (left.T @ right)[None]
-    out = left.new_empty(len(rows_per_matrix), left.shape[1], right.shape[1])
-    start = 0
-    for matrix, n in zip(out, rows_per_matrix, strict=True):
-        missing = _common_count(n, left) - n
-        if n:
-            factors = (_pad_rows(part[start : start + n], missing) for part in (left, right))
-            torch.mm(next(factors).T, next(factors), out=matrix)
-        else:
-            matrix.zero_()
-        start += n
-    return out
-
-
-def _common_count(n: int, rows: Tensor) -> int:
-    """The next number of rows, from n on, that others have too; n itself where a new number costs nothing.
-
-    oneDNN compiles a kernel for each number of rows that it has not met, in half precision on CPUs: 0.7 ms, where a
-    product of an expert takes 0.1 ms, and experts get other numbers in every step. There are 16 in each octave from 512
-    on, and all are multiples of 32.
-    """
-    if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float16):
-        return n
-    step = max(32, (1 << max(n.bit_length() - 1, 0)) // 16)
-    return -(-n // step) * step
-
-
-def _pad_rows(rows: Tensor, missing: int) -> Tensor:
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 class BitLinear(TernaryModule):

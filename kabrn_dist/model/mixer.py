@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kabrn_dist.config import RetentionConfig
-from kabrn_dist.model.bitlinear import BitLinear
+from kabrn_dist.model.bitlinear import BitLinear, bitlinear_shared
 from kabrn_dist.model.short_conv import ShortConv, last_inputs, preceding_inputs
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
 from kabrn_dist.ops.gate import gated
@@ -111,11 +111,10 @@ class MixerInputs(nn.Module):
         if self.convolution is not None:
             x = self.convolution(x, before, positions)
         quantized = normalize_quantize(x, self.query.lam)
-        q, k, v = (
-            matrix(quantized).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for matrix in (self.query, self.key, self.value)
-        )
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, self.gate(quantized)
+        matrices = [each.matrices("weight") for each in (self.query, self.key, self.value, self.gate)]
+        *projected, gate = (each.view(*x.shape[:-1], -1) for each in bitlinear_shared(quantized.rows(), matrices))
+        q, k, v = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in projected)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
 
 class MixerOutput(nn.Module):

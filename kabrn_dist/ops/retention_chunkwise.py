@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.distributed.state_scan import SequenceLink
+from kabrn_dist.kernels.selection import matmul_dtype
 from kabrn_dist.ops.chunks import (
     Chunks,
     cache_blocks,
@@ -153,8 +154,9 @@ class _Retention(torch.autograd.Function):
         link: SequenceLink | None,
     ) -> tuple[Tensor, Tensor]:
         time, size = q.shape[2], min(chunk, q.shape[2])
-        chunks = make_chunks(log_decay, documents, before, size, q.dtype)
-        qs, ks, vs = (to_chunks(x, size) for x in (q, k, v))
+        compute_dtype = matmul_dtype(q.device.type, q.dtype)
+        chunks = make_chunks(log_decay, documents, before, size, compute_dtype)
+        qs, ks, vs = (to_chunks(x.to(compute_dtype), size) for x in (q, k, v))
         added = chunk_matmul((ks * chunks.decay_out).transpose(-1, -2), vs).to(state.dtype)
         states = _scan_forward(added, chunks.chunk_decay, state.flatten(0, 1))
         wait = None
@@ -165,18 +167,19 @@ class _Retention(torch.autograd.Function):
             received = wait().flatten(0, 1)[:, None]
             states[:, :1] = received
             states[:, 1:].addcmul_(chunks.chunk_decay.cumprod(1), received)
-        used = states[:, :-1].to(q.dtype).contiguous()
+        used = states[:, :-1].to(compute_dtype).contiguous()
         chunk_matmul_add(out, qs * chunks.decay_in, used)
-        ctx.save_for_backward(q, k, v, log_decay, documents, before, used)
+        ctx.save_for_backward(q, k, v, log_decay, documents, before, used.to(q.dtype))
         ctx.size, ctx.link = size, link
-        return from_chunks(out, v), states[:, -1].reshape(state.shape)
+        return from_chunks(out, v).to(v.dtype), states[:, -1].reshape(state.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, documents, before, states = ctx.saved_tensors
         size, link, time = ctx.size, ctx.link, q.shape[2]
-        chunks = make_chunks(log_decay, documents, before, size, q.dtype)
-        qs, ks, vs, gs = (to_chunks(x, size) for x in (q, k, v, grad))
+        compute_dtype = matmul_dtype(q.device.type, q.dtype)
+        chunks = make_chunks(log_decay, documents, before, size, compute_dtype)
+        qs, ks, vs, gs = (to_chunks(x.to(compute_dtype), size) for x in (q, k, v, grad))
         after = grad_state if link is None else torch.zeros_like(grad_state)
         sent = chunk_matmul((qs * chunks.decay_in).transpose(-1, -2), gs).to(after.dtype)
         back = _scan_backward(sent, chunks.chunk_decay, after.flatten(0, 1))
@@ -189,15 +192,15 @@ class _Retention(torch.autograd.Function):
             received = wait().flatten(0, 1)[:, None]
             back[:, -1:] = received
             back[:, :-1].addcmul_(chunks.chunk_decay.flip(1).cumprod(1).flip(1), received)
-        behind = back[:, 1:].to(q.dtype).contiguous()
-        grad_q.addcmul_(chunk_matmul(gs, states.transpose(-1, -2)), chunks.decay_in)
+        behind = back[:, 1:].to(compute_dtype).contiguous()
+        grad_q.addcmul_(chunk_matmul(gs, states.to(compute_dtype).transpose(-1, -2)), chunks.decay_in)
         grad_k.addcmul_(chunk_matmul(vs, behind.transpose(-1, -2)), chunks.decay_out)
         chunk_matmul_add(grad_v, ks * chunks.decay_out, behind)
         grad_first = back[:, 0].reshape(after.shape) if link is None else None
         return (
-            from_chunks(grad_q, q),
-            from_chunks(grad_k, k),
-            from_chunks(grad_v, v),
+            from_chunks(grad_q, q).to(q.dtype),
+            from_chunks(grad_k, k).to(k.dtype),
+            from_chunks(grad_v, v).to(v.dtype),
             None,
             None,
             grad_first,
