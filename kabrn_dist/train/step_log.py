@@ -86,7 +86,7 @@ class StepLogger:
         self.tokens_per_expert: Tensor | None = None
         self._mfu_per_speed = mfu_per_speed
         self._long_run_is_told = False
-        self._time_left = TimeLeft(engine.config.training.steps)
+        self._time_left = TimeLeft(engine.config.training.steps, step)
 
     def write(self, log: StepLog) -> None:
         """Write the log of a step, without values that are not finite. Collective."""
@@ -144,6 +144,6 @@ class StepLogger:
             "speed/memory_gib": memory_gib(engine.mesh.device),
             "speed/mfu": self._mfu_per_speed * tokens_per_second,
             "progress/tokens": float(log.step * log.totals.tokens),
-            "progress/seconds_left": self._time_left.seconds(log.step),
+            "progress/seconds_left": self._time_left.seconds(log.step, log.seconds),
         }
         return values | {f"time/{phase}": seconds for phase, seconds in phase_seconds.items()}
