@@ -48,8 +48,10 @@ def load(options: argparse.Namespace) -> Config:
         UserError: for a wrong configuration, or shards that cannot be read.
     """
     from kabrn_dist.config.file import load_config
+    from kabrn_dist.data.locations import check_locations
 
     def find_vocab_size(data: DataConfig) -> int:
+        check_locations(data)
         from kabrn_dist.train.datasets import read_vocab_size
 
         return read_vocab_size(data)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, positive_int
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, positive_int, whole_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +71,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="steps averaged in the second table (default 10)",
     )
     experts.add_argument(
-        "--layer", type=int, metavar="N", help="layer of load_layer_N.png (default: the least balanced)"
+        "--layer", type=whole_number, metavar="N", help="layer of load_layer_N.png (default: the least balanced)"
     )
     for kind in (functions, symbolic):
         kind.add_argument(
@@ -84,8 +84,8 @@ def add_parser(subparsers: Subparsers) -> None:
     functions.add_argument(
         "--sequences", type=positive_int, default=16, metavar="N", help="validation sequences to run (default 16)"
     )
-    symbolic.add_argument("--layer", type=int, metavar="N", help="only this layer (default: all)")
-    symbolic.add_argument("--expert", type=int, metavar="N", help="only this expert (default: all)")
+    symbolic.add_argument("--layer", type=whole_number, metavar="N", help="only this layer (default: all)")
+    symbolic.add_argument("--expert", type=whole_number, metavar="N", help="only this expert (default: all)")
     weights.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the figures (default: report/ in the run's folder)"
     )

@@ -161,8 +161,8 @@ def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest
         ((*read, "--vocabulary", 257), "--vocabulary 257: too small"),
         ((*read, "--vocabulary", 999, "--tokenizer", "bytes"), "brings its own; drop one"),
         ((*read, "--tokenizer", tmp_path / "absent.json"), "absent.json: cannot be read (No such file"),
-        ((*read, "--validation-share", 1), "validation_share: Input should be less than 1"),
-        ((*read, "--shard-mb", 0), "shard_mb: Input should be greater than or equal to 0.001"),
+        ((*read, "--validation-share", 1), "validation_share: must be less than 1"),
+        ((*read, "--shard-mb", 0), "shard_mb: must be greater than or equal to 0.001"),
         (("--source", "text", "--input", texts, "--out", tmp_path / "file"), "is a file"),
         (("inspect", tmp_path), "index.json: cannot be read (No such file"),
     ):

@@ -75,7 +75,8 @@ def test_a_signal_to_one_rank_stops_and_saves_all(
     last = check_saved(tmp_path / "run")
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     cause = name if rank == 0 else "a signal to another process"
-    assert f"stopped at step {last} by {cause}\n" in ended.output and "error" not in ended.output and "Traceback" not in ended.output
+    assert f"stopped at step {last} by {cause}\n" in ended.output, ended.output
+    assert "error" not in ended.output and "Traceback" not in ended.output
     with train(config, 2, "--resume", "must", "--set", f"training.steps={last + 1}") as group:
         ended = group.wait(60)
     assert ended.exit_codes == (0, 0) and f"at step {last}\n" in ended.output, ended.output
