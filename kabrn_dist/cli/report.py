@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,38 +95,49 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run_experts(options: argparse.Namespace) -> int:
     """Report the experts' loads; return the exit code."""
-    from kabrn_dist.analysis.experts import report_experts
+    with _open_console(options.folder) as console:
+        from kabrn_dist.analysis.experts import report_experts
 
-    report_experts(options.folder, options.last, options.layer, _make_console())
+        report_experts(options.folder, options.last, options.layer, console)
     return 0
 
 
 def run_functions(options: argparse.Namespace) -> int:
     """Report the learned functions; return the exit code."""
-    from kabrn_dist.analysis.functions import report_functions
+    with _open_console(options.folder, "config.yaml") as console:
+        from kabrn_dist.analysis.functions import report_functions
 
-    report_functions(options.folder, options.edges, options.sequences, _make_console())
+        report_functions(options.folder, options.edges, options.sequences, console)
     return 0
 
 
 def run_symbolic(options: argparse.Namespace) -> int:
     """Report the nearest elementary functions; return the exit code."""
-    from kabrn_dist.analysis.symbolic_report import report_symbolic
+    with _open_console(options.folder, "config.yaml") as console:
+        from kabrn_dist.analysis.symbolic_report import report_symbolic
 
-    report_symbolic(options.folder, options.edges, options.layer, options.expert, _make_console())
+        report_symbolic(options.folder, options.edges, options.layer, options.expert, console)
     return 0
 
 
 def run_weights(options: argparse.Namespace) -> int:
     """Report the ternary weights; return the exit code."""
-    from kabrn_dist.analysis.weights import report_weights
+    with _open_console(options.folder, "config.yaml") as console:
+        from kabrn_dist.analysis.weights import report_weights
 
-    report_weights(options.folder, options.out, _make_console())
+        report_weights(options.folder, options.out, console)
     return 0
 
 
-def _make_console() -> Console:
+@contextmanager
+def _open_console(folder: Path, file: str | None = None) -> Iterator[Console]:
+    """A console that says what is being done, for a run's folder that holds a file."""
     from rich.console import Console
 
+    from kabrn_dist.inference.folder import check_run_folder
+
+    check_run_folder(folder, file)
     # A pipe or a file gets whole lines; only a terminal is wrapped to its width.
-    return Console(width=None if Console().is_terminal else FILE_WIDTH, highlight=False, markup=False)
+    console = Console(width=None if Console().is_terminal else FILE_WIDTH, highlight=False, markup=False)
+    with console.status(f"reading {folder}, then drawing …"):
+        yield console
