@@ -57,8 +57,8 @@ def report_experts(folder: Path, last: int, layer: int | None, console: Console)
         print_table(console, f"mean of the last {span}", EXPERT_COLUMNS, _make_rows(tail), keys=1)
     console.print(
         "load: tokens of an expert, relative to the mean of the layer. CV: standard deviation of the loads. MaxVio: "
-        f"largest load − 1. dead: experts without a token; < {UNDERUSED:g}: with a load below that. entropy: of the router's "
-        "choice, nats per token. Columns per rank: lowest–highest.",
+        f"largest load − 1. dead: experts without a token; < {UNDERUSED:g}: with a load below that. entropy: of the "
+        "router's choice, nats per token. Columns per rank: lowest–highest.",
         soft_wrap=not console.is_terminal,
     )
     for path in draw(log, tail, layer, folder / "report"):
