@@ -33,9 +33,8 @@ def print_table(
     for number, columns in enumerate(_split_columns(console.width, names, rows, keys)):
         table = Table(title=title if number == 0 else None, title_justify="left")
         for column in columns:
-            justify = "left" if names[column] in left else "right"
             # A cell that is wider than the whole console is folded, never cut.
-            table.add_column(names[column], justify=justify, overflow="fold")
+            table.add_column(names[column], justify="left" if names[column] in left else "right", overflow="fold")
         for row in rows:
             table.add_row(*(row[column] for column in columns))
         console.print(table)
