@@ -169,7 +169,8 @@ def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest
         assert expected in refuse(capsys, *arguments)
     assert not (tmp_path / "set").exists()
     empty = refuse(capsys, "--source", "text", "--input", tmp_path / "none.txt", *out)
-    assert "0 distinct documents leave none to train on" in empty and not (tmp_path / "set" / "index.json").exists()
+    assert "source 'text': nothing to train on, as none of 1 documents was kept; removed 1 empty" in empty
+    assert not (tmp_path / "set" / "index.json").exists()
 
 
 def test_inspect_finds_damage(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
