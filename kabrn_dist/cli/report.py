@@ -25,9 +25,10 @@ EXAMPLES = """  mixkabrn report experts runs/tiny
   mixkabrn report weights runs/tiny
 """
 
-EXPERTS = """Reads log.jsonl. One row per layer: largest and smallest load relative to the ideal, CV, MaxVio, dead and
-nearly dead experts, the router's entropy, the range of its bias, dropped tokens; per rank, the tokens that arrived, the
-MiB sent and the time spent in the exchange.
+EXPERTS = """Reads log.jsonl. One row per layer: largest and smallest load relative to the ideal, its standard
+deviation (CV), how far the largest exceeds the ideal (MaxVio), experts without tokens and nearly so, the router's
+entropy, the range of its bias, dropped tokens; per rank, the tokens that arrived, the MiB sent and the time spent in
+the exchange.
 
 Writes load.png (layer × expert), maxvio.png (over the steps) and load_layer_N.png (each expert over the steps)."""
 

@@ -42,7 +42,7 @@ README = """# {name}: weights at step {step}
 
 A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {parameters:,} parameters.
 
-- `*.safetensors`: the fp32 masters {dtype}, under the parameters' names; the weights of ternary layers are the latent
+- `*.safetensors`: the fp32 weights {dtype}, under the parameters' names; the weights of ternary layers are the latent
   ones, which the model quantizes itself. Experts are stacked in the first dimension. The routers' biases stay in fp32.
 - `config.yaml`: the whole configuration of the run. `tokenizer.json`: its tokenizer (sha256 {tokenizer}).
 
