@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     from kabrn_dist.config.reference import describe_config
 
     text = describe_config(options.name)
-    print(_without_markup(text) if sys.stdout.isatty() else text)
+    print(_without_markup(text) if sys.stdout is not None and sys.stdout.isatty() else text)
     return 0
 
 

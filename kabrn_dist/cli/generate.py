@@ -46,15 +46,15 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate and print; return the exit code."""
     from kabrn_dist.inference.folder import check_run_folder, is_export
+    from kabrn_dist.inference.sampling import check_sampling
 
+    # A mistake is reported before torch is imported and a model is loaded.
+    check_sampling(options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     if not is_export(options.folder):
         check_run_folder(options.folder, "config.yaml")
-    from kabrn_dist.inference.generate import check_sampling
     from kabrn_dist.inference.run import load_model
     from kabrn_dist.utils.terminal import escape_controls
 
-    # A mistake is reported before a model is loaded.
-    check_sampling(options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     # A file or a program gets the text as it is; a terminal would obey some of it.
     show: Callable[[str], str] = escape_controls if sys.stdout.isatty() else str
     model, tokenizer = load_model(options.folder)

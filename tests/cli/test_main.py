@@ -115,6 +115,11 @@ def test_scripts_pass_on_what_was_typed(
     assert launcher.main(typed.split()) == 3 and passed == [expected.split()]
 
 
+def test_a_script_names_the_flag_that_lacks_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shim.run_script(["train"], ("--config",), ["--config"]) == 2
+    assert capsys.readouterr().err == "error: --config: give it a value; see mixkabrn train --help\n"
+
+
 def test_a_launcher_may_put_its_rank_first() -> None:
     options = build_parser().parse_args(["--local_rank=1", "train", "c.yaml", "--set", "a.b=1"])
     assert options.config == Path("c.yaml") and options.set == ["a.b=1"]
