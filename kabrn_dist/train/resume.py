@@ -133,7 +133,7 @@ def _check_exists(path: Path, resume: str) -> None:
     names = [each.name for each in reversed(list_checkpoints(path.parent))]
     there = f"{path.parent} contains {', '.join(names)}" if names else list_neighbors(path)
     raise UserError(
-        f"--resume {resume}: no such folder; {there}; name a run or one of its checkpoints, or use auto, must or never"
+        f"--resume {resume}: no such checkpoint; use auto, must or never, or a folder of a run or a checkpoint; {there}"
     )
 
 
