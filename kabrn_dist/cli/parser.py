@@ -10,6 +10,10 @@ from typing import Any, NoReturn
 from kabrn_dist.utils.errors import UserError
 
 
+class _MissingError(UserError):
+    """A required argument is missing."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser of one command, whose mistakes are `UserError`s."""
 
@@ -19,14 +23,24 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             UserError: always.
         """
-        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        kind = _MissingError if "required" in message else UserError
+        raise kind(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse what is not known where the command is known: there its own flags can be named."""
-        found, unknown = super().parse_known_args(args, namespace)
+        try:
+            found, unknown = super().parse_known_args(args, namespace)
+        except _MissingError as error:
+            # What is missing may be there, behind a flag that does not exist.
+            unknown = [word for word in args or () if word.startswith("--") and not self._knows(word)]
+            if not unknown:
+                raise UserError(str(error)) from None
         if unknown:
             self.error(self._explain_unknown(unknown))
         return found, unknown
+
+    def _knows(self, flag: str) -> bool:
+        return any(known.startswith(flag.partition("=")[0]) for known in self._option_string_actions)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -46,6 +60,11 @@ class CommandParser(argparse.ArgumentParser):
         return f"unknown option {name}{self._suggest(name, value)}"
 
     def _suggest(self, flag: str, value: str) -> str:
+        name = flag.lstrip("-").replace("-", "_")
+        for action in self._get_positional_actions():
+            metavar = str(action.metavar or action.dest)
+            if name.upper() in metavar.upper().split("|"):
+                return f"; give {metavar} without it"
         near = _did_you_mean(flag, self._option_string_actions)
         if not any(action.dest == "config" for action in self._actions):
             return near
@@ -54,7 +73,6 @@ class CommandParser(argparse.ArgumentParser):
         from kabrn_dist.utils.mistakes import find_nearest_key
         from kabrn_dist.utils.yaml_section import list_keys
 
-        name = flag.lstrip("-").replace("-", "_")
         key = find_nearest_key(name, list_keys(Config))
         is_key = key is not None and (not near or key.rpartition(".")[2] == name)
         return f"; did you mean --set {key}={value or '…'}?" if is_key else near
