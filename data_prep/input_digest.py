@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from data_prep.clean.contamination import list_evaluation_files
 from data_prep.documents import Unit
@@ -14,9 +15,67 @@ from data_prep.recipe import Recipe
 from data_prep.sources import FileGroup
 from data_prep.sources.files import walk_files
 
+# A message lists so many settings.
+_SHOWN = 4
 
-def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
-    """Return a digest of the inputs: the recipe, and name, size and time of every file to read."""
+
+class InputDigest(NamedTuple):
+    """What a preparation reads, as it is recorded in the folder that is made from it.
+
+    Attributes:
+        digest: of the recipe, and of name, size and time of every file to read.
+        settings: the recipe as JSON, to tell what another one has differently; empty if it is not known.
+    """
+
+    digest: str
+    settings: str
+
+    @classmethod
+    def parse(cls, text: str) -> InputDigest:
+        """Return what a record holds; earlier versions recorded the digest only."""
+        digest, _, settings = text.partition("\n")
+        return cls(digest, settings)
+
+    def dump(self) -> bytes:
+        """Return the record: the digest on the first line, the settings on the second."""
+        return f"{self.digest}\n{self.settings}".encode("utf-8", "surrogateescape")
+
+    def describe_change(self, new: InputDigest) -> str:
+        """Return in words what `new` has differently: settings with both values, or else the sources' files."""
+        old_values, new_values = (_read_settings(each.settings) for each in (self, new))
+        if not old_values:
+            return "another recipe, or sources that have changed since"
+        keys = [key for key in {**old_values, **new_values} if old_values.get(key) != new_values.get(key)]
+        if not keys:
+            return "sources that have changed since"
+        changes = [
+            f"{key} {old_values.get(key, 'not set')} (now {new_values.get(key, 'not set')})" for key in keys[:_SHOWN]
+        ]
+        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+        return f"other settings: {', '.join(changes)}{more}"
+
+
+def _read_settings(text: str) -> dict[str, str]:
+    """Return the recorded settings by their dotted names; none from a record that was damaged."""
+    try:
+        return _list_values(json.loads(text))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _list_values(tree: Any, name: str = "") -> dict[str, str]:
+    """Return the values of nested dicts and lists by their dotted names, as JSON."""
+    if not isinstance(tree, dict | list):
+        return {name: json.dumps(tree, ensure_ascii=False)}
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    values: dict[str, str] = {}
+    for key, value in entries:
+        values |= _list_values(value, f"{name}.{key}" if name else str(key))
+    return values
+
+
+def digest_inputs(reader: SourceReader, recipe: Recipe) -> InputDigest:
+    """Return what is to be read, without reading it."""
     settings = json.dumps(recipe.model_dump(exclude={"out"}), default=str, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(_name_bytes(settings))
     for path in _other_files(recipe):
@@ -29,7 +88,7 @@ def digest_inputs(reader: SourceReader, recipe: Recipe) -> str:
         digest.update(f"Item(number={task.number}, source={task.source}, unit={kind}({described}))".encode())
         for path in _unit_files(unit, recipe.out):
             digest.update(_name_bytes(f"{path.name} {_file_state(path)}"))
-    return digest.hexdigest()
+    return InputDigest(digest.hexdigest(), settings)
 
 
 def _name_bytes(text: str) -> bytes:

@@ -28,7 +28,7 @@ from data_prep.duplicates import (
 )
 from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
-from data_prep.input_digest import digest_inputs
+from data_prep.input_digest import InputDigest, digest_inputs
 from data_prep.losses import check_readable, describe_duplicates, describe_losses
 from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.plan import load_recipe_tokenizer, plan_shards
@@ -66,7 +66,7 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     """
     start = time.monotonic()
     workspace = Workspace(recipe.out)
-    opened: list[tuple[Tokenizer | None, SourceReader, str]] = []
+    opened: list[tuple[Tokenizer | None, SourceReader, InputDigest]] = []
 
     def open_inputs() -> None:
         check_out_holds_no_input(recipe.out, recipe.named_inputs())
@@ -76,7 +76,9 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     # Files may be missing on a single machine.
     workers.on_all(open_inputs)
     tokenizer, reader, inputs = opened[0]
-    workers.require_same(inputs, f"the workers see different inputs of {recipe.out}; give all machines the same files")
+    workers.require_same(
+        inputs.digest, f"the workers see different inputs of {recipe.out}; give all machines the same files"
+    )
     if not force and workers.all_true(workspace.is_finished(inputs)):
         return None
     workers.on_main(lambda: workspace.open(inputs, force))

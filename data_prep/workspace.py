@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from data_prep.input_digest import InputDigest
 from data_prep.ownership import INPUTS_NAME, list_made_files
 from data_prep.workers import clear_folder
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
@@ -50,28 +51,29 @@ class Workspace:
         self.dropped, self.tokenizer = self.folder / "dropped.npy", self.folder / TOKENIZER_NAME
         self.shard_plan, self.files = self.folder / "shard_plan.json", self.folder / "files.json"
 
-    def is_finished(self, inputs: str) -> bool:
-        """Return whether `out` was finished from these inputs, a digest that `input_digest.digest_inputs` made."""
-        return (self.out / INDEX_NAME).exists() and _read_text(self.out / INPUTS_NAME) == inputs
+    def is_finished(self, inputs: InputDigest) -> bool:
+        """Return whether `out` was finished from these inputs."""
+        finished = _read_inputs(self.out)
+        return (self.out / INDEX_NAME).exists() and finished is not None and finished.digest == inputs.digest
 
-    def open(self, inputs: str, force: bool) -> None:
+    def open(self, inputs: InputDigest, force: bool) -> None:
         """Make the folders, or continue with those that a run with the same inputs left.
 
         Args:
-            inputs: digest of the inputs.
+            inputs: what is to be read.
             force: start over, and replace the data in `out`.
 
         Raises:
             UserError: `out` holds something else, or was started with other inputs or by another version.
         """
-        started = _read_text(self.folder / INPUTS_NAME)
-        current = f"{inputs} {_FORMAT}"
+        started = _read_inputs(self.folder)
+        current = inputs._replace(digest=f"{inputs.digest} {_FORMAT}")
         if force:
             self._refuse_foreign_files()
         else:
             self._refuse_other_inputs(started, current)
         try:
-            if force or started != current:
+            if force or started is None or started.digest != current.digest:
                 self._clear()
             for folder in (self.runs, self.pairs, self.shards):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ class Workspace:
             clear_folder(self.progress)
         except OSError as error:
             raise UserError(f"--out {self.out}: {error.strerror}; choose a folder you can write to") from error
-        atomic_write(self.folder / INPUTS_NAME, current.encode())
+        atomic_write(self.folder / INPUTS_NAME, current.dump())
 
     def claim_files(self, names: Iterable[str]) -> None:
         """Record the names of the files that the preparation will write into `out`, before it writes any of them.
@@ -96,23 +98,24 @@ class Workspace:
                 )
         atomic_write(self.files, json.dumps(names).encode())
 
-    def close(self, inputs: str) -> None:
+    def close(self, inputs: InputDigest) -> None:
         """Record what `out` was made from, and remove the folder."""
-        atomic_write(self.out / INPUTS_NAME, inputs.encode())
+        atomic_write(self.out / INPUTS_NAME, inputs.dump())
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _refuse_other_inputs(self, started: str | None, current: str) -> None:
-        if started == current:
+    def _refuse_other_inputs(self, started: InputDigest | None, current: InputDigest) -> None:
+        if started is not None and started.digest == current.digest:
             return
         if started is not None:
             raise UserError(
-                f"--out {self.out}: was started with another recipe or version, or its sources have changed since; "
+                f"--out {self.out}: was started with {started.describe_change(current)}, or by another version; "
                 "restore them to continue, choose another folder, or add --force to start over"
             )
         if (self.out / INDEX_NAME).exists():
+            finished = _read_inputs(self.out) or InputDigest("", "")
             raise UserError(
-                f"--out {self.out}: is not empty, it holds data of another recipe, or of sources that have changed "
-                "since; choose another folder, or add --force to replace its data"
+                f"--out {self.out}: is not empty, it holds data of {finished.describe_change(current)}; choose another "
+                "folder, or add --force to replace its data"
             )
         if self.out.is_dir() and any(entry != self.folder for entry in self.out.iterdir()):
             raise UserError(f"--out {self.out}: is not empty, and holds no shards; choose another folder")
@@ -181,5 +184,6 @@ def release_workspace(out: Path, descriptor: int) -> None:
             out.rmdir()
 
 
-def _read_text(path: Path) -> str | None:
-    return path.read_text() if path.exists() else None
+def _read_inputs(folder: Path) -> InputDigest | None:
+    path = folder / INPUTS_NAME
+    return InputDigest.parse(path.read_text("utf-8", "surrogateescape")) if path.exists() else None

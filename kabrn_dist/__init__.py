@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kabrn_dist.config.file import load_config
+    from kabrn_dist.data.run_config import load_run_config as load_config
     from kabrn_dist.inference.run import Run, load_model
     from kabrn_dist.train.trainer import Trainer
     from kabrn_dist.utils.errors import UserError
@@ -27,9 +27,9 @@ __all__ = ["Run", "Trainer", "UserError", "__version__", "load_config", "load_mo
 
 def __getattr__(name: str) -> Any:
     if name == "load_config":
-        from kabrn_dist.config.file import load_config
+        from kabrn_dist.data.run_config import load_run_config
 
-        return load_config
+        return load_run_config
     if name in ("Run", "load_model"):
         from kabrn_dist.inference import run
 

@@ -38,7 +38,7 @@ ALLOWED["train"] = {*ALLOWED} - {"analysis"}
 ALLOWED["cli"] = {*ALLOWED, "kabrn_dist"}
 # The API of the package and the tools next to it, by the first part of their names.
 ALLOWED_OUTSIDE: dict[str, set[str]] = {
-    "kabrn_dist": {"config", "train", "inference", "utils"},
+    "kabrn_dist": {"data", "train", "inference", "utils"},
     "__main__": {"cli"},
     "data_prep": {"utils", "config", "data"},
     "launch": {*ALLOWED},

@@ -13,6 +13,7 @@ from torch import Tensor
 from kabrn_dist.analysis.table import print_table
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.inference.run import Run
+from kabrn_dist.inference.working_copy import round_to_working_copies
 from kabrn_dist.metrics.ternary import TernaryStats, weight_sums
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import absmean_quantize
@@ -51,13 +52,11 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
         UserError: if the folder holds no such run, or one without ternary weights.
     """
     run = Run.open(folder)
-    config, model = run.config, run.initial_model()
+    config = run.config
     if not config.model.quantize:
         raise UserError(f"{folder}: model.quantize is false, so no weight is ternary; name a run that has them")
-    start = _read_codes(model)
-    load_weights(model, run.checkpoint)
-    matrices = list(_measure(model, start))
-    title = f"{folder}: ternary weights at step {model.routers.step}"
+    step, matrices = measure_matrices(run)
+    title = f"{folder}: ternary weights at step {step}"
     print_table(console, title, WEIGHT_COLUMNS, _make_rows(matrices), keys=2, left=("matrix",))
     console.print(
         "margin: mean distance of |latent| from the threshold γ/2, relative to it. scale: γ, the mean |latent|. "
@@ -66,8 +65,18 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
     )
     if config.run.init_from is not None:
         console.print("start: newly initialized weights, not those of run.init_from.")
-    for picture in _draw(matrices, model.routers.step, out or folder / "report"):
+    for picture in _draw(matrices, step, out or folder / "report"):
         console.print(f"wrote {picture}", soft_wrap=True)
+
+
+def measure_matrices(run: Run) -> tuple[int, list[Matrix]]:
+    """Return the step of a run's checkpoint and its ternary matrices, with the codes that training computes with."""
+    model = run.initial_model()
+    round_to_working_copies(model, run.config, run.manifest.world_size)
+    start = _read_codes(model)
+    load_weights(model, run.checkpoint)
+    round_to_working_copies(model, run.config, run.manifest.world_size)
+    return model.routers.step, list(_measure(model, start))
 
 
 @torch.no_grad()

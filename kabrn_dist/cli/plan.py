@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, positive_int
+from kabrn_dist.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from kabrn_dist.config import Config, DataConfig
+    from kabrn_dist.config import Config
     from kabrn_dist.train.datasets import Datasets
 
 DESCRIPTION = """Checks the configuration for N processes, opens the data, and prints the layout of the processes, the
@@ -47,16 +48,9 @@ def load(options: argparse.Namespace) -> Config:
     Raises:
         UserError: for a wrong configuration, or shards that cannot be read.
     """
-    from kabrn_dist.config.file import load_config
-    from kabrn_dist.data.locations import check_locations
+    from kabrn_dist.data.run_config import load_run_config
 
-    def find_vocab_size(data: DataConfig) -> int:
-        check_locations(data)
-        from kabrn_dist.train.datasets import read_vocab_size
-
-        return read_vocab_size(data)
-
-    return load_config(options.config, options.set, find_vocab_size)
+    return load_run_config(options.config, options.set)
 
 
 def print_plan(config: Config, world_size: int | None) -> int:
@@ -78,11 +72,11 @@ def print_plan(config: Config, world_size: int | None) -> int:
     from kabrn_dist.distributed.launch_env import read_number
     from kabrn_dist.planner.estimate import describe_plan
     from kabrn_dist.planner.memory import MAX_PLANNED_BYTES, check_memory, process_memory
-    from kabrn_dist.train.datasets import open_datasets
+    from kabrn_dist.train.datasets import describe_repetition, open_datasets
 
     is_here = world_size is None
     world_size = world_size or read_number("WORLD_SIZE", 1)
-    config.check_world_size(world_size)
+    _check_world_size(config, world_size, is_here)
     # Other machines may have more memory than this one, but not without end.
     available = process_memory(torch.device("cpu"), world_size) if is_here else float(MAX_PLANNED_BYTES)
     check_memory(
@@ -91,9 +85,21 @@ def print_plan(config: Config, world_size: int | None) -> int:
     print(describe_plan(config, world_size))
     for line in list_idle_settings(config, world_size):
         print(f"warning: {line}")
-    print(_describe_data(open_datasets(config), config))
+    datasets = open_datasets(config)
+    print(_describe_data(datasets, config))
+    if warning := describe_repetition(config, datasets.train):
+        print(warning)
     print("nothing was started or written")
     return 0
+
+
+def _check_world_size(config: Config, world_size: int, is_default: bool) -> None:
+    try:
+        config.check_world_size(world_size)
+    except UserError as error:
+        if is_default:
+            raise UserError(f"{error}; --world N plans for N processes") from error
+        raise
 
 
 def _describe_data(datasets: Datasets, config: Config) -> str:

@@ -150,8 +150,8 @@ class ModelConfig(ConfigSection):
     """
 
     vocab_size: PositiveInt = Field(
-        description="Rows of the embedding, at least the size of the tokenizer. Where it is left out, `mixkabrn train` "
-        "and `plan` take it from the shards."
+        description="Rows of the embedding, at least the size of the tokenizer.",
+        json_schema_extra={"left_out": "that of the shards' tokenizer"},
     )
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")
     layers: Annotated[str, Field(pattern="^[RA]+$", max_length=MAX_LAYERS)] = Field(

@@ -73,7 +73,9 @@ def _section_lines(path: str, section: type[BaseModel]) -> str:
 
 def _key_lines(key: str, field: FieldInfo) -> str:
     allowed = ", ".join(filter(None, [_type_name(field.annotation), *_limits(field)]))
-    default = "required" if field.is_required() else f"default {_default(field)}"
+    extra = field.json_schema_extra
+    required = f"default {extra['left_out']}" if isinstance(extra, dict) else "required"
+    default = required if field.is_required() else f"default {_default(field)}"
     return f"- **`{key}`** ({allowed}; {default}): {field.description or _summary(field)}"
 
 

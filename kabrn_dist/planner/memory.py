@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ def check_memory(config: Config, world_size: int, available: float, where: str) 
 
 
 def process_memory(device: torch.device, local_world_size: int) -> float:
-    """Return the bytes that this process can have at most: its part of its card, or of the machine with its swap.
+    """Return the bytes that this process can have at most: its part of its card, or of the machine with its swap
+    and of what its control groups may take.
 
     Args:
         device: the device of the process.
@@ -105,10 +107,39 @@ def process_memory(device: torch.device, local_world_size: int) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / -(-local_world_size // torch.cuda.device_count())
-    file = Path("/proc/meminfo")
-    lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
+    lines = _read_lines(Path("/proc/meminfo"))
     kib = [int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))]
-    return 1024.0 * sum(kib) / local_world_size if kib else float("inf")
+    machine = 1024.0 * sum(kib) if kib else float("inf")
+    container = cgroup_memory(_read_lines(Path("/proc/self/cgroup")), Path("/sys/fs/cgroup"))
+    return min(machine, container) / local_world_size
+
+
+def cgroup_memory(groups: Sequence[str], root: Path) -> float:
+    """Return the bytes that a container or a batch system leaves its processes: the least of their control groups.
+
+    Args:
+        groups: lines of /proc/self/cgroup; groups of both versions.
+        root: where control groups are mounted.
+    """
+    least = float("inf")
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        own = top / path.lstrip("/")
+        # Inside a container the path is often that of the host; the limit is then in the top folder.
+        for folder in [own, *own.parents]:
+            if folder.is_relative_to(top) and (text := "".join(_read_lines(folder / name))).isdecimal():
+                least = min(least, float(text))
+    return least
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def format_bytes(count: float) -> str:

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kabrn_dist.config import Config, DataConfig
+from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import Corpus, open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.locations import check_locations
-from kabrn_dist.data.remote import open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.collectives import run_on_all
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.utils.errors import UserError
 
+# Reading a text 4 times is nearly as good as new text, 16 times worth half as much, and beyond 40 times worth nothing:
+# Muennighoff et al., "Scaling Data-Constrained Language Models", arXiv 2305.16264, section 6.
+MAX_USEFUL_EPOCHS = 40
 # Between looks at the thread that verifies shards, and before a line says that there is something to wait for.
 POLL_SECONDS, SILENT_WAIT_SECONDS = 0.02, 2.0
 
@@ -54,16 +56,6 @@ class Datasets:
         self.train.corpus.files.check()
 
 
-def read_vocab_size(data: DataConfig) -> int:
-    """Return the number of tokens of a configuration's shards, for a model whose `vocab_size` is left out.
-
-    Raises:
-        UserError: if the shard set cannot be read.
-    """
-    shards = open_shard_set(data.path, data.cache_dir, data.cache_size_gb)
-    return max(shards.index.vocabulary, shards.tokenizer().vocab_size)
-
-
 def open_datasets(config: Config) -> Datasets:
     """Open both splits and check them against the model and the run's length.
 
@@ -86,6 +78,20 @@ def open_datasets(config: Config) -> Datasets:
             f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocab_size}"
         )
     return Datasets(train, validation, tokenizer, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())
+
+
+def describe_repetition(config: Config, train: TokenDataset) -> str:
+    """Return a warning of a run that reads a source more often than is of use; empty for others."""
+    total = config.training.steps * config.training.global_batch_size
+    drawn = zip(train.corpus.names, train.sequences_per_source, train.sequences_drawn(total), strict=True)
+    often = [(name, draws / count) for name, count, draws in drawn if count and draws / count > MAX_USEFUL_EPOCHS]
+    if not often:
+        return ""
+    many = ", ".join(f"{name} {epochs:,.0f} times" for name, epochs in often)
+    return (
+        f"warning: training.steps {config.training.steps} reads {many}; beyond about {MAX_USEFUL_EPOCHS} times a model "
+        "learns nothing more from the same text; lower training.steps, or prepare more text"
+    )
 
 
 def _can_validate(corpus: Corpus, sequence_length: int) -> bool:

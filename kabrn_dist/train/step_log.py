@@ -19,7 +19,7 @@ from kabrn_dist.model.mixkabrn import BatchStats
 from kabrn_dist.train.console import format_step
 from kabrn_dist.train.guard import LossGuard, StepSync
 from kabrn_dist.train.phase_timer import PhaseTimer
-from kabrn_dist.train.throughput import TimeLeft, describe_long_run
+from kabrn_dist.train.throughput import Speed, TimeLeft, Utilization, describe_long_run
 
 
 class StepLog(NamedTuple):
@@ -63,7 +63,7 @@ class StepLogger:
         metrics: console, log.jsonl and TensorBoard.
         timer: seconds of each phase of a step.
         data: the training split.
-        mfu_per_speed: model FLOPs utilization at one token a second.
+        speed: what the machines can do, as measured at the start.
         step: steps done before this session.
 
     Attributes:
@@ -78,13 +78,13 @@ class StepLogger:
         metrics: MetricsLogger,
         timer: PhaseTimer,
         data: TokenDataset,
-        mfu_per_speed: float,
+        speed: Speed,
         step: int,
     ) -> None:
         self.engine, self.guard, self.metrics, self.timer, self.data = engine, guard, metrics, timer, data
         self.step = step
         self.tokens_per_expert: Tensor | None = None
-        self._mfu_per_speed = mfu_per_speed
+        self._utilization = Utilization(engine.config, engine.mesh, speed)
         self._long_run_is_told = False
         self._time_left = TimeLeft(engine.config.training.steps, step)
 
@@ -93,7 +93,12 @@ class StepLogger:
         phase_seconds = self._take_phase_seconds(log.step)
         with self.timer.span("log"):
             stats = self._gather_moe_stats(log)
-            values = self._values(log, phase_seconds) | self._measure_sources(log) | expert_values(stats)
+            values = (
+                self._values(log, phase_seconds)
+                | self._measure_utilization(log)
+                | self._measure_sources(log)
+                | expert_values(stats)
+            )
             if self.engine.config.model.quantize:
                 values |= self._weight_values(log)
             self.metrics.write(log.step, values, format_step(log.step, values, log.result.applied), expert_lists(stats))
@@ -115,6 +120,12 @@ class StepLogger:
         engine = self.engine
         layers, bias = engine.config.model.moe_layers, engine.model.routers.bias
         return gather_moe_stats(engine.mesh, layers, log.totals.tokens, log.stats, bias, log.traffic)
+
+    def _measure_utilization(self, log: StepLog) -> dict[str, float]:
+        utilization, line = self._utilization.measure(log.totals.tokens / log.seconds)
+        if line:
+            self.metrics.print_line(line)
+        return {"speed/mfu": utilization}
 
     def _measure_sources(self, log: StepLog) -> dict[str, float]:
         return measure_step(self.engine.mesh, self.data, log.batches, log.stats, log.consumed)
@@ -142,7 +153,6 @@ class StepLogger:
             "speed/seconds_per_step": log.seconds,
             "speed/data_wait_share": phase_seconds["data"] / training_seconds,
             "speed/memory_gib": memory_gib(engine.mesh.device),
-            "speed/mfu": self._mfu_per_speed * tokens_per_second,
             "progress/tokens": float(log.step * log.totals.tokens),
             "progress/seconds_left": self._time_left.seconds(log.step, log.seconds),
         }

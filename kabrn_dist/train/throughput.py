@@ -20,6 +20,8 @@ MATMUL_SHAPE = (512, 512, 512)
 CUDA_MATMUL_SHAPE = (4096, 4096, 4096)
 MATMUL_SECONDS = 0.25
 LONG_RUN_SECONDS = 86_400.0
+# Measurements of the rate in a run, the first included.
+MAX_MEASUREMENTS = 4
 
 
 def time_matmul(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
@@ -79,6 +81,43 @@ def measure_speed(config: Config, mesh: Mesh) -> Speed:
     rate = measure_matmul_rate(mesh, matmul_dtype(mesh.device.type, TORCH_DTYPES[config.training.precision]))
     flops = flops_per_token(config.model, config.data.sequence_length, count_parameters(config.model).active)
     return Speed(rate, flops / rate)
+
+
+class Utilization:
+    """Tells the model FLOPs utilization of steps.
+
+    No step is faster than its products: a rate that steps exceed was measured while the machine was busy with other
+    work, and is measured again.
+
+    Args:
+        config: the whole configuration.
+        mesh: all ranks.
+        speed: what was measured at the start.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, speed: Speed) -> None:
+        self.config, self.mesh, self.speed = config, mesh, speed
+        self._measurements = 1
+
+    def measure(self, tokens_per_second: float) -> tuple[float, str]:
+        """Return the utilization at this speed, and a line that says so where the rate was measured again. Collective.
+
+        Args:
+            tokens_per_second: over all ranks.
+        """
+        utilization = self.speed.mfu_per_token_rate * tokens_per_second
+        if self._measurements == MAX_MEASUREMENTS or not self.mesh.any_rank(utilization > 1):
+            return utilization, ""
+        self._measurements += 1
+        again = measure_speed(self.config, self.mesh)
+        if again.matmul_rate <= self.speed.matmul_rate:
+            return utilization, ""
+        before, self.speed = self.speed, again
+        line = (
+            f"matrix products were measured while the machine was busy: {again.matmul_rate / 1e9:,.1f} GFLOP/s, not "
+            f"{before.matmul_rate / 1e9:,.1f}"
+        )
+        return again.mfu_per_token_rate * tokens_per_second, line
 
 
 def describe_long_run(seconds: float, basis: str) -> str:

@@ -27,7 +27,7 @@ from kabrn_dist.metrics.logger import MetricsLogger
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.memory import check_memory, process_memory
 from kabrn_dist.train.console import format_text
-from kabrn_dist.train.datasets import Datasets, open_datasets, wait_for_verification
+from kabrn_dist.train.datasets import Datasets, describe_repetition, open_datasets, wait_for_verification
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
@@ -226,6 +226,8 @@ class Trainer:
         speed = measure_speed(config, mesh)
         for line in [*describe_run(config, mesh, speed, self.step), *self.start_lines, *(log_lines or ())]:
             self.metrics.print_line(line)
+        if warning := describe_repetition(config, self.datasets.train):
+            self.metrics.print_line(warning)
         if self.datasets.validation is None:
             self.metrics.print_line("warning: no text is held out in this data, so nothing validates this run")
         saved_step = self.step if self.resumed_from else None
@@ -234,7 +236,7 @@ class Trainer:
         )
         self._figures = TrainingFigures(self.engine, self.metrics, self.step)
         self._step_logger = StepLogger(
-            self.engine, self.guard, self.metrics, self.timer, self.datasets.train, speed.mfu_per_token_rate, self.step
+            self.engine, self.guard, self.metrics, self.timer, self.datasets.train, speed, self.step
         )
         self._resources.enter_context(self.stop_requests.listening())
 

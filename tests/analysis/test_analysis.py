@@ -19,6 +19,7 @@ from kabrn_dist.analysis.function_inputs import measure_reach
 from kabrn_dist.analysis.log import read_expert_log
 from kabrn_dist.analysis.networks import list_networks
 from kabrn_dist.analysis.symbolic import fit_symbolic
+from kabrn_dist.analysis.weights import measure_matrices
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
@@ -180,6 +181,22 @@ def test_ternary_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert pictures == [f"weights_layer_{layer}.png" for layer in range(3)]
     for name in pictures:
         assert_picture(tmp_path / "pictures" / name)
+
+
+def test_codes_are_those_of_the_working_copies(copied: Path) -> None:
+    tree = yaml.safe_load((copied / "config.yaml").read_text())
+    tree["training"]["precision"] = "bf16"
+    (copied / "config.yaml").write_text(yaml.safe_dump(tree))
+    run = Run.open(copied)
+    _, matrices = measure_matrices(run)
+    model = run.initial_model()
+    load_weights(model, run.checkpoint)
+    zeros, of_masters = [], []
+    for _, _, weight, _ in model.ternary_weights():
+        latent = weight.detach().view(-1, *weight.shape[-2:])
+        zeros.append(float((absmean_quantize(latent.bfloat16().float())[0] == 0).sum()))
+        of_masters.append(float((absmean_quantize(latent)[0] == 0).sum()))
+    assert [float(matrix.sums.zero.sum()) for matrix in matrices] == zeros != of_masters
 
 
 def test_a_run_without_ternary_weights_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

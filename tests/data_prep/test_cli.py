@@ -120,7 +120,8 @@ def test_force_replaces_own_files_only(texts: Path, tmp_path: Path, capsys: pyte
     assert len(before) > 4
     assert prepare(*base, "--tokenizer", "bytes", "--shard-mb", 0.2) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert "is not empty" in refuse(capsys, *base, "--tokenizer", "bytes")
+    message = refuse(capsys, *base, "--tokenizer", "bytes")
+    assert "is not empty, it holds data of other settings: shard_mb 0.2 (now 64)" in message
     assert "too small" in refuse(capsys, *base, "--vocabulary", 5, "--force")
     assert contents(tmp_path / "set") == before
     (tmp_path / "set" / "notes.md").write_text("mine")

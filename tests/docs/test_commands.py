@@ -64,7 +64,8 @@ def make_workplace(folder: Path) -> None:
     small = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
     small["run"]["folder"] = "runs/small"
     small["data"].update(path="data/corpus", sequence_length=64)
-    small["model"].update(vocab_size=512, layers=2, hidden_size=32)
+    del small["model"]["vocab_size"]
+    small["model"].update(layers=2, hidden_size=32)
     small["model"]["retention"].update(num_heads=2, key_dim=16, value_dim=16)
     small["model"]["experts"].update(num_experts=4, top_k=2, expert_hidden_size=32)
     small["parallel"] = {}
