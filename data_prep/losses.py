@@ -13,6 +13,7 @@ from kabrn_dist.utils.errors import UserError
 _DAMAGE = ("binary", "encoding", "not Unicode", "unreadable")
 _MAX_DAMAGED = 0.5
 _SHOWN = 4
+_FIELD_REMEDY = "; name the key that holds the text: --field KEY, or options: {field: KEY} in a recipe"
 
 
 def check_readable(recipe: Recipe, records: Sequence[ReadRecord], expected: Sequence[str]) -> None:
@@ -29,7 +30,8 @@ def check_readable(recipe: Recipe, records: Sequence[ReadRecord], expected: Sequ
     for source, record, layout in zip(recipe.sources, records, expected, strict=True):
         if record.mismatches and record.unreadable == record.documents:
             first = next((name for name in record.unreadable_names if ": found " in name), record.unreadable_names[0])
-            raise UserError(f"{first}; source {source.kind} expects {layout}")
+            remedy = _FIELD_REMEDY if "found no text under" in first else ""
+            raise UserError(f"{first}; source {source.kind} expects {layout}{remedy}")
         limit, total = recipe.max_unreadable, record.bytes + record.lost_bytes
         if record.unreadable > limit * record.documents or record.lost_bytes > limit * total:
             raise UserError(
@@ -42,6 +44,11 @@ def check_readable(recipe: Recipe, records: Sequence[ReadRecord], expected: Sequ
             raise UserError(
                 f"source {source.name!r}: {_megabytes(damaged)} of {_megabytes(record.bytes)} are no UTF-8 text; "
                 "convert the files to UTF-8, or give a recipe with clean.broken: repair"
+            )
+        if not record.clean_documents:
+            raise UserError(
+                f"source {source.name!r}: nothing to train on, as none of {record.documents:,} documents was kept"
+                f"{_reasons(record)}; give files with text, or a recipe that removes less"
             )
 
 
@@ -72,16 +79,8 @@ def _has_losses(record: ReadRecord) -> bool:
 
 
 def _summary(source: SourceRecipe, record: ReadRecord) -> str:
-    line = f"{source.name}: {record.documents:,} documents, {_megabytes(record.bytes)}; kept {record.clean_documents:,}"
-    reasons = [
-        f"{count:,} {reason} ({_megabytes(record.removed_bytes[reason])})"
-        for reason, count in sorted(record.removed.items())
-    ]
-    if record.unreadable:
-        size = f", {_megabytes(record.lost_bytes)}" if record.lost_bytes else ""
-        reasons.append(f"{record.unreadable:,} unreadable{size} (first: {record.unreadable_names[0]})")
-    if reasons:
-        line += f"; removed {', '.join(reasons)}"
+    size = _megabytes(record.bytes + record.lost_bytes)
+    line = f"{source.name}: {record.documents:,} documents, {size}; kept {record.clean_documents:,}{_reasons(record)}"
     if record.left_out:
         files = [f"{count:,} {reason}" for reason, count in record.left_out.most_common(_SHOWN)]
         rest = sum(record.left_out.values()) - sum(count for _, count in record.left_out.most_common(_SHOWN))
@@ -89,6 +88,18 @@ def _summary(source: SourceRecipe, record: ReadRecord) -> str:
     if record.stretches:
         line += f"; {record.stretches:,} of the documents are stretches of larger texts"
     return line
+
+
+def _reasons(record: ReadRecord) -> str:
+    """What was removed or could not be read, as the end of a clause; empty if nothing was."""
+    reasons = [
+        f"{count:,} {reason} ({_megabytes(record.removed_bytes[reason])})"
+        for reason, count in sorted(record.removed.items())
+    ]
+    if record.unreadable:
+        size = f", {_megabytes(record.lost_bytes)}" if record.lost_bytes else ""
+        reasons.append(f"{record.unreadable:,} unreadable{size} (first: {record.unreadable_names[0]})")
+    return f"; removed {', '.join(reasons)}" if reasons else ""
 
 
 def _megabytes(size: int) -> str:

@@ -70,17 +70,21 @@ def plan_shards(
 
 
 def _say_splits(recipe: Recipe, streams: Sequence[Stream], histograms: Sequence[SizeHistogram]) -> None:
-    for stream, histogram in zip(streams, histograms, strict=True):
-        line = describe_split(stream, histogram, recipe.validation_share)
-        if line:
-            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+    share = recipe.validation_share
     if not any(histogram.validation.any() for histogram in histograms):
+        remedy = "more documents here" if share else "a validation_share above 0 here"
         print(
-            f"warning: no text is held out for validation: validation_share is {recipe.validation_share:g}; a training "
-            "run that validates needs another shard set, or a validation_share above 0 here",
+            f"warning: no text is held out for validation: validation_share is {share:g}"
+            f"{', and so few documents cannot be divided' if share else ''}; a training run that validates needs "
+            f"{remedy}, or another shard set",
             file=sys.stderr,
             flush=True,
         )
+        return
+    for stream, histogram in zip(streams, histograms, strict=True):
+        line = describe_split(stream, histogram, share)
+        if line:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
 
 
 def allocate_bytes(budget: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:

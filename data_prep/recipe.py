@@ -10,7 +10,8 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from data_prep.clean.config import CleaningConfig
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.yaml_section import ConfigSection, explain_errors, read_mapping, set_value
+from kabrn_dist.utils.mistakes import explain_errors, join_mistakes
+from kabrn_dist.utils.yaml_section import ConfigSection, read_mapping, set_value
 
 SourceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 OptionValue = str | int | float | bool | tuple[str, ...]
@@ -128,18 +129,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, A
         UserError: for a missing file, bad YAML, an unknown key or a wrong value.
     """
     tree = read_mapping(path, "give a recipe such as configs/data_mix.yaml", "a mapping with `sources:`")
-    for override in overrides:
-        set_value(tree, override, _EXAMPLE_OVERRIDE, Recipe)
+    given = {set_value(tree, override, _EXAMPLE_OVERRIDE, Recipe): override for override in overrides}
     tree.update(flags or {})
-    return parse_recipe(tree, str(path))
+    return parse_recipe(tree, str(path), given)
 
 
-def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
+def parse_recipe(tree: dict[str, Any], origin: str, overrides: Mapping[tuple[str, ...], str] | None = None) -> Recipe:
     """Validate a recipe.
 
     Args:
         tree: the recipe as a mapping.
         origin: where it comes from; messages begin with it.
+        overrides: each `--set` option by the location that it sets.
 
     Raises:
         UserError: for an unknown key or a wrong value.
@@ -147,13 +148,13 @@ def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(explain_errors(error, Recipe))) from error
+        raise UserError(join_mistakes(explain_errors(error, Recipe), origin, overrides)) from error
     for source in recipe.sources:
         try:
             recipe.cleaning_config(source)
         except ValidationError as error:
-            mistakes = "; ".join(explain_errors(error, CleaningConfig))
-            raise UserError(f"{origin}: clean of source {source.name!r}: {mistakes}") from error
+            place = f"{origin}: clean of source {source.name!r}"
+            raise UserError(join_mistakes(explain_errors(error, CleaningConfig), place)) from error
     return recipe
 
 

@@ -32,7 +32,7 @@ def check_vocab_size(vocab_size: int) -> None:
         raise UserError(f"--vocabulary {vocab_size}: too large; give at most {_MAX_VOCAB_SIZE}")
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UserError(
-            f"--vocabulary {vocab_size}: too small; 256 bytes, the document token and a merge need "
+            f"--vocabulary {vocab_size}: too small; 256 bytes, the token between documents and a merge need "
             f"{_MIN_VOCAB_SIZE}; use --tokenizer bytes for a vocabulary of 257"
         )
 

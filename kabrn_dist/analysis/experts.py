@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from kabrn_dist.analysis.log import ExpertLog, read_expert_log
+from kabrn_dist.analysis.table import print_table
 from kabrn_dist.metrics.moe import UNDERUSED, measure_balance
 from kabrn_dist.plots.experts import draw_history, draw_load, draw_violation
 from kabrn_dist.plots.figure import to_png
@@ -51,20 +51,23 @@ def report_experts(folder: Path, last: int, layer: int | None, console: Console)
         named = ", ".join(map(str, log.layers))
         raise UserError(f"--layer {layer}: layers with a mixture of experts are {named}")
     end, tail = log.last(1), log.last(last)
-    console.print(make_table(end, f"{folder}: experts at step {end.steps[0]}"))
+    print_table(console, f"{folder}: experts at step {end.steps[0]}", EXPERT_COLUMNS, _make_rows(end), keys=1)
     if len(tail.steps) > 1:
         span = f"{len(tail.steps)} logged steps, {tail.steps[0]} to {tail.steps[-1]}"
-        console.print(make_table(tail, f"mean of the last {span}"))
-    console.print("load: relative to the mean of the layer. entropy: nats per token. Columns per rank: lowest–highest.")
+        print_table(console, f"mean of the last {span}", EXPERT_COLUMNS, _make_rows(tail), keys=1)
+    console.print(
+        "load: tokens of an expert, relative to the mean of the layer. CV: standard deviation of the loads. MaxVio: "
+        f"largest load − 1. dead: experts without a token; < {UNDERUSED:g}: with a load below that. entropy: of the "
+        "router's choice, nats per token. Columns per rank: lowest–highest.",
+        soft_wrap=not console.is_terminal,
+    )
     for path in draw(log, tail, layer, folder / "report"):
         console.print(f"wrote {path}", soft_wrap=True)
 
 
-def make_table(log: ExpertLog, title: str) -> Table:
-    """Return a table with one row per layer; every value is the mean over the steps of the log."""
-    table = Table(title=title, title_justify="left")
-    for name in EXPERT_COLUMNS:
-        table.add_column(name, justify="right")
+def _make_rows(log: ExpertLog) -> list[tuple[str, ...]]:
+    """One row per layer; every value is the mean over the steps of the log."""
+    rows: list[tuple[str, ...]] = []
     balance = [part.mean(0).tolist() for part in measure_balance(log.load)]
     entropy, bias, dropped = (part.mean(0).tolist() for part in (log.entropy, log.bias_range, log.dropped))
     ranks = _rank_columns(log)
@@ -73,8 +76,8 @@ def make_table(log: ExpertLog, title: str) -> Table:
         even = (f"{value:.3f}" for value in (most, least, variation, violation))
         counts = f"{dead:.3g}", f"{underused:.3g}"
         rest = f"{entropy[i]:.3f}", f"{bias[i]:.4f}", f"{100 * dropped[i]:.2f}"
-        table.add_row(str(layer), *even, *counts, *rest, *ranks[i])
-    return table
+        rows.append((str(layer), *even, *counts, *rest, *ranks[i]))
+    return rows
 
 
 def draw(log: ExpertLog, tail: ExpertLog, layer: int | None, folder: Path) -> Iterator[Path]:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from kabrn_dist.analysis.function_inputs import Reach, measure_reach
 from kabrn_dist.analysis.networks import list_networks
+from kabrn_dist.analysis.table import print_table
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
@@ -32,6 +32,18 @@ from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
 POINTS = 121
+FUNCTION_COLUMNS = (
+    "layer",
+    "experts",
+    "function",
+    "number",
+    "change mean",
+    "change max",
+    "of expert",
+    "outside % mean",
+    "outside % max",
+    "99.9 % of |inputs| <",
+)
 
 
 class Curves(NamedTuple):
@@ -118,7 +130,8 @@ def report_functions(folder: Path, edges: int, sequences: int, console: Console)
     learned = read_functions(folder, edges)
     batch = _read_data(learned.config, sequences, console)
     reaches = measure_reach(learned.model, batch) if batch else None
-    console.print(_make_table(learned, reaches, f"{folder}: learned functions at step {learned.step}"))
+    title = f"{folder}: learned functions at step {learned.step}"
+    print_table(console, title, FUNCTION_COLUMNS, _make_rows(learned, reaches), keys=3)
     console.print("change: RMS difference since the start, inside the range; mean and largest over the experts.")
     if learned.config.run.init_from is not None:
         console.print("start: newly initialized weights, not those of run.init_from.")
@@ -163,18 +176,14 @@ def _read_data(config: Config, sequences: int, console: Console) -> Batch | None
         return None
 
 
-def _make_table(learned: LearnedFunctions, reaches: list[Reach] | None, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "experts", "function", "number", "change mean", "change max", "of expert"):
-        table.add_column(name, justify="right")
-    for name in ("outside % mean", "outside % max", "99.9 % of |inputs| <"):
-        table.add_column(name, justify="right")
+def _make_rows(learned: LearnedFunctions, reaches: list[Reach] | None) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for curves, reach in zip(learned.curves, _matching(learned, reaches), strict=True):
         for role, change in measure_change(curves, learned.points, learned.span).items():
             figures = f"{change.mean():.4f}", f"{change.max():.4f}", str(int(change.argmax()))
             number = f"{curves.now[role].shape[0]} × {curves.now[role].shape[1]}"
-            table.add_row(str(curves.layer), curves.kind, role, number, *figures, *_reach_columns(reach, role))
-    return table
+            rows.append((str(curves.layer), curves.kind, role, number, *figures, *_reach_columns(reach, role)))
+    return rows
 
 
 def _reach_columns(reach: Reach | None, role: str) -> tuple[str, str, str]:

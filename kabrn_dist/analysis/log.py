@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kabrn_dist.inference.run import check_run_folder
+from kabrn_dist.inference.folder import check_run_folder
 from kabrn_dist.metrics.writer import LOG_BYTES_LIMIT
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from kabrn_dist.analysis.elementary import write_formula
 from kabrn_dist.analysis.functions import Curves, LearnedFunctions, read_functions
 from kabrn_dist.analysis.symbolic import Fit, fit_all
+from kabrn_dist.analysis.table import print_table
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 
@@ -20,6 +20,7 @@ from kabrn_dist.utils.errors import UserError
 FITS_PER_FUNCTION = 5
 # Limit on the rows of the table; the JSON file has all.
 TABLE_ROWS = 200
+FIT_COLUMNS = ("layer", "experts", "expert", "function", "number", "name", "R²", "formula", "next best")
 
 
 class SymbolicFunction(NamedTuple):
@@ -63,7 +64,9 @@ def report_symbolic(folder: Path, edges: int, layer: int | None, expert: int | N
         most = max(next(iter(curves.now.values())).shape[0] for curves in learned.curves)
         asked = " ".join(f"--{k} {v}" for k, v in (("layer", layer), ("expert", expert)) if v is not None)
         raise UserError(f"{asked}: there are functions in layers {layers}, of experts 0 to {most - 1}")
-    console.print(_make_table(named[:TABLE_ROWS], f"{folder}: nearest elementary functions at step {learned.step}"))
+    title = f"{folder}: nearest elementary functions at step {learned.step}"
+    left = ("formula", "next best")
+    print_table(console, title, FIT_COLUMNS, _make_rows(named[:TABLE_ROWS]), keys=5, left=left)
     if len(named) > TABLE_ROWS:
         console.print(f"{len(named) - TABLE_ROWS} more are in symbolic.json; --layer and --expert choose")
     path = folder / "report" / "symbolic.json"
@@ -87,18 +90,14 @@ def _name(learned: LearnedFunctions, curves: Curves, expert: int | None) -> list
     return functions
 
 
-def _make_table(named: list[SymbolicFunction], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "experts", "expert", "function", "number", "name", "R²"):
-        table.add_column(name, justify="right")
-    table.add_column("formula")
-    table.add_column("next best")
+def _make_rows(named: list[SymbolicFunction]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for one in named:
         best, *others = one.fits
         location = str(one.layer), one.kind, str(one.expert), one.role, str(one.function)
         rest = ", ".join(f"{fit.name} {fit.r2:.5f}" for fit in others[:2])
-        table.add_row(*location, best.name, f"{best.r2:.5f}", write_formula(*best[:5]), rest)
-    return table
+        rows.append((*location, best.name, f"{best.r2:.5f}", write_formula(*best[:5]), rest))
+    return rows
 
 
 def _as_json(learned: LearnedFunctions, named: list[SymbolicFunction]) -> dict[str, object]:

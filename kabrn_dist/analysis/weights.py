@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from kabrn_dist.analysis.table import print_table
 from kabrn_dist.inference.load import load_weights
 from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.working_copy import round_to_working_copies
@@ -56,11 +56,12 @@ def report_weights(folder: Path, out: Path | None, console: Console) -> None:
     if not config.model.quantize:
         raise UserError(f"{folder}: model.quantize is false, so no weight is ternary; name a run that has them")
     step, matrices = measure_matrices(run)
-    console.print(_make_table(matrices, f"{folder}: ternary weights at step {step}"))
+    title = f"{folder}: ternary weights at step {step}"
+    print_table(console, title, WEIGHT_COLUMNS, _make_rows(matrices), keys=2, left=("matrix",))
     console.print(
         "margin: mean distance of |latent| from the threshold γ/2, relative to it. scale: γ, the mean |latent|. "
         "changed: codes that differ from the start. Stacks: mean, then lowest–highest of the experts.",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     if config.run.init_from is not None:
         console.print("start: newly initialized weights, not those of run.init_from.")
@@ -103,15 +104,13 @@ def _stack(weight: Tensor) -> Tensor:
     return weight.detach().view(-1, *weight.shape[-2:])
 
 
-def _make_table(matrices: list[Matrix], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in WEIGHT_COLUMNS:
-        table.add_column(name, justify="left" if name == "matrix" else "right")
+def _make_rows(matrices: list[Matrix]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for layer, sums, figure in matrices:
         shares = (_show(sums, name, ".1f", 100) for name in ("minus", "zero", "plus"))
         rest = _show(sums, "margin", ".3f"), _show(sums, "scale", ".4f"), _show(sums, "flips", ".1f", 100)
-        table.add_row(str(layer), figure.name, " × ".join(map(str, figure.shape)), *shares, *rest)
-    return table
+        rows.append((str(layer), figure.name, " × ".join(map(str, figure.shape)), *shares, *rest))
+    return rows
 
 
 def _show(sums: TernaryStats, name: str, style: str, unit: float = 1.0) -> str:

@@ -55,6 +55,30 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run (run.folder of its configuration)")
 
 
+def whole_number(text: str) -> int:
+    """Return the integer in `text`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write it in digits, as 2000") from None
+
+
+def number(text: str) -> float:
+    """Return the number in `text`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it as 0.05") from None
+
+
 def non_negative_int(text: str) -> int:
     """Return the integer in `text`.
 
@@ -74,7 +98,7 @@ def positive_int(text: str) -> int:
 
 
 def _int_from(minimum: int, text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < minimum:
         raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
     return value

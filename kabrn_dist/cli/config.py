@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 
 from kabrn_dist.cli.arguments import Subparsers, add_command
 
@@ -25,5 +27,11 @@ def run(options: argparse.Namespace) -> int:
     """Print the reference; return the exit code."""
     from kabrn_dist.config.reference import describe_config
 
-    print(describe_config(options.name))
+    text = describe_config(options.name)
+    print(_without_markup(text) if sys.stdout is not None and sys.stdout.isatty() else text)
     return 0
+
+
+def _without_markup(markdown: str) -> str:
+    """The text as a terminal should show it."""
+    return re.sub(r"^## |\*\*|`", "", markdown, flags=re.MULTILINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, whole_number
 
 DESCRIPTION = """Writes model.safetensors (several files if the model is large), config.yaml, tokenizer.json and
 README.md to OUT, to publish, to evaluate, or to generate from. OUT appears complete or not at all, and needs neither
@@ -31,14 +31,19 @@ def add_parser(subparsers: Subparsers) -> None:
         default="trained",
         help="dtype of the weights: as the trainer computes with them, so that ternary codes and scales are the "
         "trainer's (default); bf16 takes half of fp32's bytes and changes some codes of a run in fp32; fp32 has the "
-        "masters, to go on training elsewhere",
+        "weights that the optimizer updates, to go on training elsewhere",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest intact one)")
+    parser.add_argument(
+        "--step", type=whole_number, metavar="N", help="step of the checkpoint (default: the newest intact one)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="verify the checkpoint and print what would be written")
 
 
 def run(options: argparse.Namespace) -> int:
     """Export, or with --dry-run print what would be written; return the exit code."""
+    from kabrn_dist.inference.folder import check_run_folder
+
+    check_run_folder(options.folder, "config.yaml")
     import torch
 
     from kabrn_dist.inference.export import plan_export, write_export

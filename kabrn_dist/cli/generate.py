@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kabrn_dist.cli.arguments import Subparsers, add_command
+from kabrn_dist.cli.arguments import Subparsers, add_command, number, positive_int, whole_number
 
 DESCRIPTION = """Prints the text as it is generated. Of a run, the newest intact checkpoint is used, with the tokenizer
 of the shards that it was trained on; an export, which `mixkabrn export` writes, contains all that is needed. Decoding
@@ -27,24 +27,34 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="RUN|MODEL", help="folder of a run or of an export")
     parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="maximum number of tokens (default 200)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (default 0.8)"
+        "--tokens", type=positive_int, default=200, metavar="N", help="maximum number of tokens (default 200)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=50, metavar="K", help="sample among the K likeliest; 0: among all (default 50)"
+        "--temperature", type=number, default=0.8, metavar="T", help="0 always takes the likeliest token (default 0.8)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
+    parser.add_argument(
+        "--top-k",
+        type=whole_number,
+        default=50,
+        metavar="K",
+        help="sample among the K likeliest; 0: among all (default 50)",
+    )
+    parser.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the sampling (default 0)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Generate and print; return the exit code."""
-    from kabrn_dist.inference.generate import check_sampling
+    from kabrn_dist.inference.folder import check_run_folder, is_export
+    from kabrn_dist.inference.sampling import check_sampling
+
+    # A mistake is reported before torch is imported and a model is loaded.
+    check_sampling(options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
+    if not is_export(options.folder):
+        check_run_folder(options.folder, "config.yaml")
     from kabrn_dist.inference.run import load_model
     from kabrn_dist.utils.terminal import escape_controls
 
-    # A mistake is reported before a model is loaded.
-    check_sampling(options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     # A file or a program gets the text as it is; a terminal would obey some of it.
     show: Callable[[str], str] = escape_controls if sys.stdout.isatty() else str
     model, tokenizer = load_model(options.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, add_run_folder
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, add_run_folder, number
 from kabrn_dist.cli.plan import load
 
 DESCRIPTION = """Writes step 0 of the run that CONFIG describes, from the newest checkpoint of RUN:
@@ -41,14 +41,14 @@ def add_parser(subparsers: Subparsers) -> None:
     add_config(parser, "YAML file of the new run")
     parser.add_argument(
         "--noise",
-        type=float,
+        type=number,
         metavar="X",
         help="standard deviation of the noise on copies, relative to the weights, so that copies diverge (default: "
         "0.01 for copies of experts; 0 for copies of dense layers, to which the new router sends different tokens)",
     )
     parser.add_argument(
         "--redraw",
-        type=float,
+        type=number,
         default=0.0,
         metavar="X",
         help="fraction of each copy's hidden units to initialize again. The loss rises at first and falls lower later, "

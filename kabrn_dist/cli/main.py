@@ -13,6 +13,7 @@ from typing import TextIO
 
 import kabrn_dist
 from kabrn_dist.cli import config, export, generate, grow, inspect, plan, prepare, report, train
+from kabrn_dist.cli.parser import CommandParser
 from kabrn_dist.utils.errors import UserError
 
 COMMANDS = (prepare, inspect, plan, train, generate, export, report, grow, config)
@@ -58,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
-    options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        options = build_parser().parse_args(arguments)
         return int(options.run(options))
     except UserError as error:
         _report_error(error)
@@ -70,9 +71,9 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         return EXIT_INTERRUPTED
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="mixkabrn",
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data_prep import DEFAULT_VOCAB_SIZE
-from kabrn_dist.cli.arguments import Subparsers, add_command
+from kabrn_dist.cli.arguments import Subparsers, add_command, number, whole_number
 
 DESCRIPTION = """Cleans documents as the recipe says, removes duplicates, shuffles the rest and writes tar shards with
 an index. The same input gives the same bytes. A command that was stopped or killed continues where it was when it is
@@ -43,14 +43,20 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add(
         "--vocabulary",
-        type=int,
+        type=whole_number,
         metavar="N",
         help=f"size of the tokenizer to train (default {DEFAULT_VOCAB_SIZE})",
     )
     add("--tokenizer", metavar="bytes|FILE.json", help="use bytes or this tokenizer.json instead of training one")
-    add("--validation-share", type=float, metavar="X", help="fraction of the documents held out (default 0.05)")
-    add("--shard-mb", type=float, metavar="MB", help="size of a shard in MB of tokens (default 64)")
-    add("--workers", type=int, default=1, metavar="N", help="processes on this machine (default 1); or use mpirun")
+    add("--validation-share", type=number, metavar="X", help="fraction of the documents held out (default 0.05)")
+    add("--shard-mb", type=number, metavar="MB", help="size of a shard in MB of tokens (default 64)")
+    add(
+        "--workers",
+        type=whole_number,
+        default=1,
+        metavar="N",
+        help="processes on this machine (default 1); or use mpirun",
+    )
     add("--dry-run", action="store_true", help="read, clean and count the documents; write nothing")
     add("--force", action="store_true", help="replace the shard set in --out, or start an unfinished command again")
 

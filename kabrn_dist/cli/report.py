@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, positive_int
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, positive_int, whole_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +25,10 @@ EXAMPLES = """  mixkabrn report experts runs/tiny
   mixkabrn report weights runs/tiny
 """
 
-EXPERTS = """Reads log.jsonl. One row per layer: largest and smallest load relative to the ideal, CV, MaxVio, dead and
-nearly dead experts, the router's entropy, the range of its bias, dropped tokens; per rank, the tokens that arrived, the
-MiB sent and the time spent in the exchange.
+EXPERTS = """Reads log.jsonl. One row per layer: largest and smallest load relative to the ideal, its standard
+deviation (CV), how far the largest exceeds the ideal (MaxVio), experts without tokens and nearly so, the router's
+entropy, the range of its bias, dropped tokens; per rank, the tokens that arrived, the MiB sent and the time spent in
+the exchange.
 
 Writes load.png (layer × expert), maxvio.png (over the steps) and load_layer_N.png (each expert over the steps)."""
 
@@ -71,7 +74,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="steps averaged in the second table (default 10)",
     )
     experts.add_argument(
-        "--layer", type=int, metavar="N", help="layer of load_layer_N.png (default: the least balanced)"
+        "--layer", type=whole_number, metavar="N", help="layer of load_layer_N.png (default: the least balanced)"
     )
     for kind in (functions, symbolic):
         kind.add_argument(
@@ -84,8 +87,8 @@ def add_parser(subparsers: Subparsers) -> None:
     functions.add_argument(
         "--sequences", type=positive_int, default=16, metavar="N", help="validation sequences to run (default 16)"
     )
-    symbolic.add_argument("--layer", type=int, metavar="N", help="only this layer (default: all)")
-    symbolic.add_argument("--expert", type=int, metavar="N", help="only this expert (default: all)")
+    symbolic.add_argument("--layer", type=whole_number, metavar="N", help="only this layer (default: all)")
+    symbolic.add_argument("--expert", type=whole_number, metavar="N", help="only this expert (default: all)")
     weights.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the figures (default: report/ in the run's folder)"
     )
@@ -93,38 +96,49 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run_experts(options: argparse.Namespace) -> int:
     """Report the experts' loads; return the exit code."""
-    from kabrn_dist.analysis.experts import report_experts
+    with _open_console(options.folder) as console:
+        from kabrn_dist.analysis.experts import report_experts
 
-    report_experts(options.folder, options.last, options.layer, _make_console())
+        report_experts(options.folder, options.last, options.layer, console)
     return 0
 
 
 def run_functions(options: argparse.Namespace) -> int:
     """Report the learned functions; return the exit code."""
-    from kabrn_dist.analysis.functions import report_functions
+    with _open_console(options.folder, "config.yaml") as console:
+        from kabrn_dist.analysis.functions import report_functions
 
-    report_functions(options.folder, options.edges, options.sequences, _make_console())
+        report_functions(options.folder, options.edges, options.sequences, console)
     return 0
 
 
 def run_symbolic(options: argparse.Namespace) -> int:
     """Report the nearest elementary functions; return the exit code."""
-    from kabrn_dist.analysis.symbolic_report import report_symbolic
+    with _open_console(options.folder, "config.yaml") as console:
+        from kabrn_dist.analysis.symbolic_report import report_symbolic
 
-    report_symbolic(options.folder, options.edges, options.layer, options.expert, _make_console())
+        report_symbolic(options.folder, options.edges, options.layer, options.expert, console)
     return 0
 
 
 def run_weights(options: argparse.Namespace) -> int:
     """Report the ternary weights; return the exit code."""
-    from kabrn_dist.analysis.weights import report_weights
+    with _open_console(options.folder, "config.yaml") as console:
+        from kabrn_dist.analysis.weights import report_weights
 
-    report_weights(options.folder, options.out, _make_console())
+        report_weights(options.folder, options.out, console)
     return 0
 
 
-def _make_console() -> Console:
+@contextmanager
+def _open_console(folder: Path, file: str | None = None) -> Iterator[Console]:
+    """A console that says what is being done, for a run's folder that holds a file."""
     from rich.console import Console
 
+    from kabrn_dist.inference.folder import check_run_folder
+
+    check_run_folder(folder, file)
     # A pipe or a file gets whole lines; only a terminal is wrapped to its width.
-    return Console(width=None if Console().is_terminal else FILE_WIDTH, highlight=False, markup=False)
+    console = Console(width=None if Console().is_terminal else FILE_WIDTH, highlight=False, markup=False)
+    with console.status(f"reading {folder}, then drawing …"):
+        yield console

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-from kabrn_dist.cli.main import main
+from kabrn_dist.cli.main import EXIT_USER_ERROR, main
 
 
 def run_script(command: Sequence[str], flags: Sequence[str], arguments: Sequence[str]) -> int:
@@ -25,6 +26,9 @@ def run_script(command: Sequence[str], flags: Sequence[str], arguments: Sequence
         flag, equals, value = argument.partition("=")
         if flag in flags:
             values[flag] = value if equals else next(remaining, "")
+            if not values[flag]:
+                print(f"error: {flag}: give it a value; see mixkabrn {command[0]} --help", file=sys.stderr)
+                return EXIT_USER_ERROR
         else:
             others.append(argument)
     positionals = [values[flag] for flag in flags if flag in values]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kabrn_dist.cli import plan
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, non_negative_int, positive_int
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_config, non_negative_int, positive_int, whole_number
 
 # A rank that fails prints its traceback first: what the other ranks print after that would hide the cause.
 PEER_FAILURE_SECONDS = 2.0
@@ -62,7 +62,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check the configuration, print the plan and stop")
     parser.add_argument("--world", type=positive_int, metavar="N", help="with --dry-run: number of processes")
-    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=whole_number, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,6 +71,9 @@ def run(options: argparse.Namespace) -> int:
     config = plan.load(options)
     if options.dry_run:
         return plan.print_plan(config, options.world or options.processes)
+    from kabrn_dist.data.locations import check_locations
+
+    check_locations(config.data, config.model.vocab_size)
     if options.processes is not None and "RANK" not in os.environ:
         _start_processes(options.processes)
     from kabrn_dist.distributed.launch_env import read_launch_env

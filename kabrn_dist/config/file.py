@@ -15,7 +15,8 @@ from kabrn_dist.config.data import DataConfig
 from kabrn_dist.config.migrate import CURRENT_VERSION, RENAMED_KEYS, detect_version, migrate, rename_hint
 from kabrn_dist.config.run import Config
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.yaml_section import explain_errors, read_mapping, set_value
+from kabrn_dist.utils.mistakes import Mistake, explain_errors, join_mistakes
+from kabrn_dist.utils.yaml_section import read_mapping, set_value
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,13 @@ def load_config(
     """
     tree = read_mapping(Path(path), "configs/tiny.yaml is a place to start", "a mapping of sections such as `model:`")
     tree = _migrate(tree, str(path))
+    given: dict[tuple[str, ...], str] = {}
     for override in overrides:
         _refuse_old_key(override)
-        set_value(tree, override, EXAMPLE_OVERRIDE, Config)
+        given[set_value(tree, override, EXAMPLE_OVERRIDE, Config)] = override
     if find_vocab_size is not None:
         _complete_vocab_size(tree, find_vocab_size)
-    return _validate(tree, str(path))
+    return _validate(tree, str(path), given)
 
 
 def parse_config(tree: Any, source: str) -> Config:
@@ -62,7 +64,7 @@ def parse_config(tree: Any, source: str) -> Config:
     """
     if not isinstance(tree, dict):
         raise UserError(f"{source}: not a mapping of sections; use a file that training wrote")
-    return _validate(_migrate(tree, source), source)
+    return _validate(_migrate(tree, source), source, {})
 
 
 def dump_config(config: Config) -> str:
@@ -105,17 +107,17 @@ def _refuse_old_key(override: str) -> None:
         raise UserError(f"--set {override!r}: {key} {hint}")
 
 
-def _validate(tree: dict[str, Any], source: str) -> Config:
+def _validate(tree: dict[str, Any], source: str, overrides: dict[tuple[str, ...], str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        mistakes = (_name_new_key(mistake) for mistake in explain_errors(error, Config))
-        raise UserError(f"{source}: " + "; ".join(mistakes)) from None
+        mistakes = [_name_new_key(mistake) for mistake in explain_errors(error, Config)]
+        raise UserError(join_mistakes(mistakes, source, overrides)) from None
 
 
-def _name_new_key(mistake: str) -> str:
+def _name_new_key(mistake: Mistake) -> Mistake:
     """An unknown key of version 1 in a file of the current version has a better remedy than the nearest key."""
-    for key in RENAMED_KEYS:
-        if mistake.startswith(f"unknown key {key!r}"):
-            return f"unknown key {key!r}; it {rename_hint(key)}"
+    key = ".".join(mistake.location)
+    if key in RENAMED_KEYS and mistake.text.startswith("unknown key"):
+        return mistake._replace(text=f"unknown key {key!r}; it {rename_hint(key)}")
     return mistake

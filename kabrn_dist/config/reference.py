@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import types
 import typing
@@ -19,7 +18,8 @@ from pydantic.fields import FieldInfo
 
 from kabrn_dist.config.run import Config
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.yaml_section import section_type
+from kabrn_dist.utils.mistakes import find_nearest_key
+from kabrn_dist.utils.yaml_section import list_keys, list_sections, section_type
 
 PAGE = """# Configuration
 
@@ -45,32 +45,18 @@ def describe_config(name: str | None = None) -> str:
     Raises:
         UserError: for a name that is neither, with the nearest one.
     """
-    sections = list_sections()
+    sections = list_sections(Config)
     if name is None:
         return "\n\n".join(_section_lines(path, section) for path, section in sections.items())
     if name in sections:
         inside = {path: part for path, part in sections.items() if path == name or path.startswith(f"{name}.")}
         return "\n\n".join(_section_lines(path, section) for path, section in inside.items())
-    keys = {
-        ".".join(filter(None, (path, key))): field
-        for path, section in sections.items()
-        for key, field in section.model_fields.items()
-    }
+    keys = list_keys(Config)
     if name not in keys:
-        close = difflib.get_close_matches(name, [*sections, *keys], n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"sections: {', '.join(filter(None, sections))}"
+        near = find_nearest_key(name, keys)
+        hint = f"did you mean {near}?" if near else f"sections: {', '.join(filter(None, sections))}"
         raise UserError(f"{name!r} is no section or key of the configuration; {hint}")
     return _key_lines(name, keys[name])
-
-
-def list_sections(section: type[BaseModel] = Config, path: str = "") -> dict[str, type[BaseModel]]:
-    """Return every section by its dotted name, the whole configuration first with an empty name."""
-    sections = {path: section}
-    for key, field in section.model_fields.items():
-        part = section_type(field.annotation)
-        if part is not None:
-            sections |= list_sections(part, f"{path}.{key}".lstrip("."))
-    return sections
 
 
 def _section_lines(path: str, section: type[BaseModel]) -> str:

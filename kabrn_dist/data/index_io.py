@@ -47,6 +47,8 @@ def read_index(folder: Path) -> Index:
         UserError: if it cannot be read, and as `parse_index`.
     """
     path = folder / INDEX_NAME
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give the folder that it lies in, {folder.parent}")
     remedy = "give a folder that `mixkabrn prepare` has finished: it writes the index last"
     return parse_index(read_plain(path, SHARD_INDEX_BYTES_LIMIT, follow_links=True, remedy=remedy), str(path))
 

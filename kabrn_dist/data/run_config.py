@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kabrn_dist.config import Config, DataConfig
 from kabrn_dist.config.file import load_config
+from kabrn_dist.data.locations import check_locations
 from kabrn_dist.data.remote import open_shard_set
 
 
@@ -29,5 +30,6 @@ def read_vocab_size(data: DataConfig) -> int:
     Raises:
         UserError: if the shard set cannot be read.
     """
+    check_locations(data)
     shards = open_shard_set(data.path, data.cache_dir, data.cache_size_gb)
     return max(shards.index.vocabulary, shards.tokenizer().vocab_size)

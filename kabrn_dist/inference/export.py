@@ -28,7 +28,8 @@ from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, list_shapes
+from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from kabrn_dist.inference.load import list_shapes
 from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
@@ -41,7 +42,7 @@ README = """# {name}: weights at step {step}
 
 A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {parameters:,} parameters.
 
-- `*.safetensors`: the fp32 masters {dtype}, under the parameters' names; the weights of ternary layers are the latent
+- `*.safetensors`: the fp32 weights {dtype}, under the parameters' names; the weights of ternary layers are the latent
   ones, which the model quantizes itself. Experts are stacked in the first dimension. The routers' biases stay in fp32.
 - `config.yaml`: the whole configuration of the run. `tokenizer.json`: its tokenizer (sha256 {tokenizer}).
 

@@ -22,13 +22,13 @@ from kabrn_dist.config.file import load_config
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
+from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain
 
-WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 STEP_DIGITS = 19
 INDEX_BYTES_LIMIT = 16 * 2**20
 
@@ -78,13 +78,6 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
     model.routers.step = manifest.step
     model.set_quantization(model.config.quantization_lambda(manifest.step))
     return manifest
-
-
-def is_export(folder: Path) -> bool:
-    """Return whether a folder is an export rather than a run."""
-    files = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, "tokenizer.json")
-    is_run = (folder / "checkpoints").is_dir() or (folder / "log.jsonl").exists()
-    return not is_run and any((folder / file).exists() for file in files)
 
 
 def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[GenerativeModel, Tokenizer]:

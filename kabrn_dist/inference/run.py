@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kabrn_dist.checkpoint.layout import checkpoint_path
+from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints, step_of
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
@@ -16,12 +16,11 @@ from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.data.remote import is_url, open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.collectives import Group, run_on_all
+from kabrn_dist.inference.folder import check_run_folder, is_export
 from kabrn_dist.inference.generate import GenerativeModel
-from kabrn_dist.inference.load import build_full_model, is_export, load_export, load_weights
+from kabrn_dist.inference.load import build_full_model, load_export, load_weights
 from kabrn_dist.inference.working_copy import round_to_working_copies
 from kabrn_dist.utils.errors import UserError
-
-SHOWN_FOLDERS = 8
 
 
 @dataclass(frozen=True)
@@ -151,31 +150,16 @@ def find_checkpoint(folder: Path, step: int | None = None, group: Group = None) 
     """
     run_on_all(group, check_run_folder, folder)
     store = CheckpointStore(folder / "checkpoints", group=group)
+    if step is not None:
+        run_on_all(group, _check_step, store.folder, step)
     path = store.find_latest() if step is None else checkpoint_path(store.folder, step)
     if path is None:
         raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
     return path, store.check(path, verify=step is not None)
 
 
-def check_run_folder(folder: Path, file: str | None = None) -> None:
-    """Check that a run's folder exists and contains a file.
-
-    Args:
-        folder: The run's folder.
-        file: Name of the file; None checks the folder only.
-
-    Raises:
-        UserError: if not; the message lists the runs and exports next to a folder that does not exist.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {_list_neighbors(folder.parent)}")
-    if file is not None and not (folder / file).exists():
-        raise UserError(f"{folder / file}: no such file; name the folder of a run that has trained (its run.folder)")
-
-
-def _list_neighbors(parent: Path) -> str:
-    names = sorted(path.parent.name for path in parent.glob("*/config.yaml"))
-    if not names:
-        return "name the folder of a run (run.folder of its configuration)"
-    more = f" and {len(names) - SHOWN_FOLDERS} more" if len(names) > SHOWN_FOLDERS else ""
-    return f"{parent} contains {', '.join(names[:SHOWN_FOLDERS])}{more}"
+def _check_step(checkpoints: Path, step: int) -> None:
+    if not checkpoint_path(checkpoints, step).exists():
+        steps = sorted({step_of(path) for path in list_checkpoints(checkpoints)})
+        there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none"
+        raise UserError(f"{checkpoints}: no checkpoint of step {step}; {there}")

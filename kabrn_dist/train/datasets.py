@@ -11,6 +11,7 @@ import numpy as np
 from kabrn_dist.config import Config
 from kabrn_dist.data.corpus import Corpus, open_corpus
 from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.data.locations import check_locations
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.collectives import run_on_all
 from kabrn_dist.distributed.mesh import Mesh
@@ -63,6 +64,7 @@ def open_datasets(config: Config) -> Datasets:
             ends before the run does, or a vocabulary larger than the model's.
     """
     data = config.data
+    check_locations(data, config.model.vocab_size)
     corpus = open_corpus(data)
     train = TokenDataset(corpus, "train", data.sequence_length, config.run.seed)
     validation = None

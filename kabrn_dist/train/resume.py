@@ -15,6 +15,7 @@ from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import DataState
 from kabrn_dist.distributed.collectives import broadcast_json, run_on_all, run_on_main
+from kabrn_dist.inference.folder import list_neighbors
 from kabrn_dist.train.datasets import Datasets
 from kabrn_dist.train.resume_changes import describe_changes, read_model
 from kabrn_dist.utils.errors import UserError
@@ -127,11 +128,13 @@ def join_faults(faults: dict[str, str]) -> str:
 
 
 def _check_exists(path: Path, resume: str) -> None:
-    if not path.is_dir():
-        raise UserError(
-            f"--resume {resume}: no such checkpoint; use auto, must or never, or name a run's folder or one of its "
-            "checkpoints, such as runs/x/checkpoints/step-00001200"
-        )
+    if path.is_dir():
+        return
+    names = [each.name for each in reversed(list_checkpoints(path.parent))]
+    there = f"{path.parent} contains {', '.join(names)}" if names else list_neighbors(path)
+    raise UserError(
+        f"--resume {resume}: no such checkpoint; use auto, must or never, or a folder of a run or a checkpoint; {there}"
+    )
 
 
 def _first_with_checkpoints(folders: list[Path]) -> str | None:

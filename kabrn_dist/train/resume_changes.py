@@ -13,7 +13,7 @@ from kabrn_dist.config.migrate import migrate
 from kabrn_dist.grow.plan import TRAINING_KEYS
 from kabrn_dist.train.schedule import learning_rate
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.yaml_section import explain_errors
+from kabrn_dist.utils.mistakes import explain_errors
 
 # Keys of the section `model` that may change within a run: they decide about training, not about the trained model.
 FREE_MODEL_KEYS = {f"model.{key}" for key in (*TRAINING_KEYS, "quantize_start_step", "quantize_warmup_steps")}
@@ -32,7 +32,7 @@ def read_model(path: Path, state: RunState) -> ModelConfig:
     try:
         return ModelConfig.model_validate(migrate(dict(state.config)).get("model"))
     except ValidationError as error:
-        mistakes = "; ".join(explain_errors(error, ModelConfig))
+        mistakes = "; ".join(mistake.text for mistake in explain_errors(error, ModelConfig))
     except UserError as error:
         mistakes = str(error)
     raise UserError(f"{path}: the configuration in its state cannot be used ({mistakes}); use another checkpoint")

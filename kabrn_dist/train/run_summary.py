@@ -16,8 +16,8 @@ from kabrn_dist.utils.precision import TORCH_DTYPES
 _WIDTH = 80
 _MASTERS = {
     "fp32": "fp32 weights and activations",
-    "bf16": "bf16 copies of fp32 masters",
-    "fp16": "fp16 copies of fp32 masters, scaled loss",
+    "bf16": "bf16 copies of fp32 weights",
+    "fp16": "fp16 copies of fp32 weights, scaled loss",
 }
 
 

@@ -86,7 +86,7 @@ class StepLogger:
         self.tokens_per_expert: Tensor | None = None
         self._utilization = Utilization(engine.config, engine.mesh, speed)
         self._long_run_is_told = False
-        self._time_left = TimeLeft(engine.config.training.steps)
+        self._time_left = TimeLeft(engine.config.training.steps, step)
 
     def write(self, log: StepLog) -> None:
         """Write the log of a step, without values that are not finite. Collective."""
@@ -154,6 +154,6 @@ class StepLogger:
             "speed/data_wait_share": phase_seconds["data"] / training_seconds,
             "speed/memory_gib": memory_gib(engine.mesh.device),
             "progress/tokens": float(log.step * log.totals.tokens),
-            "progress/seconds_left": self._time_left.seconds(log.step),
+            "progress/seconds_left": self._time_left.seconds(log.step, log.seconds),
         }
         return values | {f"time/{phase}": seconds for phase, seconds in phase_seconds.items()}

@@ -18,26 +18,32 @@ ECHO_SECONDS = 3.0
 
 
 class StopRequests:
-    """Listens for a signal of `SIGNALS` to this rank, a file `STOP` in the run's folder, and the time limit.
+    """Listens for a signal of `SIGNALS` to this rank; on one rank also for a file `STOP` and the time limit.
 
     Args:
         folder: the run's folder.
-        watch_file: True on the one rank that looks for the file.
+        is_main: True on the one rank that looks for the file and at the clock.
         max_minutes: length of this session, from now on; None for no limit.
         started_at: time at which the user started the run, in seconds since 1970: an older file is of an earlier run.
     """
 
-    def __init__(self, folder: Path, watch_file: bool, max_minutes: float | None, started_at: float) -> None:
+    def __init__(self, folder: Path, is_main: bool, max_minutes: float | None, started_at: float) -> None:
         self.file, self.started_at = folder / "STOP", started_at
-        self.watch_file = watch_file
+        self.is_main, self.max_minutes = is_main, max_minutes
         self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
-        self._signaled_at: float | None = None
+        self._signal, self._signaled_at = "", 0.0
 
     def requested(self) -> bool:
         """Return True if this rank has received a stop request. Not synchronized: other ranks may answer otherwise."""
-        if self._signaled_at is not None or time.monotonic() >= self._end:
-            return True
-        return self.watch_file and self.file.exists()
+        return bool(self.cause())
+
+    def cause(self) -> str:
+        """Return what has asked this rank to stop, as a message has it; empty if nothing has."""
+        if self._signal:
+            return self._signal
+        if self.is_main and time.monotonic() >= self._end:
+            return f"run.max_minutes {self.max_minutes:g}"
+        return f"the file {self.file}" if self.is_main and self.file.exists() else ""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -45,7 +51,7 @@ class StopRequests:
 
         A file that came while the processes started is an order. A hang-up that `nohup` has switched off stays so.
         """
-        if self.watch_file:
+        if self.is_main:
             self._remove_leftover()
         numbers = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -62,8 +68,10 @@ class StopRequests:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self._signaled_at is not None and now - self._signaled_at > ECHO_SECONDS:
+        if number == signal.SIGINT and self._signal and now - self._signaled_at > ECHO_SECONDS:
             # A second Ctrl-C: the user does not want to wait for the checkpoint.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._signaled_at = self._signaled_at or now
+        if not self._signal:
+            name = signal.Signals(number).name
+            self._signal, self._signaled_at = "Ctrl-C" if number == signal.SIGINT else name, now

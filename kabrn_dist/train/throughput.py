@@ -141,18 +141,24 @@ class TimeLeft:
 
     Args:
         last_step: last step of the run.
+        done: steps done before this session.
     """
 
-    def __init__(self, last_step: int) -> None:
-        self.last_step = last_step
-        # After the first step of the session, which is slower than all others.
+    def __init__(self, last_step: int, done: int) -> None:
+        self.last_step, self.done = last_step, done
+        # The first step that was asked about, and when that was.
         self._first: tuple[int, float] | None = None
 
-    def seconds(self, step: int) -> float:
-        """Return the estimate after `step`; not a number after the first step of a session."""
+    def seconds(self, step: int, duration: float) -> float:
+        """Return the estimate after `step`; not a number after the first step of a session, slower than all others.
+
+        Args:
+            step: number of the step.
+            duration: its seconds, which the first estimate rests on.
+        """
         now = time.monotonic()
         if self._first is None or step <= self._first[0]:
             self._first = (step, now)
-            return float("nan")
+            return duration * (self.last_step - step) if step > self.done + 1 else float("nan")
         first, begin = self._first
         return (now - begin) / (step - first) * (self.last_step - step)

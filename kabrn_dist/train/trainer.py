@@ -331,6 +331,9 @@ class Trainer:
             UserError: on all ranks, if the last checkpoint cannot be written.
         """
         finished = self.step >= self.config.training.steps or not self._has_data()
+        outcome = "finished" if finished else "stopped"
+        # Before the save, which takes a while: time may run out in it.
+        cause = "" if finished else f" by {self._find_stop_cause()}"
         if not self._weights_are_finite():
             raise UserError(
                 f"the weights are not finite after step {self.step}, and nothing was saved of them; lower "
@@ -341,8 +344,14 @@ class Trainer:
         self._save(wait=True)
         if self.saver.saved_step != self.step:
             raise UserError(f"{self.store.folder}: step {self.step} could not be saved; make room, then resume")
-        self.metrics.print_line(f"{'finished' if finished else 'stopped'} at step {self.step}")
+        self.metrics.print_line(f"{outcome} at step {self.step}{cause}")
         return finished
+
+    def _find_stop_cause(self) -> str:
+        if not self.stopping:
+            return "--stop-after"
+        # Other ranks listen for signals only.
+        return self.stop_requests.cause() or "a signal to another process"
 
     def _end_step(self, sync: StepSync, decision: Decision, first_sequence: int) -> None:
         self.step += 1

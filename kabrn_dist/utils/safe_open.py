@@ -34,9 +34,10 @@ def open_regular(file: Path, follow_links: bool = True) -> FileIO:
     except ValueError as error:
         # A NUL, or a character that no file name on this machine can have.
         raise OSError(errno.EINVAL, f"not a name of a file: {error}", repr(str(file))) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
+        raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "not a regular file", str(file))
     return FileIO(descriptor, "rb")
 
 

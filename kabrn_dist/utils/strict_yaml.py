@@ -2,7 +2,7 @@
 
 Differences from PyYAML's safe loader: a key given twice is refused; only true and false are booleans, so `off` and `no`
 are texts; there are no dates, no octal numbers and none in base 60, which all stay texts; nesting, aliases and the size
-of a file are limited.
+of a file are limited. Underscores in a number part groups of three digits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_yaml(text: str) -> Any:
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"not valid YAML: {_problem(error)}") from None
     finally:
         loader.dispose()
 
@@ -59,7 +59,16 @@ def read_yaml(path: Path, remedy: str) -> Any:
     try:
         return load_yaml(text)
     except (UserError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from None
+        advice = f"; {remedy}" if str(error).startswith("not valid") else ""
+        raise UserError(f"{path}: {error}{advice}") from None
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the line itself."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
 
 
 def _read(path: Path, remedy: str) -> bytes:
@@ -133,13 +142,15 @@ _StrictLoader.add_implicit_resolver(
 )
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
-    re.compile(rf"^[-+]?(?:0|[1-9][0-9_]{{0,{MAX_DIGITS}}}|0x[0-9a-fA-F]{{1,{MAX_DIGITS}}}|0b[01]{{1,{MAX_DIGITS}}})$"),
+    re.compile(
+        rf"^[-+]?(?:0|[1-9][0-9]{{0,{MAX_DIGITS}}}|[1-9][0-9]{{0,2}}(?:_[0-9]{{3}})+|0x[0-9a-fA-F]{{1,{MAX_DIGITS}}}|0b[01]{{1,{MAX_DIGITS}}})$"
+    ),
     list("-+0123456789"),
 )
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+        r"^(?:[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?|\.[0-9]+(?:[eE][-+][0-9]+)?"
         r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),
     list("-+0123456789."),

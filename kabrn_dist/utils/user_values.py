@@ -46,7 +46,7 @@ def read_location(text: str) -> str:
 
 
 def check_number(value: Any) -> None:
-    """Check that a number, if `value` is one, is not beyond all that can be computed with.
+    """Check that a number, if `value` is one, is not beyond all that can be computed with, and is written plainly.
 
     Raises:
         ValueError: if it is.
@@ -56,6 +56,8 @@ def check_number(value: Any) -> None:
         if not re.fullmatch(r"[-+]?[0-9_.]+([eE][-+]?[0-9]+)?", value.strip()):
             return
         text = value.strip()
+        if "_" in text and not re.fullmatch(r"[-+]?[0-9]{1,3}(_[0-9]{3})+", text):
+            raise ValueError(f"{text[:20]} has an underscore, which may only part groups of three digits; leave it out")
         try:
             value = float(text)
         except ValueError:

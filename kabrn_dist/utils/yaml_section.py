@@ -1,4 +1,4 @@
-"""Configurations in YAML files: strict sections, `--set a.b=c` overrides, and messages that name key and remedy.
+"""Configurations in YAML files: strict sections, `--set a.b=c` overrides.
 
 Shared by the training configuration (kabrn_dist/config) and by the recipes of data_prep.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import reprlib
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.strict_yaml import load_yaml, read_yaml
@@ -72,14 +72,27 @@ def read_mapping(path: Path, hint: str, expected: str) -> dict[str, Any]:
         UserError: for a missing file, a file that cannot be read, bad YAML, or another value than a mapping.
     """
     if not os.path.lexists(path):
-        raise UserError(f"{path}: no such file; {hint}")
+        raise UserError(f"{path}: no such file; {_near_file(path) or hint}")
+    if path.is_dir():
+        inside = path / "config.yaml"
+        raise UserError(f"{path}: is a folder, not a file; {f'did you mean {inside}?' if inside.exists() else hint}")
     tree = read_yaml(path, remedy=hint)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected {expected}, found {type(tree).__name__}")
     return tree
 
 
-def set_value(tree: dict[str, Any], override: str, example: str, model: type[BaseModel]) -> None:
+def _near_file(path: Path) -> str:
+    """The file beside a missing one that has nearly its name; empty without one."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f"did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def set_value(tree: dict[str, Any], override: str, example: str, model: type[BaseModel]) -> tuple[str, ...]:
     """Apply a `--set` option such as `training.steps=100` to `tree` in place, creating sections as needed.
 
     In a list of mappings, an entry is addressed by its `name`, as in `sources.math.weight=2`; in a mapping of names to
@@ -92,6 +105,9 @@ def set_value(tree: dict[str, Any], override: str, example: str, model: type[Bas
         example: how the message for a malformed option describes a good one.
         model: the type of the configuration.
 
+    Returns:
+        The keys that lead to the value, entries of lists by their numbers.
+
     Raises:
         UserError: for a malformed option, or a key below something that is not a section.
     """
@@ -100,10 +116,13 @@ def set_value(tree: dict[str, Any], override: str, example: str, model: type[Bas
         raise UserError(f"--set {override!r}: expected {example}")
     (*parents, last), annotation = _find_field(key.split("."), model)
     section: Any = tree
+    location: list[str] = []
     for parent in parents:
         if isinstance(section, list):
-            section = _entry_called(section, parent, override)
+            entries, section = section, _entry_called(section, parent, override)
+            location.append(str(next(number for number, entry in enumerate(entries) if entry is section)))
             continue
+        location.append(parent)
         if section.get(parent) is None:
             section[parent] = {}
         section = section[parent]
@@ -112,6 +131,7 @@ def set_value(tree: dict[str, Any], override: str, example: str, model: type[Bas
     if isinstance(section, list):
         raise UserError(f"--set {override!r}: name a key of {last!r} too, as in {key}.KEY=…")
     section[last] = _read_value(text, annotation, override)
+    return *location, last
 
 
 def _read_value(text: str, annotation: Any, override: str) -> Any:
@@ -168,12 +188,6 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [] if annotation is None else [annotation]
 
 
-def explain_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one line for each mistake that validating `model` found, with the key and a remedy or the value."""
-    details = error.errors(include_url=False)
-    return [_explain(detail, model) for detail in _innermost(details)]
-
-
 def _entry_called(entries: list[Any], name: str, override: str) -> Any:
     named = {entry.get("name"): entry for entry in entries if isinstance(entry, dict)}
     if name not in named:
@@ -181,46 +195,23 @@ def _entry_called(entries: list[Any], name: str, override: str) -> Any:
     return named[name]
 
 
-def _location(detail: Any) -> list[str]:
-    # Pydantic names the branches of a union too, by their types.
-    return [str(part) for part in detail["loc"] if not str(part).startswith(("tuple[", "literal["))]
+def list_sections(section: type[BaseModel], path: str = "") -> dict[str, type[BaseModel]]:
+    """Return every section of a configuration by its dotted name, the whole one first with an empty name."""
+    sections = {path: section}
+    for key, field in section.model_fields.items():
+        part = section_type(field.annotation)
+        if part is not None:
+            sections |= list_sections(part, f"{path}.{key}".lstrip("."))
+    return sections
 
 
-def _innermost(details: typing.Sequence[Any]) -> list[Any]:
-    """Leave out errors that only say that a value with a mistake inside is not another branch of its union."""
-    locations = [_location(detail) for detail in details]
-    return [
-        detail
-        for detail, location in zip(details, locations, strict=True)
-        if not any(len(location) < len(other) and other[: len(location)] == location for other in locations)
-    ]
-
-
-def _explain(detail: Any, model: type[BaseModel]) -> str:
-    location = _location(detail)
-    key = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1], model)
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if detail["type"] == "missing":
-        return f"{key} is missing; add it"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        # A rule between sections has no key of its own.
-        return f"{key}: {message}" if key else message
-    found = "null" if detail["input"] is None else reprlib.repr(detail["input"])
-    return f"{key}: {message}, found {found}"
-
-
-def _known_keys(location: list[str], model: type[BaseModel]) -> list[str]:
-    section: Any = model
-    for name in location:
-        if name.isdigit():
-            continue
-        section = section_type(section.model_fields[name].annotation)
-    return list(section.model_fields)
+def list_keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the field of every key of a configuration by its dotted name, sections included."""
+    return {
+        f"{path}.{key}".lstrip("."): field
+        for path, section in list_sections(model).items()
+        for key, field in section.model_fields.items()
+    }
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:

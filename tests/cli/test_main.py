@@ -115,6 +115,11 @@ def test_scripts_pass_on_what_was_typed(
     assert launcher.main(typed.split()) == 3 and passed == [expected.split()]
 
 
+def test_a_script_names_the_flag_that_lacks_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shim.run_script(["train"], ("--config",), ["--config"]) == 2
+    assert capsys.readouterr().err == "error: --config: give it a value; see mixkabrn train --help\n"
+
+
 def test_a_launcher_may_put_its_rank_first() -> None:
     options = build_parser().parse_args(["--local_rank=1", "train", "c.yaml", "--set", "a.b=1"])
     assert options.config == Path("c.yaml") and options.set == ["a.b=1"]
@@ -164,9 +169,88 @@ def test_the_api_generates_from_an_export() -> None:
 def test_counts_below_their_least_are_refused(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2 and said in capsys.readouterr().err
+    assert main(arguments) == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("generat runs/a", "'generat' is none of prepare, inspect, plan, train, "),
+        ("generat runs/a", "; did you mean generate?; see mixkabrn --help"),
+        (
+            "report function runs/a",
+            "'function' is none of experts, functions, symbolic, weights; did you mean functions?",
+        ),
+        ("prepare --source txt", "--source: 'txt' is none of python-stdlib, text; did you mean text?"),
+        ("prepare --source text --vocabulary 2k", "--vocabulary: '2k' is not a whole number; write it in digits"),
+        ("prepare --source text --shard-mb big", "--shard-mb: 'big' is not a number; "),
+        ("generate runs/a --tokens 0", "--tokens: 0 is less than 1; see mixkabrn generate --help"),
+        (
+            "generate --run runs/a --prompt x",
+            "unknown option --run; give RUN|MODEL without it; see mixkabrn generate --help",
+        ),
+        ("train --config=c.yaml", "unknown option --config; give CONFIG without it; see mixkabrn train --help"),
+        ("train --steps=3", "unknown option --steps; did you mean --set training.steps=3?"),
+        ("prepare --sorce text --out x", "unknown option --sorce; did you mean --source?"),
+        ("generate --prom x", "the following arguments are required: RUN|MODEL; see mixkabrn generate --help"),
+        ("generate runs/a --promt x", "unknown option --promt; did you mean --prompt?"),
+        ("generate runs/a b", "b: more than the command takes; quote a text with spaces"),
+        ("train c.yaml --steps 10", "unknown option --steps; did you mean --set training.steps=10?"),
+        ("train c.yaml --lr=1", "unknown option --lr; did you mean --set optimizer.learning_rate=1?"),
+        ("plan c.yaml --hidden-size", "unknown option --hidden-size; did you mean --set model.hidden_size=…?"),
+        ("train c.yaml --stop-aftr 3", "unknown option --stop-aftr; did you mean --stop-after?"),
+        ("export runs/a", "the following arguments are required: OUT; see mixkabrn export --help"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_in_one_line(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(typed.split()) == 2
+    out, error = capsys.readouterr()
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1 and not out
+
+
+def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run/checkpoints/step-00000010").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").touch()
+    (tmp_path / "data").mkdir()
+    for name in ("index.json", "tokenizer.json"):
+        (tmp_path / "data" / name).touch()
+    for folder, said in (
+        ("run/config.yaml", "run/config.yaml: is a file; name the folder of a run"),
+        ("run/checkpoints/step-00000010", f"is a part of a run; name the run's folder, {tmp_path}/run\n"),
+        ("data", "data: holds shards; name the folder of a run that was trained on them"),
+    ):
+        for command in (["generate", "{}"], ["export", "{}", "out"], ["report", "functions", "{}"]):
+            assert main([part.format(tmp_path / folder) for part in command]) == 2
+            assert said in capsys.readouterr().err
+
+
+def test_missing_data_is_told_with_its_key_and_its_command_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from kabrn_dist.cli.main import main\n"
+        f"code = main(['train', {str(ROOT / 'configs/tiny.yaml')!r}])\n"
+        "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
+    )
+    environment = {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2 and ended.stderr == (
+        f"error: data.path data/python-stdlib: no such folder in {tmp_path}, where the command was started; make it "
+        "with `mixkabrn prepare --source python-stdlib --vocabulary 2048 --out data/python-stdlib`, or set data.path "
+        "to the folder of your shards\n"
+    )
+
+
+def test_a_terminal_gets_no_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "training.steps"]) == 0
+    assert capsys.readouterr().out.startswith("- **`training.steps`** (")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["config", "training"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("training\n") and "\n- training.steps (whole number" in shown and "`" not in shown
 
 
 def test_a_plan_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,15 +54,26 @@ def complaint(path: Path, *overrides: str) -> str:
     ("override", "said"),
     [
         ("modle.width=3", "unknown key 'modle'; did you mean 'model'?"),
-        ("model.retention.num_head=3", "unknown key 'model.retention.num_head'; did you mean 'num_heads'?"),
-        ("training.stepps=3", "unknown key 'training.stepps'; did you mean 'steps'?"),
+        (
+            "model.retention.num_head=3",
+            "unknown key 'model.retention.num_head'; did you mean 'model.retention.num_heads'?",
+        ),
+        ("training.stepps=3", "unknown key 'training.stepps'; did you mean 'training.steps'?"),
         ("parallel.experts=2", "unknown key 'parallel.experts'; did you mean"),
+        ("lr=10", "unknown key 'lr'; did you mean 'optimizer.learning_rate'?"),
+        ("topk=2", "unknown key 'topk'; did you mean 'model.experts.top_k'?"),
         ("checkpoint.qqqq=3", "unknown key 'checkpoint.qqqq'; known keys: save_interval, keep_last, keep_every"),
     ],
 )
 def test_unknown_keys(base: Path, override: str, said: str) -> None:
-    assert said in complaint(base, override)
-    assert str(base) in complaint(base, override)
+    assert complaint(base, override).startswith(f"--set {override!r}: ") and said in complaint(base, override)
+
+
+def test_what_the_file_holds_and_what_was_set_are_told_apart(base: Path) -> None:
+    base.write_text(BASE.replace("steps: 10", "step: 10"))
+    message = complaint(base, "model={layers: 1, hiden: 2}")
+    assert f"{base}: training.steps is missing; add it; unknown key 'training.step'; did you mean" in message
+    assert "--set 'model={layers: 1, hiden: 2}': model.vocab_size is missing" in message
 
 
 @pytest.mark.parametrize(
@@ -84,12 +95,34 @@ def test_unknown_keys(base: Path, override: str, said: str) -> None:
 )
 def test_wrong_values_are_named(base: Path, override: str, key: str, found: str) -> None:
     message = complaint(base, override)
-    assert f"{key}: " in message and message.endswith(f"found {found}")
+    assert f"{key}: " in message and message.endswith(f"found {found}") and "Input" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.steps=many", "training.steps: must be a whole number, found 'many'"),
+        ("training.steps=1.5", "training.steps: must be a whole number, found 1.5"),
+        ("optimizer.learning_rate=low", "optimizer.learning_rate: must be a number, found 'low'"),
+        ("model.quantize=perhaps", "model.quantize: must be true or false, found 'perhaps'"),
+        ("model=3", "model: must be a section with keys, found 3"),
+        ("optimizer.betas=3", "optimizer.betas: must be a list, found 3"),
+        ("training.steps=0", "training.steps: must be greater than 0, found 0"),
+        ("training.steps=2_0", "2_0 has an underscore, which may only part groups of three digits; leave it out"),
+        ("optimizer.learning_rate=1_0.5", "has an underscore"),
+    ],
+)
+def test_wrong_values_are_told_in_plain_words(base: Path, override: str, said: str) -> None:
+    assert said in complaint(base, override)
+
+
+def test_underscores_part_thousands(base: Path) -> None:
+    assert load_config(base, ["training.steps=1_000_000"]).training.steps == 10**6
 
 
 def test_all_mistakes_are_told_at_once(base: Path) -> None:
     message = complaint(base, "training.steps=many", "model.hiden_size=3")
-    assert "training.steps" in message and "did you mean 'hidden_size'?" in message
+    assert "training.steps" in message and "did you mean 'model.hidden_size'?" in message
 
 
 def test_a_wrong_decay_is_named_by_its_key_alone(base: Path) -> None:
@@ -141,7 +174,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"a: [1\nb: }", "not valid YAML"),
+        (b"a: [1\nb: }", "not valid YAML: line 2, column 2: expected ',' or ']', but got ':'; configs/tiny.yaml is"),
         (b"", "expected a mapping"),
         (b"- 1\n- 2\n", "expected a mapping"),
         (b"run: \xff\xfe", "cannot be read"),
@@ -155,8 +188,11 @@ def test_bad_files(tmp_path: Path, content: bytes, said: str) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    assert "no such file" in complaint(tmp_path / "none.yaml")
-    assert "cannot be read" in complaint(tmp_path)
+    assert "no such file; configs/tiny.yaml is a place to start" in complaint(tmp_path / "none.yaml")
+    assert f"{tmp_path}: is a folder, not a file; configs/tiny.yaml" in complaint(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    assert f"is a folder, not a file; did you mean {tmp_path}/config.yaml?" in complaint(tmp_path)
+    assert f"no such file; did you mean {tmp_path}/config.yaml?" in complaint(tmp_path / "config.yml")
 
 
 def test_overrides(base: Path) -> None:

@@ -49,6 +49,8 @@ def test_a_key_has_type_limits_default_and_description(key: str, said: str) -> N
 def test_another_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'training.step' is no section or key .*; did you mean training.steps\?"):
         describe_config("training.step")
+    with pytest.raises(UserError, match=r"did you mean model.experts.top_k\?"):
+        describe_config("topk")
     with pytest.raises(UserError, match=r"sections: run, data, .*guard"):
         describe_config("zzzz")
 

@@ -162,15 +162,16 @@ def test_wrong_arguments_are_refused(texts: Path, tmp_path: Path, capsys: pytest
         ((*read, "--vocabulary", 257), "--vocabulary 257: too small"),
         ((*read, "--vocabulary", 999, "--tokenizer", "bytes"), "brings its own; drop one"),
         ((*read, "--tokenizer", tmp_path / "absent.json"), "absent.json: cannot be read (No such file"),
-        ((*read, "--validation-share", 1), "validation_share: Input should be less than 1"),
-        ((*read, "--shard-mb", 0), "shard_mb: Input should be greater than or equal to 0.001"),
+        ((*read, "--validation-share", 1), "validation_share: must be less than 1"),
+        ((*read, "--shard-mb", 0), "shard_mb: must be greater than or equal to 0.001"),
         (("--source", "text", "--input", texts, "--out", tmp_path / "file"), "is a file"),
         (("inspect", tmp_path), "index.json: cannot be read (No such file"),
     ):
         assert expected in refuse(capsys, *arguments)
     assert not (tmp_path / "set").exists()
     empty = refuse(capsys, "--source", "text", "--input", tmp_path / "none.txt", *out)
-    assert "0 distinct documents leave none to train on" in empty and not (tmp_path / "set" / "index.json").exists()
+    assert "source 'text': nothing to train on, as none of 1 documents was kept; removed 1 empty" in empty
+    assert not (tmp_path / "set" / "index.json").exists()
 
 
 def test_inspect_finds_damage(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,6 +168,12 @@ def test_losing_much_of_the_input_is_an_error(tmp_path: Path, capsys: pytest.Cap
     assert "are no UTF-8 text" in said.err and "1 encoding (5,000 bytes)" in said.out
 
 
+def test_what_could_not_be_read_counts_in_the_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = data.write_folder(tmp_path / "in", {"a.txt": "some words", "b.txt": bytes(150_000)})
+    assert prepare("--input", root, "--out", tmp_path / "set") == 2
+    assert "2 documents, 0.2 MB; kept 1; removed 1 unreadable, 0.1 MB (first: " in capsys.readouterr().out
+
+
 def test_one_document_per_line_is_offered_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(f"line {n}\n" for n in range(50)))
     assert prepare("--input", tmp_path / "a.txt", "--unit", "line", "--out", tmp_path / "set") == 0

@@ -200,9 +200,9 @@ def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     name = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     good = {"name": "a", "kind": "jsonl", "input": name}
     for sources, settings, expected in (
-        ([good | {"weight": 0}], {}, "sources.0.weight: Input should be greater than 0"),
-        ([good | {"weight": float("nan")}], {}, "sources.0.weight: Input should be a finite number, found nan"),
-        ([good | {"epochs": 0}], {}, "sources.0.epochs: Input should be greater than 0, found 0\n"),
+        ([good | {"weight": 0}], {}, "sources.0.weight: must be greater than 0"),
+        ([good | {"weight": float("nan")}], {}, "sources.0.weight: must be a finite number, found nan"),
+        ([good | {"epochs": 0}], {}, "sources.0.epochs: must be greater than 0, found 0\n"),
         ([good | {"colour": 1}], {}, "unknown key 'sources.0.colour'"),
         ([good, good], {}, "two sources are called 'a'"),
         ([good | {"kind": "poems"}], {}, "no such kind"),

@@ -96,6 +96,12 @@ def test_a_wrong_layout_says_what_was_found(
     [
         ("jsonl", "a.jsonl", '{"body": 1, "id": 1}\n', "byte 0: found no text under 'text' but 'body', 'id'; source"),
         ("jsonl", "a.jsonl", '{"question": "q", "answer": "a"}', "it looks like openqa"),
+        (
+            "jsonl",
+            "a.jsonl",
+            '{"body": 1, "id": 1}\n',
+            "; name the key that holds the text: --field KEY, or options: {field:",
+        ),
         ("jsonl", "a.jsonl", "[1]\n", "found a list"),
         ("jsonl", "a.jsonl", '{"text": \n', "found no JSON"),
         ("jsonl", "a.jsonl", f'{{"text": {"1" * 5000}}}', "found no JSON (Exceeds the limit"),

@@ -156,7 +156,9 @@ def test_refusals_leave_nothing_behind(
 
     out = tmp_path / "out"
     assert "config.yaml" in refused("--run", tmp_path, "--out", out)
-    assert "step-00000099" in refused("--run", trained, "--out", out, "--step", 99)
+    assert "no checkpoint of step 99; there are those of 1, 2, 3\n" in refused(
+        "--run", trained, "--out", out, "--step", 99
+    )
     assert "exists" in refused("--run", trained, "--out", trained)
     export = plan_export(trained, torch.float32)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kabrn_dist.cli.main import main
-from kabrn_dist.inference.generate import check_sampling, draw_token
+from kabrn_dist.inference.generate import draw_token
+from kabrn_dist.inference.sampling import check_sampling
 from kabrn_dist.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ LIKELY = torch.tensor([1.0, 5.0, 3.0])
         ("--temperature", "inf", "temperature inf"),
         ("--temperature", "1e308", "temperature 1e+308"),
         ("--top-k", "-3", "top_k -3"),
-        ("--tokens", "-5", "tokens -5"),
+        ("--tokens", "-5", "--tokens: -5 is less than 1"),
         ("--seed", str(2**70), f"seed {2**70}: use 0 to"),
         ("--seed", "-1", "seed -1"),
         ("--prompt", "caf\udce9", "prompt 'caf\ufffd': not UTF-8"),

@@ -48,7 +48,7 @@ def computes_in_fp16() -> bool:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model__hiden_size": 64}, ("model.hiden_size", "did you mean 'hidden_size'")),
+        ({"model__hiden_size": 64}, ("model.hiden_size", "did you mean 'model.hidden_size'")),
         ({"training__steps": "many"}, ("training.steps", "'many'")),
         ({"model__experts__top_k": 9}, ("top_k 9", "4 routed")),
         ({"model__vocab_size": 100}, ("model.vocab_size 100", "257")),

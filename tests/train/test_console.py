@@ -52,9 +52,10 @@ def test_phases_add_up_until_they_are_taken() -> None:
     assert set(timer.take()) == {"data"} and timer.take() == {}
 
 
-def test_time_left_needs_two_steps() -> None:
-    left = TimeLeft(10)
-    assert math.isnan(left.seconds(1)) and left.seconds(2) >= 0 and left.seconds(10) == 0
+def test_time_left_is_known_from_the_second_step_of_a_session() -> None:
+    left = TimeLeft(10, done=3)
+    assert math.isnan(left.seconds(4, 9.0)) and left.seconds(5, 1.0) >= 0 and left.seconds(10, 1.0) == 0
+    assert TimeLeft(10, done=3).seconds(6, 0.5) == 2.0, "the first line of the log already has it"
 
 
 def test_flops_by_hand(shards: Path, tmp_path: Path) -> None:

@@ -200,6 +200,10 @@ def test_a_path_without_a_checkpoint_is_named(run: Path) -> None:
     store = CheckpointStore(run / "checkpoints")
     with pytest.raises(UserError, match="--resume atuo: no such checkpoint; use auto, must or never"):
         choose_checkpoint(store, "atuo")
+    with pytest.raises(UserError, match=f"a run or a checkpoint; {run.parent} contains run$"):
+        choose_checkpoint(store, str(run.parent / "none"))
+    with pytest.raises(UserError, match=f"{store.folder} contains step-00000002, step-00000004$"):
+        choose_checkpoint(store, str(store.folder / "step-00000077"))
     for name in ("step-00000002", "step-00000004"):
         truncate_manifest(run / "checkpoints" / name)
     with pytest.raises(UserError, match=r"can be used: .*step-00000002: "):

@@ -131,7 +131,10 @@ def test_wrong_stages_are_named(tmp_path: Path) -> None:
         ({"start_fraction": 1.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
         ({"start_fraction": 0.0, "learning_rate": 1e-3}, "optimizer.second_stage.start_fraction: "),
         ({"start_fraction": 0.5}, "optimizer.second_stage.learning_rate is missing"),
-        ({"start_fraction": 0.5, "learning_rate": 1e-3, "weight_dekay": 0}, "did you mean 'weight_decay'?"),
+        (
+            {"start_fraction": 0.5, "learning_rate": 1e-3, "weight_dekay": 0},
+            "did you mean 'optimizer.second_stage.weight_decay'?",
+        ),
         ({"learning_rate": 4e-3}, "second_stage.learning_rate 0.004 exceeds the first stage's optimizer.learning_rate"),
         ({"learning_rate": 1e-3, "weight_decay": 0.2}, "second_stage.weight_decay 0.2 exceeds"),
     ):

@@ -73,7 +73,10 @@ def test_a_signal_to_one_rank_stops_and_saves_all(
         ended = group.wait(60, grace=None)
     assert ended.exit_codes == (75, 75), ended.output
     last = check_saved(tmp_path / "run")
-    assert f"stopped at step {last}" in ended.output and "error" not in ended.output and "Traceback" not in ended.output
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    cause = name if rank == 0 else "a signal to another process"
+    assert f"stopped at step {last} by {cause}\n" in ended.output, ended.output
+    assert "error" not in ended.output and "Traceback" not in ended.output
     with train(config, 2, "--resume", "must", "--set", f"training.steps={last + 1}") as group:
         ended = group.wait(60)
     assert ended.exit_codes == (0, 0) and f"at step {last}\n" in ended.output, ended.output
@@ -88,7 +91,7 @@ def test_a_stop_file_is_seen_while_validating(shards: Path, tmp_path: Path) -> N
         (folder / "STOP").touch()
         ended = group.wait(60, grace=None)
     assert ended.exit_codes == (0, 0), ended.output
-    assert check_saved(folder) == 2
+    assert check_saved(folder) == 2 and f"stopped at step 2 by the file {folder}/STOP\n" in ended.output
     assert "validation" not in ended.output and not any("validation/loss" in entry for entry in entries(folder))
 
 
@@ -96,7 +99,7 @@ def test_a_run_ends_when_its_time_is_up(shards: Path, tmp_path: Path) -> None:
     config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", run__max_minutes=0.03, **LONG)
     with train(config, 2) as group:
         ended = group.wait(60, grace=None)
-    assert ended.exit_codes == (0, 0), ended.output
+    assert ended.exit_codes == (0, 0) and "by run.max_minutes 0.03\n" in ended.output, ended.output
     check_saved(tmp_path / "run")
 
 
@@ -123,7 +126,8 @@ def test_time_and_file_are_stop_requests(tmp_path: Path) -> None:
         assert requests.requested(), "a file that came while the processes started is an order"
     with StopRequests(tmp_path, True, None, time.time() + 5).listening():
         assert not requests.requested(), "a leftover file is removed"
-    assert StopRequests(tmp_path, False, 0.0, launch_time()).requested()
+    assert StopRequests(tmp_path, True, 0.0, launch_time()).cause() == "run.max_minutes 0"
+    assert not StopRequests(tmp_path, False, 0.0, launch_time()).requested(), "one rank looks at the clock"
 
 
 def test_an_order_that_comes_while_starting_is_obeyed(shards: Path, tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_an_order_that_comes_while_starting_is_obeyed(shards: Path, tmp_path: Pa
     (tmp_path / "run" / "STOP").touch()
     os.utime(tmp_path / "run" / "STOP", (1, 1))
     with train(config, 1, "--stop-after", "2") as group:
-        assert "stopped at step 2" in group.wait(60).output, "a leftover is no order"
+        assert "stopped at step 2 by --stop-after\n" in group.wait(60).output, "a leftover is no order"
     with train(config, 1) as group:
         (tmp_path / "run" / "STOP").touch()
         ended = group.wait(60)
