@@ -151,10 +151,17 @@ def find_checkpoint(folder: Path, step: int | None = None, group: Group = None) 
     """
     run_on_all(group, check_run_folder, folder)
     store = CheckpointStore(folder / "checkpoints", group=group)
-    path = store.find_latest() if step is None else checkpoint_path(store.folder, step)
-    if path is None:
+    if step is not None:
+        path = checkpoint_path(store.folder, step)
+        return path, store.check(path)
+    survey = store.survey()
+    if survey.path is None:
+        if survey.faults:
+            raise UserError(
+                f"{store.folder}: no intact checkpoint: {survey.explain()}; restore one of them, or train on"
+            )
         raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
-    return path, store.check(path, verify=step is not None)
+    return survey.path, store.check(survey.path, verify=False)
 
 
 def check_run_folder(folder: Path, file: str | None = None) -> None:
