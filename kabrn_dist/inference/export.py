@@ -161,7 +161,12 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
 
 def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], stream: BinaryIO) -> None:
     header = {name: (export.stored_dtype(name), export.shapes[name]) for name in names}
-    metadata = {"format": "pt", "step": str(export.manifest.step), "tokenizer_sha256": export.tokenizer.sha256}
+    metadata = {
+        "format": "pt",
+        "step": str(export.manifest.step),
+        "tokenizer_sha256": export.tokenizer.sha256,
+        "model": export.config.model.model_dump_json(),
+    }
     stream.write(encode_header(header, metadata))
     for name in names:
         total = prod(export.shapes[name])

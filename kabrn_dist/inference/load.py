@@ -17,8 +17,9 @@ from kabrn_dist.checkpoint.header import TensorEntry, read_header, read_metadata
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.checkpoint.store import CheckpointStore
-from kabrn_dist.config import Config
+from kabrn_dist.config import Config, ModelConfig
 from kabrn_dist.config.file import load_config
+from kabrn_dist.config.model_changes import describe_other_model
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
@@ -104,7 +105,7 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[Gener
             f"{folder}/tokenizer.json has {tokenizer.vocab_size} tokens, model.vocab_size in config.yaml is "
             f"{config.model.vocab_size}: they are not of one export; copy the folder again"
         )
-    metadata = read_metadata(next(iter(_list_entries(folder).values()))[0])
+    metadata = _read_folder_metadata(folder)
     # Exports of earlier versions do not say which tokenizer they have.
     if metadata.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(
@@ -126,6 +127,7 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
         UserError: for files that are damaged or do not fit `config`, before memory is allocated for the model.
     """
     entries = _list_entries(folder)
+    _check_model(config, folder)
     expected = list_shapes(config)
     for name, shape in expected.items():
         actual = entries[name][1].shape if name in entries else "missing"
@@ -142,6 +144,25 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
         model.routers.step = step
         model.set_quantization(config.model.quantization_lambda(step))
     return model
+
+
+def _check_model(config: Config, folder: Path) -> None:
+    """Check that config.yaml describes the model that was exported: other values may leave all shapes as they are."""
+    text = _read_folder_metadata(folder).get("model")
+    if text is None:
+        # Exports of earlier versions do not say.
+        return
+    try:
+        exported = ModelConfig.model_validate_json(text)
+    except ValueError:
+        # Of a newer version, or of a stranger: the shapes decide.
+        return
+    if differences := describe_other_model(exported, config.model):
+        raise UserError(f"{folder}/config.yaml: {differences}; restore the value that was trained, or copy it again")
+
+
+def _read_folder_metadata(folder: Path) -> dict[str, str]:
+    return read_metadata(next(iter(_list_entries(folder).values()))[0])
 
 
 def _read_step(file: Path) -> int | None:

@@ -9,9 +9,11 @@ import torch
 
 from kabrn_dist.checkpoint.layout import checkpoint_path
 from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.state import read_model, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
+from kabrn_dist.config.model_changes import describe_other_model
 from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.data.remote import is_url, open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -30,7 +32,7 @@ class Run:
 
     Attributes:
         folder: The run's folder.
-        config: Its configuration, from config.yaml in the folder.
+        config: Its configuration, from config.yaml in the folder; the section `model` is that of the checkpoint.
         checkpoint: Folder of the chosen checkpoint, whose files match their hashes.
         manifest: The checkpoint's manifest.
     """
@@ -59,7 +61,7 @@ class Run:
         check_run_folder(folder, "config.yaml")
         config = load_config(folder / "config.yaml")
         path, manifest = find_checkpoint(folder, step)
-        return cls(folder, config, path, manifest)
+        return cls(folder, _as_trained(config, folder, path, manifest), path, manifest)
 
     @property
     def step(self) -> int:
@@ -134,6 +136,21 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[
     run = Run.open(folder)
     tokenizer = run.tokenizer()
     return run.model(device), tokenizer
+
+
+def _as_trained(config: Config, folder: Path, path: Path, manifest: Manifest) -> Config:
+    """Return a run's configuration with the model that the checkpoint was trained as.
+
+    Raises:
+        UserError: if config.yaml asks for another one, or the checkpoint's state cannot be used.
+    """
+    state = read_state(path, manifest)
+    model = read_model(path, state)
+    if differences := describe_other_model(model, config.model):
+        raise UserError(f"{folder}/config.yaml: {differences} ({path}); restore the value that was trained")
+    precision = state.precision if config.training.precision == "auto" else config.training.precision
+    training = config.training.model_copy(update={"precision": precision})
+    return config.model_copy(update={"model": model, "training": training})
 
 
 def find_checkpoint(folder: Path, step: int | None = None, group: Group = None) -> tuple[Path, Manifest]:

@@ -10,13 +10,13 @@ from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.sharded_state import sharded_state, sync_working_copy
 from kabrn_dist.checkpoint.layout import list_checkpoints, list_links
 from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
-from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_state
+from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_model, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import DataState
 from kabrn_dist.distributed.collectives import broadcast_json, run_on_all, run_on_main
 from kabrn_dist.train.datasets import Datasets
-from kabrn_dist.train.resume_changes import describe_changes, read_model
+from kabrn_dist.train.resume_changes import describe_changes
 from kabrn_dist.utils.errors import UserError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -101,6 +102,44 @@ def test_a_run_in_half_precision_is_read_as_its_working_copies(trained: Path, tm
     for (name, ours), master in zip(model.named_parameters(), masters.parameters(), strict=True):
         fine = name.endswith(("numerator", "denominator", "convolution.weight", "router.weight"))
         assert torch.equal(ours, master if fine else master.bfloat16().float()), name
+
+
+@pytest.mark.parametrize(
+    ("written", "edited", "words"),
+    [
+        ("layers: RR", "layers: RA", "model.layers is RA, and RR in what was trained"),
+        ("top_k: 2", "top_k: 1", "model.experts.top_k is 1, and 2"),
+        ("score_func: sigmoid", "score_func: softmax", "model.router.score_func"),
+    ],
+)
+def test_a_configuration_edited_by_hand_makes_no_other_model(
+    written: str, edited: str, words: str, trained: Path, tmp_path: Path
+) -> None:
+    """These keep all shapes, so the weights would load and say nonsense."""
+    shutil.copytree(trained, tmp_path / "run")
+    write_export(plan_export(trained), tmp_path / "out")
+    for folder in ("run", "out"):
+        config = tmp_path / folder / "config.yaml"
+        assert written in config.read_text()
+        config.write_text(config.read_text().replace(written, edited))
+    for open_edited in (
+        lambda: Run.open(tmp_path / "run"),
+        lambda: plan_export(tmp_path / "run"),
+        lambda: load_export(tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            open_edited()
+
+
+def test_what_only_training_needs_may_be_edited(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text().replace("quantize_warmup_steps: 2", "quantize_warmup_steps: 900")
+    config.write_text(text.replace("precision: fp32", "precision: auto"))
+    run, reference = Run.open(tmp_path / "run", 1), Run.open(trained, 1)
+    assert torch.equal(logits(run.model()), logits(reference.model()))
+    write_export(plan_export(tmp_path / "run", step=1), tmp_path / "out")
+    assert torch.equal(logits(load_export(tmp_path / "out")[0]), logits(reference.model()))
 
 
 def test_a_run_has_its_tokenizer_with_it(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
