@@ -28,7 +28,7 @@ from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, list_shapes
+from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, check_finite, list_shapes
 from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
@@ -174,6 +174,7 @@ def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], s
             values = torch.empty(min(CHUNK_ELEMENTS, total - start), dtype=export.stored_dtype(name))
             piece = Fragment(_name_in_checkpoint(name), export.shapes[name], start, values, owned=False)
             reader.read(plan_reads(export.path, export.manifest, [piece]))
+            check_finite(export.path, name, values)
             stream.write(values.view(torch.uint8).numpy().data)
 
 

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import TensorEntry, read_header, read_metadata
@@ -76,6 +77,8 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
     named |= model.routers.named()
     fragments = [Fragment(name, tuple(v.shape), 0, v.view(-1), owned=True) for name, v in named.items()]
     manifest = CheckpointStore(path.parent).load(path, fragments)
+    for name, parameter in model.named_parameters():
+        check_finite(path, name, parameter.detach())
     model.routers.step = manifest.step
     model.set_quantization(model.config.quantization_lambda(manifest.step))
     return manifest
@@ -139,11 +142,22 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
     for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
         file, entry = entries[name]
         read_entries(file, [(entry, 0, prod(entry.shape), values.detach().view(-1))])
+        check_finite(file, name, values.detach())
     step = _read_step(next(iter(entries.values()))[0])
     if step is not None:
         model.routers.step = step
         model.set_quantization(config.model.quantization_lambda(step))
     return model
+
+
+def check_finite(origin: Path, name: str, values: Tensor) -> None:
+    """Check that the values of a tensor are finite: a model of others has no probabilities to draw from.
+
+    Raises:
+        UserError: if one is not.
+    """
+    if not bool(values.isfinite().all()):
+        raise UserError(f"{origin}: tensor {name!r} holds numbers that are not finite; use another one")
 
 
 def _check_model(config: Config, folder: Path) -> None:
