@@ -48,6 +48,8 @@ def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
             "another folder to start anew"
         )
     lines = [f"changed since the checkpoint: {key} {_show(then)} → {_show(now)}" for key, then, now in changed]
+    if config.run.init_from is not None and any(key == "run.init_from" for key, _, _ in changed):
+        lines.append("run.init_from has no effect, as this run has begun; set run.folder to another folder to grow it")
     return lines + _describe_schedule(state, before, config)
 
 
