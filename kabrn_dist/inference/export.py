@@ -10,6 +10,7 @@ tensor in memory: each goes from the checkpoint's fragments to the file in chunk
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, check_finite, list_shapes
+from kabrn_dist.inference.load import DATA_HASH, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, check_finite, list_shapes
 from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
@@ -167,7 +168,9 @@ def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], s
         "tokenizer_sha256": export.tokenizer.sha256,
         "model": export.config.model.model_dump_json(),
     }
-    stream.write(encode_header(header, metadata))
+    # The hash of what follows is known at the end, and has the same length.
+    stream.write(encode_header(header, metadata | {DATA_HASH: "0" * 64}))
+    digest = hashlib.sha256()
     for name in names:
         total = prod(export.shapes[name])
         for start in range(0, total, CHUNK_ELEMENTS):
@@ -175,7 +178,11 @@ def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], s
             piece = Fragment(_name_in_checkpoint(name), export.shapes[name], start, values, owned=False)
             reader.read(plan_reads(export.path, export.manifest, [piece]))
             check_finite(export.path, name, values)
-            stream.write(values.view(torch.uint8).numpy().data)
+            content = values.view(torch.uint8).numpy().data
+            digest.update(content)
+            stream.write(content)
+    stream.seek(0)
+    stream.write(encode_header(header, metadata | {DATA_HASH: digest.hexdigest()}))
 
 
 def _small_files(export: Export, name: str) -> dict[str, bytes]:

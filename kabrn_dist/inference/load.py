@@ -6,6 +6,7 @@ kabrn_dist/inference/export.py, which writes them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import TensorEntry, read_header, read_metadata
-from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.manifest import HASH_CHUNK_BYTES, SAFETENSORS_DTYPES, Manifest
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config, ModelConfig
@@ -28,9 +29,11 @@ from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.safe_open import read_plain
+from kabrn_dist.utils.safe_open import open_plain, read_plain
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+# Key of a file's metadata: sha256 of all that follows its header.
+DATA_HASH = "data_sha256"
 STEP_DIGITS = 19
 INDEX_BYTES_LIMIT = 16 * 2**20
 
@@ -138,6 +141,10 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
             raise UserError(
                 f"{folder}: tensor {name!r} is {actual}, config.yaml asks for {shape}; export the run again"
             )
+        if not SAFETENSORS_DTYPES[entries[name][1].dtype].is_floating_point:
+            raise UserError(f"{folder}: tensor {name!r} is {entries[name][1].dtype}, no weights; export the run again")
+    for file in {file for file, _ in entries.values()}:
+        _verify_data(file)
     model = build_full_model(config, device)
     for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
         file, entry = entries[name]
@@ -179,6 +186,26 @@ def _read_folder_metadata(folder: Path) -> dict[str, str]:
     return read_metadata(next(iter(_list_entries(folder).values()))[0])
 
 
+def _verify_data(file: Path) -> None:
+    """Check the hash of a file's tensors. Exports of earlier versions have none."""
+    expected = read_metadata(file).get(DATA_HASH)
+    if expected is None:
+        return
+    digest = hashlib.sha256()
+    try:
+        with open_plain(file) as stream:
+            stream.seek(min(entry.start for entry in read_header(file).values()))
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); copy it again") from error
+    if digest.hexdigest() != expected:
+        raise UserError(
+            f"{file}: damaged or edited, the sha256 of its tensors is {digest.hexdigest()[:12]}… and its header says "
+            f"{expected[:12]}…; copy it again"
+        )
+
+
 def _read_step(file: Path) -> int | None:
     """Return the step at which an export was made; None if it does not say."""
     text = read_metadata(file).get("step", "")
@@ -201,4 +228,6 @@ def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{folder / WEIGHTS_INDEX_NAME}: {str(name)[:80]!r} is no file name; use another export")
         entries |= {key: (folder / name, entry) for key, entry in read_header(folder / name).items()}
+    if not entries:
+        raise UserError(f"{folder}: its files hold no tensor; copy it again")
     return entries
