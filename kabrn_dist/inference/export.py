@@ -153,10 +153,10 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
         fsync_folder(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{out}: cannot be written ({error.strerror}); make room or choose another folder"
-            ) from error
+        if isinstance(error, OSError | ValueError):
+            # ValueError: a NUL in the name.
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{out}: cannot be written ({reason}); make room or choose another folder") from error
         raise
 
 
