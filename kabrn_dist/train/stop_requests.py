@@ -1,4 +1,4 @@
-"""Requests to stop a run: signals, the file STOP, a time limit. The ranks exchange them and act together."""
+"""Requests to stop a run: signals, the file STOP, a time limit, a lost launcher. The ranks exchange them and agree."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from kabrn_dist.train.launcher_watch import LauncherWatch
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # File systems keep times less exactly than the clock does.
 LEFTOVER_SECONDS = 0.05
@@ -18,7 +20,7 @@ ECHO_SECONDS = 3.0
 
 
 class StopRequests:
-    """Listens for a signal of `SIGNALS` to this rank, a file `STOP` in the run's folder, and the time limit.
+    """Listens for a signal of `SIGNALS` to this rank, a file `STOP` in the run's folder, a time limit, a lost launcher.
 
     Args:
         folder: the run's folder.
@@ -32,10 +34,11 @@ class StopRequests:
         self.watch_file = watch_file
         self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         self._signaled_at: float | None = None
+        self._launcher = LauncherWatch()
 
     def requested(self) -> bool:
         """Return True if this rank has received a stop request. Not synchronized: other ranks may answer otherwise."""
-        if self._signaled_at is not None or time.monotonic() >= self._end:
+        if self._signaled_at is not None or time.monotonic() >= self._end or self._launcher.is_gone():
             return True
         return self.watch_file and self.file.exists()
 
