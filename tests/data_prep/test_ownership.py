@@ -148,3 +148,18 @@ def test_a_link_to_itself_is_a_file_that_cannot_be_read_and_ends_nothing(tmp_pat
     found = [document for unit in source.units() for document in source.read(unit)]
     assert [document.text for document in found] == ["a", None, "z"]
     assert "symbolic links" in found[1].problem and source.left_out == {"without an ending": 1}
+
+
+@pytest.mark.parametrize("option", ["--out", "--input"])
+def test_an_empty_path_is_not_the_current_folder(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_texts(tmp_path / "in")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    paths = {"--input": str(tmp_path / "in"), "--out": str(tmp_path / "set"), option: ""}
+    words = [word for pair in paths.items() for word in pair]
+    with pytest.raises(SystemExit) as ended:
+        prepare("--source", "text", "--tokenizer", "bytes", *words)
+    assert ended.value.code == 2 and "the path is empty" in capsys.readouterr().err
+    assert not list((tmp_path / "here").iterdir())
