@@ -13,7 +13,8 @@ from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.mistakes import explain_errors, join_mistakes
 from kabrn_dist.utils.yaml_section import ConfigSection, read_mapping, set_value
 
-SourceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+# Names of shards begin with it, and a name of a file has 255 bytes at most.
+SourceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 OptionValue = str | int | float | bool | tuple[str, ...]
 
 _EXAMPLE_OVERRIDE = "key=value, e.g. sources.math.weight=2"

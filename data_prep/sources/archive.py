@@ -41,6 +41,7 @@ class Member(NamedTuple):
         start: first byte of the range to read.
         stop: byte after the range; −1: to the end.
         independent: whether damage to this member leaves the others readable.
+        bytes: its size as it is stored, which is lost if it is damaged.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Member(NamedTuple):
     start: int = 0
     stop: int = -1
     independent: bool = False
+    bytes: int = 0
 
 
 def open_members(
@@ -78,13 +80,13 @@ def open_members(
 def read_content(member: Member, limit: int = MAX_MEMBER_BYTES) -> bytes | Document:
     """Return all bytes of `member`, or a document with the problem: damaged, or larger than `limit` bytes."""
     if member.file is None:
-        return Document(member.name, None, problem=member.problem)
+        return _unreadable(member, member.problem)
     try:
         data = _read(member.file, limit)
     except READ_ERRORS as error:
         if not member.independent:
             raise
-        return Document(member.name, None, problem=describe_error(error))
+        return _unreadable(member, describe_error(error))
     if len(data) > limit:
         size = len(data) + _count_rest(member.file)
         return Document(member.name, None, problem=f"larger than {limit >> 20} MiB", lost_bytes=size)
@@ -107,7 +109,7 @@ def read_stretches(member: Member, limit: int = MAX_MEMBER_BYTES, size: int = ST
             between lines, words or characters.
     """
     if member.file is None:
-        yield Document(member.name, None, problem=member.problem)
+        yield _unreadable(member, member.problem)
         return
     try:
         content = _read(member.file, limit)
@@ -124,7 +126,7 @@ def read_stretches(member: Member, limit: int = MAX_MEMBER_BYTES, size: int = ST
     except READ_ERRORS as error:
         if not member.independent:
             raise
-        yield Document(member.name, None, problem=describe_error(error))
+        yield _unreadable(member, describe_error(error))
 
 
 def _stretch_end(content: bytes, size: int) -> int:
@@ -142,7 +144,7 @@ def _stretch_end(content: bytes, size: int) -> int:
 def read_lines(member: Member) -> Iterator[tuple[str, bytes] | Document]:
     """Yield (name, line with its end) for each line, or a document with the problem of a line or of the rest."""
     if member.file is None:
-        yield Document(member.name, None, problem=member.problem)
+        yield _unreadable(member, member.problem)
         return
     try:
         for offset, line in iterate_lines(member.file, member.start, member.stop):
@@ -154,7 +156,11 @@ def read_lines(member: Member) -> Iterator[tuple[str, bytes] | Document]:
     except READ_ERRORS as error:
         if not member.independent:
             raise
-        yield Document(member.name, None, problem=describe_error(error))
+        yield _unreadable(member, describe_error(error))
+
+
+def _unreadable(member: Member, problem: str) -> Document:
+    return Document(member.name, None, problem=problem, lost_bytes=member.bytes)
 
 
 def _count_rest(file: BinaryIO) -> int:
@@ -183,17 +189,17 @@ def _open_single(unit: Unit) -> Iterator[Member]:
 
 
 def _open_group(group: FileGroup, file_filter: FileFilter) -> Iterator[Member]:
-    for below, _ in walk_files(group.path, group.first, group.last, file_filter.skipped_folders, file_filter.out):
+    for below, size in walk_files(group.path, group.first, group.last, file_filter.skipped_folders, file_filter.out):
         name = f"{group.label}/{below}"
         if name.lower().endswith(ARCHIVES) or not file_filter.matches(name):
             continue
         try:
             file = open_stream(group.path / below)
         except READ_ERRORS as error:
-            yield Member(printable_name(name), None, describe_error(error))
+            yield Member(printable_name(name), None, describe_error(error), bytes=size)
             continue
         with file:
-            yield Member(printable_name(name), file, independent=True)
+            yield Member(printable_name(name), file, independent=True, bytes=size)
 
 
 class _Header(tarfile.TarInfo):
@@ -249,10 +255,10 @@ def _open_zip(path: Path, file_filter: FileFilter, seen: list[str], left_out: Co
             try:
                 member = _decompress_member(name, cast(BinaryIO, archive.open(info)))
             except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: encrypted
-                yield Member(name, None, describe_error(error), independent=True)
+                yield Member(name, None, describe_error(error), independent=True, bytes=info.compress_size)
                 continue
             with member:
-                yield Member(name, member, independent=True)
+                yield Member(name, member, independent=True, bytes=info.compress_size)
 
 
 def _check_begin(path: Path, members: list[zipfile.ZipInfo]) -> None:

@@ -177,7 +177,8 @@ def read_json_lines(member: Member) -> Iterator[tuple[str, dict[str, Any]] | Doc
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            yield Document(name, None, problem=f"not UTF-8: byte {line[error.start]:#04x} at {error.start}")
+            problem = f"not UTF-8: byte {line[error.start]:#04x} at {error.start}"
+            yield Document(name, None, problem=problem, lost_bytes=len(line))
             continue
         record = parse_json(name, text)
         if isinstance(record, dict):

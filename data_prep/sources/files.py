@@ -180,7 +180,7 @@ class _Walk(NamedTuple):
             parts = (*above, entry.name)
             if parts < self.first[: len(parts)] or (self.last is not None and parts > self.last[: len(parts)]):
                 continue
-            if entry.is_dir():
+            if _leads_to(entry.is_dir):
                 identity = _identity(Path(entry.path))
                 # A link to a folder above would lead round in circles, also by way of other links.
                 if entry.name in self.skipped or identity == self.out or identity in folders_above:
@@ -189,10 +189,18 @@ class _Walk(NamedTuple):
                 if depth > _MAX_LINKS:
                     raise UserError(f"input {entry.path}: {depth} links to folders in one path; remove some of them")
                 yield from self.walk(entry.path, parts, (*folders_above, identity), depth)
-            elif entry.is_file():
+            elif _leads_to(entry.is_file):
                 yield "/".join(parts), entry.stat().st_size
             else:
                 yield "/".join(parts), 0  # a broken link, pipe, socket or device: reading it reports that
+
+
+def _leads_to(is_kind: Callable[[], bool]) -> bool:
+    """Return whether an entry of a folder is of a kind; of none if it is a link to itself or into a closed folder."""
+    try:
+        return is_kind()
+    except OSError:
+        return False
 
 
 def _list_folder_units(

@@ -14,7 +14,7 @@ from kabrn_dist.analysis.table import print_table
 from kabrn_dist.metrics.moe import UNDERUSED, measure_balance
 from kabrn_dist.plots.experts import draw_history, draw_load, draw_violation
 from kabrn_dist.plots.figure import to_png
-from kabrn_dist.utils.atomic_io import atomic_write
+from kabrn_dist.utils.atomic_io import atomic_write, make_folder
 from kabrn_dist.utils.errors import UserError
 
 EXPERT_COLUMNS = (
@@ -89,7 +89,7 @@ def draw(log: ExpertLog, tail: ExpertLog, layer: int | None, folder: Path) -> It
         layer: Layer whose experts are drawn; None for the least balanced one of `tail`.
         folder: Folder to write to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     violation = measure_balance(log.load).violation
     if layer is None:
         layer = log.layers[int(measure_balance(tail.load).violation.mean(0).argmax())]

@@ -28,7 +28,7 @@ from kabrn_dist.model.experts.registry import function_range
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.plots.figure import draw_cells, to_png
 from kabrn_dist.plots.functions import draw_functions
-from kabrn_dist.utils.atomic_io import atomic_write
+from kabrn_dist.utils.atomic_io import atomic_write, make_folder
 from kabrn_dist.utils.errors import UserError
 
 POINTS = 121
@@ -202,7 +202,7 @@ def _matching(learned: LearnedFunctions, reaches: list[Reach] | None) -> list[Re
 
 
 def _draw(learned: LearnedFunctions, reaches: list[Reach] | None, folder: Path) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for curves in learned.curves:
         title = f"{learned.config.model.experts.type}: {curves.name}, step {learned.step}"
         figure = draw_functions(learned.points, curves.now, curves.start, learned.span, title)

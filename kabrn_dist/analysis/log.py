@@ -6,6 +6,7 @@ Shapes: S logged steps, L mixture layers, E routed experts, W ranks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from kabrn_dist.inference.folder import check_run_folder
 from kabrn_dist.metrics.writer import LOG_BYTES_LIMIT
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain
+
+COLUMNS = ("router_entropy", "bias_range", "dropped")
 
 
 class ExpertLog(NamedTuple):
@@ -43,7 +46,7 @@ class ExpertLog(NamedTuple):
 
     def last(self, steps: int) -> ExpertLog:
         """Return the log of the last `steps` logged steps."""
-        tail = slice(-steps, None)
+        tail = slice(-min(steps, len(self.steps)), None)
         load, entropy, bias_range, dropped = (
             part[tail] for part in (self.load, self.entropy, self.bias_range, self.dropped)
         )
@@ -59,7 +62,8 @@ def read_expert_log(folder: Path) -> ExpertLog:
     check_run_folder(folder, "log.jsonl")
     path = folder / "log.jsonl"
     text = read_plain(path, LOG_BYTES_LIMIT, follow_links=True).decode(errors="replace")
-    entries = [entry for entry in map(_parse, text.splitlines()) if "experts/load" in entry]
+    # What a crash or an editor has spoiled is passed over, as other lines tell the same.
+    entries = [entry for entry in map(_parse, text.splitlines()) if "experts/load" in entry and _is_whole(entry)]
     if not entries:
         raise UserError(
             f"{path}: no entry about experts: the model has no mixture layer, no step was logged, or an older "
@@ -69,9 +73,7 @@ def read_expert_log(folder: Path) -> ExpertLog:
     shape = torch.tensor(entries[-1]["experts/load"]).shape
     entries = [entry for entry in entries if torch.tensor(entry["experts/load"]).shape == shape]
     layers = [int(layer) for layer in entries[-1]["experts/layers"]]
-    entropy, bias_range, dropped = (
-        _column(entries, name, layers) for name in ("router_entropy", "bias_range", "dropped")
-    )
+    entropy, bias_range, dropped = (_column(entries, name, layers) for name in COLUMNS)
     load = torch.tensor([entry["experts/load"] for entry in entries], dtype=torch.float64)
     steps = [int(entry["step"]) for entry in entries]
     return ExpertLog(layers, steps, load, entropy, bias_range, dropped, [_traffic(entry) for entry in entries])
@@ -81,9 +83,24 @@ def _parse(line: str) -> dict[str, Any]:
     """The object in a line; empty for a line that a crash truncated."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    """Return whether an entry's loads are numbers of tokens, [L,E], with the L layers and the step that they are of."""
+    layers = entry.get("experts/layers")
+    try:
+        load = torch.tensor(entry["experts/load"], dtype=torch.float64)
+        columns = [float(entry.get(f"experts/{name}/layer_{layer}", 0.0)) for name in COLUMNS for layer in layers or ()]
+        _traffic(entry)
+    except (ValueError, TypeError, RuntimeError, KeyError, OverflowError):
+        return False
+    is_shaped = load.dim() == 2 and load.numel() > 0 and isinstance(layers, list) and len(layers) == len(load)
+    are_numbers = bool((load.isfinite() & (load >= 0)).all()) and all(map(math.isfinite, columns))
+    whole = (entry.get("step"), *layers) if isinstance(layers, list) else ()
+    return is_shaped and are_numbers and all(type(number) is int and 0 <= number < 2**50 for number in whole)
 
 
 def _column(entries: list[dict[str, Any]], name: str, layers: list[int]) -> Tensor:

@@ -13,7 +13,7 @@ from kabrn_dist.analysis.elementary import write_formula
 from kabrn_dist.analysis.functions import Curves, LearnedFunctions, read_functions
 from kabrn_dist.analysis.symbolic import Fit, fit_all
 from kabrn_dist.analysis.table import print_table
-from kabrn_dist.utils.atomic_io import atomic_write
+from kabrn_dist.utils.atomic_io import atomic_write, make_folder
 from kabrn_dist.utils.errors import UserError
 
 # Best fits of each function in the JSON file.
@@ -70,7 +70,7 @@ def report_symbolic(folder: Path, edges: int, layer: int | None, expert: int | N
     if len(named) > TABLE_ROWS:
         console.print(f"{len(named) - TABLE_ROWS} more are in symbolic.json; --layer and --expert choose")
     path = folder / "report" / "symbolic.json"
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     atomic_write(path, (json.dumps(_as_json(learned, named), indent=1, ensure_ascii=False) + "\n").encode())
     console.print(f"wrote {path}", soft_wrap=True)
 

@@ -20,7 +20,7 @@ from kabrn_dist.ops.weight_quant import absmean_quantize
 from kabrn_dist.plots.figure import to_png
 from kabrn_dist.plots.ternary_figure import TernaryFigure, make_ternary_figure
 from kabrn_dist.plots.weights import draw_weights
-from kabrn_dist.utils.atomic_io import atomic_write
+from kabrn_dist.utils.atomic_io import atomic_write, make_folder
 from kabrn_dist.utils.errors import UserError
 
 WEIGHT_COLUMNS = ("layer", "matrix", "shape", "−1 %", "zeros %", "+1 %", "margin", "scale", "changed %")
@@ -122,7 +122,7 @@ def _show(sums: TernaryStats, name: str, style: str, unit: float = 1.0) -> str:
 
 
 def _draw(matrices: list[Matrix], step: int, folder: Path) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for layer in dict.fromkeys(matrix.layer for matrix in matrices):
         figures = [matrix.figure for matrix in matrices if matrix.layer == layer]
         path = folder / f"weights_layer_{layer}.png"

@@ -81,6 +81,20 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def check_name(path: Path, step: int) -> None:
+    """Check that a checkpoint's name, if it is one that a save gives, says the step that its manifest says.
+
+    The order of checkpoints comes from their names: under a wrong one an old checkpoint would be resumed from as the
+    newest, or pruned as the oldest.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if NAME.fullmatch(path.name) and step_of(path) != step:
+        name = checkpoint_path(path.parent, step).name
+        raise UserError(f"{path}: is the checkpoint of step {step} by its manifest; rename the folder to {name}")
+
+
 def make_temporary(folder: Path, step: int) -> None:
     """Make the empty temporary folder of `step`, after removing those that crashed saves left.
 

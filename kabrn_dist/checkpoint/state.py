@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, JsonValue, NonNegativeInt, PositiveInt, ValidationError
 
 from kabrn_dist.checkpoint.manifest import Count, Manifest, ManifestRecord, Sha256, first_validation_error
+from kabrn_dist.config import ModelConfig
+from kabrn_dist.config.migrate import migrate
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.mistakes import explain_errors
 
 
 class CursorState(ManifestRecord):
@@ -83,3 +86,22 @@ def read_state(path: Path, manifest: Manifest) -> RunState:
             f"{path}: its state is of step {read.step}, its manifest of step {manifest.step}; use another checkpoint"
         )
     return read
+
+
+def read_model(path: Path, state: RunState) -> ModelConfig:
+    """Return the section `model` of the configuration in a checkpoint.
+
+    Args:
+        path: The checkpoint, for messages.
+        state: Its state.
+
+    Raises:
+        UserError: if the checkpoint's configuration describes no model.
+    """
+    try:
+        return ModelConfig.model_validate(migrate(dict(state.config)).get("model"))
+    except ValidationError as error:
+        mistakes = "; ".join(mistake.text for mistake in explain_errors(error, ModelConfig))
+    except UserError as error:
+        mistakes = str(error)
+    raise UserError(f"{path}: the configuration in its state cannot be used ({mistakes}); use another checkpoint")

@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 from pydantic import JsonValue
@@ -21,6 +21,7 @@ from pydantic import JsonValue
 from kabrn_dist.checkpoint.background import HostBuffers, PendingSave, Snapshot
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.layout import (
+    check_name,
     commit,
     list_checkpoints,
     list_links,
@@ -39,6 +40,7 @@ from kabrn_dist.checkpoint.manifest import (
 )
 from kabrn_dist.checkpoint.merge import make_rank_report, merge_reports
 from kabrn_dist.checkpoint.reader import check_headers, load_tensor, plan_reads, read_ranges
+from kabrn_dist.checkpoint.survey import Survey
 from kabrn_dist.checkpoint.writer import WrittenRange, write_rank_file
 from kabrn_dist.distributed.collectives import (
     Group,
@@ -57,18 +59,6 @@ __all__ = ["CheckpointStore", "load_tensor", "read_manifest"]
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-class Survey(NamedTuple):
-    """What a store's folder holds, as far down as the newest checkpoint that can be used.
-
-    Attributes:
-        path: the newest intact checkpoint; None if there is none.
-        faults: what is wrong with each newer one, by name.
-    """
-
-    path: Path | None
-    faults: dict[str, str]
 
 
 class CheckpointStore:
@@ -208,6 +198,7 @@ class CheckpointStore:
             UserError: on every rank if it is not intact.
         """
         manifest = run_on_all(self.group, read_manifest, path)
+        run_on_all(self.group, check_name, path, manifest.step)
         files = manifest.files[group_rank(self.group) :: group_size(self.group)]
         run_on_all(self.group, check_headers, path, manifest, files)
         if verify:

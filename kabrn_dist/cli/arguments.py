@@ -102,3 +102,14 @@ def _int_from(minimum: int, text: str) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
     return value
+
+
+def given_path(text: str) -> Path:
+    """Return the path that `text` names.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is empty, as a variable of a script is that was never set.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; give one, such as . for the current folder")
+    return Path(text)

@@ -15,6 +15,7 @@ import kabrn_dist
 from kabrn_dist.cli import config, export, generate, grow, inspect, plan, prepare, report, train
 from kabrn_dist.cli.parser import CommandParser
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.terminal import discard_output, is_stdout_full, open_closed_streams
 
 COMMANDS = (prepare, inspect, plan, train, generate, export, report, grow, config)
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or what the command defines; 2 after an error of the user, which is one line on stderr;
         130 after Ctrl-C; 141 if the reader of stdout has gone.
     """
+    open_closed_streams()
     _tolerate_terminals()
     try:
         try:
@@ -53,9 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stream.flush()
     except BrokenPipeError:
         # Whoever read the output, such as `head`, has seen enough. The interpreter's own flush must not fail again.
-        for stream in _streams():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        discard_output(sys.stdout, sys.stderr)
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if not is_stdout_full():
+            raise
+        print(f"error: stdout cannot be written to ({error.strerror}); make room for it", file=sys.stderr, flush=True)
+        discard_output(sys.stdout, sys.stderr)
+        return EXIT_USER_ERROR
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data_prep import DEFAULT_VOCAB_SIZE
-from kabrn_dist.cli.arguments import Subparsers, add_command, number, whole_number
+from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, number, whole_number
 
 DESCRIPTION = """Cleans documents as the recipe says, removes duplicates, shuffles the rest and writes tar shards with
 an index. The same input gives the same bytes. A command that was stopped or killed continues where it was when it is
@@ -33,8 +33,15 @@ def add_parser(subparsers: Subparsers) -> None:
     origin.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file with sources, cleaning and weights")
     origin.add_argument("--source", choices=("python-stdlib", "text"), help="a single source, which is not cleaned")
     add("--set", action="append", default=[], metavar="A.B=C", help="override a value of the recipe; may be repeated")
-    add("--out", type=Path, metavar="DIR", help="folder for the shards (default: the recipe's)")
-    add("--input", nargs="+", type=Path, default=[], metavar="PATH", help="for --source text: files or folders to read")
+    add("--out", type=given_path, metavar="DIR", help="folder for the shards (default: the recipe's)")
+    add(
+        "--input",
+        nargs="+",
+        type=given_path,
+        default=[],
+        metavar="PATH",
+        help="for --source text: files or folders to read",
+    )
     add("--field", metavar="KEY", help='for --source text: key of the text in a .jsonl line (default "text")')
     add(
         "--unit",

@@ -56,8 +56,8 @@ class DataState:
                 "data.epochs, or start a new run"
             )
         for key, before, now in (
-            ("seed", self.seed, current.seed),
-            ("sequence_length", self.sequence_length, current.sequence_length),
+            ("run.seed", self.seed, current.seed),
+            ("data.sequence_length", self.sequence_length, current.sequence_length),
         ):
             if before != now:
                 raise UserError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kabrn_dist.config import ModelConfig
+from kabrn_dist.config.model_changes import TRAINING_KEYS, flatten_model
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.utils.errors import UserError
 
@@ -37,15 +38,6 @@ GROWING_KEYS = {
     )
 }
 ROUTING_KEYS = {"experts.top_k", "router.score_func", "router.norm_topk_prob", "router.n_group", "router.topk_group"}
-# These affect training, not what the model computes.
-TRAINING_KEYS = {
-    "activation_checkpointing",
-    "retention.chunk_size",
-    *(
-        f"router.{key}"
-        for key in ("bias_update_rate", "seq_aux_loss_weight", "global_aux_loss_weight", "z_loss_weight", "jitter_eps")
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def make_growth_plan(old: ModelConfig, new: ModelConfig) -> GrowthPlan:
     Raises:
         UserError: if growing cannot do it, or not without changing the loss; names the key, both values and a remedy.
     """
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten_model(old), flatten_model(new)
     for key in FIXED_KEYS:
         _same(key, before[key], after[key])
     _check_functions(old, new)
@@ -219,13 +211,6 @@ def _same(key: str, then: Any, now: Any) -> None:
 
 def _differs(key: str, then: Any, now: Any) -> str:
     return f"model.{key} is {then} in the run to start from and {now} here"
-
-
-def _flatten(model: ModelConfig) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in model.model_dump(mode="json").items():
-        flat |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _join(numbers: Any) -> str:

@@ -7,6 +7,7 @@ Shapes: E experts, H hidden units, O outputs, I inputs, K coefficients of a func
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kabrn_dist.model.init import draw_normal
 from kabrn_dist.ops.grids import knot_insertion_matrix
+from kabrn_dist.utils.errors import UserError
 
 TENSOR_PARTS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -173,7 +175,19 @@ class ScratchTensors:
         self.folder, self.files = folder, 0
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Return a new fp32 tensor of zeros."""
+        """Return a new fp32 tensor of zeros.
+
+        Raises:
+            UserError: if the disk has no room for it.
+        """
         self.files += 1
-        file = str(self.folder / f"{self.files}")
-        return torch.from_file(file, shared=True, size=prod(shape), dtype=torch.float32).view(shape)
+        file, count = self.folder / f"{self.files}", prod(shape)
+        try:
+            with file.open("wb") as made:
+                # A mapped file on a full disk would end this process with SIGBUS when it is written to.
+                os.posix_fallocate(made.fileno(), 0, max(1, count * torch.float32.itemsize))
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be written ({error.strerror}); make room, or choose a run.folder on another disk"
+            ) from error
+        return torch.from_file(str(file), shared=True, size=count, dtype=torch.float32).view(shape)

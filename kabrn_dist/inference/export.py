@@ -10,6 +10,7 @@ tensor in memory: each goes from the checkpoint's fragments to the file in chunk
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from kabrn_dist.inference.load import list_shapes
+from kabrn_dist.inference.load import DATA_HASH, check_finite, list_shapes
 from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
@@ -153,24 +154,36 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
         fsync_folder(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{out}: cannot be written ({error.strerror}); make room or choose another folder"
-            ) from error
+        if isinstance(error, OSError | ValueError):
+            # ValueError: a NUL in the name.
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{out}: cannot be written ({reason}); make room or choose another folder") from error
         raise
 
 
 def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], stream: BinaryIO) -> None:
     header = {name: (export.stored_dtype(name), export.shapes[name]) for name in names}
-    metadata = {"format": "pt", "step": str(export.manifest.step), "tokenizer_sha256": export.tokenizer.sha256}
-    stream.write(encode_header(header, metadata))
+    metadata = {
+        "format": "pt",
+        "step": str(export.manifest.step),
+        "tokenizer_sha256": export.tokenizer.sha256,
+        "model": export.config.model.model_dump_json(),
+    }
+    # The hash of what follows is known at the end, and has the same length.
+    stream.write(encode_header(header, metadata | {DATA_HASH: "0" * 64}))
+    digest = hashlib.sha256()
     for name in names:
         total = prod(export.shapes[name])
         for start in range(0, total, CHUNK_ELEMENTS):
             values = torch.empty(min(CHUNK_ELEMENTS, total - start), dtype=export.stored_dtype(name))
             piece = Fragment(_name_in_checkpoint(name), export.shapes[name], start, values, owned=False)
             reader.read(plan_reads(export.path, export.manifest, [piece]))
-            stream.write(values.view(torch.uint8).numpy().data)
+            check_finite(export.path, name, values)
+            content = values.view(torch.uint8).numpy().data
+            digest.update(content)
+            stream.write(content)
+    stream.seek(0)
+    stream.write(encode_header(header, metadata | {DATA_HASH: digest.hexdigest()}))
 
 
 def _small_files(export: Export, name: str) -> dict[str, bytes]:

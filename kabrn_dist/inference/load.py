@@ -6,19 +6,22 @@ kabrn_dist/inference/export.py, which writes them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import TensorEntry, read_header, read_metadata
-from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.manifest import HASH_CHUNK_BYTES, SAFETENSORS_DTYPES, Manifest
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.checkpoint.store import CheckpointStore
-from kabrn_dist.config import Config
+from kabrn_dist.config import Config, ModelConfig
 from kabrn_dist.config.file import load_config
+from kabrn_dist.config.model_changes import describe_other_model
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
@@ -27,8 +30,10 @@ from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.safe_open import read_plain
+from kabrn_dist.utils.safe_open import open_plain, read_plain
 
+# Key of a file's metadata: sha256 of all that follows its header.
+DATA_HASH = "data_sha256"
 STEP_DIGITS = 19
 INDEX_BYTES_LIMIT = 16 * 2**20
 
@@ -75,6 +80,8 @@ def load_weights(model: MixKABRN, path: Path) -> Manifest:
     named |= model.routers.named()
     fragments = [Fragment(name, tuple(v.shape), 0, v.view(-1), owned=True) for name, v in named.items()]
     manifest = CheckpointStore(path.parent).load(path, fragments)
+    for name, parameter in model.named_parameters():
+        check_finite(path, name, parameter.detach())
     model.routers.step = manifest.step
     model.set_quantization(model.config.quantization_lambda(manifest.step))
     return manifest
@@ -97,7 +104,7 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[Gener
             f"{folder}/tokenizer.json has {tokenizer.vocab_size} tokens, model.vocab_size in config.yaml is "
             f"{config.model.vocab_size}: they are not of one export; copy the folder again"
         )
-    metadata = read_metadata(next(iter(_list_entries(folder).values()))[0])
+    metadata = _read_folder_metadata(folder)
     # Exports of earlier versions do not say which tokenizer they have.
     if metadata.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(
@@ -119,6 +126,7 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
         UserError: for files that are damaged or do not fit `config`, before memory is allocated for the model.
     """
     entries = _list_entries(folder)
+    _check_model(config, folder)
     expected = list_shapes(config)
     for name, shape in expected.items():
         actual = entries[name][1].shape if name in entries else "missing"
@@ -126,15 +134,69 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
             raise UserError(
                 f"{folder}: tensor {name!r} is {actual}, config.yaml asks for {shape}; export the run again"
             )
+        if not SAFETENSORS_DTYPES[entries[name][1].dtype].is_floating_point:
+            raise UserError(f"{folder}: tensor {name!r} is {entries[name][1].dtype}, no weights; export the run again")
+    for file in {file for file, _ in entries.values()}:
+        _verify_data(file)
     model = build_full_model(config, device)
     for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
         file, entry = entries[name]
         read_entries(file, [(entry, 0, prod(entry.shape), values.detach().view(-1))])
+        check_finite(file, name, values.detach())
     step = _read_step(next(iter(entries.values()))[0])
     if step is not None:
         model.routers.step = step
         model.set_quantization(config.model.quantization_lambda(step))
     return model
+
+
+def check_finite(origin: Path, name: str, values: Tensor) -> None:
+    """Check that the values of a tensor are finite: a model of others has no probabilities to draw from.
+
+    Raises:
+        UserError: if one is not.
+    """
+    if not bool(values.isfinite().all()):
+        raise UserError(f"{origin}: tensor {name!r} holds numbers that are not finite; use another one")
+
+
+def _check_model(config: Config, folder: Path) -> None:
+    """Check that config.yaml describes the model that was exported: other values may leave all shapes as they are."""
+    text = _read_folder_metadata(folder).get("model")
+    if text is None:
+        # Exports of earlier versions do not say.
+        return
+    try:
+        exported = ModelConfig.model_validate_json(text)
+    except ValueError:
+        # Of a newer version, or of a stranger: the shapes decide.
+        return
+    if differences := describe_other_model(exported, config.model):
+        raise UserError(f"{folder}/config.yaml: {differences}; restore the value that was trained, or copy it again")
+
+
+def _read_folder_metadata(folder: Path) -> dict[str, str]:
+    return read_metadata(next(iter(_list_entries(folder).values()))[0])
+
+
+def _verify_data(file: Path) -> None:
+    """Check the hash of a file's tensors. Exports of earlier versions have none."""
+    expected = read_metadata(file).get(DATA_HASH)
+    if expected is None:
+        return
+    digest = hashlib.sha256()
+    try:
+        with open_plain(file) as stream:
+            stream.seek(min(entry.start for entry in read_header(file).values()))
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); copy it again") from error
+    if digest.hexdigest() != expected:
+        raise UserError(
+            f"{file}: damaged or edited, the sha256 of its tensors is {digest.hexdigest()[:12]}… and its header says "
+            f"{expected[:12]}…; copy it again"
+        )
 
 
 def _read_step(file: Path) -> int | None:
@@ -159,4 +221,6 @@ def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{folder / WEIGHTS_INDEX_NAME}: {str(name)[:80]!r} is no file name; use another export")
         entries |= {key: (folder / name, entry) for key, entry in read_header(folder / name).items()}
+    if not entries:
+        raise UserError(f"{folder}: its files hold no tensor; copy it again")
     return entries

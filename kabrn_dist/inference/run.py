@@ -9,9 +9,11 @@ import torch
 
 from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints, step_of
 from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.state import read_model, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
+from kabrn_dist.config.model_changes import describe_other_model
 from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.data.remote import is_url, open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ class Run:
 
     Attributes:
         folder: The run's folder.
-        config: Its configuration, from config.yaml in the folder.
+        config: Its configuration, from config.yaml in the folder; the section `model` is that of the checkpoint.
         checkpoint: Folder of the chosen checkpoint, whose files match their hashes.
         manifest: The checkpoint's manifest.
     """
@@ -58,7 +60,7 @@ class Run:
         check_run_folder(folder, "config.yaml")
         config = load_config(folder / "config.yaml")
         path, manifest = find_checkpoint(folder, step)
-        return cls(folder, config, path, manifest)
+        return cls(folder, _as_trained(config, folder, path, manifest), path, manifest)
 
     @property
     def step(self) -> int:
@@ -135,6 +137,21 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[
     return run.model(device), tokenizer
 
 
+def _as_trained(config: Config, folder: Path, path: Path, manifest: Manifest) -> Config:
+    """Return a run's configuration with the model that the checkpoint was trained as.
+
+    Raises:
+        UserError: if config.yaml asks for another one, or the checkpoint's state cannot be used.
+    """
+    state = read_state(path, manifest)
+    model = read_model(path, state)
+    if differences := describe_other_model(model, config.model):
+        raise UserError(f"{folder}/config.yaml: {differences} ({path}); restore the value that was trained")
+    precision = state.precision if config.training.precision == "auto" else config.training.precision
+    training = config.training.model_copy(update={"precision": precision})
+    return config.model_copy(update={"model": model, "training": training})
+
+
 def find_checkpoint(folder: Path, step: int | None = None, group: Group = None) -> tuple[Path, Manifest]:
     """Return the folder and the manifest of a run's checkpoint after verifying the hashes of its files.
 
@@ -152,10 +169,16 @@ def find_checkpoint(folder: Path, step: int | None = None, group: Group = None) 
     store = CheckpointStore(folder / "checkpoints", group=group)
     if step is not None:
         run_on_all(group, _check_step, store.folder, step)
-    path = store.find_latest() if step is None else checkpoint_path(store.folder, step)
-    if path is None:
+        path = checkpoint_path(store.folder, step)
+        return path, store.check(path)
+    survey = store.survey()
+    if survey.path is None:
+        if survey.faults:
+            raise UserError(
+                f"{store.folder}: no intact checkpoint: {survey.explain()}; restore one of them, or train on"
+            )
         raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
-    return path, store.check(path, verify=step is not None)
+    return survey.path, store.check(survey.path, verify=False)
 
 
 def _check_step(checkpoints: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,10 +15,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kabrn_dist.metrics.writer import LogWriter
+from kabrn_dist.utils.terminal import discard_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+
+class _LastingConsole(Console):
+    """A console whose reader may go away: rich would end the process, and with it the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence: the log has all that the console shows."""
+        self.quiet = True
+        discard_output(sys.stdout)
 
 
 class MetricsLogger:
@@ -39,7 +50,7 @@ class MetricsLogger:
             return
         self._writer = LogWriter(folder, step)
         # A pipe or a file gets whole lines; only a terminal is folded to its width and gets the bar.
-        self._console = Console(width=None if Console().is_terminal else 200, highlight=False)
+        self._console = _LastingConsole(width=None if Console().is_terminal else 200, highlight=False)
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("step", total=steps, completed=step)

@@ -119,7 +119,7 @@ def _truncate_log(path: Path, step: int) -> None:
     """Drop what a lost session logged beyond the checkpoint that this one starts from."""
     if not path.exists():
         return
-    text = read_plain(path, LOG_BYTES_LIMIT, follow_links=True).decode(errors="replace")
+    text = read_plain(path, LOG_BYTES_LIMIT, follow_links=True, remedy="move it away").decode(errors="replace")
     kept = [line for line in text.splitlines() if _logged_step(line) <= step]
     atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -128,5 +128,5 @@ def _logged_step(line: str) -> float:
     try:
         entry: Any = json.loads(line)
         return float(entry["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

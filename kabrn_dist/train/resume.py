@@ -10,18 +10,15 @@ from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.sharded_state import sharded_state, sync_working_copy
 from kabrn_dist.checkpoint.layout import list_checkpoints, list_links
 from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
-from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_state
+from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_model, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import DataState
 from kabrn_dist.distributed.collectives import broadcast_json, run_on_all, run_on_main
 from kabrn_dist.inference.folder import list_neighbors
 from kabrn_dist.train.datasets import Datasets
-from kabrn_dist.train.resume_changes import describe_changes, read_model
+from kabrn_dist.train.resume_changes import describe_changes
 from kabrn_dist.utils.errors import UserError
-
-# A message names so many damaged checkpoints.
-SHOWN_FAULTS = 8
 
 
 class Progress(NamedTuple):
@@ -55,7 +52,8 @@ def choose_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
     """
     if resume not in ("auto", "must", "never"):
         return find_given(store, resume)
-    found, faults = store.survey(accept=check_state)
+    survey = store.survey(accept=check_state)
+    found, faults = survey
     if resume == "never" and (found is not None or faults):
         name = found.name if found is not None else next(iter(faults))
         raise UserError(
@@ -65,7 +63,7 @@ def choose_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
     if found is None and faults:
         raise UserError(
             f"{store.folder}: none of its checkpoints can be used, and a fresh start would replace them: "
-            f"{join_faults(faults)}; restore one of them, or set run.folder to another folder to start anew"
+            f"{survey.explain()}; restore one of them, or set run.folder to another folder to start anew"
         )
     if resume == "must" and found is None:
         raise UserError(f"--resume must: {store.folder} holds no intact checkpoint; use --resume auto")
@@ -91,10 +89,10 @@ def find_given(store: CheckpointStore, resume: str) -> Path:
         run_on_all(None, _check_exists, path, resume)
         check_state(path, store.check(path))
         return path
-    found, faults = CheckpointStore(Path(folder)).survey(accept=check_state)
-    if found is None:
-        raise UserError(f"--resume {resume}: no checkpoint in {folder} can be used: {join_faults(faults)}")
-    return found
+    survey = CheckpointStore(Path(folder)).survey(accept=check_state)
+    if survey.path is None:
+        raise UserError(f"--resume {resume}: no checkpoint in {folder} can be used: {survey.explain()}")
+    return survey.path
 
 
 def describe_resume(path: Path, config: Config) -> list[str]:
@@ -118,13 +116,6 @@ def check_state(path: Path, manifest: Manifest) -> None:
         UserError: if not.
     """
     read_model(path, read_state(path, manifest))
-
-
-def join_faults(faults: dict[str, str]) -> str:
-    """Return what is wrong with each checkpoint as one text; of many, the first ones."""
-    shown = [f"{name}: {fault}" for name, fault in list(faults.items())[:SHOWN_FAULTS]]
-    more = len(faults) - len(shown)
-    return " | ".join([*shown, f"and {more} more"] if more else shown)
 
 
 def _check_exists(path: Path, resume: str) -> None:

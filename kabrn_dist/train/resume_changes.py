@@ -7,35 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kabrn_dist.checkpoint.state import RunState
-from kabrn_dist.config import Config, ModelConfig, OptimizerConfig
+from kabrn_dist.checkpoint.state import RunState, read_model
+from kabrn_dist.config import Config, OptimizerConfig
 from kabrn_dist.config.migrate import migrate
-from kabrn_dist.grow.plan import TRAINING_KEYS
+from kabrn_dist.config.model_changes import FREE_MODEL_KEYS
 from kabrn_dist.train.schedule import learning_rate
 from kabrn_dist.utils.errors import UserError
-from kabrn_dist.utils.mistakes import explain_errors
-
-# Keys of the section `model` that may change within a run: they decide about training, not about the trained model.
-FREE_MODEL_KEYS = {f"model.{key}" for key in (*TRAINING_KEYS, "quantize_start_step", "quantize_warmup_steps")}
-
-
-def read_model(path: Path, state: RunState) -> ModelConfig:
-    """Return the section `model` of the configuration in a checkpoint.
-
-    Args:
-        path: the checkpoint, for messages.
-        state: its state.
-
-    Raises:
-        UserError: if the checkpoint's configuration describes no model.
-    """
-    try:
-        return ModelConfig.model_validate(migrate(dict(state.config)).get("model"))
-    except ValidationError as error:
-        mistakes = "; ".join(mistake.text for mistake in explain_errors(error, ModelConfig))
-    except UserError as error:
-        mistakes = str(error)
-    raise UserError(f"{path}: the configuration in its state cannot be used ({mistakes}); use another checkpoint")
 
 
 def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
@@ -56,7 +33,11 @@ def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
         for key, value in after.items()
         if key not in ("version", "run.folder") and key in before and before[key] != value
     ]
-    refused = [change for change in changed if change[0].startswith("model.") and change[0] not in FREE_MODEL_KEYS]
+    refused = [
+        change
+        for change in changed
+        if change[0].startswith("model.") and change[0].removeprefix("model.") not in FREE_MODEL_KEYS
+    ]
     if refused:
         told = ", ".join(
             f"{key} is {_show(then)} in the checkpoint and {_show(now)} here" for key, then, now in refused
@@ -67,6 +48,8 @@ def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
             "another folder to start anew"
         )
     lines = [f"changed since the checkpoint: {key} {_show(then)} → {_show(now)}" for key, then, now in changed]
+    if config.run.init_from is not None and any(key == "run.init_from" for key, _, _ in changed):
+        lines.append("run.init_from has no effect, as this run has begun; set run.folder to another folder to grow it")
     return lines + _describe_schedule(state, before, config)
 
 

@@ -6,6 +6,9 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
+# A larger one, such as a checkpoint of a stranger has, would overflow in the variance.
+_LARGEST_LOSS = 1e100
+
 
 class SpikeWindow:
     """The losses of the last good steps, in nats.
@@ -44,10 +47,11 @@ class SpikeWindow:
 
     def add(self, loss: float) -> None:
         """Add the loss of a good step."""
-        self.losses.append(loss)
+        self.losses.append(min(max(loss, -_LARGEST_LOSS), _LARGEST_LOSS))
 
     def restore(self, losses: Iterable[float], in_a_row: int) -> None:
         """Continue from a checkpoint's state."""
         self.losses.clear()
-        self.losses.extend(losses)
+        for loss in losses:
+            self.add(loss)
         self.in_a_row = in_a_row

@@ -1,4 +1,4 @@
-"""Requests to stop a run: signals, the file STOP, a time limit. The ranks exchange them and act together."""
+"""Requests to stop a run: signals, the file STOP, a time limit, a lost launcher. The ranks exchange them and agree."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from kabrn_dist.train.launcher_watch import LauncherWatch
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # File systems keep times less exactly than the clock does.
 LEFTOVER_SECONDS = 0.05
@@ -18,7 +20,7 @@ ECHO_SECONDS = 3.0
 
 
 class StopRequests:
-    """Listens for a signal of `SIGNALS` to this rank; on one rank also for a file `STOP` and the time limit.
+    """Listens for a signal of `SIGNALS` to this rank, a lost launcher; on one rank also a file `STOP` and a time limit.
 
     Args:
         folder: the run's folder.
@@ -32,6 +34,7 @@ class StopRequests:
         self.is_main, self.max_minutes = is_main, max_minutes
         self._end = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         self._signal, self._signaled_at = "", 0.0
+        self._launcher = LauncherWatch()
 
     def requested(self) -> bool:
         """Return True if this rank has received a stop request. Not synchronized: other ranks may answer otherwise."""
@@ -41,6 +44,8 @@ class StopRequests:
         """Return what has asked this rank to stop, as a message has it; empty if nothing has."""
         if self._signal:
             return self._signal
+        if self._launcher.is_gone():
+            return "the end of its launcher"
         if self.is_main and time.monotonic() >= self._end:
             return f"run.max_minutes {self.max_minutes:g}"
         return f"the file {self.file}" if self.is_main and self.file.exists() else ""

@@ -48,6 +48,18 @@ def atomic_write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for results, with those above it, unless it is there.
+
+    Raises:
+        UserError: if the disk refuses, or something else is in its place.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); choose a folder you can write to") from error
+
+
 @contextmanager
 def durable_open(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing and fsync it when the block ends without error; a crash may leave a part of it.

@@ -31,6 +31,7 @@ from kabrn_dist.model.moe import MixtureOfExperts
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
 from kabrn_dist.ops.weight_quant import absmean_quantize
 from launch.report import main
+from tests.checkpoint.test_store import reseal
 from tests.support.runs import make_shards, run_command, torchrun_command, write_small_config
 
 # Layer 0 is dense, layers 1 and 2 are mixtures, their experts spread over two ranks.
@@ -203,6 +204,9 @@ def test_a_run_without_ternary_weights_is_named(copied: Path, capsys: pytest.Cap
     tree = yaml.safe_load((copied / "config.yaml").read_text())
     tree["model"]["quantize"] = False
     (copied / "config.yaml").write_text(yaml.safe_dump(tree))
+    # The checkpoint must say the same: the model is taken from there.
+    for path in (copied / "checkpoints").glob("step-*"):
+        reseal(path, lambda manifest: manifest["state"].update(config=tree))
     assert "model.quantize is false" in refusal(capsys, "weights", "--run", copied)
 
 

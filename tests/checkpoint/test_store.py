@@ -164,6 +164,18 @@ def test_find_passes_over_damage_loudly(
     assert "step-00000002" in caplog.text and name in caplog.text
 
 
+def test_a_name_that_says_another_step_is_passed_over(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert all(store.save(step, constant(step), {}) for step in (1, 2))
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000009")
+    found, faults = store.survey()
+    assert found == tmp_path / "step-00000002"
+    assert list(faults) == ["step-00000009"] and "rename the folder to step-00000001" in faults["step-00000009"]
+    # A copy elsewhere, under a name that says no step, is as good as the original.
+    shutil.copytree(tmp_path / "step-00000009", tmp_path / "copy")
+    assert store.check(tmp_path / "copy").step == 1
+
+
 def test_prune_leftovers_replace_and_supersede(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path, keep_last=2, keep_every=4)
     (tmp_path / "step-00000002.tmp").mkdir()

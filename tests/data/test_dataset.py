@@ -143,10 +143,10 @@ def test_a_cursor_goes_on_with_the_same_stream_only(folder: Path, tmp_path: Path
     state = DataState(**asdict(batches.state(48)))
     state.check(batches)
     for changed, expected in (
-        (replace(state, seed=6), "seed: the checkpoint has 6, the run 5; set seed to 6"),
+        (replace(state, seed=6), "run.seed: the checkpoint has 6, the run 5; set run.seed to 6"),
         (
             replace(state, sequence_length=32),
-            "sequence_length: the checkpoint has 32, the run 64; set sequence_length to 32",
+            "data.sequence_length: the checkpoint has 32, the run 64; set data.sequence_length to 32",
         ),
         (replace(state, fingerprint="f" * 64), "trained on data ffffffffffff, the run has"),
     ):

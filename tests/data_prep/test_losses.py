@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -172,6 +174,28 @@ def test_what_could_not_be_read_counts_in_the_size(tmp_path: Path, capsys: pytes
     root = data.write_folder(tmp_path / "in", {"a.txt": "some words", "b.txt": bytes(150_000)})
     assert prepare("--input", root, "--out", tmp_path / "set") == 2
     assert "2 documents, 0.2 MB; kept 1; removed 1 unreadable, 0.1 MB (first: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", ["a.txt.gz", "a.jsonl.gz", "a.zip", "a.jsonl"])
+def test_the_bytes_of_a_damaged_file_count_as_lost(
+    damaged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = random.Random(1).randbytes(20_000)
+    content = gzip.compress(noise.hex().encode())[:-2000]
+    if damaged == "a.zip":
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.txt", noise.hex())
+        content = packed.getvalue().replace(packed.getvalue()[500:600], b"x" * 100)
+    elif damaged == "a.jsonl":
+        content = noise.replace(b"\n", b"-")
+    texts = {f"{number}.txt": f"a small text of the number {number}" for number in range(12)}
+    data.write_folder(tmp_path / "in", {**texts, damaged: content})
+    # One of 13 documents, but most of the bytes.
+    assert prepare("--input", tmp_path / "in", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "1 of 13 documents cannot be read" in error
+    assert re.search(r", [1-9][0-9,]* bytes of ", error), error
 
 
 def test_one_document_per_line_is_offered_on_the_command_line(tmp_path: Path) -> None:

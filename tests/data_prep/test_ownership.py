@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_prep.sources.build import build_source
 from data_prep.sources.files import walk_files
 from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.utils.errors import UserError
@@ -136,3 +137,29 @@ def test_circles_among_links_end(tmp_path: Path) -> None:
             os.symlink(tmp_path / "many" / str(other), tmp_path / "many" / str(name) / f"to-{other}")
     with pytest.raises(UserError, match="links to folders in one path"):
         list(walk_files(tmp_path / "many"))
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read_and_ends_nothing(tmp_path: Path) -> None:
+    data.write_folder(tmp_path, {"a.txt": "a", "z.txt": "z"})
+    os.symlink("loop.txt", tmp_path / "loop.txt")
+    os.symlink("round", tmp_path / "round")
+    assert list(walk_files(tmp_path)) == [("a.txt", 1), ("loop.txt", 0), ("round", 0), ("z.txt", 1)]
+    source = build_source("text", [tmp_path], {})
+    found = [document for unit in source.units() for document in source.read(unit)]
+    assert [document.text for document in found] == ["a", None, "z"]
+    assert "symbolic links" in found[1].problem and source.left_out == {"without an ending": 1}
+
+
+@pytest.mark.parametrize("option", ["--out", "--input"])
+def test_an_empty_path_is_not_the_current_folder(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_texts(tmp_path / "in")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    paths = {"--input": str(tmp_path / "in"), "--out": str(tmp_path / "set"), option: ""}
+    words = [word for pair in paths.items() for word in pair]
+    with pytest.raises(SystemExit) as ended:
+        prepare("--source", "text", "--tokenizer", "bytes", *words)
+    assert ended.value.code == 2 and "the path is empty" in capsys.readouterr().err
+    assert not list((tmp_path / "here").iterdir())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
 from data_prep import workers
+from data_prep.__main__ import main
+from tests.support import corpora as data
 
 
 @pytest.mark.parametrize("unread", [b"", b"a text that rank 0 has not read\n"])
@@ -20,3 +23,19 @@ def test_a_worker_ends_with_rank_0(unread: bytes, monkeypatch: pytest.MonkeyPatc
     # With something unread in it, closing resets the connection, as the end of a process does.
     rank_0.close()
     assert ended.wait(10) and worker.rank == 1
+
+
+@pytest.mark.slow
+def test_workers_see_the_recipe_of_the_command_line_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without any option: defaults must not change their types on the way."""
+    data.write_folder(tmp_path / "in", {f"{number}.txt": f"a text of the number {number}" for number in range(30)})
+    command = ["--source", "text", "--input", str(tmp_path / "in"), "--tokenizer", "bytes"]
+    for folder, count in (("one", 1), ("two", 2)):
+        assert main([*command, "--workers", str(count), "--out", str(tmp_path / folder)]) == 0
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.tar")} for name in ("one", "two"))
+    assert one == two and one
+    # What another number of workers has finished is finished.
+    assert main([*command, "--workers", "1", "--out", str(tmp_path / "two")]) == 0
+    assert "nothing to do" in capsys.readouterr().out

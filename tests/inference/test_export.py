@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from kabrn_dist.inference.run import Run
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 from launch.export import main
+from tests.checkpoint.test_store import reseal
 from tests.support.runs import ROOT, make_shards, run_command, torchrun_command, write_small_config
 
 CHANGES: dict[str, Any] = {
@@ -103,6 +107,71 @@ def test_a_run_in_half_precision_is_read_as_its_working_copies(trained: Path, tm
         assert torch.equal(ours, master if fine else master.bfloat16().float()), name
 
 
+@pytest.mark.parametrize(
+    ("written", "edited", "words"),
+    [
+        ("layers: RR", "layers: RA", "model.layers is RA, and RR in what was trained"),
+        ("top_k: 2", "top_k: 1", "model.experts.top_k is 1, and 2"),
+        ("score_func: sigmoid", "score_func: softmax", "model.router.score_func"),
+    ],
+)
+def test_a_configuration_edited_by_hand_makes_no_other_model(
+    written: str, edited: str, words: str, trained: Path, tmp_path: Path
+) -> None:
+    """These keep all shapes, so the weights would load and say nonsense."""
+    shutil.copytree(trained, tmp_path / "run")
+    write_export(plan_export(trained), tmp_path / "out")
+    for folder in ("run", "out"):
+        config = tmp_path / folder / "config.yaml"
+        assert written in config.read_text()
+        config.write_text(config.read_text().replace(written, edited))
+    for open_edited in (
+        lambda: Run.open(tmp_path / "run"),
+        lambda: plan_export(tmp_path / "run"),
+        lambda: load_export(tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            open_edited()
+
+
+def test_what_only_training_needs_may_be_edited(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text().replace("quantize_warmup_steps: 2", "quantize_warmup_steps: 1")
+    config.write_text(text.replace("precision: fp32", "precision: auto"))
+    run, reference = Run.open(tmp_path / "run", 1), Run.open(trained, 1)
+    assert torch.equal(logits(run.model()), logits(reference.model()))
+    write_export(plan_export(tmp_path / "run", step=1), tmp_path / "out")
+    assert torch.equal(logits(load_export(tmp_path / "out")[0]), logits(reference.model()))
+
+
+def _replace_hashes(hashes: dict[str, str], manifest: dict[str, Any]) -> None:
+    for file in manifest["files"]:
+        file["sha256"] = hashes[file["name"]]
+
+
+def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(trained: Path, tmp_path: Path) -> None:
+    write_export(plan_export(trained), tmp_path / "out")
+    weights, values = tmp_path / "out" / "model.safetensors", load_file(tmp_path / "out" / "model.safetensors")
+    values["embedding.weight"][3, 1] = float("nan")
+    save_file(values, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"'embedding\.weight' holds numbers that are not finite"):
+        load_export(tmp_path / "out")
+    run = shutil.copytree(trained, tmp_path / "run")
+    for path in (run / "checkpoints").glob("step-*"):
+        hashes = {}
+        for file in path.glob("*.safetensors"):
+            content = file.read_bytes()
+            first = 8 + int.from_bytes(content[:8], "little")
+            file.write_bytes(content[:first] + b"\xff" * (len(content) - first))
+            hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        reseal(path, partial(_replace_hashes, hashes))
+    for read in (lambda: Run.open(run).model(), lambda: write_export(plan_export(run), tmp_path / "none")):
+        with pytest.raises(UserError, match="holds numbers that are not finite"):
+            read()
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_has_its_tokenizer_with_it(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shards may be elsewhere, as seen from another folder."""
     shutil.copytree(trained, tmp_path / "run")
@@ -178,7 +247,7 @@ def test_refusals_leave_nothing_behind(
     (tmp_path / "elsewhere").rename(out / "tokenizer.json")
     config = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(config.replace("hidden_size: 32", "hidden_size: 1000000"))
-    with pytest.raises(UserError, match=r"config\.yaml asks for"):
+    with pytest.raises(UserError, match=r"config\.yaml: model\.hidden_size is 1000000, and 32 in what was trained"):
         load_export(out)
     (out / "config.yaml").write_text(config)
     (out / "model.safetensors").rename(out / "model.bin")

@@ -249,6 +249,14 @@ def test_spikes_are_skipped_alike_after_a_resume(shards: Path, tmp_path: Path) -
     assert states[0]["updates"] == 18 - skipped and len(read_losses(folders[0])) == 18
 
 
+def test_a_window_of_absurd_losses_has_a_limit() -> None:
+    # A checkpoint may come from a stranger, and JSON holds numbers whose sum or square overflows.
+    for losses in ([1e308] * 8, [-1e308, 1e308] * 4, [1e200, 1.0] * 4):
+        window = SpikeWindow(8, 3.0, patience=3)
+        window.restore(losses, 0)
+        assert math.isfinite(window.limit()) and not window.is_spike(5.0)
+
+
 def test_the_limit_of_a_spike_and_a_new_level() -> None:
     window = SpikeWindow(8, 3.0, patience=3)
     losses = [2.0 + 0.1 * math.sin(n) for n in range(20)]

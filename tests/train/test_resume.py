@@ -184,6 +184,14 @@ def test_changes_that_a_resume_may_make_are_told(run: Path) -> None:
     assert load_config(run / "config.yaml").training.steps == 6 and Run.open(run).step == 6
 
 
+def test_growing_into_a_run_that_has_begun_is_named_as_without_effect(finished: Path) -> None:
+    checkpoint = finished / "checkpoints" / "step-00000004"
+    lines = describe_resume(checkpoint, load_config(finished.parent / "c.yaml", ["run.init_from=runs/other"]))
+    assert "changed since the checkpoint: run.init_from null → runs/other" in lines
+    assert any(line.startswith("run.init_from has no effect, as this run has begun") for line in lines)
+    assert not any("init_from" in line for line in describe_resume(checkpoint, load_config(finished.parent / "c.yaml")))
+
+
 def test_a_run_that_is_longer_than_asked_for_is_finished(run: Path) -> None:
     for _ in range(2):
         result = resume(run, "training.steps=3", "guard.stop_exit_code=75")
