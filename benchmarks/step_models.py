@@ -245,7 +245,8 @@ def make_mixtral(case: Case) -> TorchTrainee | str:
         least = sum(p.numel() for p in MixtralForCausalLM(settings(1)).parameters())
     # Of the experts that a token does not visit and of the embedding, one row.
     least -= per_channel * (case.experts - case.top_k) + (VOCABULARY - 1) * case.width
-    hidden = 1 + round((case.count().active - least) / (per_channel * case.top_k))
+    # torch's grouped products want strides of whole 16 bytes.
+    hidden = 16 * max(1, round((case.count().active - least) / (16 * per_channel * case.top_k)))
     model = MixtralForCausalLM(settings(hidden))
     return TorchTrainee(model, _mixtral_loss, case, least + per_channel * case.top_k * (hidden - 1))
 

@@ -60,24 +60,6 @@ def bitlinear_unscaled(
     return _multiply(x, weight, rows_per_matrix, lam, False)
 
 
-def bitlinear_shared(x: Quantized, weights: Sequence[TernaryMatrices]) -> list[Tensor]:
-    """Multiply the same rows by several matrices; backward reads the rows once and sums their gradient unrounded.
-
-    Args:
-        x: codes [N,I] and scale [N,1].
-        weights: one matrix [1,O,I] each.
-
-    Returns:
-        [N,O] for each matrix, in the dtype of the codes.
-    """
-    rows_per_matrix = (len(x.codes),)
-    if any(weight.packed is None for weight in weights):
-        return [bitlinear(x, weight, rows_per_matrix) for weight in weights]
-    int8_codes = x.int8_codes if x.int8_codes is not None else x.codes.detach().to(torch.int8)
-    latents = [weight.latents for weight in weights]
-    return list(_SharedProduct.apply(x.codes, x.scale, int8_codes, tuple(weights), *latents))
-
-
 def bitlinear_naive(x: Quantized, weight: Tensor, rows_per_matrix: Sequence[int], lam: float = 1.0) -> Tensor:
     """Compute `bitlinear` by definition: dequantize both sides, multiply, let autograd differentiate.
 
@@ -157,46 +139,6 @@ class _Product(torch.autograd.Function):
             signs = unpack(packed, ctx.shape, compute_dtype)
             grad_codes = grouped_mm(grad, signs.transpose(1, 2), rows_per_matrix).to(dtype)
         return grad_codes, None, None, grad_weight, None, None, None
-
-
-class _SharedProduct(torch.autograd.Function):
-    """The scaled products of the same rows and several matrices."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        codes: Tensor,
-        scale: Tensor,
-        int8_codes: Tensor,
-        weights: tuple[TernaryMatrices, ...],
-        *latents: Tensor,
-    ) -> tuple[Tensor, ...]:
-        rows_per_matrix, kept, results = (len(codes),), [], []
-        for weight in weights:
-            factor, columns = _split_scales(scale, weight, rows_per_matrix)
-            product = _integer_product(codes, int8_codes, weight, rows_per_matrix)
-            results.append(_scale(product, factor, columns, rows_per_matrix, codes.dtype))
-            kept += [weight.packed, weight.gamma, factor]
-        ctx.save_for_backward(int8_codes, *kept)
-        ctx.shapes = [tuple(latent.shape) for latent in latents]
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        int8_codes, *kept = ctx.saved_tensors
-        dtype, rows_per_matrix = grads[0].dtype, (len(int8_codes),)
-        compute_dtype = matmul_dtype(int8_codes.device.type, dtype)
-        rows = cast_codes(int8_codes, compute_dtype)
-        grad_codes, grad_weights = None, []
-        for number, (grad, shape) in enumerate(zip(grads, ctx.shapes, strict=True)):
-            packed, gamma, factor = kept[3 * number : 3 * number + 3]
-            scaled = scale_rows(grad.contiguous(), factor, compute_dtype)
-            wanted = ctx.needs_input_grad[4 + number]
-            grad_weights.append(_weight_grad(scaled, rows, gamma, rows_per_matrix, dtype) if wanted else None)
-            if ctx.needs_input_grad[0]:
-                factors = _with_columns(scaled, gamma, rows_per_matrix), unpack(packed, shape, compute_dtype)[0]
-                grad_codes = torch.mm(*factors) if grad_codes is None else grad_codes.addmm_(*factors)
-        return None if grad_codes is None else grad_codes.to(dtype), None, None, None, *grad_weights
 
 
 def _split_scales(

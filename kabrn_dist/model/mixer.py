@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kabrn_dist.config import RetentionConfig
-from kabrn_dist.model.bitlinear import BitLinear, bitlinear_shared
+from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.short_conv import ShortConv, last_inputs, preceding_inputs
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
 from kabrn_dist.ops.gate import gated
@@ -111,10 +111,11 @@ class MixerInputs(nn.Module):
         if self.convolution is not None:
             x = self.convolution(x, before, positions)
         quantized = normalize_quantize(x, self.query.lam)
-        matrices = [each.matrices("weight") for each in (self.query, self.key, self.value, self.gate)]
-        *projected, gate = (each.view(*x.shape[:-1], -1) for each in bitlinear_shared(quantized.rows(), matrices))
-        q, k, v = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in projected)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
+        q, k, v = (
+            matrix(quantized).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for matrix in (self.query, self.key, self.value)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, self.gate(quantized)
 
 
 class MixerOutput(nn.Module):
@@ -137,10 +138,10 @@ class MixerOutput(nn.Module):
 
     def forward(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """Return the mixer's output [B,T,D] of mixed values [B,H,T,V] and a gate [B,T,H·V]."""
-        heads, shape = norm_heads(mixed, self.eps), gate.shape
-        ones = heads.new_ones(heads[..., 0].numel(), 1, dtype=torch.promote_types(heads.dtype, torch.float32))
-        values, gates = (Quantized(each.reshape(len(ones), -1), ones) for each in (heads, gate))
-        return self.out(gated(gates, values, self.out.lam)).view(*shape[:-1], -1)
+        heads = norm_heads(mixed, self.eps)
+        ones = heads.new_ones(*heads.shape[:-1], 1, dtype=torch.promote_types(heads.dtype, torch.float32))
+        gates, values = (Quantized(each, ones).rows() for each in (gate, heads))
+        return self.out(gated(gates, values, self.out.lam).shaped(heads.shape[:-1]))
 
 
 class Mixer(nn.Module, ABC):

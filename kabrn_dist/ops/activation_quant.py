@@ -37,6 +37,10 @@ class Quantized(NamedTuple):
         """Return the same values as rows [N,I]."""
         return Quantized(*(None if part is None else part.reshape(-1, part.shape[-1]) for part in self))  # type: ignore[arg-type]
 
+    def shaped(self, leading: torch.Size) -> Quantized:
+        """Return the same values with other leading dimensions in place of the rows'."""
+        return Quantized(*(None if part is None else part.view(*leading, part.shape[-1]) for part in self))  # type: ignore[arg-type]
+
     def repeat(self, times: int) -> Quantized:
         """Return the rows [N,I] `times` times, one copy below the other."""
         return Quantized(*(None if part is None else part.repeat(times, 1) for part in self))  # type: ignore[arg-type]

@@ -13,7 +13,6 @@ from kabrn_dist.model.bitlinear import (
     BitLinear,
     bitlinear,
     bitlinear_naive,
-    bitlinear_shared,
     bitlinear_unscaled,
 )
 from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize, quantize, rms_norm
@@ -366,30 +365,3 @@ def test_experts_ask_for_few_numbers_of_rows_in_half_precision() -> None:
     assert all(n <= count <= max(n + 31, 1.07 * n) for n, count in enumerate(counts, 1))
     assert len(set(counts)) <= 120
     assert [_common_count(n, wide) for n in (1, 33, 999)] == [1, 33, 999]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("group", [None, 10])
-@pytest.mark.parametrize("share", [1.0, 0.0])
-def test_matrices_that_share_rows_give_what_each_alone_gives(
-    share: float, group: int | None, dtype: torch.dtype
-) -> None:
-    torch.manual_seed(0)
-    x = quantize(torch.randn(37, 24).to(dtype), bool(share))
-    latents = [(torch.randn(1, outputs, 24) * 0.1).to(dtype) for outputs in (16, 33, 1)]
-    noise = [torch.randn(37, each.shape[1]).to(dtype) for each in latents]
-
-    def gradients(shared: bool) -> list[Tensor]:
-        codes = x.codes.clone().requires_grad_()
-        leaves = [each.clone().requires_grad_() for each in latents]
-        weights, rows = [ternarize(leaf, share, group) for leaf in leaves], x._replace(codes=codes)
-        outs = bitlinear_shared(rows, weights) if shared else [bitlinear(rows, weight, (37,)) for weight in weights]
-        total = sum((out * part).sum() for out, part in zip(outs, noise, strict=True))
-        assert isinstance(total, Tensor)
-        return [*(out.detach() for out in outs), *torch.autograd.grad(total, (codes, *leaves))]
-
-    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
-    for number, (mine, alone) in enumerate(zip(gradients(True), gradients(False), strict=True)):
-        assert mine.dtype == alone.dtype == dtype
-        # Only the gradient of the rows is summed in another order.
-        assert float((mine - alone).norm()) <= (limit * float(alone.norm()) if number == 3 else 0)
