@@ -45,7 +45,7 @@ def read_shard(path: Path) -> None:
     place = path.with_name("set") / index.sources[0].train.shards[0].name
     place.unlink()
     original.rename(place)
-    TokenStream(shards, index.sources[0], "train").read(0, 5)
+    TokenStream([(shards, index.sources[0])], "train").read(0, 5)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
