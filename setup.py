@@ -26,7 +26,6 @@ setup(
         "torch>=2.8",  # tensors, autograd, process groups
         "deepspeed==0.19.8",  # ZeRO, fp16 and bf16 training, the launcher of --processes
         "fairscale>=0.4.13",  # activation checkpointing and offloading: model.activation_checkpointing
-        "webdataset>=1.0",  # writes the tar shards
         "tensorboard>=2.16",  # metrics of a run
         "pyyaml>=6",  # configurations and recipes
         "pydantic>=2.7",  # their validation, and that of manifests and indexes
@@ -58,6 +57,7 @@ setup(
             "safetensors>=0.4.3",
             "scipy",
             "types-PyYAML",
+            "webdataset>=1.0",
         ],
     },
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import webdataset
 
 from kabrn_dist.data.index import Dtype, Shard
 from kabrn_dist.utils.atomic_io import atomic_open, sha256_of
@@ -45,18 +45,15 @@ def write_tar_shard(path: Path, documents: Iterable[TokenizedDocument], dtype: D
     """
     little_endian = np.dtype(dtype).newbyteorder("<")
     count = 0
-    # Fixed time and owner: the tar depends only on the documents.
-    with (
-        atomic_open(path) as file,
-        webdataset.TarWriter(file, encoder=False, mtime=0, user="kabrn", group="kabrn") as tar,
-    ):
+    # Not by webdataset's writer, whose import brings torch: seconds of each worker's start.
+    with atomic_open(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(_blocks(documents)):
             lengths = np.array([len(document.tokens) for document in block], "<u4")
             tokens = np.concatenate([document.tokens for document in block]).astype(little_endian)
-            key = f"{number:06d}"
-            # Two calls, because each sorts its members by name: the order must be len, use, tok.
-            tar.write({"__key__": key, "len": lengths.tobytes(), **({"use": _pack_masks(block)} if masked else {})})
-            tar.write({"__key__": key, "tok": tokens.tobytes()})
+            _add_member(tar, f"{number:06d}.len", lengths.tobytes())
+            if masked:
+                _add_member(tar, f"{number:06d}.use", _pack_masks(block))
+            _add_member(tar, f"{number:06d}.tok", tokens.tobytes())
             count += len(block)
     return _describe_shard(path, count, little_endian.itemsize)
 
@@ -107,6 +104,13 @@ def _blocks(documents: Iterable[TokenizedDocument]) -> Iterator[list[TokenizedDo
             block, tokens = [], 0
     if block:
         yield block
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a member of fixed time and owner, so that the tar depends only on the documents."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = len(content), 0o444, "kabrn", "kabrn"
+    tar.addfile(member, io.BytesIO(content))
 
 
 def _pack_masks(block: Sequence[TokenizedDocument]) -> bytes:

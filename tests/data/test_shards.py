@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,19 @@ def test_plain_webdataset_reads_the_shards(folder: Path) -> None:
     read = np.concatenate([np.frombuffer(sample["tok"], "<u2") for sample in samples])
     assert np.array_equal(read, stream_naive(folder, index, "train", "random"))
     assert sum(len(sample["len"]) // 4 for sample in samples) == index.sources[0].train.documents
+
+
+@pytest.mark.parametrize("name", ["random", "more"])
+def test_shards_are_what_webdataset_writes(folder: Path, tmp_path: Path, name: str) -> None:
+    for shard in read_index(folder).source(name).train.shards:
+        with (
+            tarfile.open(folder / shard.name) as members,
+            webdataset.TarWriter(str(tmp_path / "its.tar"), encoder=False, mtime=0, user="kabrn", group="kabrn") as its,
+        ):
+            for member in members:
+                key, suffix = member.name.split(".")
+                its.write({"__key__": key, suffix: members.extractfile(member).read()})  # type: ignore[union-attr]
+        assert (tmp_path / "its.tar").read_bytes() == (folder / shard.name).read_bytes()
 
 
 def test_more_shards_than_open_files(tmp_path: Path) -> None:
