@@ -107,13 +107,26 @@ class WorkerGroup:
         """
         self.on_all(lambda: self._run_tasks(lock_folder, stage, tasks, function))
 
+    def claim_task(self, lock_folder: Path, stage: str, number: int) -> bool:
+        """Return whether a task of a stage is this worker's to do, ahead of `map_tasks`, which then passes it over.
+
+        Args:
+            lock_folder: as for `map_tasks`.
+            stage: as for `map_tasks`.
+            number: place of the task in the list of `map_tasks`.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        return self.world == 1 or _lock_task(lock_folder / f"{stage}-{number}")
+
     def _run_tasks(
         self, lock_folder: Path, stage: str, tasks: Sequence[Task], function: Callable[[Task], None]
     ) -> None:
         for number, task in enumerate(tasks):
             if (lock_folder / _STOP).exists():
                 return
-            if self.world > 1 and not _lock_task(lock_folder / f"{stage}-{number}"):
+            if not self.claim_task(lock_folder, stage, number):
                 continue
             try:
                 function(task)
