@@ -137,7 +137,8 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, group: WorkerGroup) ->
         if group.world > 1 or options.workers == 1:
             index = prepare(recipe, group, options.force)
         else:
-            job = {"recipe": recipe.model_dump(mode="json"), "force": options.force}
+            # Only what was set: defaults that come back from JSON may be of another type, and so of another digest.
+            job = {"recipe": recipe.model_dump(mode="json", exclude_unset=True), "force": options.force}
             with start_workers(options.workers, job, locks) as started:
                 index = prepare(recipe, started, options.force)
         if group.rank == 0:

@@ -4,10 +4,10 @@ Every worker runs all stages. The tasks of a stage are divided among the workers
 that does not depend on who made it. Therefore any number of workers gives the same bytes, and a run that was killed
 continues with the files that are missing.
 
-Memory of a worker: twice a run (32 MiB of text); for a piece of a shard 64 bytes per document, a few MB of tokens and, while a
-BPE tokenizer encodes, about 135 bytes per byte of the largest document (at most 64 MiB); for duplicates about 100 MB
-per range of hashes and 8 bytes per dropped document. Rank 0 also holds 16 bytes per pair of near duplicates (at most
-14 pairs per document) while it joins them, and 32 MB of text while it trains a tokenizer.
+Memory of a worker: twice a run (32 MiB of text); for a piece of a shard 64 bytes per document, a few MB of tokens and,
+while a BPE tokenizer encodes, about 135 bytes per byte of the largest document (at most 64 MiB); for duplicates about
+100 MB per range of hashes and 8 bytes per dropped document. Rank 0 also holds 16 bytes per pair of near duplicates (at
+most 14 pairs per document) while it joins them, and 32 MB of text while it trains a tokenizer.
 """
 
 from __future__ import annotations
@@ -171,11 +171,7 @@ def _plan_shards(
     """On rank 0: train or copy the tokenizer, and write the list of shards to make."""
     if workspace.shard_plan.exists():
         return
-    if tokenizer is None:
-        print(f"training a tokenizer of {recipe.tokenizer.train:,} ids …", flush=True)
     chosen, tasks = plan_shards(recipe, workspace.runs, streams, dropped, tokenizer)
-    if tokenizer is None and chosen.vocab_size < (recipe.tokenizer.train or 0):
-        print(f"the texts yield only {chosen.vocab_size:,} ids")
     shards = (f"{shard_name(streams[task.stream], task)}.tar" for task in tasks)
     workspace.claim_files([*shards, TOKENIZER_NAME, *REPORT_NAMES, INDEX_NAME])
     chosen.save(workspace.tokenizer)

@@ -254,7 +254,6 @@ def start_workers(world: int, job: dict[str, Any], keep_open: Sequence[int] = ()
     Yields:
         The group, seen from rank 0.
     """
-    _limit_tokenizer_threads(world)
     if world == 1:
         yield WorkerGroup()
         return
@@ -267,11 +266,10 @@ def start_workers(world: int, job: dict[str, Any], keep_open: Sequence[int] = ()
         coordinator.close(succeeded)
 
 
-def _limit_tokenizer_threads(world: int) -> None:
-    # By default the tokenizer uses all processors, which is right for a single worker only.
-    if world > 1:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, count // world)))
+def _limit_tokenizer_threads(world: int) -> dict[str, str]:
+    # By default it uses all processors. Rank 0 still does, since it trains the tokenizer while the others wait.
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", str(max(1, count // world)))}
 
 
 def _start_worker(
@@ -283,7 +281,7 @@ def _start_worker(
         [sys.executable, "-m", "data_prep.worker", str(worker_end.fileno()), str(rank), str(world)],
         stdin=subprocess.DEVNULL,
         pass_fds=[worker_end.fileno(), *keep_open],
-        env={**os.environ, "RANK": str(rank), "PYTHONPATH": os.pathsep.join(path)},
+        env={**os.environ, **_limit_tokenizer_threads(world), "RANK": str(rank), "PYTHONPATH": os.pathsep.join(path)},
     )
     worker_end.close()
     stream = own_end.makefile("rwb")

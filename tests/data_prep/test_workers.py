@@ -33,3 +33,18 @@ def test_a_worker_starts_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     # Its import takes longer than all others together, in every worker.
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_workers_share_a_preparation_with_default_settings(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"the text of {name} " * 50)
+    flags = ["--source", "text", "--input", str(tmp_path / "one.txt"), str(tmp_path / "two.txt"), "--vocabulary", "300"]
+    made = []
+    for count in ("1", "2"):
+        out = tmp_path / f"by-{count}"
+        command = [sys.executable, "-m", "data_prep", *flags, "--workers", count, "--out", str(out)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "training a tokenizer of 300 ids on 0.0 MB" in done.stdout, done.stderr
+        made.append({path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")})
+    assert made[0] == made[1]
