@@ -150,6 +150,7 @@ OWN_FILES = {
     "data_prep/clean/config.py": "lists of the package",
     "data_prep/encode.py": "files of the work folder",
     "data_prep/finalize.py": "files of the work folder",
+    "data_prep/pieces.py": "files of the work folder",
     "data_prep/prepare.py": "files of the work folder",
     "data_prep/progress.py": "files of the work folder",
     "data_prep/read.py": "files of the work folder",
