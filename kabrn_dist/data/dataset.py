@@ -196,8 +196,9 @@ def make_batch(
     # There are few documents per token, so repeating values is faster than running sums.
     first = starts.reshape(-1).nonzero()[0]
     lengths = np.append(first[1:], starts.size) - first
-    row = first // max(1, starts.shape[1])
-    documents = np.repeat(np.arange(len(first)) - np.searchsorted(row, row), lengths)
+    count, width = starts.shape
+    first_of_row = np.searchsorted(first, np.arange(count) * width)
+    documents = np.repeat(np.arange(len(first)) - first_of_row[first // max(1, width)], lengths)
     positions = np.arange(starts.size)
     positions -= np.repeat(first, lengths)
     tokens, targets = (np.array(part, np.int64, order="C") for part in (rows[:, :-1], rows[:, 1:]))
