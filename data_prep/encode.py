@@ -1,4 +1,4 @@
-"""Stage 5: build the shards from the runs, one at a time, each with a record of what the index needs to know."""
+"""Stage 5: encode the runs in pieces, and join these to shards, each with a record of what the index needs to know."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.pieces import EncodedDocument, ShardPiece, read_piece, write_piece
 from data_prep.progress import StageProgress
 from data_prep.shards import TokenizedDocument, write_tar_shard
 from data_prep.sorted_runs import RunReader, StoredDocument, merge_sorted
@@ -38,7 +39,7 @@ class ShardRecord(NamedTuple):
 
 
 class ShardBuilder:
-    """Builds shards.
+    """Encodes pieces and builds shards of them.
 
     Args:
         workspace: the preparation's folders.
@@ -56,33 +57,58 @@ class ShardBuilder:
         self._reader = RunReader(workspace.runs)
 
     def is_finished(self, task: ShardTask) -> bool:
-        """Return whether an earlier run built the shard."""
+        """Return whether the shard has been built."""
         return shard_record_path(self._workspace, self._streams, task).exists()
 
-    def build(self, task: ShardTask, progress: StageProgress) -> None:
-        """Write the shard and its record.
+    def is_encoded(self, piece: ShardPiece) -> bool:
+        """Return whether a piece has been encoded, or its whole shard built."""
+        return self._piece_path(piece).exists() or self.is_finished(piece.task)
+
+    def encode(self, piece: ShardPiece, progress: StageProgress) -> None:
+        """Write a piece.
 
         Raises:
             UserError: the disk refuses.
         """
-        stream = self._streams[task.stream]
+
+        def encoded() -> Iterator[EncodedDocument]:
+            sizes: list[int] = []
+            documents = self._documents(piece.task, piece.low, piece.high)
+            for document in self._encoder.encode(_record_sizes(documents, sizes)):
+                size = sizes.pop(0)
+                progress.advance(1, size, size)
+                yield EncodedDocument(document, size)
+
+        write_piece(self._piece_path(piece), encoded())
+        inject_fault("data.piece")
+
+    def build(self, pieces: Sequence[ShardPiece]) -> None:
+        """Write the shard that has these pieces, and its record, unless that has been done.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        task = pieces[0].task
+        if self.is_finished(task):
+            return
+        stream, dtype = self._streams[task.stream], np.dtype(self._dtype)
         text_bytes = loss_tokens = 0
 
         def tokenized() -> Iterator[TokenizedDocument]:
             nonlocal text_bytes, loss_tokens
-            sizes: list[int] = []
-            for document in self._encoder.encode(_record_sizes(self._documents(task), sizes)):
-                size = sizes.pop(0)
-                text_bytes += size
-                loss_tokens += len(document.tokens) if document.loss_mask is None else int(document.loss_mask.sum())
-                progress.advance(1, size, size)
-                yield document
+            for piece in pieces:
+                for document, size in read_piece(self._piece_path(piece), dtype):
+                    text_bytes += size
+                    loss_tokens += len(document.tokens) if document.loss_mask is None else int(document.loss_mask.sum())
+                    yield document
 
         path = self._workspace.out / f"{shard_name(stream, task)}.tar"
         shard = write_tar_shard(path, tokenized(), self._dtype, stream.masked)
         inject_fault("data.shard")
         record = {"shard": shard.model_dump(), "text_bytes": text_bytes, "loss_tokens": loss_tokens}
         atomic_write(shard_record_path(self._workspace, self._streams, task), json.dumps(record).encode())
+        for piece in pieces:
+            self._piece_path(piece).unlink()
 
     def measure_gzip(self, number: int, tasks: Sequence[ShardTask]) -> None:
         """Write the number of bytes that gzip -9 needs for the validation texts of stream `number`."""
@@ -93,13 +119,20 @@ class ShardBuilder:
         size = 0
         for task in tasks:
             if task.stream == number and task.split == "validation":
-                size += sum(len(packer.compress(document.text)) for document in self._documents(task))
+                size += sum(
+                    len(packer.compress(document.text)) for document in self._documents(task, task.low, task.high)
+                )
         atomic_write(path, json.dumps(size + len(packer.flush())).encode())
 
-    def _documents(self, task: ShardTask) -> Iterator[StoredDocument]:
+    def _documents(self, task: ShardTask, low: int, high: int) -> Iterator[StoredDocument]:
+        """Yield the documents of a shard in a range of sort keys."""
         runs = self._streams[task.stream].runs
-        for run, row in merge_sorted(self._workspace.runs, runs, task.low, task.high, self._dropped):
+        for run, row in merge_sorted(self._workspace.runs, runs, low, high, self._dropped):
             yield task.part_of(row, self._reader.read(run, row))
+
+    def _piece_path(self, piece: ShardPiece) -> Path:
+        name = shard_name(self._streams[piece.task.stream], piece.task)
+        return self._workspace.pieces / f"{name}-{piece.number:03d}"
 
 
 def shard_name(stream: Stream, task: ShardTask) -> str:

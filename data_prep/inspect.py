@@ -44,7 +44,7 @@ def inspect_shards(folder: Path, documents: int) -> None:
 
 def sample_documents(shards: FolderSet, source: Source, tokenizer: Tokenizer, count: int) -> list[str]:
     """Return the decoded beginnings of the first `count` training documents of a source."""
-    stream = TokenStream(shards, source, "train")
+    stream = TokenStream([(shards, source)], "train")
     texts: list[str] = []
     position, document_token = 0, shards.index.document_token
     while len(texts) < count and position < len(stream):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -54,9 +55,7 @@ def plan_shards(
     _say_splits(recipe, streams, histograms)
     reader = RunReader(run_folder)
     if tokenizer is None:
-        assert recipe.tokenizer.train is not None
-        texts = _sample(reader, run_folder, streams, histograms, dropped)
-        tokenizer = train_tokenizer(texts, recipe.tokenizer.train)
+        tokenizer = _train(recipe, reader, run_folder, streams, histograms, dropped)
     encoder = DocumentEncoder(tokenizer)
     item_bytes = np.dtype(dtype_for(tokenizer.vocab_size)).itemsize
     tasks: list[ShardTask] = []
@@ -67,6 +66,28 @@ def plan_shards(
         tasks += plan_stream(number, histogram, recipe.shard_mb * 1e6 / item_bytes * bytes_per_token)
     reader.close()
     return tokenizer, tasks
+
+
+def _train(
+    recipe: Recipe,
+    reader: RunReader,
+    runs: Path,
+    streams: Sequence[Stream],
+    histograms: Sequence[SizeHistogram],
+    dropped: np.ndarray,
+) -> Tokenizer:
+    """Train the tokenizer, and say so: for many seconds nothing else is done."""
+    wanted = recipe.tokenizer.train
+    assert wanted is not None
+    weights = [sum(source.weight for source in stream.sources) for stream in streams]
+    sizes = allocate_bytes(TRAINING_CHARACTERS, weights, [int(histogram.train.sum()) for histogram in histograms])
+    print(f"training a tokenizer of {wanted:,} ids on {sum(sizes) / 1e6:,.1f} MB of text …", flush=True)
+    start = time.monotonic()
+    texts = _sample(reader, runs, streams, histograms, dropped, sizes)
+    tokenizer = train_tokenizer(texts, wanted, show_progress=sys.stderr.isatty())
+    fewer = f"; the texts yield only {tokenizer.vocab_size:,} ids" if tokenizer.vocab_size < wanted else ""
+    print(f"trained it in {time.monotonic() - start:,.1f} s{fewer}", flush=True)
+    return tokenizer
 
 
 def _say_splits(recipe: Recipe, streams: Sequence[Stream], histograms: Sequence[SizeHistogram]) -> None:
@@ -111,11 +132,14 @@ def allocate_bytes(budget: int, weights: Sequence[float], available: Sequence[in
 
 
 def _sample(
-    reader: RunReader, runs: Path, streams: Sequence[Stream], histograms: Sequence[SizeHistogram], dropped: np.ndarray
+    reader: RunReader,
+    runs: Path,
+    streams: Sequence[Stream],
+    histograms: Sequence[SizeHistogram],
+    dropped: np.ndarray,
+    sizes: Sequence[int],
 ) -> Iterator[str]:
-    """Yield training texts from the beginning of each stream, in proportion to its weight."""
-    weights = [sum(source.weight for source in stream.sources) for stream in streams]
-    sizes = allocate_bytes(TRAINING_CHARACTERS, weights, [int(histogram.train.sum()) for histogram in histograms])
+    """Yield training texts from the beginning of each stream, `sizes` bytes of it."""
     for stream, histogram, size in zip(streams, histograms, sizes, strict=True):
         for document in _read_train_texts(reader, runs, stream, histogram, dropped, size):
             # A document that was cut may end within a character, which is left out.

@@ -4,14 +4,15 @@ Every worker runs all stages. The tasks of a stage are divided among the workers
 that does not depend on who made it. Therefore any number of workers gives the same bytes, and a run that was killed
 continues with the files that are missing.
 
-Memory of a worker: twice a run (32 MiB of text); for a shard 64 bytes per document, a few MB of tokens and, while a
-BPE tokenizer encodes, about 135 bytes per byte of the largest document (at most 64 MiB); for duplicates about 100 MB
-per range of hashes and 8 bytes per dropped document. Rank 0 also holds 16 bytes per pair of near duplicates (at most
-14 pairs per document) while it joins them, and 32 MB of text while it trains a tokenizer.
+Memory of a worker: twice a run (32 MiB of text); for a piece of a shard 64 bytes per document, a few MB of tokens and,
+while a BPE tokenizer encodes, about 135 bytes per byte of the largest document (at most 64 MiB); for duplicates about
+100 MB per range of hashes and 8 bytes per dropped document. Rank 0 also holds 16 bytes per pair of near duplicates (at
+most 14 pairs per document) while it joins them, and 32 MB of text while it trains a tokenizer.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from data_prep.finalize import build_index, summarize_duplicates
 from data_prep.input_digest import InputDigest, digest_inputs
 from data_prep.losses import check_readable, describe_duplicates, describe_losses
 from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
+from data_prep.pieces import ShardPiece, divide_shards
 from data_prep.plan import load_recipe_tokenizer, plan_shards
 from data_prep.progress import StageProgress
 from data_prep.read import ReadRecord, SourceReader, select_runs
@@ -171,11 +173,7 @@ def _plan_shards(
     """On rank 0: train or copy the tokenizer, and write the list of shards to make."""
     if workspace.shard_plan.exists():
         return
-    if tokenizer is None:
-        print(f"training a tokenizer of {recipe.tokenizer.train:,} ids …", flush=True)
     chosen, tasks = plan_shards(recipe, workspace.runs, streams, dropped, tokenizer)
-    if tokenizer is None and chosen.vocab_size < (recipe.tokenizer.train or 0):
-        print(f"the texts yield only {chosen.vocab_size:,} ids")
     shards = (f"{shard_name(streams[task.stream], task)}.tar" for task in tasks)
     workspace.claim_files([*shards, TOKENIZER_NAME, *REPORT_NAMES, INDEX_NAME])
     chosen.save(workspace.tokenizer)
@@ -183,24 +181,30 @@ def _plan_shards(
 
 
 def _write_shards(workspace: Workspace, streams: Sequence[Stream], dropped: np.ndarray, workers: WorkerGroup) -> None:
-    tasks = read_shard_plan(workspace.shard_plan)
-    order = sorted(range(len(tasks)), key=lambda number: -tasks[number].bytes)
+    plan = read_shard_plan(workspace.shard_plan)
     builder = ShardBuilder(workspace, streams, dropped, Tokenizer.load(workspace.tokenizer))
-    finished = {number for number in order if builder.is_finished(tasks[number])}
-    total = sum(task.bytes for task in tasks)
-    completed = sum(tasks[number].bytes for number in finished)
+    shards = divide_shards(sorted(plan, key=lambda task: -task.bytes))
+    total = sum(task.bytes for task in plan)
+    completed = sum(piece.bytes for pieces in shards for piece in pieces if builder.is_encoded(piece))
     with StageProgress(workspace.progress, workers.rank, "tokenize", total, completed) as progress:
 
-        def build(number: int) -> None:
-            if number not in finished:
-                builder.build(tasks[number], progress)
+        def encode(work: ShardPiece | int) -> None:
+            if isinstance(work, int):
+                builder.measure_gzip(work, plan)
+                return
+            if not builder.is_encoded(work):
+                builder.encode(work, progress)
+            pieces = shards[work.shard]
+            # Whoever encodes the last piece builds the shard, so that pieces take little room on the disk.
+            if all(map(builder.is_encoded, pieces)) and workers.claim_task(workspace.task_locks, "shard", work.shard):
+                builder.build(pieces)
             progress.publish()
 
-        workers.map_tasks(workspace.task_locks, "shard", order, build)
-    # The reference for validation is one gzip stream per source, which cannot be split into more tasks.
-    workers.map_tasks(
-        workspace.task_locks, "gzip", range(len(streams)), lambda number: builder.measure_gzip(number, tasks)
-    )
+        # The reference for validation is one gzip stream per source, which cannot be divided: these begin first.
+        gzips = range(len(streams))
+        workers.map_tasks(workspace.task_locks, "encode", [*gzips, *itertools.chain.from_iterable(shards)], encode)
+        # On a network file system, two workers may have encoded the last pieces without seeing one another's.
+        workers.map_tasks(workspace.task_locks, "shard", shards, builder.build)
 
 
 def scan(recipe: Recipe, folder: Path) -> list[ReadRecord]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import webdataset
 
 from kabrn_dist.data.index import Dtype, Shard
 from kabrn_dist.utils.atomic_io import atomic_open, sha256_of
@@ -45,11 +44,11 @@ def write_tar_shard(path: Path, documents: Iterable[TokenizedDocument], dtype: D
     """
     little_endian = np.dtype(dtype).newbyteorder("<")
     count = 0
+    # Imported here, where it is needed first: it brings torch, a second of each worker's start.
+    from webdataset import TarWriter
+
     # Fixed time and owner: the tar depends only on the documents.
-    with (
-        atomic_open(path) as file,
-        webdataset.TarWriter(file, encoder=False, mtime=0, user="kabrn", group="kabrn") as tar,
-    ):
+    with atomic_open(path) as file, TarWriter(file, encoder=False, mtime=0, user="kabrn", group="kabrn") as tar:
         for number, block in enumerate(_blocks(documents)):
             lengths = np.array([len(document.tokens) for document in block], "<u4")
             tokens = np.concatenate([document.tokens for document in block]).astype(little_endian)

@@ -37,12 +37,13 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
     """Train on the first `TRAINING_CHARACTERS` of some texts.
 
     Args:
         texts: texts in a random but fixed order; read once.
         vocab_size: number of ids.
+        show_progress: whether to show the library's bars on stderr, which must be a terminal.
 
     Returns:
         The tokenizer. It has fewer ids if the texts hold too few different pairs.
@@ -59,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[DOCUMENT_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=show_progress,
     )
     pieces = (piece for text in _sample(texts) for piece in divide_long_words(text, splitter))
     bpe.train_from_iterator(pieces, trainer)

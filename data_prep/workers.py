@@ -107,13 +107,26 @@ class WorkerGroup:
         """
         self.on_all(lambda: self._run_tasks(lock_folder, stage, tasks, function))
 
+    def claim_task(self, lock_folder: Path, stage: str, number: int) -> bool:
+        """Return whether a task of a stage is this worker's to do, ahead of `map_tasks`, which then passes it over.
+
+        Args:
+            lock_folder: as for `map_tasks`.
+            stage: as for `map_tasks`.
+            number: place of the task in the list of `map_tasks`.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        return self.world == 1 or _lock_task(lock_folder / f"{stage}-{number}")
+
     def _run_tasks(
         self, lock_folder: Path, stage: str, tasks: Sequence[Task], function: Callable[[Task], None]
     ) -> None:
         for number, task in enumerate(tasks):
             if (lock_folder / _STOP).exists():
                 return
-            if self.world > 1 and not _lock_task(lock_folder / f"{stage}-{number}"):
+            if not self.claim_task(lock_folder, stage, number):
                 continue
             try:
                 function(task)
@@ -241,7 +254,6 @@ def start_workers(world: int, job: dict[str, Any], keep_open: Sequence[int] = ()
     Yields:
         The group, seen from rank 0.
     """
-    _limit_tokenizer_threads(world)
     if world == 1:
         yield WorkerGroup()
         return
@@ -254,11 +266,10 @@ def start_workers(world: int, job: dict[str, Any], keep_open: Sequence[int] = ()
         coordinator.close(succeeded)
 
 
-def _limit_tokenizer_threads(world: int) -> None:
-    # By default the tokenizer uses all processors, which is right for a single worker only.
-    if world > 1:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, count // world)))
+def _limit_tokenizer_threads(world: int) -> dict[str, str]:
+    # By default it uses all processors. Rank 0 still does, since it trains the tokenizer while the others wait.
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", str(max(1, count // world)))}
 
 
 def _start_worker(
@@ -270,7 +281,7 @@ def _start_worker(
         [sys.executable, "-m", "data_prep.worker", str(worker_end.fileno()), str(rank), str(world)],
         stdin=subprocess.DEVNULL,
         pass_fds=[worker_end.fileno(), *keep_open],
-        env={**os.environ, "RANK": str(rank), "PYTHONPATH": os.pathsep.join(path)},
+        env={**os.environ, **_limit_tokenizer_threads(world), "RANK": str(rank), "PYTHONPATH": os.pathsep.join(path)},
     )
     worker_end.close()
     stream = own_end.makefile("rwb")

@@ -1,8 +1,8 @@
 """The folder of an unfinished preparation: who may work in it, what it holds, and whether it can be continued.
 
-OUT/.work/ holds runs/ (documents that were read), pairs/ (duplicates), shards/ (a record of each shard in OUT),
-dropped.npy, tokenizer.json, shard_plan.json, files.json (the files that the preparation writes into OUT), and what
-belongs to a single run: locks/, progress/, lock. The folder is removed at the end.
+OUT/.work/ holds runs/ (documents that were read), pairs/ (duplicates), pieces/ (encoded documents), shards/ (a record
+of each shard in OUT), dropped.npy, tokenizer.json, shard_plan.json, files.json (the files that the preparation writes
+into OUT), and what belongs to a single run: locks/, progress/, lock. The folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.lock import flock_exclusive
 
 # Version of the files in the workspace. What another version left unfinished cannot be continued.
-_FORMAT = "workspace 3"
+_FORMAT = "workspace 4"
 _SHOWN = 3
 
 
@@ -34,6 +34,7 @@ class Workspace:
         folder: folder for intermediate files.
         runs: folder of the sorted runs of documents.
         pairs: folder of the pairs of duplicates.
+        pieces: folder of encoded documents.
         shards: folder of the shards' records.
         task_locks: folder of the tasks' lock files.
         progress: folder in which workers publish their progress.
@@ -46,7 +47,8 @@ class Workspace:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / ".work"
-        self.runs, self.pairs, self.shards = (self.folder / name for name in ("runs", "pairs", "shards"))
+        names = ("runs", "pairs", "pieces", "shards")
+        self.runs, self.pairs, self.pieces, self.shards = (self.folder / name for name in names)
         self.task_locks, self.progress = self.folder / "locks", self.folder / "progress"
         self.dropped, self.tokenizer = self.folder / "dropped.npy", self.folder / TOKENIZER_NAME
         self.shard_plan, self.files = self.folder / "shard_plan.json", self.folder / "files.json"
@@ -75,7 +77,7 @@ class Workspace:
         try:
             if force or started is None or started.digest != current.digest:
                 self._clear()
-            for folder in (self.runs, self.pairs, self.shards):
+            for folder in (self.runs, self.pairs, self.pieces, self.shards):
                 folder.mkdir(parents=True, exist_ok=True)
             clear_folder(self.task_locks)
             clear_folder(self.progress)
@@ -147,8 +149,8 @@ class Workspace:
 
     def _work_paths(self) -> list[Path]:
         """Return all paths in the folder but the lock, in the order in which they may be removed."""
-        paths = [self.folder / INPUTS_NAME, self.runs, self.pairs, self.shards, self.task_locks, self.progress]
-        paths += [self.dropped, self.tokenizer, self.shard_plan, self.files]
+        paths = [self.folder / INPUTS_NAME, self.runs, self.pairs, self.pieces, self.shards, self.task_locks]
+        paths += [self.progress, self.dropped, self.tokenizer, self.shard_plan, self.files]
         return [*(path.with_name(f"{path.name}.tmp") for path in paths), *paths]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -71,9 +72,10 @@ class TokenDataset:
         if sequence_length < 1:
             raise UserError(f"sequence_length: {sequence_length} is not a length; use at least 1")
         self.corpus, self.sequence_length, self.seed = corpus, sequence_length, seed
-        self._streams = [TokenStream(source.shards, source.source, split, corpus.files) for source in corpus.sources]
+        self._stream = TokenStream([source[1:3] for source in corpus.sources], split, corpus.files)
         # The last sequence needs one token more, the target of its last column.
-        available = [max(0, len(stream) - 1) // sequence_length for stream in self._streams]
+        tokens = np.diff(self._stream.edges).tolist()
+        available = [max(0, count - 1) // sequence_length for count in tokens]
         is_drawn = [source.weight > 0 or not ordered for source in corpus.sources]
         _check_lengths(corpus, split, sequence_length, available, is_drawn if ordered else [])
         self.sequences_per_source = [count if drawn else 0 for count, drawn in zip(available, is_drawn, strict=True)]
@@ -99,15 +101,9 @@ class TokenDataset:
         if self._prefetcher is not None and position_array.size:
             self._prefetcher.advance(int(position_array.max()))
         sources, numbers = self._lookup(position_array)
-        length = self.sequence_length
-        rows = np.empty((len(position_array), length + 1), np.int64)
-        masked = [source.source.masked for source in self.corpus.sources]
-        loss_mask = np.ones((len(position_array), length), bool) if any(masked) else None
-        for row, (source, number) in enumerate(zip(sources.tolist(), numbers.tolist(), strict=True)):
-            stream, start = self._streams[source], number * length
-            rows[row] = stream.read(start, start + length + 1)
-            if loss_mask is not None and masked[source]:
-                loss_mask[row] = stream.read_mask(start + 1, start + length + 1)
+        rows, loss_mask = self._stream.read_rows(self._starts(sources, numbers), self.sequence_length + 1)
+        # Targets are the tokens after the first.
+        loss_mask = None if loss_mask is None else loss_mask[:, 1:]
         return make_batch(rows, self.corpus.document_token, loss_mask, sources)
 
     def validation_positions(self, count: int) -> list[int]:
@@ -165,19 +161,15 @@ class TokenDataset:
         sources = np.searchsorted(self._first_positions, positions, "right") - 1
         return np.stack([sources, positions - self._first_positions[sources]])
 
+    def _starts(self, sources: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return the first token of each sequence in the stream of all sources."""
+        return np.asarray(self._stream.edges[sources] + numbers * self.sequence_length)
+
     def _upcoming_shards(self, position: int, count: int) -> Iterator[tuple[ShardSet, Shard]]:
         stop = position + count if self.num_positions is None else min(self.num_positions, position + count)
         assert self._sampler is not None
-        sources, numbers = self._sampler.lookup(np.arange(position, stop))
-        starts = numbers * self.sequence_length
-        shards: list[list[Shard]] = [[] for _ in starts]
-        for source in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == source)
-            of_rows = self._streams[source].list_shards(starts[rows], starts[rows] + self.sequence_length + 1)
-            for row, of_row in zip(rows.tolist(), of_rows, strict=True):
-                shards[row] = of_row
-        for source, of_row in zip(sources.tolist(), shards, strict=True):
-            yield from ((self.corpus.sources[source].shards, shard) for shard in of_row)
+        starts = self._starts(*self._sampler.lookup(np.arange(position, stop)))
+        yield from chain.from_iterable(self._stream.list_shards(starts, starts + self.sequence_length + 1))
 
 
 def make_batch(
@@ -188,7 +180,7 @@ def make_batch(
     A document's last token predicts the document token of the next one: its "end of document".
 
     Args:
-        rows: Tokens, int64 [B, T + 1].
+        rows: Tokens, integers of any type [B, T + 1].
         document_token: Id of the token that begins each document.
         loss_mask: Whether each target carries loss, bool [B, T]; None if all do.
         sources: Source of each row, int64 [B]; None for source 0.
@@ -198,21 +190,25 @@ def make_batch(
         >>> batch.targets.tolist(), batch.documents.tolist(), batch.positions.tolist()
         ([[6, 9, 7, 8]], [[0, 0, 1, 1]], [[0, 1, 0, 1]])
     """
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    if loss_mask is not None:
-        targets = np.where(loss_mask, targets, -100)
-    starts = tokens == document_token
+    starts = rows[:, :-1] == document_token
     # A row's first token opens document 0 whether or not a document starts there.
-    starts[:, 0] = True
+    starts[:, :1] = True
     # There are few documents per token, so repeating values is faster than running sums.
-    first = np.flatnonzero(starts)
-    lengths = np.diff(first, append=starts.size)
-    row = first // max(1, tokens.shape[1])
-    first_in_row = np.flatnonzero(np.diff(row, prepend=-1))
-    documents = np.repeat(np.arange(len(first)) - first_in_row[row], lengths).reshape(tokens.shape)
-    positions = (np.arange(starts.size) - np.repeat(first, lengths)).reshape(tokens.shape)
+    first = starts.reshape(-1).nonzero()[0]
+    lengths = np.append(first[1:], starts.size) - first
+    count, width = starts.shape
+    first_of_row = np.searchsorted(first, np.arange(count) * width)
+    documents = np.repeat(np.arange(len(first)) - first_of_row[first // max(1, width)], lengths)
+    positions = np.arange(starts.size)
+    positions -= np.repeat(first, lengths)
+    tokens, targets = (np.array(part, np.int64, order="C") for part in (rows[:, :-1], rows[:, 1:]))
+    if loss_mask is not None:
+        # Choosing between two values is slow where the mask changes often; a product is not.
+        targets += 100
+        targets *= loss_mask
+        targets -= 100
     row_sources = np.zeros(len(rows), np.int64) if sources is None else sources
-    parts = (tokens, targets, documents, positions, row_sources)
+    parts = (tokens, targets, documents.reshape(starts.shape), positions.reshape(starts.shape), row_sources)
     return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
 

@@ -60,7 +60,7 @@ class MixtureSampler:
             raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.num_positions} sequences")
         sequences = np.empty((2, len(positions)), np.int64)
         windows = positions // _WINDOW
-        for window in np.unique(windows).tolist():
+        for window in set(windows.tolist()):
             in_window = windows == window
             sequences[:, in_window] = self._window(window)[:, positions[in_window] - window * _WINDOW]
         return sequences

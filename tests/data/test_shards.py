@@ -34,7 +34,7 @@ def make_folder(folder: Path, vocabulary: int = 257, masked: bool = False) -> In
 
 def open_stream(folder: Path, source: str = "random") -> TokenStream:
     shards = open_shard_folder(folder)
-    return TokenStream(shards, shards.index.source(source), "train")
+    return TokenStream([(shards, shards.index.source(source))], "train")
 
 
 @pytest.fixture
@@ -87,12 +87,38 @@ def test_stream_agrees_with_unpacking(tmp_path: Path, vocabulary: int, masked: b
         mask = mask_naive(folder, index, "train", "random")
         assert len(mask) == len(whole) and mask.sum() == source.train.loss_tokens < source.train.tokens
         for start, stop in ranges_of(index, len(whole)):
-            assert np.array_equal(stream.read_mask(start, stop), mask[start:stop]), (start, stop)
+            read = stream.read_rows(np.array([start]), stop - start)[1]
+            assert read is not None and np.array_equal(read[0], mask[start:stop]), (start, stop)
     stream.close()
     assert np.array_equal(stream.read(5, 9), whole[5:9])
     for start, stop in ((-1, 3), (5, 4), (0, len(whole) + 1)):
         with pytest.raises(IndexError):
             stream.read(start, stop)
+
+
+@pytest.mark.parametrize("length", [1, 7, 900, 70_000])
+def test_many_rows_of_all_sources_agree_with_unpacking(folder: Path, length: int) -> None:
+    shards = open_shard_folder(folder)
+    index = shards.index
+    stream = TokenStream([(shards, source) for source in index.sources], "train")
+    whole = stream_naive(folder, index, "train")
+    masks = [
+        mask_naive(folder, index, "train", source.name) if source.masked else np.ones(source.train.tokens, bool)
+        for source in index.sources
+    ]
+    mask = np.concatenate(masks)
+    assert stream.edges.tolist() == [0, len(masks[0]), len(whole)] and not mask.all()
+    last = len(whole) - length
+    starts = np.array([last, 0, *np.random.default_rng(0).integers(0, last, 30), 0])
+    tokens, loss = stream.read_rows(starts, length)
+    assert loss is not None and tokens.dtype == stream.dtype
+    for row, start in enumerate(starts.tolist()):
+        assert np.array_equal(tokens[row], whole[start : start + length])
+        assert np.array_equal(loss[row], mask[start : start + length])
+    assert stream.read_rows(starts[:0], length)[0].shape == (0, length)
+    for start in (-1, last + 1):
+        with pytest.raises(IndexError):
+            stream.read_rows(np.array([0, start]), length)
 
 
 def test_the_shards_of_a_range_are_known_without_reading(folder: Path) -> None:
@@ -102,7 +128,8 @@ def test_the_shards_of_a_range_are_known_without_reading(folder: Path) -> None:
     starts = np.array([0, edges[1] - 1, edges[1] - 5, edges[1], 0])
     stops = np.array([1, edges[1], edges[1] + 1, edges[2], edges[-1]])
     wanted = [shards[:1], shards[:1], shards[:2], shards[1:2], shards]
-    assert [tuple(found) for found in stream.list_shards(starts, stops)] == wanted
+    found = [tuple(shard for _, shard in each) for each in stream.list_shards(starts, stops)]
+    assert found == wanted
 
 
 def test_totals_add_up_over_the_sources(folder: Path) -> None:
@@ -129,11 +156,11 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     index = make_set(folder, Texts("random", train=70, validation=0, sizes=(50, 51), per_shard=1))
     files = OpenFiles(limit=64)
-    stream = TokenStream(FolderSet(folder, index), index.sources[0], "train", files)
+    stream = TokenStream([(FolderSet(folder, index), index.sources[0])], "train", files)
     for document in [*range(70), 0]:
         assert stream.read(50 * document, 50 * document + 1).tolist() == [DOCUMENT]
     assert len(files) == 64
-    assert len(TokenStream(FolderSet(folder, index), index.sources[0], "validation")) == 0
+    assert len(TokenStream([(FolderSet(folder, index), index.sources[0])], "validation")) == 0
 
 
 def test_whole_set_verifies(folder: Path) -> None:

@@ -125,6 +125,7 @@ def test_a_run_that_was_killed_goes_on(recipe: Path, tmp_path: Path, expected: d
     for fault, workers in (
         ("data.part#2:kill", 1),
         ("data.part@1#2:kill", 2),
+        ("data.piece@0#1:kill", 2),
         ("data.shard@0#1:kill", 2),
         ("data.shard#2:kill", 1),
         ("data.index:kill", 1),

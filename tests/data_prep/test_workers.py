@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 from data_prep import workers
 from data_prep.__main__ import main
 from tests.support import corpora as data
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("unread", [b"", b"a text that rank 0 has not read\n"])
@@ -23,6 +27,14 @@ def test_a_worker_ends_with_rank_0(unread: bytes, monkeypatch: pytest.MonkeyPatc
     # With something unread in it, closing resets the connection, as the end of a process does.
     rank_0.close()
     assert ended.wait(10) and worker.rank == 1
+
+
+@pytest.mark.slow
+def test_a_worker_starts_without_torch() -> None:
+    code = "import data_prep.worker, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    # Its import takes longer than all others together, in every worker.
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def read_shard(path: Path) -> None:
     place = path.with_name("set") / index.sources[0].train.shards[0].name
     place.unlink()
     original.rename(place)
-    TokenStream(shards, index.sources[0], "train").read(0, 5)
+    TokenStream([(shards, index.sources[0])], "train").read(0, 5)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -152,6 +152,7 @@ OWN_FILES = {
     "data_prep/clean/config.py": "lists of the package",
     "data_prep/encode.py": "files of the work folder",
     "data_prep/finalize.py": "files of the work folder",
+    "data_prep/pieces.py": "files of the work folder",
     "data_prep/prepare.py": "files of the work folder",
     "data_prep/progress.py": "files of the work folder",
     "data_prep/read.py": "files of the work folder",
