@@ -40,7 +40,7 @@ def add_command(
 
 def add_config(parser: argparse.ArgumentParser, help_text: str) -> None:
     """Add the positional CONFIG and the option --set."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help=help_text)
+    parser.add_argument("config", type=given_path, metavar="CONFIG", help=help_text)
     parser.add_argument(
         "--set",
         action="append",
@@ -52,7 +52,9 @@ def add_config(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 def add_run_folder(parser: argparse.ArgumentParser) -> None:
     """Add the positional RUN."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of the run (run.folder of its configuration)")
+    parser.add_argument(
+        "folder", type=given_path, metavar="RUN", help="folder of the run (run.folder of its configuration)"
+    )
 
 
 def whole_number(text: str) -> int:

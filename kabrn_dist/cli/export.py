@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, whole_number
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, given_path, whole_number
 
 DESCRIPTION = """Writes model.safetensors (several files if the model is large), config.yaml, tokenizer.json and
 README.md to OUT, to publish, to evaluate, or to generate from. OUT appears complete or not at all, and needs neither
@@ -24,7 +23,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers, "export", run, "write a run's checkpoint as one folder of safetensors", DESCRIPTION, EXAMPLES
     )
     add_run_folder(parser)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("out", type=given_path, metavar="OUT", help="folder to write; it must not exist")
     parser.add_argument(
         "--dtype",
         choices=("trained", "bf16", "fp32"),

@@ -6,9 +6,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, number, positive_int, whole_number
+from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, number, positive_int, whole_number
 
 DESCRIPTION = """Prints the text as it is generated. Of a run, the newest intact checkpoint is used, with the tokenizer
 of the shards that it was trained on; an export, which `mixkabrn export` writes, contains all that is needed. Decoding
@@ -25,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers, "generate", run, "generate text with a trained run or an export", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument("folder", type=Path, metavar="RUN|MODEL", help="folder of a run or of an export")
+    parser.add_argument("folder", type=given_path, metavar="RUN|MODEL", help="folder of a run or of an export")
     parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
     parser.add_argument(
         "--tokens", type=positive_int, default=200, metavar="N", help="maximum number of tokens (default 200)"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, whole_number
+from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, whole_number
 
 DESCRIPTION = """Compares every shard with the hash in index.json, and prints the number of shards, documents, tokens
 and bytes of each source, with the beginnings of some documents."""
@@ -20,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers, "inspect", run, "verify every shard of a folder, print totals and samples", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that `mixkabrn prepare` wrote")
+    parser.add_argument("folder", type=given_path, metavar="DIR", help="folder that `mixkabrn prepare` wrote")
     parser.add_argument("--documents", type=whole_number, default=3, metavar="N", help="samples per source (default 3)")
 
 

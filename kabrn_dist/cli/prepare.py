@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from data_prep import DEFAULT_VOCAB_SIZE
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, number, whole_number
@@ -30,7 +29,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "prepare", run, "turn texts into tokenized shards", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file with sources, cleaning and weights")
+    origin.add_argument(
+        "--recipe", type=given_path, metavar="FILE", help="YAML file with sources, cleaning and weights"
+    )
     origin.add_argument("--source", choices=("python-stdlib", "text"), help="a single source, which is not cleaned")
     add("--set", action="append", default=[], metavar="A.B=C", help="override a value of the recipe; may be repeated")
     add("--out", type=given_path, metavar="DIR", help="folder for the shards (default: the recipe's)")

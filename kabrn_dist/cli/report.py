@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, positive_int, whole_number
+from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, given_path, positive_int, whole_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +90,7 @@ def add_parser(subparsers: Subparsers) -> None:
     symbolic.add_argument("--layer", type=whole_number, metavar="N", help="only this layer (default: all)")
     symbolic.add_argument("--expert", type=whole_number, metavar="N", help="only this expert (default: all)")
     weights.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the figures (default: report/ in the run's folder)"
+        "--out", type=given_path, metavar="DIR", help="folder of the figures (default: report/ in the run's folder)"
     )
 
 
