@@ -89,7 +89,12 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
 
     def check() -> None:
         print(describe_losses(recipe, records), end="", flush=True)
-        check_readable(recipe, records, reader.expected_layouts())
+        try:
+            check_readable(recipe, records, reader.expected_layouts())
+        except UserError:
+            # Whatever mends this changes the inputs: nothing of what was read can be used again.
+            workspace.discard()
+            raise
 
     workers.on_main(check)
     dropped = _find_duplicates(workspace, recipe, records, workers)

@@ -105,6 +105,10 @@ class Workspace:
         atomic_write(self.out / INPUTS_NAME, inputs.dump())
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Remove all that this preparation has made."""
+        self._clear()
+
     def _refuse_other_inputs(self, started: InputDigest | None, current: InputDigest) -> None:
         if started is not None and started.digest == current.digest:
             return

@@ -52,6 +52,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def _explain_unknown(self, unknown: Sequence[str]) -> str:
         flag = next((word for word in unknown if word.startswith("-")), "")
+        setting = next((word for word in unknown if "=" in word and "." in word.partition("=")[0]), "")
+        if not flag and setting and "--set" in self._option_string_actions:
+            return f"{setting}: more than the command takes; did you mean --set {setting}?"
         if not flag:
             return f"{' '.join(unknown)}: more than the command takes; quote a text with spaces"
         name, equals, value = flag.partition("=")

@@ -96,7 +96,8 @@ def _complete_vocab_size(tree: dict[str, Any], find_vocab_size: Callable[[DataCo
     try:
         data = DataConfig.model_validate(tree.get("data"))
     except ValidationError:
-        # Told with all other mistakes.
+        # Told with all other mistakes; that the vocabulary is left out is none.
+        model["vocab_size"] = 1
         return
     model["vocab_size"] = find_vocab_size(data)
 

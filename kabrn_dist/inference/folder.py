@@ -34,6 +34,8 @@ def check_run_folder(folder: Path, file: str | None = None) -> None:
         raise UserError(f"{folder}: is a file; name the folder of a run (run.folder of its configuration)")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {list_neighbors(folder)}")
+    if is_export(folder):
+        raise UserError(f"{folder}: is an export; name the run that it was made from, which has what this needs")
     if file is None or (folder / file).exists():
         return
     if (folder / INDEX_NAME).exists():

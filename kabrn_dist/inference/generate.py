@@ -13,6 +13,7 @@ from torch import Tensor
 from kabrn_dist.data.tokenizer import StreamDecoder, Tokenizer
 from kabrn_dist.inference.sampling import check_sampling
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.utils.errors import UserError
 
 
 class GenerativeModel(MixKABRN):
@@ -88,7 +89,12 @@ def draw_token(logits: Tensor, temperature: float, top_k: int, generator: torch.
         temperature: 0 takes the likeliest token.
         top_k: draw among this many likeliest tokens; 0 among all.
         generator: decides the draw.
+
+    Raises:
+        UserError: the logits are not finite.
     """
+    if not bool(logits.isfinite().all()):
+        raise UserError("the model's outputs are not finite: its training has diverged; use an earlier checkpoint")
     if temperature == 0:
         return int(logits.argmax())
     values, ids = logits.topk(min(top_k or len(logits), len(logits)))

@@ -75,7 +75,8 @@ def open_datasets(config: Config) -> Datasets:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
-            f"{data.path}/tokenizer.json; set model.vocab_size to at least {tokenizer.vocab_size}"
+            f"{data.path}/tokenizer.json; set model.vocab_size to at least "
+            f"{tokenizer.vocab_size}, or to go on with a run, use the shards that it has begun with"
         )
     return Datasets(train, validation, tokenizer, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())
 

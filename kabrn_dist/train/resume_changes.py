@@ -43,9 +43,11 @@ def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
             f"{key} is {_show(then)} in the checkpoint and {_show(now)} here" for key, then, now in refused
         )
         remedy = ", ".join(f"{key} to {_show(then)}" for key, then, _ in refused)
+        is_vocabulary = any(key == "model.vocab_size" for key, _, _ in refused)
+        data = " and data.path to the shards that it has begun with" if is_vocabulary else ""
         raise UserError(
-            f"{path}: {told}: that would be another model of the same weights; set {remedy}, or set run.folder to "
-            "another folder to start anew"
+            f"{path}: {told}, and a run keeps its model; set {remedy}{data}, or set run.folder to another folder to "
+            "start anew"
         )
     lines = [f"changed since the checkpoint: {key} {_show(then)} → {_show(now)}" for key, then, now in changed]
     if config.run.init_from is not None and any(key == "run.init_from" for key, _, _ in changed):

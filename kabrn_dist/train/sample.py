@@ -10,6 +10,7 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.generate import draw_token
 
 TEMPERATURE, TOP_K, SEED = 0.8, 50, 0
+NO_SAMPLE = "(none: the model's outputs are not finite)"
 
 
 def generate_sample(engine: Engine, tokenizer: Tokenizer, tokens: int) -> str:
@@ -28,6 +29,8 @@ def generate_sample(engine: Engine, tokenizer: Tokenizer, tokens: int) -> str:
     ids = [tokenizer.document_token]
     while len(ids) <= tokens:
         token = _next_token(engine, ids, tokenizer.vocab_size, generator)
+        if token < 0:
+            return NO_SAMPLE
         if token == tokenizer.document_token:
             break
         ids.append(token)
@@ -35,7 +38,7 @@ def generate_sample(engine: Engine, tokenizer: Tokenizer, tokens: int) -> str:
 
 
 def _next_token(engine: Engine, ids: list[int], vocab_size: int, generator: torch.Generator) -> int:
-    """One rank draws the token from the logits of its slice; all ranks learn it. Collective."""
+    """Draw a token from the logits, on the rank that has them; −1 if they are not finite. Collective."""
     mesh = engine.mesh
     batch = _pad(ids, mesh.sequence_parallel)
     width = batch.tokens.shape[1] // mesh.sequence_parallel
@@ -43,7 +46,8 @@ def _next_token(engine: Engine, ids: list[int], vocab_size: int, generator: torc
     owner, column = divmod(len(ids) - 1, width)
     token = torch.zeros((), dtype=torch.int64)
     if mesh.rank == owner:
-        token += draw_token(logits[0, column, :vocab_size].cpu(), TEMPERATURE, TOP_K, generator)
+        own = logits[0, column, :vocab_size].cpu()
+        token += draw_token(own, TEMPERATURE, TOP_K, generator) if bool(own.isfinite().all()) else -1
     return int(mesh.all_reduce_sum(token.to(mesh.device)))
 
 

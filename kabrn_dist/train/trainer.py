@@ -344,6 +344,11 @@ class Trainer:
         self._save(wait=True)
         if self.saver.saved_step != self.step:
             raise UserError(f"{self.store.folder}: step {self.step} could not be saved; make room, then resume")
+        if self.guard.bad:
+            self.metrics.print_line(
+                f"warning: the last {self.guard.bad} steps were bad ones and changed nothing; lower "
+                f"optimizer.learning_rate {self.config.optimizer.learning_rate:g}, or check the data"
+            )
         self.metrics.print_line(f"{outcome} at step {self.step}{cause}")
         return finished
 

@@ -22,7 +22,7 @@ class Scores(NamedTuple):
     """Means over the scored tokens.
 
     Attributes:
-        loss: nats per token; not a number if no token was scored.
+        loss: nats per token; not a number if no token was scored, infinite if the sum is not finite.
         bits_per_byte: bits per byte of text; not a number if no text was scored.
         gzip_bits_per_byte: what `gzip -9` needs, for comparison; not a number if that is not recorded.
         sources: loss and bits per byte of each source, by name in the log.
@@ -43,7 +43,9 @@ class Scores(NamedTuple):
     def line(self) -> str:
         """Return the scores as text for the console."""
         if math.isnan(self.loss):
-            return "validation: no token of its sequences is a target, so there is no loss; raise eval_sequences"
+            return "validation: none of its tokens is a target, so there is no loss; raise validation.eval_sequences"
+        if math.isinf(self.loss):
+            return "validation: the loss is not finite; lower optimizer.learning_rate"
         rival = "" if math.isnan(self.gzip_bits_per_byte) else f" (gzip -9: {self.gzip_bits_per_byte:.3f})"
         text = "" if math.isnan(self.bits_per_byte) else f", {self.bits_per_byte:.3f} bits per byte{rival}"
         return f"validation {self.loss:.4f} nats per token{text}"
@@ -88,6 +90,8 @@ def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Ca
             sums.add(batch, engine.evaluate(batch.to(mesh.device)).rows, text)
     total = sums.all_reduce(mesh)
     nats, tokens, text_bytes = total.sum(0).tolist()
+    if not math.isfinite(nats):
+        nats = math.inf
     return Scores(
         nats / tokens if tokens else math.nan,
         nats / math.log(2) / text_bytes if text_bytes else math.nan,

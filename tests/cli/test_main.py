@@ -224,6 +224,30 @@ def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         for command in (["generate", "{}"], ["export", "{}", "out"], ["report", "functions", "{}"]):
             assert main([part.format(tmp_path / folder) for part in command]) == 2
             assert said in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    for name in ("config.yaml", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "model" / name).touch()
+    for command in (["export", "{}", "out"], ["report", "weights", "{}"], ["report", "experts", "{}"]):
+        assert main([part.format(tmp_path / "model") for part in command]) == 2
+        assert "is an export; name the run that it was made from" in capsys.readouterr().err
+
+
+def test_a_folder_without_shards_is_told_from_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a text")
+    (tmp_path / "data" / "one").mkdir(parents=True)
+    (tmp_path / "data" / "one" / "index.json").touch()
+    train = ["train", str(ROOT / "configs/cpu.yaml"), "--set"]
+    for path, said in (
+        ("corpus", "--input corpus --out corpus-shards`, and set data.path to corpus-shards"),
+        ("data", "shards lie below it: set data.path to data/one"),
+        ("none", "no such folder; make it with `mixkabrn prepare --source text --input TEXTS --out none`"),
+    ):
+        assert main([*train, f"data.path={path}"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_missing_data_is_told_with_its_key_and_its_command_before_torch_is_imported(tmp_path: Path) -> None:
@@ -238,7 +262,7 @@ def test_missing_data_is_told_with_its_key_and_its_command_before_torch_is_impor
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 2 and ended.stderr == (
-        f"error: data.path data/python-stdlib: no such folder in {tmp_path}, where the command was started; make it "
+        f"error: data.path data/python-stdlib (in {tmp_path}, where the command was started): no such folder; make it "
         "with `mixkabrn prepare --source python-stdlib --vocabulary 2048 --out data/python-stdlib`, or set data.path "
         "to the folder of your shards\n"
     )

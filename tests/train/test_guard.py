@@ -305,8 +305,29 @@ def test_steps_without_targets_change_nothing_and_show_no_figures(tmp_path: Path
     assert len(empty) >= STEPS - 2 and ended.output.count("loss -") == len(empty)
     assert all(("loss/total" in entry) == (entry["step"] not in empty) for entry in steps)
     assert ended.output.count(f"step{empty[0]:7d}  warning: none of its 128 tokens is a target") == 1
-    assert ended.output.count("is a target") == 1 + ended.output.count("no token of its sequences")
+    assert ended.output.count("is a target") == 1 + ended.output.count("none of its tokens is a target")
     assert "0.0000" not in ended.output and not any("validation/loss" in entry for entry in entries)
     state = checkpoint(tmp_path / "run", STEPS)[1]
     assert state["updates"] == STEPS - len(empty) == len(state["guard"]["window"])
     assert state["guard"]["skipped"] == len(empty) and state["guard"]["bad"] == 0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_model_that_diverged_says_so_to_the_end(shards: Path, tmp_path: Path, world: int) -> None:
+    """Outputs that are not finite have no sample, and their loss is told as what it is."""
+    config = write_small_config(
+        tmp_path / "c.yaml",
+        shards,
+        tmp_path / "run",
+        training__steps=3,
+        training__log_interval=1,
+        optimizer__learning_rate=1e12,
+        optimizer__warmup_steps=0,
+        validation__eval_interval=3,
+        validation__sample_tokens=4,
+    )
+    ended = fork_server.run_ranks("launch.train:main", [["--config", str(config)]], world)
+    assert ended.exit_code == 0 and "Traceback" not in ended.output, ended.output
+    assert "validation: the loss is not finite; lower optimizer.learning_rate" in ended.output
+    assert "sample: (none: the model's outputs are not finite)" in ended.output
+    assert "the last 2 steps were bad ones and changed nothing; lower optimizer.learning_rate 1e+12" in ended.output
