@@ -125,8 +125,9 @@ def test_a_run_that_was_killed_goes_on(recipe: Path, tmp_path: Path, expected: d
     for fault, workers in (
         ("data.part#2:kill", 1),
         ("data.part@1#2:kill", 2),
-        ("data.piece@0#1:kill", 2),
-        ("data.shard@0#1:kill", 2),
+        # Of two workers, one may be given all pieces.
+        ("data.piece#1:kill", 1),
+        ("data.shard#1:kill", 1),
         ("data.shard#2:kill", 1),
         ("data.index:kill", 1),
     ):
@@ -167,7 +168,7 @@ def test_changes_under_an_unfinished_run_are_noticed(recipe: Path, tmp_path: Pat
     assert run(arguments, KABRN_FAULT="data.shard:kill")[0] == -signal.SIGKILL
     (texts / "2.txt").write_text("another text")
     code, said = run(arguments)
-    assert code == 2 and "its sources have changed since" in said and said.count("\n") == 1, said
+    assert code == 2 and "sources that have changed since" in said and said.count("\n") == 1, said
     code, said = run([*arguments, "--force"])
     assert code == 0 and "wrote" in said, said
     assert "nothing to do" in run(arguments)[1]
