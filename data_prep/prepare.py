@@ -88,6 +88,11 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     records = reader.records()
 
     def check() -> None:
+        if digest_inputs(reader, recipe) != inputs:
+            raise UserError(
+                f"--out {recipe.out}: its sources have changed while they were read; wait until nothing writes to "
+                "them, and add --force to start over"
+            )
         print(describe_losses(recipe, records), end="", flush=True)
         try:
             check_readable(recipe, records, reader.expected_layouts())

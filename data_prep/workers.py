@@ -167,7 +167,10 @@ class Coordinator(WorkerGroup):
         """Collect a text from every worker and send all of them to every worker."""
         texts = [text]
         for rank, (process, stream) in enumerate(self._workers, start=1):
-            line = stream.readline()
+            line = b""
+            # A worker that died before it had read all that was sent to it resets the connection.
+            with contextlib.suppress(OSError):
+                line = stream.readline()
             if not line:
                 process.wait(_EXIT_TIMEOUT_S)
                 raise UserError(
@@ -277,12 +280,22 @@ def _start_worker(
 ) -> tuple[subprocess.Popen[bytes], Any]:
     own_end, worker_end = socket.socketpair()
     path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.worker", str(worker_end.fileno()), str(rank), str(world)],
-        stdin=subprocess.DEVNULL,
-        pass_fds=[worker_end.fileno(), *keep_open],
-        env={**os.environ, **_limit_tokenizer_threads(world), "RANK": str(rank), "PYTHONPATH": os.pathsep.join(path)},
-    )
+    # Ctrl-C reaches all processes of a terminal, and a worker can ignore it only once Python has started.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "data_prep.worker", str(worker_end.fileno()), str(rank), str(world)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[worker_end.fileno(), *keep_open],
+            env={
+                **os.environ,
+                **_limit_tokenizer_threads(world),
+                "RANK": str(rank),
+                "PYTHONPATH": os.pathsep.join(path),
+            },
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     worker_end.close()
     stream = own_end.makefile("rwb")
     own_end.close()

@@ -83,7 +83,8 @@ def _empty(x: Tensor, by_head: bool) -> Tensor:
 
 def _args(x: Tensor, out: Tensor, grad: Tensor | None = None, eps: float = 0.0, direction: float = 0.0) -> HeadsArgs:
     tensors = (x, out, x if grad is None else grad)
-    if x.numel() and any(each.stride(-1) != 1 for each in tensors):
+    # The step to the next value of heads of one value may be anything.
+    if x.numel() and x.shape[-1] > 1 and any(each.stride(-1) != 1 for each in tensors):
         raise ValueError("the values of a head do not lie together")
     strides = (_Strides(*each.stride()[:3]) for each in tensors)
     return HeadsArgs(*x.shape, torch.get_num_threads(), *strides, eps, direction)

@@ -50,7 +50,8 @@ class ShortConvKernel:
         self, x: Tensor, before: Tensor, weight: Tensor, positions: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of x, before and weight from that of the result."""
-        grad_x, grad_before = torch.empty_like(x), torch.empty_like(before)
+        # Zeros, as the kernel writes nothing for a row without tokens.
+        grad_x, grad_before = torch.empty_like(x), torch.zeros_like(before)
         blocks = self._library.blocks(ctypes.c_int64(x.shape[1]))
         sums = weight.new_empty(x.shape[0] * blocks, *weight.shape)
         self._call("backward", x, before, weight, positions, grad, grad_x, grad_before, sums)

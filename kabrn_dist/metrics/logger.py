@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,15 @@ class _LastingConsole(Console):
         """Go on in silence: the log has all that the console shows."""
         self.quiet = True
         discard_output(sys.stdout)
+
+    @contextmanager
+    def surviving(self) -> Iterator[None]:
+        """Go on if stdout is a file on a full disk, or a terminal that has been closed: neither is a reason to end."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EIO:
+                self.on_broken_pipe()
 
 
 class MetricsLogger:
@@ -65,8 +75,7 @@ class MetricsLogger:
     def print_line(self, text: str) -> None:
         """Print a line on the console."""
         if self.active:
-            # Where stdout is a file on a full disk, that is no reason to end.
-            with suppress(OSError):
+            with self._console.surviving():
                 self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def advance(self, step: int) -> None:
@@ -122,7 +131,8 @@ class MetricsLogger:
     def close(self) -> None:
         """Stop the progress bar and close the files. A second call does nothing."""
         if self.active:
-            self._progress.stop()
+            with self._console.surviving():
+                self._progress.stop()
             self._writer.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,13 @@ class LogWriter:
         self._path, self._folder = folder / "log.jsonl", folder / "tensorboard"
         self._board: SummaryWriter | None = None
         self._failed_paths: set[Path] = set()
+        self._report_thread, threading.excepthook = threading.excepthook, self._hide_board_thread
         try:
             _truncate_log(self._path, step)
             self._log = _open_log(self._path)
             self._open_board(step + 1)
         except OSError as error:
+            threading.excepthook = self._report_thread
             raise UserError(
                 f"{folder}: cannot be written to ({error}); make room or set run.folder to another disk"
             ) from error
@@ -71,6 +74,12 @@ class LogWriter:
             os.close(self._log)
         self._log = -1
         self._close_board()
+        threading.excepthook = self._report_thread
+
+    def _hide_board_thread(self, failure: threading.ExceptHookArgs) -> None:
+        # TensorBoard raises what has ended its thread in the next call too, where it becomes one line.
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._report_thread(failure)
 
     def _open_board(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from data_prep.__main__ import main
+from data_prep.read import SourceReader
 from data_prep.tokens import loss_mask_naive
 from kabrn_dist.data.corpus import open_folder_corpus
 from kabrn_dist.data.dataset import TokenDataset
@@ -194,6 +196,30 @@ def test_unreadable_files_are_counted_and_too_many_refused(tmp_path: Path, capsy
     code = prepare(tmp_path, source, "--force", clean=clean, max_unreadable=0.01)
     assert "4 of 203 documents cannot be read (first: texts/binary.txt" in refused(capsys, code)
     assert not (tmp_path / "set" / "index.json").exists()
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks", "is replaced"])
+def test_sources_that_change_while_they_are_read_are_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = [{"name": "a", "kind": "jsonl", "input": write_lines(tmp_path / "a.jsonl", [{"text": "x"}] * 9)}]
+    read = SourceReader.read
+
+    def read_while_written(reader: SourceReader, *arguments: Any) -> None:
+        path = tmp_path / "a.jsonl"
+        if change == "is replaced":
+            os.replace(shutil.copy(path, tmp_path / "new"), path)
+        else:
+            os.truncate(path, path.stat().st_size // 2) if change == "shrinks" else path.write_text("{}\n" * 99)
+        read(reader, *arguments)
+
+    monkeypatch.setattr(SourceReader, "read", read_while_written)
+    said = refused(capsys, prepare(tmp_path, source, max_unreadable=1.0))
+    assert said.endswith("wait until nothing writes to them, and add --force to start over\n"), said
+    assert not (tmp_path / "set" / "index.json").exists()
+    monkeypatch.undo()
+    write_lines(tmp_path / "a.jsonl", [{"text": "x"}] * 9)
+    assert prepare(tmp_path, source, "--force") == 0
 
 
 def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

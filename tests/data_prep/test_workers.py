@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from data_prep import workers
 from data_prep.__main__ import main
+from kabrn_dist.utils.errors import UserError
 from tests.support import corpora as data
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,28 @@ def test_a_worker_ends_with_rank_0(unread: bytes, monkeypatch: pytest.MonkeyPatc
     # With something unread in it, closing resets the connection, as the end of a process does.
     rank_0.close()
     assert ended.wait(10) and worker.rank == 1
+
+
+@pytest.mark.parametrize("unread", [b"", b"a job that the worker has not read\n"])
+def test_rank_0_says_that_a_worker_has_died(unread: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> tuple[subprocess.Popen[bytes], object]:
+        own, worker = socket.socketpair()
+        own.sendall(unread)
+        worker.close()
+        return subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"]), own.makefile("rwb")
+
+    monkeypatch.setattr(workers, "_start_worker", start)
+    expected = "^worker 1 ended with signal 15; run the same command again to continue$"
+    with pytest.raises(UserError, match=expected), workers.start_workers(2, {}) as group:
+        group.barrier()
+
+
+def test_an_interrupt_does_not_end_a_worker_that_starts() -> None:
+    process, stream = workers._start_worker(1, 2, {}, [])
+    process.send_signal(signal.SIGINT)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
+    stream.close()
 
 
 @pytest.mark.slow

@@ -97,6 +97,17 @@ def test_one_pass_is_the_steps_in_torch(taps: int, time: int, width: int, dtype:
         near(mine.double() / (1 + exact.abs()), exact / (1 + exact.abs()), limit * taps**0.5)
 
 
+@pytest.mark.parametrize(("batch", "time"), [(2, 0), (0, 5), (0, 0)])
+def test_without_tokens_there_is_no_gradient(batch: int, time: int) -> None:
+    x, before = torch.randn(batch, time, WIDTH), torch.randn(batch, 64, WIDTH)
+    inputs = [part.requires_grad_() for part in (x, torch.randn(64, WIDTH), before)]
+    # What freed memory holds is not what the gradient is.
+    _ = [torch.full((batch, 64, WIDTH), 7.0) for _ in range(8)]
+    out = short_conv(*inputs, torch.zeros(batch, time, dtype=torch.int64))
+    for grad, of in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
+        assert grad.shape == of.shape and not grad.any()
+
+
 def test_nothing_comes_from_another_document_or_from_later() -> None:
     (x, weight, before), _ = draw(12, 3)
     positions = make_positions([[7], [3, 8]], 12)

@@ -51,7 +51,7 @@ def test_heads_rotate(shape: tuple[int, ...], order: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("order", ["by token", "by head", "by channel"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 5, 1), (1, 1, 1, 1)])
 def test_heads_are_normalized_and_stand_side_by_side(shape: tuple[int, ...], order: str, dtype: torch.dtype) -> None:
     x, _, _ = draw(shape, dtype, order)
     batch, heads, time, width = shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from kabrn_dist.train.stop_requests import ECHO_SECONDS, StopRequests
 from kabrn_dist.utils.launch_time import launch_time
 from tests.support import fork_server
 from tests.support.runs import (
+    ROOT,
     deepspeed_command,
     start_command,
     torchrun_command,
@@ -156,6 +158,25 @@ def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
             assert requests.requested()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_closed_ends_in_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", guard__stop_exit_code=75)
+    command = [sys.executable, "-m", "kabrn_dist", "train", str(config), "--set", "training.steps=5000"]
+    process, terminal = pty.fork()
+    if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    shown = b""
+    try:
+        while b"step      2" not in shown:
+            shown += os.read(terminal, 4096)
+    finally:
+        # The kernel hangs up, and what is printed from now on is an error.
+        os.close(terminal)
+        _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 75, shown.decode(errors="replace")
+    check_saved(tmp_path / "run")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
