@@ -87,21 +87,7 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     _read_sources(workspace, reader, workers)
     records = reader.records()
 
-    def check() -> None:
-        if digest_inputs(reader, recipe) != inputs:
-            raise UserError(
-                f"--out {recipe.out}: its sources have changed while they were read; wait until nothing writes to "
-                "them, and add --force to start over"
-            )
-        print(describe_losses(recipe, records), end="", flush=True)
-        try:
-            check_readable(recipe, records, reader.expected_layouts())
-        except UserError:
-            # Whatever mends this changes the inputs: nothing of what was read can be used again.
-            workspace.discard()
-            raise
-
-    workers.on_main(check)
+    workers.on_main(lambda: _check_read(workspace, reader, recipe, inputs, records))
     dropped = _find_duplicates(workspace, recipe, records, workers)
     streams = make_streams(recipe, records)
     workers.on_main(lambda: _plan_shards(workspace, recipe, streams, dropped, tokenizer))
@@ -120,6 +106,24 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
 
     workers.on_main(finish)
     return written[0] if written else None
+
+
+def _check_read(
+    workspace: Workspace, reader: SourceReader, recipe: Recipe, inputs: InputDigest, records: Sequence[ReadRecord]
+) -> None:
+    """Refuse sources that have changed meanwhile, or of which too little could be read; print what was left out."""
+    if digest_inputs(reader, recipe) != inputs:
+        raise UserError(
+            f"--out {recipe.out}: its sources have changed while they were read; wait until nothing writes to them, "
+            "and add --force to start over"
+        )
+    print(describe_losses(recipe, records), end="", flush=True)
+    try:
+        check_readable(recipe, records, reader.expected_layouts())
+    except UserError:
+        # Whatever mends this changes the inputs: nothing of what was read can be used again.
+        workspace.discard()
+        raise
 
 
 def _write_index(out: Path, index: Index) -> Index:
