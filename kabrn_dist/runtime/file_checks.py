@@ -15,10 +15,10 @@ from kabrn_dist.runtime.file_format import (
     DTYPE_FP16,
     DTYPE_FP32,
     DTYPE_INT8,
-    DTYPE_NAMES,
+    FILE_DTYPE_NAMES,
+    FILE_MAX_COLUMNS,
+    FILE_MAX_SIZE,
     HEADER_DTYPE,
-    MAX_COLUMNS,
-    MAX_SIZE,
     MODEL_FILE_MAGIC,
     MODEL_FILE_VERSION,
     RECORD_DTYPE,
@@ -82,7 +82,7 @@ def find_enum_faults(header: dict[str, Any]) -> list[str]:
     limits = {"expert_type": 5, "score_func": 1, "norm_topk_prob": 1, "quantized": 1}
     faults = [f"{key} is {header[key]}, above {limit}" for key, limit in limits.items() if header[key] > limit]
     sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "key_dim", "value_dim")
-    faults += [f"{key} is {header[key]}" for key in sizes if not 0 < header[key] <= MAX_SIZE]
+    faults += [f"{key} is {header[key]}" for key in sizes if not 0 < header[key] <= FILE_MAX_SIZE]
     if not 0 < header["tokenizer_size"] <= header["vocab_size"]:
         faults.append(f"tokenizer_size is {header['tokenizer_size']} of vocab_size {header['vocab_size']}")
     return faults
@@ -99,23 +99,28 @@ def hash_model_file(content: mmap) -> bytes:
 def find_record_fault(record: FileTensor, size: int) -> str | None:
     """Return what is wrong with a record of the table of tensors in a file of `size` bytes; None if nothing is."""
     role = find_role(record.role)
-    name = f"tensor {role} of layer {record.layer}"
-    if role is None or record.dtype >= len(DTYPE_NAMES):
+    if role is None or record.dtype >= len(FILE_DTYPE_NAMES):
         return f"a tensor has role {record.role} and dtype {record.dtype}, which mean nothing"
-    if not (0 < record.count <= MAX_SIZE and 0 < record.rows <= MAX_SIZE and 0 < record.columns <= MAX_COLUMNS):
-        return f"{name} has {record.count} matrices of {record.rows} × {record.columns}"
+    matrices, rows, columns = record.matrices, record.rows, record.columns
+    if not (0 < matrices <= FILE_MAX_SIZE and 0 < rows <= FILE_MAX_SIZE and 0 < columns <= FILE_MAX_COLUMNS):
+        return f"tensor {role} of layer {record.layer} has {matrices} matrices of {rows} × {columns}"
+    fault = _find_place_fault(record, size)
+    return f"tensor {role} of layer {record.layer} {fault}" if fault else None
+
+
+def _find_place_fault(record: FileTensor, size: int) -> str | None:
     if record.bytes != matrix_bytes(record.dtype, record.rows, record.columns):
-        return f"{name} has {record.bytes} bytes a matrix, which its shape does not give"
-    wanted = {DTYPE_FP32: 0, DTYPE_FP16: 0, DTYPE_INT8: record.rows}.get(record.dtype, record.scales)
-    if record.scales != wanted or (not record.scales and record.dtype not in (DTYPE_FP32, DTYPE_FP16)):
-        return f"{name} has {record.scales} scales"
-    if record.offset % ALIGNMENT or record.stride % ALIGNMENT or record.scales_offset % ALIGNMENT:
-        return f"{name} does not begin at a multiple of {ALIGNMENT} bytes"
-    if record.count > 1 and record.stride < record.bytes:
-        return f"{name} has matrices that overlap"
-    last = record.offset + (record.count - 1) * record.stride + record.bytes
-    if max(last, record.scales_offset + record.count * record.scales * 4) > size:
-        return f"{name} ends outside the file"
+        return f"has {record.bytes} bytes a matrix, which its shape does not give"
+    wanted = {DTYPE_FP32: {0}, DTYPE_FP16: {0}, DTYPE_INT8: {record.rows}}.get(record.dtype, range(1, record.rows + 1))
+    if record.scales not in wanted:
+        return f"has {record.scales} scales"
+    if any(offset % ALIGNMENT for offset in (record.offset, record.stride, record.scales_offset)):
+        return f"does not begin at a multiple of {ALIGNMENT} bytes"
+    if record.matrices > 1 and record.stride < record.bytes:
+        return "has matrices that overlap"
+    last = record.offset + (record.matrices - 1) * record.stride + record.bytes
+    if max(last, record.scales_offset + record.matrices * record.scales * 4) > size:
+        return "ends outside the file"
     return None
 
 

@@ -5,7 +5,7 @@ Needs numpy alone, so that a model file can be read where torch is not installed
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,12 @@ ALIGNMENT = 64
 # Rows and columns of a tile.
 TILE = 16
 # Sums of so many products of int8 inputs and codes 0, 1, 2 stay within int32.
-MAX_COLUMNS = 2**23
+FILE_MAX_COLUMNS = 2**23
 # Of every other size: products of two of them fit 64 bits.
-MAX_SIZE = 2**31 - 1
+FILE_MAX_SIZE = 2**31 - 1
 
 DTYPE_FP32, DTYPE_FP16, DTYPE_INT8, DTYPE_TILES, DTYPE_BASE3 = range(5)
-DTYPE_NAMES = ("fp32", "fp16", "int8", "tiles", "base3")
+FILE_DTYPE_NAMES = ("fp32", "fp16", "int8", "tiles", "base3")
 FILE_EXPERT_TYPES = ("rational", "chebyshev", "hat", "bspline", "swiglu", "relu2")
 FILE_SCORE_FUNCS = ("sigmoid", "softmax")
 # Bits of a layer's byte.
@@ -86,9 +86,9 @@ class FileTensor(NamedTuple):
 
     Attributes:
         role: What the tensor is, a value of `ROLES`.
-        dtype: How its values are stored, a place in `DTYPE_NAMES`.
+        dtype: How its values are stored, a place in `FILE_DTYPE_NAMES`.
         layer: Number of the layer; 0 for tensors of the whole model.
-        count: Number of stacked matrices.
+        matrices: Number of stacked matrices (`count` in the file).
         rows: Rows of each matrix.
         columns: Columns of each matrix.
         scales: Number of scales of each matrix.
@@ -101,7 +101,7 @@ class FileTensor(NamedTuple):
     role: int
     dtype: int
     layer: int
-    count: int
+    matrices: int
     rows: int
     columns: int
     scales: int
@@ -133,8 +133,3 @@ def matrix_bytes(dtype: int, rows: int, columns: int) -> int:
 def find_role(number: int) -> str | None:
     """Return the name of a role; None for a number that means none."""
     return next((name for name, role in ROLES.items() if role == number), None)
-
-
-def to_record(tensor: FileTensor) -> np.ndarray[Any, Any]:
-    """Return the bytes of a record as a structured array of one."""
-    return np.array([(*tensor, 0)], RECORD_DTYPE)

@@ -33,7 +33,7 @@ from kabrn_dist.runtime.file_format import (
     ROLES,
     FileTensor,
 )
-from kabrn_dist.runtime.tiles import decode_base3, scale_rows, unpack_tiles
+from kabrn_dist.runtime.tiles import decode_base3, repeat_scales, unpack_tiles
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import open_plain
 
@@ -195,17 +195,17 @@ def _read_text(path: Path, content: mmap, header: dict[str, Any], part: str) -> 
 
 
 def _read_tensor(content: mmap, record: FileTensor, scale_group_size: int) -> ModelFileTensor:
-    size = record.count * record.scales
+    size = record.matrices * record.scales
     scales = None
     if size:
         scales = np.frombuffer(_read_part(content, record.scales_offset, 4 * size), "<f4").astype(np.float32)
-        scales = scales.reshape(record.count, record.scales)
-    starts = [record.offset + number * record.stride for number in range(record.count)]
+        scales = scales.reshape(record.matrices, record.scales)
+    starts = [record.offset + number * record.stride for number in range(record.matrices)]
     matrices = np.stack([_read_matrix(_read_part(content, start, record.bytes), record) for start in starts])
     if scales is None:
         return ModelFileTensor(record, None, None, matrices.astype(np.float32))
     group = 1 if record.dtype == DTYPE_INT8 else scale_group_size
-    factors = np.stack([scale_rows(each, record.rows, group) for each in scales])
+    factors = np.stack([repeat_scales(each, record.rows, group) for each in scales])
     return ModelFileTensor(record, matrices, scales, matrices * factors[:, :, None])
 
 

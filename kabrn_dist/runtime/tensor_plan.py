@@ -13,8 +13,8 @@ from kabrn_dist.runtime.file_format import (
     DTYPE_FP32,
     DTYPE_INT8,
     DTYPE_TILES,
-    MAX_COLUMNS,
-    MAX_SIZE,
+    FILE_MAX_COLUMNS,
+    FILE_MAX_SIZE,
     ROLES,
     FileTensor,
     align,
@@ -185,20 +185,20 @@ def _place(group: list[PlannedTensor], position: int) -> tuple[list[PlannedTenso
     scales: list[int] = []
     for planned in group:
         scales.append(position if planned.tensor.scales else 0)
-        position += align(planned.tensor.count * planned.tensor.scales * 4)
+        position += align(planned.tensor.matrices * planned.tensor.scales * 4)
     placed, offset = [], position
     for planned, size, scales_offset in zip(group, sizes, scales, strict=True):
         tensor = planned.tensor._replace(offset=offset, stride=stride, scales_offset=scales_offset, bytes=size)
         placed.append(planned._replace(tensor=tensor))
         offset += align(size)
-    return placed, position + group[0].tensor.count * stride
+    return placed, position + group[0].tensor.matrices * stride
 
 
 def _check_sizes(planned: PlannedTensor) -> None:
     tensor = planned.tensor
-    if tensor.columns > MAX_COLUMNS or max(tensor.count, tensor.rows) > MAX_SIZE:
+    if tensor.columns > FILE_MAX_COLUMNS or max(tensor.matrices, tensor.rows) > FILE_MAX_SIZE:
         name = planned.names[0] if planned.names else "a tensor"
         raise UserError(
-            f"{name}: {tensor.count} matrices of {tensor.rows} × {tensor.columns} are beyond a model file's "
-            f"{MAX_COLUMNS} columns and {MAX_SIZE} rows; train a narrower model"
+            f"{name}: {tensor.matrices} matrices of {tensor.rows} × {tensor.columns} are beyond a model file's "
+            f"{FILE_MAX_COLUMNS} columns and {FILE_MAX_SIZE} rows; train a narrower model"
         )

@@ -82,6 +82,6 @@ def quantize_rows(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArra
     return np.where(scales[:, None] > 0, codes, 0).astype(np.int8), scales
 
 
-def scale_rows(scales: NDArray[np.float32], rows: int, group: int) -> NDArray[np.float32]:
+def repeat_scales(scales: NDArray[np.float32], rows: int, group: int) -> NDArray[np.float32]:
     """Return each row's scale [R] of a matrix with scales [S], of which one serves `group` rows (0: all)."""
     return np.repeat(scales, group if group and len(scales) > 1 else rows)[:rows]

@@ -131,7 +131,7 @@ def plan_model_file(config: Config, tokenizer: Tokenizer, step: int, lam: float,
     if 0 < lam < 1:
         raise UserError(
             f"step {step} is in the warm-up of quantization (λ is {lam:.3g}), where matrices are neither plain nor "
-            f"ternary; train on to step {model.first_quantized_step}, or choose a checkpoint of that step or a later one"
+            f"ternary; train on to step {model.first_quantized_step}, or choose a checkpoint of that step or later"
         )
     is_ternary = lam == 1
     matrix = TERNARY_DTYPES[packing.ternary] if is_ternary else PLAIN_DTYPES[packing.plain]
@@ -241,7 +241,7 @@ def _write_group(sink: _HashingStream, group: list[PlannedTensor], weights: Weig
         if scales is not None:
             sink.pad_to(planned.tensor.scales_offset)
             sink.write(scales.astype("<f4").tobytes())
-    for number in range(group[0].tensor.count):
+    for number in range(group[0].tensor.matrices):
         for planned, (_, encode) in zip(group, readers, strict=True):
             sink.pad_to(planned.tensor.offset + number * planned.tensor.stride)
             sink.write(encode(number).data.cast("B"))
@@ -257,7 +257,7 @@ def _open_tensor(
     tensor = planned.tensor
     if tensor.dtype in TERNARY_DTYPES.values():
         stack = QuantizedStack(weights.matrices(planned.names[0]), config.scale_group_size)
-        assert stack.codes.shape == (tensor.count, tensor.rows, tensor.columns), planned
+        assert stack.codes.shape == (tensor.matrices, tensor.rows, tensor.columns), planned
         encode = pack_tiles if tensor.dtype == DTYPE_TILES else encode_base3
         return stack.scales, lambda number: encode(stack.codes[number])
     values = _read_values(planned, weights, config)
@@ -281,4 +281,4 @@ def _read_values(planned: PlannedTensor, weights: WeightSource, config: ModelCon
         values = weights.values("router/bias")[config.moe_layers.index(tensor.layer)]
     else:
         values = torch.cat([weights.values(name) for name in planned.names], -1)
-    return values.reshape(tensor.count, tensor.rows, tensor.columns).numpy()
+    return values.reshape(tensor.matrices, tensor.rows, tensor.columns).numpy()
