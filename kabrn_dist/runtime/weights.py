@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kabrn_dist.inference.checkpoint_weights import distinct_scales
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import TernaryMatrices, TernaryModule
 
 
 class WeightSource(Protocol):
-    """Where the weights of a full model come from, by the names of its parameters.
+    """Where the weights of a full model come from, by the names of its parameters: `ModelWeights`, `CheckpointWeights`.
 
     Attributes:
         lam: How far its matrices are quantized: 1 wholly, 0 not at all.
@@ -64,8 +65,5 @@ class QuantizedStack:
     """
 
     def __init__(self, matrices: TernaryMatrices, group: int | None) -> None:
-        assert matrices.gamma is not None
         self.codes: NDArray[np.int8] = matrices.codes(torch.int8).cpu().numpy()
-        gamma = matrices.gamma.cpu()
-        step = gamma.shape[1] if group is None else min(group, self.codes.shape[1])
-        self.scales: NDArray[np.float32] = gamma[:, ::step, 0].contiguous().numpy()
+        self.scales: NDArray[np.float32] = distinct_scales(matrices.gamma, group).cpu().numpy()
