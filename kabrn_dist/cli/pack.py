@@ -76,8 +76,8 @@ def run(options: argparse.Namespace) -> int:
     template = _read_template(options.template)
     if not is_export(options.folder):
         check_run_folder(options.folder, "config.yaml")
+    from kabrn_dist.runtime.file_plan import Packing
     from kabrn_dist.runtime.pack import pack_folder
-    from kabrn_dist.runtime.writer import Packing
     from kabrn_dist.utils.atomic_io import make_folder
 
     packing = Packing(options.embedding, {"2": "tiles", "1.6": "base3"}[options.ternary], options.matrices, template)

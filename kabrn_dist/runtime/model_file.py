@@ -130,8 +130,9 @@ def write_model_file(
     Raises:
         UserError: for a model that is partly quantized or beyond the format's sizes, and if the disk refuses.
     """
+    from kabrn_dist.runtime.file_plan import Packing
     from kabrn_dist.runtime.weights import ModelWeights
-    from kabrn_dist.runtime.writer import Packing, pack_weights
+    from kabrn_dist.runtime.writer import pack_weights
 
     packing = Packing(embedding_dtype, ternary, matrix_dtype, template)
     pack_weights(ModelWeights(model), config, tokenizer, step, out, packing)

@@ -12,10 +12,9 @@ Example:
 from __future__ import annotations
 
 import ctypes
-import functools
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,60 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kabrn_dist.runtime.build import compile_runtime
-from kabrn_dist.utils.errors import UserError
-
-_ERROR_BYTES = 256
-_Error = c_char * _ERROR_BYTES
-# Name → result, arguments; as in csrc/mixkabrn.h.
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "mkb_model_open": (c_int, [c_char_p, c_int, POINTER(c_void_p), _Error]),
-    "mkb_model_close": (None, [c_void_p]),
-    "mkb_model_info": (None, [c_void_p, c_void_p]),
-    "mkb_model_config": (c_void_p, [c_void_p, POINTER(c_size_t)]),
-    "mkb_model_template": (c_void_p, [c_void_p, POINTER(c_size_t)]),
-    "mkb_context_create": (c_int, [c_void_p, c_int, c_uint32, POINTER(c_void_p), _Error]),
-    "mkb_context_destroy": (None, [c_void_p]),
-    "mkb_decode": (c_int, [c_void_p, POINTER(c_uint32), c_size_t, c_void_p, _Error]),
-    "mkb_reset": (None, [c_void_p]),
-    "mkb_position": (c_uint64, [c_void_p]),
-    "mkb_state_bytes": (c_size_t, [c_void_p]),
-    "mkb_state_get": (c_int, [c_void_p, c_void_p, c_size_t, _Error]),
-    "mkb_state_set": (c_int, [c_void_p, c_char_p, c_size_t, _Error]),
-    "mkb_state_save": (c_int, [c_void_p, c_char_p, _Error]),
-    "mkb_state_load": (c_int, [c_void_p, c_char_p, _Error]),
-    "mkb_sampling_set": (c_int, [c_void_p, c_void_p, _Error]),
-    "mkb_sample": (c_uint32, [c_void_p, c_void_p]),
-    "mkb_tokenize": (c_size_t, [c_void_p, c_char_p, c_size_t, c_int, POINTER(c_uint32), c_size_t]),
-    "mkb_token_bytes": (c_void_p, [c_void_p, c_uint32, POINTER(c_size_t)]),
-    "mkb_kernels": (c_char_p, []),
-    "mkb_version": (c_char_p, []),
-}
-
-
-class _Info(ctypes.Structure):
-    _fields_ = [
-        *[(name, c_uint32) for name in ("vocab_size", "tokenizer_size", "document_token", "hidden_size", "num_layers")],
-        *[
-            (name, c_uint64)
-            for name in ("step", "file_bytes", "parameters", "active_parameters", "state_bytes", "bytes_per_token")
-        ],
-        ("attention_layers", c_uint32),
-        ("sha256", ctypes.c_ubyte * 32),
-        ("tokenizer_sha256", ctypes.c_ubyte * 32),
-    ]
-
-
-class _Sampling(ctypes.Structure):
-    _fields_ = [
-        ("temperature", c_float),
-        ("top_k", c_uint32),
-        ("top_p", c_float),
-        ("min_p", c_float),
-        ("repetition_penalty", c_float),
-        ("repetition_window", c_uint32),
-        ("seed", c_uint64),
-    ]
+from kabrn_dist.runtime.native_library import (
+    InfoStruct,
+    SamplingStruct,
+    call_native,
+    encode_native_path,
+    load_native_library,
+    read_native_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -115,24 +68,6 @@ class NativeInfo:
     attention_layers: int
     sha256: str
     tokenizer_sha256: str
-
-
-@functools.cache
-def load_native_library() -> ctypes.CDLL:
-    """Return the runtime's library, compiled if the cache has none.
-
-    Raises:
-        UserError: if it cannot be compiled or loaded.
-    """
-    path = compile_runtime("library")
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be loaded ({error}); remove it, and it is compiled again") from error
-    return library
 
 
 def native_kernels() -> str:
@@ -182,7 +117,7 @@ class NativeModel(_Handle):
 
     def __init__(self, path: Path | str, verify: bool = True) -> None:
         library, pointer = load_native_library(), c_void_p()
-        _call(library.mkb_model_open, _encode_path(path), int(verify), byref(pointer))
+        call_native(library.mkb_model_open, encode_native_path(path), int(verify), byref(pointer))
         assert pointer.value is not None
         super().__init__(pointer.value, library.mkb_model_close)
         self._contexts: weakref.WeakSet[NativeContext] = weakref.WeakSet()
@@ -199,24 +134,21 @@ class NativeModel(_Handle):
     @property
     def info(self) -> NativeInfo:
         """What the file says about itself."""
-        info = _Info()
+        info = InfoStruct()
         load_native_library().mkb_model_info(self.pointer, byref(info))
-        return NativeInfo(
-            **{
-                name: bytes(getattr(info, name)).hex() if "sha256" in name else int(getattr(info, name))
-                for name, *_ in _Info._fields_
-            }
-        )
+        values: dict[str, Any] = {name: getattr(info, name) for name, *_ in InfoStruct._fields_}
+        values |= {name: bytes(values[name]).hex() for name in ("sha256", "tokenizer_sha256")}
+        return NativeInfo(**values)
 
     @property
     def config(self) -> str:
         """The text of config.yaml."""
-        return _read_bytes(load_native_library().mkb_model_config, self.pointer).decode()
+        return read_native_bytes(load_native_library().mkb_model_config, self.pointer).decode()
 
     @property
     def template(self) -> str:
         """The chat template; "" for none."""
-        return _read_bytes(load_native_library().mkb_model_template, self.pointer).decode()
+        return read_native_bytes(load_native_library().mkb_model_template, self.pointer).decode()
 
     def tokenize(self, text: str | bytes, special: bool = False) -> list[int]:
         """Return the ids of a text; no document token is added.
@@ -233,7 +165,7 @@ class NativeModel(_Handle):
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of a token, which may be a part of a character."""
-        return _read_bytes(load_native_library().mkb_token_bytes, self.pointer, id)
+        return read_native_bytes(load_native_library().mkb_token_bytes, self.pointer, id)
 
     def context(self, threads: int = 1, max_tokens: int = 0) -> NativeContext:
         """Return a context: a state, and what is needed to read tokens on top of it.
@@ -255,7 +187,7 @@ class NativeContext(_Handle):
 
     def __init__(self, model: NativeModel, threads: int, max_tokens: int) -> None:
         library, pointer = load_native_library(), c_void_p()
-        _call(library.mkb_context_create, model.pointer, threads, max_tokens, byref(pointer))
+        call_native(library.mkb_context_create, model.pointer, threads, max_tokens, byref(pointer))
         assert pointer.value is not None
         super().__init__(pointer.value, library.mkb_context_destroy)
         self._model, self._vocab_size = model, model.info.vocab_size
@@ -284,7 +216,7 @@ class NativeContext(_Handle):
         ids = (c_uint32 * len(tokens))(*tokens)
         out = np.empty(self._vocab_size, np.float32) if logits else None
         place = None if out is None else out.ctypes.data
-        _call(load_native_library().mkb_decode, self.pointer, ids, len(tokens), place)
+        call_native(load_native_library().mkb_decode, self.pointer, ids, len(tokens), place)
         return out
 
     def reset(self) -> None:
@@ -299,7 +231,7 @@ class NativeContext(_Handle):
         """
         library = load_native_library()
         content = ctypes.create_string_buffer(library.mkb_state_bytes(self.pointer))
-        _call(library.mkb_state_get, self.pointer, content, len(content))
+        call_native(library.mkb_state_get, self.pointer, content, len(content))
         return content.raw
 
     def set_state(self, content: bytes) -> None:
@@ -308,7 +240,7 @@ class NativeContext(_Handle):
         Raises:
             UserError: for a state of another model or tokenizer, or a damaged one.
         """
-        _call(load_native_library().mkb_state_set, self.pointer, content, len(content))
+        call_native(load_native_library().mkb_state_set, self.pointer, content, len(content))
 
     def save_state(self, path: Path | str) -> None:
         """Write the state to a file.
@@ -316,7 +248,7 @@ class NativeContext(_Handle):
         Raises:
             UserError: if the disk refuses.
         """
-        _call(load_native_library().mkb_state_save, self.pointer, _encode_path(path))
+        call_native(load_native_library().mkb_state_save, self.pointer, encode_native_path(path))
 
     def load_state(self, path: Path | str) -> None:
         """Continue from a file that `save_state` wrote.
@@ -324,7 +256,7 @@ class NativeContext(_Handle):
         Raises:
             UserError: as `set_state`, and for a file that cannot be read.
         """
-        _call(load_native_library().mkb_state_load, self.pointer, _encode_path(path))
+        call_native(load_native_library().mkb_state_load, self.pointer, encode_native_path(path))
 
     def set_sampling(
         self,
@@ -350,8 +282,8 @@ class NativeContext(_Handle):
         Raises:
             UserError: for a value that has no meaning.
         """
-        sampling = _Sampling(temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed)
-        _call(load_native_library().mkb_sampling_set, self.pointer, byref(sampling))
+        sampling = SamplingStruct(temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed)
+        call_native(load_native_library().mkb_sampling_set, self.pointer, byref(sampling))
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Draw a token from logits [vocab_size]."""
@@ -360,23 +292,3 @@ class NativeContext(_Handle):
         if scores.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {scores.shape}; pass those of decode, ({self._vocab_size},)")
         return int(load_native_library().mkb_sample(self.pointer, scores.ctypes.data))
-
-
-def _call(function: Any, *arguments: Any) -> None:
-    """Call a function that returns a status, with room for its message."""
-    error = _Error()
-    if function(*arguments, error):
-        raise UserError(error.value.decode("utf-8", "replace"))
-
-
-def _encode_path(path: Path | str) -> bytes:
-    content = str(path).encode("utf-8", "surrogateescape")
-    if b"\0" in content:
-        raise UserError(f"{str(path)!r}: not a name of a file; give one without a NUL")
-    return content
-
-
-def _read_bytes(function: Any, *arguments: Any) -> bytes:
-    size = c_size_t()
-    place = function(*arguments, byref(size))
-    return ctypes.string_at(place, size.value) if place else b""

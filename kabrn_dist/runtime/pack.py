@@ -11,9 +11,10 @@ from kabrn_dist.inference.folder import is_export
 from kabrn_dist.inference.load import load_export
 from kabrn_dist.inference.run import Run
 from kabrn_dist.runtime.file_format import find_role
+from kabrn_dist.runtime.file_plan import FilePlan, Packing
 from kabrn_dist.runtime.tensor_plan import PlannedTensor
 from kabrn_dist.runtime.weights import ModelWeights
-from kabrn_dist.runtime.writer import FilePlan, Packing, pack_weights
+from kabrn_dist.runtime.writer import pack_weights
 from kabrn_dist.utils.errors import UserError
 
 OTHER_PARTS = "routers, functions, convolutions"
