@@ -3,25 +3,3137 @@
  *     cc -O2 mixkabrn.c -o mixkabrn -lm -lpthread
  *
  * Parts: 1 bytes and errors, 2 sha256, 3 model file, 4 kernels, 5 threads, 6 forward pass, 7 state, 8 tokenizer,
- * 9 sampling, 10 command line. Docs: docs/model-file.md, docs/runtime.md. */
+ * 9 sampling, 10 command line. Docs: docs/model-file.md, docs/runtime.md.
+ *
+ * For GCC and Clang, whose vector types and target attributes it uses. Macros:
+ *     MIXKABRN_LIBRARY     without main, for a shared library
+ *     MIXKABRN_NO_THREADS  without pthreads: every context has one thread
+ *     MIXKABRN_NO_MMAP     model files are read into memory instead of being mapped */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+/* One rounding an operation on every machine: a fused multiply-add would make results depend on the kernels in use. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+/* Vectors wider than the machine's are only passed to functions that are inlined. */
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(__i386__)
+/* The x87 unit rounds to 64 bits where this file counts on 24. */
+#pragma GCC target("sse2,fpmath=sse")
+#endif
+
+#if defined(__wasm__)
+#define MIXKABRN_NO_THREADS
+#define MIXKABRN_NO_MMAP
+#endif
+
 #include "mixkabrn.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifndef MIXKABRN_NO_MMAP
+#include <sys/mman.h>
+#endif
+#ifndef MIXKABRN_NO_THREADS
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if defined(__x86_64__) || defined(__i386__)
+#define ON_X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNUSED __attribute__((unused))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 /* ---- 1 bytes and errors ---- */
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+enum { BIG_ENDIAN_HOST = 1 };
+#else
+enum { BIG_ENDIAN_HOST = 0 };
+#endif
+
+/* Write one line into `error` (or nowhere, if it is NULL) and return `status`. */
+static int fail(char *error, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+static int fail(char *error, int status, const char *format, ...) {
+    va_list arguments;
+    if (!error) return status;
+    va_start(arguments, format);
+    vsnprintf(error, MKB_ERROR_BYTES, format, arguments);
+    va_end(arguments);
+    /* A path may hold anything, but the message stays one line. */
+    for (char *c = error; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    return status;
+}
+
+static uint32_t read_u32(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint64_t read_u64(const unsigned char *p) { return read_u32(p) | (uint64_t)read_u32(p + 4) << 32; }
+
+static float read_f32(const unsigned char *p) {
+    uint32_t bits = read_u32(p);
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static void write_u32(unsigned char *p, uint32_t value) {
+    for (int i = 0; i < 4; i++) p[i] = (unsigned char)(value >> 8 * i);
+}
+
+static void write_u64(unsigned char *p, uint64_t value) {
+    write_u32(p, (uint32_t)value);
+    write_u32(p + 4, (uint32_t)(value >> 32));
+}
+
+/* Numbers of 4 bytes between memory and a file; little-endian machines copy. */
+static void copy_words(void *to, const void *from, size_t count) {
+    if (!BIG_ENDIAN_HOST) {
+        memcpy(to, from, count * 4);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) {
+        uint32_t word = read_u32((const unsigned char *)from + 4 * i);
+        memcpy((unsigned char *)to + 4 * i, &word, 4);
+    }
+}
+
+static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Memory at an address that is a multiple of 64; NULL if there is none, also for a size that overflows. */
+static void *allocate(uint64_t count, uint64_t size) {
+    uint64_t bytes = count * size;
+    void *memory = NULL;
+    if ((count && bytes / count != size) || bytes > SIZE_MAX / 2) return NULL;
+    if (posix_memalign(&memory, 64, round_up((size_t)bytes + 1, 64))) return NULL;
+    return memory;
+}
+
 /* ---- 2 sha256 ---- */
+
+typedef struct {
+    uint32_t hash[8];
+    uint64_t bytes;
+    unsigned char block[64];
+} sha256_state;
+
+static const uint32_t SHA256_ROUNDS[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+static void sha256_begin(sha256_state *s) {
+    static const uint32_t start[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    memcpy(s->hash, start, sizeof start);
+    s->bytes = 0;
+}
+
+INLINE uint32_t turn(uint32_t x, int bits) { return x >> bits | x << (32 - bits); }
+
+/* One round; the caller names the eight words in turned order instead of moving them. */
+#define SHA256_ROUND(a, b, c, d, e, f, g, h, i)                                                                        \
+    do {                                                                                                               \
+        uint32_t t = h + (turn(e, 6) ^ turn(e, 11) ^ turn(e, 25)) + (g ^ (e & (f ^ g))) + SHA256_ROUNDS[i] + w[i];      \
+        d += t;                                                                                                        \
+        h = t + (turn(a, 2) ^ turn(a, 13) ^ turn(a, 22)) + ((a & b) | (c & (a | b)));                                  \
+    } while (0)
+
+static void sha256_block(uint32_t *hash, const unsigned char *p) {
+    uint32_t w[64], a = hash[0], b = hash[1], c = hash[2], d = hash[3];
+    uint32_t e = hash[4], f = hash[5], g = hash[6], h = hash[7];
+    for (int i = 0; i < 16; i++, p += 4)
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | (uint32_t)p[3];
+    for (int i = 16; i < 64; i++) {
+        uint32_t x = w[i - 15], y = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7] + (turn(x, 7) ^ turn(x, 18) ^ x >> 3) + (turn(y, 17) ^ turn(y, 19) ^ y >> 10);
+    }
+    for (int i = 0; i < 64; i += 8) {
+        SHA256_ROUND(a, b, c, d, e, f, g, h, i);
+        SHA256_ROUND(h, a, b, c, d, e, f, g, i + 1);
+        SHA256_ROUND(g, h, a, b, c, d, e, f, i + 2);
+        SHA256_ROUND(f, g, h, a, b, c, d, e, i + 3);
+        SHA256_ROUND(e, f, g, h, a, b, c, d, i + 4);
+        SHA256_ROUND(d, e, f, g, h, a, b, c, i + 5);
+        SHA256_ROUND(c, d, e, f, g, h, a, b, i + 6);
+        SHA256_ROUND(b, c, d, e, f, g, h, a, i + 7);
+    }
+    hash[0] += a, hash[1] += b, hash[2] += c, hash[3] += d;
+    hash[4] += e, hash[5] += f, hash[6] += g, hash[7] += h;
+}
+
+static void sha256_add(sha256_state *s, const void *data, size_t size) {
+    const unsigned char *p = data;
+    while (size) {
+        size_t filled = (size_t)(s->bytes % 64), part = MIN(size, 64 - filled);
+        if (part == 64) {
+            sha256_block(s->hash, p);
+        } else {
+            memcpy(s->block + filled, p, part);
+            if (filled + part == 64) sha256_block(s->hash, s->block);
+        }
+        s->bytes += part, p += part, size -= part;
+    }
+}
+
+static void sha256_end(sha256_state *s, unsigned char *digest) {
+    static const unsigned char padding[64] = {128};
+    unsigned char length[8];
+    for (int i = 0; i < 8; i++) length[i] = (unsigned char)(s->bytes * 8 >> (56 - 8 * i));
+    sha256_add(s, padding, (size_t)(119 - s->bytes % 64) % 64 + 1);
+    sha256_add(s, length, 8);
+    for (int i = 0; i < 32; i++) digest[i] = (unsigned char)(s->hash[i / 4] >> (24 - 8 * (i % 4)));
+}
 
 /* ---- 3 model file ---- */
 
+enum {
+    HEADER_BYTES = 512,
+    RECORD_BYTES = 64,
+    FORMAT_VERSION = 1,
+    TILE = 16,        /* rows and columns of a tile */
+    TILE_BYTES = 64,
+    MAX_DEGREE = 16,  /* of splines */
+    MAX_COLUMNS = 1 << 18 /* of a ternary matrix: int32 sums of all kernels hold 64·2·128 for each fourth column */
+};
+
+enum { RATIONAL, CHEBYSHEV, HAT, BSPLINE, SWIGLU, RELU2, EXPERT_TYPES };
+enum { FP32, FP16, INT8, TERNARY, BASE3, DTYPES };
+/* Matrices of an expert. */
+enum { UP, DOWN, GATE, INNER_BASE, INNER_SPLINE, OUTER_BASE, OUTER_SPLINE, INNER = 8, OUTER = 9, EXPERT_PARTS = 10 };
+/* Tensors of a layer, in a table without the gaps of the file's roles. */
+enum {
+    MIXER_QUERY, MIXER_KEY, MIXER_VALUE, MIXER_GATE, MIXER_OUT, MIXER_CONVOLUTION, CONVOLUTION, ROUTER_WEIGHT,
+    ROUTER_BIAS, ROUTED, SHARED = ROUTED + EXPERT_PARTS, LAYER_TENSORS = SHARED + EXPERT_PARTS
+};
+/* Tensors of the whole model. */
+enum { EMBEDDING, HEAD, LOG_DECAY, MODEL_TENSORS };
+
+typedef struct {
+    const unsigned char *values; /* NULL: the model has no such tensor */
+    const float *scales;         /* [count][scale_count] */
+    uint64_t stride;             /* bytes from one matrix to the next */
+    uint32_t dtype, count, rows, columns, scale_count;
+} tensor;
+
+typedef struct {
+    int attention, mixture;
+    tensor tensors[LAYER_TENSORS];
+} layer;
+
+typedef struct {
+    uint32_t vocab_size, tokenizer_size, document_token, hidden, layers, heads, key_dim, value_dim, taps;
+    uint32_t expert_type, experts, shared, top_k, expert_hidden, dense_hidden, softmax, normalize_weights;
+    uint32_t groups, top_groups, function_groups, intervals, degree, quantized, scale_group;
+    float low, high;
+} settings;
+
+struct mkb_model {
+    settings set;
+    tensor tensors[MODEL_TENSORS];
+    layer *layers;
+    const unsigned char *bytes; /* the whole file */
+    uint64_t size, step;
+    const unsigned char *tokenizer, *config, *template_text;
+    uint64_t tokenizer_bytes, config_bytes, template_bytes;
+    uint64_t parameters, active_parameters, bytes_per_token, state_bytes;
+    unsigned char sha256[32], tokenizer_sha256[32];
+    char name[128];     /* for messages */
+    void *mapped;       /* to be unmapped or freed; NULL for the caller's memory */
+    int is_mapped;
+    void **copies;      /* what had to be converted */
+    size_t num_copies, room_for_copies;
+};
+
+/* Section 8 checks the tables inside the tokenizer's part of the file, which lies within it. */
+static int tokenizer_check(const mkb_model *model, char error[MKB_ERROR_BYTES]);
+
+static int refuse(const mkb_model *m, char *error, const char *what, uint64_t value, const char *remedy) {
+    return fail(error, MKB_ERROR_FORMAT, "%s: %s %llu %s", m->name, what, (unsigned long long)value, remedy);
+}
+
+typedef struct {
+    const char *name;
+    uint32_t offset, least, most;
+    size_t place; /* in `settings` */
+} field;
+
+#define FIELD(name, offset, least, most, member) {name, offset, least, most, offsetof(settings, member)}
+
+static const field FIELDS[] = {
+    FIELD("vocab_size", 96, 1, 1u << 24, vocab_size),
+    FIELD("tokenizer_size", 100, 1, 1u << 24, tokenizer_size),
+    FIELD("document_token", 104, 0, 1u << 24, document_token),
+    FIELD("hidden_size", 108, 1, 1u << 16, hidden),
+    FIELD("num_layers", 112, 1, 10000, layers),
+    FIELD("num_heads", 116, 1, 1u << 16, heads),
+    FIELD("key_dim", 120, 2, 1u << 14, key_dim),
+    FIELD("value_dim", 124, 1, 1u << 14, value_dim),
+    FIELD("short_conv_size", 128, 0, 1024, taps),
+    FIELD("expert_type", 132, 0, EXPERT_TYPES - 1, expert_type),
+    FIELD("num_experts", 136, 0, 1u << 16, experts),
+    FIELD("num_shared_experts", 140, 0, 1024, shared),
+    FIELD("top_k", 144, 0, 1024, top_k),
+    FIELD("expert_hidden_size", 148, 0, MAX_COLUMNS, expert_hidden),
+    FIELD("dense_hidden_size", 152, 0, MAX_COLUMNS, dense_hidden),
+    FIELD("score_func", 156, 0, 1, softmax),
+    FIELD("norm_topk_prob", 160, 0, 1, normalize_weights),
+    FIELD("n_group", 164, 0, 1u << 16, groups),
+    FIELD("topk_group", 168, 0, 1u << 16, top_groups),
+    FIELD("function_groups", 172, 0, 1u << 16, function_groups),
+    FIELD("grid_size", 176, 0, 1u << 12, intervals),
+    FIELD("spline_degree", 180, 0, MAX_DEGREE, degree),
+    FIELD("quantized", 184, 0, 1, quantized),
+    FIELD("scale_group_size", 188, 0, 1u << 24, scale_group),
+};
+
+static int read_settings(mkb_model *m, char *error) {
+    for (size_t i = 0; i < sizeof FIELDS / sizeof *FIELDS; i++) {
+        uint32_t value = read_u32(m->bytes + FIELDS[i].offset);
+        if (value < FIELDS[i].least || value > FIELDS[i].most)
+            return fail(error, MKB_ERROR_FORMAT, "%s: %s is %lu, which is not within %lu and %lu; pack the model again",
+                        m->name, FIELDS[i].name, (unsigned long)value, (unsigned long)FIELDS[i].least,
+                        (unsigned long)FIELDS[i].most);
+        memcpy((char *)&m->set + FIELDS[i].place, &value, 4);
+    }
+    m->set.taps = m->set.taps ? m->set.taps - 1 : 0;
+    m->set.low = read_f32(m->bytes + 192);
+    m->set.high = read_f32(m->bytes + 196);
+    m->step = read_u64(m->bytes + 88);
+    memcpy(m->sha256, m->bytes + 24, 32);
+    memcpy(m->tokenizer_sha256, m->bytes + 56, 32);
+    return MKB_OK;
+}
+
+static int has_splines(const settings *s) { return s->expert_type == HAT || s->expert_type == BSPLINE; }
+static int has_functions(const settings *s) { return s->expert_type == RATIONAL || s->expert_type == CHEBYSHEV; }
+/* Basis functions of an input. */
+static uint32_t basis_size(const settings *s) { return s->intervals + s->degree; }
+
+static int check_experts(const mkb_model *m, uint32_t hidden, char *error) {
+    const settings *s = &m->set;
+    if (!hidden) return fail(error, MKB_ERROR_FORMAT, "%s: an expert's hidden size is 0; pack the model again", m->name);
+    if (has_functions(s) && (!s->function_groups || hidden % s->function_groups || s->hidden % s->function_groups))
+        return refuse(m, error, "function_groups", s->function_groups, "does not divide every width; pack it again");
+    if (!has_splines(s)) return MKB_OK;
+    if (s->intervals < 1 || s->degree < 1 || !(s->low < s->high) || !(s->high - s->low < 1e30f) || s->scale_group)
+        return fail(error, MKB_ERROR_FORMAT, "%s: the splines' grid has no meaning; pack the model again", m->name);
+    if ((uint64_t)MAX(hidden, s->hidden) * basis_size(s) > MAX_COLUMNS)
+        return refuse(m, error, "grid_size", s->intervals, "makes matrices too wide; use a coarser grid");
+    return MKB_OK;
+}
+
+static int check_mixture(const mkb_model *m, char *error) {
+    const settings *s = &m->set;
+    if (!s->experts || !s->top_k || s->top_k > s->experts)
+        return refuse(m, error, "top_k", s->top_k, "does not fit the number of experts; pack the model again");
+    if (!s->groups || s->experts % s->groups || s->top_groups > s->groups ||
+        (s->top_groups && (uint64_t)s->top_groups * (s->experts / s->groups) < s->top_k))
+        return refuse(m, error, "n_group", s->groups, "does not fit the experts; pack the model again");
+    return check_experts(m, s->expert_hidden, error);
+}
+
+/* Bytes of the state: heads' matrices and the inputs that convolutions remember, of all layers. */
+static int check_state(mkb_model *m, char *error) {
+    const settings *s = &m->set;
+    uint64_t head = (uint64_t)s->key_dim * round_up(s->value_dim, TILE) * 4, total = 0;
+    for (uint32_t i = 0; i < s->layers; i++)
+        total += (m->layers[i].attention ? 0 : head * s->heads) + 2ull * s->taps * s->hidden * 4;
+    m->state_bytes = total;
+    if (total > 1ull << 36) return refuse(m, error, "a state of", total >> 30, "GiB is not plausible; pack it again");
+    return MKB_OK;
+}
+
+static int check_settings(mkb_model *m, char *error) {
+    const settings *s = &m->set;
+    int any_dense = 0, any_mixture = 0, status = MKB_OK;
+    for (uint32_t i = 0; i < s->layers; i++) *(m->layers[i].mixture ? &any_mixture : &any_dense) = 1;
+    if (s->tokenizer_size > s->vocab_size || s->document_token >= s->tokenizer_size)
+        return refuse(m, error, "tokenizer_size", s->tokenizer_size, "does not fit vocab_size or document_token");
+    if (s->key_dim % 2) return refuse(m, error, "key_dim", s->key_dim, "is odd; pack the model again");
+    if ((uint64_t)s->heads * MAX(s->key_dim, s->value_dim) > MAX_COLUMNS)
+        return refuse(m, error, "num_heads", s->heads, "makes matrices too wide; pack the model again");
+    if (any_mixture) status = check_mixture(m, error);
+    if (!status && any_dense) status = check_experts(m, s->dense_hidden, error);
+    return status ? status : check_state(m, error);
+}
+
+/* What the settings say about one tensor; dtypes is a set of bits, 0 if the model has no such tensor. */
+typedef struct { uint32_t count, rows, columns, dtypes; } shape;
+
+static shape matrix_shape(const settings *s, uint32_t count, uint32_t rows, uint32_t columns) {
+    return (shape){count, rows, columns, s->quantized ? 1u << TERNARY | 1u << BASE3 : 1u << FP32 | 1u << FP16};
+}
+
+static shape expert_shape(const settings *s, int part, uint32_t count, uint32_t inner) {
+    static const shape none = {0, 0, 0, 0};
+    uint32_t d = s->hidden, k = basis_size(s), terms = s->expert_type == RATIONAL ? 10 : 4;
+    if (!count) return none;
+    if (part == INNER || part == OUTER)
+        return has_functions(s) ? (shape){count, s->function_groups, terms, 1u << FP32} : none;
+    if (has_splines(s)) {
+        if (part == INNER_BASE) return matrix_shape(s, count, inner, d);
+        if (part == INNER_SPLINE) return matrix_shape(s, count, inner, d * k);
+        if (part == OUTER_BASE) return matrix_shape(s, count, d, inner);
+        return part == OUTER_SPLINE ? matrix_shape(s, count, d, inner * k) : none;
+    }
+    if (part == UP || (part == GATE && s->expert_type == SWIGLU)) return matrix_shape(s, count, inner, d);
+    return part == DOWN ? matrix_shape(s, count, d, inner) : none;
+}
+
+static shape layer_shape(const settings *s, const layer *l, int which) {
+    shape none = {0, 0, 0, 0}, taps = {1, s->taps, s->hidden, 1u << FP32};
+    uint32_t keys = s->heads * s->key_dim, values = s->heads * s->value_dim;
+    switch (which) {
+    case MIXER_QUERY:
+    case MIXER_KEY: return matrix_shape(s, 1, keys, s->hidden);
+    case MIXER_VALUE:
+    case MIXER_GATE: return matrix_shape(s, 1, values, s->hidden);
+    case MIXER_OUT: return matrix_shape(s, 1, s->hidden, values);
+    case MIXER_CONVOLUTION:
+    case CONVOLUTION: return s->taps ? taps : none;
+    case ROUTER_WEIGHT: return l->mixture ? (shape){1, s->experts, s->hidden, 1u << FP32} : none;
+    case ROUTER_BIAS: return l->mixture ? (shape){1, 1, s->experts, 1u << FP32} : none;
+    }
+    if (which < SHARED) return expert_shape(s, which - ROUTED, l->mixture ? s->experts : 0, s->expert_hidden);
+    if (l->mixture) return expert_shape(s, which - SHARED, s->shared, s->expert_hidden);
+    return expert_shape(s, which - SHARED, 1, s->dense_hidden);
+}
+
+static shape model_shape(const settings *s, int which) {
+    if (which == LOG_DECAY) return (shape){1, 1, s->heads, 1u << FP32};
+    return (shape){1, s->vocab_size, s->hidden, 1u << FP32 | 1u << FP16 | 1u << INT8};
+}
+
+/* Place of a file's role in the table of a layer, or −1. */
+static int layer_tensor(uint32_t role) {
+    if (role >= 16 && role <= 22) return MIXER_QUERY + (int)(role - 16);
+    if (role == 32 || role == 33) return ROUTER_WEIGHT + (int)(role - 32);
+    if (role >= 48 && role < 48 + EXPERT_PARTS) return ROUTED + (int)(role - 48);
+    if (role >= 64 && role < 64 + EXPERT_PARTS) return SHARED + (int)(role - 64);
+    return -1;
+}
+
+static uint64_t tiles_of(uint32_t n) { return ((uint64_t)n + TILE - 1) / TILE; }
+
+static uint64_t matrix_bytes(uint32_t dtype, uint32_t rows, uint32_t columns) {
+    uint64_t values = (uint64_t)rows * columns;
+    switch (dtype) {
+    case FP32: return values * 4;
+    case FP16: return values * 2;
+    case INT8: return values;
+    case TERNARY: return tiles_of(rows) * tiles_of(columns) * TILE_BYTES;
+    }
+    return (values + 4) / 5;
+}
+
+static uint32_t scales_of(const settings *s, uint32_t dtype, uint32_t rows) {
+    if (dtype == INT8) return rows;
+    if (dtype != TERNARY && dtype != BASE3) return 0;
+    return s->scale_group ? (rows + s->scale_group - 1) / s->scale_group : 1;
+}
+
+/* Is [offset, offset + bytes) inside the file and behind its header, and does it begin at a multiple of 64? */
+static int inside(const mkb_model *m, uint64_t offset, uint64_t bytes) {
+    return offset % 64 == 0 && offset >= HEADER_BYTES && offset <= m->size && bytes <= m->size - offset;
+}
+
+/* Keep memory that is freed with the model. */
+static void *keep_copy(mkb_model *m, uint64_t bytes) {
+    void *memory;
+    if (m->num_copies == m->room_for_copies) {
+        size_t room = m->room_for_copies * 2 + 16;
+        void **grown = realloc(m->copies, room * sizeof *grown);
+        if (!grown) return NULL;
+        m->copies = grown, m->room_for_copies = room;
+    }
+    memory = allocate(bytes, 1);
+    if (memory) m->copies[m->num_copies++] = memory;
+    return memory;
+}
+
+/* Put row-major codes in base 3 into tiles. */
+static void expand_base3(const unsigned char *from, uint32_t rows, uint32_t columns, unsigned char *to) {
+    static const unsigned power[5] = {1, 3, 9, 27, 81};
+    size_t across = (size_t)tiles_of(columns), i = 0;
+    memset(to, 0x55, (size_t)tiles_of(rows) * across * TILE_BYTES);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < columns; c++, i++) {
+            unsigned code = from[i / 5] / power[i % 5] % 3, shift = 2 * (unsigned)(c % TILE / 4);
+            unsigned char *byte = to + ((r / TILE * across + c / TILE) * TILE + r % TILE) * 4 + c % 4;
+            *byte = (unsigned char)((*byte & ~(3u << shift)) | code << shift);
+        }
+}
+
+static int expand_tensor(mkb_model *m, tensor *t, char *error) {
+    uint64_t bytes = matrix_bytes(TERNARY, t->rows, t->columns);
+    unsigned char *tiles = keep_copy(m, bytes * t->count);
+    if (!tiles) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to expand a matrix", m->name);
+    for (uint32_t i = 0; i < t->count; i++)
+        expand_base3(t->values + i * t->stride, t->rows, t->columns, tiles + i * bytes);
+    t->values = tiles, t->stride = bytes, t->dtype = TERNARY;
+    return MKB_OK;
+}
+
+/* Numbers as this machine reads them: those of the file, but for big-endian machines. */
+static int convert_tensor(mkb_model *m, tensor *t, char *error) {
+    uint64_t bytes = matrix_bytes(t->dtype, t->rows, t->columns), scales = (uint64_t)t->count * t->scale_count;
+    if (!BIG_ENDIAN_HOST) return MKB_OK;
+    if (scales) {
+        float *copy = keep_copy(m, scales * 4);
+        if (!copy) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to convert scales", m->name);
+        copy_words(copy, t->scales, (size_t)scales);
+        t->scales = copy;
+    }
+    if (t->dtype != FP32 && t->dtype != FP16) return MKB_OK;
+    unsigned char *copy = keep_copy(m, bytes * t->count);
+    if (!copy) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to convert a matrix", m->name);
+    for (uint64_t i = 0, unit = t->dtype == FP32 ? 4 : 2; i < bytes * t->count; i++)
+        copy[i] = t->values[i / bytes * t->stride + (i % bytes) / unit * unit + (unit - 1 - i % unit)];
+    t->values = copy, t->stride = bytes;
+    return MKB_OK;
+}
+
+/* Check a record against the shape that the settings ask for, and fill in `t`. */
+static int read_tensor(mkb_model *m, const unsigned char *record, shape want, tensor *t, char *error) {
+    uint32_t role = read_u32(record) & 0xffff, dtype = read_u32(record) >> 16, scales = read_u32(record + 20);
+    uint64_t offset = read_u64(record + 24), stride = read_u64(record + 32), bytes = read_u64(record + 48);
+    uint64_t scales_offset = read_u64(record + 40), unit = dtype == FP32 ? 4 : dtype == FP16 ? 2 : 1;
+    if (t->values) return refuse(m, error, "the tensor of role", role, "appears twice; pack the model again");
+    if (!want.dtypes) return refuse(m, error, "the tensor of role", role, "does not belong to this model; pack it again");
+    if (dtype >= DTYPES || !(want.dtypes >> dtype & 1))
+        return refuse(m, error, "a tensor has dtype", dtype, "which its role does not allow; pack the model again");
+    if (read_u32(record + 8) != want.count || read_u32(record + 12) != want.rows || read_u32(record + 16) != want.columns)
+        return refuse(m, error, "the shape of the tensor of role", role, "does not fit the settings; pack it again");
+    if (scales != scales_of(&m->set, dtype, want.rows) || bytes != matrix_bytes(dtype, want.rows, want.columns))
+        return refuse(m, error, "the size of the tensor of role", role, "does not fit its shape; pack it again");
+    if (want.count > 1 && (stride < bytes || stride % unit || stride > m->size / (want.count - 1)))
+        return refuse(m, error, "the stride of the tensor of role", role, "does not fit its size; pack it again");
+    if (!inside(m, offset, stride * (want.count - 1) + bytes) ||
+        (scales && !inside(m, scales_offset, (uint64_t)want.count * scales * 4)))
+        return refuse(m, error, "the tensor of role", role, "lies outside the file; copy or pack it again");
+    *t = (tensor){m->bytes + offset, NULL, stride, dtype, want.count, want.rows, want.columns, scales};
+    if (scales) t->scales = (const float *)(const void *)(m->bytes + scales_offset);
+    int status = convert_tensor(m, t, error);
+    return status || dtype != BASE3 ? status : expand_tensor(m, t, error);
+}
+
+static int read_record(mkb_model *m, const unsigned char *record, char *error) {
+    uint32_t role = read_u32(record) & 0xffff, number = read_u32(record + 4);
+    int which = layer_tensor(role);
+    if (role < MODEL_TENSORS && number == 0)
+        return read_tensor(m, record, model_shape(&m->set, (int)role), &m->tensors[role], error);
+    if (which < 0 || number >= m->set.layers)
+        return refuse(m, error, "a tensor has the unknown role", role, "or layer; get a newer runtime or pack it again");
+    layer *l = &m->layers[number];
+    return read_tensor(m, record, layer_shape(&m->set, l, which), &l->tensors[which], error);
+}
+
+static int check_complete(const mkb_model *m, char *error) {
+    for (int which = 0; which < MODEL_TENSORS; which++)
+        if (!m->tensors[which].values)
+            return refuse(m, error, "the model's tensor", (uint64_t)which, "is missing; pack the model again");
+    for (uint32_t i = 0; i < m->set.layers; i++)
+        for (int which = 0; which < LAYER_TENSORS; which++)
+            if (!m->layers[i].tensors[which].values && layer_shape(&m->set, &m->layers[i], which).dtypes)
+                return refuse(m, error, "a tensor is missing in layer", i, "; pack the model again");
+    return MKB_OK;
+}
+
+static uint64_t bytes_with_scales(const tensor *t) {
+    return matrix_bytes(t->dtype, t->rows, t->columns) + (uint64_t)t->scale_count * 4;
+}
+
+/* Parameters, and those that one token uses. */
+static void count_parameters(mkb_model *m) {
+    const settings *s = &m->set;
+    uint64_t rows[2] = {(uint64_t)s->vocab_size * s->hidden, m->tensors[INT8].columns};
+    m->parameters = 2 * rows[0], m->active_parameters = rows[0] + s->hidden;
+    m->bytes_per_token = bytes_with_scales(&m->tensors[HEAD]);
+    for (uint32_t i = 0; i < s->layers; i++)
+        for (int which = 0; which < LAYER_TENSORS; which++) {
+            const tensor *t = &m->layers[i].tensors[which];
+            uint64_t each = (uint64_t)t->rows * t->columns;
+            uint64_t used = which >= ROUTED && which < SHARED ? s->top_k : t->count;
+            if (!t->values) continue;
+            m->parameters += each * t->count, m->active_parameters += each * used;
+            m->bytes_per_token += bytes_with_scales(t) * used;
+        }
+}
+
+static int read_tensors(mkb_model *m, char *error) {
+    uint32_t count = read_u32(m->bytes + 200);
+    uint64_t offset = read_u64(m->bytes + 216);
+    if (!inside(m, offset, (uint64_t)count * RECORD_BYTES))
+        return refuse(m, error, "the table of tensors at", offset, "lies outside the file; copy or pack it again");
+    for (uint32_t i = 0; i < count; i++) {
+        int status = read_record(m, m->bytes + offset + (uint64_t)i * RECORD_BYTES, error);
+        if (status) return status;
+    }
+    int status = check_complete(m, error);
+    if (!status) count_parameters(m);
+    return status;
+}
+
+static int read_layers(mkb_model *m, char *error) {
+    uint64_t offset = read_u64(m->bytes + 208), least = 5;
+    if (!inside(m, offset, m->set.layers) || m->size / RECORD_BYTES / least < m->set.layers)
+        return refuse(m, error, "the table of layers at", offset, "lies outside the file; copy or pack it again");
+    m->layers = calloc(m->set.layers, sizeof *m->layers);
+    if (!m->layers) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for the table of layers", m->name);
+    for (uint32_t i = 0; i < m->set.layers; i++) {
+        unsigned flags = m->bytes[offset + i];
+        if (flags > 3) return refuse(m, error, "a layer has the unknown kind", flags, "; get a newer runtime");
+        m->layers[i].attention = flags & 1, m->layers[i].mixture = flags >> 1;
+    }
+    return MKB_OK;
+}
+
+static int read_part(const mkb_model *m, size_t at, const char *what, const unsigned char **part, uint64_t *size,
+                     char *error) {
+    uint64_t offset = read_u64(m->bytes + at), bytes = read_u64(m->bytes + at + 8);
+    *part = m->bytes, *size = bytes;
+    if (!bytes) return MKB_OK;
+    *part = m->bytes + offset;
+    if (!inside(m, offset, bytes)) return refuse(m, error, what, offset, "lies outside the file; copy or pack it again");
+    return MKB_OK;
+}
+
+static int check_header(const mkb_model *m, char *error) {
+    static const unsigned char magic[8] = {0x89, 'M', 'K', 'B', '\r', '\n', 0x1a, '\n'};
+    size_t compared = (size_t)MIN(m->size, 8);
+    if (!m->size || memcmp(m->bytes, magic, compared))
+        return fail(error, MKB_ERROR_FORMAT, "%s is not a model file of MixKABRN; make one with `mixkabrn pack`", m->name);
+    if (m->size < HEADER_BYTES)
+        return refuse(m, error, "the file ends after", m->size, "bytes, within its header; copy it again");
+    if (read_u32(m->bytes + 8) != FORMAT_VERSION)
+        return refuse(m, error, "the format's version is", read_u32(m->bytes + 8), "and this runtime reads 1; update it");
+    if (read_u32(m->bytes + 12) != HEADER_BYTES)
+        return refuse(m, error, "the header's size is", read_u32(m->bytes + 12), "instead of 512; copy the file again");
+    if (read_u64(m->bytes + 16) != m->size)
+        return fail(error, MKB_ERROR_FORMAT, "%s has %llu bytes, but its header says %llu; copy it again", m->name,
+                    (unsigned long long)m->size, (unsigned long long)read_u64(m->bytes + 16));
+    return MKB_OK;
+}
+
+static int check_sha256(const mkb_model *m, char *error) {
+    static const unsigned char zeros[32];
+    unsigned char digest[32];
+    sha256_state s;
+    sha256_begin(&s);
+    sha256_add(&s, m->bytes, 24);
+    sha256_add(&s, zeros, 32);
+    sha256_add(&s, m->bytes + 56, (size_t)m->size - 56);
+    sha256_end(&s, digest);
+    if (!memcmp(digest, m->sha256, 32)) return MKB_OK;
+    return fail(error, MKB_ERROR_FORMAT, "%s is damaged: its sha256 differs from the one in its header; copy it again",
+                m->name);
+}
+
+static int read_model(mkb_model *m, int verify, char *error) {
+    int status = check_header(m, error);
+    if (!status) status = read_settings(m, error);
+    if (!status && verify) status = check_sha256(m, error);
+    if (!status) status = read_layers(m, error);
+    if (!status) status = check_settings(m, error);
+    if (!status) status = read_part(m, 224, "the configuration at", &m->config, &m->config_bytes, error);
+    if (!status) status = read_part(m, 240, "the tokenizer at", &m->tokenizer, &m->tokenizer_bytes, error);
+    if (!status) status = read_part(m, 256, "the chat template at", &m->template_text, &m->template_bytes, error);
+    if (!status) status = read_tensors(m, error);
+    return status ? status : tokenizer_check(m, error);
+}
+
+static int read_whole_file(mkb_model *m, int file, char *error) {
+    uint64_t done = 0;
+    unsigned char *bytes = m->mapped = allocate(m->size, 1);
+    if (!bytes) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for %llu bytes", m->name, (unsigned long long)m->size);
+    while (done < m->size) {
+        ssize_t got = read(file, bytes + done, (size_t)MIN(m->size - done, 1u << 30));
+        if (got <= 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", m->name, strerror(errno));
+        done += (uint64_t)got;
+    }
+    m->bytes = bytes;
+    return MKB_OK;
+}
+
+static int map_file(mkb_model *m, int file, char *error) {
+#ifndef MIXKABRN_NO_MMAP
+    void *mapped = mmap(NULL, (size_t)m->size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (mapped != MAP_FAILED) {
+        m->mapped = mapped, m->is_mapped = 1, m->bytes = mapped;
+        return MKB_OK;
+    }
+#endif
+    return read_whole_file(m, file, error);
+}
+
+static int open_file(mkb_model *m, const char *path, char *error) {
+    struct stat about;
+    int file = open(path, O_RDONLY | O_CLOEXEC), status = MKB_OK;
+    if (file < 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", m->name, strerror(errno));
+    if (fstat(file, &about) || !S_ISREG(about.st_mode))
+        status = fail(error, MKB_ERROR_FILE, "%s is not a file; name a model file", m->name);
+    else if ((uint64_t)about.st_size > SIZE_MAX / 2)
+        status = fail(error, MKB_ERROR_FILE, "%s is too large for a 32-bit machine", m->name);
+    else if (!about.st_size)
+        status = fail(error, MKB_ERROR_FORMAT, "%s is empty; copy or pack it again", m->name);
+    else
+        m->size = (uint64_t)about.st_size, status = map_file(m, file, error);
+    close(file);
+    return status;
+}
+
+static mkb_model *new_model(const char *path) {
+    mkb_model *m = calloc(1, sizeof *m);
+    if (!m) return NULL;
+    size_t length = strlen(path), shown = MIN(length, sizeof m->name - 1);
+    /* The end of a long path says more than its beginning. */
+    memcpy(m->name, path + length - shown, shown);
+    return m;
+}
+
+void mkb_model_close(mkb_model *m) {
+    if (!m) return;
+    for (size_t i = 0; i < m->num_copies; i++) free(m->copies[i]);
+    free(m->copies);
+    free(m->layers);
+#ifndef MIXKABRN_NO_MMAP
+    if (m->is_mapped) munmap(m->mapped, (size_t)m->size);
+#endif
+    if (!m->is_mapped) free(m->mapped);
+    free(m);
+}
+
+static int finish_open(mkb_model *m, int status, mkb_model **model) {
+    *model = status ? NULL : m;
+    if (status) mkb_model_close(m);
+    return status;
+}
+
+static int choose_kernels(char *error);
+
+int mkb_model_open(const char *path, int verify, mkb_model **model, char error[MKB_ERROR_BYTES]) {
+    *model = NULL;
+    int status = choose_kernels(error);
+    if (status) return status;
+    mkb_model *m = new_model(path);
+    if (!m) return fail(error, MKB_ERROR_MEMORY, "no memory for a model");
+    status = open_file(m, path, error);
+    return finish_open(m, status ? status : read_model(m, verify, error), model);
+}
+
+int mkb_model_open_memory(const void *bytes, size_t size, int verify, mkb_model **model, char error[MKB_ERROR_BYTES]) {
+    *model = NULL;
+    int status = choose_kernels(error);
+    if (status) return status;
+    if (!bytes || (uintptr_t)bytes % 8) return fail(error, MKB_ERROR_ARGUMENT, "the model's memory is not 8-byte aligned");
+    mkb_model *m = new_model("the model in memory");
+    if (!m) return fail(error, MKB_ERROR_MEMORY, "no memory for a model");
+    m->bytes = bytes, m->size = size;
+    return finish_open(m, read_model(m, verify, error), model);
+}
+
+void mkb_model_info(const mkb_model *m, mkb_info *info) {
+    memset(info, 0, sizeof *info);
+    info->vocab_size = m->set.vocab_size, info->tokenizer_size = m->set.tokenizer_size;
+    info->document_token = m->set.document_token, info->hidden_size = m->set.hidden, info->num_layers = m->set.layers;
+    info->step = m->step, info->file_bytes = m->size;
+    info->parameters = m->parameters, info->active_parameters = m->active_parameters;
+    info->state_bytes = m->state_bytes, info->bytes_per_token = m->bytes_per_token;
+    for (uint32_t i = 0; i < m->set.layers; i++) info->attention_layers += (uint32_t)m->layers[i].attention;
+    memcpy(info->sha256, m->sha256, 32);
+    memcpy(info->tokenizer_sha256, m->tokenizer_sha256, 32);
+}
+
+const char *mkb_model_config(const mkb_model *m, size_t *bytes) {
+    *bytes = (size_t)m->config_bytes;
+    return (const char *)m->config;
+}
+
+const char *mkb_model_template(const mkb_model *m, size_t *bytes) {
+    *bytes = (size_t)m->template_bytes;
+    return (const char *)m->template_text;
+}
+
 /* ---- 4 kernels ---- */
+
+/* Vectors of 16 lanes are the compiler's: it splits them where the machine's are shorter, so that sums have one order
+ * on all machines. The bodies below are compiled once for each width that a machine may have. */
+enum { LANES = 16 };
+typedef float vec __attribute__((vector_size(64), aligned(16)));
+typedef int32_t ivec __attribute__((vector_size(64), aligned(16)));
+typedef uint32_t uvec __attribute__((vector_size(64), aligned(16)));
+typedef uint16_t hvec __attribute__((vector_size(32), aligned(16)));
+typedef int8_t bvec __attribute__((vector_size(16)));
+
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE vec magnitude(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
+INLINE vec pick(ivec which, vec x, vec y) { return (vec)((which & (ivec)x) | (~which & (ivec)y)); }
+INLINE vec larger(vec x, vec y) { return pick(x > y, x, y); }
+INLINE vec smaller(vec x, vec y) { return pick(x < y, x, y); }
+/* The whole number next to |x| < 2²², half to even: fp32 has no room for a fraction beside 1.5·2²³. */
+INLINE vec nearest(vec x) { return (x + 12582912.0f) - 12582912.0f; }
+
+INLINE float sum(vec x) {
+    float part[LANES];
+    memcpy(part, &x, sizeof part);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+
+INLINE int32_t whole_sum(ivec x) {
+    int32_t part[LANES], total = 0;
+    memcpy(part, &x, sizeof part);
+    for (int i = 0; i < LANES; i++) total += part[i];
+    return total;
+}
+
+INLINE float largest(vec x) {
+    float part[LANES];
+    memcpy(part, &x, sizeof part);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
+    return part[0];
+}
+
+/* Up to 16 numbers of a row of which `rest` are left; zeros behind them. */
+INLINE vec load(const float *from, size_t rest) {
+    vec x = {0};
+    if (rest >= LANES) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, rest * 4);
+    return x;
+}
+
+INLINE void store(float *to, size_t rest, vec x) {
+    if (rest >= LANES) memcpy(to, &x, sizeof x);
+    else memcpy(to, &x, rest * 4);
+}
+
+INLINE vec load_codes(const int8_t *from, size_t rest) {
+    bvec x = {0};
+    if (rest >= LANES) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, rest);
+    return __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
+}
+
+/* fp16 as its bits say; no model holds infinities. */
+INLINE vec load_halves(const uint16_t *from, size_t rest) {
+    hvec x = {0};
+    if (rest >= LANES) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, rest * 2);
+    uvec bits = __builtin_convertvector(x, uvec);
+    vec value = (vec)((bits & 0x7fffu) << 13) * 5.192296858534828e33f; /* 2¹¹², the difference of the exponents */
+    return (vec)((uvec)value | (bits & 0x8000u) << 16);
+}
+
+/* For each vector of a row of n; only the last can be short, and it has its own copy of the step. */
+#define EACH(i, rest, n, ...)                                                                                         \
+    do {                                                                                                               \
+        size_t i = 0, rest = LANES;                                                                                    \
+        for (; i + LANES <= (n); i += LANES) __VA_ARGS__;                                                              \
+        rest = (n) - i;                                                                                                \
+        if (rest) __VA_ARGS__;                                                                                         \
+    } while (0)
+
+/* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
+INLINE vec exponential(vec x) {
+    x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
+    /* eˣ = 2ⁿ·eʳ, |r| ≤ ln 2 / 2. ln 2 is taken off in two parts, of which the first makes an exact product. */
+    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = ((((r * (1.0f / 5040) + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f;
+    p = (p * r) * r + r + 1.0f;
+    /* n stands in the last bits beside 1.5·2²³; from there it is moved to an exponent's place. */
+    return (vec)((uvec)p + ((uvec)shifted << 23));
+}
+
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* A row on its way into a product: normalized, and rounded to int8 codes if the model is quantized. */
+typedef struct {
+    int8_t *codes;  /* padded with zeros to a multiple of 16; NULL for plain models */
+    float *values;  /* normalized, not rounded; NULL if nobody reads them */
+    float scale;    /* a value is its code / scale */
+    int32_t total;  /* of the codes */
+} row_out;
+
+/* Write codes of x·times, 16 at a time. NaN becomes 0; the row's scale says that it was there. */
+INLINE ivec write_codes(int8_t *to, size_t i, vec x) {
+    vec code = nearest(pick(x > 127.0f, all(127.0f), pick(x < -128.0f, all(-128.0f), pick(x == x, x, all(0)))));
+    ivec whole = __builtin_convertvector(code, ivec);
+    bvec small = __builtin_convertvector(whole, bvec);
+    memcpy(to + i, &small, sizeof small);
+    return whole;
+}
+
+/* RMSNorm and the absmax quantizer of y [n], whose squares' sum and largest magnitude are known. */
+INLINE void finish_row(const float *y, size_t n, vec squares, vec most, row_out *out) {
+    float norm = 1.0f / sqrtf(sum(squares) / (float)n + 1e-6f), peak = norm * largest(most);
+    out->scale = out->codes ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
+    if (out->values) EACH(i, rest, n, store(out->values + i, rest, load(y + i, rest) * norm));
+    if (!out->codes) return;
+    float times = norm * out->scale;
+    ivec total = {0};
+    EACH(i, rest, n, total += write_codes(out->codes, i, load(y + i, rest) * times));
+    out->total = whole_sum(total);
+}
+
+INLINE void measure(vec y, vec *squares, vec *most) {
+    *squares += y * y;
+    *most = larger(magnitude(y), *most);
+}
+
+INLINE void norm_row_body(const float *x, size_t n, row_out *out) {
+    vec squares = {0}, most = {0};
+    EACH(i, rest, n, measure(load(x + i, rest), &squares, &most));
+    finish_row(x, n, squares, most, out);
+}
+
+INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
+    vec z = load(gate, rest), value = z * sigmoid(z) * load(up, rest);
+    store(y, rest, value);
+    return value;
+}
+
+/* silu(gate)·up, normalized. */
+INLINE void gate_row_body(const float *gate, const float *up, size_t n, float *y, row_out *out) {
+    vec squares = {0}, most = {0};
+    EACH(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
+    finish_row(y, n, squares, most, out);
+}
+
+/* A learned function of each group of channels, of codes·factor or of values·factor. */
+typedef struct {
+    uint32_t kind, groups; /* RATIONAL, CHEBYSHEV, or RELU2 in one group */
+    const float *coefficients;
+    const int8_t *codes;
+    const float *values;
+    float factor, center, reach;
+} row_function;
+
+INLINE vec rational(const float *c, vec z) {
+    vec p = ((((c[5] * z + c[4]) * z + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
+    vec inner = (((c[9] * z + c[8]) * z + c[7]) * z + c[6]) * z;
+    return p * (1.0f / (1.0f + magnitude(inner)));
+}
+
+/* Σ cₙTₙ(u), and beyond the range a straight line. */
+INLINE vec chebyshev(const float *c, vec z) {
+    vec u = pick(z > 1.0f, all(1.0f), pick(z < -1.0f, all(-1.0f), z)), outside = z - u;
+    vec t2 = 2.0f * u * u - 1.0f, t3 = 2.0f * u * t2 - u;
+    vec slope = c[1] + 4.0f * c[2] * u + c[3] * (6.0f * t2 + 3.0f);
+    return c[0] + c[1] * u + c[2] * t2 + c[3] * t3 + slope * outside;
+}
+
+INLINE vec function_input(const row_function *f, size_t i, size_t rest, float factor) {
+    return (f->codes ? load_codes(f->codes + i, rest) : load(f->values + i, rest)) * factor;
+}
+
+INLINE vec function_at(const row_function *f, const float *c, size_t i, size_t rest, float factor, float *y) {
+    vec z = function_input(f, i, rest, factor), value;
+    if (f->kind == RATIONAL) value = rational(c, z);
+    else if (f->kind == CHEBYSHEV) value = chebyshev(c, z - f->center / f->reach);
+    else value = larger(z, all(0)) * z;
+    store(y + i, rest, value);
+    /* Lanes behind the group's end have values too, where a function is not 0 at 0. */
+    return load(y + i, rest);
+}
+
+/* RELU2 squares a normalized row: else the 1e-6 in the norm of the squares would change small ones. */
+INLINE float function_factor(const row_function *f, size_t n) {
+    vec squares = {0};
+    if (f->kind == CHEBYSHEV) return f->factor / f->reach;
+    if (f->kind != RELU2) return f->factor;
+    EACH(i, rest, n, {
+        vec z = function_input(f, i, rest, f->factor);
+        squares += z * z;
+    });
+    return f->factor * (1.0f / sqrtf(sum(squares) / (float)n + 1e-6f));
+}
+
+INLINE void function_row_body(const row_function *f, size_t n, float *y, row_out *out) {
+    size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
+    float factor = function_factor(f, n);
+    vec squares = {0}, most = {0};
+    for (size_t g = 0; g < f->groups; g++) {
+        const float *c = f->coefficients + g * terms;
+        EACH(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
+    }
+    finish_row(y, n, squares, most, out);
+}
+
+/* B-splines on a uniform grid, continued in straight lines outside it. */
+typedef struct {
+    uint32_t intervals, degree;
+    float low, high, per_step, peak;                     /* peak: the largest value inside the grid */
+    float values[MAX_DEGREE + 1], slopes[MAX_DEGREE + 1]; /* of the first functions at the low end, a step */
+} spline_grid;
+
+/* The degree + 1 B-splines that are not zero, at a place 0…1 of an interval (Cox–de Boor on unit knots). */
+INLINE void nonzero_splines(uint32_t degree, vec place, vec *w) {
+    w[0] = all(1.0f);
+    for (uint32_t p = 1; p <= degree; p++) {
+        vec before = {0};
+        for (uint32_t r = 0; r <= p; r++) {
+            vec here = r < p ? w[r] : all(0);
+            w[r] = ((place + (float)(p - r)) * before + ((float)(r + 1) - place) * here) * (1.0f / (float)p);
+            before = here;
+        }
+    }
+}
+
+/* The values at 16 inputs, and the interval of each. */
+INLINE ivec splines_at(const spline_grid *g, vec x, vec *w) {
+    vec place = (x - g->low) * g->per_step, zero = {0};
+    vec within = smaller(larger(place, zero), all((float)g->intervals)), beyond = place - within;
+    ivec interval = __builtin_convertvector(within, ivec), last = (ivec){0} + (int32_t)(g->intervals - 1);
+    ivec over = interval > last;
+    interval = (over & last) | (~over & interval);
+    nonzero_splines(g->degree, within - __builtin_convertvector(interval, vec), w);
+    vec below = smaller(beyond, zero), above = larger(beyond, zero);
+    for (uint32_t r = 0; r <= g->degree; r++) w[r] += below * g->slopes[r] - above * g->slopes[g->degree - r];
+    return interval;
+}
+
+/* What no spline of the row exceeds; outside the grid the tangents decide. */
+INLINE float spline_bound(const spline_grid *g, float farthest) {
+    float beyond = (farthest - 0.5f * (g->high - g->low)) * g->per_step, most = g->peak;
+    beyond = beyond > 0 ? beyond : 0;
+    for (uint32_t r = 0; r <= g->degree; r++) {
+        float value = fabsf(g->values[r] - beyond * g->slopes[r]);
+        most = value > most ? value : most;
+    }
+    return most;
+}
+
+/* Expanded inputs of a layer of splines: silu of each, and its K basis functions side by side. */
+typedef struct { row_out base, splines; } spline_out;
+
+INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline_out *out) {
+    vec silu = all(1e-5f), far = {0};
+    out->base.scale = out->splines.scale = 1.0f;
+    if (!out->base.codes) return;
+    EACH(i, rest, n, {
+        vec z = load(x + i, rest), distance = magnitude(z - 0.5f * (g->low + g->high));
+        float kept[LANES] = {0};
+        silu = larger(magnitude(z * sigmoid(z)), silu);
+        store(kept, rest, distance); /* zeros behind the row's end may be far outside the grid */
+        far = larger(load(kept, LANES), far);
+    });
+    out->splines.scale = 127.0f / spline_bound(g, largest(far));
+    out->base.scale = 127.0f / largest(silu);
+}
+
+INLINE void spline_values(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out) {
+    vec w[MAX_DEGREE + 1];
+    ivec interval = splines_at(g, x, w);
+    size_t size = g->intervals + g->degree;
+    for (uint32_t r = 0; r <= g->degree; r++)
+        for (size_t lane = 0; lane < MIN(rest, LANES); lane++)
+            out->splines.values[(i + lane) * size + (size_t)interval[lane] + r] = w[r][lane];
+    store(out->base.values + i, rest, x * sigmoid(x));
+}
+
+INLINE ivec spline_codes(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, ivec *base_total) {
+    vec w[MAX_DEGREE + 1];
+    ivec interval = splines_at(g, x, w), total = {0};
+    size_t size = g->intervals + g->degree;
+    for (uint32_t r = 0; r <= g->degree; r++) {
+        int8_t codes[LANES];
+        ivec whole = write_codes(codes, 0, w[r] * out->splines.scale);
+        for (size_t lane = 0; lane < MIN(rest, LANES); lane++) {
+            out->splines.codes[(i + lane) * size + (size_t)interval[lane] + r] = codes[lane];
+            total[lane] += whole[lane];
+        }
+    }
+    *base_total += write_codes(out->base.codes, i, x * sigmoid(x) * out->base.scale);
+    return total;
+}
+
+INLINE void spline_row_body(const spline_grid *g, const float *x, size_t n, spline_out *out) {
+    size_t size = g->intervals + g->degree;
+    ivec total = {0}, base_total = {0};
+    spline_scales(g, x, n, out);
+    if (!out->base.codes) {
+        memset(out->splines.values, 0, n * size * 4);
+        EACH(i, rest, n, spline_values(g, load(x + i, rest), i, rest, out));
+        return;
+    }
+    memset(out->splines.codes, 0, n * size);
+    EACH(i, rest, n, total += spline_codes(g, load(x + i, rest), i, rest, out, &base_total));
+    out->splines.total = whole_sum(total);
+    out->base.total = whole_sum(base_total);
+}
+
+/* One head over some tokens: S ← decay·S + kᵀv, out = q·S. The state [V/16][K][16] stays in registers while tokens
+ * pass, four keys at a time, so that one token and many give the same bits. */
+typedef struct {
+    float *state, *out;
+    const float *q, *k, *v;
+    size_t key, value, tokens, key_stride, value_stride; /* strides from token to token */
+    float decay;
+} retention_job;
+
+INLINE void retain_keys(const retention_job *j, vec *s, size_t keys, size_t i, size_t at, size_t rest) {
+    for (size_t t = 0; t < j->tokens; t++) {
+        const float *q = j->q + t * j->key_stride + i, *k = j->k + t * j->key_stride + i;
+        float *out = j->out + t * j->value_stride + at;
+        vec v = load(j->v + t * j->value_stride + at, rest), part[4];
+        for (size_t n = 0; n < keys; n++) {
+            s[n] = s[n] * j->decay + k[n] * v;
+            part[n] = q[n] * s[n];
+        }
+        vec total = keys == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : part[0] + part[1];
+        store(out, rest, i ? load(out, rest) + total : total);
+    }
+}
+
+INLINE void retain_block(const retention_job *j, float *state, size_t at, size_t rest) {
+    vec s[4];
+    size_t i = 0;
+    for (; i + 4 <= j->key; i += 4) {
+        memcpy(s, state + i * LANES, sizeof s);
+        retain_keys(j, s, 4, i, at, rest);
+        memcpy(state + i * LANES, s, sizeof s);
+    }
+    if (i == j->key) return;
+    memcpy(s, state + i * LANES, 2 * sizeof *s);
+    retain_keys(j, s, 2, i, at, rest);
+    memcpy(state + i * LANES, s, 2 * sizeof *s);
+}
+
+INLINE void retention_body(const retention_job *j) {
+    EACH(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
+}
+
+INLINE float dot(const float *x, const float *y, size_t n) {
+    vec total = {0};
+    EACH(i, rest, n, total += load(x + i, rest) * load(y + i, rest));
+    return sum(total);
+}
+
+/* Softmax attention of one query over `seen` keys, in blocks of which the largest score is found first. */
+typedef struct {
+    const float *q, *k, *v;
+    float *out;
+    size_t key, value, seen, key_stride, value_stride;
+} attention_job;
+
+enum { ATTENTION_BLOCK = 64 };
+
+INLINE float attention_scores(const attention_job *j, size_t first, size_t count, float *score, float most) {
+    float scale = 1.0f / sqrtf((float)j->key);
+    for (size_t i = 0; i < count; i++) {
+        score[i] = dot(j->q, j->k + (first + i) * j->key_stride, j->key) * scale;
+        most = score[i] > most ? score[i] : most;
+    }
+    return most;
+}
+
+INLINE void attention_body(const attention_job *j) {
+    float score[ATTENTION_BLOCK], most = -INFINITY, total = 0;
+    EACH(i, rest, j->value, store(j->out + i, rest, all(0)));
+    for (size_t first = 0; first < j->seen; first += ATTENTION_BLOCK) {
+        size_t count = MIN((size_t)ATTENTION_BLOCK, j->seen - first);
+        float before = most;
+        most = attention_scores(j, first, count, score, most);
+        float shrink = before == -INFINITY ? 0.0f : expf(before - most);
+        total *= shrink;
+        for (size_t i = 0; i < count; i++) total += score[i] = expf(score[i] - most);
+        EACH(at, rest, j->value, {
+            vec out = load(j->out + at, rest) * shrink;
+            for (size_t i = 0; i < count; i++) out += score[i] * load(j->v + (first + i) * j->value_stride + at, rest);
+            store(j->out + at, rest, out);
+        });
+    }
+    EACH(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
+}
+
+/* Divide by the root mean square and multiply by `times`, in place. */
+INLINE void norm_head_body(float *x, size_t n, float eps, float times) {
+    vec squares = {0};
+    EACH(i, rest, n, {
+        vec z = load(x + i, rest);
+        squares += z * z;
+    });
+    float norm = 1.0f / sqrtf(sum(squares) / (float)n + eps) * times;
+    EACH(i, rest, n, store(x + i, rest, load(x + i, rest) * norm));
+}
+
+/* Turn each pair (first half, second half) by its angle, times a factor, in place. */
+INLINE void rotate_body(float *x, const float *cosine, const float *sine, size_t half, float times) {
+    EACH(i, rest, half, {
+        vec left = load(x + i, rest), right = load(x + half + i, rest);
+        vec c = load(cosine + i, rest), s = load(sine + i, rest);
+        store(x + i, rest, (left * c - right * s) * times);
+        store(x + half + i, rest, (left * s + right * c) * times);
+    });
+}
+
+/* y += Σ w·x over the taps of a convolution. */
+INLINE void convolve_body(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n) {
+    EACH(i, rest, n, {
+        vec total = load(y + i, rest);
+        for (size_t j = 0; j < taps; j++) total += load(inputs[j] + i, rest) * load(weights + j * n + i, rest);
+        store(y + i, rest, total);
+    });
+}
+
+/* 16 sums of a tile → results: (sum − total of the codes)·factor, by columns' scales if there are any. */
+typedef struct {
+    const int32_t *sums;
+    int32_t total;
+    float factor;
+    const float *scales; /* [16], or NULL */
+    float *out;
+    size_t rows;         /* ≤ 16 */
+    float weight;
+    int add;
+} tile_result;
+
+INLINE void finish_tile_body(const tile_result *t) {
+    ivec sums;
+    memcpy(&sums, t->sums, sizeof sums);
+    vec value = __builtin_convertvector(sums - t->total, vec) * t->factor;
+    if (t->scales) value *= load(t->scales, LANES);
+    if (t->add) value = load(t->out, t->rows) + t->weight * value;
+    store(t->out, t->rows, value);
+}
+
+/* Σ w·x in fp32 for four inputs at a time, so that the weights are read, and converted, once. */
+INLINE vec load_weights(const void *weights, int halves, size_t i, size_t rest) {
+    return halves ? load_halves((const uint16_t *)weights + i, rest) : load((const float *)weights + i, rest);
+}
+
+INLINE void plain_dots_body(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out) {
+    for (; count >= 4; count -= 4, x += 4, out += 4) {
+        vec total[4] = {{0}};
+        EACH(i, rest, n, {
+            vec w = load_weights(weights, halves, i, rest);
+            for (int t = 0; t < 4; t++) total[t] += w * load(x[t] + i, rest);
+        });
+        for (int t = 0; t < 4; t++) out[t] = sum(total[t]);
+    }
+    for (; count; count--, x++, out++) {
+        vec total = {0};
+        EACH(i, rest, n, total += load_weights(weights, halves, i, rest) * load(*x + i, rest));
+        *out = sum(total);
+    }
+}
+
+typedef struct {
+    void (*norm_row)(const float *x, size_t n, row_out *out);
+    void (*gate_row)(const float *gate, const float *up, size_t n, float *y, row_out *out);
+    void (*function_row)(const row_function *f, size_t n, float *y, row_out *out);
+    void (*spline_row)(const spline_grid *g, const float *x, size_t n, spline_out *out);
+    void (*retention)(const retention_job *job);
+    void (*attention)(const attention_job *job);
+    void (*norm_head)(float *x, size_t n, float eps, float times);
+    void (*rotate)(float *x, const float *cosine, const float *sine, size_t half, float times);
+    void (*convolve)(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n);
+    void (*finish_tile)(const tile_result *tile);
+    void (*plain_dots)(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out);
+} float_kernels;
+
+/* All bodies for one kind of machine. */
+#define FLOAT_KERNELS(kind, target)                                                                                    \
+    target static void norm_row_##kind(const float *x, size_t n, row_out *out) { norm_row_body(x, n, out); }           \
+    target static void gate_row_##kind(const float *gate, const float *up, size_t n, float *y, row_out *out) {         \
+        gate_row_body(gate, up, n, y, out);                                                                            \
+    }                                                                                                                  \
+    target static void function_row_##kind(const row_function *f, size_t n, float *y, row_out *out) {                  \
+        function_row_body(f, n, y, out);                                                                               \
+    }                                                                                                                  \
+    target static void spline_row_##kind(const spline_grid *g, const float *x, size_t n, spline_out *out) {            \
+        spline_row_body(g, x, n, out);                                                                                 \
+    }                                                                                                                  \
+    target static void retention_##kind(const retention_job *job) { retention_body(job); }                             \
+    target static void attention_##kind(const attention_job *job) { attention_body(job); }                             \
+    target static void norm_head_##kind(float *x, size_t n, float eps, float times) {                                  \
+        norm_head_body(x, n, eps, times);                                                                              \
+    }                                                                                                                  \
+    target static void rotate_##kind(float *x, const float *cosine, const float *sine, size_t half, float times) {     \
+        rotate_body(x, cosine, sine, half, times);                                                                     \
+    }                                                                                                                  \
+    target static void convolve_##kind(float *y, const float *const *inputs, const float *weights, size_t taps,        \
+                                       size_t n) {                                                                     \
+        convolve_body(y, inputs, weights, taps, n);                                                                    \
+    }                                                                                                                  \
+    target static void finish_tile_##kind(const tile_result *tile) { finish_tile_body(tile); }                         \
+    target static void plain_dots_##kind(const void *weights, int halves, size_t n, const float *const *x,             \
+                                         size_t count, float *out) {                                                   \
+        plain_dots_body(weights, halves, n, x, count, out);                                                            \
+    }                                                                                                                  \
+    static const float_kernels FLOATS_##kind = {norm_row_##kind, gate_row_##kind, function_row_##kind,                 \
+                                                spline_row_##kind, retention_##kind, attention_##kind,                 \
+                                                norm_head_##kind, rotate_##kind, convolve_##kind,                      \
+                                                finish_tile_##kind, plain_dots_##kind};
+
+#define NO_TARGET
+FLOAT_KERNELS(any, NO_TARGET)
+#ifdef ON_X86
+#define TARGET_AVX2 __attribute__((target("avx2")))
+#define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq")))
+FLOAT_KERNELS(avx2, TARGET_AVX2)
+FLOAT_KERNELS(avx512, TARGET_AVX512)
+#endif
+
+/* Products of ternary tiles with int8 codes: out[(tile·tokens + t)·16 + r] = Σ stored·code over the columns, where a
+ * stored value is the ternary one plus 1; the caller takes Σ code off. A row of codes is padded to whole tiles with
+ * zeros. Sums are int32 and whole, so all kernels agree. */
+typedef void ternary_kernel(const unsigned char *tiles, size_t across, size_t row_tiles, const int8_t *const *x,
+                            size_t tokens, int32_t *out);
+
+/* A vector as whole numbers that three products of bytes or two of 16-bit numbers make up: x·scale is
+ * 2¹⁶·high + 2⁸·middle + low, and 2¹²·upper + lower. That is fp32's precision, in sums without rounding. */
+typedef struct {
+    size_t size, padded; /* padded with zeros to a multiple of 64 */
+    int8_t *high, *middle, *low;
+    int16_t *upper, *lower;
+    int32_t sums[3];     /* of high, middle and low */
+    double unit;         /* of the whole numbers */
+} split_vector;
+
+/* out[row] = Σ weight·x, whole. */
+typedef void bytes_kernel(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out);
+
+enum { LARGEST_SPLIT = 127 * 65536 };
+
+static void split_value(split_vector *x, size_t i, int32_t value) {
+    int32_t low = (int8_t)(value & 0xff), middle = (int8_t)((value - low) / 256 & 0xff);
+    int32_t lower = (value + 2048) & 0xfff;
+    x->low[i] = (int8_t)low, x->middle[i] = (int8_t)middle, x->high[i] = (int8_t)((value - low - middle * 256) / 65536);
+    x->lower[i] = (int16_t)(lower - 2048), x->upper[i] = (int16_t)((value - (lower - 2048)) / 4096);
+    x->sums[0] += x->high[i], x->sums[1] += middle, x->sums[2] += low;
+}
+
+static void split(split_vector *x, const float *values) {
+    float most = 0;
+    for (size_t i = 0; i < x->size; i++) most = fabsf(values[i]) > most ? fabsf(values[i]) : most;
+    /* Infinities and NaN become zeros times NaN. */
+    int finite = most <= 3e38f;
+    double scale = most > 1e-30f && finite ? LARGEST_SPLIT / (double)most : 1.0;
+    memset(x->sums, 0, sizeof x->sums);
+    for (size_t i = 0; i < x->size; i++) {
+        finite = finite && values[i] == values[i];
+        split_value(x, i, finite ? (int32_t)rint(values[i] * scale) : 0);
+    }
+    x->unit = finite ? 1.0 / scale : (double)NAN;
+}
+
+static void ternary_scalar(const unsigned char *tiles, size_t across, size_t row_tiles, const int8_t *const *x,
+                           size_t tokens, int32_t *out) {
+    for (size_t i = 0; i < row_tiles * tokens; i++, out += TILE) {
+        const unsigned char *tile = tiles + i / tokens * across * TILE_BYTES;
+        const int8_t *code = x[i % tokens];
+        memset(out, 0, TILE * sizeof *out);
+        for (size_t c = 0; c < across; c++, code += TILE)
+            for (size_t r = 0; r < TILE; r++)
+                for (size_t j = 0; j < 4; j++) {
+                    int b = *tile++;
+                    out[r] += (b & 3) * code[j] + (b >> 2 & 3) * code[4 + j] + (b >> 4 & 3) * code[8 + j] +
+                              (b >> 6) * code[12 + j];
+                }
+    }
+}
+
+static int64_t split_dot(const int8_t *weights, const split_vector *x, size_t first) {
+    int64_t upper = 0, lower = 0;
+    for (size_t i = first; i < x->size; i++) {
+        upper += weights[i] * x->upper[i];
+        lower += weights[i] * x->lower[i];
+    }
+    return upper * 4096 + lower;
+}
+
+static void bytes_scalar(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out) {
+    for (size_t r = 0; r < rows; r++) out[r] = split_dot(weights + r * x->size, x, 0);
+}
+
+INLINE int32_t four_codes(const int8_t *code) {
+    int32_t word;
+    memcpy(&word, code, 4);
+    return word;
+}
+
+#ifdef ON_X86
+
+/* SSE2: bytes of even and of odd columns as 16-bit numbers, four rows at a time, for pmaddwd. A field is multiplied
+ * where it stands, and the sum moved to its place at the end. */
+#define TARGET_SSE2 __attribute__((target("sse2")))
+
+TARGET_SSE2 static inline __attribute__((always_inline)) __m128i field_product(__m128i even, __m128i odd, int mask,
+                                                                              __m128i x_even, __m128i x_odd) {
+    __m128i keep = _mm_set1_epi16((short)mask);
+    return _mm_add_epi32(_mm_madd_epi16(_mm_and_si128(even, keep), x_even),
+                         _mm_madd_epi16(_mm_and_si128(odd, keep), x_odd));
+}
+
+TARGET_SSE2 static void ternary_sse2(const unsigned char *tiles, size_t across, size_t row_tiles,
+                                     const int8_t *const *x, size_t tokens, int32_t *out) {
+    for (size_t i = 0; i < row_tiles * tokens * 4; i++) {
+        size_t pass = i / 4;
+        const unsigned char *tile = tiles + pass / tokens * across * TILE_BYTES + i % 4 * 16;
+        const int8_t *code = x[pass % tokens];
+        __m128i sums[4] = {_mm_setzero_si128(), _mm_setzero_si128(), _mm_setzero_si128(), _mm_setzero_si128()};
+        for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
+            __m128i w = _mm_loadu_si128((const __m128i *)(const void *)tile), odd = _mm_srli_epi16(w, 8);
+            __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)code), odds = _mm_srai_epi16(codes, 8);
+            __m128i evens = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8);
+#define SSE2_FIELD(f)                                                                                                  \
+    sums[f] = _mm_add_epi32(sums[f], field_product(w, odd, 3 << 2 * f, _mm_shuffle_epi32(evens, 0x55 * f),             \
+                                                   _mm_shuffle_epi32(odds, 0x55 * f)))
+            SSE2_FIELD(0);
+            SSE2_FIELD(1);
+            SSE2_FIELD(2);
+            SSE2_FIELD(3);
+        }
+        __m128i low = _mm_add_epi32(sums[0], _mm_srai_epi32(sums[1], 2));
+        __m128i high = _mm_add_epi32(_mm_srai_epi32(sums[2], 4), _mm_srai_epi32(sums[3], 6));
+        _mm_storeu_si128((__m128i *)(void *)(out + i * 4), _mm_add_epi32(low, high));
+    }
+}
+
+TARGET_SSE2 static int64_t lanes_sse2(__m128i x) {
+    int32_t lane[4];
+    memcpy(lane, &x, sizeof lane);
+    return (int64_t)lane[0] + lane[1] + lane[2] + lane[3];
+}
+
+TARGET_SSE2 static void bytes_sse2(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out) {
+    size_t whole = x->size / 16 * 16;
+    for (size_t r = 0; r < rows; r++, weights += x->size) {
+        __m128i upper = _mm_setzero_si128(), lower = upper;
+        for (size_t i = 0; i < whole; i += 8) {
+            __m128i w = _mm_loadl_epi64((const __m128i *)(const void *)(weights + i));
+            w = _mm_srai_epi16(_mm_unpacklo_epi8(w, w), 8);
+            upper = _mm_add_epi32(upper, _mm_madd_epi16(w, *(const __m128i *)(const void *)(x->upper + i)));
+            lower = _mm_add_epi32(lower, _mm_madd_epi16(w, *(const __m128i *)(const void *)(x->lower + i)));
+        }
+        out[r] = lanes_sse2(upper) * 4096 + lanes_sse2(lower) + split_dot(weights, x, whole);
+    }
+}
+
+/* SSSE3 and AVX2: pmaddubsw multiplies unsigned weights by signed codes into 16 bits. Fields 0 and 2 add at most 2·2·128
+ * a step to `ones`, fields 1 and 3 four times that to `fours`, so that seven tiles fit before sums are widened. */
+enum { NARROW_TILES = 7 };
+
+#define TARGET_SSSE3 __attribute__((target("ssse3")))
+
+TARGET_SSSE3 static inline __attribute__((always_inline)) __m128i widen_ssse3(__m128i total, __m128i ones,
+                                                                             __m128i fours) {
+    total = _mm_add_epi32(total, _mm_madd_epi16(ones, _mm_set1_epi16(1)));
+    return _mm_add_epi32(total, _mm_madd_epi16(_mm_srai_epi16(fours, 2), _mm_set1_epi16(1)));
+}
+
+/* All 16 rows of a tile for one token; the broadcasts of its codes serve four registers. */
+TARGET_SSSE3 static void tile_row_ssse3(const unsigned char *tile, size_t across, const int8_t *code, int32_t *out) {
+    __m128i zero = _mm_setzero_si128(), total[4] = {zero, zero, zero, zero}, three = _mm_set1_epi8(3);
+    __m128i twelve = _mm_set1_epi8(12);
+    while (across) {
+        size_t tiles = MIN(across, (size_t)NARROW_TILES);
+        __m128i ones[4] = {zero, zero, zero, zero}, fours[4] = {zero, zero, zero, zero};
+        across -= tiles;
+        for (; tiles; tiles--, tile += TILE_BYTES, code += TILE) {
+            __m128i x = _mm_loadu_si128((const __m128i *)(const void *)code);
+            __m128i x0 = _mm_shuffle_epi32(x, 0x00), x1 = _mm_shuffle_epi32(x, 0x55);
+            __m128i x2 = _mm_shuffle_epi32(x, 0xaa), x3 = _mm_shuffle_epi32(x, 0xff);
+#define SSSE3_QUARTER(n)                                                                                               \
+    do {                                                                                                               \
+        __m128i w = _mm_loadu_si128((const __m128i *)(const void *)(tile + 16 * n)), v = _mm_srli_epi16(w, 4);         \
+        ones[n] = _mm_add_epi16(ones[n], _mm_maddubs_epi16(_mm_and_si128(w, three), x0));                              \
+        fours[n] = _mm_add_epi16(fours[n], _mm_maddubs_epi16(_mm_and_si128(w, twelve), x1));                           \
+        ones[n] = _mm_add_epi16(ones[n], _mm_maddubs_epi16(_mm_and_si128(v, three), x2));                              \
+        fours[n] = _mm_add_epi16(fours[n], _mm_maddubs_epi16(_mm_and_si128(v, twelve), x3));                           \
+    } while (0)
+            SSSE3_QUARTER(0);
+            SSSE3_QUARTER(1);
+            SSSE3_QUARTER(2);
+            SSSE3_QUARTER(3);
+        }
+        for (int n = 0; n < 4; n++) total[n] = widen_ssse3(total[n], ones[n], fours[n]);
+    }
+    for (int n = 0; n < 4; n++) _mm_storeu_si128((__m128i *)(void *)(out + 4 * n), total[n]);
+}
+
+TARGET_SSSE3 static void ternary_ssse3(const unsigned char *tiles, size_t across, size_t row_tiles,
+                                       const int8_t *const *x, size_t tokens, int32_t *out) {
+    for (size_t i = 0; i < row_tiles * tokens; i++)
+        tile_row_ssse3(tiles + i / tokens * across * TILE_BYTES, across, x[i % tokens], out + i * TILE);
+}
+
+TARGET_AVX2 static inline __attribute__((always_inline)) __m256i widen_avx2(__m256i total, __m256i ones,
+                                                                           __m256i fours) {
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(ones, _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_srai_epi16(fours, 2), _mm256_set1_epi16(1)));
+}
+
+/* Two rows of tiles for one token, or one if `next` is the same. */
+TARGET_AVX2 static void tile_rows_avx2(const unsigned char *tile, const unsigned char *next, size_t across,
+                                       const int8_t *code, int32_t *out, int32_t *next_out) {
+    __m256i zero = _mm256_setzero_si256(), total[4] = {zero, zero, zero, zero}, three = _mm256_set1_epi8(3);
+    __m256i twelve = _mm256_set1_epi8(12);
+    while (across) {
+        size_t tiles = MIN(across, (size_t)NARROW_TILES);
+        __m256i ones[4] = {zero, zero, zero, zero}, fours[4] = {zero, zero, zero, zero};
+        across -= tiles;
+        for (; tiles; tiles--, tile += TILE_BYTES, next += TILE_BYTES, code += TILE) {
+            __m256i x0 = _mm256_set1_epi32(four_codes(code)), x1 = _mm256_set1_epi32(four_codes(code + 4));
+            __m256i x2 = _mm256_set1_epi32(four_codes(code + 8)), x3 = _mm256_set1_epi32(four_codes(code + 12));
+#define AVX2_HALF(n, from)                                                                                             \
+    do {                                                                                                               \
+        __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)(from)), v = _mm256_srli_epi16(w, 4);            \
+        ones[n] = _mm256_add_epi16(ones[n], _mm256_maddubs_epi16(_mm256_and_si256(w, three), x0));                     \
+        fours[n] = _mm256_add_epi16(fours[n], _mm256_maddubs_epi16(_mm256_and_si256(w, twelve), x1));                  \
+        ones[n] = _mm256_add_epi16(ones[n], _mm256_maddubs_epi16(_mm256_and_si256(v, three), x2));                     \
+        fours[n] = _mm256_add_epi16(fours[n], _mm256_maddubs_epi16(_mm256_and_si256(v, twelve), x3));                  \
+    } while (0)
+            AVX2_HALF(0, tile);
+            AVX2_HALF(1, tile + 32);
+            AVX2_HALF(2, next);
+            AVX2_HALF(3, next + 32);
+        }
+        for (int n = 0; n < 4; n++) total[n] = widen_avx2(total[n], ones[n], fours[n]);
+    }
+    for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(out + 8 * n), total[n]);
+    for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(next_out + 8 * n), total[2 + n]);
+}
+
+TARGET_AVX2 static void ternary_avx2(const unsigned char *tiles, size_t across, size_t row_tiles,
+                                     const int8_t *const *x, size_t tokens, int32_t *out) {
+    size_t row = across * TILE_BYTES;
+    for (size_t i = 0; i < row_tiles; i += 2) {
+        size_t next = i + 1 < row_tiles ? i + 1 : i;
+        for (size_t t = 0; t < tokens; t++)
+            tile_rows_avx2(tiles + i * row, tiles + next * row, across, x[t], out + (i * tokens + t) * TILE,
+                           out + (next * tokens + t) * TILE);
+    }
+}
+
+TARGET_AVX2 static int64_t lanes_avx2(__m256i x) {
+    int32_t lane[8];
+    int64_t total = 0;
+    memcpy(lane, &x, sizeof lane);
+    for (int i = 0; i < 8; i++) total += lane[i];
+    return total;
+}
+
+TARGET_AVX2 static void bytes_avx2(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out) {
+    size_t whole = x->size / 16 * 16;
+    for (size_t r = 0; r < rows; r++, weights += x->size) {
+        __m256i upper = _mm256_setzero_si256(), lower = upper;
+        for (size_t i = 0; i < whole; i += 16) {
+            __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(weights + i)));
+            upper = _mm256_add_epi32(upper,
+                                     _mm256_madd_epi16(w, *(const __m256i *)(const void *)(x->upper + i)));
+            lower = _mm256_add_epi32(lower,
+                                     _mm256_madd_epi16(w, *(const __m256i *)(const void *)(x->lower + i)));
+        }
+        out[r] = lanes_avx2(upper) * 4096 + lanes_avx2(lower) + split_dot(weights, x, whole);
+    }
+}
+
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define HAS_AVXVNNI 1
+#define TARGET_AVXVNNI __attribute__((target("avx2,avxvnni")))
+
+/* vpdpbusd adds four products of bytes to an int32; a field is multiplied where it stands. */
+TARGET_AVXVNNI static void half_tile_avxvnni(const unsigned char *tile, size_t across, const int8_t *code,
+                                             int32_t *out) {
+    __m256i zero = _mm256_setzero_si256(), sums[4] = {zero, zero, zero, zero};
+    for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
+        __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)tile);
+        for (int f = 0; f < 4; f++)
+            sums[f] = _mm256_dpbusd_avx_epi32(sums[f], _mm256_and_si256(w, _mm256_set1_epi8((char)(3 << 2 * f))),
+                                              _mm256_set1_epi32(four_codes(code + 4 * f)));
+    }
+    __m256i low = _mm256_add_epi32(sums[0], _mm256_srai_epi32(sums[1], 2));
+    __m256i high = _mm256_add_epi32(_mm256_srai_epi32(sums[2], 4), _mm256_srai_epi32(sums[3], 6));
+    _mm256_storeu_si256((__m256i *)(void *)out, _mm256_add_epi32(low, high));
+}
+
+TARGET_AVXVNNI static void ternary_avxvnni(const unsigned char *tiles, size_t across, size_t row_tiles,
+                                           const int8_t *const *x, size_t tokens, int32_t *out) {
+    for (size_t i = 0; i < row_tiles * tokens * 2; i++)
+        half_tile_avxvnni(tiles + i / 2 / tokens * across * TILE_BYTES + i % 2 * 32, across, x[i / 2 % tokens],
+                          out + i * 8);
+}
+#endif
+
+#if (defined(__clang__) && __clang_major__ >= 8) || (!defined(__clang__) && __GNUC__ >= 9)
+#define HAS_AVX512VNNI 1
+#define TARGET_VNNI512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define VNNI512_INLINE TARGET_VNNI512 static inline __attribute__((always_inline))
+
+VNNI512_INLINE __m512i join_fields(const __m512i *sums) {
+    __m512i low = _mm512_add_epi32(sums[0], _mm512_srai_epi32(sums[1], 2));
+    return _mm512_add_epi32(low,
+                            _mm512_add_epi32(_mm512_srai_epi32(sums[2], 4), _mm512_srai_epi32(sums[3], 6)));
+}
+
+/* One token: `rows` rows of tiles at a time, so that a broadcast serves all; a register holds one tile. */
+VNNI512_INLINE void one_token_vnni512(const unsigned char *tiles, size_t across, const int8_t *code, size_t rows,
+                                      int32_t *out) {
+    __m512i sums[4][4];
+    for (size_t r = 0; r < rows; r++)
+        for (int f = 0; f < 4; f++) sums[r][f] = _mm512_setzero_si512();
+    for (size_t c = 0; c < across; c++, tiles += TILE_BYTES, code += TILE) {
+        __m512i x[4];
+        for (int f = 0; f < 4; f++) x[f] = _mm512_set1_epi32(four_codes(code + 4 * f));
+        for (size_t r = 0; r < rows; r++) {
+            __m512i w = _mm512_loadu_si512(tiles + r * across * TILE_BYTES);
+            for (int f = 0; f < 4; f++)
+                sums[r][f] = _mm512_dpbusd_epi32(sums[r][f],
+                                                 _mm512_and_si512(w, _mm512_set1_epi8((char)(3 << 2 * f))), x[f]);
+        }
+    }
+    for (size_t r = 0; r < rows; r++) _mm512_storeu_si512(out + r * TILE, join_fields(sums[r]));
+}
+
+/* Many tokens: a tile's fields are taken apart once, for `count` sums of tokens in as many registers. */
+VNNI512_INLINE void tokens_vnni512(const unsigned char *tiles, size_t across, const int8_t *const *x, size_t count,
+                                   int32_t *out) {
+    __m512i sums[12], three = _mm512_set1_epi8(3);
+    for (size_t t = 0; t < count; t++) sums[t] = _mm512_setzero_si512();
+    for (size_t c = 0; c < across; c++) {
+        __m512i w = _mm512_loadu_si512(tiles + c * TILE_BYTES), field[4];
+        field[0] = _mm512_and_si512(w, three);
+        field[1] = _mm512_and_si512(_mm512_srli_epi32(w, 2), three);
+        field[2] = _mm512_and_si512(_mm512_srli_epi32(w, 4), three);
+        field[3] = _mm512_and_si512(_mm512_srli_epi32(w, 6), three);
+        for (int f = 0; f < 4; f++)
+            for (size_t t = 0; t < count; t++)
+                sums[t] = _mm512_dpbusd_epi32(sums[t], field[f],
+                                              _mm512_set1_epi32(four_codes(x[t] + c * TILE + 4 * f)));
+    }
+    for (size_t t = 0; t < count; t++) _mm512_storeu_si512(out + t * TILE, sums[t]);
+}
+
+TARGET_VNNI512 static void ternary_vnni512(const unsigned char *tiles, size_t across, size_t row_tiles,
+                                           const int8_t *const *x, size_t tokens, int32_t *out) {
+    size_t i = 0, row = across * TILE_BYTES;
+    if (tokens == 1) {
+        for (; i + 4 <= row_tiles; i += 4) one_token_vnni512(tiles + i * row, across, *x, 4, out + i * TILE);
+        for (; i < row_tiles; i++) one_token_vnni512(tiles + i * row, across, *x, 1, out + i * TILE);
+        return;
+    }
+    for (; i < row_tiles; i++, tiles += row, out += tokens * TILE) {
+        size_t t = 0;
+        for (; t + 12 <= tokens; t += 12) tokens_vnni512(tiles, across, x + t, 12, out + t * TILE);
+        for (; t + 4 <= tokens; t += 4) tokens_vnni512(tiles, across, x + t, 4, out + t * TILE);
+        for (; t < tokens; t++) tokens_vnni512(tiles, across, x + t, 1, out + t * TILE);
+    }
+}
+
+/* Sums of the lanes of four registers. */
+VNNI512_INLINE __m128i four_totals(const __m512i *x) {
+    __m256i half[4];
+    for (int i = 0; i < 4; i++)
+        half[i] = _mm256_add_epi32(_mm512_castsi512_si256(x[i]), _mm512_extracti64x4_epi64(x[i], 1));
+    __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+}
+
+/* Weights as unsigned bytes, 128 more than they are; what that adds is taken off at the end. */
+VNNI512_INLINE void four_rows_vnni512(const int8_t *weights, const split_vector *x, int64_t *out) {
+    __m512i sums[3][4], flip = _mm512_set1_epi8((char)128);
+    int32_t total[3][4];
+    for (int p = 0; p < 3; p++)
+        for (int r = 0; r < 4; r++) sums[p][r] = _mm512_setzero_si512();
+    for (size_t i = 0; i < x->size; i += 64) {
+        __m512i high = _mm512_load_si512(x->high + i), middle = _mm512_load_si512(x->middle + i);
+        __m512i low = _mm512_load_si512(x->low + i);
+        __mmask64 present = x->size - i >= 64 ? ~0ull : (1ull << (x->size - i)) - 1;
+        for (int r = 0; r < 4; r++) {
+            __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(present, weights + (size_t)r * x->size + i), flip);
+            sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], w, high);
+            sums[1][r] = _mm512_dpbusd_epi32(sums[1][r], w, middle);
+            sums[2][r] = _mm512_dpbusd_epi32(sums[2][r], w, low);
+        }
+    }
+    for (int p = 0; p < 3; p++) _mm_storeu_si128((__m128i *)(void *)total[p], four_totals(sums[p]));
+    for (int r = 0; r < 4; r++)
+        out[r] = ((int64_t)total[0][r] - 128ll * x->sums[0]) * 65536 +
+                 ((int64_t)total[1][r] - 128ll * x->sums[1]) * 256 + ((int64_t)total[2][r] - 128ll * x->sums[2]);
+}
+
+TARGET_VNNI512 static void bytes_vnni512(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out) {
+    size_t r = 0;
+    for (; r + 4 <= rows; r += 4) four_rows_vnni512(weights + r * x->size, x, out + r);
+    bytes_avx2(weights + r * x->size, rows - r, x, out + r);
+}
+#endif
+
+static int cpu_has_avxvnni(void) {
+    unsigned a = 0, b, c, d;
+    if (!__builtin_cpu_supports("avx2") || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return 0;
+    return a >> 4 & 1;
+}
+static int cpu_has_sse2(void) { return __builtin_cpu_supports("sse2") != 0; }
+static int cpu_has_ssse3(void) { return __builtin_cpu_supports("ssse3") != 0; }
+static int cpu_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+static int cpu_has_vnni512(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+#endif /* ON_X86 */
+
+#if defined(__ARM_NEON)
+
+/* Four rows a register. 16-bit lanes hold 2·128 for each field of 31 tiles before they are widened. */
+static void ternary_neon(const unsigned char *tiles, size_t across, size_t row_tiles, const int8_t *const *x,
+                         size_t tokens, int32_t *out) {
+    for (size_t i = 0; i < row_tiles * tokens * 4; i++) {
+        const unsigned char *tile = tiles + i / 4 / tokens * across * TILE_BYTES + i % 4 * 16;
+        const int8_t *code = x[i / 4 % tokens];
+        int32x4_t first = vdupq_n_s32(0), second = first;
+        for (size_t left = across; left;) {
+            size_t some = MIN(left, 31);
+            int16x8_t a = vdupq_n_s16(0), b = a;
+            for (left -= some; some; some--, tile += TILE_BYTES, code += TILE) {
+                uint8x16_t w = vld1q_u8(tile);
+#define NEON_FIELD(f, value)                                                                                           \
+    do {                                                                                                               \
+        int8x16_t v = vreinterpretq_s8_u8(value);                                                                      \
+        int8x8_t c = vreinterpret_s8_s32(vdup_n_s32(four_codes(code + 4 * f)));                                        \
+        a = vmlal_s8(a, vget_low_s8(v), c);                                                                            \
+        b = vmlal_s8(b, vget_high_s8(v), c);                                                                           \
+    } while (0)
+                NEON_FIELD(0, vandq_u8(w, vdupq_n_u8(3)));
+                NEON_FIELD(1, vandq_u8(vshrq_n_u8(w, 2), vdupq_n_u8(3)));
+                NEON_FIELD(2, vandq_u8(vshrq_n_u8(w, 4), vdupq_n_u8(3)));
+                NEON_FIELD(3, vshrq_n_u8(w, 6));
+            }
+            first = vpadalq_s16(first, a), second = vpadalq_s16(second, b);
+        }
+        vst1_s32(out + i * 4, vpadd_s32(vget_low_s32(first), vget_high_s32(first)));
+        vst1_s32(out + i * 4 + 2, vpadd_s32(vget_low_s32(second), vget_high_s32(second)));
+    }
+}
+
+static void bytes_neon(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out) {
+    size_t whole = x->size / 8 * 8;
+    for (size_t r = 0; r < rows; r++, weights += x->size) {
+        int32x4_t upper = vdupq_n_s32(0), lower = upper;
+        int64x2_t total = vdupq_n_s64(0), fine = total;
+        for (size_t i = 0; i < whole; i += 8) {
+            int16x8_t w = vmovl_s8(vld1_s8(weights + i)), u = vld1q_s16(x->upper + i), l = vld1q_s16(x->lower + i);
+            upper = vmlal_s16(vmull_s16(vget_low_s16(w), vget_low_s16(u)), vget_high_s16(w), vget_high_s16(u));
+            lower = vmlal_s16(vmull_s16(vget_low_s16(w), vget_low_s16(l)), vget_high_s16(w), vget_high_s16(l));
+            total = vpadalq_s32(total, upper), fine = vpadalq_s32(fine, lower);
+        }
+        out[r] = (vgetq_lane_s64(total, 0) + vgetq_lane_s64(total, 1)) * 4096 + vgetq_lane_s64(fine, 0) +
+                 vgetq_lane_s64(fine, 1) + split_dot(weights, x, whole);
+    }
+}
+
+static int cpu_has_neon(void) { return 1; }
+
+#if defined(__aarch64__) && defined(__linux__)
+#define HAS_DOTPROD 1
+#define TARGET_DOTPROD __attribute__((target("+dotprod")))
+TARGET_DOTPROD static void ternary_dotprod(const unsigned char *tiles, size_t across, size_t row_tiles,
+                                           const int8_t *const *x, size_t tokens, int32_t *out) {
+    uint8x16_t three = vdupq_n_u8(3);
+    for (size_t i = 0; i < row_tiles * tokens; i++) {
+        const unsigned char *tile = tiles + i / tokens * across * TILE_BYTES;
+        const int8_t *code = x[i % tokens];
+        int32x4_t sums[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
+        for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
+            int8x16_t v = vld1q_s8(code);
+            for (int n = 0; n < 4; n++) {
+                uint8x16_t w = vld1q_u8(tile + 16 * n);
+                sums[n] = vdotq_laneq_s32(sums[n], vreinterpretq_s8_u8(vandq_u8(w, three)), v, 0);
+                sums[n] = vdotq_laneq_s32(sums[n], vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(w, 2), three)), v, 1);
+                sums[n] = vdotq_laneq_s32(sums[n], vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(w, 4), three)), v, 2);
+                sums[n] = vdotq_laneq_s32(sums[n], vreinterpretq_s8_u8(vshrq_n_u8(w, 6)), v, 3);
+            }
+        }
+        for (int n = 0; n < 4; n++) vst1q_s32(out + i * TILE + 4 * n, sums[n]);
+    }
+}
+
+TARGET_DOTPROD static void bytes_dotprod(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out) {
+    size_t whole = x->size / 16 * 16;
+    for (size_t r = 0; r < rows; r++, weights += x->size) {
+        int32x4_t high = vdupq_n_s32(0), middle = high, low = high;
+        for (size_t i = 0; i < whole; i += 16) {
+            int8x16_t w = vld1q_s8(weights + i);
+            high = vdotq_s32(high, w, vld1q_s8(x->high + i));
+            middle = vdotq_s32(middle, w, vld1q_s8(x->middle + i));
+            low = vdotq_s32(low, w, vld1q_s8(x->low + i));
+        }
+        out[r] = vaddlvq_s32(high) * 65536 + vaddlvq_s32(middle) * 256 + vaddlvq_s32(low) + split_dot(weights, x, whole);
+    }
+}
+
+static int cpu_has_dotprod(void) { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; } /* HWCAP_ASIMDDP */
+#endif
+#endif /* __ARM_NEON */
+
+#if defined(__wasm_simd128__)
+
+/* As SSE2: even and odd columns as 16-bit numbers, four rows a register. */
+static void ternary_wasm(const unsigned char *tiles, size_t across, size_t row_tiles, const int8_t *const *x,
+                         size_t tokens, int32_t *out) {
+    for (size_t i = 0; i < row_tiles * tokens * 4; i++) {
+        const unsigned char *tile = tiles + i / 4 / tokens * across * TILE_BYTES + i % 4 * 16;
+        const int8_t *code = x[i / 4 % tokens];
+        v128_t sums[4] = {wasm_i32x4_splat(0), wasm_i32x4_splat(0), wasm_i32x4_splat(0), wasm_i32x4_splat(0)};
+        for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
+            v128_t w = wasm_v128_load(tile), odd = wasm_u16x8_shr(w, 8), codes = wasm_v128_load(code);
+            v128_t odds = wasm_i16x8_shr(codes, 8), evens = wasm_i16x8_shr(wasm_i16x8_shl(codes, 8), 8);
+#define WASM_FIELD(f)                                                                                                  \
+    do {                                                                                                               \
+        v128_t keep = wasm_i16x8_splat(3 << 2 * f);                                                                    \
+        v128_t even_part = wasm_i32x4_dot_i16x8(wasm_v128_and(w, keep), wasm_i32x4_shuffle(evens, evens, f, f, f, f)); \
+        v128_t odd_part = wasm_i32x4_dot_i16x8(wasm_v128_and(odd, keep), wasm_i32x4_shuffle(odds, odds, f, f, f, f));  \
+        sums[f] = wasm_i32x4_add(sums[f], wasm_i32x4_add(even_part, odd_part));                                        \
+    } while (0)
+            WASM_FIELD(0);
+            WASM_FIELD(1);
+            WASM_FIELD(2);
+            WASM_FIELD(3);
+        }
+        v128_t low = wasm_i32x4_add(sums[0], wasm_i32x4_shr(sums[1], 2));
+        v128_t high = wasm_i32x4_add(wasm_i32x4_shr(sums[2], 4), wasm_i32x4_shr(sums[3], 6));
+        wasm_v128_store(out + i * 4, wasm_i32x4_add(low, high));
+    }
+}
+
+static int64_t lanes_wasm(v128_t x) {
+    return (int64_t)wasm_i32x4_extract_lane(x, 0) + wasm_i32x4_extract_lane(x, 1) + wasm_i32x4_extract_lane(x, 2) +
+           wasm_i32x4_extract_lane(x, 3);
+}
+
+static void bytes_wasm(const int8_t *weights, size_t rows, const split_vector *x, int64_t *out) {
+    size_t whole = x->size / 16 * 16;
+    for (size_t r = 0; r < rows; r++, weights += x->size) {
+        v128_t upper = wasm_i32x4_splat(0), lower = upper;
+        for (size_t i = 0; i < whole; i += 8) {
+            v128_t w = wasm_i16x8_load8x8(weights + i);
+            upper = wasm_i32x4_add(upper, wasm_i32x4_dot_i16x8(w, wasm_v128_load(x->upper + i)));
+            lower = wasm_i32x4_add(lower, wasm_i32x4_dot_i16x8(w, wasm_v128_load(x->lower + i)));
+        }
+        out[r] = lanes_wasm(upper) * 4096 + lanes_wasm(lower) + split_dot(weights, x, whole);
+    }
+}
+
+static int cpu_has_wasm(void) { return 1; }
+#endif
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    ternary_kernel *ternary;
+    bytes_kernel *bytes;
+    const float_kernels *floats;
+} kernel_set;
+
+static int always(void) { return 1; }
+
+/* The fastest first. */
+static const kernel_set KERNELS[] = {
+#ifdef HAS_AVX512VNNI
+    {"avx512vnni", cpu_has_vnni512, ternary_vnni512, bytes_vnni512, &FLOATS_avx512},
+#endif
+#ifdef HAS_AVXVNNI
+    {"avxvnni", cpu_has_avxvnni, ternary_avxvnni, bytes_avx2, &FLOATS_avx2},
+#endif
+#ifdef ON_X86
+    {"avx2", cpu_has_avx2, ternary_avx2, bytes_avx2, &FLOATS_avx2},
+    {"ssse3", cpu_has_ssse3, ternary_ssse3, bytes_sse2, &FLOATS_any},
+    {"sse2", cpu_has_sse2, ternary_sse2, bytes_sse2, &FLOATS_any},
+#endif
+#ifdef HAS_DOTPROD
+    {"dotprod", cpu_has_dotprod, ternary_dotprod, bytes_dotprod, &FLOATS_any},
+#endif
+#ifdef __ARM_NEON
+    {"neon", cpu_has_neon, ternary_neon, bytes_neon, &FLOATS_any},
+#endif
+#ifdef __wasm_simd128__
+    {"wasm", cpu_has_wasm, ternary_wasm, bytes_wasm, &FLOATS_any},
+#endif
+    {"scalar", always, ternary_scalar, bytes_scalar, &FLOATS_any},
+};
+enum { NUM_KERNELS = sizeof KERNELS / sizeof *KERNELS };
+
+static const kernel_set *chosen_kernels;
+
+static void list_kernels(char *text, size_t room) {
+    size_t used = 0;
+    for (int i = 0; i < NUM_KERNELS; i++)
+        if (KERNELS[i].supported() && used < room)
+            used += (size_t)snprintf(text + used, room - used, "%s%s", used ? ", " : "", KERNELS[i].name);
+}
+
+/* The fastest that this machine supports, or those that MIXKABRN_KERNELS names. */
+static int choose_kernels(char *error) {
+    const char *name = getenv("MIXKABRN_KERNELS");
+    char list[128] = "";
+    for (int i = 0; i < NUM_KERNELS; i++) {
+        if (!KERNELS[i].supported() || (name && *name && strcmp(name, KERNELS[i].name))) continue;
+        chosen_kernels = &KERNELS[i];
+        return MKB_OK;
+    }
+    list_kernels(list, sizeof list);
+    return fail(error, MKB_ERROR_ARGUMENT, "MIXKABRN_KERNELS=%.40s is not among this machine's kernels: %s", name, list);
+}
+
+const char *mkb_kernels(void) {
+    if (!chosen_kernels && choose_kernels(NULL)) return "none";
+    return chosen_kernels->name;
+}
+
+const char *mkb_version(void) { return "1"; }
 
 /* ---- 5 threads ---- */
 
+/* Work on units [first, last), with the thread's own number. */
+typedef void work_function(void *argument, int thread, size_t first, size_t last);
+
+typedef struct worker worker;
+
+/* Threads that wait for work: spinning at first, since the next part comes within microseconds, then asleep. */
+typedef struct {
+    int threads;
+    work_function *work;
+    void *argument;
+    size_t units;
+#ifndef MIXKABRN_NO_THREADS
+    worker *workers;
+    int running; /* workers that were started */
+    unsigned generation, pending, asleep, stop;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+#endif
+} thread_pool;
+
+static void do_share(thread_pool *p, int thread) {
+    size_t first = p->units * (size_t)thread / (size_t)p->threads;
+    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
+    if (first < last) p->work(p->argument, thread, first, last);
+}
+
+#ifdef MIXKABRN_NO_THREADS
+
+static int pool_start(thread_pool *p, int threads) {
+    (void)threads;
+    p->threads = 1;
+    return 0;
+}
+
+static void pool_stop(thread_pool *p) { (void)p; }
+
+static void pool_run(thread_pool *p, work_function *work, void *argument, size_t units) {
+    (void)p;
+    work(argument, 0, 0, units);
+}
+
+#else
+
+enum { SPINS = 3000, MAX_THREADS = 256 };
+
+struct worker {
+    thread_pool *pool;
+    pthread_t thread;
+    int number;
+};
+
+INLINE void pause_briefly(void) {
+#if defined(ON_X86)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+/* Wait for a generation other than `seen`. */
+static unsigned await_work(thread_pool *p, unsigned seen) {
+    for (int i = 0; i < SPINS; i++) {
+        unsigned now = __atomic_load_n(&p->generation, __ATOMIC_ACQUIRE);
+        if (now != seen) return now;
+        pause_briefly();
+    }
+    pthread_mutex_lock(&p->mutex);
+    __atomic_add_fetch(&p->asleep, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&p->generation, __ATOMIC_SEQ_CST) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+    __atomic_sub_fetch(&p->asleep, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&p->mutex);
+    return __atomic_load_n(&p->generation, __ATOMIC_ACQUIRE);
+}
+
+static void *run_worker(void *argument) {
+    worker *w = argument;
+    thread_pool *p = w->pool;
+    for (unsigned seen = 0;;) {
+        seen = await_work(p, seen);
+        if (p->stop) return NULL;
+        do_share(p, w->number);
+        __atomic_sub_fetch(&p->pending, 1, __ATOMIC_RELEASE);
+    }
+}
+
+/* Let all workers see what was written before. */
+static void announce(thread_pool *p) {
+    __atomic_add_fetch(&p->generation, 1, __ATOMIC_SEQ_CST);
+    if (!__atomic_load_n(&p->asleep, __ATOMIC_SEQ_CST)) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void pool_run(thread_pool *p, work_function *work, void *argument, size_t units) {
+    if (p->threads == 1 || units == 1) {
+        work(argument, 0, 0, units);
+        return;
+    }
+    p->work = work, p->argument = argument, p->units = units;
+    __atomic_store_n(&p->pending, (unsigned)p->running, __ATOMIC_RELAXED);
+    announce(p);
+    do_share(p, 0);
+    for (unsigned i = 1; __atomic_load_n(&p->pending, __ATOMIC_ACQUIRE); i++) {
+        pause_briefly();
+        /* Where threads share a core, the one that is waited for needs it. */
+        if (i % SPINS == 0) sched_yield();
+    }
+}
+
+static void pool_stop(thread_pool *p) {
+    if (!p->workers) return;
+    p->stop = 1;
+    announce(p);
+    for (int i = 0; i < p->running; i++) pthread_join(p->workers[i].thread, NULL);
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->mutex);
+    free(p->workers);
+}
+
+/* Returns 0, or the reason why a thread could not be started. */
+static int pool_start(thread_pool *p, int threads) {
+    p->threads = MIN(threads, MAX_THREADS);
+    if (p->threads == 1) return 0;
+    p->workers = calloc((size_t)p->threads, sizeof *p->workers);
+    if (!p->workers) return ENOMEM;
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    for (; p->running + 1 < p->threads; p->running++) {
+        worker *w = &p->workers[p->running];
+        *w = (worker){.pool = p, .number = p->running + 1};
+        int status = pthread_create(&w->thread, NULL, run_worker, w);
+        if (status) return status;
+    }
+    return 0;
+}
+#endif
+
 /* ---- 6 forward pass ---- */
+
+/* Shapes: T tokens that are read together, D hidden size, H heads, K and V widths of a head's keys and values,
+ * E routed experts, S slots: a slot is one token in one expert, U hidden units of an expert, B basis functions of an
+ * input. Rows of numbers are padded with zeros to a multiple of 16. */
+
+enum {
+    MOST_TOKENS = 64,  /* T */
+    SUMS_TILES = 512,  /* tiles of int32 sums that a thread keeps at a time */
+    HEAD_ROWS = 64     /* rows of the head at a time */
+};
+
+/* Rows on their way into products: int8 codes with a scale each, or plain values. */
+typedef struct {
+    int8_t *codes;
+    float *values, *scales;
+    int32_t *totals;
+    size_t stride;
+} row_set;
+
+/* Products of one matrix with some rows: row i is rows[index[i]], its result goes to out[target[i]], either stored or
+ * added with a weight. */
+typedef struct {
+    const tensor *weights;
+    size_t matrix, count, stride;
+    const row_set *rows;
+    const uint32_t *index, *target;
+    const float *weight; /* NULL: 1 */
+    float *out;
+    int add;
+} product;
+
+/* The tokens that visit one expert, neighbors among the slots. */
+typedef struct { uint32_t expert, first, count; } visit;
+
+/* Random numbers, settings and the last tokens of section 9; a part of the saved state. */
+enum { SAMPLER_WINDOW = 1024 };
+typedef struct {
+    uint64_t random[4];
+    mkb_sampling settings;
+    uint32_t window[SAMPLER_WINDOW]; /* a ring */
+    uint32_t window_count;           /* tokens in it */
+    uint32_t window_next;            /* where the next one goes */
+} sampler_state;
+
+struct mkb_context {
+    const mkb_model *model;
+    const kernel_set *kernels;
+    thread_pool pool;
+    uint64_t position;
+    uint32_t chunk, max_tokens; /* most tokens that are read together, and room of the caches */
+    size_t width, keys, values, hidden; /* D, H·K, H·V and U, padded */
+    float **states;      /* of each layer: heads' matrices, or cached keys and values; NULL without */
+    float **recent;      /* [2][taps][D] of each layer: inputs of the two convolutions, oldest first */
+    float *state_memory; /* all of it but caches */
+    size_t state_floats;
+    float *stream, *mixed_in, *q, *k, *v, *gate, *mixed, *normed, *added; /* rows of tokens */
+    float *up, *expert_gate;     /* [S][U] */
+    float *cosine, *sine;        /* [T][K/2] */
+    double *frequencies;         /* [K/2] */
+    float *scores;               /* [threads][5·E], of the router */
+    row_set inputs, heads, inner, hidden_rows, inner_splines, hidden_splines;
+    uint32_t *choice;            /* [T][top_k] */
+    float *choice_weight;
+    uint32_t *slot_token, *identity;
+    float *slot_weight;
+    visit *visits;
+    uint32_t *expert_counts;
+    size_t num_slots, num_visits;
+    product *products;
+    size_t num_products;
+    int32_t *sums;               /* [threads][SUMS_TILES·16] */
+    float *scratch;              /* [threads][the widest row] */
+    size_t scratch_row;
+    split_vector last;           /* what the head reads */
+    float *logits;               /* where the head writes */
+    spline_grid grid;
+    sampler_state sampler;
+    /* What the parts that threads work on read. */
+    size_t tokens;
+    uint32_t layer_number;
+    const layer *layer;
+    const uint32_t *ids;
+    float *caches;
+    void **memory;
+    size_t num_memory;
+};
+
+static const float_kernels *floats_of(const mkb_context *c) { return c->kernels->floats; }
+
+/* Where row i of a set is finished; codes or values, as the model wants it. */
+static row_out row_at(const row_set *rows, size_t i) {
+    row_out out = {rows->codes ? rows->codes + i * rows->stride : NULL,
+                   rows->values ? rows->values + i * rows->stride : NULL, 1.0f, 0};
+    return out;
+}
+
+static void keep_row(const row_set *rows, size_t i, const row_out *out) {
+    rows->scales[i] = out->scale, rows->totals[i] = out->total;
+}
+
+/* 16-row tiles [first, last) of a ternary product, some at a time. */
+static void run_ternary(const mkb_context *c, int thread, const product *p, size_t first, size_t last) {
+    const tensor *w = p->weights;
+    size_t across = (size_t)tiles_of(w->columns), row = across * TILE_BYTES, most = SUMS_TILES / MOST_TOKENS;
+    const unsigned char *tiles = w->values + p->matrix * w->stride;
+    const float *scales = w->scales + p->matrix * w->scale_count;
+    int32_t *sums = c->sums + (size_t)thread * SUMS_TILES * TILE;
+    for (size_t at = 0; at < p->count; at += MOST_TOKENS) {
+        size_t count = MIN(p->count - at, (size_t)MOST_TOKENS), step = count == 1 ? SUMS_TILES : most;
+        const int8_t *x[MOST_TOKENS];
+        for (size_t t = 0; t < count; t++) x[t] = p->rows->codes + p->index[at + t] * p->rows->stride;
+        for (size_t tile = first; tile < last; tile += step) {
+            size_t tiles_now = MIN(step, last - tile);
+            c->kernels->ternary(tiles + tile * row, across, tiles_now, x, count, sums);
+            for (size_t i = 0; i < tiles_now * count; i++) {
+                size_t n = at + i % count, from = p->index[n], top = (tile + i / count) * TILE;
+                float columns[TILE];
+                tile_result result = {sums + i * TILE, p->rows->totals[from], 1.0f / p->rows->scales[from], NULL,
+                                      p->out + p->target[n] * p->stride + top, MIN((size_t)TILE, w->rows - top),
+                                      p->weight ? p->weight[n] : 1.0f, p->add};
+                if (w->scale_count == 1) {
+                    result.factor *= scales[0];
+                } else {
+                    for (size_t r = 0; r < TILE; r++)
+                        columns[r] = scales[MIN((top + r) / c->model->set.scale_group, w->scale_count - 1)];
+                    result.scales = columns;
+                }
+                floats_of(c)->finish_tile(&result);
+            }
+        }
+    }
+}
+
+static void run_plain(const mkb_context *c, const product *p, size_t first, size_t last) {
+    const tensor *w = p->weights;
+    size_t size = w->dtype == FP16 ? 2 : 4, rows = MIN(last * TILE, w->rows);
+    const unsigned char *values = w->values + p->matrix * w->stride;
+    for (size_t at = 0; at < p->count; at += MOST_TOKENS) {
+        size_t count = MIN(p->count - at, (size_t)MOST_TOKENS);
+        const float *x[MOST_TOKENS];
+        float out[MOST_TOKENS];
+        for (size_t t = 0; t < count; t++) x[t] = p->rows->values + p->index[at + t] * p->rows->stride;
+        for (size_t r = first * TILE; r < rows; r++) {
+            floats_of(c)->plain_dots(values + r * w->columns * size, size == 2, w->columns, x, count, out);
+            for (size_t t = 0; t < count; t++) {
+                float *to = p->out + p->target[at + t] * p->stride + r;
+                *to = p->add ? *to + (p->weight ? p->weight[at + t] : 1.0f) * out[t] : out[t];
+            }
+        }
+    }
+}
+
+static void run_product(const mkb_context *c, int thread, const product *p, size_t first, size_t last) {
+    if (p->weights->dtype == TERNARY) run_ternary(c, thread, p, first, last);
+    else run_plain(c, p, first, last);
+}
+
+/* Units are tiles of all products, one product after the other. */
+static void products_work(void *argument, int thread, size_t first, size_t last) {
+    const mkb_context *c = argument;
+    size_t begin = 0;
+    for (size_t i = 0; i < c->num_products && begin < last; i++) {
+        size_t tiles = (size_t)tiles_of(c->products[i].weights->rows), end = begin + tiles;
+        if (first < end) {
+            size_t from = first > begin ? first - begin : 0;
+            run_product(c, thread, &c->products[i], from, MIN(last, end) - begin);
+        }
+        begin = end;
+    }
+}
+
+static void run_products(mkb_context *c) {
+    size_t units = 0;
+    for (size_t i = 0; i < c->num_products; i++) units += (size_t)tiles_of(c->products[i].weights->rows);
+    if (units) pool_run(&c->pool, products_work, c, units);
+    c->num_products = 0;
+}
+
+/* Units are tiles of D, of all products that add to the same rows, so that sums have one order. */
+static void down_work(void *argument, int thread, size_t first, size_t last) {
+    const mkb_context *c = argument;
+    size_t begin = first * TILE, end = MIN(last * TILE, c->width);
+    for (size_t t = 0; t < c->tokens; t++) memset(c->added + t * c->width + begin, 0, (end - begin) * 4);
+    for (size_t i = 0; i < c->num_products; i++) run_product(c, thread, &c->products[i], first, last);
+    for (size_t t = 0; t < c->tokens; t++)
+        for (size_t i = t * c->width + begin; i < t * c->width + end; i++) c->stream[i] += c->added[i];
+}
+
+static void run_down(mkb_context *c) {
+    pool_run(&c->pool, down_work, c, c->width / TILE);
+    c->num_products = 0;
+}
+
+static void add_product(mkb_context *c, const tensor *weights, const row_set *rows, float *out, size_t stride, int add) {
+    c->products[c->num_products++] = (product){weights, 0, c->tokens, stride, rows, c->identity, c->identity, NULL, out, add};
+}
+
+/* --- inputs of a mixer or a feed-forward --- */
+
+/* The input j tokens before token t: among these tokens, or one that is remembered. */
+static const float *input_before(const mkb_context *c, const float *recent, size_t t, size_t j) {
+    const settings *s = &c->model->set;
+    return t >= j ? c->stream + (t - j) * c->width : recent + (s->taps + t - j) * s->hidden;
+}
+
+static const float *convolved(const mkb_context *c, const float *recent, const tensor *weights, size_t t) {
+    const settings *s = &c->model->set;
+    float *y = c->mixed_in + t * c->width;
+    const float *inputs[1024];
+    size_t taps = MIN((uint64_t)s->taps, c->position + t);
+    if (!s->taps) return c->stream + t * c->width;
+    for (size_t j = 0; j < taps; j++) inputs[j] = input_before(c, recent, t, j + 1);
+    memcpy(y, c->stream + t * c->width, c->width * 4);
+    floats_of(c)->convolve(y, inputs, (const float *)(const void *)weights->values, taps, s->hidden);
+    return y;
+}
+
+/* Remember the last inputs of a convolution; afterwards, when no token needs the older ones. */
+static void remember_inputs(mkb_context *c, float *recent) {
+    const settings *s = &c->model->set;
+    size_t row = s->hidden, kept = c->tokens < s->taps ? s->taps - c->tokens : 0, fresh = s->taps - kept;
+    memmove(recent, recent + (s->taps - kept) * row, kept * row * 4);
+    for (size_t i = 0; i < fresh; i++)
+        memcpy(recent + (kept + i) * row, c->stream + (c->tokens - fresh + i) * c->width, row * 4);
+}
+
+static float *recent_inputs(const mkb_context *c, int feed_forward) {
+    const settings *s = &c->model->set;
+    return s->taps ? c->recent[c->layer_number] + (feed_forward ? (size_t)s->taps * s->hidden : 0) : NULL;
+}
+
+static void norm_input(const mkb_context *c, size_t t, int feed_forward) {
+    const tensor *taps = &c->layer->tensors[feed_forward ? CONVOLUTION : MIXER_CONVOLUTION];
+    const float *x = convolved(c, recent_inputs(c, feed_forward), taps, t);
+    row_out out = row_at(&c->inputs, t);
+    /* Routers read what is not rounded. */
+    if (feed_forward && c->layer->mixture && !out.values) out.values = c->normed + t * c->width;
+    floats_of(c)->norm_row(x, c->model->set.hidden, &out);
+    keep_row(&c->inputs, t, &out);
+}
+
+static void mixer_input_work(void *argument, int thread, size_t first, size_t last) {
+    (void)thread;
+    for (size_t t = first; t < last; t++) norm_input(argument, t, 0);
+}
+
+/* --- mixers --- */
+
+static void mix_retention(const mkb_context *c, size_t head) {
+    const settings *s = &c->model->set;
+    const float *log_decay = (const float *)(const void *)c->model->tensors[LOG_DECAY].values;
+    size_t state = s->key_dim * round_up(s->value_dim, LANES);
+    retention_job job = {c->states[c->layer_number] + head * state, c->mixed + head * s->value_dim,
+                         c->q + head * s->key_dim, c->k + head * s->key_dim, c->v + head * s->value_dim,
+                         s->key_dim, s->value_dim, c->tokens, c->keys, c->values, expf(log_decay[head])};
+    floats_of(c)->retention(&job);
+}
+
+/* The cache holds [max_tokens][H·K] keys, then [max_tokens][H·V] values. */
+static void mix_attention(const mkb_context *c, size_t head) {
+    const settings *s = &c->model->set;
+    size_t keys = (size_t)s->heads * s->key_dim, values = (size_t)s->heads * s->value_dim, first = (size_t)c->position;
+    float *k = c->states[c->layer_number] + head * s->key_dim;
+    float *v = c->states[c->layer_number] + c->max_tokens * keys + head * s->value_dim;
+    for (size_t t = 0; t < c->tokens; t++) {
+        memcpy(k + (first + t) * keys, c->k + t * c->keys + head * s->key_dim, s->key_dim * 4);
+        memcpy(v + (first + t) * values, c->v + t * c->values + head * s->value_dim, s->value_dim * 4);
+        floats_of(c)->norm_head(k + (first + t) * keys, s->key_dim, 1e-6f, 1.0f);
+    }
+    for (size_t t = 0; t < c->tokens; t++) {
+        float *q = c->q + t * c->keys + head * s->key_dim;
+        floats_of(c)->norm_head(q, s->key_dim, 1e-6f, 1.0f);
+        attention_job job = {q, k, v, c->mixed + t * c->values + head * s->value_dim, s->key_dim, s->value_dim,
+                             first + t + 1, keys, values};
+        floats_of(c)->attention(&job);
+    }
+}
+
+/* Units are heads. */
+static void mix_work(void *argument, int thread, size_t first, size_t last) {
+    const mkb_context *c = argument;
+    const settings *s = &c->model->set;
+    size_t half = s->key_dim / 2;
+    int attention = c->layer->attention;
+    float scale = attention ? 1.0f : (float)(1.0 / sqrt((double)s->key_dim));
+    (void)thread;
+    for (size_t head = first; head < last; head++) {
+        for (size_t t = 0; t < c->tokens; t++) {
+            size_t at = t * c->keys + head * s->key_dim;
+            floats_of(c)->rotate(c->q + at, c->cosine + t * half, c->sine + t * half, half, scale);
+            floats_of(c)->rotate(c->k + at, c->cosine + t * half, c->sine + t * half, half, 1.0f);
+        }
+        if (attention) mix_attention(c, head);
+        else mix_retention(c, head);
+        for (size_t t = 0; t < c->tokens; t++)
+            floats_of(c)->norm_head(c->mixed + t * c->values + head * s->value_dim, s->value_dim,
+                                    attention ? 1e-6f : 1e-2f, 1.0f);
+    }
+}
+
+static void gate_heads_work(void *argument, int thread, size_t first, size_t last) {
+    mkb_context *c = argument;
+    const settings *s = &c->model->set;
+    for (size_t t = first; t < last; t++) {
+        row_out out = row_at(&c->heads, t);
+        floats_of(c)->gate_row(c->gate + t * c->values, c->mixed + t * c->values, (size_t)s->heads * s->value_dim,
+                               c->scratch + (size_t)thread * c->scratch_row, &out);
+        keep_row(&c->heads, t, &out);
+    }
+}
+
+static void run_mixer(mkb_context *c) {
+    const tensor *w = c->layer->tensors;
+    pool_run(&c->pool, mixer_input_work, c, c->tokens);
+    if (c->model->set.taps) remember_inputs(c, recent_inputs(c, 0));
+    add_product(c, &w[MIXER_QUERY], &c->inputs, c->q, c->keys, 0);
+    add_product(c, &w[MIXER_KEY], &c->inputs, c->k, c->keys, 0);
+    add_product(c, &w[MIXER_VALUE], &c->inputs, c->v, c->values, 0);
+    add_product(c, &w[MIXER_GATE], &c->inputs, c->gate, c->values, 0);
+    run_products(c);
+    pool_run(&c->pool, mix_work, c, c->model->set.heads);
+    pool_run(&c->pool, gate_heads_work, c, c->tokens);
+    add_product(c, &w[MIXER_OUT], &c->heads, c->stream, c->width, 1);
+    run_products(c);
+}
+
+/* --- routers --- */
+
+/* The first of the largest among those that are still allowed (> −∞, or not a number at all). */
+static uint32_t first_largest(const float *score, const unsigned char *taken, uint32_t count) {
+    uint32_t best = count;
+    for (uint32_t e = 0; e < count; e++)
+        if (!taken[e] && (best == count || score[e] > score[best])) best = e;
+    return best;
+}
+
+static float group_rating(const settings *s, const float *score) {
+    uint32_t size = s->experts / s->groups, best = MIN(MAX(1, s->top_k / s->top_groups), size);
+    float total = 0, last = INFINITY;
+    /* The best few, from the largest down; equal ones count as often as they occur. */
+    for (uint32_t found = 0; found < best;) {
+        float next = -INFINITY;
+        uint32_t times = 0;
+        for (uint32_t e = 0; e < size; e++)
+            if (score[e] < last && score[e] > next) next = score[e];
+        for (uint32_t e = 0; e < size; e++) times += score[e] == next;
+        if (!times) break;
+        for (; times && found < best; times--, found++) total += next;
+        last = next;
+    }
+    return total;
+}
+
+/* Mark the experts outside the best groups as taken. */
+static void limit_groups(const settings *s, const float *score, unsigned char *taken, float *rating) {
+    uint32_t size = s->experts / s->groups;
+    unsigned char *chosen = taken + s->experts;
+    if (!s->top_groups || s->top_groups >= s->groups) return;
+    memset(chosen, 0, s->groups);
+    for (uint32_t g = 0; g < s->groups; g++) rating[g] = group_rating(s, score + g * size);
+    for (uint32_t n = 0; n < s->top_groups; n++) chosen[first_largest(rating, chosen, s->groups)] = 1;
+    for (uint32_t e = 0; e < s->experts; e++) taken[e] = !chosen[e / size];
+}
+
+static void score_experts(const mkb_context *c, const float *x, float *score) {
+    const settings *s = &c->model->set;
+    const float *weights = (const float *)(const void *)c->layer->tensors[ROUTER_WEIGHT].values;
+    float most = -INFINITY, total = 0;
+    for (uint32_t e = 0; e < s->experts; e++) {
+        floats_of(c)->plain_dots(weights + (size_t)e * s->hidden, 0, s->hidden, &x, 1, &score[e]);
+        most = score[e] > most ? score[e] : most;
+    }
+    for (uint32_t e = 0; e < s->experts; e++) {
+        score[e] = s->softmax ? expf(score[e] - most) : 1.0f / (1.0f + expf(-score[e]));
+        total += score[e];
+    }
+    if (s->softmax)
+        for (uint32_t e = 0; e < s->experts; e++) score[e] /= total;
+}
+
+static void choose_experts(const mkb_context *c, int thread, size_t t) {
+    const settings *s = &c->model->set;
+    const float *bias = (const float *)(const void *)c->layer->tensors[ROUTER_BIAS].values;
+    /* Scores, biased scores, ratings of groups, and marks of experts and of groups. */
+    float *score = c->scores + (size_t)thread * 5 * s->experts, *biased = score + s->experts;
+    float *weight = c->choice_weight + t * s->top_k, total = 0;
+    unsigned char *taken = (unsigned char *)(biased + 2 * s->experts);
+    score_experts(c, c->inputs.values ? c->inputs.values + t * c->inputs.stride : c->normed + t * c->width, score);
+    for (uint32_t e = 0; e < s->experts; e++) biased[e] = score[e] + bias[e];
+    memset(taken, 0, s->experts);
+    limit_groups(s, biased, taken, biased + s->experts);
+    for (uint32_t n = 0; n < s->top_k; n++) {
+        uint32_t e = first_largest(biased, taken, s->experts);
+        taken[e] = 1, c->choice[t * s->top_k + n] = e, total += weight[n] = score[e];
+    }
+    if (s->normalize_weights)
+        for (uint32_t n = 0; n < s->top_k; n++) weight[n] /= total;
+}
+
+/* Sort the tokens by expert into slots; shared experts come last, and a dense network is one of them. */
+static void fill_slots(mkb_context *c) {
+    const settings *s = &c->model->set;
+    uint32_t routed = c->layer->mixture ? s->experts : 0, shared = c->layer->mixture ? s->shared : 1;
+    uint32_t choices = c->layer->mixture ? (uint32_t)c->tokens * s->top_k : 0, *count = c->expert_counts, at = 0;
+    memset(count, 0, ((size_t)routed + shared) * sizeof *count);
+    for (uint32_t i = 0; i < choices; i++) count[c->choice[i]]++;
+    for (uint32_t e = routed; e < routed + shared; e++) count[e] = (uint32_t)c->tokens;
+    c->num_visits = 0;
+    for (uint32_t e = 0; e < routed + shared; e++) {
+        if (count[e]) c->visits[c->num_visits++] = (visit){e, at, count[e]};
+        at += count[e], count[e] = at - count[e];
+    }
+    c->num_slots = at;
+    for (uint32_t i = 0; i < choices; i++) {
+        uint32_t slot = count[c->choice[i]]++;
+        c->slot_token[slot] = i / s->top_k, c->slot_weight[slot] = c->choice_weight[i];
+    }
+    for (uint32_t e = routed; e < routed + shared; e++)
+        for (uint32_t t = 0; t < c->tokens; t++) c->slot_token[count[e] + t] = t, c->slot_weight[count[e] + t] = 1.0f;
+}
+
+/* --- experts --- */
+
+/* A matrix of an expert, by its number among routed and then shared ones. */
+static const tensor *expert_part(const mkb_context *c, uint32_t expert, int part, size_t *matrix) {
+    uint32_t routed = c->layer->mixture ? c->model->set.experts : 0;
+    *matrix = expert < routed ? expert : expert - routed;
+    return &c->layer->tensors[(expert < routed ? ROUTED : SHARED) + part];
+}
+
+static uint32_t hidden_units(const mkb_context *c) {
+    return c->layer->mixture ? c->model->set.expert_hidden : c->model->set.dense_hidden;
+}
+
+static uint32_t expert_of_slot(const mkb_context *c, size_t slot) {
+    size_t low = 0, high = c->num_visits;
+    while (high - low > 1) *(c->visits[(low + high) / 2].first <= slot ? &low : &high) = (low + high) / 2;
+    return c->visits[low].expert;
+}
+
+/* One product for each expert that is visited. */
+static void add_expert_products(mkb_context *c, int part, const row_set *rows, int by_token, float *out, size_t stride,
+                                int add) {
+    for (size_t i = 0; i < c->num_visits; i++) {
+        visit v = c->visits[i];
+        product *p = &c->products[c->num_products++];
+        int down = out == c->added;
+        size_t matrix;
+        const tensor *weights = expert_part(c, v.expert, part, &matrix);
+        *p = (product){weights, matrix, v.count, stride, rows, (by_token ? c->slot_token : c->identity) + v.first,
+                       (down ? c->slot_token : c->identity) + v.first, down ? c->slot_weight + v.first : NULL, out, add};
+    }
+}
+
+static row_function learned_function(const mkb_context *c, size_t slot, int part) {
+    const settings *s = &c->model->set;
+    row_function f = {s->expert_type, 1, NULL, NULL, NULL, 1.0f, 0.5f * (s->low + s->high), 0.5f * (s->high - s->low)};
+    size_t matrix;
+    if (!has_functions(s)) return f;
+    const tensor *t = expert_part(c, expert_of_slot(c, slot), part, &matrix);
+    f.groups = s->function_groups;
+    f.coefficients = (const float *)(const void *)(t->values + matrix * t->stride);
+    return f;
+}
+
+/* The first functions of rational and Chebyshev experts. Units are slots. */
+static void inner_work(void *argument, int thread, size_t first, size_t last) {
+    mkb_context *c = argument;
+    for (size_t slot = first; slot < last; slot++) {
+        size_t t = c->slot_token[slot];
+        row_function f = learned_function(c, slot, INNER);
+        row_out out = row_at(&c->inner, slot);
+        if (c->inputs.codes) f.codes = c->inputs.codes + t * c->inputs.stride, f.factor = 1.0f / c->inputs.scales[t];
+        else f.values = c->inputs.values + t * c->inputs.stride;
+        floats_of(c)->function_row(&f, c->model->set.hidden, c->scratch + (size_t)thread * c->scratch_row, &out);
+        keep_row(&c->inner, slot, &out);
+    }
+}
+
+/* What stands between the first and the last product of an expert. Units are slots. */
+static void outer_work(void *argument, int thread, size_t first, size_t last) {
+    mkb_context *c = argument;
+    float *scratch = c->scratch + (size_t)thread * c->scratch_row;
+    for (size_t slot = first; slot < last; slot++) {
+        const float *up = c->up + slot * c->hidden;
+        row_out out = row_at(&c->hidden_rows, slot);
+        if (c->model->set.expert_type == SWIGLU) {
+            floats_of(c)->gate_row(c->expert_gate + slot * c->hidden, up, hidden_units(c), scratch, &out);
+        } else {
+            row_function f = learned_function(c, slot, OUTER);
+            f.values = up;
+            floats_of(c)->function_row(&f, hidden_units(c), scratch, &out);
+        }
+        keep_row(&c->hidden_rows, slot, &out);
+    }
+}
+
+static void run_simple_experts(mkb_context *c) {
+    const settings *s = &c->model->set;
+    int functions = has_functions(s);
+    if (functions) pool_run(&c->pool, inner_work, c, c->num_slots);
+    add_expert_products(c, UP, functions ? &c->inner : &c->inputs, !functions, c->up, c->hidden, 0);
+    if (s->expert_type == SWIGLU) add_expert_products(c, GATE, &c->inputs, 1, c->expert_gate, c->hidden, 0);
+    run_products(c);
+    pool_run(&c->pool, outer_work, c, c->num_slots);
+    add_expert_products(c, DOWN, &c->hidden_rows, 0, c->added, c->width, 1);
+    run_down(c);
+}
+
+static void expand_row(const mkb_context *c, const row_set *base, const row_set *splines, size_t i, const float *x, size_t n) {
+    spline_out out = {row_at(base, i), row_at(splines, i)};
+    floats_of(c)->spline_row(&c->grid, x, n, &out);
+    keep_row(base, i, &out.base);
+    keep_row(splines, i, &out.splines);
+}
+
+/* Splines of the inputs; all experts share the grid, so units are tokens. */
+static void inner_spline_work(void *argument, int thread, size_t first, size_t last) {
+    mkb_context *c = argument;
+    size_t n = c->model->set.hidden;
+    float *x = c->scratch + (size_t)thread * c->scratch_row;
+    for (size_t t = first; t < last; t++) {
+        if (c->inputs.codes)
+            for (size_t i = 0; i < n; i++) x[i] = (float)c->inputs.codes[t * c->inputs.stride + i] / c->inputs.scales[t];
+        else
+            memcpy(x, c->inputs.values + t * c->inputs.stride, n * 4);
+        expand_row(c, &c->inner, &c->inner_splines, t, x, n);
+    }
+}
+
+static void outer_spline_work(void *argument, int thread, size_t first, size_t last) {
+    mkb_context *c = argument;
+    size_t n = hidden_units(c);
+    (void)thread;
+    for (size_t slot = first; slot < last; slot++) {
+        float *x = c->up + slot * c->hidden;
+        floats_of(c)->norm_head(x, n, 1e-6f, 1.0f);
+        expand_row(c, &c->hidden_rows, &c->hidden_splines, slot, x, n);
+    }
+}
+
+static void run_spline_experts(mkb_context *c) {
+    pool_run(&c->pool, inner_spline_work, c, c->tokens);
+    add_expert_products(c, INNER_BASE, &c->inner, 1, c->up, c->hidden, 0);
+    run_products(c);
+    add_expert_products(c, INNER_SPLINE, &c->inner_splines, 1, c->up, c->hidden, 1);
+    run_products(c);
+    pool_run(&c->pool, outer_spline_work, c, c->num_slots);
+    add_expert_products(c, OUTER_BASE, &c->hidden_rows, 0, c->added, c->width, 1);
+    add_expert_products(c, OUTER_SPLINE, &c->hidden_splines, 0, c->added, c->width, 1);
+    run_down(c);
+}
+
+/* The input of the feed-forward, and the experts that each token visits. Units are tokens. */
+static void route_work(void *argument, int thread, size_t first, size_t last) {
+    const mkb_context *c = argument;
+    for (size_t t = first; t < last; t++) {
+        norm_input(c, t, 1);
+        if (c->layer->mixture) choose_experts(c, thread, t);
+    }
+}
+
+static void run_feed_forward(mkb_context *c) {
+    pool_run(&c->pool, route_work, c, c->tokens);
+    if (c->model->set.taps) remember_inputs(c, recent_inputs(c, 1));
+    fill_slots(c);
+    if (has_splines(&c->model->set)) run_spline_experts(c);
+    else run_simple_experts(c);
+}
+
+/* --- embedding, head, and all between --- */
+
+static void embed(const mkb_context *c, uint32_t id, float *x) {
+    const tensor *t = &c->model->tensors[EMBEDDING];
+    size_t n = t->columns, at = (size_t)id * n;
+    if (t->dtype == FP32) memcpy(x, t->values + at * 4, n * 4);
+    else if (t->dtype == FP16) EACH(i, rest, n, store(x + i, rest, load_halves((const uint16_t *)(const void *)t->values + at + i, rest)));
+    else EACH(i, rest, n, store(x + i, rest, load_codes((const int8_t *)t->values + at + i, rest) * t->scales[id]));
+}
+
+static void set_angles(mkb_context *c, size_t t) {
+    size_t half = c->model->set.key_dim / 2;
+    for (size_t i = 0; i < half; i++) {
+        double angle = (double)(c->position + t) * c->frequencies[i];
+        c->cosine[t * half + i] = (float)cos(angle), c->sine[t * half + i] = (float)sin(angle);
+    }
+}
+
+/* Units are tiles of the vocabulary. */
+static void head_work(void *argument, int thread, size_t first, size_t last) {
+    const mkb_context *c = argument;
+    const tensor *t = &c->model->tensors[HEAD];
+    size_t end = MIN(last * TILE, t->rows), size = t->dtype == FP16 ? 2 : 4;
+    const float *x = c->normed;
+    (void)thread;
+    for (size_t row = first * TILE; row < end; row += HEAD_ROWS) {
+        size_t count = MIN((size_t)HEAD_ROWS, end - row);
+        int64_t sums[HEAD_ROWS];
+        if (t->dtype == INT8) {
+            c->kernels->bytes((const int8_t *)t->values + row * t->columns, count, &c->last, sums);
+            for (size_t i = 0; i < count; i++)
+                c->logits[row + i] = (float)((double)sums[i] * (t->scales[row + i] * c->last.unit));
+        } else {
+            for (size_t i = row; i < row + count; i++)
+                floats_of(c)->plain_dots(t->values + i * t->columns * size, size == 2, t->columns, &x, 1, &c->logits[i]);
+        }
+    }
+}
+
+static void run_head(mkb_context *c, float *logits) {
+    row_out out = {NULL, c->normed, 1.0f, 0};
+    floats_of(c)->norm_row(c->stream + (c->tokens - 1) * c->width, c->model->set.hidden, &out);
+    if (c->model->tensors[HEAD].dtype == INT8) split(&c->last, c->normed);
+    c->logits = logits;
+    pool_run(&c->pool, head_work, c, (size_t)tiles_of(c->model->set.vocab_size));
+}
+
+static void run_tokens(mkb_context *c, const uint32_t *ids, size_t count) {
+    c->tokens = count;
+    for (size_t t = 0; t < count; t++) {
+        embed(c, ids[t], c->stream + t * c->width);
+        set_angles(c, t);
+    }
+    for (uint32_t i = 0; i < c->model->set.layers; i++) {
+        c->layer_number = i, c->layer = &c->model->layers[i];
+        run_mixer(c);
+        run_feed_forward(c);
+    }
+    c->position += count;
+}
+
+static int has_attention(const mkb_model *m) {
+    for (uint32_t i = 0; i < m->set.layers; i++)
+        if (m->layers[i].attention) return 1;
+    return 0;
+}
+
+int mkb_decode(mkb_context *c, const uint32_t *tokens, size_t count, float *logits, char error[MKB_ERROR_BYTES]) {
+    if (!count && logits) return fail(error, MKB_ERROR_ARGUMENT, "no tokens to read; pass one or more");
+    for (size_t i = 0; i < count; i++)
+        if (tokens[i] >= c->model->set.vocab_size)
+            return fail(error, MKB_ERROR_ARGUMENT, "token %lu is not among the model's %lu; use its own tokenizer",
+                        (unsigned long)tokens[i], (unsigned long)c->model->set.vocab_size);
+    if (has_attention(c->model) && (c->position > c->max_tokens || count > c->max_tokens - c->position))
+        return fail(error, MKB_ERROR_FULL, "the caches have room for %lu tokens; create the context with a larger max_tokens",
+                    (unsigned long)c->max_tokens);
+    while (count) {
+        size_t some = MIN(count, c->chunk);
+        run_tokens(c, tokens, some);
+        tokens += some, count -= some;
+    }
+    if (logits) run_head(c, logits);
+    return MKB_OK;
+}
+
+/* --- contexts --- */
+
+/* Memory of the context; `missing` counts what there was no memory for. */
+static void *own_memory(mkb_context *c, uint64_t count, uint64_t size, int *missing) {
+    enum { MOST_BLOCKS = 64 };
+    void *memory = c->num_memory < MOST_BLOCKS ? allocate(count, size) : NULL;
+    if (memory) memset(memory, 0, (size_t)(count * size));
+    if (!c->memory) c->memory = calloc(MOST_BLOCKS, sizeof *c->memory);
+    if (!memory || !c->memory) {
+        free(memory);
+        ++*missing;
+        return NULL;
+    }
+    return c->memory[c->num_memory++] = memory;
+}
+
+static void own_rows(mkb_context *c, row_set *rows, uint64_t count, uint64_t columns, int *missing) {
+    int quantized = c->model->set.quantized != 0;
+    rows->stride = round_up((size_t)columns, LANES);
+    if (quantized) rows->codes = own_memory(c, count, rows->stride, missing);
+    else rows->values = own_memory(c, count * rows->stride, 4, missing);
+    rows->scales = own_memory(c, count, 4, missing);
+    rows->totals = own_memory(c, count, 4, missing);
+}
+
+static void own_split(mkb_context *c, int *missing) {
+    split_vector *x = &c->last;
+    x->size = c->model->set.hidden, x->padded = round_up(x->size, 64);
+    x->high = own_memory(c, x->padded, 1, missing);
+    x->middle = own_memory(c, x->padded, 1, missing);
+    x->low = own_memory(c, x->padded, 1, missing);
+    x->upper = own_memory(c, x->padded, 2, missing);
+    x->lower = own_memory(c, x->padded, 2, missing);
+}
+
+/* Slots of one token in its busiest layer, and the widest hidden layer. */
+static void measure_experts(const mkb_model *m, uint64_t *slots, uint64_t *hidden) {
+    *slots = 1, *hidden = 1;
+    for (uint32_t i = 0; i < m->set.layers; i++) {
+        int mixture = m->layers[i].mixture;
+        *slots = MAX(*slots, mixture ? (uint64_t)m->set.top_k + m->set.shared : 1);
+        *hidden = MAX(*hidden, mixture ? m->set.expert_hidden : m->set.dense_hidden);
+    }
+}
+
+static void own_token_rows(mkb_context *c, int *missing) {
+    const settings *s = &c->model->set;
+    uint64_t tokens = c->chunk;
+    c->stream = own_memory(c, tokens * c->width, 4, missing);
+    c->mixed_in = own_memory(c, s->taps ? tokens * c->width : 1, 4, missing);
+    c->normed = own_memory(c, tokens * c->width, 4, missing);
+    c->added = own_memory(c, tokens * c->width, 4, missing);
+    c->q = own_memory(c, tokens * c->keys, 4, missing);
+    c->k = own_memory(c, tokens * c->keys, 4, missing);
+    c->v = own_memory(c, tokens * c->values, 4, missing);
+    c->gate = own_memory(c, tokens * c->values, 4, missing);
+    c->mixed = own_memory(c, tokens * c->values, 4, missing);
+    c->cosine = own_memory(c, tokens * s->key_dim / 2, 4, missing);
+    c->sine = own_memory(c, tokens * s->key_dim / 2, 4, missing);
+    c->frequencies = own_memory(c, s->key_dim / 2, sizeof(double), missing);
+    own_rows(c, &c->inputs, tokens, s->hidden, missing);
+    own_rows(c, &c->heads, tokens, (uint64_t)s->heads * s->value_dim, missing);
+}
+
+static void own_expert_rows(mkb_context *c, uint64_t slots, uint64_t hidden, int *missing) {
+    const settings *s = &c->model->set;
+    uint64_t tokens = c->chunk, experts = (uint64_t)s->experts + MAX(s->shared, 1);
+    int splines = has_splines(s);
+    slots *= tokens;
+    c->up = own_memory(c, slots * c->hidden, 4, missing);
+    c->expert_gate = own_memory(c, s->expert_type == SWIGLU ? slots * c->hidden : 1, 4, missing);
+    own_rows(c, &c->hidden_rows, slots, hidden, missing);
+    own_rows(c, &c->inner, splines ? tokens : has_functions(s) ? slots : 1, s->hidden, missing);
+    own_rows(c, &c->inner_splines, splines ? tokens : 1, splines ? (uint64_t)s->hidden * basis_size(s) : 1, missing);
+    own_rows(c, &c->hidden_splines, splines ? slots : 1, splines ? hidden * basis_size(s) : 1, missing);
+    c->scores = own_memory(c, (uint64_t)c->pool.threads * 5 * experts, 4, missing);
+    c->choice = own_memory(c, tokens * MAX(s->top_k, 1), sizeof *c->choice, missing);
+    c->choice_weight = own_memory(c, tokens * MAX(s->top_k, 1), 4, missing);
+    c->slot_token = own_memory(c, slots, sizeof *c->slot_token, missing);
+    c->slot_weight = own_memory(c, slots, 4, missing);
+    c->identity = own_memory(c, slots, sizeof *c->identity, missing);
+    c->visits = own_memory(c, experts, sizeof *c->visits, missing);
+    c->expert_counts = own_memory(c, experts, sizeof *c->expert_counts, missing);
+    c->products = own_memory(c, 2 * experts + 4, sizeof *c->products, missing);
+    for (uint64_t i = 0; c->identity && i < slots; i++) c->identity[i] = (uint32_t)i;
+}
+
+/* Caches are written before they are read: untouched pages of theirs take no memory. */
+static float *own_caches(mkb_context *c, uint64_t count, int *missing) {
+    float *caches = c->caches = allocate(count, 4);
+    if (!caches) ++*missing;
+    return caches;
+}
+
+/* States of all layers in one piece, and the caches of attention. */
+static void own_states(mkb_context *c, int *missing) {
+    const mkb_model *m = c->model;
+    const settings *s = &m->set;
+    uint64_t head = (uint64_t)s->key_dim * round_up(s->value_dim, LANES), taps = 2ull * s->taps * s->hidden;
+    uint64_t cache = (uint64_t)s->heads * ((uint64_t)s->key_dim + s->value_dim), caches = 0;
+    c->state_floats = (size_t)(m->state_bytes / 4);
+    c->state_memory = own_memory(c, m->state_bytes, 1, missing);
+    c->states = own_memory(c, s->layers, sizeof *c->states, missing);
+    c->recent = own_memory(c, s->layers, sizeof *c->recent, missing);
+    for (uint32_t i = 0; i < s->layers; i++) caches += (uint64_t)m->layers[i].attention;
+    if (*missing || (caches && cache * c->max_tokens > SIZE_MAX / 8 / caches)) {
+        ++*missing;
+        return;
+    }
+    float *next = c->state_memory, *next_cache = own_caches(c, caches * c->max_tokens * cache, missing);
+    for (uint32_t i = 0; i < s->layers && next_cache; i++) {
+        c->states[i] = m->layers[i].attention ? next_cache : next;
+        if (m->layers[i].attention) next_cache += cache * c->max_tokens;
+        else next += head * s->heads;
+        c->recent[i] = next, next += taps;
+    }
+}
+
+/* Fewer tokens at a time where their rows would take more than some megabytes. */
+static uint32_t plan_chunk(const settings *s, uint64_t slots, uint64_t hidden) {
+    uint64_t basis = has_splines(s) ? basis_size(s) : 1, most = 6u << 20;
+    uint64_t row = 20ull * s->hidden + 8ull * s->heads * ((uint64_t)s->key_dim + 2 * s->value_dim);
+    row += slots * (hidden * (8 + basis * (s->quantized ? 1 : 4)) + s->hidden) + s->hidden * basis;
+    uint32_t chunk = MOST_TOKENS;
+    while (chunk > 4 && row * chunk > most) chunk /= 2;
+    return chunk;
+}
+
+static void set_grid(mkb_context *c) {
+    const settings *s = &c->model->set;
+    vec w[MAX_DEGREE + 1], lower[MAX_DEGREE + 2] = {{0}};
+    spline_grid *g = &c->grid;
+    if (!has_splines(s)) return;
+    *g = (spline_grid){.intervals = s->intervals, .degree = s->degree, .low = s->low, .high = s->high};
+    g->per_step = (float)(1.0 / (((double)s->high - s->low) / s->intervals));
+    nonzero_splines(s->degree, all(s->degree % 2 ? 0.0f : 0.5f), w);
+    for (uint32_t r = 0; r <= s->degree; r++) g->peak = MAX(g->peak, w[r][0]);
+    nonzero_splines(s->degree, all(0), w);
+    nonzero_splines(s->degree - 1, all(0), lower + 1);
+    lower[s->degree + 1] = all(0);
+    for (uint32_t r = 0; r <= s->degree; r++) g->values[r] = w[r][0], g->slopes[r] = lower[r][0] - lower[r + 1][0];
+}
+
+static void own_everything(mkb_context *c, int *missing) {
+    const settings *s = &c->model->set;
+    uint64_t slots, hidden, threads = (uint64_t)c->pool.threads;
+    measure_experts(c->model, &slots, &hidden);
+    c->chunk = plan_chunk(s, slots, hidden);
+    c->width = round_up(s->hidden, LANES), c->hidden = round_up((size_t)hidden, LANES);
+    c->keys = round_up((size_t)s->heads * s->key_dim, LANES), c->values = round_up((size_t)s->heads * s->value_dim, LANES);
+    c->scratch_row = MAX(MAX(c->width, c->hidden), MAX(c->keys, c->values));
+    own_token_rows(c, missing);
+    own_expert_rows(c, slots, hidden, missing);
+    own_split(c, missing);
+    c->sums = own_memory(c, threads * SUMS_TILES * TILE, sizeof *c->sums, missing);
+    c->scratch = own_memory(c, threads * c->scratch_row, 4, missing);
+    own_states(c, missing);
+    if (*missing) return;
+    for (size_t i = 0; i < s->key_dim / 2; i++) c->frequencies[i] = pow(10000.0, -(double)i / (s->key_dim / 2));
+    set_grid(c);
+}
+
+int mkb_context_create(const mkb_model *model, int threads, uint32_t max_tokens, mkb_context **context,
+                       char error[MKB_ERROR_BYTES]) {
+    int missing = 0, status = choose_kernels(error);
+    *context = NULL;
+    if (status) return status;
+    if (threads < 1) return fail(error, MKB_ERROR_ARGUMENT, "%d threads; use 1 or more", threads);
+    if (!max_tokens && has_attention(model))
+        return fail(error, MKB_ERROR_ARGUMENT, "%s has softmax attention layers; set max_tokens to 1 or more", model->name);
+    mkb_context *c = calloc(1, sizeof *c);
+    if (!c) return fail(error, MKB_ERROR_MEMORY, "no memory for a context");
+    c->model = model, c->kernels = chosen_kernels, c->max_tokens = max_tokens;
+    status = pool_start(&c->pool, threads);
+    if (status) status = fail(error, MKB_ERROR_MEMORY, "a thread cannot be started: %s; use fewer", strerror(status));
+    if (!status) own_everything(c, &missing);
+    if (missing) status = fail(error, MKB_ERROR_MEMORY, "%s: no memory for a context of %lu tokens; use fewer", model->name,
+                               (unsigned long)max_tokens);
+    if (status) mkb_context_destroy(c);
+    else *context = c;
+    return status;
+}
+
+void mkb_context_destroy(mkb_context *c) {
+    if (!c) return;
+    pool_stop(&c->pool);
+    for (size_t i = 0; i < c->num_memory; i++) free(c->memory[i]);
+    free(c->memory);
+    free(c->caches);
+    free(c);
+}
 
 /* ---- 7 state ---- */
 
+/* A saved state, little-endian: header, sampler, then numbers: heads' matrices and remembered inputs layer by layer, and
+ * keys and values of the tokens in attention layers' caches. */
+enum {
+    STATE_HEADER = 128,
+    STATE_SAMPLER = 72 + 4 * SAMPLER_WINDOW,
+    STATE_BEGIN = (STATE_HEADER + STATE_SAMPLER + 63) / 64 * 64,
+    STATE_VERSION = 1
+};
+static const unsigned char STATE_MAGIC[8] = {0x89, 'M', 'K', 'S', '\r', '\n', 0x1a, '\n'};
+
+void mkb_reset(mkb_context *c) {
+    memset(c->state_memory, 0, c->state_floats * 4);
+    memset(c->sampler.window, 0, sizeof c->sampler.window);
+    c->sampler.window_count = c->sampler.window_next = 0;
+    c->position = 0;
+}
+
+uint64_t mkb_position(const mkb_context *c) { return c->position; }
+
+/* Numbers of a token in all caches. */
+static uint64_t cache_floats(const mkb_model *m) {
+    uint64_t layers = 0;
+    for (uint32_t i = 0; i < m->set.layers; i++) layers += (uint64_t)m->layers[i].attention;
+    return layers * m->set.heads * ((uint64_t)m->set.key_dim + m->set.value_dim);
+}
+
+static uint64_t state_bytes_at(const mkb_context *c, uint64_t position) {
+    return STATE_BEGIN + c->model->state_bytes + cache_floats(c->model) * position * 4;
+}
+
+size_t mkb_state_bytes(const mkb_context *c) { return (size_t)state_bytes_at(c, c->position); }
+
+/* Tells damage, not malice. Four sums side by side, since one would wait for its multiplications. */
+static uint64_t checksum(const unsigned char *bytes, size_t size) {
+    uint64_t lane[4] = {1, 2, 3, 4}, total = size;
+    for (; size >= 32; bytes += 32, size -= 32)
+        for (int i = 0; i < 4; i++) lane[i] = (lane[i] ^ read_u64(bytes + 8 * i)) * 0x9e3779b97f4a7c15u;
+    for (; size; bytes++, size--) lane[0] = (lane[0] ^ *bytes) * 0x9e3779b97f4a7c15u;
+    for (int i = 0; i < 4; i++) total = (total ^ lane[i] ^ lane[i] >> 29) * 0x9e3779b97f4a7c15u;
+    return total;
+}
+
+static void write_sampler(unsigned char *to, const sampler_state *s) {
+    const mkb_sampling *set = &s->settings;
+    const float numbers[4] = {set->temperature, set->top_p, set->min_p, set->repetition_penalty};
+    for (int i = 0; i < 4; i++) write_u64(to + 8 * i, s->random[i]);
+    copy_words(to + 32, numbers, 4);
+    write_u32(to + 48, set->top_k);
+    write_u32(to + 52, set->repetition_window);
+    write_u64(to + 56, set->seed);
+    write_u32(to + 64, s->window_count);
+    write_u32(to + 68, s->window_next);
+    copy_words(to + 72, s->window, SAMPLER_WINDOW);
+}
+
+static void read_sampler(const unsigned char *from, sampler_state *s) {
+    float numbers[4];
+    copy_words(numbers, from + 32, 4);
+    for (int i = 0; i < 4; i++) s->random[i] = read_u64(from + 8 * i);
+    s->settings = (mkb_sampling){.temperature = numbers[0],
+                                 .top_k = read_u32(from + 48),
+                                 .top_p = numbers[1],
+                                 .min_p = numbers[2],
+                                 .repetition_penalty = numbers[3],
+                                 .repetition_window = read_u32(from + 52),
+                                 .seed = read_u64(from + 56)};
+    s->window_count = read_u32(from + 64), s->window_next = read_u32(from + 68);
+    copy_words(s->window, from + 72, SAMPLER_WINDOW);
+}
+
+/* Copy the numbers between the context and a saved state. */
+static void copy_state(const mkb_context *c, unsigned char *bytes, uint64_t position, int out) {
+    const settings *s = &c->model->set;
+    size_t width[2] = {(size_t)s->heads * s->key_dim, (size_t)s->heads * s->value_dim};
+    copy_words(out ? (void *)bytes : c->state_memory, out ? (void *)c->state_memory : bytes, c->state_floats);
+    bytes += c->state_floats * 4;
+    for (uint32_t i = 0; i < s->layers; i++)
+        for (int part = 0; part < 2 && c->model->layers[i].attention; part++) {
+            float *cache = c->states[i] + (part ? (size_t)c->max_tokens * width[0] : 0);
+            size_t count = (size_t)position * width[part];
+            copy_words(out ? (void *)bytes : cache, out ? (void *)cache : bytes, count);
+            bytes += count * 4;
+        }
+}
+
+int mkb_state_get(const mkb_context *c, void *memory, size_t size, char error[MKB_ERROR_BYTES]) {
+    unsigned char *bytes = memory;
+    size_t needed = mkb_state_bytes(c);
+    if (size < needed)
+        return fail(error, MKB_ERROR_FULL, "a state takes %llu bytes, and there is room for %llu",
+                    (unsigned long long)needed, (unsigned long long)size);
+    memset(bytes, 0, STATE_BEGIN);
+    memcpy(bytes, STATE_MAGIC, 8);
+    write_u32(bytes + 8, STATE_VERSION);
+    write_u32(bytes + 12, STATE_BEGIN);
+    write_u64(bytes + 16, needed);
+    memcpy(bytes + 24, c->model->sha256, 32);
+    memcpy(bytes + 56, c->model->tokenizer_sha256, 32);
+    write_u64(bytes + 88, c->position);
+    write_sampler(bytes + STATE_HEADER, &c->sampler);
+    copy_state(c, bytes + STATE_BEGIN, c->position, 1);
+    write_u64(bytes + 96, checksum(bytes + 104, needed - 104) ^ c->position);
+    return MKB_OK;
+}
+
+/* All that can be wrong with a state, before anything of the context changes. */
+static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, size_t size, const char *name, char *error) {
+    uint64_t position, most = has_attention(c->model) ? c->max_tokens : UINT64_MAX;
+    if (size < STATE_BEGIN || memcmp(bytes, STATE_MAGIC, 8))
+        return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; begin without one", name);
+    if (read_u32(bytes + 8) != STATE_VERSION || read_u32(bytes + 12) != STATE_BEGIN)
+        return fail(error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1; use the one that wrote it",
+                    name, (unsigned long)read_u32(bytes + 8));
+    if (memcmp(bytes + 24, c->model->sha256, 32) || memcmp(bytes + 56, c->model->tokenizer_sha256, 32))
+        return fail(error, MKB_ERROR_MISMATCH, "%s belongs to another model than %s; load it with its own", name,
+                    c->model->name);
+    position = read_u64(bytes + 88);
+    if (position > most)
+        return fail(error, MKB_ERROR_FULL, "%s holds %llu tokens, and the caches have room for %llu; use a larger max_tokens",
+                    name, (unsigned long long)position, (unsigned long long)most);
+    if (read_u64(bytes + 16) != size || size != state_bytes_at(c, position) ||
+        read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
+        read_u32(bytes + STATE_HEADER + 64) > SAMPLER_WINDOW || read_u32(bytes + STATE_HEADER + 68) >= SAMPLER_WINDOW)
+        return fail(error, MKB_ERROR_FORMAT, "%s is damaged or cut off; begin without it", name);
+    return MKB_OK;
+}
+
+static int set_state(mkb_context *c, unsigned char *bytes, size_t size, const char *name, char *error) {
+    int status = check_state_bytes(c, bytes, size, name, error);
+    if (status) return status;
+    c->position = read_u64(bytes + 88);
+    read_sampler(bytes + STATE_HEADER, &c->sampler);
+    copy_state(c, bytes + STATE_BEGIN, c->position, 0);
+    return MKB_OK;
+}
+
+int mkb_state_set(mkb_context *c, const void *bytes, size_t size, char error[MKB_ERROR_BYTES]) {
+    return set_state(c, (unsigned char *)(uintptr_t)bytes, size, "the state", error);
+}
+
+static int write_whole(int file, const unsigned char *bytes, size_t size) {
+    while (size) {
+        ssize_t done = write(file, bytes, MIN(size, (size_t)1 << 30));
+        if (done <= 0 && errno != EINTR) return -1;
+        if (done > 0) bytes += done, size -= (size_t)done;
+    }
+    return 0;
+}
+
+/* Write under another name first, so that the file appears whole or not at all. */
+static int replace_file(const char *path, const unsigned char *bytes, size_t size, char *error) {
+    size_t length = strlen(path);
+    char *beside = malloc(length + 32);
+    int status = MKB_OK;
+    if (!beside) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
+    snprintf(beside, length + 32, "%s.%ld.part", path, (long)getpid());
+    int file = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), bad = file < 0;
+    if (!bad) {
+        bad = write_whole(file, bytes, size) || fsync(file);
+        bad |= close(file) != 0;
+    }
+    if (bad || rename(beside, path)) {
+        status = fail(error, MKB_ERROR_FILE, "%s: cannot be written: %s", path, strerror(errno));
+        if (file >= 0) unlink(beside);
+    }
+    free(beside);
+    return status;
+}
+
+int mkb_state_save(const mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]) {
+    size_t size = mkb_state_bytes(c);
+    unsigned char *bytes = malloc(size);
+    if (!bytes) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to save %llu bytes", path, (unsigned long long)size);
+    int status = mkb_state_get(c, bytes, size, error);
+    if (!status) status = replace_file(path, bytes, size, error);
+    free(bytes);
+    return status;
+}
+
+static int read_state_file(int file, const char *path, unsigned char **bytes, size_t *size, char *error) {
+    struct stat about;
+    size_t done = 0;
+    if (fstat(file, &about) || !S_ISREG(about.st_mode) || (uint64_t)about.st_size > SIZE_MAX / 2)
+        return fail(error, MKB_ERROR_FILE, "%s is not a file that can be read; name a saved state", path);
+    *size = (size_t)about.st_size;
+    *bytes = malloc(*size + 1);
+    if (!*bytes) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for %llu bytes", path, (unsigned long long)*size);
+    while (done < *size) {
+        ssize_t got = read(file, *bytes + done, MIN(*size - done, (size_t)1 << 30));
+        if (got <= 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", path, strerror(errno));
+        done += (size_t)got;
+    }
+    return MKB_OK;
+}
+
+int mkb_state_load(mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]) {
+    unsigned char *bytes = NULL;
+    size_t size = 0;
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", path, strerror(errno));
+    int status = read_state_file(file, path, &bytes, &size, error);
+    close(file);
+    if (!status) status = set_state(c, bytes, size, path, error);
+    free(bytes);
+    return status;
+}
+
+/* ---- 8 tokenizer ---- */
+static int tokenizer_check(const mkb_model *model, char error[MKB_ERROR_BYTES]) {
+    if (model->tokenizer_bytes < 28) return fail(error, MKB_ERROR_FORMAT, "%s: the tokenizer is cut off; copy or pack it again", model->name);
+    return MKB_OK;
+}
 /* ---- 8 tokenizer ---- */
 
 /* ---- 9 sampling ---- */
 
 /* ---- 10 command line ---- */
+#ifndef MIXKABRN_LIBRARY
+int main(int argc, char **argv) { (void)argc, (void)argv; return 0; }
+#endif
