@@ -37,6 +37,7 @@
 #include <errno.h>
 #include <float.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -2121,6 +2122,7 @@ typedef struct {
     uint32_t window[SAMPLER_WINDOW]; /* a ring */
     uint32_t window_count;           /* tokens in it */
     uint32_t window_next;            /* where the next one goes */
+    uint32_t drawn;                  /* 1 + a token that was drawn and not read; 0: none */
 } sampler_state;
 
 /* As `mixkabrn generate` has them. */
@@ -2943,7 +2945,7 @@ void mkb_context_destroy(mkb_context *c) {
  * keys and values of the tokens in attention layers' caches. */
 enum {
     STATE_HEADER = 128,
-    STATE_SAMPLER = 72 + 4 * SAMPLER_WINDOW,
+    STATE_SAMPLER = 76 + 4 * SAMPLER_WINDOW,
     STATE_BEGIN = (STATE_HEADER + STATE_SAMPLER + 63) / 64 * 64,
     STATE_VERSION = 1
 };
@@ -2952,7 +2954,7 @@ static const unsigned char STATE_MAGIC[8] = {0x89, 'M', 'K', 'S', '\r', '\n', 0x
 void mkb_reset(mkb_context *c) {
     memset(c->state_memory, 0, c->state_floats * 4);
     memset(c->sampler.window, 0, sizeof c->sampler.window);
-    c->sampler.window_count = c->sampler.window_next = 0;
+    c->sampler.window_count = c->sampler.window_next = c->sampler.drawn = 0;
     c->position = 0;
 }
 
@@ -2992,6 +2994,7 @@ static void write_sampler(unsigned char *to, const sampler_state *s) {
     write_u32(to + 64, s->window_count);
     write_u32(to + 68, s->window_next);
     copy_words(to + 72, s->window, SAMPLER_WINDOW);
+    write_u32(to + 72 + 4 * SAMPLER_WINDOW, s->drawn);
 }
 
 static void read_sampler(const unsigned char *from, sampler_state *s) {
@@ -3007,6 +3010,7 @@ static void read_sampler(const unsigned char *from, sampler_state *s) {
                                  .seed = read_u64(from + 56)};
     s->window_count = read_u32(from + 64), s->window_next = read_u32(from + 68);
     copy_words(s->window, from + 72, SAMPLER_WINDOW);
+    s->drawn = read_u32(from + 72 + 4 * SAMPLER_WINDOW);
 }
 
 /* Copy the numbers between the context and a saved state. */
@@ -3920,6 +3924,7 @@ int mkb_sampling_set(mkb_context *c, const mkb_sampling *sampling, char error[MK
 }
 
 static void note_tokens(sampler_state *s, const uint32_t *tokens, size_t count) {
+    if (count) s->drawn = 0;
     for (size_t i = count > SAMPLER_WINDOW ? count - SAMPLER_WINDOW : 0; i < count; i++) {
         s->window[s->window_next] = tokens[i];
         s->window_next = (s->window_next + 1) % SAMPLER_WINDOW;
@@ -4041,11 +4046,12 @@ static uint32_t draw_candidate(mkb_context *c, const float *logits, float highes
 }
 
 uint32_t mkb_sample(mkb_context *c, float *logits) {
-    uint32_t best;
+    uint32_t id;
     penalize(c, logits);
-    best = find_likeliest(logits, c->model->set.tokenizer_size);
-    if (best == MKB_NO_TOKEN || !(c->sampler.settings.temperature > 0)) return best;
-    return draw_candidate(c, logits, logits[best]);
+    id = find_likeliest(logits, c->model->set.tokenizer_size);
+    if (id != MKB_NO_TOKEN && c->sampler.settings.temperature > 0) id = draw_candidate(c, logits, logits[id]);
+    c->sampler.drawn = id + 1;
+    return id;
 }
 
 /* ---- 10 command line ---- */
@@ -4370,14 +4376,1008 @@ static int command_bench(int count, char **arguments) {
     return 0;
 }
 
+/* --- text on its way to people --- */
+
+enum { MOST_STOPS = 16, STOP_BYTES = 256 };
+
+/* Bytes of tokens become whole characters, and what may become a stop string is held back. */
+typedef struct {
+    FILE *file;
+    int for_terminal, trim, failed, stopped;
+    unsigned char character[4], low, high;
+    size_t have, missing;
+    const char *stops[MOST_STOPS];
+    size_t num_stops, stop_bytes; /* of the one that was found */
+    char held[STOP_BYTES + 4];
+    size_t num_held;
+    uint64_t taken; /* bytes of tokens, up to the end of the stop string */
+} text_writer;
+
+/* A terminal would obey control characters; a file or a program gets the text as it is. */
+static void show(text_writer *w, const char *text, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) {
+        unsigned char c = (unsigned char)text[i];
+        int second = c == 0xc2 && i + 1 < bytes && (unsigned char)text[i + 1] < 0xa0;
+        if (w->trim && c == ' ') continue;
+        w->trim = 0;
+        if (w->for_terminal && (second || c == 127 || (c < 32 && c != '\n' && c != '\t'))) {
+            fputs("\302\267", w->file);
+            i += (size_t)second;
+        } else {
+            putc(c, w->file);
+        }
+    }
+    w->failed |= ferror(w->file) != 0;
+}
+
+static int ends_with(const text_writer *w, const char *stop, size_t bytes) {
+    return bytes <= w->num_held && !memcmp(w->held + w->num_held - bytes, stop, bytes);
+}
+
+/* Hold one character, and show what can belong to no stop string any more. */
+static void write_character(text_writer *w, const void *character, size_t bytes) {
+    size_t keep = 0;
+    memcpy(w->held + w->num_held, character, bytes);
+    w->num_held += bytes;
+    w->stop_bytes = 0;
+    for (size_t i = 0; i < w->num_stops; i++) {
+        size_t length = strlen(w->stops[i]);
+        if (ends_with(w, w->stops[i], length)) w->stop_bytes = MAX(w->stop_bytes, length);
+        for (size_t part = MIN(length - 1, w->num_held); part > keep; part--)
+            if (ends_with(w, w->stops[i], part)) keep = part;
+    }
+    w->stopped = w->stop_bytes > 0;
+    if (w->stopped) keep = w->stop_bytes;
+    show(w, w->held, w->num_held - keep);
+    memmove(w->held, w->held + w->num_held - keep, keep);
+    w->num_held = w->stopped ? 0 : keep;
+}
+
+static void write_replacement(text_writer *w) {
+    w->have = w->missing = 0;
+    write_character(w, "\357\277\275", 3);
+}
+
+static void write_byte(text_writer *w, unsigned char c) {
+    if (w->missing) {
+        if (c < w->low || c > w->high) {
+            write_replacement(w);
+            if (!w->stopped) write_byte(w, c);
+            return;
+        }
+        w->low = 0x80, w->high = 0xbf;
+        w->character[w->have++] = c;
+        if (--w->missing) return;
+        write_character(w, w->character, w->have);
+        w->have = 0;
+    } else if (c < 0x80) {
+        write_character(w, &c, 1);
+    } else if (c < 0xc2 || c > 0xf4) {
+        write_replacement(w);
+    } else {
+        w->missing = c < 0xe0 ? 1 : c < 0xf0 ? 2 : 3;
+        w->low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+        w->high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+        w->character[0] = c;
+        w->have = 1;
+    }
+}
+
+static void write_token(text_writer *w, const char *bytes, size_t size) {
+    for (size_t i = 0; i < size && !w->stopped; i++, w->taken++) write_byte(w, (unsigned char)bytes[i]);
+    w->failed |= fflush(w->file) != 0;
+}
+
+/* Show what was held back at the end. */
+static void finish_text(text_writer *w) {
+    if (w->missing && !w->stopped) write_replacement(w);
+    if (!w->stopped) show(w, w->held, w->num_held);
+    w->failed |= fflush(w->file) != 0;
+}
+
+static void begin_text(text_writer *w, int trim) {
+    w->trim = trim;
+    w->failed = w->stopped = 0;
+    w->have = w->missing = w->num_held = 0;
+    w->taken = 0;
+}
+
+/* --- options of commands that read or write text --- */
+
+enum { FOR_GENERATE = 1, FOR_CHAT = 2, FOR_TOKENIZE = 4, FOR_ALL = 7, FOR_BOTH = 3 };
+enum { TAKES_NOTHING, TAKES_TEXT, TAKES_COUNT, TAKES_NUMBER, TAKES_SEED, TAKES_STOP };
+enum { SHOWN_HELP = -1, WRONG_USAGE = 2, INTERRUPTED = 130 };
+
+typedef struct {
+    const char *model, *prompt, *prompt_file, *state_in, *state_out, *user, *assistant, *system;
+    mkb_sampling sampling;
+    uint32_t tokens, context, threads;
+    int verify, quiet, special, from_stdin;
+    const char *stops[MOST_STOPS];
+    size_t num_stops;
+    uint32_t given; /* a bit for each option of the table */
+} text_options;
+
+typedef struct {
+    const char *name;
+    int takes, commands;
+    size_t place;
+    uint32_t least, most;
+} option_rule;
+
+#define RULE(name, takes, commands, member, least, most) \
+    {name, takes, commands, offsetof(text_options, member), least, most}
+static const option_rule OPTION_RULES[] = {
+    RULE("--prompt", TAKES_TEXT, FOR_GENERATE | FOR_TOKENIZE, prompt, 0, 0),
+    RULE("--prompt-file", TAKES_TEXT, FOR_GENERATE | FOR_TOKENIZE, prompt_file, 0, 0),
+    RULE("--special", TAKES_NOTHING, FOR_TOKENIZE, special, 0, 0),
+    RULE("--tokens", TAKES_COUNT, FOR_BOTH, tokens, 1, 1u << 30),
+    RULE("--temperature", TAKES_NUMBER, FOR_BOTH, sampling.temperature, 0, 0),
+    RULE("--top-k", TAKES_COUNT, FOR_BOTH, sampling.top_k, 0, UINT32_MAX),
+    RULE("--top-p", TAKES_NUMBER, FOR_BOTH, sampling.top_p, 0, 0),
+    RULE("--min-p", TAKES_NUMBER, FOR_BOTH, sampling.min_p, 0, 0),
+    RULE("--repetition-penalty", TAKES_NUMBER, FOR_BOTH, sampling.repetition_penalty, 0, 0),
+    RULE("--repetition-window", TAKES_COUNT, FOR_BOTH, sampling.repetition_window, 0, SAMPLER_WINDOW),
+    RULE("--seed", TAKES_SEED, FOR_BOTH, sampling.seed, 0, 0),
+    RULE("--stop", TAKES_STOP, FOR_BOTH, stops, 0, 0),
+    RULE("--threads", TAKES_COUNT, FOR_BOTH, threads, 1, 256),
+    RULE("--context", TAKES_COUNT, FOR_BOTH, context, 1, 1u << 30),
+    RULE("--state-in", TAKES_TEXT, FOR_BOTH, state_in, 0, 0),
+    RULE("--state-out", TAKES_TEXT, FOR_BOTH, state_out, 0, 0),
+    RULE("--user-prefix", TAKES_TEXT, FOR_CHAT, user, 0, 0),
+    RULE("--assistant-prefix", TAKES_TEXT, FOR_CHAT, assistant, 0, 0),
+    RULE("--system", TAKES_TEXT, FOR_CHAT, system, 0, 0),
+    RULE("--verify", TAKES_NOTHING, FOR_ALL, verify, 0, 0),
+    RULE("--quiet", TAKES_NOTHING, FOR_BOTH, quiet, 0, 0),
+};
+enum { NUM_RULES = sizeof OPTION_RULES / sizeof *OPTION_RULES };
+
+static const char SAMPLING_HELP[] =
+    "  --tokens N                at most N tokens (generate: 200, chat: 512)\n"
+    "  --temperature T           0 always takes the likeliest token (0.8)\n"
+    "  --top-k K                 draw among the K likeliest; 0: among all (50)\n"
+    "  --top-p P                 draw among the likeliest that have together the probability P; 1: all (1)\n"
+    "  --min-p P                 none whose probability is below P times the likeliest one's (0)\n"
+    "  --repetition-penalty R    makes recent tokens less likely; 1: off (1)\n"
+    "  --repetition-window N     how many recent tokens, up to 1024 (64)\n"
+    "  --seed N                  of the random numbers (0)\n"
+    "  --stop S                  end before the text S; up to 16 times\n"
+    "  --threads N               (1)\n"
+    "  --context N               tokens that the caches of softmax attention layers have room for\n"
+    "  --state-in F, --state-out F   continue from a saved state; save the state at the end\n"
+    "  --verify                  check the model file's sha256 first\n";
+
+static const char GENERATE_HELP[] =
+    "usage: mixkabrn generate MODEL [--prompt T | --prompt-file F | -] [options]\n\n"
+    "Continues a text, or begins a new document. `-` reads the prompt from standard input.\n\n"
+    "  mixkabrn generate tiny.mkb --prompt \"def \"\n"
+    "  mixkabrn generate tiny.mkb --prompt-file story.txt --tokens 1000 --temperature 0\n"
+    "  mixkabrn generate tiny.mkb --prompt \"One\" --state-out one.mks\n"
+    "  mixkabrn generate tiny.mkb --state-in one.mks --tokens 50      # goes on where it ended\n\n"
+    "  --quiet                   print neither the prompt nor the speed\n";
+
+static const char CHAT_HELP[] =
+    "usage: mixkabrn chat MODEL [options]\n\n"
+    "Talks to a model. The history is a state of fixed size: a turn costs only its own tokens.\n"
+    "Models whose chat template has <|im_start|> get turns in ChatML, others this text, which ends before \"\\nUser:\":\n\n"
+    "  User: what you say\n"
+    "  Assistant: what the model says\n\n"
+    "  mixkabrn chat tiny.mkb\n"
+    "  mixkabrn chat tiny.mkb --user-prefix \"Q:\" --assistant-prefix \"A:\" --temperature 0.5\n"
+    "  mixkabrn chat tiny.mkb --state-in talk.mks --state-out talk.mks\n\n"
+    "  --user-prefix P, --assistant-prefix P   in place of \"User:\" and \"Assistant:\"\n"
+    "  --system T                text at the beginning\n"
+    "  --quiet                   print answers alone\n";
+
+static const char CHAT_COMMANDS[] =
+    "/regenerate, /r   another answer\n"
+    "/edit TEXT        say TEXT in place of the last turn\n"
+    "/undo             take the last turn back\n"
+    "/reset            forget everything but the system text\n"
+    "/system TEXT      begin anew with this text at the beginning\n"
+    "/temperature X    0 always takes the likeliest token\n"
+    "/save FILE        save the state;  /load FILE  continue from one\n"
+    "/quit             end; so does Ctrl-D. Ctrl-C ends an answer.\n"
+    "A line that ends in \\ goes on in the next one; // at the beginning says a /.\n";
+
+static const char TOKENIZE_HELP[] =
+    "usage: mixkabrn tokenize MODEL [--prompt T | --prompt-file F | -] [--special]\n\n"
+    "Prints the ids of a text. --special: text that spells a special token is one.\n\n"
+    "  mixkabrn tokenize tiny.mkb --prompt \"def \"\n";
+
+static int complain(const char *format, const char *name, const char *value) {
+    fprintf(stderr, "error: ");
+    fprintf(stderr, format, name, value);
+    fputc('\n', stderr);
+    return WRONG_USAGE;
+}
+
+/* A whole number without sign, or 0 and `errno`. */
+static uint64_t parse_whole(const char *text) {
+    char *end;
+    unsigned long long value;
+    errno = 0;
+    value = strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end) errno = EINVAL;
+    return errno ? 0 : value;
+}
+
+static int add_stop(text_options *o, const char *text) {
+    size_t length = strlen(text), size;
+    if (length == 0 || length > STOP_BYTES) return complain("%s: use a text of 1 to 256 bytes%s", "--stop", "");
+    if (o->num_stops == MOST_STOPS - 2) return complain("%s: %s is one too many", "--stop", text);
+    for (size_t i = 0; i < length; i += size)
+        if (read_character((const unsigned char *)text + i, length - i, &size) == UINT32_MAX)
+            return complain("%s: not UTF-8, so no text can contain it%s", "--stop", "");
+    o->stops[o->num_stops++] = text;
+    return MKB_OK;
+}
+
+static int take_value(text_options *o, const option_rule *rule, const char *value) {
+    char *place = (char *)o + rule->place, *end;
+    uint64_t whole;
+    switch (rule->takes) {
+    case TAKES_TEXT: memcpy(place, &value, sizeof value); break;
+    case TAKES_STOP: return add_stop(o, value);
+    case TAKES_NUMBER: {
+        float number = strtof(value, &end);
+        if (end == value || *end) return complain("%s %s: use a number such as 0.8", rule->name, value);
+        memcpy(place, &number, sizeof number);
+        break;
+    }
+    default:
+        whole = parse_whole(value);
+        if (errno || (rule->takes == TAKES_COUNT && (whole < rule->least || whole > rule->most))) {
+            fprintf(stderr, "error: %s %s: use a whole number from %lu to %llu\n", rule->name, value,
+                    (unsigned long)rule->least, rule->takes == TAKES_SEED ? (unsigned long long)UINT64_MAX : rule->most);
+            return WRONG_USAGE;
+        }
+        if (rule->takes == TAKES_SEED) {
+            memcpy(place, &whole, sizeof whole);
+        } else {
+            uint32_t count = (uint32_t)whole;
+            memcpy(place, &count, sizeof count);
+        }
+    }
+    return MKB_OK;
+}
+
+/* Take one option, as `--name value` or `--name=value`. */
+static int take_option(text_options *o, int command, int *at, int count, char **arguments) {
+    const char *name = arguments[*at], *equals = strchr(name, '=');
+    size_t length = equals ? (size_t)(equals - name) : strlen(name);
+    for (size_t i = 0; i < NUM_RULES; i++) {
+        const option_rule *rule = &OPTION_RULES[i];
+        if (!(rule->commands & command) || strlen(rule->name) != length || strncmp(rule->name, name, length)) continue;
+        o->given |= (uint32_t)1 << i;
+        if (rule->takes == TAKES_NOTHING) {
+            const int yes = 1;
+            if (equals) return complain("%s takes no value%s", rule->name, "");
+            memcpy((char *)o + rule->place, &yes, sizeof yes);
+            return MKB_OK;
+        }
+        if (!equals && *at + 1 >= count) return complain("%s needs a value%s", rule->name, "");
+        return take_value(o, rule, equals ? equals + 1 : arguments[++*at]);
+    }
+    return complain("%s is no option here; --help lists them%s", name, "");
+}
+
+static int take_argument(text_options *o, int command, int *at, int count, char **arguments) {
+    const char *text = arguments[*at];
+    if (!strcmp(text, "-") && command != FOR_CHAT) return o->from_stdin = 1, MKB_OK;
+    if (text[0] == '-') return take_option(o, command, at, count, arguments);
+    if (o->model) return complain("%s: one model file is enough; put a text after --prompt%s", text, "");
+    o->model = text;
+    return MKB_OK;
+}
+
+/* Fill the options, or say what is wrong with them. */
+static int parse_text_options(text_options *o, int command, int count, char **arguments) {
+    static const char *const helps[5] = {NULL, GENERATE_HELP, CHAT_HELP, NULL, TOKENIZE_HELP};
+    char error[MKB_ERROR_BYTES];
+    int status = MKB_OK;
+    memset(o, 0, sizeof *o);
+    o->sampling = DEFAULT_SAMPLING;
+    o->tokens = command == FOR_CHAT ? 512 : 200;
+    o->threads = 1;
+    o->user = "User:";
+    o->assistant = "Assistant:";
+    for (int i = 0; i < count && !status; i++) {
+        if (!strcmp(arguments[i], "--help") || !strcmp(arguments[i], "-h")) {
+            fputs(helps[command], stdout);
+            if (command != FOR_TOKENIZE) fputs(SAMPLING_HELP, stdout);
+            if (command == FOR_CHAT) printf("\nWhile it runs:\n%s", CHAT_COMMANDS);
+            return SHOWN_HELP;
+        }
+        status = take_argument(o, command, &i, count, arguments);
+    }
+    if (status) return status;
+    if (!o->model) return fputs(helps[command], stderr), WRONG_USAGE;
+    if ((o->prompt != NULL) + (o->prompt_file != NULL) + o->from_stdin > 1)
+        return complain("%s, --prompt-file and -: give one of them%s", "--prompt", "");
+    return check_sampling(&o->sampling, error) ? complain("%s%s", error, "") : MKB_OK;
+}
+
+/* --- a model that reads and writes text --- */
+
+static volatile sig_atomic_t was_interrupted;
+
+static void note_interrupt(int signal_number) {
+    (void)signal_number;
+    was_interrupted = 1;
+}
+
+typedef struct {
+    const text_options *options;
+    mkb_model *model;
+    mkb_context *context;
+    float *logits;
+    text_writer writer;
+    uint64_t tokens_read, answer_read; /* in all; bytes of the answer's tokens that have been read */
+    uint32_t answer_tokens, last_token;
+    double read_seconds, write_seconds;
+    char error[MKB_ERROR_BYTES];
+} session;
+
+/* What these commands need of the process: no death by a closed pipe, Ctrl-C noticed, no file under 0, 1 or 2. */
+static void prepare_process(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    for (int i = 0; i < 3; i++)
+        if (fcntl(i, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = note_interrupt;
+    sigaction(SIGINT, &action, NULL);
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &action, NULL);
+}
+
+/* Tokens of a saved state, to make room for them; 0 if it cannot be read, which is told when it is loaded. */
+static uint64_t peek_position(const char *path) {
+    unsigned char head[96];
+    FILE *file = fopen(path, "rb");
+    size_t got = file ? fread(head, 1, sizeof head, file) : 0;
+    if (file) fclose(file);
+    return got == sizeof head ? read_u64(head + 88) : 0;
+}
+
+/* Settings that were given on the command line replace those of a saved state. */
+static void override_sampling(session *s) {
+    const text_options *o = s->options;
+    size_t begin = offsetof(text_options, sampling);
+    for (size_t i = 0; i < NUM_RULES; i++) {
+        const option_rule *rule = &OPTION_RULES[i];
+        char *settings = (char *)&s->context->sampler.settings;
+        if (!(o->given >> i & 1) || rule->place < begin || rule->place >= begin + sizeof o->sampling) continue;
+        memcpy(settings + (rule->place - begin), (const char *)o + rule->place, rule->takes == TAKES_SEED ? 8 : 4);
+        if (rule->takes == TAKES_SEED) seed_sampler(&s->context->sampler, o->sampling.seed);
+    }
+}
+
+/* Create the context with room for `tokens`, and load the state. */
+static int open_context(session *s, uint64_t tokens) {
+    const text_options *o = s->options;
+    int status;
+    if (o->state_in) tokens += MIN(peek_position(o->state_in), UINT32_MAX);
+    if (o->context) tokens = o->context;
+    status = mkb_context_create(s->model, (int)o->threads, (uint32_t)MIN(tokens, UINT32_MAX), &s->context, s->error);
+    if (status) return status;
+    s->logits = malloc(s->model->set.vocab_size * sizeof *s->logits);
+    if (!s->logits) return fail(s->error, MKB_ERROR_MEMORY, "no memory for logits");
+    s->writer.file = stdout;
+    s->writer.for_terminal = isatty(1);
+    memcpy(s->writer.stops, o->stops, sizeof o->stops);
+    s->writer.num_stops = o->num_stops;
+    status = mkb_sampling_set(s->context, &o->sampling, s->error);
+    if (status || !o->state_in) return status;
+    status = mkb_state_load(s->context, o->state_in, s->error);
+    if (!status) override_sampling(s);
+    return status;
+}
+
+static void close_session(session *s) {
+    mkb_context_destroy(s->context);
+    mkb_model_close(s->model);
+    free(s->logits);
+}
+
+/* Read tokens, some at a time so that Ctrl-C is noticed. */
+static int read_tokens(session *s, const uint32_t *ids, size_t count, int logits) {
+    enum { SOME = 256 };
+    double begin = seconds_now();
+    int status = MKB_OK;
+    s->tokens_read += count;
+    while (count && !status && !was_interrupted) {
+        size_t some = MIN(count, (size_t)SOME);
+        status = mkb_decode(s->context, ids, some, logits && some == count ? s->logits : NULL, s->error);
+        ids += some, count -= some;
+    }
+    s->read_seconds += seconds_now() - begin;
+    return status ? status : count ? INTERRUPTED : MKB_OK;
+}
+
+/* The ids of a text, in memory that is the caller's, after room for `before` more. */
+static uint32_t *list_ids(session *s, const char *text, size_t bytes, int special, size_t before, size_t *count) {
+    uint32_t *ids = bytes < SIZE_MAX / 8 ? malloc((bytes + before + 1) * sizeof *ids) : NULL;
+    *count = ids ? mkb_tokenize(s->model, text, bytes, special, ids + before, bytes) : MKB_NO_COUNT;
+    if (*count != MKB_NO_COUNT) return ids;
+    fail(s->error, MKB_ERROR_MEMORY, "no memory for a text of %llu bytes", (unsigned long long)bytes);
+    free(ids);
+    return NULL;
+}
+
+/* Draw and show tokens until the document ends, a stop string is found, `limit` are drawn or Ctrl-C is pressed. The last
+ * one is not read unless the answer was interrupted. */
+static int write_answer(session *s, uint32_t limit, int trim) {
+    double begin = seconds_now();
+    int status = MKB_OK;
+    begin_text(&s->writer, trim);
+    s->answer_tokens = 0, s->answer_read = 0;
+    while (!status && s->answer_tokens < limit && !was_interrupted) {
+        size_t size;
+        uint32_t id = s->last_token = mkb_sample(s->context, s->logits);
+        if (id == MKB_NO_TOKEN)
+            return fail(s->error, MKB_ERROR_ARGUMENT,
+                        "the model's outputs are not finite: its training has diverged; pack an earlier checkpoint");
+        if (id == s->model->set.document_token) break;
+        s->answer_tokens++;
+        const char *bytes = mkb_token_bytes(s->model, id, &size);
+        write_token(&s->writer, bytes, size);
+        if (s->writer.stopped || s->writer.failed || s->answer_tokens == limit) break;
+        status = mkb_decode(s->context, &id, 1, s->logits, s->error);
+        s->answer_read += size;
+    }
+    finish_text(&s->writer);
+    s->write_seconds = seconds_now() - begin;
+    if (s->writer.failed && !status)
+        status = fail(s->error, MKB_ERROR_FILE, "the text cannot be written: %s", strerror(errno ? errno : EPIPE));
+    return status;
+}
+
+static double rate_of(uint64_t count, double seconds) { return seconds > 0 ? (double)count / seconds : 0; }
+
+static int report_status(const session *s, int status) {
+    if (status == INTERRUPTED) fprintf(stderr, "\ninterrupted\n");
+    else if (status) fprintf(stderr, "error: %s\n", s->error);
+    return status == INTERRUPTED || status == MKB_OK ? status : 1;
+}
+
+/* --- generate and tokenize --- */
+
+/* All of a file, whose size need not be known. */
+static int read_all(FILE *file, const char *name, char **text, size_t *bytes, char *error) {
+    size_t room = 0, got = 1;
+    *text = NULL;
+    *bytes = 0;
+    while (got) {
+        if (*bytes == room) {
+            char *larger = room < SIZE_MAX / 4 ? realloc(*text, room = room ? 2 * room : 1 << 16) : NULL;
+            if (!larger) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for a text of this size", name);
+            *text = larger;
+        }
+        got = fread(*text + *bytes, 1, room - *bytes, file);
+        *bytes += got;
+    }
+    return ferror(file) ? fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", name, strerror(errno)) : MKB_OK;
+}
+
+static int read_prompt(const text_options *o, char **text, size_t *bytes, char *error) {
+    FILE *file = o->from_stdin ? stdin : o->prompt_file ? fopen(o->prompt_file, "rb") : NULL;
+    const char *prompt = o->prompt ? o->prompt : "";
+    int status;
+    *text = NULL;
+    if (o->prompt_file && !file)
+        return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", o->prompt_file, strerror(errno));
+    if (file) {
+        status = read_all(file, o->from_stdin ? "standard input" : o->prompt_file, text, bytes, error);
+        if (!o->from_stdin) fclose(file);
+        return status;
+    }
+    *bytes = strlen(prompt);
+    *text = malloc(*bytes + 1);
+    if (!*text) return fail(error, MKB_ERROR_MEMORY, "no memory for the prompt");
+    memcpy(*text, prompt, *bytes + 1);
+    return MKB_OK;
+}
+
+static void print_speed(const session *s) {
+    const mkb_model *m = s->model;
+    if (s->options->quiet) {
+        if (s->writer.for_terminal) putchar('\n');
+        return;
+    }
+    fprintf(stderr, "\n[%s at step %llu: %llu tokens read, %.0f a second; %lu written, %.0f tokens/s]\n", m->name,
+            (unsigned long long)m->step, (unsigned long long)s->tokens_read, rate_of(s->tokens_read, s->read_seconds),
+            (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+}
+
+/* What is read before the answer: the token that a saved state left unread, or the document token; then the prompt. */
+static int read_generate_prompt(session *s, uint32_t *ids, size_t count) {
+    uint32_t drawn = s->context->sampler.drawn;
+    if (drawn || s->context->position == 0) {
+        ids[0] = drawn ? drawn - 1 : s->model->set.document_token;
+        count++;
+    } else {
+        ids++;
+    }
+    if (count == 0)
+        return fail(s->error, MKB_ERROR_ARGUMENT, "%s says not what comes next; give --prompt", s->options->state_in);
+    return read_tokens(s, ids, count, 1);
+}
+
+static int generate_text(session *s, const char *prompt, size_t bytes) {
+    const text_options *o = s->options;
+    size_t count;
+    uint32_t *ids = list_ids(s, prompt, bytes, 0, 1, &count);
+    int status = ids ? open_context(s, (uint64_t)count + 1 + o->tokens) : MKB_ERROR_MEMORY;
+    if (!status && !o->quiet) {
+        show(&s->writer, prompt, bytes);
+        fflush(stdout);
+    }
+    if (!status) status = read_generate_prompt(s, ids, count);
+    free(ids);
+    if (!status) status = write_answer(s, o->tokens, 0);
+    if (status) return status;
+    print_speed(s);
+    if (o->state_out) status = mkb_state_save(s->context, o->state_out, s->error);
+    return status ? status : was_interrupted ? INTERRUPTED : MKB_OK;
+}
+
+static int command_generate(int count, char **arguments) {
+    text_options o;
+    session s;
+    char *prompt = NULL;
+    size_t bytes = 0;
+    int status = parse_text_options(&o, FOR_GENERATE, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    memset(&s, 0, sizeof s);
+    s.options = &o;
+    status = read_prompt(&o, &prompt, &bytes, s.error);
+    if (!status) status = mkb_model_open(o.model, o.verify, &s.model, s.error);
+    if (!status) status = generate_text(&s, prompt, bytes);
+    status = report_status(&s, status);
+    close_session(&s);
+    free(prompt);
+    return status;
+}
+
+static int command_tokenize(int count, char **arguments) {
+    text_options o;
+    session s;
+    char *prompt = NULL;
+    size_t bytes = 0, found = 0;
+    uint32_t *ids = NULL;
+    int status = parse_text_options(&o, FOR_TOKENIZE, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    memset(&s, 0, sizeof s);
+    s.options = &o;
+    status = read_prompt(&o, &prompt, &bytes, s.error);
+    if (!status) status = mkb_model_open(o.model, o.verify, &s.model, s.error);
+    if (!status) status = (ids = list_ids(&s, prompt, bytes, o.special, 0, &found)) ? MKB_OK : MKB_ERROR_MEMORY;
+    for (size_t i = 0; i < found && !status; i++) printf("%s%lu", i ? " " : "", (unsigned long)ids[i]);
+    if (!status && (putchar('\n') == EOF || fflush(stdout)))
+        status = fail(s.error, MKB_ERROR_FILE, "the ids cannot be written: %s", strerror(errno));
+    status = report_status(&s, status);
+    close_session(&s);
+    free(ids);
+    free(prompt);
+    return status;
+}
+
+/* --- chat --- */
+
+enum { CHAT_TURNS = 32, MARKUP_BYTES = 640 };
+
+/* A state at the beginning of a turn, and what was said in it. */
+typedef struct {
+    unsigned char *state;
+    size_t state_bytes, text_bytes;
+    char *text;
+} chat_turn;
+
+/* Between turns the state has read everything up to where the user's text begins. */
+typedef struct {
+    session s;
+    int chatml, failed;
+    char opening[MARKUP_BYTES], lead[MARKUP_BYTES], closing[MARKUP_BYTES], stop[MARKUP_BYTES];
+    char *system;
+    chat_turn turns[CHAT_TURNS];
+    size_t num_turns;
+    chat_turn asked;        /* the state before the last token of the last turn's markup; no text */
+    uint32_t asked_token;
+} chat;
+
+/* opening: before the first turn; lead: between turns; closing: between what the user and what the assistant says. */
+static int choose_markup(chat *c) {
+    const text_options *o = c->s.options;
+    size_t bytes = 0;
+    const char *template_text = mkb_model_template(c->s.model, &bytes);
+    static const char mark[] = "<|im_start|>";
+    for (size_t i = 0; !c->chatml && i + sizeof mark - 1 <= bytes; i++)
+        c->chatml = !memcmp(template_text + i, mark, sizeof mark - 1);
+    if (strlen(o->user) > STOP_BYTES - 1 || strlen(o->assistant) > STOP_BYTES || !*o->user || !*o->assistant)
+        return complain("%s and --assistant-prefix: use 1 to 255 bytes%s", "--user-prefix", "");
+    if (c->chatml) {
+        strcpy(c->opening, "<|im_start|>user\n");
+        strcpy(c->lead, "<|im_end|>\n<|im_start|>user\n");
+        strcpy(c->closing, "<|im_end|>\n<|im_start|>assistant\n");
+        strcpy(c->stop, "<|im_end|>");
+    } else {
+        snprintf(c->opening, MARKUP_BYTES, "%s", o->user);
+        snprintf(c->lead, MARKUP_BYTES, "\n%s", o->user);
+        snprintf(c->closing, MARKUP_BYTES, "\n%s", o->assistant);
+        snprintf(c->stop, MARKUP_BYTES, "\n%s", o->user);
+    }
+    return MKB_OK;
+}
+
+static void add_chat_stops(chat *c) {
+    text_writer *w = &c->s.writer;
+    w->stops[w->num_stops++] = c->stop;
+    if (c->chatml) w->stops[w->num_stops++] = "<|im_start|>";
+}
+
+static void free_turn(chat_turn *turn) {
+    free(turn->state);
+    free(turn->text);
+    memset(turn, 0, sizeof *turn);
+}
+
+static void forget_turns(chat *c) {
+    while (c->num_turns) free_turn(&c->turns[--c->num_turns]);
+    free_turn(&c->asked);
+}
+
+static int keep_state(chat *c, chat_turn *turn) {
+    mkb_context *context = c->s.context;
+    turn->state_bytes = mkb_state_bytes(context);
+    free(turn->state);
+    turn->state = malloc(turn->state_bytes);
+    /* Before the turn has read anything, its state is that of now. */
+    if (!turn->state) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory to remember a turn; use /reset");
+    return mkb_state_get(context, turn->state, turn->state_bytes, c->s.error);
+}
+
+/* Go back, but with the settings of now, and random numbers that have not been used. */
+static int restore_state(chat *c, const chat_turn *turn) {
+    sampler_state now = c->s.context->sampler;
+    int status = mkb_state_set(c->s.context, turn->state, turn->state_bytes, c->s.error);
+    if (status) return status;
+    c->s.context->sampler.settings = now.settings;
+    memcpy(c->s.context->sampler.random, now.random, sizeof now.random);
+    return MKB_OK;
+}
+
+/* Read a text. Only the program's own markup may hold special tokens. With `ask`, logits follow, and the state before
+ * the last token is kept, so that another answer reads but that one. */
+static int read_text(chat *c, const char *text, size_t bytes, int special, int ask) {
+    size_t count;
+    uint32_t *ids = list_ids(&c->s, text, bytes, special, 0, &count);
+    int status = ids ? MKB_OK : MKB_ERROR_MEMORY;
+    if (!status && ask && count) {
+        c->asked_token = ids[--count];
+        status = read_tokens(&c->s, ids, count, 0);
+        if (!status) status = keep_state(c, &c->asked);
+        if (!status) status = read_tokens(&c->s, &c->asked_token, 1, 1);
+    } else if (!status) {
+        status = read_tokens(&c->s, ids, count, 0);
+    }
+    free(ids);
+    return status;
+}
+
+static int read_markup(chat *c, const char *text) { return read_text(c, text, strlen(text), 1, 0); }
+
+/* The document token, the system text, and where the user's text begins. */
+static int begin_chat(chat *c) {
+    int status;
+    if (c->s.context->position) return MKB_OK;
+    status = read_tokens(&c->s, &c->s.model->set.document_token, 1, 0);
+    if (c->system) {
+        if (!status && c->chatml) status = read_markup(c, "<|im_start|>system\n");
+        if (!status) status = read_text(c, c->system, strlen(c->system), 0, 0);
+        if (!status) status = read_markup(c, c->chatml ? "<|im_end|>\n" : "\n\n");
+    }
+    if (!status) status = read_markup(c, c->opening);
+    if (status) mkb_reset(c->s.context);
+    return status;
+}
+
+/* After an answer, read what of its last token belongs to it, and the markup up to the user's next text, of which the
+ * model may have written a part. */
+static int end_answer(chat *c) {
+    session *s = &c->s;
+    const text_writer *w = &s->writer;
+    uint64_t end = w->taken - w->stop_bytes;
+    size_t skip = 0, size;
+    int status = MKB_OK;
+    const char *bytes = mkb_token_bytes(s->model, s->last_token, &size);
+    if (!w->stopped) {
+        /* The last token at the limit was drawn, but not read; that of the document's end stays so. */
+        if (s->context->sampler.drawn && s->last_token != s->model->set.document_token)
+            status = read_tokens(s, &s->last_token, 1, 0);
+    } else if (end > s->answer_read) {
+        status = read_text(c, bytes, (size_t)MIN(end - s->answer_read, size), 0, 0);
+    } else {
+        skip = (size_t)(s->answer_read - end);
+        /* Another stop string than the turn's own has nothing in common with the markup. */
+        if (skip > strlen(c->lead) || w->stop_bytes < skip || memcmp(w->held, c->lead, skip)) skip = 0;
+    }
+    /* So few tokens are read in one piece: when Ctrl-C came before them, they are read all the same. */
+    while (!status && (status = read_markup(c, c->lead + skip)) == INTERRUPTED) status = was_interrupted = 0;
+    return status;
+}
+
+/* Write an answer to what has been read; Ctrl-C ends it, but not the chat. */
+static int answer(chat *c) {
+    session *s = &c->s;
+    int status = write_answer(s, s->options->tokens, !c->chatml);
+    putchar('\n');
+    fflush(stdout);
+    was_interrupted = 0;
+    if (!status && !s->options->quiet)
+        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
+                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    s->tokens_read = 0;
+    return status ? status : end_answer(c);
+}
+
+/* Remember where a turn begins; the oldest is forgotten when there are too many. */
+static int add_turn(chat *c, char *text, size_t bytes) {
+    chat_turn *turn;
+    if (c->num_turns == CHAT_TURNS) {
+        free_turn(&c->turns[0]);
+        memmove(c->turns, c->turns + 1, (CHAT_TURNS - 1) * sizeof *c->turns);
+        c->num_turns--;
+        memset(&c->turns[c->num_turns], 0, sizeof *c->turns);
+    }
+    turn = &c->turns[c->num_turns++];
+    turn->text = text;
+    turn->text_bytes = bytes;
+    return keep_state(c, turn);
+}
+
+static int take_back(chat *c) {
+    chat_turn *turn = &c->turns[c->num_turns - 1];
+    int status = turn->state ? restore_state(c, turn) : MKB_OK;
+    free_turn(turn);
+    free_turn(&c->asked);
+    c->num_turns--;
+    return status;
+}
+
+/* Read what the user says and answer. `text` is kept. */
+static int say(chat *c, char *text, size_t bytes) {
+    int status = begin_chat(c);
+    if (status) return free(text), status;
+    status = add_turn(c, text, bytes);
+    if (!status && !c->chatml) status = read_text(c, " ", bytes ? 1 : 0, 0, 0);
+    if (!status) status = read_text(c, text, bytes, 0, 0);
+    if (!status) status = read_text(c, c->closing, strlen(c->closing), 1, 1);
+    if (!status) return answer(c);
+    /* Nothing of a turn that cannot be read stays: the caches are full, or Ctrl-C was pressed. */
+    was_interrupted = 0;
+    take_back(c);
+    return status;
+}
+
+static char *copy_text(const char *text, size_t bytes) {
+    char *copy = malloc(bytes + 1);
+    if (!copy) return NULL;
+    memcpy(copy, text, bytes);
+    copy[bytes] = 0;
+    return copy;
+}
+
+static int say_copy(chat *c, const char *text, size_t bytes) {
+    char *copy = copy_text(text, bytes);
+    if (!copy) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory for a text of this size");
+    return say(c, copy, bytes);
+}
+
+/* --- commands of the chat --- */
+
+static int remark(const char *text) {
+    fprintf(stderr, "%s\n", text);
+    return MKB_OK;
+}
+
+static int chat_regenerate(chat *c, const char *rest) {
+    (void)rest;
+    if (!c->num_turns) return remark("no turn that could be answered again; say something first");
+    if (c->asked.state) {
+        int status = restore_state(c, &c->asked);
+        if (!status) status = read_tokens(&c->s, &c->asked_token, 1, 1);
+        return status ? status : answer(c);
+    }
+    chat_turn *last = &c->turns[c->num_turns - 1];
+    char *text = last->text;
+    size_t bytes = last->text_bytes;
+    last->text = NULL;
+    if (take_back(c)) return free(text), MKB_ERROR_MISMATCH;
+    return say(c, text, bytes);
+}
+
+static int chat_edit(chat *c, const char *rest) {
+    int status;
+    if (!c->num_turns) return remark("no turn to edit; say something first");
+    if (!*rest) return remark("/edit needs the new text: /edit TEXT");
+    status = take_back(c);
+    return status ? status : say_copy(c, rest, strlen(rest));
+}
+
+static int chat_undo(chat *c, const char *rest) {
+    (void)rest;
+    if (!c->num_turns) return remark("no turn to take back");
+    return take_back(c);
+}
+
+static int chat_reset(chat *c, const char *rest) {
+    (void)rest;
+    forget_turns(c);
+    mkb_reset(c->s.context);
+    return MKB_OK;
+}
+
+static int chat_system(chat *c, const char *rest) {
+    free(c->system);
+    c->system = *rest ? copy_text(rest, strlen(rest)) : NULL;
+    return chat_reset(c, rest);
+}
+
+static int chat_temperature(chat *c, const char *rest) {
+    mkb_sampling *now = &c->s.context->sampler.settings, wanted = *now;
+    char *end;
+    wanted.temperature = strtof(rest, &end);
+    if (end == rest || *end) return remark("/temperature needs a number, such as 0.8");
+    if (check_sampling(&wanted, c->s.error)) return remark(c->s.error);
+    *now = wanted;
+    return MKB_OK;
+}
+
+static int chat_save(chat *c, const char *rest) {
+    int status;
+    if (!*rest) return remark("/save needs a file: /save talk.mks");
+    status = begin_chat(c);
+    if (!status) status = mkb_state_save(c->s.context, rest, c->s.error);
+    if (status) return remark(c->s.error);
+    fprintf(stderr, "%s: %llu tokens\n", rest, (unsigned long long)c->s.context->position);
+    return MKB_OK;
+}
+
+static int chat_load(chat *c, const char *rest) {
+    if (!*rest) return remark("/load needs a file: /load talk.mks");
+    if (mkb_state_load(c->s.context, rest, c->s.error)) return remark(c->s.error);
+    forget_turns(c);
+    fprintf(stderr, "%s: %llu tokens, temperature %g\n", rest, (unsigned long long)c->s.context->position,
+            (double)c->s.context->sampler.settings.temperature);
+    return MKB_OK;
+}
+
+static int chat_help(chat *c, const char *rest) {
+    (void)c, (void)rest;
+    fputs(CHAT_COMMANDS, stderr);
+    return MKB_OK;
+}
+
+static const struct {
+    const char *name;
+    int (*act)(chat *c, const char *rest);
+} CHAT_ACTIONS[] = {
+    {"/regenerate", chat_regenerate}, {"/r", chat_regenerate}, {"/edit", chat_edit}, {"/undo", chat_undo},
+    {"/reset", chat_reset}, {"/system", chat_system}, {"/temperature", chat_temperature}, {"/save", chat_save},
+    {"/load", chat_load}, {"/help", chat_help},
+};
+
+static int obey(chat *c, const char *line) {
+    size_t length = strcspn(line, " ");
+    const char *rest = line + length + strspn(line + length, " ");
+    for (size_t i = 0; i < sizeof CHAT_ACTIONS / sizeof *CHAT_ACTIONS; i++)
+        if (strlen(CHAT_ACTIONS[i].name) == length && !strncmp(CHAT_ACTIONS[i].name, line, length))
+            return CHAT_ACTIONS[i].act(c, rest);
+    return remark("no such command; /help lists them, and // at the beginning says a /");
+}
+
+/* A line, or several of which all but the last end in a backslash; −1 at the end. */
+static long read_line(char **line, size_t *room) {
+    static char *part;
+    static size_t part_room;
+    size_t length = 0;
+    ssize_t got = getline(&part, &part_room, stdin);
+    if (got < 0) return free(part), part = NULL, -1;
+    for (;;) {
+        int goes_on;
+        if (got && part[got - 1] == '\n') got--;
+        goes_on = got && part[got - 1] == '\\';
+        if (length + (size_t)got + 2 > *room) {
+            char *larger = realloc(*line, *room = 2 * (length + (size_t)got + 2));
+            if (!larger) return -1;
+            *line = larger;
+        }
+        memcpy(*line + length, part, (size_t)got);
+        length += (size_t)got;
+        if (goes_on) (*line)[length - 1] = '\n', got = getline(&part, &part_room, stdin);
+        if (!goes_on || got < 0) break;
+    }
+    (*line)[length] = 0;
+    return (long)length;
+}
+
+/* Errors that end the chat are those of its output; others are told, and it goes on. */
+static int run_chat(chat *c) {
+    char *line = NULL;
+    size_t room = 0;
+    int on_terminal = isatty(0), status = MKB_OK;
+    while (!c->failed) {
+        long length;
+        if (on_terminal) fputs("> ", stderr), fflush(stderr);
+        length = read_line(&line, &room);
+        if (length < 0 || !strcmp(line, "/quit")) break;
+        was_interrupted = 0;
+        if (length == 0) continue;
+        if (line[0] == '/' && line[1] != '/') status = obey(c, line);
+        else status = say_copy(c, line + (line[0] == '/'), (size_t)length - (line[0] == '/'));
+        c->s.tokens_read = 0;
+        was_interrupted = 0;
+        c->failed = c->s.writer.failed;
+        if (status == INTERRUPTED) remark("interrupted; the turn is taken back");
+        else if (status) fprintf(stderr, "error: %s\n", c->s.error);
+    }
+    if (on_terminal && !c->failed) fputc('\n', stderr);
+    free(line);
+    return c->failed ? 1 : 0;
+}
+
+static int open_chat(chat *c) {
+    session *s = &c->s;
+    const text_options *o = s->options;
+    int status = mkb_model_open(o->model, o->verify, &s->model, s->error);
+    if (status) return report_status(s, status);
+    if ((status = choose_markup(c))) return status;
+    if ((status = open_context(s, 8192))) return report_status(s, status);
+    add_chat_stops(c);
+    c->system = o->system ? copy_text(o->system, strlen(o->system)) : NULL;
+    if (o->quiet) return MKB_OK;
+    fprintf(stderr, "%s: %.1f M parameters, step %llu. ", s->model->name, 1e-6 * (double)s->model->parameters,
+            (unsigned long long)s->model->step);
+    if (c->chatml) fprintf(stderr, "Turns in ChatML, as its chat template has them.");
+    else fprintf(stderr, "Turns as \"%s\" and \"%s\".", o->user, o->assistant);
+    fprintf(stderr, " /help lists commands.\n");
+    return MKB_OK;
+}
+
+static int command_chat(int count, char **arguments) {
+    text_options o;
+    chat *c;
+    int status = parse_text_options(&o, FOR_CHAT, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    c = calloc(1, sizeof *c);
+    if (!c) return complain("%s: no memory%s", o.model, ""), 1;
+    c->s.options = &o;
+    status = open_chat(c);
+    if (!status) status = run_chat(c);
+    if (!status && o.state_out) status = report_status(&c->s, mkb_state_save(c->s.context, o.state_out, c->s.error));
+    forget_turns(c);
+    close_session(&c->s);
+    free(c->system);
+    free(c);
+    return status;
+}
+
 static int usage(void) {
-    fprintf(stderr, "usage: mixkabrn generate | chat | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
+    fprintf(stderr, "usage: mixkabrn generate | chat | tokenize | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
             mkb_kernels());
     return 2;
 }
 
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
+    if (!strcmp(command, "generate")) return command_generate(argc - 2, argv + 2);
+    if (!strcmp(command, "chat")) return command_chat(argc - 2, argv + 2);
+    if (!strcmp(command, "tokenize")) return command_tokenize(argc - 2, argv + 2);
     if (!strcmp(command, "selftest")) return command_selftest();
     if (!strcmp(command, "bench")) return command_bench(argc - 2, argv + 2);
     return usage();
