@@ -3125,15 +3125,346 @@ int mkb_state_load(mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]
 }
 
 /* ---- 8 tokenizer ---- */
+
 static int tokenizer_check(const mkb_model *model, char error[MKB_ERROR_BYTES]) {
     if (model->tokenizer_bytes < 28) return fail(error, MKB_ERROR_FORMAT, "%s: the tokenizer is cut off; copy or pack it again", model->name);
     return MKB_OK;
 }
-/* ---- 8 tokenizer ---- */
 
 /* ---- 9 sampling ---- */
 
 /* ---- 10 command line ---- */
+
 #ifndef MIXKABRN_LIBRARY
-int main(int argc, char **argv) { (void)argc, (void)argv; return 0; }
+
+/* --- selftest --- */
+
+typedef struct { uint64_t state; } test_random;
+
+/* splitmix64 (Steele, Lea and Flood 2014). */
+static uint64_t next_random(test_random *r) {
+    uint64_t z = r->state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+static size_t random_below(test_random *r, size_t n) { return (size_t)(next_random(r) % n); }
+
+enum { TEST_CASES = 10000, TEST_TOKENS = 30, TEST_ROW_TILES = 6, TEST_ACROSS = 40, TEST_BYTE_ROWS = 9 };
+
+typedef struct {
+    unsigned char *tiles;
+    int8_t *codes, *weights;
+    int32_t *want, *got;
+    int64_t *want_sums, *got_sums;
+    float *values;
+    size_t across; /* the widest case */
+} test_buffers;
+
+/* Codes of all sizes, only the extreme ones, or all alike. */
+static int8_t random_code(test_random *r, size_t kind) {
+    static const int8_t extreme[4] = {-128, 127, -127, 0};
+    return kind == 0 ? -128 : kind == 1 ? 127 : kind == 2 ? extreme[random_below(r, 4)] : (int8_t)next_random(r);
+}
+
+static unsigned char random_weights(test_random *r, size_t kind) {
+    unsigned byte = 0;
+    for (int i = 0; i < 4; i++) byte = byte << 2 | (kind == 0 ? 2u : (unsigned)random_below(r, 3));
+    return (unsigned char)byte;
+}
+
+static int test_ternary(const kernel_set *k, test_buffers *b, test_random *r, size_t across, size_t rows, size_t tokens) {
+    const int8_t *x[TEST_TOKENS];
+    size_t kind = random_below(r, 8), columns = across * TILE, sums = rows * tokens * TILE;
+    size_t used = columns - random_below(r, TILE);
+    for (size_t i = 0; i < rows * across * TILE_BYTES; i++) b->tiles[i] = random_weights(r, kind);
+    for (size_t t = 0; t < tokens; t++) {
+        int8_t *row = b->codes + t * columns;
+        for (size_t i = 0; i < columns; i++) row[i] = i < used ? random_code(r, kind) : 0;
+        x[t] = row;
+    }
+    ternary_scalar(b->tiles, across, rows, x, tokens, b->want);
+    memset(b->got, 0xff, sums * sizeof *b->got);
+    k->ternary(b->tiles, across, rows, x, tokens, b->got);
+    return memcmp(b->want, b->got, sums * sizeof *b->got) != 0;
+}
+
+static int test_bytes(const kernel_set *k, test_buffers *b, split_vector *x, test_random *r, size_t columns, size_t rows) {
+    size_t kind = random_below(r, 8);
+    x->size = columns;
+    memset(x->high, 0, x->padded), memset(x->middle, 0, x->padded), memset(x->low, 0, x->padded);
+    for (size_t i = 0; i < columns; i++)
+        b->values[i] = kind < 2 ? (kind ? -1.0f : 1.0f) : (float)((double)next_random(r) * 0x1p-60 - 8);
+    for (size_t i = 0; i < rows * columns; i++) b->weights[i] = random_code(r, kind);
+    split(x, b->values);
+    bytes_scalar(b->weights, rows, x, b->want_sums);
+    memset(b->got_sums, 0xff, rows * sizeof *b->got_sums);
+    k->bytes(b->weights, rows, x, b->got_sums);
+    return memcmp(b->want_sums, b->got_sums, rows * sizeof *b->got_sums) != 0;
+}
+
+/* Compare a set of kernels with the scalar ones; returns the number of cases that differ. */
+static size_t test_kernels(const kernel_set *k, test_buffers *b, split_vector *x) {
+    test_random r = {1};
+    size_t wrong = 0;
+    for (int i = 0; i < TEST_CASES; i++) {
+        size_t tokens = i % 4 ? 1 + random_below(&r, TEST_TOKENS) : 1;
+        wrong += (size_t)test_ternary(k, b, &r, 1 + random_below(&r, TEST_ACROSS), 1 + random_below(&r, TEST_ROW_TILES),
+                                      tokens);
+        wrong += (size_t)test_bytes(k, b, x, &r, 1 + random_below(&r, TEST_ACROSS * TILE), 1 + random_below(&r, TEST_BYTE_ROWS));
+    }
+    for (int i = 0; i < 4; i++) wrong += (size_t)test_ternary(k, b, &r, b->across, 1, 1 + (size_t)i % 2);
+    return wrong;
+}
+
+static int start_test(test_buffers *b, split_vector *x) {
+    size_t most = MAX((size_t)TEST_TOKENS * TEST_ACROSS, 2 * (b->across = MAX_COLUMNS / TILE));
+    x->padded = round_up(TEST_ACROSS * TILE, 64);
+    b->tiles = allocate(most, TILE_BYTES), b->codes = allocate(most, TILE);
+    b->weights = allocate(TEST_BYTE_ROWS, TEST_ACROSS * TILE), b->values = allocate(TEST_ACROSS * TILE, 4);
+    b->want = allocate(TEST_TOKENS * TEST_ROW_TILES * TILE, 4), b->got = allocate(TEST_TOKENS * TEST_ROW_TILES * TILE, 4);
+    b->want_sums = allocate(TEST_BYTE_ROWS, 8), b->got_sums = allocate(TEST_BYTE_ROWS, 8);
+    x->high = allocate(x->padded, 1), x->middle = allocate(x->padded, 1), x->low = allocate(x->padded, 1);
+    x->upper = allocate(x->padded, 2), x->lower = allocate(x->padded, 2);
+    return b->tiles && b->codes && b->weights && b->values && b->want && b->got && b->want_sums && b->got_sums && x->high &&
+           x->middle && x->low && x->upper && x->lower;
+}
+
+static void end_test(test_buffers *b, split_vector *x) {
+    void *all_of[] = {b->tiles, b->codes,   b->weights, b->values, b->want,  b->got, b->want_sums,
+                      b->got_sums, x->high, x->middle,  x->low,    x->upper, x->lower};
+    for (size_t i = 0; i < sizeof all_of / sizeof *all_of; i++) free(all_of[i]);
+}
+
+static int command_selftest(void) {
+    test_buffers b = {0};
+    split_vector x = {0};
+    int status = !start_test(&b, &x);
+    if (status) fprintf(stderr, "error: no memory for the test\n");
+    for (int i = 0; i < NUM_KERNELS && b.across && !status; i++) {
+        const kernel_set *k = &KERNELS[i];
+        if (!k->supported()) {
+            printf("%-11s not supported by this machine\n", k->name);
+            continue;
+        }
+        size_t wrong = test_kernels(k, &b, &x);
+        printf("%-11s %s: %d random cases, %lu differ from scalar\n", k->name, wrong ? "WRONG" : "ok", 2 * TEST_CASES + 4,
+               (unsigned long)wrong);
+        status |= wrong != 0;
+    }
+    end_test(&b, &x);
+    return status;
+}
+
+/* --- bench --- */
+
+typedef struct {
+    const char *path;
+    int threads, json;
+    size_t tokens;
+} bench_options;
+
+typedef struct {
+    double bandwidth, prefill, decode, late, open_seconds, gemv[NUM_KERNELS];
+    long resident;
+    mkb_info info;
+} bench_result;
+
+/* Bytes a second of the fastest of some passes over more memory than caches hold. */
+static double measure_bandwidth(void) {
+    enum { BLOCK = 64 << 20, PASSES = 6 };
+    unsigned char *memory = allocate(BLOCK, 1);
+    double best = 0;
+    volatile uint64_t sink = 0;
+    if (!memory) return 0;
+    memset(memory, 1, BLOCK);
+    for (int pass = 0; pass < PASSES; pass++) {
+        double begin = seconds_now();
+        uint64_t total[8] = {0};
+        for (size_t i = 0; i < BLOCK; i += 64)
+            for (int n = 0; n < 8; n++) {
+                uint64_t word;
+                memcpy(&word, memory + i + 8 * n, 8);
+                total[n] += word;
+            }
+        for (int n = 0; n < 8; n++) sink = sink + total[n];
+        best = MAX(best, BLOCK / (seconds_now() - begin));
+    }
+    free(memory);
+    return best;
+}
+
+/* Weights a second of products of one token with a matrix that stays in the cache. */
+static double measure_gemv(const kernel_set *k) {
+    enum { ROW_TILES = 32, ACROSS = 64, WEIGHTS = ROW_TILES * ACROSS * TILE * TILE };
+    unsigned char *tiles = allocate(ROW_TILES * ACROSS, TILE_BYTES);
+    int8_t *codes = allocate(ACROSS, TILE);
+    const int8_t *row = codes;
+    int32_t out[ROW_TILES * TILE];
+    double best = 0;
+    for (int trial = 0; tiles && codes && trial < 5; trial++) {
+        int times = 0;
+        double begin = seconds_now(), passed;
+        memset(tiles, 0x55, (size_t)ROW_TILES * ACROSS * TILE_BYTES);
+        memset(codes, 1, (size_t)ACROSS * TILE);
+        do {
+            k->ternary(tiles, ACROSS, ROW_TILES, &row, 1, out);
+            times++, passed = seconds_now() - begin;
+        } while (passed < 0.02);
+        best = MAX(best, times * (double)WEIGHTS / passed);
+    }
+    free(tiles);
+    free(codes);
+    return best;
+}
+
+/* Memory of the process in use, in KiB; 0 where the system does not tell. */
+static long resident_memory(void) {
+    char line[256];
+    long found = 0;
+    FILE *file = fopen("/proc/self/status", "r");
+    while (file && !found && fgets(line, sizeof line, file)) sscanf(line, "VmRSS: %ld", &found);
+    if (file) fclose(file);
+    return found;
+}
+
+/* Tokens a second, reading `count` tokens `chunk` at a time. */
+static double measure_tokens(mkb_context *c, size_t count, size_t chunk, float *logits, char *error) {
+    uint32_t tokens[512];
+    double begin = seconds_now();
+    for (size_t done = 0; done < count; done += chunk) {
+        for (size_t i = 0; i < chunk; i++) tokens[i] = (uint32_t)((done + i) * 7919 % c->model->set.vocab_size);
+        if (mkb_decode(c, tokens, chunk, logits, error)) return -1;
+    }
+    return (double)count / (seconds_now() - begin);
+}
+
+static int measure_model(const bench_options *o, bench_result *r, char *error) {
+    mkb_model *m = NULL;
+    mkb_context *c = NULL;
+    size_t prefill = round_up(o->tokens, 512);
+    double begin = seconds_now();
+    int status = mkb_model_open(o->path, 0, &m, error);
+    float *logits = status ? NULL : malloc(m->set.vocab_size * sizeof *logits);
+    if (!status && !logits) status = fail(error, MKB_ERROR_MEMORY, "no memory for logits");
+    if (!status) status = mkb_context_create(m, o->threads, (uint32_t)(2 * (o->tokens + prefill)), &c, error);
+    if (!status) {
+        const uint32_t first = 0;
+        status = mkb_decode(c, &first, 1, logits, error);
+        r->open_seconds = seconds_now() - begin;
+    }
+    if (!status) {
+        r->prefill = measure_tokens(c, prefill, 512, logits, error);
+        mkb_reset(c);
+        r->decode = measure_tokens(c, o->tokens, 1, logits, error);
+        r->resident = resident_memory();
+        mkb_model_info(m, &r->info);
+        status = r->prefill < 0 || r->decode < 0 ? MKB_ERROR_FULL : MKB_OK;
+    }
+    if (!status && !has_attention(m)) {
+        c->position = 100000;
+        r->late = measure_tokens(c, o->tokens, 1, logits, error);
+    }
+    mkb_context_destroy(c);
+    free(logits);
+    mkb_model_close(m);
+    return status;
+}
+
+/* The share of the read bandwidth that decoding uses, states being read and written. */
+static double bandwidth_share(const bench_result *r) {
+    double bytes = (double)r->info.bytes_per_token + 2.0 * (double)r->info.state_bytes;
+    return r->bandwidth > 0 ? r->decode * bytes / r->bandwidth : 0;
+}
+
+static void print_bench(const bench_options *o, const bench_result *r) {
+    printf("kernels              %s, %d thread%s\n", mkb_kernels(), o->threads, o->threads == 1 ? "" : "s");
+    printf("parameters           %.1f M, of which a token uses %.1f M\n", 1e-6 * (double)r->info.parameters,
+           1e-6 * (double)r->info.active_parameters);
+    printf("file, state          %.1f MB, %.2f MB\n", 1e-6 * (double)r->info.file_bytes, 1e-6 * (double)r->info.state_bytes);
+    printf("read bandwidth       %.1f GB/s\n", 1e-9 * r->bandwidth);
+    for (int i = 0; i < NUM_KERNELS; i++)
+        if (r->gemv[i] > 0) printf("in cache %-11s %.1f Gweights/s\n", KERNELS[i].name, 1e-9 * r->gemv[i]);
+    printf("open to first token  %.1f ms\n", 1e3 * r->open_seconds);
+    printf("prefill              %.0f tokens/s\n", r->prefill);
+    printf("decode               %.0f tokens/s, %.0f %% of the read bandwidth\n", r->decode, 100 * bandwidth_share(r));
+    if (r->late > 0) printf("decode at 100,000    %.0f tokens/s\n", r->late);
+    if (r->resident) printf("memory               %.1f MB\n", (double)r->resident * 1.024e-3);
+}
+
+static void print_bench_json(const bench_options *o, const bench_result *r) {
+    int first = 1;
+    printf("{\"kernels\": \"%s\", \"threads\": %d, \"tokens\": %lu, \"parameters\": %llu, \"active_parameters\": %llu, ",
+           mkb_kernels(), o->threads, (unsigned long)o->tokens, (unsigned long long)r->info.parameters,
+           (unsigned long long)r->info.active_parameters);
+    printf("\"file_bytes\": %llu, \"state_bytes\": %llu, \"bytes_per_token\": %llu, \"gweights_per_second\": {",
+           (unsigned long long)r->info.file_bytes, (unsigned long long)r->info.state_bytes,
+           (unsigned long long)r->info.bytes_per_token);
+    for (int i = 0; i < NUM_KERNELS; i++)
+        if (r->gemv[i] > 0) printf("%s\"%s\": %.2f", first ? "" : ", ", KERNELS[i].name, 1e-9 * r->gemv[i]), first = 0;
+    printf("}, \"read_bytes_per_second\": %.0f, \"first_token_seconds\": %.6f, \"prefill_tokens_per_second\": %.2f, ",
+           r->bandwidth, r->open_seconds, r->prefill);
+    printf("\"decode_tokens_per_second\": %.2f, \"late_tokens_per_second\": %.2f, \"bandwidth_share\": %.4f, ", r->decode,
+           r->late, bandwidth_share(r));
+    printf("\"resident_bytes\": %ld}\n", r->resident * 1024);
+}
+
+/* A whole number from `least` to `most`, or −1. */
+static long parse_count(const char *text, long least, long most) {
+    char *end;
+    long value;
+    errno = 0;
+    value = text ? strtol(text, &end, 10) : -1;
+    return !text || errno || end == text || *end || value < least || value > most ? -1 : value;
+}
+
+static int bench_usage(void) {
+    fprintf(stderr, "usage: mixkabrn bench MODEL [--threads N] [--tokens N] [--json]\n");
+    return 2;
+}
+
+static int parse_bench(int count, char **arguments, bench_options *o) {
+    for (int i = 0; i < count; i++) {
+        const char *value = i + 1 < count ? arguments[i + 1] : NULL;
+        long number = 0;
+        if (!strcmp(arguments[i], "--json")) o->json = 1;
+        else if (!strcmp(arguments[i], "--threads")) number = parse_count(value, 1, 256), o->threads = (int)number, i++;
+        else if (!strcmp(arguments[i], "--tokens")) number = parse_count(value, 1, 10000000), o->tokens = (size_t)number, i++;
+        else if (arguments[i][0] == '-' || o->path) return -1;
+        else o->path = arguments[i];
+        if (number < 0) return -1;
+    }
+    return o->path ? 0 : -1;
+}
+
+static int command_bench(int count, char **arguments) {
+    bench_options o = {NULL, 1, 0, 512};
+    bench_result r = {0};
+    char error[MKB_ERROR_BYTES];
+    if (parse_bench(count, arguments, &o)) return bench_usage();
+    if (measure_model(&o, &r, error)) {
+        fprintf(stderr, "error: %s\n", error);
+        return 1;
+    }
+    r.bandwidth = measure_bandwidth();
+    for (int i = 0; i < NUM_KERNELS; i++)
+        if (KERNELS[i].supported()) r.gemv[i] = measure_gemv(&KERNELS[i]);
+    if (o.json) print_bench_json(&o, &r);
+    else print_bench(&o, &r);
+    return 0;
+}
+
+static int usage(void) {
+    fprintf(stderr, "usage: mixkabrn generate | chat | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
+            mkb_kernels());
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    const char *command = argc > 1 ? argv[1] : "";
+    if (!strcmp(command, "selftest")) return command_selftest();
+    if (!strcmp(command, "bench")) return command_bench(argc - 2, argv + 2);
+    return usage();
+}
 #endif
