@@ -884,6 +884,10 @@ INLINE vec load_halves(const uint16_t *from, size_t rest) {
         if (rest) __VA_ARGS__;                                                                                         \
     } while (0)
 
+/* The same with one copy of a step that is large. */
+#define EACH_ONCE(i, rest, n, ...)                                                                                     \
+    for (size_t i = 0, rest = (n); i < (n); i += LANES, rest = (n) - i) __VA_ARGS__
+
 /* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
 INLINE vec exponential(vec x) {
     x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
@@ -915,9 +919,12 @@ INLINE ivec write_codes(int8_t *to, size_t i, vec x) {
     return whole;
 }
 
-/* RMSNorm and the absmax quantizer of y [n], whose squares' sum and largest magnitude are known. */
-INLINE void finish_row(const float *y, size_t n, vec squares, vec most, row_out *out) {
-    float norm = 1.0f / sqrtf(sum(squares) / (float)n + 1e-6f), peak = norm * largest(most);
+/* Of a row: its squares' sum and its largest magnitude. */
+typedef struct { float squares, most; } row_size;
+
+/* RMSNorm and the absmax quantizer of y [n]. */
+INLINE void finish_row_body(const float *y, size_t n, row_size size, row_out *out) {
+    float norm = 1.0f / sqrtf(size.squares / (float)n + 1e-6f), peak = norm * size.most;
     out->scale = out->codes ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
     if (out->values) EACH(i, rest, n, store(out->values + i, rest, load(y + i, rest) * norm));
     if (!out->codes) return;
@@ -932,10 +939,10 @@ INLINE void measure(vec y, vec *squares, vec *most) {
     *most = larger(magnitude(y), *most);
 }
 
-INLINE void norm_row_body(const float *x, size_t n, row_out *out) {
+INLINE row_size norm_row_body(const float *x, size_t n) {
     vec squares = {0}, most = {0};
     EACH(i, rest, n, measure(load(x + i, rest), &squares, &most));
-    finish_row(x, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
@@ -945,10 +952,10 @@ INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
 }
 
 /* silu(gate)·up, normalized. */
-INLINE void gate_row_body(const float *gate, const float *up, size_t n, float *y, row_out *out) {
+INLINE row_size gate_row_body(const float *gate, const float *up, size_t n, float *y) {
     vec squares = {0}, most = {0};
-    EACH(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
-    finish_row(y, n, squares, most, out);
+    EACH_ONCE(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* A learned function of each group of channels, of codes·factor or of values·factor. */
@@ -1000,15 +1007,15 @@ INLINE float function_factor(const row_function *f, size_t n) {
     return f->factor * (1.0f / sqrtf(sum(squares) / (float)n + 1e-6f));
 }
 
-INLINE void function_row_body(const row_function *f, size_t n, float *y, row_out *out) {
+INLINE row_size function_row_body(const row_function *f, size_t n, float *y) {
     size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
     float factor = function_factor(f, n);
     vec squares = {0}, most = {0};
     for (size_t g = 0; g < f->groups; g++) {
         const float *c = f->coefficients + g * terms;
-        EACH(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
+        EACH_ONCE(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
     }
-    finish_row(y, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* B-splines on a uniform grid, continued in straight lines outside it. */
@@ -1062,7 +1069,7 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     vec silu = all(1e-5f), far = {0};
     out->base.scale = out->splines.scale = 1.0f;
     if (!out->base.codes) return;
-    EACH(i, rest, n, {
+    EACH_ONCE(i, rest, n, {
         vec z = load(x + i, rest), distance = magnitude(z - 0.5f * (g->low + g->high));
         float kept[LANES] = {0};
         silu = larger(magnitude(z * sigmoid(z)), silu);
@@ -1073,45 +1080,46 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     out->base.scale = 127.0f / largest(silu);
 }
 
-INLINE void spline_values(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w);
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++)
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++)
-            out->splines.values[(i + lane) * size + (size_t)interval[lane] + r] = w[r][lane];
-    store(out->base.values + i, rest, x * sigmoid(x));
+/* Totals of the codes so far. */
+typedef struct { ivec base, splines; } spline_totals;
+
+/* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
+INLINE void put_splines(size_t size, ivec interval, uint32_t r, vec value, size_t i, size_t lanes, spline_out *out,
+                        ivec *total) {
+    int8_t codes[LANES];
+    float values[LANES];
+    int32_t at[LANES];
+    row_out *to = &out->splines;
+    memcpy(at, &interval, sizeof at);
+    memcpy(values, &value, sizeof values);
+    ivec whole = write_codes(codes, 0, value * to->scale);
+    for (size_t lane = 0; lane < lanes; lane++) {
+        size_t place = (i + lane) * size + (size_t)at[lane] + r;
+        if (to->codes) to->codes[place] = codes[lane];
+        else to->values[place] = values[lane];
+    }
+    for (size_t lane = lanes; lane < LANES; lane++) whole[lane] = 0;
+    *total += whole;
 }
 
-INLINE ivec spline_codes(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, ivec *base_total) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w), total = {0};
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++) {
-        int8_t codes[LANES];
-        ivec whole = write_codes(codes, 0, w[r] * out->splines.scale);
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++) {
-            out->splines.codes[(i + lane) * size + (size_t)interval[lane] + r] = codes[lane];
-            total[lane] += whole[lane];
-        }
-    }
-    *base_total += write_codes(out->base.codes, i, x * sigmoid(x) * out->base.scale);
-    return total;
+INLINE void expand_inputs(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, spline_totals *totals) {
+    vec w[MAX_DEGREE + 1], silu = x * sigmoid(x);
+    ivec interval = splines_at(g, x, w);
+    for (uint32_t r = 0; r <= g->degree; r++)
+        put_splines(g->intervals + g->degree, interval, r, w[r], i, MIN(rest, (size_t)LANES), out, &totals->splines);
+    if (out->base.codes) totals->base += write_codes(out->base.codes, i, silu * out->base.scale);
+    else store(out->base.values + i, rest, silu);
 }
 
 INLINE void spline_row_body(const spline_grid *g, const float *x, size_t n, spline_out *out) {
     size_t size = g->intervals + g->degree;
-    ivec total = {0}, base_total = {0};
+    spline_totals totals = {{0}, {0}};
     spline_scales(g, x, n, out);
-    if (!out->base.codes) {
-        memset(out->splines.values, 0, n * size * 4);
-        EACH(i, rest, n, spline_values(g, load(x + i, rest), i, rest, out));
-        return;
-    }
-    memset(out->splines.codes, 0, n * size);
-    EACH(i, rest, n, total += spline_codes(g, load(x + i, rest), i, rest, out, &base_total));
-    out->splines.total = whole_sum(total);
-    out->base.total = whole_sum(base_total);
+    if (out->splines.codes) memset(out->splines.codes, 0, n * size);
+    else memset(out->splines.values, 0, n * size * 4);
+    EACH_ONCE(i, rest, n, expand_inputs(g, load(x + i, rest), i, rest, out, &totals));
+    out->splines.total = whole_sum(totals.splines);
+    out->base.total = whole_sum(totals.base);
 }
 
 /* One head over some tokens: S ← decay·S + kᵀv, out = q·S. The state [V/16][K][16] stays in registers while tokens
@@ -1153,7 +1161,7 @@ INLINE void retain_block(const retention_job *j, float *state, size_t at, size_t
 }
 
 INLINE void retention_body(const retention_job *j) {
-    EACH(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
+    EACH_ONCE(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
 }
 
 INLINE float dot(const float *x, const float *y, size_t n) {
@@ -1182,7 +1190,7 @@ INLINE float attention_scores(const attention_job *j, size_t first, size_t count
 
 INLINE void attention_body(const attention_job *j) {
     float score[ATTENTION_BLOCK], most = -INFINITY, total = 0;
-    EACH(i, rest, j->value, store(j->out + i, rest, all(0)));
+    EACH_ONCE(i, rest, j->value, store(j->out + i, rest, all(0)));
     for (size_t first = 0; first < j->seen; first += ATTENTION_BLOCK) {
         size_t count = MIN((size_t)ATTENTION_BLOCK, j->seen - first);
         float before = most;
@@ -1190,13 +1198,13 @@ INLINE void attention_body(const attention_job *j) {
         float shrink = before == -INFINITY ? 0.0f : expf(before - most);
         total *= shrink;
         for (size_t i = 0; i < count; i++) total += score[i] = expf(score[i] - most);
-        EACH(at, rest, j->value, {
+        EACH_ONCE(at, rest, j->value, {
             vec out = load(j->out + at, rest) * shrink;
             for (size_t i = 0; i < count; i++) out += score[i] * load(j->v + (first + i) * j->value_stride + at, rest);
             store(j->out + at, rest, out);
         });
     }
-    EACH(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
+    EACH_ONCE(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
 }
 
 /* Divide by the root mean square and multiply by `times`, in place. */
@@ -1305,12 +1313,18 @@ typedef struct {
 
 /* All bodies for one kind of machine. */
 #define FLOAT_KERNELS(kind, target)                                                                                    \
-    target static void norm_row_##kind(const float *x, size_t n, row_out *out) { norm_row_body(x, n, out); }           \
+    target static __attribute__((noinline)) void finish_row_##kind(const float *y, size_t n, row_size size,            \
+                                                                   row_out *out) {                                     \
+        finish_row_body(y, n, size, out);                                                                              \
+    }                                                                                                                  \
+    target static void norm_row_##kind(const float *x, size_t n, row_out *out) {                                       \
+        finish_row_##kind(x, n, norm_row_body(x, n), out);                                                             \
+    }                                                                                                                  \
     target static void gate_row_##kind(const float *gate, const float *up, size_t n, float *y, row_out *out) {         \
-        gate_row_body(gate, up, n, y, out);                                                                            \
+        finish_row_##kind(y, n, gate_row_body(gate, up, n, y), out);                                                   \
     }                                                                                                                  \
     target static void function_row_##kind(const row_function *f, size_t n, float *y, row_out *out) {                  \
-        function_row_body(f, n, y, out);                                                                               \
+        finish_row_##kind(y, n, function_row_body(f, n, y), out);                                                      \
     }                                                                                                                  \
     target static void spline_row_##kind(const spline_grid *g, const float *x, size_t n, spline_out *out) {            \
         spline_row_body(g, x, n, out);                                                                                 \
