@@ -588,11 +588,11 @@ static uint64_t bytes_with_scales(const tensor *t) {
     return matrix_bytes(t->dtype, t->rows, t->columns) + (uint64_t)t->scale_count * 4;
 }
 
-/* Parameters, and those that one token uses. */
+/* Parameters, and those that one token uses: of the embedding that is one row. */
 static void count_parameters(mkb_model *m) {
     const settings *s = &m->set;
-    uint64_t rows[2] = {(uint64_t)s->vocab_size * s->hidden, m->tensors[INT8].columns};
-    m->parameters = 2 * rows[0], m->active_parameters = rows[0] + s->hidden;
+    uint64_t head = (uint64_t)s->vocab_size * s->hidden;
+    m->parameters = 2 * head, m->active_parameters = head + s->hidden;
     m->bytes_per_token = bytes_with_scales(&m->tensors[HEAD]);
     for (uint32_t i = 0; i < s->layers; i++)
         for (int which = 0; which < LAYER_TENSORS; which++) {
@@ -620,8 +620,9 @@ static int read_tensors(mkb_model *m, char *error) {
 }
 
 static int read_layers(mkb_model *m, char *error) {
-    uint64_t offset = read_u64(m->bytes + 208), least = 5;
-    if (!inside(m, offset, m->set.layers) || m->size / RECORD_BYTES / least < m->set.layers)
+    enum { LEAST_TENSORS = 7 }; /* of a layer: five matrices of its mixer, two of its feed-forward */
+    uint64_t offset = read_u64(m->bytes + 208);
+    if (!inside(m, offset, m->set.layers) || m->size / RECORD_BYTES / LEAST_TENSORS < m->set.layers)
         return refuse(m, error, "the table of layers at", offset, "lies outside the file; copy or pack it again");
     m->layers = calloc(m->set.layers, sizeof *m->layers);
     if (!m->layers) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for the table of layers", m->name);
@@ -638,8 +639,8 @@ static int read_part(const mkb_model *m, size_t at, const char *what, const unsi
     uint64_t offset = read_u64(m->bytes + at), bytes = read_u64(m->bytes + at + 8);
     *part = m->bytes, *size = bytes;
     if (!bytes) return MKB_OK;
-    *part = m->bytes + offset;
     if (!inside(m, offset, bytes)) return refuse(m, error, what, offset, "lies outside the file; copy or pack it again");
+    *part = m->bytes + offset;
     return MKB_OK;
 }
 
