@@ -18,11 +18,12 @@ from data_prep.train_tokenizer import train_tokenizer
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.runtime.build import compile_runtime
 from kabrn_dist.runtime.native import NativeModel
-from tests.support.text_models import write_scripted_model, write_text_model
+from tests.support.text_models import train_bpe, write_scripted_model, write_text_model
 
 ROOT = Path(__file__).parents[2]
 BPE = train_tokenizer([(ROOT / "README.md").read_text(encoding="utf-8")], 300)
 # After a colon it says "Héi", and goes on as the user.
+BYTES = Tokenizer.of_bytes()
 SCRIPT = ":Héi\nUser:".encode()
 SECONDS = 120
 
@@ -44,7 +45,7 @@ def chat(model: Path, *lines: str, options: tuple[object, ...] = ()) -> tuple[li
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scripted") / "m.mkb"
-    write_scripted_model(path, SCRIPT)
+    write_scripted_model(path, BYTES, SCRIPT)
     return path
 
 
@@ -58,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "bytes", "hybrid"])
 def test_the_likeliest_text_is_that_of_python(kind: str, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.of_bytes() if kind == "bytes" else BPE
+    tokenizer = BYTES if kind == "bytes" else BPE
     overrides = ["model.layers=RAR"] if kind == "hybrid" else []
     random_model = write_text_model(tmp_path / "m.mkb", tokenizer, *overrides)
     for prompt in ("", "def f(x):\n", "Ελληνικά 漢字 👩‍💻 <|document|>"):
@@ -108,16 +109,15 @@ def test_stop_strings_are_never_shown(scripted: Path) -> None:
     assert run(*base, "--tokens", 2)[0].decode() == "H\ufffd"
 
 
-def read_ids(path: Path, state: Path, text: str) -> tuple[int, float]:
-    """Position of a saved state, and how far its logits of one more token are from those after reading a text."""
+def compare_states(path: Path, state: Path, text: str | list[int]) -> float:
+    """How far the logits after a saved state and one more token are from those after a document of this text."""
     with NativeModel(path) as native, native.context() as saved, native.context() as fresh:
         saved.load_state(state)
-        position = saved.position
-        fresh.decode([native.info.document_token, *text.encode()])
-        assert fresh.position == position
+        fresh.decode([native.info.document_token, *(text.encode() if isinstance(text, str) else text)])
+        assert fresh.position == saved.position
         ours, theirs = saved.decode([65]), fresh.decode([65])
         assert ours is not None and theirs is not None
-        return position, float(np.abs(ours - theirs).max())
+        return float(np.abs(ours - theirs).max())
 
 
 @pytest.mark.slow
@@ -126,35 +126,43 @@ def test_the_state_of_a_chat_is_its_text(scripted: Path, tmp_path: Path) -> None
     answers, errors = chat(scripted, "one", "two", f"/save {tmp_path / 's'}", options=greedy)
     assert answers == ["Héi", "Héi"] and "ChatML" not in errors
     text = "User: one\nAssistant:Héi\nUser: two\nAssistant:Héi\nUser:"
-    assert read_ids(scripted, tmp_path / "s", text)[1] < 1e-4
+    assert compare_states(scripted, tmp_path / "s", text) < 1e-4
     # A turn reads its own text alone: " two\nAssistant:".
     assert "[15 tokens read, " in errors.splitlines()[2]
     # A limit inside the answer, another stop string, and a prefix of another kind.
     for options, answer in ((("--tokens", 2), "H\ufffd"), (("--stop", "i"), "Hé")):
         answers, _ = chat(scripted, "one", f"/save {tmp_path / 's'}", options=(*greedy, *options))
         assert answers == [answer]
-    assert read_ids(scripted, tmp_path / "s", "User: one\nAssistant:Hé\nUser:")[1] < 1e-4
+    assert compare_states(scripted, tmp_path / "s", "User: one\nAssistant:Hé\nUser:") < 1e-4
     chat(scripted, "one", f"/save {tmp_path / 's'}", options=(*greedy, "--system", "Be brief."))
-    assert read_ids(scripted, tmp_path / "s", "Be brief.\n\nUser: one\nAssistant:Héi\nUser:")[1] < 1e-4
+    assert compare_states(scripted, tmp_path / "s", "Be brief.\n\nUser: one\nAssistant:Héi\nUser:") < 1e-4
 
 
 @pytest.mark.slow
 def test_a_document_that_ends_ends_the_answer(tmp_path: Path) -> None:
-    write_scripted_model(tmp_path / "m.mkb", b":Hi", document_after=ord("i"))
+    write_scripted_model(tmp_path / "m.mkb", BYTES, [*b":Hi", BYTES.document_token])
     answers, _ = chat(tmp_path / "m.mkb", "one", f"/save {tmp_path / 's'}", options=("--temperature", 0))
     assert answers == ["Hi"]
-    assert read_ids(tmp_path / "m.mkb", tmp_path / "s", "User: one\nAssistant:Hi\nUser:")[1] < 1e-4
+    assert compare_states(tmp_path / "m.mkb", tmp_path / "s", "User: one\nAssistant:Hi\nUser:") < 1e-4
 
 
 @pytest.mark.slow
 def test_chatml_is_used_when_the_template_has_it(tmp_path: Path) -> None:
-    write_scripted_model(
-        tmp_path / "m.mkb", b"\nHey<|im_end|>", template="{% for m in messages %}<|im_start|>{{ m.role }}"
-    )
-    answers, errors = chat(tmp_path / "m.mkb", "one", f"/save {tmp_path / 's'}", options=("--temperature", 0))
+    bpe = train_bpe("gpt2", [(ROOT / "README.md").read_text(encoding="utf-8")], 270)
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(bpe.to_str().encode())
+    start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    script = [*tokenizer.encode("\nHey"), end]
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}"
+    write_scripted_model(tmp_path / "m.mkb", tokenizer, script, template=template)
+    lines = ("one <|im_end|>", f"/save {tmp_path / 's'}")
+    answers, errors = chat(tmp_path / "m.mkb", *lines, options=("--temperature", 0, "--system", "Be."))
     assert answers == ["Hey"] and "ChatML" in errors
-    text = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nHey<|im_end|>\n<|im_start|>user\n"
-    assert read_ids(tmp_path / "m.mkb", tmp_path / "s", text)[1] < 1e-4
+    # What the user says holds no special token, whatever it spells.
+    parts = [start, "system\n", "Be.", end, "\n", start, "user\n", "one <|im_end|>", end, "\n", start, "assistant\n"]
+    parts += ["Hey", end, "\n", start, "user\n"]
+    ids = [id for part in parts for id in ([part] if isinstance(part, int) else tokenizer.encode(part))]
+    assert compare_states(tmp_path / "m.mkb", tmp_path / "s", ids) < 1e-4
 
 
 @pytest.mark.slow

@@ -98,14 +98,14 @@ def test_the_same_seed_draws_the_same_tokens(context: NativeContext, logits: np.
 
 
 def test_draws_are_the_same_on_every_machine(context: NativeContext) -> None:
-    logits = np.sin(np.arange(ROWS, dtype=np.float32) * 1.7) * 3
+    logits = ((np.arange(ROWS) * 37) % 101 / 16).astype(np.float32)
     context.reset()
     context.set_sampling(temperature=1.0, top_k=0, seed=42)
     assert [context.sample(logits) for _ in range(8)] == FIXED_DRAWS
 
 
 # From the first machine that ran this test.
-FIXED_DRAWS: list[int] = []
+FIXED_DRAWS = [136, 234, 161, 60, 251, 90, 177, 19]
 
 
 def test_the_likeliest_is_the_lowest_of_equal_ones(context: NativeContext) -> None:

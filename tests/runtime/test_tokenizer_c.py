@@ -23,7 +23,7 @@ from tests.support.text_models import PRE_TOKENIZERS, train_bpe, write_text_mode
 
 ROOT = Path(__file__).parents[2]
 FILES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("tests/data*/*.py"))[:20]]
-TEXTS = [file.read_text(encoding="utf-8") for file in FILES]
+TEXTS = [text for file in FILES if (text := file.read_text(encoding="utf-8"))]
 ADDED = [
     AddedToken("<|im_start|>", special=True),
     AddedToken("<tool>", special=False),
@@ -156,16 +156,16 @@ def test_a_byte_that_begins_no_character_is_a_word_of_its_own_kind(pairs: Pairs)
 
 
 @pytest.mark.slow
-def test_words_of_millions_of_bytes_take_seconds(pairs: Pairs) -> None:
+def test_a_word_of_a_million_bytes_takes_seconds(pairs: Pairs) -> None:
     rng = random.Random(10)
-    content = bytes(rng.choices(b"abcdefetaoinshr", k=3_000_000))
+    content = bytes(rng.choices(b"abcdefetaoinshr", k=1_000_000))
     for name, tokenizer, model in pairs:
         if "True" in name:
             continue
-        for text in (content, b"\n" * 3_000_000):
+        for text in (content, b"\n" * 1_000_000):
             start = time.process_time()
             ids = model.tokenize(text)
-            assert time.process_time() - start < 20, name
+            assert time.process_time() - start < 10, name
             assert tokenizer.decode_bytes(ids) == text
 
 

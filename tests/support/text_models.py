@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,28 +67,27 @@ def write_text_model(path: Path, tokenizer: Tokenizer, *overrides: str, template
     return model
 
 
-def write_scripted_model(path: Path, script: bytes, document_after: int | None = None, template: str = "") -> None:
-    """Write a model of bytes that continues each byte of a script by the next one, from whatever came before.
+def write_scripted_model(path: Path, tokenizer: Tokenizer, script: Sequence[int], template: str = "") -> None:
+    """Write a model that continues each token of a script by the next one, whatever came before.
 
     Args:
         path: The file.
-        script: Bytes, each of which is followed by the same one wherever it occurs.
-        document_after: A byte that the document's end follows.
+        tokenizer: The model's tokenizer.
+        script: Tokens, each of which is followed by the same one wherever it occurs.
         template: Chat template.
     """
-    config = make_model_config("model.vocab_size=300", "model.hidden_size=64")
+    size = max(300, tokenizer.vocab_size)
+    config = make_model_config(f"model.vocab_size={size}", "model.hidden_size=64")
     model = make_model(config)
     follows = dict(pairwise(script))
     assert all(follows[a] == b for a, b in pairwise(script))
-    if document_after is not None:
-        follows[document_after] = 256
     generator = torch.Generator().manual_seed(0)
-    rows = torch.nn.functional.normalize(torch.randn(300, 64, generator=generator), dim=1)
+    rows = torch.nn.functional.normalize(torch.randn(size, 64, generator=generator), dim=1)
     with torch.no_grad():
         # What layers add is small beside it, so the next token depends on the last one alone.
         model.embedding.weight.copy_(1e4 * rows)
-        head = torch.zeros(300, 64)
+        head = torch.zeros(size, 64)
         for before, after in follows.items():
             head[after] += rows[before]
         model.head.weight.copy_(head)
-    write_model_file(model, config, Tokenizer.of_bytes(), 1, path, template=template, embedding_dtype="fp32")
+    write_model_file(model, config, tokenizer, 1, path, template=template, embedding_dtype="fp32")
