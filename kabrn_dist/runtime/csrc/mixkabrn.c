@@ -70,7 +70,12 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNUSED __attribute__((unused))
+/* Small loops over registers: arrays of vectors stay in registers only if their loops vanish. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -830,7 +835,9 @@ INLINE vec nearest(vec x) { return (x + 12582912.0f) - 12582912.0f; }
 INLINE float sum(vec x) {
     float part[LANES];
     memcpy(part, &x, sizeof part);
+    UNROLL
     for (int half = LANES / 2; half; half /= 2)
+        UNROLL
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 }
@@ -845,7 +852,9 @@ INLINE int32_t whole_sum(ivec x) {
 INLINE float largest(vec x) {
     float part[LANES];
     memcpy(part, &x, sizeof part);
+    UNROLL
     for (int half = LANES / 2; half; half /= 2)
+        UNROLL
         for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
     return part[0];
 }
@@ -889,6 +898,10 @@ INLINE vec load_halves(const uint16_t *from, size_t rest) {
         if (rest) __VA_ARGS__;                                                                                         \
     } while (0)
 
+/* The same with one copy of a step that is large. */
+#define EACH_ONCE(i, rest, n, ...)                                                                                     \
+    for (size_t i = 0, rest = (n); i < (n); i += LANES, rest = (n) - i) __VA_ARGS__
+
 /* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
 INLINE vec exponential(vec x) {
     x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
@@ -920,9 +933,12 @@ INLINE ivec write_codes(int8_t *to, size_t i, vec x) {
     return whole;
 }
 
-/* RMSNorm and the absmax quantizer of y [n], whose squares' sum and largest magnitude are known. */
-INLINE void finish_row(const float *y, size_t n, vec squares, vec most, row_out *out) {
-    float norm = 1.0f / sqrtf(sum(squares) / (float)n + 1e-6f), peak = norm * largest(most);
+/* Of a row: its squares' sum and its largest magnitude. */
+typedef struct { float squares, most; } row_size;
+
+/* RMSNorm and the absmax quantizer of y [n]. */
+INLINE void finish_row_body(const float *y, size_t n, row_size size, row_out *out) {
+    float norm = 1.0f / sqrtf(size.squares / (float)n + 1e-6f), peak = norm * size.most;
     out->scale = out->codes ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
     if (out->values) EACH(i, rest, n, store(out->values + i, rest, load(y + i, rest) * norm));
     if (!out->codes) return;
@@ -937,10 +953,10 @@ INLINE void measure(vec y, vec *squares, vec *most) {
     *most = larger(magnitude(y), *most);
 }
 
-INLINE void norm_row_body(const float *x, size_t n, row_out *out) {
+INLINE row_size norm_row_body(const float *x, size_t n) {
     vec squares = {0}, most = {0};
     EACH(i, rest, n, measure(load(x + i, rest), &squares, &most));
-    finish_row(x, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
@@ -950,10 +966,10 @@ INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
 }
 
 /* silu(gate)·up, normalized. */
-INLINE void gate_row_body(const float *gate, const float *up, size_t n, float *y, row_out *out) {
+INLINE row_size gate_row_body(const float *gate, const float *up, size_t n, float *y) {
     vec squares = {0}, most = {0};
-    EACH(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
-    finish_row(y, n, squares, most, out);
+    EACH_ONCE(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* A learned function of each group of channels, of codes·factor or of values·factor. */
@@ -1005,15 +1021,15 @@ INLINE float function_factor(const row_function *f, size_t n) {
     return f->factor * (1.0f / sqrtf(sum(squares) / (float)n + 1e-6f));
 }
 
-INLINE void function_row_body(const row_function *f, size_t n, float *y, row_out *out) {
+INLINE row_size function_row_body(const row_function *f, size_t n, float *y) {
     size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
     float factor = function_factor(f, n);
     vec squares = {0}, most = {0};
     for (size_t g = 0; g < f->groups; g++) {
         const float *c = f->coefficients + g * terms;
-        EACH(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
+        EACH_ONCE(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
     }
-    finish_row(y, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* B-splines on a uniform grid, continued in straight lines outside it. */
@@ -1067,7 +1083,7 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     vec silu = all(1e-5f), far = {0};
     out->base.scale = out->splines.scale = 1.0f;
     if (!out->base.codes) return;
-    EACH(i, rest, n, {
+    EACH_ONCE(i, rest, n, {
         vec z = load(x + i, rest), distance = magnitude(z - 0.5f * (g->low + g->high));
         float kept[LANES] = {0};
         silu = larger(magnitude(z * sigmoid(z)), silu);
@@ -1078,45 +1094,46 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     out->base.scale = 127.0f / largest(silu);
 }
 
-INLINE void spline_values(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w);
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++)
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++)
-            out->splines.values[(i + lane) * size + (size_t)interval[lane] + r] = w[r][lane];
-    store(out->base.values + i, rest, x * sigmoid(x));
+/* Totals of the codes so far. */
+typedef struct { ivec base, splines; } spline_totals;
+
+/* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
+INLINE void put_splines(size_t size, ivec interval, uint32_t r, vec value, size_t i, size_t lanes, spline_out *out,
+                        ivec *total) {
+    int8_t codes[LANES];
+    float values[LANES];
+    int32_t at[LANES];
+    row_out *to = &out->splines;
+    memcpy(at, &interval, sizeof at);
+    memcpy(values, &value, sizeof values);
+    ivec whole = write_codes(codes, 0, value * to->scale);
+    for (size_t lane = 0; lane < lanes; lane++) {
+        size_t place = (i + lane) * size + (size_t)at[lane] + r;
+        if (to->codes) to->codes[place] = codes[lane];
+        else to->values[place] = values[lane];
+    }
+    for (size_t lane = lanes; lane < LANES; lane++) whole[lane] = 0;
+    *total += whole;
 }
 
-INLINE ivec spline_codes(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, ivec *base_total) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w), total = {0};
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++) {
-        int8_t codes[LANES];
-        ivec whole = write_codes(codes, 0, w[r] * out->splines.scale);
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++) {
-            out->splines.codes[(i + lane) * size + (size_t)interval[lane] + r] = codes[lane];
-            total[lane] += whole[lane];
-        }
-    }
-    *base_total += write_codes(out->base.codes, i, x * sigmoid(x) * out->base.scale);
-    return total;
+INLINE void expand_inputs(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, spline_totals *totals) {
+    vec w[MAX_DEGREE + 1], silu = x * sigmoid(x);
+    ivec interval = splines_at(g, x, w);
+    for (uint32_t r = 0; r <= g->degree; r++)
+        put_splines(g->intervals + g->degree, interval, r, w[r], i, MIN(rest, (size_t)LANES), out, &totals->splines);
+    if (out->base.codes) totals->base += write_codes(out->base.codes, i, silu * out->base.scale);
+    else store(out->base.values + i, rest, silu);
 }
 
 INLINE void spline_row_body(const spline_grid *g, const float *x, size_t n, spline_out *out) {
     size_t size = g->intervals + g->degree;
-    ivec total = {0}, base_total = {0};
+    spline_totals totals = {{0}, {0}};
     spline_scales(g, x, n, out);
-    if (!out->base.codes) {
-        memset(out->splines.values, 0, n * size * 4);
-        EACH(i, rest, n, spline_values(g, load(x + i, rest), i, rest, out));
-        return;
-    }
-    memset(out->splines.codes, 0, n * size);
-    EACH(i, rest, n, total += spline_codes(g, load(x + i, rest), i, rest, out, &base_total));
-    out->splines.total = whole_sum(total);
-    out->base.total = whole_sum(base_total);
+    if (out->splines.codes) memset(out->splines.codes, 0, n * size);
+    else memset(out->splines.values, 0, n * size * 4);
+    EACH_ONCE(i, rest, n, expand_inputs(g, load(x + i, rest), i, rest, out, &totals));
+    out->splines.total = whole_sum(totals.splines);
+    out->base.total = whole_sum(totals.base);
 }
 
 /* One head over some tokens: S ← decay·S + kᵀv, out = q·S. The state [V/16][K][16] stays in registers while tokens
@@ -1133,6 +1150,7 @@ INLINE void retain_keys(const retention_job *j, vec *s, size_t keys, size_t i, s
         const float *q = j->q + t * j->key_stride + i, *k = j->k + t * j->key_stride + i;
         float *out = j->out + t * j->value_stride + at;
         vec v = load(j->v + t * j->value_stride + at, rest), part[4];
+        UNROLL
         for (size_t n = 0; n < keys; n++) {
             s[n] = s[n] * j->decay + k[n] * v;
             part[n] = q[n] * s[n];
@@ -1157,7 +1175,7 @@ INLINE void retain_block(const retention_job *j, float *state, size_t at, size_t
 }
 
 INLINE void retention_body(const retention_job *j) {
-    EACH(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
+    EACH_ONCE(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
 }
 
 INLINE float dot(const float *x, const float *y, size_t n) {
@@ -1186,7 +1204,7 @@ INLINE float attention_scores(const attention_job *j, size_t first, size_t count
 
 INLINE void attention_body(const attention_job *j) {
     float score[ATTENTION_BLOCK], most = -INFINITY, total = 0;
-    EACH(i, rest, j->value, store(j->out + i, rest, all(0)));
+    EACH_ONCE(i, rest, j->value, store(j->out + i, rest, all(0)));
     for (size_t first = 0; first < j->seen; first += ATTENTION_BLOCK) {
         size_t count = MIN((size_t)ATTENTION_BLOCK, j->seen - first);
         float before = most;
@@ -1194,13 +1212,13 @@ INLINE void attention_body(const attention_job *j) {
         float shrink = before == -INFINITY ? 0.0f : expf(before - most);
         total *= shrink;
         for (size_t i = 0; i < count; i++) total += score[i] = expf(score[i] - most);
-        EACH(at, rest, j->value, {
+        EACH_ONCE(at, rest, j->value, {
             vec out = load(j->out + at, rest) * shrink;
             for (size_t i = 0; i < count; i++) out += score[i] * load(j->v + (first + i) * j->value_stride + at, rest);
             store(j->out + at, rest, out);
         });
     }
-    EACH(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
+    EACH_ONCE(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
 }
 
 /* Divide by the root mean square and multiply by `times`, in place. */
@@ -1233,25 +1251,41 @@ INLINE void convolve_body(float *y, const float *const *inputs, const float *wei
     });
 }
 
-/* 16 sums of a tile → results: (sum − total of the codes)·factor, by columns' scales if there are any. */
+/* Sums of tiles → results: (sum − total of the codes)·factor of each token, by the rows' scales if there are several;
+ * stored, or added with a weight. */
+enum { MOST_TOKENS = 64 };
 typedef struct {
-    const int32_t *sums;
-    int32_t total;
-    float factor;
-    const float *scales; /* [16], or NULL */
-    float *out;
-    size_t rows;         /* ≤ 16 */
-    float weight;
+    const int32_t *sums; /* [tiles][tokens][16] */
+    size_t tiles, tokens, rows;
+    int32_t totals[MOST_TOKENS];
+    float factors[MOST_TOKENS], weights[MOST_TOKENS];
+    float *out[MOST_TOKENS];
+    const float *scales;         /* of rows from `first_row` on, `scale_group` rows each; NULL: one for all */
+    size_t first_row, scale_group;
     int add;
-} tile_result;
+} sums_job;
 
-INLINE void finish_tile_body(const tile_result *t) {
-    ivec sums;
-    memcpy(&sums, t->sums, sizeof sums);
-    vec value = __builtin_convertvector(sums - t->total, vec) * t->factor;
-    if (t->scales) value *= load(t->scales, LANES);
-    if (t->add) value = load(t->out, t->rows) + t->weight * value;
-    store(t->out, t->rows, value);
+INLINE void finish_tile(const sums_job *j, size_t tile, size_t rest, const float *scales) {
+    const int32_t *from = j->sums + tile * j->tokens * TILE;
+    for (size_t t = 0; t < j->tokens; t++, from += TILE) {
+        float *out = j->out[t] + tile * TILE;
+        ivec sums;
+        memcpy(&sums, from, sizeof sums);
+        vec value = __builtin_convertvector(sums - j->totals[t], vec) * j->factors[t];
+        if (scales) value *= load(scales, LANES);
+        if (j->add) value = load(out, rest) + j->weights[t] * value;
+        store(out, rest, value);
+    }
+}
+
+INLINE void finish_sums_body(const sums_job *j) {
+    for (size_t tile = 0; tile < j->tiles; tile++) {
+        size_t rest = j->rows - tile * TILE;
+        float scales[TILE] = {0};
+        for (size_t r = 0; j->scales && r < MIN(rest, (size_t)TILE); r++)
+            scales[r] = j->scales[(j->first_row + tile * TILE + r) / j->scale_group];
+        finish_tile(j, tile, rest, j->scales ? scales : NULL);
+    }
 }
 
 /* Σ w·x in fp32 for four inputs at a time, so that the weights are read, and converted, once. */
@@ -1264,8 +1298,10 @@ INLINE void plain_dots_body(const void *weights, int halves, size_t n, const flo
         vec total[4] = {{0}};
         EACH(i, rest, n, {
             vec w = load_weights(weights, halves, i, rest);
+            UNROLL
             for (int t = 0; t < 4; t++) total[t] += w * load(x[t] + i, rest);
         });
+        UNROLL
         for (int t = 0; t < 4; t++) out[t] = sum(total[t]);
     }
     for (; count; count--, x++, out++) {
@@ -1285,18 +1321,24 @@ typedef struct {
     void (*norm_head)(float *x, size_t n, float eps, float times);
     void (*rotate)(float *x, const float *cosine, const float *sine, size_t half, float times);
     void (*convolve)(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n);
-    void (*finish_tile)(const tile_result *tile);
+    void (*finish_sums)(const sums_job *job);
     void (*plain_dots)(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out);
 } float_kernels;
 
 /* All bodies for one kind of machine. */
 #define FLOAT_KERNELS(kind, target)                                                                                    \
-    target static void norm_row_##kind(const float *x, size_t n, row_out *out) { norm_row_body(x, n, out); }           \
+    target static __attribute__((noinline)) void finish_row_##kind(const float *y, size_t n, row_size size,            \
+                                                                   row_out *out) {                                     \
+        finish_row_body(y, n, size, out);                                                                              \
+    }                                                                                                                  \
+    target static void norm_row_##kind(const float *x, size_t n, row_out *out) {                                       \
+        finish_row_##kind(x, n, norm_row_body(x, n), out);                                                             \
+    }                                                                                                                  \
     target static void gate_row_##kind(const float *gate, const float *up, size_t n, float *y, row_out *out) {         \
-        gate_row_body(gate, up, n, y, out);                                                                            \
+        finish_row_##kind(y, n, gate_row_body(gate, up, n, y), out);                                                   \
     }                                                                                                                  \
     target static void function_row_##kind(const row_function *f, size_t n, float *y, row_out *out) {                  \
-        function_row_body(f, n, y, out);                                                                               \
+        finish_row_##kind(y, n, function_row_body(f, n, y), out);                                                      \
     }                                                                                                                  \
     target static void spline_row_##kind(const spline_grid *g, const float *x, size_t n, spline_out *out) {            \
         spline_row_body(g, x, n, out);                                                                                 \
@@ -1313,7 +1355,7 @@ typedef struct {
                                        size_t n) {                                                                     \
         convolve_body(y, inputs, weights, taps, n);                                                                    \
     }                                                                                                                  \
-    target static void finish_tile_##kind(const tile_result *tile) { finish_tile_body(tile); }                         \
+    target static void finish_sums_##kind(const sums_job *job) { finish_sums_body(job); }                              \
     target static void plain_dots_##kind(const void *weights, int halves, size_t n, const float *const *x,             \
                                          size_t count, float *out) {                                                   \
         plain_dots_body(weights, halves, n, x, count, out);                                                            \
@@ -1321,7 +1363,7 @@ typedef struct {
     static const float_kernels FLOATS_##kind = {norm_row_##kind, gate_row_##kind, function_row_##kind,                 \
                                                 spline_row_##kind, retention_##kind, attention_##kind,                 \
                                                 norm_head_##kind, rotate_##kind, convolve_##kind,                      \
-                                                finish_tile_##kind, plain_dots_##kind};
+                                                finish_sums_##kind, plain_dots_##kind};
 
 #define NO_TARGET
 FLOAT_KERNELS(any, NO_TARGET)
@@ -1505,8 +1547,10 @@ TARGET_SSSE3 static void tile_row_ssse3(const unsigned char *tile, size_t across
             SSSE3_QUARTER(2);
             SSSE3_QUARTER(3);
         }
+        UNROLL
         for (int n = 0; n < 4; n++) total[n] = widen_ssse3(total[n], ones[n], fours[n]);
     }
+    UNROLL
     for (int n = 0; n < 4; n++) _mm_storeu_si128((__m128i *)(void *)(out + 4 * n), total[n]);
 }
 
@@ -1547,9 +1591,12 @@ TARGET_AVX2 static void tile_rows_avx2(const unsigned char *tile, const unsigned
             AVX2_HALF(2, next);
             AVX2_HALF(3, next + 32);
         }
+        UNROLL
         for (int n = 0; n < 4; n++) total[n] = widen_avx2(total[n], ones[n], fours[n]);
     }
+    UNROLL
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(out + 8 * n), total[n]);
+    UNROLL
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(next_out + 8 * n), total[2 + n]);
 }
 
@@ -1568,6 +1615,7 @@ TARGET_AVX2 static int64_t lanes_avx2(__m256i x) {
     int32_t lane[8];
     int64_t total = 0;
     memcpy(lane, &x, sizeof lane);
+    UNROLL
     for (int i = 0; i < 8; i++) total += lane[i];
     return total;
 }
@@ -1597,6 +1645,7 @@ TARGET_AVXVNNI static void half_tile_avxvnni(const unsigned char *tile, size_t a
     __m256i zero = _mm256_setzero_si256(), sums[4] = {zero, zero, zero, zero};
     for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
         __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)tile);
+        UNROLL
         for (int f = 0; f < 4; f++)
             sums[f] = _mm256_dpbusd_avx_epi32(sums[f], _mm256_and_si256(w, _mm256_set1_epi8((char)(3 << 2 * f))),
                                               _mm256_set1_epi32(four_codes(code + 4 * f)));
@@ -1629,18 +1678,27 @@ VNNI512_INLINE __m512i join_fields(const __m512i *sums) {
 VNNI512_INLINE void one_token_vnni512(const unsigned char *tiles, size_t across, const int8_t *code, size_t rows,
                                       int32_t *out) {
     __m512i sums[4][4];
+    UNROLL
     for (size_t r = 0; r < rows; r++)
+        UNROLL
         for (int f = 0; f < 4; f++) sums[r][f] = _mm512_setzero_si512();
     for (size_t c = 0; c < across; c++, tiles += TILE_BYTES, code += TILE) {
         __m512i x[4];
+        UNROLL
         for (int f = 0; f < 4; f++) x[f] = _mm512_set1_epi32(four_codes(code + 4 * f));
+        UNROLL
         for (size_t r = 0; r < rows; r++) {
-            __m512i w = _mm512_loadu_si512(tiles + r * across * TILE_BYTES);
+            const unsigned char *tile = tiles + r * across * TILE_BYTES;
+            __m512i w = _mm512_loadu_si512(tile);
+            /* The rows that come next; the machine's own prefetching loses its way among so many short streams. */
+            __builtin_prefetch(tile + rows * across * TILE_BYTES);
+            UNROLL
             for (int f = 0; f < 4; f++)
                 sums[r][f] = _mm512_dpbusd_epi32(sums[r][f],
                                                  _mm512_and_si512(w, _mm512_set1_epi8((char)(3 << 2 * f))), x[f]);
         }
     }
+    UNROLL
     for (size_t r = 0; r < rows; r++) _mm512_storeu_si512(out + r * TILE, join_fields(sums[r]));
 }
 
@@ -1648,6 +1706,7 @@ VNNI512_INLINE void one_token_vnni512(const unsigned char *tiles, size_t across,
 VNNI512_INLINE void tokens_vnni512(const unsigned char *tiles, size_t across, const int8_t *const *x, size_t count,
                                    int32_t *out) {
     __m512i sums[12], three = _mm512_set1_epi8(3);
+    UNROLL
     for (size_t t = 0; t < count; t++) sums[t] = _mm512_setzero_si512();
     for (size_t c = 0; c < across; c++) {
         __m512i w = _mm512_loadu_si512(tiles + c * TILE_BYTES), field[4];
@@ -1655,11 +1714,14 @@ VNNI512_INLINE void tokens_vnni512(const unsigned char *tiles, size_t across, co
         field[1] = _mm512_and_si512(_mm512_srli_epi32(w, 2), three);
         field[2] = _mm512_and_si512(_mm512_srli_epi32(w, 4), three);
         field[3] = _mm512_and_si512(_mm512_srli_epi32(w, 6), three);
+        UNROLL
         for (int f = 0; f < 4; f++)
+            UNROLL
             for (size_t t = 0; t < count; t++)
                 sums[t] = _mm512_dpbusd_epi32(sums[t], field[f],
                                               _mm512_set1_epi32(four_codes(x[t] + c * TILE + 4 * f)));
     }
+    UNROLL
     for (size_t t = 0; t < count; t++) _mm512_storeu_si512(out + t * TILE, sums[t]);
 }
 
@@ -1682,6 +1744,7 @@ TARGET_VNNI512 static void ternary_vnni512(const unsigned char *tiles, size_t ac
 /* Sums of the lanes of four registers. */
 VNNI512_INLINE __m128i four_totals(const __m512i *x) {
     __m256i half[4];
+    UNROLL
     for (int i = 0; i < 4; i++)
         half[i] = _mm256_add_epi32(_mm512_castsi512_si256(x[i]), _mm512_extracti64x4_epi64(x[i], 1));
     __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
@@ -1692,20 +1755,26 @@ VNNI512_INLINE __m128i four_totals(const __m512i *x) {
 VNNI512_INLINE void four_rows_vnni512(const int8_t *weights, const split_vector *x, int64_t *out) {
     __m512i sums[3][4], flip = _mm512_set1_epi8((char)128);
     int32_t total[3][4];
+    UNROLL
     for (int p = 0; p < 3; p++)
+        UNROLL
         for (int r = 0; r < 4; r++) sums[p][r] = _mm512_setzero_si512();
     for (size_t i = 0; i < x->size; i += 64) {
         __m512i high = _mm512_load_si512(x->high + i), middle = _mm512_load_si512(x->middle + i);
         __m512i low = _mm512_load_si512(x->low + i);
         __mmask64 present = x->size - i >= 64 ? ~0ull : (1ull << (x->size - i)) - 1;
+        UNROLL
         for (int r = 0; r < 4; r++) {
+            __builtin_prefetch(weights + (size_t)(r + 8) * x->size + i);
             __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(present, weights + (size_t)r * x->size + i), flip);
             sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], w, high);
             sums[1][r] = _mm512_dpbusd_epi32(sums[1][r], w, middle);
             sums[2][r] = _mm512_dpbusd_epi32(sums[2][r], w, low);
         }
     }
+    UNROLL
     for (int p = 0; p < 3; p++) _mm_storeu_si128((__m128i *)(void *)total[p], four_totals(sums[p]));
+    UNROLL
     for (int r = 0; r < 4; r++)
         out[r] = ((int64_t)total[0][r] - 128ll * x->sums[0]) * 65536 +
                  ((int64_t)total[1][r] - 128ll * x->sums[1]) * 256 + ((int64_t)total[2][r] - 128ll * x->sums[2]);
@@ -2088,10 +2157,12 @@ static int pool_start(thread_pool *p, int threads) {
  * input. Rows of numbers are padded with zeros to a multiple of 16. */
 
 enum {
-    MOST_TOKENS = 64,  /* T */
     SUMS_TILES = 512,  /* tiles of int32 sums that a thread keeps at a time */
     HEAD_ROWS = 64     /* rows of the head at a time */
 };
+
+/* From row to row: padded, and never a power of two, at which the rows of many tokens would share places of the cache. */
+static size_t row_stride(size_t n) { return round_up(n, LANES) + LANES; }
 
 /* Rows on their way into products: int8 codes with a scale each, or plain values. */
 typedef struct {
@@ -2188,35 +2259,37 @@ static void keep_row(const row_set *rows, size_t i, const row_out *out) {
     rows->scales[i] = out->scale, rows->totals[i] = out->total;
 }
 
+/* What is the same for all tiles of a product. */
+static void begin_sums(const mkb_context *c, const product *p, size_t at, sums_job *job) {
+    const tensor *w = p->weights;
+    const float *scales = w->scales + p->matrix * w->scale_count;
+    job->tokens = MIN(p->count - at, (size_t)MOST_TOKENS), job->add = p->add;
+    job->scales = w->scale_count > 1 ? scales : NULL, job->scale_group = c->model->set.scale_group;
+    for (size_t t = 0; t < job->tokens; t++) {
+        size_t from = p->index[at + t];
+        job->totals[t] = p->rows->totals[from], job->factors[t] = 1.0f / p->rows->scales[from];
+        if (w->scale_count == 1) job->factors[t] *= scales[0];
+        job->weights[t] = p->weight ? p->weight[at + t] : 1.0f;
+    }
+}
+
 /* 16-row tiles [first, last) of a ternary product, some at a time. */
 static void run_ternary(const mkb_context *c, int thread, const product *p, size_t first, size_t last) {
     const tensor *w = p->weights;
-    size_t across = (size_t)tiles_of(w->columns), row = across * TILE_BYTES, most = SUMS_TILES / MOST_TOKENS;
+    size_t across = (size_t)tiles_of(w->columns);
     const unsigned char *tiles = w->values + p->matrix * w->stride;
-    const float *scales = w->scales + p->matrix * w->scale_count;
     int32_t *sums = c->sums + (size_t)thread * SUMS_TILES * TILE;
     for (size_t at = 0; at < p->count; at += MOST_TOKENS) {
-        size_t count = MIN(p->count - at, (size_t)MOST_TOKENS), step = count == 1 ? SUMS_TILES : most;
         const int8_t *x[MOST_TOKENS];
-        for (size_t t = 0; t < count; t++) x[t] = p->rows->codes + p->index[at + t] * p->rows->stride;
-        for (size_t tile = first; tile < last; tile += step) {
-            size_t tiles_now = MIN(step, last - tile);
-            c->kernels->ternary(tiles + tile * row, across, tiles_now, x, count, sums);
-            for (size_t i = 0; i < tiles_now * count; i++) {
-                size_t n = at + i % count, from = p->index[n], top = (tile + i / count) * TILE;
-                float columns[TILE];
-                tile_result result = {sums + i * TILE, p->rows->totals[from], 1.0f / p->rows->scales[from], NULL,
-                                      p->out + p->target[n] * p->stride + top, MIN((size_t)TILE, w->rows - top),
-                                      p->weight ? p->weight[n] : 1.0f, p->add};
-                if (w->scale_count == 1) {
-                    result.factor *= scales[0];
-                } else {
-                    for (size_t r = 0; r < TILE; r++)
-                        columns[r] = scales[MIN((top + r) / c->model->set.scale_group, w->scale_count - 1)];
-                    result.scales = columns;
-                }
-                floats_of(c)->finish_tile(&result);
-            }
+        sums_job job;
+        job.sums = sums;
+        begin_sums(c, p, at, &job);
+        for (size_t t = 0; t < job.tokens; t++) x[t] = p->rows->codes + p->index[at + t] * p->rows->stride;
+        for (size_t tile = first, step = SUMS_TILES / job.tokens; tile < last; tile += step) {
+            job.tiles = MIN(step, last - tile), job.first_row = tile * TILE, job.rows = w->rows - job.first_row;
+            for (size_t t = 0; t < job.tokens; t++) job.out[t] = p->out + p->target[at + t] * p->stride + job.first_row;
+            c->kernels->ternary(tiles + tile * across * TILE_BYTES, across, job.tiles, x, job.tokens, sums);
+            floats_of(c)->finish_sums(&job);
         }
     }
 }
@@ -2269,7 +2342,7 @@ static void run_products(mkb_context *c) {
 /* Units are tiles of D, of all products that add to the same rows, so that sums have one order. */
 static void down_work(void *argument, int thread, size_t first, size_t last) {
     const mkb_context *c = argument;
-    size_t begin = first * TILE, end = MIN(last * TILE, c->width);
+    size_t begin = first * TILE, end = last * TILE;
     for (size_t t = 0; t < c->tokens; t++) memset(c->added + t * c->width + begin, 0, (end - begin) * 4);
     for (size_t i = 0; i < c->num_products; i++) run_product(c, thread, &c->products[i], first, last);
     for (size_t t = 0; t < c->tokens; t++)
@@ -2277,7 +2350,7 @@ static void down_work(void *argument, int thread, size_t first, size_t last) {
 }
 
 static void run_down(mkb_context *c) {
-    pool_run(&c->pool, down_work, c, c->width / TILE);
+    pool_run(&c->pool, down_work, c, (size_t)tiles_of(c->model->set.hidden));
     c->num_products = 0;
 }
 
@@ -2764,7 +2837,7 @@ static void *own_memory(mkb_context *c, uint64_t count, uint64_t size, int *miss
 
 static void own_rows(mkb_context *c, row_set *rows, uint64_t count, uint64_t columns, int *missing) {
     int quantized = c->model->set.quantized != 0;
-    rows->stride = round_up((size_t)columns, LANES);
+    rows->stride = quantized ? round_up((size_t)columns, LANES) + 64 : row_stride((size_t)columns);
     if (quantized) rows->codes = own_memory(c, count, rows->stride, missing);
     else rows->values = own_memory(c, count * rows->stride, 4, missing);
     rows->scales = own_memory(c, count, 4, missing);
@@ -2894,8 +2967,8 @@ static void own_everything(mkb_context *c, int *missing) {
     uint64_t slots, hidden, threads = (uint64_t)c->pool.threads;
     measure_experts(c->model, &slots, &hidden);
     c->chunk = plan_chunk(s, slots, hidden);
-    c->width = round_up(s->hidden, LANES), c->hidden = round_up((size_t)hidden, LANES);
-    c->keys = round_up((size_t)s->heads * s->key_dim, LANES), c->values = round_up((size_t)s->heads * s->value_dim, LANES);
+    c->width = row_stride(s->hidden), c->hidden = row_stride((size_t)hidden);
+    c->keys = row_stride((size_t)s->heads * s->key_dim), c->values = row_stride((size_t)s->heads * s->value_dim);
     c->scratch_row = MAX(MAX(c->width, c->hidden), MAX(c->keys, c->values));
     own_token_rows(c, missing);
     own_expert_rows(c, slots, hidden, missing);
