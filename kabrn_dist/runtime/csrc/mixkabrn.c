@@ -37,7 +37,6 @@
 #include <errno.h>
 #include <float.h>
 #include <math.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,6 +46,9 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#ifndef MIXKABRN_LIBRARY
+#include <signal.h>
+#endif
 #ifndef MIXKABRN_NO_MMAP
 #include <sys/mman.h>
 #endif
@@ -3793,7 +3795,7 @@ const char *mkb_token_bytes(const mkb_model *model, uint32_t id, size_t *bytes) 
 /* Find the tables of a section, whose sizes its header says, or say what is wrong. */
 static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, size_t size, char *error) {
     uint64_t marks, byte_ids, merges, added, end;
-    if (size < TOKENIZER_HEADER) return fail(error, MKB_ERROR_FORMAT, "tokenizer: %lu bytes are too few", (unsigned long)size);
+    if (size < TOKENIZER_HEADER) return fail(error, MKB_ERROR_FORMAT, "%lu bytes are too few", (unsigned long)size);
     t->kind = read_u32(bytes);
     t->pre_tokenizer = read_u32(bytes + 4);
     t->tokens = read_u32(bytes + 8);
@@ -3802,7 +3804,7 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
     t->added[0] = read_u32(bytes + 20);
     t->added[1] = read_u32(bytes + 24);
     if (t->kind > 1 || t->pre_tokenizer > WORDS_QWEN2 || t->flags > 3 || read_u32(bytes + 28))
-        return fail(error, MKB_ERROR_FORMAT, "tokenizer: kind %u, pre-tokenizer %u or flags %u are unknown; pack it again",
+        return fail(error, MKB_ERROR_FORMAT, "kind %u, pre-tokenizer %u or flags %u are unknown",
                     (unsigned)t->kind, (unsigned)t->pre_tokenizer, (unsigned)t->flags);
     marks = TOKENIZER_HEADER + 4 * ((uint64_t)t->tokens + 1);
     byte_ids = marks + ((uint64_t)t->tokens + 3) / 4 * 4;
@@ -3810,7 +3812,7 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
     added = merges + 12 * (uint64_t)t->merges;
     end = added + 4 * ((uint64_t)t->added[0] + t->added[1]);
     if (end > size || (uint64_t)t->added[0] + t->added[1] > t->tokens)
-        return fail(error, MKB_ERROR_FORMAT, "tokenizer: %u tokens and %u merges do not fit into its %lu bytes",
+        return fail(error, MKB_ERROR_FORMAT, "%u tokens and %u merges do not fit into its %lu bytes",
                     (unsigned)t->tokens, (unsigned)t->merges, (unsigned long)size);
     t->starts = bytes + TOKENIZER_HEADER;
     t->marks = bytes + marks;
@@ -3825,20 +3827,20 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
 static int check_tokens(const tokenizer_tables *t, uint64_t rest, char *error) {
     uint32_t last = read_u32(t->starts);
     size_t size;
-    if (last != 0) return fail(error, MKB_ERROR_FORMAT, "tokenizer: token 0 begins at byte %u", (unsigned)last);
+    if (last != 0) return fail(error, MKB_ERROR_FORMAT, "token 0 begins at byte %u", (unsigned)last);
     for (size_t id = 0; id < t->tokens; id++) {
         uint32_t next = read_u32(t->starts + 4 * id + 4);
         if (next < last || next > rest)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: token %lu ends outside of its bytes", (unsigned long)id);
+            return fail(error, MKB_ERROR_FORMAT, "token %lu ends outside of its bytes", (unsigned long)id);
         if (t->marks[id] > 7)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: token %lu has mark %u", (unsigned long)id, t->marks[id]);
+            return fail(error, MKB_ERROR_FORMAT, "token %lu has mark %u", (unsigned long)id, t->marks[id]);
         last = next;
     }
     for (unsigned byte = 0; byte < 256; byte++) {
         uint32_t id = read_u32(t->byte_ids + 4 * (size_t)byte);
         const unsigned char *token = id < t->tokens ? find_token_bytes(t, id, &size) : NULL;
         if (!token || size != 1 || token[0] != byte)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: byte %u has no token", byte);
+            return fail(error, MKB_ERROR_FORMAT, "byte %u has no token", byte);
     }
     return MKB_OK;
 }
@@ -3861,9 +3863,9 @@ static int check_added(tokenizer_tables *t, char *error) {
         int group = i >= t->added[0];
         size_t size = 0;
         const unsigned char *token = is_added(t, id) ? find_token_bytes(t, id, &size) : NULL;
-        if (size == 0) return fail(error, MKB_ERROR_FORMAT, "tokenizer: added token %u is none", (unsigned)id);
+        if (size == 0) return fail(error, MKB_ERROR_FORMAT, "added token %u is none", (unsigned)id);
         if (i != 0 && i != t->added[0] && compare_tokens(t, read_u32(t->added_ids + 4 * (size_t)i - 4), id) >= 0)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: added token %u is out of order", (unsigned)id);
+            return fail(error, MKB_ERROR_FORMAT, "added token %u is out of order", (unsigned)id);
         t->first_bytes[group][token[0] / 32] |= (uint32_t)1 << token[0] % 32;
     }
     return MKB_OK;
@@ -3884,9 +3886,9 @@ static int index_merges(tokenizer_tables *t, char *error) {
         const unsigned char *merge = t->merge_table + 12 * (size_t)rank;
         uint32_t left = read_u32(merge), right = read_u32(merge + 4), slot = hash_pair(left, right);
         if (left >= t->tokens || right >= t->tokens || read_u32(merge + 8) >= t->tokens)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: merge %u is of tokens that do not exist", (unsigned)rank);
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is of tokens that do not exist", (unsigned)rank);
         if (find_merge(t, left, right) != NO_RANK)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: merge %u is there twice", (unsigned)rank);
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is there twice", (unsigned)rank);
         while (t->merge_slots[slot & t->merge_mask]) slot++;
         t->merge_slots[slot & t->merge_mask] = rank + 1;
     }
@@ -3914,20 +3916,27 @@ static void tokenizer_close(tokenizer_tables *t) {
     memset(t, 0, sizeof *t);
 }
 
-static int tokenizer_check(mkb_model *m, char *error) {
+static int read_tables(mkb_model *m, char *error) {
     tokenizer_tables *t = &m->tables;
     int status = tokenizer_locate(t, m->tokenizer, (size_t)m->tokenizer_bytes, error);
     if (status) return status;
     if (t->tokens != m->set.tokenizer_size)
-        return fail(error, MKB_ERROR_FORMAT, "%s: the tokenizer has %lu tokens, the header says %lu; pack the model again",
-                    m->name, (unsigned long)t->tokens, (unsigned long)m->set.tokenizer_size);
+        return fail(error, MKB_ERROR_FORMAT, "%lu tokens, the header says %lu", (unsigned long)t->tokens,
+                    (unsigned long)m->set.tokenizer_size);
     status = check_tokens(t, m->tokenizer_bytes - (uint64_t)(t->bytes - m->tokenizer), error);
     if (status) return status;
     if (!(t->marks[m->set.document_token] & MARK_SPECIAL))
-        return fail(error, MKB_ERROR_FORMAT, "%s: document_token %lu is no special token; pack the model again", m->name,
-                    (unsigned long)m->set.document_token);
+        return fail(error, MKB_ERROR_FORMAT, "document_token %lu is no special token", (unsigned long)m->set.document_token);
     if ((status = check_added(t, error)) || (status = index_merges(t, error))) return status;
     return index_words(t, error);
+}
+
+static int tokenizer_check(mkb_model *m, char *error) {
+    char reason[MKB_ERROR_BYTES];
+    int status = read_tables(m, reason);
+    if (!status) return MKB_OK;
+    return fail(error, status, "%s: tokenizer: %s%s", m->name, reason,
+                status == MKB_ERROR_FORMAT ? "; copy or pack the model again" : "");
 }
 
 /* ---- 9 sampling ----
@@ -5227,7 +5236,6 @@ static int say(chat *c, char *text, size_t bytes) {
     int status = begin_chat(c);
     if (status) return free(text), status;
     status = add_turn(c, text, bytes);
-    if (!status && !c->chatml) status = read_text(c, " ", bytes ? 1 : 0, 0, 0);
     if (!status) status = read_text(c, text, bytes, 0, 0);
     if (!status) status = read_text(c, c->closing, strlen(c->closing), 1, 1);
     if (!status) return answer(c);
@@ -5245,10 +5253,14 @@ static char *copy_text(const char *text, size_t bytes) {
     return copy;
 }
 
+/* Words of most tokenizers hold the blank before them, so it is a part of what the user says. */
 static int say_copy(chat *c, const char *text, size_t bytes) {
-    char *copy = copy_text(text, bytes);
+    size_t blank = !c->chatml;
+    char *copy = malloc(bytes + 2);
     if (!copy) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory for a text of this size");
-    return say(c, copy, bytes);
+    copy[0] = ' ';
+    memcpy(copy + blank, text, bytes);
+    return say(c, copy, bytes + blank);
 }
 
 /* --- commands of the chat --- */
