@@ -32,8 +32,10 @@ ALLOWED |= {
     "grow": _BELOW_TRAINING - {"plots"},
     "planner": _BELOW_TRAINING - {"plots"},
     "analysis": _BELOW_TRAINING,
+    # Packs what inference reads; that, and no more, needs torch.
+    "runtime": {"utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
 }
-ALLOWED["train"] = {*ALLOWED} - {"analysis"}
+ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime"}
 # The commands also print the version of the package.
 ALLOWED["cli"] = {*ALLOWED, "kabrn_dist"}
 # The API of the package and the tools next to it, by the first part of their names.
@@ -45,7 +47,7 @@ ALLOWED_OUTSIDE: dict[str, set[str]] = {
 }
 # Packages of the training backend. Importing one of these folders must not load them.
 HEAVY = {"deepspeed", "mpi4py", "fairscale"}
-LIGHT_FOLDERS = ("metrics", "analysis", "inference", "planner")
+LIGHT_FOLDERS = ("metrics", "analysis", "inference", "planner", "runtime")
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}

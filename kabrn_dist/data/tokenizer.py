@@ -231,7 +231,7 @@ def _added(bpe: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:
 
 def _list_token_bytes(bpe: tokenizers.Tokenizer, origin: str) -> list[bytes]:
     added = {number: token.content.encode() for number, token in _added(bpe).items()}
-    value_of = _byte_level_alphabet()
+    value_of = byte_level_alphabet()
     pieces: list[bytes] = [b""] * (max(bpe.get_vocab(with_added_tokens=True).values()) + 1)
     for token, number in bpe.get_vocab(with_added_tokens=True).items():
         if number in added:
@@ -246,7 +246,7 @@ def _list_token_bytes(bpe: tokenizers.Tokenizer, origin: str) -> list[bytes]:
     return pieces
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Return the byte of each letter of byte-level BPE: printable Latin-1 itself, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in set(printable)]

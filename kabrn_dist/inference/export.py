@@ -4,8 +4,9 @@
     config.yaml, tokenizer.json   those of the run
     README.md                     a description
 
-Tensors have the parameters' names; experts are stacked by their global index. There is no process group and no whole
-tensor in memory: each goes from the checkpoint's fragments to the file in chunks.
+Tensors have the parameters' names; experts are stacked by their global index. Weights in another dtype than the trainer
+computes with have its codes and scales beside them (see stored_codes.py). There is no process group and no whole tensor
+in memory: each goes from the checkpoint's fragments to the file in chunks, codes matrix by matrix.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import Tensor
 
-from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.header import encode_header
 from kabrn_dist.checkpoint.manifest import Manifest
-from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.inference.checkpoint_weights import CheckpointWeights, name_in_checkpoint
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from kabrn_dist.inference.load import DATA_HASH, check_finite, list_shapes
+from kabrn_dist.inference.load import DATA_HASH
 from kabrn_dist.inference.run import Run
-from kabrn_dist.inference.working_copy import working_dtypes
+from kabrn_dist.inference.stored_codes import CODES_SUFFIX, SCALES_SUFFIX, code_shapes, is_code_tensor
+from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
 
@@ -44,7 +46,8 @@ README = """# {name}: weights at step {step}
 A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {parameters:,} parameters.
 
 - `*.safetensors`: the fp32 weights {dtype}, under the parameters' names; the weights of ternary layers are the latent
-  ones, which the model quantizes itself. Experts are stacked in the first dimension. The routers' biases stay in fp32.
+  ones, which the model quantizes itself{codes}. Experts are stacked in the first dimension.
+  The routers' biases stay in fp32.
 - `config.yaml`: the whole configuration of the run. `tokenizer.json`: its tokenizer (sha256 {tokenizer}).
 
     mixkabrn generate THIS_FOLDER --prompt "Once"
@@ -60,7 +63,8 @@ class Export:
         path: Folder of the checkpoint.
         manifest: Its manifest.
         tokenizer: The tokenizer that the run was trained with.
-        dtypes: Dtype of each parameter in the export, by name.
+        weights: Reader of the checkpoint.
+        dtypes: Dtype of each tensor in the export, by name; fp32 for those that are not in it.
         shapes: Name → shape of every tensor.
         files: File name → names of the tensors in it.
     """
@@ -69,6 +73,7 @@ class Export:
     path: Path
     manifest: Manifest
     tokenizer: Tokenizer
+    weights: CheckpointWeights
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, list[str]]
@@ -76,7 +81,12 @@ class Export:
     @property
     def num_parameters(self) -> int:
         """Number of the model's parameters, without the routers' states."""
-        return sum(prod(shape) for name, shape in self.shapes.items() if not _is_state(name))
+        return sum(prod(self.shapes[name]) for name in self.weights.dtypes)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether ternary codes and scales lie beside the weights."""
+        return any(map(is_code_tensor, self.shapes))
 
     @property
     def num_bytes(self) -> int:
@@ -89,7 +99,7 @@ class Export:
 
     def describe_dtype(self) -> str:
         """Return the names of the parameters' dtypes, as for messages."""
-        names = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
+        names = sorted({str(self.dtypes[name]).removeprefix("torch.") for name in self.weights.dtypes})
         return " and ".join(names)
 
 
@@ -109,20 +119,33 @@ def plan_export(
         UserError: without a run, an intact checkpoint or its tokenizer, or if they do not fit each other.
     """
     opened = Run.open(run, step)
-    shapes = list_shapes(opened.config)
-    for name, shape in shapes.items():
-        record = opened.manifest.tensors.get(_name_in_checkpoint(name))
+    weights = CheckpointWeights(opened.checkpoint, opened.manifest, opened.config)
+    for name, shape in weights.shapes.items():
+        record = opened.manifest.tensors.get(name_in_checkpoint(name))
         if record is None or record.shape != shape:
             actual = "missing" if record is None else record.shape
             raise UserError(
                 f"{opened.checkpoint}: {name!r} is {actual}, {run}/config.yaml asks for {shape}; restore that file"
             )
-    dtypes = working_dtypes(opened.config, opened.manifest.world_size)
-    if dtype is not None:
-        dtypes = dict.fromkeys(dtypes, dtype)
-    export = Export(opened.config, opened.checkpoint, opened.manifest, opened.tokenizer(), dtypes, shapes, {})
+    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, dtype)
+    codes = _list_codes(opened.config, weights, dtypes)
+    shapes = weights.shapes | codes
+    dtypes = dtypes | {name: torch.uint8 for name in codes if name.endswith(CODES_SUFFIX)}
+    export = Export(opened.config, opened.checkpoint, opened.manifest, opened.tokenizer(), weights, dtypes, shapes, {})
     export.files.update(_assign_files(export, file_bytes))
     return export
+
+
+def _list_codes(
+    config: Config, weights: CheckpointWeights, dtypes: dict[str, torch.dtype]
+) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the codes and scales of what is written in another dtype than the trainer computes with."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, info in empty_full_model(config).parameter_table().items():
+        if info.ternary and weights.lam == 1 and dtypes[name] != weights.dtypes[name]:
+            sizes = code_shapes(weights.shapes[name], config.model.scale_group_size)
+            shapes |= {name + suffix: shape for suffix, shape in sizes.items()}
+    return shapes
 
 
 def write_export(export: Export, out: Path, progress: Callable[[str], None] = lambda file: None) -> None:
@@ -141,10 +164,9 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        reader = CheckpointReader(export.path)
         for file, names in export.files.items():
             with durable_open(temporary / file) as stream:
-                _write_tensors(export, reader, names, stream)
+                _write_tensors(export, names, stream)
             progress(file)
         for file, content in _small_files(export, out.name).items():
             with durable_open(temporary / file) as stream:
@@ -161,7 +183,7 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
         raise
 
 
-def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], stream: BinaryIO) -> None:
+def _write_tensors(export: Export, names: list[str], stream: BinaryIO) -> None:
     header = {name: (export.stored_dtype(name), export.shapes[name]) for name in names}
     metadata = {
         "format": "pt",
@@ -173,12 +195,7 @@ def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], s
     stream.write(encode_header(header, metadata | {DATA_HASH: "0" * 64}))
     digest = hashlib.sha256()
     for name in names:
-        total = prod(export.shapes[name])
-        for start in range(0, total, CHUNK_ELEMENTS):
-            values = torch.empty(min(CHUNK_ELEMENTS, total - start), dtype=export.stored_dtype(name))
-            piece = Fragment(_name_in_checkpoint(name), export.shapes[name], start, values, owned=False)
-            reader.read(plan_reads(export.path, export.manifest, [piece]))
-            check_finite(export.path, name, values)
+        for values in _read_pieces(export, name):
             content = values.view(torch.uint8).numpy().data
             digest.update(content)
             stream.write(content)
@@ -186,13 +203,27 @@ def _write_tensors(export: Export, reader: CheckpointReader, names: list[str], s
     stream.write(encode_header(header, metadata | {DATA_HASH: digest.hexdigest()}))
 
 
+def _read_pieces(export: Export, name: str) -> Iterator[Tensor]:
+    """The flattened values of one tensor of the export, piece by piece."""
+    if name.endswith(CODES_SUFFIX):
+        yield from export.weights.packed_codes(name.removesuffix(CODES_SUFFIX))
+    elif name.endswith(SCALES_SUFFIX):
+        yield export.weights.scales(name.removesuffix(SCALES_SUFFIX)).view(-1)
+    else:
+        total = prod(export.shapes[name])
+        for start in range(0, total, CHUNK_ELEMENTS):
+            stop = min(start + CHUNK_ELEMENTS, total)
+            yield export.weights.read(name, start, stop, export.stored_dtype(name))
+
+
 def _small_files(export: Export, name: str) -> dict[str, bytes]:
-    dtype = f"in {export.describe_dtype()}"
+    codes = ", unless `NAME.codes` and `NAME.scales` hold what was trained" if export.has_codes else ""
     readme = README.format(
         name=name,
         step=export.manifest.step,
         parameters=export.num_parameters,
-        dtype=dtype,
+        dtype=f"in {export.describe_dtype()}",
+        codes=codes,
         tokenizer=export.tokenizer.sha256,
     )
     files = {
@@ -221,12 +252,3 @@ def _assign_files(export: Export, file_bytes: int) -> dict[str, list[str]]:
     if len(groups) == 1:
         return {WEIGHTS_NAME: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
-
-
-def _is_state(name: str) -> bool:
-    return "/" in name
-
-
-def _name_in_checkpoint(name: str) -> str:
-    """Return a tensor's name in the checkpoint."""
-    return name if _is_state(name) else f"{name}/master"

@@ -27,6 +27,7 @@ from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from kabrn_dist.inference.generate import GenerativeModel
+from kabrn_dist.inference.stored_codes import attach_stored_codes, check_stored_codes
 from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
@@ -136,6 +137,7 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
             )
         if not SAFETENSORS_DTYPES[entries[name][1].dtype].is_floating_point:
             raise UserError(f"{folder}: tensor {name!r} is {entries[name][1].dtype}, no weights; export the run again")
+    check_stored_codes(entries, empty_full_model(config))
     for file in {file for file, _ in entries.values()}:
         _verify_data(file)
     model = build_full_model(config, device)
@@ -147,6 +149,8 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
     if step is not None:
         model.routers.step = step
         model.set_quantization(config.model.quantization_lambda(step))
+    if model.quant.lam == 1:
+        attach_stored_codes(model, entries)
     return model
 
 

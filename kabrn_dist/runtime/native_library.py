@@ -1,0 +1,116 @@
+"""The compiled library of csrc/mixkabrn.c, its functions and structures, over ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from kabrn_dist.runtime.build import compile_runtime
+from kabrn_dist.utils.errors import UserError
+
+_ERROR_BYTES = 256
+_Error = c_char * _ERROR_BYTES
+# Name → result, arguments; as in csrc/mixkabrn.h.
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "mkb_model_open": (c_int, [c_char_p, c_int, POINTER(c_void_p), _Error]),
+    "mkb_model_close": (None, [c_void_p]),
+    "mkb_model_info": (None, [c_void_p, c_void_p]),
+    "mkb_model_config": (c_void_p, [c_void_p, POINTER(c_size_t)]),
+    "mkb_model_template": (c_void_p, [c_void_p, POINTER(c_size_t)]),
+    "mkb_context_create": (c_int, [c_void_p, c_int, c_uint32, POINTER(c_void_p), _Error]),
+    "mkb_context_destroy": (None, [c_void_p]),
+    "mkb_decode": (c_int, [c_void_p, POINTER(c_uint32), c_size_t, c_void_p, _Error]),
+    "mkb_reset": (None, [c_void_p]),
+    "mkb_position": (c_uint64, [c_void_p]),
+    "mkb_state_bytes": (c_size_t, [c_void_p]),
+    "mkb_state_get": (c_int, [c_void_p, c_void_p, c_size_t, _Error]),
+    "mkb_state_set": (c_int, [c_void_p, c_char_p, c_size_t, _Error]),
+    "mkb_state_save": (c_int, [c_void_p, c_char_p, _Error]),
+    "mkb_state_load": (c_int, [c_void_p, c_char_p, _Error]),
+    "mkb_sampling_set": (c_int, [c_void_p, c_void_p, _Error]),
+    "mkb_sample": (c_uint32, [c_void_p, c_void_p]),
+    "mkb_tokenize": (c_size_t, [c_void_p, c_char_p, c_size_t, c_int, POINTER(c_uint32), c_size_t]),
+    "mkb_token_bytes": (c_void_p, [c_void_p, c_uint32, POINTER(c_size_t)]),
+    "mkb_kernels": (c_char_p, []),
+    "mkb_version": (c_char_p, []),
+}
+
+
+class InfoStruct(ctypes.Structure):
+    """`mkb_info`."""
+
+    _fields_ = [
+        *[(name, c_uint32) for name in ("vocab_size", "tokenizer_size", "document_token", "hidden_size", "num_layers")],
+        *[
+            (name, c_uint64)
+            for name in ("step", "file_bytes", "parameters", "active_parameters", "state_bytes", "bytes_per_token")
+        ],
+        ("attention_layers", c_uint32),
+        ("sha256", ctypes.c_ubyte * 32),
+        ("tokenizer_sha256", ctypes.c_ubyte * 32),
+    ]
+
+
+class SamplingStruct(ctypes.Structure):
+    """`mkb_sampling`."""
+
+    _fields_ = [
+        ("temperature", c_float),
+        ("top_k", c_uint32),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("repetition_penalty", c_float),
+        ("repetition_window", c_uint32),
+        ("seed", c_uint64),
+    ]
+
+
+@functools.cache
+def load_native_library() -> ctypes.CDLL:
+    """Return the runtime's library, compiled if the cache has none.
+
+    Raises:
+        UserError: if it cannot be compiled or loaded.
+    """
+    path = compile_runtime("library")
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be loaded ({error}); remove it, and it is compiled again") from error
+    return library
+
+
+def call_native(function: Any, *arguments: Any) -> None:
+    """Call a function that returns a status, with room for its message.
+
+    Raises:
+        UserError: with that message, if it fails.
+    """
+    error = _Error()
+    if function(*arguments, error):
+        raise UserError(error.value.decode("utf-8", "replace"))
+
+
+def encode_native_path(path: Path | str) -> bytes:
+    """Return a path as the library takes it.
+
+    Raises:
+        UserError: for a name that no file has.
+    """
+    content = str(path).encode("utf-8", "surrogateescape")
+    if b"\0" in content:
+        raise UserError(f"{str(path)!r}: not a name of a file; give one without a NUL")
+    return content
+
+
+def read_native_bytes(function: Any, *arguments: Any) -> bytes:
+    """Return the bytes that a function points to, whose last argument receives their number."""
+    size = c_size_t()
+    place = function(*arguments, byref(size))
+    return ctypes.string_at(place, size.value) if place else b""
