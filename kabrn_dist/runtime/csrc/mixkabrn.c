@@ -22,9 +22,10 @@
 /* Vectors wider than the machine's are only passed to functions that are inlined. */
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#if defined(__i386__)
-/* The x87 unit rounds to 64 bits where this file counts on 24. */
+#if defined(__i386__) && !defined(__SSE2__)
+/* The x87 unit rounds to 64 bits where this file counts on 24. Without SSE2 on the command line, headers of AVX fail. */
 #pragma GCC target("sse2,fpmath=sse")
+#define SSE_ONLY 1
 #endif
 
 #if defined(__wasm__)
@@ -54,8 +55,13 @@
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #define ON_X86 1
+#ifdef SSE_ONLY
+#include <tmmintrin.h>
+#else
+#define HAS_AVX2 1
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -1354,7 +1360,7 @@ typedef struct {
 
 #define NO_TARGET
 FLOAT_KERNELS(any, NO_TARGET)
-#ifdef ON_X86
+#ifdef HAS_AVX2
 #define TARGET_AVX2 __attribute__((target("avx2")))
 #define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq")))
 FLOAT_KERNELS(avx2, TARGET_AVX2)
@@ -1433,11 +1439,13 @@ static void bytes_scalar(const int8_t *weights, size_t rows, const split_vector 
     for (size_t r = 0; r < rows; r++) out[r] = split_dot(weights + r * x->size, x, 0);
 }
 
+#if defined(HAS_AVX2) || defined(__ARM_NEON)
 INLINE int32_t four_codes(const int8_t *code) {
     int32_t word;
     memcpy(&word, code, 4);
     return word;
 }
+#endif
 
 #ifdef ON_X86
 
@@ -1547,6 +1555,7 @@ TARGET_SSSE3 static void ternary_ssse3(const unsigned char *tiles, size_t across
         tile_row_ssse3(tiles + i / tokens * across * TILE_BYTES, across, x[i % tokens], out + i * TILE);
 }
 
+#ifdef HAS_AVX2
 TARGET_AVX2 static inline __attribute__((always_inline)) __m256i widen_avx2(__m256i total, __m256i ones,
                                                                            __m256i fours) {
     total = _mm256_add_epi32(total, _mm256_madd_epi16(ones, _mm256_set1_epi16(1)));
@@ -1650,7 +1659,7 @@ TARGET_AVXVNNI static void ternary_avxvnni(const unsigned char *tiles, size_t ac
 }
 #endif
 
-#if (defined(__clang__) && __clang_major__ >= 8) || (!defined(__clang__) && __GNUC__ >= 9)
+#if defined(HAS_AVX2) && ((defined(__clang__) && __clang_major__ >= 8) || (!defined(__clang__) && __GNUC__ >= 9))
 #define HAS_AVX512VNNI 1
 #define TARGET_VNNI512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define VNNI512_INLINE TARGET_VNNI512 static inline __attribute__((always_inline))
@@ -1774,18 +1783,24 @@ TARGET_VNNI512 static void bytes_vnni512(const int8_t *weights, size_t rows, con
 }
 #endif
 
+#ifdef HAS_AVXVNNI
 static int cpu_has_avxvnni(void) {
     unsigned a = 0, b, c, d;
     if (!__builtin_cpu_supports("avx2") || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return 0;
     return a >> 4 & 1;
 }
-static int cpu_has_sse2(void) { return __builtin_cpu_supports("sse2") != 0; }
-static int cpu_has_ssse3(void) { return __builtin_cpu_supports("ssse3") != 0; }
-static int cpu_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+#endif
+#ifdef HAS_AVX512VNNI
 static int cpu_has_vnni512(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+#endif
+static int cpu_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+#endif /* HAS_AVX2 */
+
+static int cpu_has_sse2(void) { return __builtin_cpu_supports("sse2") != 0; }
+static int cpu_has_ssse3(void) { return __builtin_cpu_supports("ssse3") != 0; }
 #endif /* ON_X86 */
 
 #if defined(__ARM_NEON)
@@ -1841,7 +1856,7 @@ static int cpu_has_neon(void) { return 1; }
 
 #if defined(__aarch64__) && defined(__linux__)
 #define HAS_DOTPROD 1
-#define TARGET_DOTPROD __attribute__((target("+dotprod")))
+#define TARGET_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
 TARGET_DOTPROD static void ternary_dotprod(const unsigned char *tiles, size_t across, size_t row_tiles,
                                            const int8_t *const *x, size_t tokens, int32_t *out) {
     uint8x16_t three = vdupq_n_u8(3);
@@ -1950,8 +1965,10 @@ static const kernel_set KERNELS[] = {
 #ifdef HAS_AVXVNNI
     {"avxvnni", cpu_has_avxvnni, ternary_avxvnni, bytes_avx2, &FLOATS_avx2},
 #endif
-#ifdef ON_X86
+#ifdef HAS_AVX2
     {"avx2", cpu_has_avx2, ternary_avx2, bytes_avx2, &FLOATS_avx2},
+#endif
+#ifdef ON_X86
     {"ssse3", cpu_has_ssse3, ternary_ssse3, bytes_sse2, &FLOATS_any},
     {"sse2", cpu_has_sse2, ternary_sse2, bytes_sse2, &FLOATS_any},
 #endif
@@ -2019,12 +2036,6 @@ typedef struct {
 #endif
 } thread_pool;
 
-static void do_share(thread_pool *p, int thread) {
-    size_t first = p->units * (size_t)thread / (size_t)p->threads;
-    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
-    if (first < last) p->work(p->argument, thread, first, last);
-}
-
 #ifdef MIXKABRN_NO_THREADS
 
 static int pool_start(thread_pool *p, int threads) {
@@ -2056,6 +2067,12 @@ INLINE void pause_briefly(void) {
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield");
 #endif
+}
+
+static void do_share(thread_pool *p, int thread) {
+    size_t first = p->units * (size_t)thread / (size_t)p->threads;
+    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
+    if (first < last) p->work(p->argument, thread, first, last);
 }
 
 /* Wait for a generation other than `seen`. */
@@ -3131,6 +3148,12 @@ int mkb_state_set(mkb_context *c, const void *bytes, size_t size, char error[MKB
     return set_state(c, (unsigned char *)(uintptr_t)bytes, size, "the state", error);
 }
 
+#ifdef __wasi__
+static long process_number(void) { return 1; }
+#else
+static long process_number(void) { return (long)getpid(); }
+#endif
+
 static int write_whole(int file, const unsigned char *bytes, size_t size) {
     while (size) {
         ssize_t done = write(file, bytes, MIN(size, (size_t)1 << 30));
@@ -3146,7 +3169,7 @@ static int replace_file(const char *path, const unsigned char *bytes, size_t siz
     char *beside = malloc(length + 32);
     int status = MKB_OK;
     if (!beside) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
-    snprintf(beside, length + 32, "%s.%ld.part", path, (long)getpid());
+    snprintf(beside, length + 32, "%s.%ld.part", path, process_number());
     int file = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), bad = file < 0;
     if (!bad) {
         bad = write_whole(file, bytes, size) || fsync(file);
