@@ -126,8 +126,9 @@ def test_commands_work(name: str, tmp_path: Path, request: pytest.FixtureRequest
             run_commands(folder, block.commands)
 
 
-# Examples of --help that need more than a small run: a network, minutes, several machines, or files of one's own.
-TOO_LARGE = ("prepare", "train", "grow", "plan")
+# Examples of --help that need more than a small run: a network, minutes, several machines, files of one's own, or a
+# terminal, whose process they replace.
+TOO_LARGE = ("prepare", "train", "grow", "plan", "chat")
 
 
 def examples_of(name: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:

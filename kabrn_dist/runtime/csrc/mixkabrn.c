@@ -36,6 +36,7 @@
 #include "mixkabrn.h"
 
 #include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -46,6 +47,9 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#ifndef MIXKABRN_LIBRARY
+#include <signal.h>
+#endif
 #ifndef MIXKABRN_NO_MMAP
 #include <sys/mman.h>
 #endif
@@ -278,8 +282,16 @@ typedef struct {
     float low, high;
 } settings;
 
+/* Tables of the file's tokenizer section, and what is found in them by hashing; see section 8. */
+typedef struct {
+    uint32_t kind, pre_tokenizer, tokens, merges, flags, added[2], first_bytes[2][8], merge_mask, word_mask;
+    const unsigned char *starts, *marks, *byte_ids, *merge_table, *added_ids, *bytes;
+    uint32_t *merge_slots, *word_slots;
+} tokenizer_tables;
+
 struct mkb_model {
     settings set;
+    tokenizer_tables tables;
     tensor tensors[MODEL_TENSORS];
     layer *layers;
     const unsigned char *bytes; /* the whole file */
@@ -295,8 +307,9 @@ struct mkb_model {
     size_t num_copies, room_for_copies;
 };
 
-/* Section 8 checks the tables inside the tokenizer's part of the file, which lies within it. */
-static int tokenizer_check(const mkb_model *model, char error[MKB_ERROR_BYTES]);
+/* Section 8 checks the tables inside the tokenizer's part of the file, which lies within it, and indexes them. */
+static int tokenizer_check(mkb_model *m, char *error);
+static void tokenizer_close(tokenizer_tables *t);
 
 static int refuse(const mkb_model *m, char *error, const char *what, uint64_t value, const char *remedy) {
     return fail(error, MKB_ERROR_FORMAT, "%s: %s %llu %s", m->name, what, (unsigned long long)value, remedy);
@@ -748,6 +761,7 @@ void mkb_model_close(mkb_model *m) {
     for (size_t i = 0; i < m->num_copies; i++) free(m->copies[i]);
     free(m->copies);
     free(m->layers);
+    tokenizer_close(&m->tables);
 #ifndef MIXKABRN_NO_MMAP
     if (m->is_mapped) munmap(m->mapped, (size_t)m->size);
 #endif
@@ -2199,7 +2213,11 @@ typedef struct {
     uint32_t window[SAMPLER_WINDOW]; /* a ring */
     uint32_t window_count;           /* tokens in it */
     uint32_t window_next;            /* where the next one goes */
+    uint32_t drawn;                  /* 1 + a token that was drawn and not read; 0: none */
 } sampler_state;
+
+/* As `mixkabrn generate` has them. */
+static const mkb_sampling DEFAULT_SAMPLING = {0.8f, 50, 1.0f, 0.0f, 1.0f, 64, 0};
 
 struct mkb_context {
     const mkb_model *model;
@@ -2234,6 +2252,8 @@ struct mkb_context {
     float *logits;               /* where the head writes */
     spline_grid grid;
     sampler_state sampler;
+    uint32_t *candidates;        /* [tokenizer_size], of sampling */
+    uint64_t *weights;           /* of each token */
     /* What the parts that threads work on read. */
     size_t tokens;
     uint32_t layer_number;
@@ -2796,6 +2816,8 @@ static int has_attention(const mkb_model *m) {
     return 0;
 }
 
+static void note_tokens(sampler_state *s, const uint32_t *tokens, size_t count);
+
 int mkb_decode(mkb_context *c, const uint32_t *tokens, size_t count, float *logits, char error[MKB_ERROR_BYTES]) {
     if (!count && logits) return fail(error, MKB_ERROR_ARGUMENT, "no tokens to read; pass one or more");
     for (size_t i = 0; i < count; i++)
@@ -2805,6 +2827,7 @@ int mkb_decode(mkb_context *c, const uint32_t *tokens, size_t count, float *logi
     if (has_attention(c->model) && (c->position > c->max_tokens || count > c->max_tokens - c->position))
         return fail(error, MKB_ERROR_FULL, "the caches have room for %lu tokens; create the context with a larger max_tokens",
                     (unsigned long)c->max_tokens);
+    note_tokens(&c->sampler, tokens, count);
     while (count) {
         size_t some = MIN(count, c->chunk);
         run_tokens(c, tokens, some);
@@ -2971,7 +2994,10 @@ static void own_everything(mkb_context *c, int *missing) {
     c->sums = own_memory(c, threads * SUMS_TILES * TILE, sizeof *c->sums, missing);
     c->scratch = own_memory(c, threads * c->scratch_row, 4, missing);
     own_states(c, missing);
+    c->candidates = own_memory(c, s->tokenizer_size, sizeof *c->candidates, missing);
+    c->weights = own_memory(c, s->tokenizer_size, sizeof *c->weights, missing);
     if (*missing) return;
+    mkb_sampling_set(c, &DEFAULT_SAMPLING, NULL);
     for (size_t i = 0; i < s->key_dim / 2; i++) c->frequencies[i] = pow(10000.0, -(double)i / (s->key_dim / 2));
     set_grid(c);
 }
@@ -3012,7 +3038,7 @@ void mkb_context_destroy(mkb_context *c) {
  * keys and values of the tokens in attention layers' caches. */
 enum {
     STATE_HEADER = 128,
-    STATE_SAMPLER = 72 + 4 * SAMPLER_WINDOW,
+    STATE_SAMPLER = 76 + 4 * SAMPLER_WINDOW,
     STATE_BEGIN = (STATE_HEADER + STATE_SAMPLER + 63) / 64 * 64,
     STATE_VERSION = 1
 };
@@ -3021,7 +3047,7 @@ static const unsigned char STATE_MAGIC[8] = {0x89, 'M', 'K', 'S', '\r', '\n', 0x
 void mkb_reset(mkb_context *c) {
     memset(c->state_memory, 0, c->state_floats * 4);
     memset(c->sampler.window, 0, sizeof c->sampler.window);
-    c->sampler.window_count = c->sampler.window_next = 0;
+    c->sampler.window_count = c->sampler.window_next = c->sampler.drawn = 0;
     c->position = 0;
 }
 
@@ -3061,6 +3087,7 @@ static void write_sampler(unsigned char *to, const sampler_state *s) {
     write_u32(to + 64, s->window_count);
     write_u32(to + 68, s->window_next);
     copy_words(to + 72, s->window, SAMPLER_WINDOW);
+    write_u32(to + 72 + 4 * SAMPLER_WINDOW, s->drawn);
 }
 
 static void read_sampler(const unsigned char *from, sampler_state *s) {
@@ -3076,6 +3103,7 @@ static void read_sampler(const unsigned char *from, sampler_state *s) {
                                  .seed = read_u64(from + 56)};
     s->window_count = read_u32(from + 64), s->window_next = read_u32(from + 68);
     copy_words(s->window, from + 72, SAMPLER_WINDOW);
+    s->drawn = read_u32(from + 72 + 4 * SAMPLER_WINDOW);
 }
 
 /* Copy the numbers between the context and a saved state. */
@@ -3221,14 +3249,916 @@ int mkb_state_load(mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]
     return status;
 }
 
-/* ---- 8 tokenizer ---- */
+/* ---- 8 tokenizer ----
+ *
+ * A text is divided at added tokens, the rest into words, and the bytes of each word are merged. All tables are read
+ * where they lie in the file; two hash tables of 32-bit numbers are made when it is opened. */
 
-static int tokenizer_check(const mkb_model *model, char error[MKB_ERROR_BYTES]) {
-    if (model->tokenizer_bytes < 28) return fail(error, MKB_ERROR_FORMAT, "%s: the tokenizer is cut off; copy or pack it again", model->name);
+enum { TOKENIZER_HEADER = 32, TOKENIZER_IGNORE_MERGES = 1, TOKENIZER_SINGLE_DIGITS = 2 };
+enum { MARK_SPECIAL = 1, MARK_ADDED = 2, MARK_WHOLE_WORD = 4 };
+enum { WORDS_NONE, WORDS_GPT2, WORDS_CL100K, WORDS_QWEN2 };
+
+#define NO_RANK UINT32_MAX
+
+/* Classes of characters: letters \p{L}, numbers \p{N}, blanks \s, and numbers of newer Unicode that only single digits
+ * know. Each entry is the first code point of a range × 8 + its class. From `python -m
+ * kabrn_dist.runtime.unicode_classes`, which asks the library that the trainer uses. */
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_BLANK, CLASS_DIGIT };
+static const uint32_t character_classes[] = {
+    0x0, 0x4b, 0x70, 0x103, 0x108, 0x182, 0x1d0, 0x209, 0x2d8, 0x309, 0x3d8, 0x42b, 0x430, 0x503, 0x508, 0x551,
+    0x558, 0x592, 0x5a0, 0x5a9, 0x5b0, 0x5ca, 0x5d1, 0x5d8, 0x5e2, 0x5f8, 0x601, 0x6b8, 0x6c1, 0x7b8, 0x7c1, 0x1610,
+    0x1631, 0x1690, 0x1701, 0x1728, 0x1761, 0x1768, 0x1771, 0x1778, 0x1b81, 0x1ba8, 0x1bb1, 0x1bc0, 0x1bd1, 0x1bf0,
+    0x1bf9, 0x1c00, 0x1c31, 0x1c38, 0x1c41, 0x1c58, 0x1c61, 0x1c68, 0x1c71, 0x1d10, 0x1d19, 0x1fb0, 0x1fb9, 0x2410,
+    0x2451, 0x2980, 0x2989, 0x2ab8, 0x2ac9, 0x2ad0, 0x2b01, 0x2c48, 0x2e81, 0x2f58, 0x2f79, 0x2f98, 0x3101, 0x3258,
+    0x3302, 0x3350, 0x3371, 0x3380, 0x3389, 0x36a0, 0x36a9, 0x36b0, 0x3729, 0x3738, 0x3771, 0x3782, 0x37d1, 0x37e8,
+    0x37f9, 0x3800, 0x3881, 0x3888, 0x3891, 0x3980, 0x3a69, 0x3d30, 0x3d89, 0x3d90, 0x3e02, 0x3e51, 0x3f58, 0x3fa1,
+    0x3fb0, 0x3fd1, 0x3fd8, 0x4001, 0x40b0, 0x40d1, 0x40d8, 0x4121, 0x4128, 0x4141, 0x4148, 0x4201, 0x42c8, 0x4301,
+    0x4358, 0x4381, 0x4440, 0x4449, 0x4478, 0x4501, 0x4650, 0x4821, 0x49d0, 0x49e9, 0x49f0, 0x4a81, 0x4a88, 0x4ac1,
+    0x4b10, 0x4b32, 0x4b80, 0x4b89, 0x4c08, 0x4c29, 0x4c68, 0x4c79, 0x4c88, 0x4c99, 0x4d48, 0x4d51, 0x4d88, 0x4d91,
+    0x4d98, 0x4db1, 0x4dd0, 0x4de9, 0x4df0, 0x4e71, 0x4e78, 0x4ee1, 0x4ef0, 0x4ef9, 0x4f10, 0x4f32, 0x4f81, 0x4f90,
+    0x4fa2, 0x4fd0, 0x4fe1, 0x4fe8, 0x5029, 0x5058, 0x5079, 0x5088, 0x5099, 0x5148, 0x5151, 0x5188, 0x5191, 0x51a0,
+    0x51a9, 0x51b8, 0x51c1, 0x51d0, 0x52c9, 0x52e8, 0x52f1, 0x52f8, 0x5332, 0x5380, 0x5391, 0x53a8, 0x5429, 0x5470,
+    0x5479, 0x5490, 0x5499, 0x5548, 0x5551, 0x5588, 0x5591, 0x55a0, 0x55a9, 0x55d0, 0x55e9, 0x55f0, 0x5681, 0x5688,
+    0x5701, 0x5710, 0x5732, 0x5780, 0x57c9, 0x57d0, 0x5829, 0x5868, 0x5879, 0x5888, 0x5899, 0x5948, 0x5951, 0x5988,
+    0x5991, 0x59a0, 0x59a9, 0x59d0, 0x59e9, 0x59f0, 0x5ae1, 0x5af0, 0x5af9, 0x5b10, 0x5b32, 0x5b80, 0x5b89, 0x5b92,
+    0x5bc0, 0x5c19, 0x5c20, 0x5c29, 0x5c58, 0x5c71, 0x5c88, 0x5c91, 0x5cb0, 0x5cc9, 0x5cd8, 0x5ce1, 0x5ce8, 0x5cf1,
+    0x5d00, 0x5d19, 0x5d28, 0x5d41, 0x5d58, 0x5d71, 0x5dd0, 0x5e81, 0x5e88, 0x5f32, 0x5f98, 0x6029, 0x6068, 0x6071,
+    0x6088, 0x6091, 0x6148, 0x6151, 0x61d0, 0x61e9, 0x61f0, 0x62c1, 0x62d8, 0x62e9, 0x62f0, 0x6301, 0x6310, 0x6332,
+    0x6380, 0x63c2, 0x63f8, 0x6401, 0x6408, 0x6429, 0x6468, 0x6471, 0x6488, 0x6491, 0x6548, 0x6551, 0x65a0, 0x65a9,
+    0x65d0, 0x65e9, 0x65f0, 0x66e9, 0x66f8, 0x6701, 0x6710, 0x6732, 0x6780, 0x6789, 0x6798, 0x6821, 0x6868, 0x6871,
+    0x6888, 0x6891, 0x69d8, 0x69e9, 0x69f0, 0x6a71, 0x6a78, 0x6aa1, 0x6ab8, 0x6ac2, 0x6af9, 0x6b10, 0x6b32, 0x6bc8,
+    0x6bd1, 0x6c00, 0x6c29, 0x6cb8, 0x6cd1, 0x6d90, 0x6d99, 0x6de0, 0x6de9, 0x6df0, 0x6e01, 0x6e38, 0x6f32, 0x6f80,
+    0x7009, 0x7188, 0x7191, 0x71a0, 0x7201, 0x7238, 0x7282, 0x72d0, 0x7409, 0x7418, 0x7421, 0x7428, 0x7431, 0x7458,
+    0x7461, 0x7520, 0x7529, 0x7530, 0x7539, 0x7588, 0x7591, 0x75a0, 0x75e9, 0x75f0, 0x7601, 0x7628, 0x7631, 0x7638,
+    0x7682, 0x76d0, 0x76e1, 0x7700, 0x7801, 0x7808, 0x7902, 0x79a0, 0x7a01, 0x7a40, 0x7a49, 0x7b68, 0x7c41, 0x7c68,
+    0x8001, 0x8158, 0x81f9, 0x8202, 0x8250, 0x8281, 0x82b0, 0x82d1, 0x82f0, 0x8309, 0x8310, 0x8329, 0x8338, 0x8371,
+    0x8388, 0x83a9, 0x8410, 0x8471, 0x8478, 0x8482, 0x84d0, 0x8501, 0x8630, 0x8639, 0x8640, 0x8669, 0x8670, 0x8681,
+    0x87d8, 0x87e1, 0x9248, 0x9251, 0x9270, 0x9281, 0x92b8, 0x92c1, 0x92c8, 0x92d1, 0x92f0, 0x9301, 0x9448, 0x9451,
+    0x9470, 0x9481, 0x9588, 0x9591, 0x95b0, 0x95c1, 0x95f8, 0x9601, 0x9608, 0x9611, 0x9630, 0x9641, 0x96b8, 0x96c1,
+    0x9888, 0x9891, 0x98b0, 0x98c1, 0x9ad8, 0x9b4a, 0x9be8, 0x9c01, 0x9c80, 0x9d01, 0x9fb0, 0x9fc1, 0x9ff0, 0xa009,
+    0xb368, 0xb379, 0xb403, 0xb409, 0xb4d8, 0xb501, 0xb758, 0xb772, 0xb789, 0xb7c8, 0xb801, 0xb890, 0xb8f9, 0xb990,
+    0xba01, 0xba90, 0xbb01, 0xbb68, 0xbb71, 0xbb88, 0xbc01, 0xbda0, 0xbeb9, 0xbec0, 0xbee1, 0xbee8, 0xbf02, 0xbf50,
+    0xbf82, 0xbfd0, 0xc082, 0xc0d0, 0xc101, 0xc3c8, 0xc401, 0xc428, 0xc439, 0xc548, 0xc551, 0xc558, 0xc581, 0xc7b0,
+    0xc801, 0xc8f8, 0xca32, 0xca81, 0xcb70, 0xcb81, 0xcba8, 0xcc01, 0xcd60, 0xcd81, 0xce50, 0xce82, 0xced8, 0xd001,
+    0xd0b8, 0xd101, 0xd2a8, 0xd402, 0xd450, 0xd482, 0xd4d0, 0xd539, 0xd540, 0xd829, 0xd9a0, 0xda29, 0xda68, 0xda82,
+    0xdad0, 0xdc19, 0xdd08, 0xdd71, 0xdd82, 0xddd1, 0xdf30, 0xe001, 0xe120, 0xe202, 0xe250, 0xe269, 0xe282, 0xe2d1,
+    0xe3f0, 0xe401, 0xe458, 0xe481, 0xe5d8, 0xe5e9, 0xe600, 0xe749, 0xe768, 0xe771, 0xe7a0, 0xe7a9, 0xe7b8, 0xe7d1,
+    0xe7d8, 0xe801, 0xee00, 0xf001, 0xf8b0, 0xf8c1, 0xf8f0, 0xf901, 0xfa30, 0xfa41, 0xfa70, 0xfa81, 0xfac0, 0xfac9,
+    0xfad0, 0xfad9, 0xfae0, 0xfae9, 0xfaf0, 0xfaf9, 0xfbf0, 0xfc01, 0xfda8, 0xfdb1, 0xfde8, 0xfdf1, 0xfdf8, 0xfe11,
+    0xfe28, 0xfe31, 0xfe68, 0xfe81, 0xfea0, 0xfeb1, 0xfee0, 0xff01, 0xff68, 0xff91, 0xffa8, 0xffb1, 0xffe8, 0x10003,
+    0x10058, 0x10143, 0x10150, 0x1017b, 0x10180, 0x102fb, 0x10300, 0x10382, 0x10389, 0x10390, 0x103a2, 0x103d0,
+    0x103f9, 0x10402, 0x10450, 0x10481, 0x104e8, 0x10811, 0x10818, 0x10839, 0x10840, 0x10851, 0x108a0, 0x108a9,
+    0x108b0, 0x108c9, 0x108f0, 0x10921, 0x10928, 0x10931, 0x10938, 0x10941, 0x10948, 0x10951, 0x10970, 0x10979,
+    0x109d0, 0x109e1, 0x10a00, 0x10a29, 0x10a50, 0x10a71, 0x10a78, 0x10a82, 0x10c19, 0x10c2a, 0x10c50, 0x12302,
+    0x124e0, 0x12752, 0x12800, 0x13bb2, 0x13ca0, 0x16001, 0x16728, 0x16759, 0x16778, 0x16791, 0x167a0, 0x167ea,
+    0x167f0, 0x16801, 0x16930, 0x16939, 0x16940, 0x16969, 0x16970, 0x16981, 0x16b40, 0x16b79, 0x16b80, 0x16c01,
+    0x16cb8, 0x16d01, 0x16d38, 0x16d41, 0x16d78, 0x16d81, 0x16db8, 0x16dc1, 0x16df8, 0x16e01, 0x16e38, 0x16e41,
+    0x16e78, 0x16e81, 0x16eb8, 0x16ec1, 0x16ef8, 0x17179, 0x17180, 0x18003, 0x18008, 0x18029, 0x1803a, 0x18040,
+    0x1810a, 0x18150, 0x18189, 0x181b0, 0x181c2, 0x181d9, 0x181e8, 0x18209, 0x184b8, 0x184e9, 0x18500, 0x18509,
+    0x187d8, 0x187e1, 0x18800, 0x18829, 0x18980, 0x18989, 0x18c78, 0x18c92, 0x18cb0, 0x18d01, 0x18e00, 0x18f81,
+    0x19000, 0x19102, 0x19150, 0x19242, 0x19280, 0x1928a, 0x19300, 0x19402, 0x19450, 0x1958a, 0x19600, 0x1a001,
+    0x26e00, 0x27001, 0x52468, 0x52681, 0x527f0, 0x52801, 0x53068, 0x53081, 0x53102, 0x53151, 0x53160, 0x53201,
+    0x53378, 0x533f9, 0x534f0, 0x53501, 0x53732, 0x53780, 0x538b9, 0x53900, 0x53911, 0x53c48, 0x53c59, 0x53e70,
+    0x53e81, 0x53e90, 0x53e99, 0x53ea0, 0x53ea9, 0x53ee8, 0x53f91, 0x54010, 0x54019, 0x54030, 0x54039, 0x54058,
+    0x54061, 0x54118, 0x54182, 0x541b0, 0x54201, 0x543a0, 0x54411, 0x545a0, 0x54682, 0x546d0, 0x54791, 0x547c0,
+    0x547d9, 0x547e0, 0x547e9, 0x547f8, 0x54802, 0x54851, 0x54930, 0x54981, 0x54a38, 0x54b01, 0x54be8, 0x54c21,
+    0x54d98, 0x54e79, 0x54e82, 0x54ed0, 0x54f01, 0x54f28, 0x54f31, 0x54f82, 0x54fd1, 0x54ff8, 0x55001, 0x55148,
+    0x55201, 0x55218, 0x55221, 0x55260, 0x55282, 0x552d0, 0x55301, 0x553b8, 0x553d1, 0x553d8, 0x553f1, 0x55580,
+    0x55589, 0x55590, 0x555a9, 0x555b8, 0x555c9, 0x555f0, 0x55601, 0x55608, 0x55611, 0x55618, 0x556d9, 0x556f0,
+    0x55701, 0x55758, 0x55791, 0x557a8, 0x55809, 0x55838, 0x55849, 0x55878, 0x55889, 0x558b8, 0x55901, 0x55938,
+    0x55941, 0x55978, 0x55981, 0x55ad8, 0x55ae1, 0x55b50, 0x55b81, 0x55f18, 0x55f82, 0x55fd0, 0x56001, 0x6bd20,
+    0x6bd81, 0x6be38, 0x6be59, 0x6bfe0, 0x7c801, 0x7d370, 0x7d381, 0x7d6d0, 0x7d801, 0x7d838, 0x7d899, 0x7d8c0,
+    0x7d8e9, 0x7d8f0, 0x7d8f9, 0x7d948, 0x7d951, 0x7d9b8, 0x7d9c1, 0x7d9e8, 0x7d9f1, 0x7d9f8, 0x7da01, 0x7da10,
+    0x7da19, 0x7da28, 0x7da31, 0x7dd90, 0x7de99, 0x7e9f0, 0x7ea81, 0x7ec80, 0x7ec91, 0x7ee40, 0x7ef81, 0x7efe0,
+    0x7f381, 0x7f3a8, 0x7f3b1, 0x7f7e8, 0x7f882, 0x7f8d0, 0x7f909, 0x7f9d8, 0x7fa09, 0x7fad8, 0x7fb31, 0x7fdf8,
+    0x7fe11, 0x7fe40, 0x7fe51, 0x7fe80, 0x7fe91, 0x7fec0, 0x7fed1, 0x7fee8, 0x80001, 0x80060, 0x80069, 0x80138,
+    0x80141, 0x801d8, 0x801e1, 0x801f0, 0x801f9, 0x80270, 0x80281, 0x802f0, 0x80401, 0x807d8, 0x8083a, 0x809a0,
+    0x80a02, 0x80bc8, 0x80c52, 0x80c60, 0x81401, 0x814e8, 0x81501, 0x81688, 0x8170a, 0x817e0, 0x81801, 0x81902,
+    0x81920, 0x81969, 0x81a0a, 0x81a11, 0x81a52, 0x81a58, 0x81a81, 0x81bb0, 0x81c01, 0x81cf0, 0x81d01, 0x81e20,
+    0x81e41, 0x81e80, 0x81e8a, 0x81eb0, 0x82001, 0x824f0, 0x82502, 0x82550, 0x82581, 0x826a0, 0x826c1, 0x827e0,
+    0x82801, 0x82940, 0x82981, 0x82b20, 0x82b81, 0x82bd8, 0x82be1, 0x82c58, 0x82c61, 0x82c98, 0x82ca1, 0x82cb0,
+    0x82cb9, 0x82d10, 0x82d19, 0x82d90, 0x82d99, 0x82dd0, 0x82dd9, 0x82de8, 0x82e01, 0x82fa0, 0x83001, 0x839b8,
+    0x83a01, 0x83ab0, 0x83b01, 0x83b40, 0x83c01, 0x83c30, 0x83c39, 0x83d88, 0x83d91, 0x83dd8, 0x84001, 0x84030,
+    0x84041, 0x84048, 0x84051, 0x841b0, 0x841b9, 0x841c8, 0x841e1, 0x841e8, 0x841f9, 0x842b0, 0x842c2, 0x84301,
+    0x843b8, 0x843ca, 0x84401, 0x844f8, 0x8453a, 0x84580, 0x84701, 0x84798, 0x847a1, 0x847b0, 0x847da, 0x84801,
+    0x848b2, 0x848e0, 0x84901, 0x849d0, 0x84c01, 0x84dc0, 0x84de2, 0x84df1, 0x84e02, 0x84e80, 0x84e92, 0x85001,
+    0x85008, 0x85081, 0x850a0, 0x850a9, 0x850c0, 0x850c9, 0x851b0, 0x85202, 0x85248, 0x85301, 0x853ea, 0x853f8,
+    0x85401, 0x854ea, 0x85500, 0x85601, 0x85640, 0x85649, 0x85728, 0x8575a, 0x85780, 0x85801, 0x859b0, 0x85a01,
+    0x85ab0, 0x85ac2, 0x85b01, 0x85b98, 0x85bc2, 0x85c01, 0x85c90, 0x85d4a, 0x85d80, 0x86001, 0x86248, 0x86401,
+    0x86598, 0x86601, 0x86798, 0x867d2, 0x86801, 0x86920, 0x86982, 0x869d0, 0x86a02, 0x86a51, 0x86b30, 0x86b79,
+    0x86c30, 0x87302, 0x873f8, 0x87401, 0x87550, 0x87581, 0x87590, 0x87611, 0x87628, 0x87801, 0x878ea, 0x87939,
+    0x87940, 0x87981, 0x87a30, 0x87a8a, 0x87aa8, 0x87b81, 0x87c10, 0x87d81, 0x87e2a, 0x87e60, 0x87f01, 0x87fb8,
+    0x88019, 0x881c0, 0x88292, 0x88380, 0x88389, 0x88398, 0x883a9, 0x883b0, 0x88419, 0x88580, 0x88681, 0x88748,
+    0x88782, 0x887d0, 0x88819, 0x88938, 0x889b2, 0x88a00, 0x88a21, 0x88a28, 0x88a39, 0x88a40, 0x88a81, 0x88b98,
+    0x88bb1, 0x88bb8, 0x88c19, 0x88d98, 0x88e09, 0x88e28, 0x88e82, 0x88ed1, 0x88ed8, 0x88ee1, 0x88ee8, 0x88f0a,
+    0x88fa8, 0x89001, 0x89090, 0x89099, 0x89160, 0x891f9, 0x89208, 0x89401, 0x89438, 0x89441, 0x89448, 0x89451,
+    0x89470, 0x89479, 0x894f0, 0x894f9, 0x89548, 0x89581, 0x896f8, 0x89782, 0x897d0, 0x89829, 0x89868, 0x89879,
+    0x89888, 0x89899, 0x89948, 0x89951, 0x89988, 0x89991, 0x899a0, 0x899a9, 0x899d0, 0x899e9, 0x899f0, 0x89a81,
+    0x89a88, 0x89ae9, 0x89b10, 0x89c01, 0x89c50, 0x89c59, 0x89c60, 0x89c71, 0x89c78, 0x89c81, 0x89db0, 0x89db9,
+    0x89dc0, 0x89e89, 0x89e90, 0x89e99, 0x89ea0, 0x8a001, 0x8a1a8, 0x8a239, 0x8a258, 0x8a282, 0x8a2d0, 0x8a2f9,
+    0x8a310, 0x8a401, 0x8a580, 0x8a621, 0x8a630, 0x8a639, 0x8a640, 0x8a682, 0x8a6d0, 0x8ac01, 0x8ad78, 0x8aec1,
+    0x8aee0, 0x8b001, 0x8b180, 0x8b221, 0x8b228, 0x8b282, 0x8b2d0, 0x8b401, 0x8b558, 0x8b5c1, 0x8b5c8, 0x8b602,
+    0x8b650, 0x8b682, 0x8b720, 0x8b801, 0x8b8d8, 0x8b982, 0x8b9e0, 0x8ba01, 0x8ba38, 0x8c001, 0x8c160, 0x8c501,
+    0x8c702, 0x8c798, 0x8c7f9, 0x8c838, 0x8c849, 0x8c850, 0x8c861, 0x8c8a0, 0x8c8a9, 0x8c8b8, 0x8c8c1, 0x8c980,
+    0x8c9f9, 0x8ca00, 0x8ca09, 0x8ca10, 0x8ca82, 0x8cad0, 0x8cd01, 0x8cd40, 0x8cd51, 0x8ce88, 0x8cf09, 0x8cf10,
+    0x8cf19, 0x8cf20, 0x8d001, 0x8d008, 0x8d059, 0x8d198, 0x8d1d1, 0x8d1d8, 0x8d281, 0x8d288, 0x8d2e1, 0x8d450,
+    0x8d4e9, 0x8d4f0, 0x8d581, 0x8d7c8, 0x8de01, 0x8df08, 0x8df82, 0x8dfd0, 0x8e001, 0x8e048, 0x8e051, 0x8e178,
+    0x8e201, 0x8e208, 0x8e282, 0x8e368, 0x8e391, 0x8e480, 0x8e801, 0x8e838, 0x8e841, 0x8e850, 0x8e859, 0x8e988,
+    0x8ea31, 0x8ea38, 0x8ea82, 0x8ead0, 0x8eb01, 0x8eb30, 0x8eb39, 0x8eb48, 0x8eb51, 0x8ec50, 0x8ecc1, 0x8ecc8,
+    0x8ed02, 0x8ed50, 0x8ef04, 0x8ef50, 0x8f701, 0x8f798, 0x8f811, 0x8f818, 0x8f821, 0x8f888, 0x8f891, 0x8f9a0,
+    0x8fa82, 0x8fad0, 0x8fd81, 0x8fd88, 0x8fe02, 0x8fea8, 0x90001, 0x91cd0, 0x92002, 0x92378, 0x92401, 0x92a20,
+    0x97c81, 0x97f88, 0x98001, 0x9a180, 0x9a209, 0x9a238, 0x9a301, 0xa1fd8, 0xa2001, 0xa3238, 0xb0801, 0xb08f0,
+    0xb0982, 0xb09d0, 0xb4001, 0xb51c8, 0xb5201, 0xb52f8, 0xb5302, 0xb5350, 0xb5381, 0xb55f8, 0xb5602, 0xb5650,
+    0xb5681, 0xb5770, 0xb5801, 0xb5980, 0xb5a01, 0xb5a20, 0xb5a82, 0xb5ad0, 0xb5ada, 0xb5b10, 0xb5b19, 0xb5bc0,
+    0xb5be9, 0xb5c80, 0xb6a01, 0xb6b68, 0xb6b82, 0xb6bd0, 0xb7201, 0xb7402, 0xb74b8, 0xb7801, 0xb7a58, 0xb7a81,
+    0xb7a88, 0xb7c99, 0xb7d00, 0xb7f01, 0xb7f10, 0xb7f19, 0xb7f20, 0xb7fa4, 0xb7fb8, 0xb8001, 0xc3fc0, 0xc4001,
+    0xc66b0, 0xc67f9, 0xc6848, 0xd7f81, 0xd7fa0, 0xd7fa9, 0xd7fe0, 0xd7fe9, 0xd7ff8, 0xd8001, 0xd8918, 0xd8991,
+    0xd8998, 0xd8a81, 0xd8a98, 0xd8aa9, 0xd8ab0, 0xd8b21, 0xd8b40, 0xd8b81, 0xd97e0, 0xde001, 0xde358, 0xde381,
+    0xde3e8, 0xde401, 0xde448, 0xde481, 0xde4d0, 0xe6782, 0xe67d0, 0xe9602, 0xe96a0, 0xe9702, 0xe97a0, 0xe9b02,
+    0xe9bc8, 0xea001, 0xea2a8, 0xea2b1, 0xea4e8, 0xea4f1, 0xea500, 0xea511, 0xea518, 0xea529, 0xea538, 0xea549,
+    0xea568, 0xea571, 0xea5d0, 0xea5d9, 0xea5e0, 0xea5e9, 0xea620, 0xea629, 0xea830, 0xea839, 0xea858, 0xea869,
+    0xea8a8, 0xea8b1, 0xea8e8, 0xea8f1, 0xea9d0, 0xea9d9, 0xea9f8, 0xeaa01, 0xeaa28, 0xeaa31, 0xeaa38, 0xeaa51,
+    0xeaa88, 0xeaa91, 0xeb530, 0xeb541, 0xeb608, 0xeb611, 0xeb6d8, 0xeb6e1, 0xeb7d8, 0xeb7e1, 0xeb8a8, 0xeb8b1,
+    0xeb9a8, 0xeb9b1, 0xeba78, 0xeba81, 0xebb78, 0xebb81, 0xebc48, 0xebc51, 0xebd48, 0xebd51, 0xebe18, 0xebe21,
+    0xebe60, 0xebe72, 0xec000, 0xef801, 0xef8f8, 0xef929, 0xef958, 0xf0181, 0xf0370, 0xf0801, 0xf0968, 0xf09b9,
+    0xf09f0, 0xf0a02, 0xf0a50, 0xf0a71, 0xf0a78, 0xf1481, 0xf1570, 0xf1601, 0xf1760, 0xf1782, 0xf17d0, 0xf2681,
+    0xf2760, 0xf2782, 0xf27d0, 0xf2e81, 0xf2f70, 0xf2f81, 0xf2f8a, 0xf2fd8, 0xf3f01, 0xf3f38, 0xf3f41, 0xf3f60,
+    0xf3f69, 0xf3f78, 0xf3f81, 0xf3ff8, 0xf4001, 0xf4628, 0xf463a, 0xf4680, 0xf4801, 0xf4a20, 0xf4a59, 0xf4a60,
+    0xf4a82, 0xf4ad0, 0xf638a, 0xf6560, 0xf656a, 0xf6580, 0xf658a, 0xf65a8, 0xf680a, 0xf6970, 0xf697a, 0xf69f0,
+    0xf7001, 0xf7020, 0xf7029, 0xf7100, 0xf7109, 0xf7118, 0xf7121, 0xf7128, 0xf7139, 0xf7140, 0xf7149, 0xf7198,
+    0xf71a1, 0xf71c0, 0xf71c9, 0xf71d0, 0xf71d9, 0xf71e0, 0xf7211, 0xf7218, 0xf7239, 0xf7240, 0xf7249, 0xf7250,
+    0xf7259, 0xf7260, 0xf7269, 0xf7280, 0xf7289, 0xf7298, 0xf72a1, 0xf72a8, 0xf72b9, 0xf72c0, 0xf72c9, 0xf72d0,
+    0xf72d9, 0xf72e0, 0xf72e9, 0xf72f0, 0xf72f9, 0xf7300, 0xf7309, 0xf7318, 0xf7321, 0xf7328, 0xf7339, 0xf7358,
+    0xf7361, 0xf7398, 0xf73a1, 0xf73c0, 0xf73c9, 0xf73e8, 0xf73f1, 0xf73f8, 0xf7401, 0xf7450, 0xf7459, 0xf74e0,
+    0xf7509, 0xf7520, 0xf7529, 0xf7550, 0xf7559, 0xf75e0, 0xf8802, 0xf8868, 0xfdf82, 0xfdfd0, 0x100001, 0x153700,
+    0x153801, 0x15b9d0, 0x15ba01, 0x15c0f0, 0x15c101, 0x167510, 0x167581, 0x175f08, 0x175f81, 0x1772f0, 0x17c001,
+    0x17d0f0, 0x180001, 0x189a58, 0x189a81, 0x191d80
+};
+
+static int class_of(uint32_t point) {
+    size_t low = 0, high = sizeof character_classes / sizeof *character_classes;
+    if (point < 0x80) {
+        if ((point | 0x20) - 'a' < 26) return CLASS_LETTER;
+        if (point - '0' < 10) return CLASS_NUMBER;
+        return point == ' ' || point - '\t' < 5 ? CLASS_BLANK : CLASS_OTHER;
+    }
+    if (point > 0x10ffff) return CLASS_OTHER;
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (character_classes[middle] >> 3 <= point) low = middle;
+        else high = middle;
+    }
+    return (int)(character_classes[low] & 7);
+}
+
+/* The code point at the start of `text`, and its size. A byte that begins no valid character is one by itself. */
+static uint32_t read_character(const unsigned char *text, size_t bytes, size_t *size) {
+    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};
+    uint32_t point = text[0];
+    size_t length = point < 0x80 ? 1 : point < 0xc0 ? 0 : point < 0xe0 ? 2 : point < 0xf0 ? 3 : point < 0xf8 ? 4 : 0;
+    *size = 1;
+    if (length == 1) return point;
+    if (length == 0 || length > bytes) return UINT32_MAX;
+    point &= 0x7fu >> length;
+    for (size_t i = 1; i < length; i++) {
+        if ((text[i] & 0xc0) != 0x80) return UINT32_MAX;
+        point = point << 6 | (text[i] & 0x3f);
+    }
+    if (point < least[length] || point > 0x10ffff || (point >= 0xd800 && point < 0xe000)) return UINT32_MAX;
+    *size = length;
+    return point;
+}
+
+static int read_class(const unsigned char *text, size_t bytes, size_t *size) {
+    return class_of(read_character(text, bytes, size));
+}
+
+/* Where the run of characters of a class that begins at `at` ends, after at most `limit` of them. */
+static size_t skip_class(const unsigned char *text, size_t bytes, size_t at, int class, size_t limit) {
+    size_t size;
+    while (at < bytes && limit-- > 0) {
+        int found = read_class(text + at, bytes - at, &size);
+        if ((found == CLASS_DIGIT ? CLASS_OTHER : found) != class) break;
+        at += size;
+    }
+    return at;
+}
+
+/* The class of the character at `at`; that of no character at the end. */
+static int class_at(const unsigned char *text, size_t bytes, size_t at) {
+    size_t size;
+    int class = at < bytes ? read_class(text + at, bytes - at, &size) : -1;
+    return class == CLASS_DIGIT ? CLASS_OTHER : class;
+}
+
+/* Size of 's, 't, 're, 've, 'm, 'll or 'd at the start of the text, or 0. */
+static size_t match_contraction(const unsigned char *text, size_t bytes, int any_case) {
+    unsigned char first, second;
+    if (bytes < 2 || text[0] != '\'') return 0;
+    /* The long s is an s in another case. */
+    if (any_case && bytes > 2 && text[1] == 0xc5 && text[2] == 0xbf) return 3;
+    first = text[1];
+    second = bytes > 2 ? text[2] : 0;
+    if (any_case && first >= 'A' && first <= 'Z') first = (unsigned char)(first + 32);
+    if (any_case && second >= 'A' && second <= 'Z') second = (unsigned char)(second + 32);
+    if (first == 's' || first == 't' || first == 'm' || first == 'd') return 2;
+    if ((first == 'r' || first == 'v') && second == 'e') return 3;
+    return first == 'l' && second == 'l' ? 3 : 0;
+}
+
+/* Blanks up to the end of the text, or all but the last of them, which belongs to what follows, or a single one. */
+static size_t match_blanks(const unsigned char *text, size_t bytes) {
+    size_t end = 0, last = 0, size;
+    while (end < bytes && read_class(text + end, bytes - end, &size) == CLASS_BLANK) {
+        last = end;
+        end += size;
+    }
+    return end == bytes || last == 0 ? end : last;
+}
+
+/* Size of the first word by '…| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
+static size_t match_gpt2(const unsigned char *text, size_t bytes) {
+    size_t start = text[0] == ' ', size = match_contraction(text, bytes, 0);
+    int class = class_at(text, bytes, start);
+    if (size) return size;
+    if (class < 0 || class == CLASS_BLANK) return match_blanks(text, bytes);
+    return skip_class(text, bytes, start, class, SIZE_MAX);
+}
+
+static int is_line_end(unsigned char byte) { return byte == '\r' || byte == '\n'; }
+
+/* Size of blanks up to the last line end among them, or 0. */
+static size_t match_lines(const unsigned char *text, size_t bytes) {
+    size_t at = 0, end = 0, size;
+    while (at < bytes && read_class(text + at, bytes - at, &size) == CLASS_BLANK) {
+        at += size;
+        if (is_line_end(text[at - 1])) end = at;
+    }
+    return end;
+}
+
+/* Size of the first word by (?i:'…)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+
+ * |\s+(?!\S)|\s+ */
+static size_t match_cl100k(const unsigned char *text, size_t bytes, size_t digits) {
+    size_t first, start = text[0] == ' ', end, size = match_contraction(text, bytes, 1);
+    int class = read_class(text, bytes, &first);
+    if (class == CLASS_DIGIT) class = CLASS_OTHER;
+    if (size) return size;
+    if (class == CLASS_LETTER) return skip_class(text, bytes, first, CLASS_LETTER, SIZE_MAX);
+    if (class == CLASS_NUMBER) return skip_class(text, bytes, first, CLASS_NUMBER, digits - 1);
+    if (!is_line_end(text[0]) && class_at(text, bytes, first) == CLASS_LETTER)
+        return skip_class(text, bytes, first, CLASS_LETTER, SIZE_MAX);
+    if (class_at(text, bytes, start) == CLASS_OTHER) {
+        end = skip_class(text, bytes, start, CLASS_OTHER, SIZE_MAX);
+        while (end < bytes && is_line_end(text[end])) end++;
+        return end;
+    }
+    end = match_lines(text, bytes);
+    return end ? end : match_blanks(text, bytes);
+}
+
+static size_t match_word(const tokenizer_tables *t, const unsigned char *text, size_t bytes) {
+    switch (t->pre_tokenizer) {
+    case WORDS_GPT2: return match_gpt2(text, bytes);
+    case WORDS_CL100K: return match_cl100k(text, bytes, 3);
+    case WORDS_QWEN2: return match_cl100k(text, bytes, 1);
+    default: return bytes;
+    }
+}
+
+static const unsigned char *find_token_bytes(const tokenizer_tables *t, uint32_t id, size_t *size) {
+    uint32_t start = read_u32(t->starts + 4 * (size_t)id);
+    *size = read_u32(t->starts + 4 * (size_t)id + 4) - start;
+    return t->bytes + start;
+}
+
+static uint32_t hash_pair(uint32_t left, uint32_t right) {
+    uint64_t product = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
+    return (uint32_t)(product >> 32) ^ (uint32_t)(product >> 15);
+}
+
+static uint32_t hash_bytes(const unsigned char *bytes, size_t size) {
+    uint32_t hash = 2166136261u;
+    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * 16777619u;
+    return hash ^ hash >> 15;
+}
+
+/* Rank of the merge of a pair, or NO_RANK. A slot holds a rank + 1, or 0. */
+static uint32_t find_merge(const tokenizer_tables *t, uint32_t left, uint32_t right) {
+    if (t->merges == 0) return NO_RANK;
+    for (uint32_t slot = hash_pair(left, right);; slot++) {
+        uint32_t rank = t->merge_slots[slot & t->merge_mask];
+        const unsigned char *merge;
+        if (rank == 0) return NO_RANK;
+        merge = t->merge_table + 12 * (size_t)(rank - 1);
+        if (read_u32(merge) == left && read_u32(merge + 4) == right) return rank - 1;
+    }
+}
+
+static uint32_t find_merged(const tokenizer_tables *t, uint32_t rank) {
+    return read_u32(t->merge_table + 12 * (size_t)rank + 8);
+}
+
+/* Whether a word is a token without merges. A slot holds an id + 1, or 0. */
+static int find_whole_word(const tokenizer_tables *t, const unsigned char *word, size_t bytes, uint32_t *id) {
+    if (!t->word_slots) return 0;
+    for (uint32_t slot = hash_bytes(word, bytes);; slot++) {
+        uint32_t found = t->word_slots[slot & t->word_mask];
+        size_t size;
+        const unsigned char *token;
+        if (found == 0) return 0;
+        token = find_token_bytes(t, found - 1, &size);
+        if (size == bytes && memcmp(token, word, bytes) == 0) return *id = found - 1, 1;
+    }
+}
+
+/* A text on its way to ids. The buffers are for long words and grow with the longest. */
+typedef struct {
+    const tokenizer_tables *tables;
+    int special, failed;
+    uint32_t *ids;
+    size_t room, count;
+    uint32_t *symbols, *before, *after;
+    uint64_t *heap;
+    size_t capacity, waiting;
+} encoding;
+
+static void add_id(encoding *e, uint32_t id) {
+    if (e->count < e->room) e->ids[e->count] = id;
+    e->count++;
+}
+
+/* Words up to this size are merged by looking at all pairs each time, which takes no buffers. */
+#define SHORT_WORD 48
+
+static void merge_short_word(encoding *e, const unsigned char *word, size_t bytes) {
+    const tokenizer_tables *t = e->tables;
+    uint32_t symbols[SHORT_WORD], ranks[SHORT_WORD];
+    size_t count = bytes;
+    for (size_t i = 0; i < bytes; i++) symbols[i] = read_u32(t->byte_ids + 4 * (size_t)word[i]);
+    for (size_t i = 0; i + 1 < count; i++) ranks[i] = find_merge(t, symbols[i], symbols[i + 1]);
+    while (count > 1) {
+        size_t best = 0;
+        for (size_t i = 1; i + 1 < count; i++)
+            if (ranks[i] < ranks[best]) best = i;
+        if (ranks[best] == NO_RANK) break;
+        symbols[best] = find_merged(t, ranks[best]);
+        count--;
+        for (size_t i = best + 1; i < count; i++) {
+            symbols[i] = symbols[i + 1];
+            ranks[i - 1] = ranks[i];
+        }
+        if (best + 1 < count) ranks[best] = find_merge(t, symbols[best], symbols[best + 1]);
+        if (best > 0) ranks[best - 1] = find_merge(t, symbols[best - 1], symbols[best]);
+    }
+    for (size_t i = 0; i < count; i++) add_id(e, symbols[i]);
+}
+
+/* The heap holds rank × 2³² + position of merges, the lowest first, and has four children a node: less memory is
+ * visited. */
+static void sink_merge(encoding *e, size_t at) {
+    uint64_t moved = e->heap[at];
+    for (size_t child = 4 * at + 1; child < e->waiting; child = 4 * at + 1) {
+        size_t end = child + 4 < e->waiting ? child + 4 : e->waiting, best = child;
+        for (size_t i = child + 1; i < end; i++)
+            if (e->heap[i] < e->heap[best]) best = i;
+        if (e->heap[best] >= moved) break;
+        e->heap[at] = e->heap[best];
+        at = best;
+    }
+    e->heap[at] = moved;
+}
+
+static void push_merge(encoding *e, uint32_t rank, uint32_t position) {
+    uint64_t added = (uint64_t)rank << 32 | position;
+    size_t at = e->waiting;
+    if (rank == NO_RANK) return;
+    e->waiting++;
+    for (; at > 0 && added < e->heap[(at - 1) / 4]; at = (at - 1) / 4) e->heap[at] = e->heap[(at - 1) / 4];
+    e->heap[at] = added;
+}
+
+static uint64_t pop_merge(encoding *e) {
+    uint64_t first = e->heap[0];
+    e->heap[0] = e->heap[--e->waiting];
+    if (e->waiting) sink_merge(e, 0);
+    return first;
+}
+
+static int reserve_word(encoding *e, size_t bytes) {
+    if (bytes <= e->capacity) return 1;
+    free(e->symbols);
+    free(e->heap);
+    e->capacity = 0;
+    e->heap = NULL;
+    /* A merge takes one entry of the heap and adds at most two, so it never holds more than 2 × bytes. */
+    e->symbols = bytes <= SIZE_MAX / 16 ? malloc(bytes * 3 * sizeof *e->symbols) : NULL;
+    if (e->symbols) e->heap = malloc(bytes * 2 * sizeof *e->heap);
+    if (!e->heap) return e->failed = 1, 0;
+    e->capacity = bytes;
+    return 1;
+}
+
+static uint32_t rank_at(const encoding *e, uint32_t position, uint32_t end) {
+    if (position >= end || e->after[position] >= end) return NO_RANK;
+    return find_merge(e->tables, e->symbols[position], e->symbols[e->after[position]]);
+}
+
+/* Merge the pair at a position with its right neighbor, which is then no symbol any more: its `after` is itself. */
+static void merge_at(encoding *e, uint32_t left, uint32_t rank, uint32_t end) {
+    uint32_t right = e->after[left], next = e->after[right];
+    e->symbols[left] = find_merged(e->tables, rank);
+    e->after[left] = next;
+    e->after[right] = right;
+    if (next < end) e->before[next] = left;
+    push_merge(e, rank_at(e, left, end), left);
+    if (left > 0) push_merge(e, rank_at(e, e->before[left], end), e->before[left]);
+}
+
+/* The same in O(n log n) with a linked list and a heap. Entries that other merges have outdated are passed over. */
+static void merge_long_word(encoding *e, const unsigned char *word, size_t bytes) {
+    uint32_t end = (uint32_t)bytes;
+    if (!reserve_word(e, bytes)) return;
+    e->before = e->symbols + bytes;
+    e->after = e->before + bytes;
+    e->waiting = 0;
+    for (uint32_t i = 0; i < end; i++) {
+        e->symbols[i] = read_u32(e->tables->byte_ids + 4 * (size_t)word[i]);
+        e->before[i] = i - 1;
+        e->after[i] = i + 1;
+    }
+    for (uint32_t i = 0; i + 1 < end; i++) {
+        uint32_t rank = rank_at(e, i, end);
+        e->heap[e->waiting] = (uint64_t)rank << 32 | i;
+        if (rank != NO_RANK) e->waiting++;
+    }
+    for (size_t i = e->waiting / 4 + 1; i-- > 0;)
+        if (i < e->waiting) sink_merge(e, i);
+    while (e->waiting) {
+        uint64_t merge = pop_merge(e);
+        uint32_t position = (uint32_t)merge, rank = (uint32_t)(merge >> 32);
+        if (e->after[position] != position && rank_at(e, position, end) == rank) merge_at(e, position, rank, end);
+    }
+    for (uint32_t i = 0; i < end; i = e->after[i]) add_id(e, e->symbols[i]);
+}
+
+static void encode_word(encoding *e, const unsigned char *word, size_t bytes) {
+    uint32_t id;
+    if (find_whole_word(e->tables, word, bytes, &id)) add_id(e, id);
+    else if (e->tables->merges == 0)
+        for (size_t i = 0; i < bytes; i++) add_id(e, read_u32(e->tables->byte_ids + 4 * (size_t)word[i]));
+    else if (bytes <= SHORT_WORD) merge_short_word(e, word, bytes);
+    else merge_long_word(e, word, bytes);
+}
+
+static void encode_words(encoding *e, const unsigned char *text, size_t bytes) {
+    while (bytes > 0) {
+        size_t size = match_word(e->tables, text, bytes);
+        encode_word(e, text, size);
+        text += size;
+        bytes -= size;
+    }
+}
+
+/* Each digit apart, and what is between digits in words of its own. */
+static void encode_digits(encoding *e, const unsigned char *text, size_t bytes) {
+    size_t start = 0, at = 0, size;
+    for (; at < bytes; at += size) {
+        int class = read_class(text + at, bytes - at, &size);
+        if (class != CLASS_NUMBER && class != CLASS_DIGIT) continue;
+        encode_words(e, text + start, at - start);
+        encode_words(e, text + at, size);
+        start = at + size;
+    }
+    encode_words(e, text + start, bytes - start);
+}
+
+/* The first of the added tokens `low` to `high` − 1, which agree in `depth` bytes, whose next byte is not below. */
+static uint32_t find_bound(const tokenizer_tables *t, uint32_t low, uint32_t high, size_t depth, unsigned int byte) {
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        size_t size;
+        const unsigned char *token = find_token_bytes(t, read_u32(t->added_ids + 4 * (size_t)middle), &size);
+        if (token[depth] < byte) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* Size of the longest added token of a group at the start of a text, or 0. */
+static size_t find_added(const tokenizer_tables *t, int group, const unsigned char *text, size_t bytes, uint32_t *id) {
+    uint32_t low = group ? t->added[0] : 0, high = low + t->added[group];
+    size_t found = 0;
+    if (!(t->first_bytes[group][text[0] / 32] >> text[0] % 32 & 1)) return 0;
+    for (size_t depth = 0; low < high; depth++) {
+        size_t size;
+        uint32_t first = read_u32(t->added_ids + 4 * (size_t)low);
+        find_token_bytes(t, first, &size);
+        if (size == depth) {
+            /* Tokens are in the order of their bytes, so the one that ends here is the first. */
+            *id = first;
+            found = depth;
+            low++;
+        }
+        if (depth == bytes) break;
+        low = find_bound(t, low, high, depth, text[depth]);
+        high = find_bound(t, low, high, depth, text[depth] + 1u);
+    }
+    return found;
+}
+
+/* Divide a text at added tokens of a group, what is left at those of the next, and the rest into words. */
+static void encode_part(encoding *e, const unsigned char *text, size_t bytes, int group) {
+    const tokenizer_tables *t = e->tables;
+    size_t start = 0, at = 0, size;
+    uint32_t id;
+    if (group == 2) {
+        if (t->flags & TOKENIZER_SINGLE_DIGITS) encode_digits(e, text, bytes);
+        else encode_words(e, text, bytes);
+        return;
+    }
+    while (at < bytes && t->added[group]) {
+        size = find_added(t, group, text + at, bytes - at, &id);
+        if (size && (e->special || !(t->marks[id] & MARK_SPECIAL))) {
+            encode_part(e, text + start, at - start, group + 1);
+            add_id(e, id);
+            start = at + size;
+        }
+        at += size ? size : 1;
+    }
+    encode_part(e, text + start, bytes - start, group + 1);
+}
+
+static size_t encode_text(const tokenizer_tables *t, const char *text, size_t bytes, int special, uint32_t *ids,
+                          size_t room) {
+    encoding e;
+    memset(&e, 0, sizeof e);
+    e.tables = t;
+    e.special = special;
+    e.ids = ids;
+    e.room = room;
+    /* Positions in a word have 32 bits. */
+    if (bytes >= UINT32_MAX) return MKB_NO_COUNT;
+    encode_part(&e, (const unsigned char *)text, bytes, 0);
+    free(e.symbols);
+    free(e.heap);
+    return e.failed ? MKB_NO_COUNT : e.count;
+}
+
+size_t mkb_tokenize(const mkb_model *model, const char *text, size_t bytes, int special, uint32_t *ids, size_t room) {
+    return encode_text(&model->tables, text, bytes, special, ids, room);
+}
+
+const char *mkb_token_bytes(const mkb_model *model, uint32_t id, size_t *bytes) {
+    *bytes = 0;
+    if (id >= model->tables.tokens) return "";
+    return (const char *)find_token_bytes(&model->tables, id, bytes);
+}
+
+/* Find the tables of a section, whose sizes its header says, or say what is wrong. */
+static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, size_t size, char *error) {
+    uint64_t marks, byte_ids, merges, added, end;
+    if (size < TOKENIZER_HEADER) return fail(error, MKB_ERROR_FORMAT, "%lu bytes are too few", (unsigned long)size);
+    t->kind = read_u32(bytes);
+    t->pre_tokenizer = read_u32(bytes + 4);
+    t->tokens = read_u32(bytes + 8);
+    t->merges = read_u32(bytes + 12);
+    t->flags = read_u32(bytes + 16);
+    t->added[0] = read_u32(bytes + 20);
+    t->added[1] = read_u32(bytes + 24);
+    if (t->kind > 1 || t->pre_tokenizer > WORDS_QWEN2 || t->flags > 3 || read_u32(bytes + 28))
+        return fail(error, MKB_ERROR_FORMAT, "kind %u, pre-tokenizer %u or flags %u are unknown",
+                    (unsigned)t->kind, (unsigned)t->pre_tokenizer, (unsigned)t->flags);
+    marks = TOKENIZER_HEADER + 4 * ((uint64_t)t->tokens + 1);
+    byte_ids = marks + ((uint64_t)t->tokens + 3) / 4 * 4;
+    merges = byte_ids + 1024;
+    added = merges + 12 * (uint64_t)t->merges;
+    end = added + 4 * ((uint64_t)t->added[0] + t->added[1]);
+    if (end > size || (uint64_t)t->added[0] + t->added[1] > t->tokens)
+        return fail(error, MKB_ERROR_FORMAT, "%u tokens and %u merges do not fit into its %lu bytes",
+                    (unsigned)t->tokens, (unsigned)t->merges, (unsigned long)size);
+    t->starts = bytes + TOKENIZER_HEADER;
+    t->marks = bytes + marks;
+    t->byte_ids = bytes + byte_ids;
+    t->merge_table = bytes + merges;
+    t->added_ids = bytes + added;
+    t->bytes = bytes + end;
     return MKB_OK;
 }
 
-/* ---- 9 sampling ---- */
+/* Check what the tables say of tokens. `rest`: bytes after the tables. */
+static int check_tokens(const tokenizer_tables *t, uint64_t rest, char *error) {
+    uint32_t last = read_u32(t->starts);
+    size_t size;
+    if (last != 0) return fail(error, MKB_ERROR_FORMAT, "token 0 begins at byte %u", (unsigned)last);
+    for (size_t id = 0; id < t->tokens; id++) {
+        uint32_t next = read_u32(t->starts + 4 * id + 4);
+        if (next < last || next > rest)
+            return fail(error, MKB_ERROR_FORMAT, "token %lu ends outside of its bytes", (unsigned long)id);
+        if (t->marks[id] > 7)
+            return fail(error, MKB_ERROR_FORMAT, "token %lu has mark %u", (unsigned long)id, t->marks[id]);
+        last = next;
+    }
+    for (unsigned byte = 0; byte < 256; byte++) {
+        uint32_t id = read_u32(t->byte_ids + 4 * (size_t)byte);
+        const unsigned char *token = id < t->tokens ? find_token_bytes(t, id, &size) : NULL;
+        if (!token || size != 1 || token[0] != byte)
+            return fail(error, MKB_ERROR_FORMAT, "byte %u has no token", byte);
+    }
+    return MKB_OK;
+}
+
+static int is_added(const tokenizer_tables *t, uint32_t id) {
+    return id < t->tokens && t->marks[id] & (MARK_SPECIAL | MARK_ADDED);
+}
+
+static int compare_tokens(const tokenizer_tables *t, uint32_t left, uint32_t right) {
+    size_t left_size, right_size;
+    const unsigned char *a = find_token_bytes(t, left, &left_size), *b = find_token_bytes(t, right, &right_size);
+    int order = memcmp(a, b, left_size < right_size ? left_size : right_size);
+    return order ? order : (left_size > right_size) - (left_size < right_size);
+}
+
+/* Check the added tokens, and note the bytes with which those of each group begin. */
+static int check_added(tokenizer_tables *t, char *error) {
+    for (uint32_t i = 0; i < t->added[0] + t->added[1]; i++) {
+        uint32_t id = read_u32(t->added_ids + 4 * (size_t)i);
+        int group = i >= t->added[0];
+        size_t size = 0;
+        const unsigned char *token = is_added(t, id) ? find_token_bytes(t, id, &size) : NULL;
+        if (size == 0) return fail(error, MKB_ERROR_FORMAT, "added token %u is none", (unsigned)id);
+        if (i != 0 && i != t->added[0] && compare_tokens(t, read_u32(t->added_ids + 4 * (size_t)i - 4), id) >= 0)
+            return fail(error, MKB_ERROR_FORMAT, "added token %u is out of order", (unsigned)id);
+        t->first_bytes[group][token[0] / 32] |= (uint32_t)1 << token[0] % 32;
+    }
+    return MKB_OK;
+}
+
+/* A hash table of at most half-filled slots, all 0. */
+static uint32_t *create_slots(uint32_t entries, uint32_t *mask) {
+    uint64_t slots = 2;
+    while (slots < 2 * (uint64_t)entries) slots *= 2;
+    *mask = (uint32_t)(slots - 1);
+    return slots <= SIZE_MAX / sizeof(uint32_t) ? calloc((size_t)slots, sizeof(uint32_t)) : NULL;
+}
+
+static int index_merges(tokenizer_tables *t, char *error) {
+    t->merge_slots = create_slots(t->merges, &t->merge_mask);
+    if (!t->merge_slots) return fail(error, MKB_ERROR_MEMORY, "no memory for %u merges", (unsigned)t->merges);
+    for (uint32_t rank = 0; rank < t->merges; rank++) {
+        const unsigned char *merge = t->merge_table + 12 * (size_t)rank;
+        uint32_t left = read_u32(merge), right = read_u32(merge + 4), slot = hash_pair(left, right);
+        if (left >= t->tokens || right >= t->tokens || read_u32(merge + 8) >= t->tokens)
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is of tokens that do not exist", (unsigned)rank);
+        if (find_merge(t, left, right) != NO_RANK)
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is there twice", (unsigned)rank);
+        while (t->merge_slots[slot & t->merge_mask]) slot++;
+        t->merge_slots[slot & t->merge_mask] = rank + 1;
+    }
+    return MKB_OK;
+}
+
+static int index_words(tokenizer_tables *t, char *error) {
+    if (!(t->flags & TOKENIZER_IGNORE_MERGES)) return MKB_OK;
+    t->word_slots = create_slots(t->tokens, &t->word_mask);
+    if (!t->word_slots) return fail(error, MKB_ERROR_MEMORY, "no memory for %u tokens", (unsigned)t->tokens);
+    for (uint32_t id = 0; id < t->tokens; id++) {
+        size_t size;
+        const unsigned char *token = find_token_bytes(t, id, &size);
+        uint32_t slot = hash_bytes(token, size);
+        if (!(t->marks[id] & MARK_WHOLE_WORD)) continue;
+        while (t->word_slots[slot & t->word_mask]) slot++;
+        t->word_slots[slot & t->word_mask] = id + 1;
+    }
+    return MKB_OK;
+}
+
+static void tokenizer_close(tokenizer_tables *t) {
+    free(t->merge_slots);
+    free(t->word_slots);
+    memset(t, 0, sizeof *t);
+}
+
+static int read_tables(mkb_model *m, char *error) {
+    tokenizer_tables *t = &m->tables;
+    int status = tokenizer_locate(t, m->tokenizer, (size_t)m->tokenizer_bytes, error);
+    if (status) return status;
+    if (t->tokens != m->set.tokenizer_size)
+        return fail(error, MKB_ERROR_FORMAT, "%lu tokens, the header says %lu", (unsigned long)t->tokens,
+                    (unsigned long)m->set.tokenizer_size);
+    status = check_tokens(t, m->tokenizer_bytes - (uint64_t)(t->bytes - m->tokenizer), error);
+    if (status) return status;
+    if (!(t->marks[m->set.document_token] & MARK_SPECIAL))
+        return fail(error, MKB_ERROR_FORMAT, "document_token %lu is no special token", (unsigned long)m->set.document_token);
+    if ((status = check_added(t, error)) || (status = index_merges(t, error))) return status;
+    return index_words(t, error);
+}
+
+static int tokenizer_check(mkb_model *m, char *error) {
+    char reason[MKB_ERROR_BYTES];
+    int status = read_tables(m, reason);
+    if (!status) return MKB_OK;
+    return fail(error, status, "%s: tokenizer: %s%s", m->name, reason,
+                status == MKB_ERROR_FORMAT ? "; copy or pack the model again" : "");
+}
+
+/* ---- 9 sampling ----
+ *
+ * Weights of tokens are whole numbers, exp((logit − highest) / temperature) × 2³⁸: their sums have no rounding and no
+ * order, so two machines whose exp() differs in the last bit practically always draw the same token. */
+
+#define WEIGHT_ONE ((uint64_t)1 << 38)
+/* exp(−27) × 2³⁸ rounds to 0. */
+#define WEIGHT_RANGE 27.0
+
+static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
+
+/* xoshiro256**: 64 random bits. */
+static uint64_t draw_bits(sampler_state *s) {
+    uint64_t *r = s->random, result = rotate(r[1] * 5, 7) * 9, kept = r[1] << 17;
+    r[2] ^= r[0];
+    r[3] ^= r[1];
+    r[1] ^= r[2];
+    r[0] ^= r[3];
+    r[2] ^= kept;
+    r[3] = rotate(r[3], 45);
+    return result;
+}
+
+/* The state of the random numbers is filled by splitmix64, so that no seed gives zeros alone. */
+static void seed_sampler(sampler_state *s, uint64_t seed) {
+    for (int i = 0; i < 4; i++) {
+        uint64_t x = seed += 0x9e3779b97f4a7c15u;
+        x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+        x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+        s->random[i] = x ^ x >> 31;
+    }
+}
+
+/* A number below `total`, each as likely as the others. */
+static uint64_t draw_below(sampler_state *s, uint64_t total) {
+    uint64_t mask = total, number;
+    for (int bits = 1; bits < 64; bits *= 2) mask |= mask >> bits;
+    do number = draw_bits(s) >> 1 & mask;
+    while (number >= total);
+    return number;
+}
+
+static int check_sampling(const mkb_sampling *s, char *error) {
+    if (!(s->temperature == 0 || (s->temperature >= 1e-4f && s->temperature <= 1e4f)))
+        return fail(error, MKB_ERROR_ARGUMENT, "temperature %g: use 0 for the likeliest token, or 0.0001 to 10000",
+                    (double)s->temperature);
+    if (!(s->top_p > 0 && s->top_p <= 1))
+        return fail(error, MKB_ERROR_ARGUMENT, "top_p %g: use more than 0, up to 1, which is off", (double)s->top_p);
+    if (!(s->min_p >= 0 && s->min_p <= 1))
+        return fail(error, MKB_ERROR_ARGUMENT, "min_p %g: use 0, which is off, to 1", (double)s->min_p);
+    if (!(s->repetition_penalty >= 0.01f && s->repetition_penalty <= 100))
+        return fail(error, MKB_ERROR_ARGUMENT, "repetition_penalty %g: use 0.01 to 100; 1 is off",
+                    (double)s->repetition_penalty);
+    if (s->repetition_window > SAMPLER_WINDOW)
+        return fail(error, MKB_ERROR_ARGUMENT, "repetition_window %lu: use 0 to %d", (unsigned long)s->repetition_window,
+                    SAMPLER_WINDOW);
+    return MKB_OK;
+}
+
+int mkb_sampling_set(mkb_context *c, const mkb_sampling *sampling, char error[MKB_ERROR_BYTES]) {
+    int status = check_sampling(sampling, error);
+    if (status) return status;
+    c->sampler.settings = *sampling;
+    seed_sampler(&c->sampler, sampling->seed);
+    return MKB_OK;
+}
+
+static void note_tokens(sampler_state *s, const uint32_t *tokens, size_t count) {
+    if (count) s->drawn = 0;
+    for (size_t i = count > SAMPLER_WINDOW ? count - SAMPLER_WINDOW : 0; i < count; i++) {
+        s->window[s->window_next] = tokens[i];
+        s->window_next = (s->window_next + 1) % SAMPLER_WINDOW;
+        if (s->window_count < SAMPLER_WINDOW) s->window_count++;
+    }
+}
+
+/* Make recent tokens less likely, each once however often it is there. */
+static void penalize(mkb_context *c, float *logits) {
+    const sampler_state *s = &c->sampler;
+    uint32_t size = c->model->set.tokenizer_size, count = MIN(s->settings.repetition_window, s->window_count);
+    float penalty = s->settings.repetition_penalty;
+    if (!(penalty > 0) || penalty == 1) return;
+    for (int pass = 0; pass < 2; pass++)
+        for (uint32_t i = 1; i <= count; i++) {
+            uint32_t id = s->window[(s->window_next + SAMPLER_WINDOW - i) % SAMPLER_WINDOW];
+            if (id >= size) continue;
+            if (pass == 0) {
+                c->weights[id] = 0;
+            } else if (c->weights[id] == 0) {
+                logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+                c->weights[id] = 1;
+            }
+        }
+}
+
+/* Id of the highest logit, the lowest of equal ones, or MKB_NO_TOKEN if none is a number. Others become the lowest. */
+static uint32_t find_likeliest(float *logits, uint32_t count) {
+    uint32_t best = MKB_NO_TOKEN;
+    for (uint32_t i = 0; i < count; i++) {
+        if (!(logits[i] >= -FLT_MAX)) continue;
+        if (logits[i] > FLT_MAX) logits[i] = FLT_MAX;
+        if (best == MKB_NO_TOKEN || logits[i] > logits[best]) best = i;
+    }
+    return best;
+}
+
+static int is_likelier(const float *logits, uint32_t a, uint32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+}
+
+/* Restore a heap of ids below `at`. Its root is the likeliest, or, for `least`, the least likely. */
+static void sink_candidate(const float *logits, uint32_t *heap, size_t count, size_t at, int least) {
+    uint32_t moved = heap[at];
+    for (size_t child = 2 * at + 1; child < count; child = 2 * at + 1) {
+        if (child + 1 < count && is_likelier(logits, heap[child + 1], heap[child]) != least) child++;
+        if (is_likelier(logits, heap[child], moved) == least) break;
+        heap[at] = heap[child];
+        at = child;
+    }
+    heap[at] = moved;
+}
+
+/* Move the `most` likeliest of `count` candidates to the front, in no order. */
+static size_t keep_likeliest(const float *logits, uint32_t *ids, size_t count, uint32_t most) {
+    if (most == 0 || most >= count) return count;
+    for (size_t i = most / 2 + 1; i-- > 0;) sink_candidate(logits, ids, most, i, 1);
+    for (size_t i = most; i < count; i++) {
+        if (!is_likelier(logits, ids[i], ids[0])) continue;
+        ids[0] = ids[i];
+        sink_candidate(logits, ids, most, 0, 1);
+    }
+    return most;
+}
+
+static uint64_t sum_weights(const mkb_context *c, const uint32_t *ids, size_t count) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < count; i++) total += c->weights[ids[i]];
+    return total;
+}
+
+/* Keep the likeliest candidates that have together at least the part `top_p` of the weight, at the end of `ids`. */
+static size_t keep_mass(const mkb_context *c, const float *logits, uint32_t *ids, size_t count, float top_p) {
+    uint64_t needed = (uint64_t)((double)top_p * (double)sum_weights(c, ids, count)), mass = 0;
+    size_t left = count;
+    for (size_t i = count / 2 + 1; i-- > 0;) sink_candidate(logits, ids, count, i, 0);
+    while (left > 0 && (mass < needed || left == count)) {
+        uint32_t likeliest = ids[0];
+        mass += c->weights[likeliest];
+        ids[0] = ids[--left];
+        ids[left] = likeliest;
+        if (left) sink_candidate(logits, ids, left, 0, 0);
+    }
+    return count - left;
+}
+
+/* Candidates that are not practically impossible. */
+static size_t list_candidates(mkb_context *c, const float *logits, float highest) {
+    uint32_t size = c->model->set.tokenizer_size;
+    double lowest = (double)highest - WEIGHT_RANGE * (double)c->sampler.settings.temperature;
+    size_t count = 0;
+    for (uint32_t i = 0; i < size; i++)
+        if (logits[i] >= lowest) c->candidates[count++] = i;
+    return count;
+}
+
+static uint32_t draw_candidate(mkb_context *c, const float *logits, float highest) {
+    const mkb_sampling *set = &c->sampler.settings;
+    uint32_t *ids = c->candidates;
+    size_t count = keep_likeliest(logits, ids, list_candidates(c, logits, highest), set->top_k), kept = 0;
+    uint64_t number, least = set->min_p > 0 ? (uint64_t)(MIN(set->min_p, 1) * (double)WEIGHT_ONE) : 0;
+    for (size_t i = 0; i < count; i++) {
+        double distance = ((double)logits[ids[i]] - (double)highest) / (double)set->temperature;
+        c->weights[ids[i]] = (uint64_t)(exp(distance) * (double)WEIGHT_ONE + 0.5);
+    }
+    if (set->top_p > 0 && set->top_p < 1) {
+        size_t some = keep_mass(c, logits, ids, count, set->top_p);
+        ids += count - some;
+        count = some;
+    }
+    for (size_t i = 0; i < count; i++)
+        if (c->weights[ids[i]] >= least) ids[kept++] = ids[i];
+    number = draw_below(&c->sampler, sum_weights(c, ids, kept));
+    for (size_t i = 0; i < kept; i++) {
+        if (number < c->weights[ids[i]]) return ids[i];
+        number -= c->weights[ids[i]];
+    }
+    return MKB_NO_TOKEN;
+}
+
+uint32_t mkb_sample(mkb_context *c, float *logits) {
+    uint32_t id;
+    penalize(c, logits);
+    id = find_likeliest(logits, c->model->set.tokenizer_size);
+    if (id != MKB_NO_TOKEN && c->sampler.settings.temperature > 0) id = draw_candidate(c, logits, logits[id]);
+    c->sampler.drawn = id + 1;
+    return id;
+}
 
 /* ---- 10 command line ---- */
 
@@ -3552,14 +4482,1011 @@ static int command_bench(int count, char **arguments) {
     return 0;
 }
 
+/* --- text on its way to people --- */
+
+enum { MOST_STOPS = 16, STOP_BYTES = 256 };
+
+/* Bytes of tokens become whole characters, and what may become a stop string is held back. */
+typedef struct {
+    FILE *file;
+    int for_terminal, trim, failed, stopped;
+    unsigned char character[4], low, high;
+    size_t have, missing;
+    const char *stops[MOST_STOPS];
+    size_t num_stops, stop_bytes; /* of the one that was found */
+    char held[STOP_BYTES + 4];
+    size_t num_held;
+    uint64_t taken; /* bytes of tokens, up to the end of the stop string */
+} text_writer;
+
+/* A terminal would obey control characters; a file or a program gets the text as it is. */
+static void show(text_writer *w, const char *text, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) {
+        unsigned char c = (unsigned char)text[i];
+        int second = c == 0xc2 && i + 1 < bytes && (unsigned char)text[i + 1] < 0xa0;
+        if (w->trim && c == ' ') continue;
+        w->trim = 0;
+        if (w->for_terminal && (second || c == 127 || (c < 32 && c != '\n' && c != '\t'))) {
+            fputs("\302\267", w->file);
+            i += (size_t)second;
+        } else {
+            putc(c, w->file);
+        }
+    }
+    w->failed |= ferror(w->file) != 0;
+}
+
+static int ends_with(const text_writer *w, const char *stop, size_t bytes) {
+    return bytes <= w->num_held && !memcmp(w->held + w->num_held - bytes, stop, bytes);
+}
+
+/* Hold one character, and show what can belong to no stop string any more. */
+static void write_character(text_writer *w, const void *character, size_t bytes) {
+    size_t keep = 0;
+    memcpy(w->held + w->num_held, character, bytes);
+    w->num_held += bytes;
+    w->stop_bytes = 0;
+    for (size_t i = 0; i < w->num_stops; i++) {
+        size_t length = strlen(w->stops[i]);
+        if (ends_with(w, w->stops[i], length)) w->stop_bytes = MAX(w->stop_bytes, length);
+        for (size_t part = MIN(length - 1, w->num_held); part > keep; part--)
+            if (ends_with(w, w->stops[i], part)) keep = part;
+    }
+    w->stopped = w->stop_bytes > 0;
+    if (w->stopped) keep = w->stop_bytes;
+    show(w, w->held, w->num_held - keep);
+    memmove(w->held, w->held + w->num_held - keep, keep);
+    w->num_held = w->stopped ? 0 : keep;
+}
+
+static void write_replacement(text_writer *w) {
+    w->have = w->missing = 0;
+    write_character(w, "\357\277\275", 3);
+}
+
+static void write_byte(text_writer *w, unsigned char c) {
+    if (w->missing) {
+        if (c < w->low || c > w->high) {
+            write_replacement(w);
+            if (!w->stopped) write_byte(w, c);
+            return;
+        }
+        w->low = 0x80, w->high = 0xbf;
+        w->character[w->have++] = c;
+        if (--w->missing) return;
+        write_character(w, w->character, w->have);
+        w->have = 0;
+    } else if (c < 0x80) {
+        write_character(w, &c, 1);
+    } else if (c < 0xc2 || c > 0xf4) {
+        write_replacement(w);
+    } else {
+        w->missing = c < 0xe0 ? 1 : c < 0xf0 ? 2 : 3;
+        w->low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+        w->high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+        w->character[0] = c;
+        w->have = 1;
+    }
+}
+
+static void write_token(text_writer *w, const char *bytes, size_t size) {
+    for (size_t i = 0; i < size && !w->stopped; i++, w->taken++) write_byte(w, (unsigned char)bytes[i]);
+    w->failed |= fflush(w->file) != 0;
+}
+
+/* Show what was held back at the end. */
+static void finish_text(text_writer *w) {
+    if (w->missing && !w->stopped) write_replacement(w);
+    if (!w->stopped) show(w, w->held, w->num_held);
+    w->failed |= fflush(w->file) != 0;
+}
+
+static void begin_text(text_writer *w, int trim) {
+    w->trim = trim;
+    w->failed = w->stopped = 0;
+    w->have = w->missing = w->num_held = 0;
+    w->taken = 0;
+}
+
+/* --- options of commands that read or write text --- */
+
+enum { FOR_GENERATE = 1, FOR_CHAT = 2, FOR_TOKENIZE = 4, FOR_ALL = 7, FOR_BOTH = 3 };
+enum { TAKES_NOTHING, TAKES_TEXT, TAKES_COUNT, TAKES_NUMBER, TAKES_SEED, TAKES_STOP };
+enum { SHOWN_HELP = -1, WRONG_USAGE = 2, INTERRUPTED = 130 };
+
+typedef struct {
+    const char *model, *prompt, *prompt_file, *state_in, *state_out, *user, *assistant, *system;
+    mkb_sampling sampling;
+    uint32_t tokens, context, threads;
+    int verify, quiet, special, from_stdin;
+    const char *stops[MOST_STOPS];
+    size_t num_stops;
+    uint32_t given; /* a bit for each option of the table */
+} text_options;
+
+typedef struct {
+    const char *name;
+    int takes, commands;
+    size_t place;
+    uint32_t least, most;
+} option_rule;
+
+#define RULE(name, takes, commands, member, least, most) \
+    {name, takes, commands, offsetof(text_options, member), least, most}
+static const option_rule OPTION_RULES[] = {
+    RULE("--prompt", TAKES_TEXT, FOR_GENERATE | FOR_TOKENIZE, prompt, 0, 0),
+    RULE("--prompt-file", TAKES_TEXT, FOR_GENERATE | FOR_TOKENIZE, prompt_file, 0, 0),
+    RULE("--special", TAKES_NOTHING, FOR_TOKENIZE, special, 0, 0),
+    RULE("--tokens", TAKES_COUNT, FOR_BOTH, tokens, 1, 1u << 30),
+    RULE("--temperature", TAKES_NUMBER, FOR_BOTH, sampling.temperature, 0, 0),
+    RULE("--top-k", TAKES_COUNT, FOR_BOTH, sampling.top_k, 0, UINT32_MAX),
+    RULE("--top-p", TAKES_NUMBER, FOR_BOTH, sampling.top_p, 0, 0),
+    RULE("--min-p", TAKES_NUMBER, FOR_BOTH, sampling.min_p, 0, 0),
+    RULE("--repetition-penalty", TAKES_NUMBER, FOR_BOTH, sampling.repetition_penalty, 0, 0),
+    RULE("--repetition-window", TAKES_COUNT, FOR_BOTH, sampling.repetition_window, 0, SAMPLER_WINDOW),
+    RULE("--seed", TAKES_SEED, FOR_BOTH, sampling.seed, 0, 0),
+    RULE("--stop", TAKES_STOP, FOR_BOTH, stops, 0, 0),
+    RULE("--threads", TAKES_COUNT, FOR_BOTH, threads, 1, 256),
+    RULE("--context", TAKES_COUNT, FOR_BOTH, context, 1, 1u << 30),
+    RULE("--state-in", TAKES_TEXT, FOR_BOTH, state_in, 0, 0),
+    RULE("--state-out", TAKES_TEXT, FOR_BOTH, state_out, 0, 0),
+    RULE("--user-prefix", TAKES_TEXT, FOR_CHAT, user, 0, 0),
+    RULE("--assistant-prefix", TAKES_TEXT, FOR_CHAT, assistant, 0, 0),
+    RULE("--system", TAKES_TEXT, FOR_CHAT, system, 0, 0),
+    RULE("--verify", TAKES_NOTHING, FOR_ALL, verify, 0, 0),
+    RULE("--quiet", TAKES_NOTHING, FOR_BOTH, quiet, 0, 0),
+};
+enum { NUM_RULES = sizeof OPTION_RULES / sizeof *OPTION_RULES };
+
+static const char SAMPLING_HELP[] =
+    "  --tokens N                at most N tokens (generate: 200, chat: 512)\n"
+    "  --temperature T           0 always takes the likeliest token (0.8)\n"
+    "  --top-k K                 draw among the K likeliest; 0: among all (50)\n"
+    "  --top-p P                 draw among the likeliest that have together the probability P; 1: all (1)\n"
+    "  --min-p P                 none whose probability is below P times the likeliest one's (0)\n"
+    "  --repetition-penalty R    makes recent tokens less likely; 1: off (1)\n"
+    "  --repetition-window N     how many recent tokens, up to 1024 (64)\n"
+    "  --seed N                  of the random numbers (0)\n"
+    "  --stop S                  end before the text S; up to 16 times\n"
+    "  --threads N               (1)\n"
+    "  --context N               tokens that the caches of softmax attention layers have room for\n"
+    "  --state-in F, --state-out F   continue from a saved state; save the state at the end\n"
+    "  --verify                  check the model file's sha256 first\n";
+
+static const char GENERATE_HELP[] =
+    "usage: mixkabrn generate MODEL [--prompt T | --prompt-file F | -] [options]\n\n"
+    "Continues a text, or begins a new document. `-` reads the prompt from standard input.\n\n"
+    "  mixkabrn generate tiny.mkb --prompt \"def \"\n"
+    "  mixkabrn generate tiny.mkb --prompt-file story.txt --tokens 1000 --temperature 0\n"
+    "  mixkabrn generate tiny.mkb --prompt \"One\" --state-out one.mks\n"
+    "  mixkabrn generate tiny.mkb --state-in one.mks --tokens 50      # goes on where it ended\n\n"
+    "  --quiet                   print neither the prompt nor the speed\n";
+
+static const char CHAT_HELP[] =
+    "usage: mixkabrn chat MODEL [options]\n\n"
+    "Talks to a model. The history is a state of fixed size: a turn costs only its own tokens.\n"
+    "Models whose chat template has <|im_start|> get turns in ChatML, others this text, which ends before \"\\nUser:\":\n\n"
+    "  User: what you say\n"
+    "  Assistant: what the model says\n\n"
+    "  mixkabrn chat tiny.mkb\n"
+    "  mixkabrn chat tiny.mkb --user-prefix \"Q:\" --assistant-prefix \"A:\" --temperature 0.5\n"
+    "  mixkabrn chat tiny.mkb --state-in talk.mks --state-out talk.mks\n\n"
+    "  --user-prefix P, --assistant-prefix P   in place of \"User:\" and \"Assistant:\"\n"
+    "  --system T                text at the beginning\n"
+    "  --quiet                   print answers alone\n";
+
+static const char CHAT_COMMANDS[] =
+    "/regenerate, /r   another answer\n"
+    "/edit TEXT        say TEXT in place of the last turn\n"
+    "/undo             take the last turn back\n"
+    "/reset            forget everything but the system text\n"
+    "/system TEXT      begin anew with this text at the beginning\n"
+    "/temperature X    0 always takes the likeliest token\n"
+    "/save FILE        save the state;  /load FILE  continue from one\n"
+    "/quit             end; so does Ctrl-D. Ctrl-C ends an answer.\n"
+    "A line that ends in \\ goes on in the next one; // at the beginning says a /.\n";
+
+static const char TOKENIZE_HELP[] =
+    "usage: mixkabrn tokenize MODEL [--prompt T | --prompt-file F | -] [--special]\n\n"
+    "Prints the ids of a text. --special: text that spells a special token is one.\n\n"
+    "  mixkabrn tokenize tiny.mkb --prompt \"def \"\n";
+
+static int complain(const char *format, const char *name, const char *value) {
+    fprintf(stderr, "error: ");
+    fprintf(stderr, format, name, value);
+    fputc('\n', stderr);
+    return WRONG_USAGE;
+}
+
+/* A whole number without sign, or 0 and `errno`. */
+static uint64_t parse_whole(const char *text) {
+    char *end;
+    unsigned long long value;
+    errno = 0;
+    value = strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end) errno = EINVAL;
+    return errno ? 0 : value;
+}
+
+static int add_stop(text_options *o, const char *text) {
+    size_t length = strlen(text), size;
+    if (length == 0 || length > STOP_BYTES) return complain("%s: use a text of 1 to 256 bytes%s", "--stop", "");
+    if (o->num_stops == MOST_STOPS - 2) return complain("%s: %s is one too many", "--stop", text);
+    for (size_t i = 0; i < length; i += size)
+        if (read_character((const unsigned char *)text + i, length - i, &size) == UINT32_MAX)
+            return complain("%s: not UTF-8, so no text can contain it%s", "--stop", "");
+    o->stops[o->num_stops++] = text;
+    return MKB_OK;
+}
+
+static int take_value(text_options *o, const option_rule *rule, const char *value) {
+    char *place = (char *)o + rule->place, *end;
+    uint64_t whole;
+    switch (rule->takes) {
+    case TAKES_TEXT: memcpy(place, &value, sizeof value); break;
+    case TAKES_STOP: return add_stop(o, value);
+    case TAKES_NUMBER: {
+        float number = strtof(value, &end);
+        if (end == value || *end) return complain("%s %s: use a number such as 0.8", rule->name, value);
+        memcpy(place, &number, sizeof number);
+        break;
+    }
+    default:
+        whole = parse_whole(value);
+        if (errno || (rule->takes == TAKES_COUNT && (whole < rule->least || whole > rule->most))) {
+            fprintf(stderr, "error: %s %s: use a whole number from %lu to %llu\n", rule->name, value,
+                    (unsigned long)rule->least, rule->takes == TAKES_SEED ? (unsigned long long)UINT64_MAX : rule->most);
+            return WRONG_USAGE;
+        }
+        if (rule->takes == TAKES_SEED) {
+            memcpy(place, &whole, sizeof whole);
+        } else {
+            uint32_t count = (uint32_t)whole;
+            memcpy(place, &count, sizeof count);
+        }
+    }
+    return MKB_OK;
+}
+
+/* Take one option, as `--name value` or `--name=value`. */
+static int take_option(text_options *o, int command, int *at, int count, char **arguments) {
+    const char *name = arguments[*at], *equals = strchr(name, '=');
+    size_t length = equals ? (size_t)(equals - name) : strlen(name);
+    for (size_t i = 0; i < NUM_RULES; i++) {
+        const option_rule *rule = &OPTION_RULES[i];
+        if (!(rule->commands & command) || strlen(rule->name) != length || strncmp(rule->name, name, length)) continue;
+        o->given |= (uint32_t)1 << i;
+        if (rule->takes == TAKES_NOTHING) {
+            const int yes = 1;
+            if (equals) return complain("%s takes no value%s", rule->name, "");
+            memcpy((char *)o + rule->place, &yes, sizeof yes);
+            return MKB_OK;
+        }
+        if (!equals && *at + 1 >= count) return complain("%s needs a value%s", rule->name, "");
+        return take_value(o, rule, equals ? equals + 1 : arguments[++*at]);
+    }
+    return complain("%s is no option here; --help lists them%s", name, "");
+}
+
+static int take_argument(text_options *o, int command, int *at, int count, char **arguments) {
+    const char *text = arguments[*at];
+    if (!strcmp(text, "-") && command != FOR_CHAT) return o->from_stdin = 1, MKB_OK;
+    if (text[0] == '-') return take_option(o, command, at, count, arguments);
+    if (o->model) return complain("%s: one model file is enough; put a text after --prompt%s", text, "");
+    o->model = text;
+    return MKB_OK;
+}
+
+/* Fill the options, or say what is wrong with them. */
+static int parse_text_options(text_options *o, int command, int count, char **arguments) {
+    static const char *const helps[5] = {NULL, GENERATE_HELP, CHAT_HELP, NULL, TOKENIZE_HELP};
+    char error[MKB_ERROR_BYTES];
+    int status = MKB_OK;
+    memset(o, 0, sizeof *o);
+    o->sampling = DEFAULT_SAMPLING;
+    o->tokens = command == FOR_CHAT ? 512 : 200;
+    o->threads = 1;
+    o->user = "User:";
+    o->assistant = "Assistant:";
+    for (int i = 0; i < count && !status; i++) {
+        if (!strcmp(arguments[i], "--help") || !strcmp(arguments[i], "-h")) {
+            fputs(helps[command], stdout);
+            if (command != FOR_TOKENIZE) fputs(SAMPLING_HELP, stdout);
+            if (command == FOR_CHAT) printf("\nWhile it runs:\n%s", CHAT_COMMANDS);
+            return SHOWN_HELP;
+        }
+        status = take_argument(o, command, &i, count, arguments);
+    }
+    if (status) return status;
+    if (!o->model) return fputs(helps[command], stderr), WRONG_USAGE;
+    if ((o->prompt != NULL) + (o->prompt_file != NULL) + o->from_stdin > 1)
+        return complain("%s, --prompt-file and -: give one of them%s", "--prompt", "");
+    return check_sampling(&o->sampling, error) ? complain("%s%s", error, "") : MKB_OK;
+}
+
+/* --- a model that reads and writes text --- */
+
+static volatile sig_atomic_t was_interrupted;
+
+static void note_interrupt(int signal_number) {
+    (void)signal_number;
+    was_interrupted = 1;
+}
+
+typedef struct {
+    const text_options *options;
+    mkb_model *model;
+    mkb_context *context;
+    float *logits;
+    text_writer writer;
+    uint64_t tokens_read, answer_read; /* in all; bytes of the answer's tokens that have been read */
+    uint32_t answer_tokens, last_token;
+    double read_seconds, write_seconds;
+    char error[MKB_ERROR_BYTES];
+} session;
+
+/* What these commands need of the process: no death by a closed pipe, Ctrl-C noticed, no file under 0, 1 or 2. */
+static void prepare_process(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    for (int i = 0; i < 3; i++)
+        if (fcntl(i, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = note_interrupt;
+    sigaction(SIGINT, &action, NULL);
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &action, NULL);
+}
+
+/* Tokens of a saved state, to make room for them; 0 if it cannot be read, which is told when it is loaded. */
+static uint64_t peek_position(const char *path) {
+    unsigned char head[96];
+    FILE *file = fopen(path, "rb");
+    size_t got = file ? fread(head, 1, sizeof head, file) : 0;
+    if (file) fclose(file);
+    return got == sizeof head ? read_u64(head + 88) : 0;
+}
+
+/* Settings that were given on the command line replace those of a saved state. */
+static void override_sampling(session *s) {
+    const text_options *o = s->options;
+    size_t begin = offsetof(text_options, sampling);
+    for (size_t i = 0; i < NUM_RULES; i++) {
+        const option_rule *rule = &OPTION_RULES[i];
+        char *settings = (char *)&s->context->sampler.settings;
+        if (!(o->given >> i & 1) || rule->place < begin || rule->place >= begin + sizeof o->sampling) continue;
+        memcpy(settings + (rule->place - begin), (const char *)o + rule->place, rule->takes == TAKES_SEED ? 8 : 4);
+        if (rule->takes == TAKES_SEED) seed_sampler(&s->context->sampler, o->sampling.seed);
+    }
+}
+
+/* Create the context with room for `tokens`, and load the state. */
+static int open_context(session *s, uint64_t tokens) {
+    const text_options *o = s->options;
+    int status;
+    if (o->state_in) tokens += MIN(peek_position(o->state_in), UINT32_MAX);
+    if (o->context) tokens = o->context;
+    status = mkb_context_create(s->model, (int)o->threads, (uint32_t)MIN(tokens, UINT32_MAX), &s->context, s->error);
+    if (status) return status;
+    s->logits = malloc(s->model->set.vocab_size * sizeof *s->logits);
+    if (!s->logits) return fail(s->error, MKB_ERROR_MEMORY, "no memory for logits");
+    s->writer.file = stdout;
+    s->writer.for_terminal = isatty(1);
+    memcpy(s->writer.stops, o->stops, sizeof o->stops);
+    s->writer.num_stops = o->num_stops;
+    status = mkb_sampling_set(s->context, &o->sampling, s->error);
+    if (status || !o->state_in) return status;
+    status = mkb_state_load(s->context, o->state_in, s->error);
+    if (!status) override_sampling(s);
+    return status;
+}
+
+static void close_session(session *s) {
+    mkb_context_destroy(s->context);
+    mkb_model_close(s->model);
+    free(s->logits);
+}
+
+/* Read tokens, some at a time so that Ctrl-C is noticed. */
+static int read_tokens(session *s, const uint32_t *ids, size_t count, int logits) {
+    enum { SOME = 256 };
+    double begin = seconds_now();
+    int status = MKB_OK;
+    s->tokens_read += count;
+    while (count && !status && !was_interrupted) {
+        size_t some = MIN(count, (size_t)SOME);
+        status = mkb_decode(s->context, ids, some, logits && some == count ? s->logits : NULL, s->error);
+        ids += some, count -= some;
+    }
+    s->read_seconds += seconds_now() - begin;
+    return status ? status : count ? INTERRUPTED : MKB_OK;
+}
+
+/* The ids of a text, in memory that is the caller's, after room for `before` more. */
+static uint32_t *list_ids(session *s, const char *text, size_t bytes, int special, size_t before, size_t *count) {
+    uint32_t *ids = bytes < SIZE_MAX / 8 ? malloc((bytes + before + 1) * sizeof *ids) : NULL;
+    *count = ids ? mkb_tokenize(s->model, text, bytes, special, ids + before, bytes) : MKB_NO_COUNT;
+    if (*count != MKB_NO_COUNT) return ids;
+    fail(s->error, MKB_ERROR_MEMORY, "no memory for a text of %llu bytes", (unsigned long long)bytes);
+    free(ids);
+    return NULL;
+}
+
+/* Draw and show tokens until the document ends, a stop string is found, `limit` are drawn or Ctrl-C is pressed. The last
+ * one is not read unless the answer was interrupted. */
+static int write_answer(session *s, uint32_t limit, int trim) {
+    double begin = seconds_now();
+    int status = MKB_OK;
+    begin_text(&s->writer, trim);
+    s->answer_tokens = 0, s->answer_read = 0;
+    while (!status && s->answer_tokens < limit && !was_interrupted) {
+        size_t size;
+        uint32_t id = s->last_token = mkb_sample(s->context, s->logits);
+        if (id == MKB_NO_TOKEN)
+            return fail(s->error, MKB_ERROR_ARGUMENT,
+                        "the model's outputs are not finite: its training has diverged; pack an earlier checkpoint");
+        if (id == s->model->set.document_token) break;
+        s->answer_tokens++;
+        const char *bytes = mkb_token_bytes(s->model, id, &size);
+        write_token(&s->writer, bytes, size);
+        if (s->writer.stopped || s->writer.failed || s->answer_tokens == limit) break;
+        status = mkb_decode(s->context, &id, 1, s->logits, s->error);
+        s->answer_read += size;
+    }
+    finish_text(&s->writer);
+    s->write_seconds = seconds_now() - begin;
+    if (s->writer.failed && !status)
+        status = fail(s->error, MKB_ERROR_FILE, "the text cannot be written: %s", strerror(errno ? errno : EPIPE));
+    return status;
+}
+
+static double rate_of(uint64_t count, double seconds) { return seconds > 0 ? (double)count / seconds : 0; }
+
+static int report_status(const session *s, int status) {
+    if (status == INTERRUPTED) fprintf(stderr, "\ninterrupted\n");
+    else if (status) fprintf(stderr, "error: %s\n", s->error);
+    return status == INTERRUPTED || status == MKB_OK ? status : 1;
+}
+
+/* --- generate and tokenize --- */
+
+/* All of a file, whose size need not be known. */
+static int read_all(FILE *file, const char *name, char **text, size_t *bytes, char *error) {
+    size_t room = 0, got = 1;
+    *text = NULL;
+    *bytes = 0;
+    while (got) {
+        if (*bytes == room) {
+            char *larger = room < SIZE_MAX / 4 ? realloc(*text, room = room ? 2 * room : 1 << 16) : NULL;
+            if (!larger) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for a text of this size", name);
+            *text = larger;
+        }
+        got = fread(*text + *bytes, 1, room - *bytes, file);
+        *bytes += got;
+    }
+    return ferror(file) ? fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", name, strerror(errno)) : MKB_OK;
+}
+
+static int read_prompt(const text_options *o, char **text, size_t *bytes, char *error) {
+    FILE *file = o->from_stdin ? stdin : o->prompt_file ? fopen(o->prompt_file, "rb") : NULL;
+    const char *prompt = o->prompt ? o->prompt : "";
+    int status;
+    *text = NULL;
+    if (o->prompt_file && !file)
+        return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", o->prompt_file, strerror(errno));
+    if (file) {
+        status = read_all(file, o->from_stdin ? "standard input" : o->prompt_file, text, bytes, error);
+        if (!o->from_stdin) fclose(file);
+        return status;
+    }
+    *bytes = strlen(prompt);
+    *text = malloc(*bytes + 1);
+    if (!*text) return fail(error, MKB_ERROR_MEMORY, "no memory for the prompt");
+    memcpy(*text, prompt, *bytes + 1);
+    return MKB_OK;
+}
+
+static void print_speed(const session *s) {
+    const mkb_model *m = s->model;
+    if (s->options->quiet) {
+        if (s->writer.for_terminal) putchar('\n');
+        return;
+    }
+    fprintf(stderr, "\n[%s at step %llu: %llu tokens read, %.0f a second; %lu written, %.0f tokens/s]\n", m->name,
+            (unsigned long long)m->step, (unsigned long long)s->tokens_read, rate_of(s->tokens_read, s->read_seconds),
+            (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+}
+
+/* What is read before the answer: the token that a saved state left unread, or the document token; then the prompt. */
+static int read_generate_prompt(session *s, uint32_t *ids, size_t count) {
+    uint32_t drawn = s->context->sampler.drawn;
+    if (drawn || s->context->position == 0) {
+        ids[0] = drawn ? drawn - 1 : s->model->set.document_token;
+        count++;
+    } else {
+        ids++;
+    }
+    if (count == 0)
+        return fail(s->error, MKB_ERROR_ARGUMENT, "%s says not what comes next; give --prompt", s->options->state_in);
+    return read_tokens(s, ids, count, 1);
+}
+
+static int generate_text(session *s, const char *prompt, size_t bytes) {
+    const text_options *o = s->options;
+    size_t count;
+    uint32_t *ids = list_ids(s, prompt, bytes, 0, 1, &count);
+    int status = ids ? open_context(s, (uint64_t)count + 1 + o->tokens) : MKB_ERROR_MEMORY;
+    if (!status && !o->quiet) {
+        show(&s->writer, prompt, bytes);
+        fflush(stdout);
+    }
+    if (!status) status = read_generate_prompt(s, ids, count);
+    free(ids);
+    if (!status) status = write_answer(s, o->tokens, 0);
+    if (status) return status;
+    print_speed(s);
+    if (o->state_out) status = mkb_state_save(s->context, o->state_out, s->error);
+    return status ? status : was_interrupted ? INTERRUPTED : MKB_OK;
+}
+
+static int command_generate(int count, char **arguments) {
+    text_options o;
+    session s;
+    char *prompt = NULL;
+    size_t bytes = 0;
+    int status = parse_text_options(&o, FOR_GENERATE, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    memset(&s, 0, sizeof s);
+    s.options = &o;
+    status = read_prompt(&o, &prompt, &bytes, s.error);
+    if (!status) status = mkb_model_open(o.model, o.verify, &s.model, s.error);
+    if (!status) status = generate_text(&s, prompt, bytes);
+    status = report_status(&s, status);
+    close_session(&s);
+    free(prompt);
+    return status;
+}
+
+static int command_tokenize(int count, char **arguments) {
+    text_options o;
+    session s;
+    char *prompt = NULL;
+    size_t bytes = 0, found = 0;
+    uint32_t *ids = NULL;
+    int status = parse_text_options(&o, FOR_TOKENIZE, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    memset(&s, 0, sizeof s);
+    s.options = &o;
+    status = read_prompt(&o, &prompt, &bytes, s.error);
+    if (!status) status = mkb_model_open(o.model, o.verify, &s.model, s.error);
+    if (!status) status = (ids = list_ids(&s, prompt, bytes, o.special, 0, &found)) ? MKB_OK : MKB_ERROR_MEMORY;
+    for (size_t i = 0; i < found && !status; i++) printf("%s%lu", i ? " " : "", (unsigned long)ids[i]);
+    if (!status && (putchar('\n') == EOF || fflush(stdout)))
+        status = fail(s.error, MKB_ERROR_FILE, "the ids cannot be written: %s", strerror(errno));
+    status = report_status(&s, status);
+    close_session(&s);
+    free(ids);
+    free(prompt);
+    return status;
+}
+
+/* --- chat --- */
+
+enum { CHAT_TURNS = 32, MARKUP_BYTES = 640 };
+
+/* A state at the beginning of a turn, and what was said in it. */
+typedef struct {
+    unsigned char *state;
+    size_t state_bytes, text_bytes;
+    char *text;
+} chat_turn;
+
+/* Between turns the state has read everything up to where the user's text begins. */
+typedef struct {
+    session s;
+    int chatml, failed;
+    char opening[MARKUP_BYTES], lead[MARKUP_BYTES], closing[MARKUP_BYTES], stop[MARKUP_BYTES];
+    char *system;
+    chat_turn turns[CHAT_TURNS];
+    size_t num_turns;
+    chat_turn asked;        /* the state before the last token of the last turn's markup; no text */
+    uint32_t asked_token;
+} chat;
+
+/* opening: before the first turn; lead: between turns; closing: between what the user and what the assistant says. */
+static int choose_markup(chat *c) {
+    const text_options *o = c->s.options;
+    size_t bytes = 0;
+    const char *template_text = mkb_model_template(c->s.model, &bytes);
+    static const char mark[] = "<|im_start|>";
+    for (size_t i = 0; !c->chatml && i + sizeof mark - 1 <= bytes; i++)
+        c->chatml = !memcmp(template_text + i, mark, sizeof mark - 1);
+    if (strlen(o->user) > STOP_BYTES - 1 || strlen(o->assistant) > STOP_BYTES || !*o->user || !*o->assistant)
+        return complain("%s and --assistant-prefix: use 1 to 255 bytes%s", "--user-prefix", "");
+    if (c->chatml) {
+        strcpy(c->opening, "<|im_start|>user\n");
+        strcpy(c->lead, "<|im_end|>\n<|im_start|>user\n");
+        strcpy(c->closing, "<|im_end|>\n<|im_start|>assistant\n");
+        strcpy(c->stop, "<|im_end|>");
+    } else {
+        snprintf(c->opening, MARKUP_BYTES, "%s", o->user);
+        snprintf(c->lead, MARKUP_BYTES, "\n%s", o->user);
+        snprintf(c->closing, MARKUP_BYTES, "\n%s", o->assistant);
+        snprintf(c->stop, MARKUP_BYTES, "\n%s", o->user);
+    }
+    return MKB_OK;
+}
+
+static void add_chat_stops(chat *c) {
+    text_writer *w = &c->s.writer;
+    w->stops[w->num_stops++] = c->stop;
+    if (c->chatml) w->stops[w->num_stops++] = "<|im_start|>";
+}
+
+static void free_turn(chat_turn *turn) {
+    free(turn->state);
+    free(turn->text);
+    memset(turn, 0, sizeof *turn);
+}
+
+static void forget_turns(chat *c) {
+    while (c->num_turns) free_turn(&c->turns[--c->num_turns]);
+    free_turn(&c->asked);
+}
+
+static int keep_state(chat *c, chat_turn *turn) {
+    mkb_context *context = c->s.context;
+    turn->state_bytes = mkb_state_bytes(context);
+    free(turn->state);
+    turn->state = malloc(turn->state_bytes);
+    /* Before the turn has read anything, its state is that of now. */
+    if (!turn->state) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory to remember a turn; use /reset");
+    return mkb_state_get(context, turn->state, turn->state_bytes, c->s.error);
+}
+
+/* Go back, but with the settings of now, and random numbers that have not been used. */
+static int restore_state(chat *c, const chat_turn *turn) {
+    sampler_state now = c->s.context->sampler;
+    int status = mkb_state_set(c->s.context, turn->state, turn->state_bytes, c->s.error);
+    if (status) return status;
+    c->s.context->sampler.settings = now.settings;
+    memcpy(c->s.context->sampler.random, now.random, sizeof now.random);
+    return MKB_OK;
+}
+
+/* Read a text. Only the program's own markup may hold special tokens. With `ask`, logits follow, and the state before
+ * the last token is kept, so that another answer reads but that one. */
+static int read_text(chat *c, const char *text, size_t bytes, int special, int ask) {
+    size_t count;
+    uint32_t *ids = list_ids(&c->s, text, bytes, special, 0, &count);
+    int status = ids ? MKB_OK : MKB_ERROR_MEMORY;
+    if (!status && ask && count) {
+        c->asked_token = ids[--count];
+        status = read_tokens(&c->s, ids, count, 0);
+        if (!status) status = keep_state(c, &c->asked);
+        if (!status) status = read_tokens(&c->s, &c->asked_token, 1, 1);
+    } else if (!status) {
+        status = read_tokens(&c->s, ids, count, 0);
+    }
+    free(ids);
+    return status;
+}
+
+static int read_markup(chat *c, const char *text) { return read_text(c, text, strlen(text), 1, 0); }
+
+/* The document token, the system text, and where the user's text begins. */
+static int begin_chat(chat *c) {
+    int status;
+    if (c->s.context->position) return MKB_OK;
+    status = read_tokens(&c->s, &c->s.model->set.document_token, 1, 0);
+    if (c->system) {
+        if (!status && c->chatml) status = read_markup(c, "<|im_start|>system\n");
+        if (!status) status = read_text(c, c->system, strlen(c->system), 0, 0);
+        if (!status) status = read_markup(c, c->chatml ? "<|im_end|>\n" : "\n\n");
+    }
+    if (!status) status = read_markup(c, c->opening);
+    if (status) mkb_reset(c->s.context);
+    return status;
+}
+
+/* After an answer, read what of its last token belongs to it, and the markup up to the user's next text, of which the
+ * model may have written a part. */
+static int end_answer(chat *c) {
+    session *s = &c->s;
+    const text_writer *w = &s->writer;
+    uint64_t end = w->taken - w->stop_bytes;
+    size_t skip = 0, size;
+    int status = MKB_OK;
+    const char *bytes = mkb_token_bytes(s->model, s->last_token, &size);
+    if (!w->stopped) {
+        /* The last token at the limit was drawn, but not read; that of the document's end stays so. */
+        if (s->context->sampler.drawn && s->last_token != s->model->set.document_token)
+            status = read_tokens(s, &s->last_token, 1, 0);
+    } else if (end > s->answer_read) {
+        status = read_text(c, bytes, (size_t)MIN(end - s->answer_read, size), 0, 0);
+    } else {
+        skip = (size_t)(s->answer_read - end);
+        /* Another stop string than the turn's own has nothing in common with the markup. */
+        if (skip > strlen(c->lead) || w->stop_bytes < skip || memcmp(w->held, c->lead, skip)) skip = 0;
+    }
+    /* So few tokens are read in one piece: when Ctrl-C came before them, they are read all the same. */
+    while (!status && (status = read_markup(c, c->lead + skip)) == INTERRUPTED) status = was_interrupted = 0;
+    return status;
+}
+
+/* Write an answer to what has been read; Ctrl-C ends it, but not the chat. */
+static int answer(chat *c) {
+    session *s = &c->s;
+    int status = write_answer(s, s->options->tokens, !c->chatml);
+    putchar('\n');
+    fflush(stdout);
+    was_interrupted = 0;
+    if (!status && !s->options->quiet)
+        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
+                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    s->tokens_read = 0;
+    return status ? status : end_answer(c);
+}
+
+/* Remember where a turn begins; the oldest is forgotten when there are too many. */
+static int add_turn(chat *c, char *text, size_t bytes) {
+    chat_turn *turn;
+    if (c->num_turns == CHAT_TURNS) {
+        free_turn(&c->turns[0]);
+        memmove(c->turns, c->turns + 1, (CHAT_TURNS - 1) * sizeof *c->turns);
+        c->num_turns--;
+        memset(&c->turns[c->num_turns], 0, sizeof *c->turns);
+    }
+    turn = &c->turns[c->num_turns++];
+    turn->text = text;
+    turn->text_bytes = bytes;
+    return keep_state(c, turn);
+}
+
+static int take_back(chat *c) {
+    chat_turn *turn = &c->turns[c->num_turns - 1];
+    int status = turn->state ? restore_state(c, turn) : MKB_OK;
+    free_turn(turn);
+    free_turn(&c->asked);
+    c->num_turns--;
+    return status;
+}
+
+/* Read what the user says and answer. `text` is kept. */
+static int say(chat *c, char *text, size_t bytes) {
+    int status = begin_chat(c);
+    if (status) return free(text), status;
+    status = add_turn(c, text, bytes);
+    if (!status) status = read_text(c, text, bytes, 0, 0);
+    if (!status) status = read_text(c, c->closing, strlen(c->closing), 1, 1);
+    if (!status) return answer(c);
+    /* Nothing of a turn that cannot be read stays: the caches are full, or Ctrl-C was pressed. */
+    was_interrupted = 0;
+    take_back(c);
+    return status;
+}
+
+static char *copy_text(const char *text, size_t bytes) {
+    char *copy = malloc(bytes + 1);
+    if (!copy) return NULL;
+    memcpy(copy, text, bytes);
+    copy[bytes] = 0;
+    return copy;
+}
+
+/* Words of most tokenizers hold the blank before them, so it is a part of what the user says. */
+static int say_copy(chat *c, const char *text, size_t bytes) {
+    size_t blank = !c->chatml;
+    char *copy = malloc(bytes + 2);
+    if (!copy) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory for a text of this size");
+    copy[0] = ' ';
+    memcpy(copy + blank, text, bytes);
+    return say(c, copy, bytes + blank);
+}
+
+/* --- commands of the chat --- */
+
+static int remark(const char *text) {
+    fprintf(stderr, "%s\n", text);
+    return MKB_OK;
+}
+
+static int chat_regenerate(chat *c, const char *rest) {
+    (void)rest;
+    if (!c->num_turns) return remark("no turn that could be answered again; say something first");
+    if (c->asked.state) {
+        int status = restore_state(c, &c->asked);
+        if (!status) status = read_tokens(&c->s, &c->asked_token, 1, 1);
+        return status ? status : answer(c);
+    }
+    chat_turn *last = &c->turns[c->num_turns - 1];
+    char *text = last->text;
+    size_t bytes = last->text_bytes;
+    last->text = NULL;
+    if (take_back(c)) return free(text), MKB_ERROR_MISMATCH;
+    return say(c, text, bytes);
+}
+
+static int chat_edit(chat *c, const char *rest) {
+    int status;
+    if (!c->num_turns) return remark("no turn to edit; say something first");
+    if (!*rest) return remark("/edit needs the new text: /edit TEXT");
+    status = take_back(c);
+    return status ? status : say_copy(c, rest, strlen(rest));
+}
+
+static int chat_undo(chat *c, const char *rest) {
+    (void)rest;
+    if (!c->num_turns) return remark("no turn to take back");
+    return take_back(c);
+}
+
+static int chat_reset(chat *c, const char *rest) {
+    (void)rest;
+    forget_turns(c);
+    mkb_reset(c->s.context);
+    return MKB_OK;
+}
+
+static int chat_system(chat *c, const char *rest) {
+    free(c->system);
+    c->system = *rest ? copy_text(rest, strlen(rest)) : NULL;
+    return chat_reset(c, rest);
+}
+
+static int chat_temperature(chat *c, const char *rest) {
+    mkb_sampling *now = &c->s.context->sampler.settings, wanted = *now;
+    char *end;
+    wanted.temperature = strtof(rest, &end);
+    if (end == rest || *end) return remark("/temperature needs a number, such as 0.8");
+    if (check_sampling(&wanted, c->s.error)) return remark(c->s.error);
+    *now = wanted;
+    return MKB_OK;
+}
+
+static int chat_save(chat *c, const char *rest) {
+    int status;
+    if (!*rest) return remark("/save needs a file: /save talk.mks");
+    status = begin_chat(c);
+    if (!status) status = mkb_state_save(c->s.context, rest, c->s.error);
+    if (status) return remark(c->s.error);
+    fprintf(stderr, "%s: %llu tokens\n", rest, (unsigned long long)c->s.context->position);
+    return MKB_OK;
+}
+
+static int chat_load(chat *c, const char *rest) {
+    if (!*rest) return remark("/load needs a file: /load talk.mks");
+    if (mkb_state_load(c->s.context, rest, c->s.error)) return remark(c->s.error);
+    forget_turns(c);
+    fprintf(stderr, "%s: %llu tokens, temperature %g\n", rest, (unsigned long long)c->s.context->position,
+            (double)c->s.context->sampler.settings.temperature);
+    return MKB_OK;
+}
+
+static int chat_help(chat *c, const char *rest) {
+    (void)c, (void)rest;
+    fputs(CHAT_COMMANDS, stderr);
+    return MKB_OK;
+}
+
+static const struct {
+    const char *name;
+    int (*act)(chat *c, const char *rest);
+} CHAT_ACTIONS[] = {
+    {"/regenerate", chat_regenerate}, {"/r", chat_regenerate}, {"/edit", chat_edit}, {"/undo", chat_undo},
+    {"/reset", chat_reset}, {"/system", chat_system}, {"/temperature", chat_temperature}, {"/save", chat_save},
+    {"/load", chat_load}, {"/help", chat_help},
+};
+
+static int obey(chat *c, const char *line) {
+    size_t length = strcspn(line, " ");
+    const char *rest = line + length + strspn(line + length, " ");
+    for (size_t i = 0; i < sizeof CHAT_ACTIONS / sizeof *CHAT_ACTIONS; i++)
+        if (strlen(CHAT_ACTIONS[i].name) == length && !strncmp(CHAT_ACTIONS[i].name, line, length))
+            return CHAT_ACTIONS[i].act(c, rest);
+    return remark("no such command; /help lists them, and // at the beginning says a /");
+}
+
+/* A line, or several of which all but the last end in a backslash; −1 at the end. */
+static long read_line(char **line, size_t *room) {
+    static char *part;
+    static size_t part_room;
+    size_t length = 0;
+    ssize_t got = getline(&part, &part_room, stdin);
+    if (got < 0) return free(part), part = NULL, -1;
+    for (;;) {
+        int goes_on;
+        if (got && part[got - 1] == '\n') got--;
+        goes_on = got && part[got - 1] == '\\';
+        if (length + (size_t)got + 2 > *room) {
+            char *larger = realloc(*line, *room = 2 * (length + (size_t)got + 2));
+            if (!larger) return -1;
+            *line = larger;
+        }
+        memcpy(*line + length, part, (size_t)got);
+        length += (size_t)got;
+        if (goes_on) (*line)[length - 1] = '\n', got = getline(&part, &part_room, stdin);
+        if (!goes_on || got < 0) break;
+    }
+    (*line)[length] = 0;
+    return (long)length;
+}
+
+/* Errors that end the chat are those of its output; others are told, and it goes on. */
+static int run_chat(chat *c) {
+    char *line = NULL;
+    size_t room = 0;
+    int on_terminal = isatty(0), status = MKB_OK;
+    while (!c->failed) {
+        long length;
+        if (on_terminal) fputs("> ", stderr), fflush(stderr);
+        length = read_line(&line, &room);
+        if (length < 0 || !strcmp(line, "/quit")) break;
+        was_interrupted = 0;
+        if (length == 0) continue;
+        if (line[0] == '/' && line[1] != '/') status = obey(c, line);
+        else status = say_copy(c, line + (line[0] == '/'), (size_t)length - (line[0] == '/'));
+        c->s.tokens_read = 0;
+        was_interrupted = 0;
+        c->failed = c->s.writer.failed;
+        if (status == INTERRUPTED) remark("interrupted; the turn is taken back");
+        else if (status) fprintf(stderr, "error: %s\n", c->s.error);
+    }
+    if (on_terminal && !c->failed) fputc('\n', stderr);
+    free(line);
+    return c->failed ? 1 : 0;
+}
+
+static int open_chat(chat *c) {
+    session *s = &c->s;
+    const text_options *o = s->options;
+    int status = mkb_model_open(o->model, o->verify, &s->model, s->error);
+    if (status) return report_status(s, status);
+    if ((status = choose_markup(c))) return status;
+    if ((status = open_context(s, 8192))) return report_status(s, status);
+    add_chat_stops(c);
+    c->system = o->system ? copy_text(o->system, strlen(o->system)) : NULL;
+    if (o->quiet) return MKB_OK;
+    fprintf(stderr, "%s: %.1f M parameters, step %llu. ", s->model->name, 1e-6 * (double)s->model->parameters,
+            (unsigned long long)s->model->step);
+    if (c->chatml) fprintf(stderr, "Turns in ChatML, as its chat template has them.");
+    else fprintf(stderr, "Turns as \"%s\" and \"%s\".", o->user, o->assistant);
+    fprintf(stderr, " /help lists commands.\n");
+    return MKB_OK;
+}
+
+static int command_chat(int count, char **arguments) {
+    text_options o;
+    chat *c;
+    int status = parse_text_options(&o, FOR_CHAT, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    c = calloc(1, sizeof *c);
+    if (!c) return complain("%s: no memory%s", o.model, ""), 1;
+    c->s.options = &o;
+    status = open_chat(c);
+    if (!status) status = run_chat(c);
+    if (!status && o.state_out) status = report_status(&c->s, mkb_state_save(c->s.context, o.state_out, c->s.error));
+    forget_turns(c);
+    close_session(&c->s);
+    free(c->system);
+    free(c);
+    return status;
+}
+
 static int usage(void) {
-    fprintf(stderr, "usage: mixkabrn generate | chat | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
+    fprintf(stderr, "usage: mixkabrn generate | chat | tokenize | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
             mkb_kernels());
     return 2;
 }
 
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
+    if (!strcmp(command, "generate")) return command_generate(argc - 2, argv + 2);
+    if (!strcmp(command, "chat")) return command_chat(argc - 2, argv + 2);
+    if (!strcmp(command, "tokenize")) return command_tokenize(argc - 2, argv + 2);
     if (!strcmp(command, "selftest")) return command_selftest();
     if (!strcmp(command, "bench")) return command_bench(argc - 2, argv + 2);
     return usage();

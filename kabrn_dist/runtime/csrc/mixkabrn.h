@@ -14,6 +14,9 @@ extern "C" {
 #endif
 
 #define MKB_ERROR_BYTES 256
+/* What mkb_sample returns if no logit is a number, and mkb_tokenize for 4 GiB or without memory. */
+#define MKB_NO_TOKEN UINT32_MAX
+#define MKB_NO_COUNT SIZE_MAX
 
 enum mkb_status {
     MKB_OK = 0,
@@ -43,7 +46,7 @@ typedef struct {
     float top_p;                 /* 1: off */
     float min_p;                 /* 0: off */
     float repetition_penalty;    /* 1: off */
-    uint32_t repetition_window;  /* last tokens that are penalized */
+    uint32_t repetition_window;  /* last tokens that are penalized, those of prompts too; up to 1,024 */
     uint64_t seed;
 } mkb_sampling;
 
@@ -77,13 +80,15 @@ int mkb_state_set(mkb_context *context, const void *bytes, size_t size, char err
 int mkb_state_save(const mkb_context *context, const char *path, char error[MKB_ERROR_BYTES]);
 int mkb_state_load(mkb_context *context, const char *path, char error[MKB_ERROR_BYTES]);
 
-/* Sampling belongs to the context: settings, random numbers and the window of the penalty are part of its state. */
+/* Sampling belongs to the context: settings, random numbers and the window of the penalty are part of its state. Setting
+ * it begins the random numbers anew. */
 int mkb_sampling_set(mkb_context *context, const mkb_sampling *sampling, char error[MKB_ERROR_BYTES]);
-/* Draw a token from `logits` [vocab_size], which are changed. */
+/* Draw a token from `logits` [vocab_size], which are changed; MKB_NO_TOKEN if none of them is a number. */
 uint32_t mkb_sample(mkb_context *context, float *logits);
 
 /* Ids of a text, which may hold invalid UTF-8 and zeros; no document token is added. Returns their number, which may
- * exceed `room`; only `room` ids are written then. Special tokens are not recognized unless `special`. */
+ * exceed `room`; only `room` ids are written then. Special tokens are not recognized unless `special`. No text has more
+ * ids than bytes. */
 size_t mkb_tokenize(const mkb_model *model, const char *text, size_t bytes, int special, uint32_t *ids, size_t room);
 /* Bytes of a token, not terminated by 0. */
 const char *mkb_token_bytes(const mkb_model *model, uint32_t id, size_t *bytes);

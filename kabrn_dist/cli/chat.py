@@ -1,0 +1,54 @@
+"""`mixkabrn chat`: talk to a model file in the terminal, by the runtime in C, without torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from kabrn_dist.cli.arguments import Subparsers, add_command, given_path
+from kabrn_dist.utils.errors import UserError
+
+DESCRIPTION = """Compiles the runtime, one C file, into the cache folder if that has not been done, and starts its chat
+in place of this command. What was said is kept as a state of fixed size: no turn reads it again. Options after FILE are
+the runtime's: `mixkabrn chat FILE --help` shows them. The same program runs without Python:
+
+  cc -O2 mixkabrn.c -o mixkabrn -lm -lpthread && ./mixkabrn chat FILE"""
+
+EXAMPLES = """  mixkabrn chat tiny.mkb
+  mixkabrn chat tiny.mkb --temperature 0.5 --threads 2
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `mixkabrn chat`."""
+    parser = add_command(
+        subparsers, "chat", run, "talk to a model file in the terminal, without torch", DESCRIPTION, EXAMPLES
+    )
+    parser.add_argument("model", type=given_path, metavar="FILE", help="file that `mixkabrn pack` wrote")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="options of the runtime")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Start the runtime in place of this process; return only if it cannot be started."""
+    _check_model(options.model)
+    from kabrn_dist.runtime.build import compile_runtime
+
+    program = compile_runtime("program")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execv(program, ["mixkabrn", "chat", str(options.model), *options.options])
+    except OSError as error:
+        raise UserError(
+            f"{program}: cannot be started ({error.strerror}); remove it, and it is compiled again"
+        ) from error
+
+
+def _check_model(model: Path) -> None:
+    """Answer a folder or another file with what makes it one, before anything is compiled."""
+    if model.is_dir():
+        raise UserError(f"{model}: is a folder; pack it first: mixkabrn pack {model} --out model.mkb")
+    if not model.exists():
+        raise UserError(f"{model}: no such file; name one that `mixkabrn pack` wrote")
