@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import math
 import os
 from pathlib import Path
@@ -73,10 +73,14 @@ def run(options: argparse.Namespace) -> int:
     from kabrn_dist.cli.chat import check_model_file
 
     check_model_file(options.model)
-    missing = [name for name in ("uvicorn", "starlette") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"serve needs {' and '.join(missing)}; use: pip install 'kabrn_dist[serve]'")
     settings = make_server_settings(options)
+    for name in ("starlette", "uvicorn"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"serve needs {name}, which is not installed; use: pip install 'kabrn_dist[serve]'"
+            ) from error
     from kabrn_dist.runtime.server.listener import serve_model
 
     serve_model(options.model, settings)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from kabrn_dist.runtime.native import NativeContext, NativeModel
 from kabrn_dist.runtime.server.answer_text import AnswerText
-from kabrn_dist.runtime.server.chat_format import Prompt
 from kabrn_dist.runtime.server.errors import RequestError
+from kabrn_dist.runtime.server.plain_format import CHECKPOINT_MIN_TOKENS, Prompt
 from kabrn_dist.runtime.server.request_fields import GenerationRequest
 from kabrn_dist.runtime.server.state_cache import StateCache
 
@@ -155,7 +155,7 @@ class Generator:
         for mark in sorted({*prompt.marks, last}):
             if place < mark <= last:
                 self._read(prompt.ids[place:mark], job)
-                self._cache.store(prompt.ids[:mark], self._context.state())
+                self._keep(prompt.ids[:mark])
                 place = mark
         logits = self._context.decode(prompt.ids[last:])
         assert logits is not None
@@ -198,7 +198,11 @@ class Generator:
         if self._room and len(ids) > self._room:
             return
         self._read(ids[place:], job)
-        self._cache.store(ids, self._context.state())
+        self._keep(ids)
+
+    def _keep(self, ids: Sequence[int]) -> None:
+        if len(ids) >= CHECKPOINT_MIN_TOKENS:
+            self._cache.store(ids, self._context.state())
 
     def _read(self, ids: Sequence[int], job: GenerationJob) -> None:
         for start in range(0, len(ids), PREFILL_TOKENS):

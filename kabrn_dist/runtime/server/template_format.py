@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kabrn_dist.runtime.native import NativeModel
-from kabrn_dist.runtime.server.chat_format import CHECKPOINT_MIN_TOKENS, Prompt
 from kabrn_dist.runtime.server.errors import RequestError
+from kabrn_dist.runtime.server.plain_format import CHECKPOINT_MIN_TOKENS, Prompt
 from kabrn_dist.runtime.server.request_fields import ChatMessage
 from kabrn_dist.utils.errors import UserError
 
