@@ -45,14 +45,13 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 15) -> Any:
-        """Wait until an expression is true, and return its value."""
+    def wait_for(self, expression: str, seconds: float = 15) -> None:
+        """Wait until an expression is true."""
         until = f"Date.now() + {seconds * 1000}"
         code = f"""(async () => {{ const end = {until}; for (;;) {{ const value = {expression};
-            if (value || Date.now() > end) return value; await new Promise((next) => setTimeout(next, 20)); }} }})()"""
-        value = self.evaluate(code)
-        assert value, f"{expression} did not become true; {self.errors}"
-        return value
+            if (value || Date.now() > end) return Boolean(value);
+            await new Promise((next) => setTimeout(next, 20)); }} }})()"""
+        assert self.evaluate(code), f"{expression} did not become true; {self.errors}"
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)

@@ -42,12 +42,16 @@ class Finish:
         prompt_tokens: Number of tokens of the prompt.
         cached_tokens: Of these, the number that a kept state had read.
         completion_tokens: Number of tokens of the answer.
+        prompt_seconds: Time that the prompt took.
+        answer_seconds: Time that the answer took, from the prompt's end.
     """
 
     reason: str
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    prompt_seconds: float
+    answer_seconds: float
 
 
 @dataclass(eq=False)
@@ -108,15 +112,18 @@ class Generator:
             RequestError: if it cannot be answered.
         """
         job.check()
+        start = time.perf_counter()
         prompt = job.make_prompt()
         self._check_room(prompt, job.request.max_tokens)
         logits, cached = self._read_prompt(prompt, job)
+        middle = time.perf_counter()
         answer = AnswerText((*prompt.stops, *job.request.stops), prompt.trim)
         drawn, read, reason = self._write(answer, logits, job)
         rest = answer.finish()
         if rest:
             job.deliver(Delta(rest))
-        finish = Finish(reason, len(prompt.ids), cached, drawn)
+        end = time.perf_counter()
+        finish = Finish(reason, len(prompt.ids), cached, drawn, middle - start, end - middle)
         known = prompt.ids + read
         wanted = known if prompt.follow is None else prompt.follow(answer.text)
         # What has been read is nearly always how the next turn begins; else it is read anew, once the client has all.

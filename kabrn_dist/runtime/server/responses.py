@@ -38,7 +38,7 @@ class AnswerShape:
         part = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         choice = {"index": 0, **part, "logprobs": None, "finish_reason": finish.reason}
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._base, "object": kind, "choices": [choice], "usage": _usage(finish)}
+        return {**self._base, "object": kind, "choices": [choice], **_count(finish)}
 
     def first(self) -> list[dict[str, Any]]:
         """Return the objects that a stream begins with."""
@@ -52,7 +52,7 @@ class AnswerShape:
         """Return the objects that a stream ends with."""
         objects = [self._chunk({} if self._chat else "", finish.reason)]
         if self._include_usage:
-            objects.append({**self._chunk({}, None), "choices": [], "usage": _usage(finish)})
+            objects.append({**self._chunk({}, None), "choices": [], **_count(finish)})
         return objects
 
     def _chunk(self, content: Any, reason: str | None) -> dict[str, Any]:
@@ -63,10 +63,13 @@ class AnswerShape:
         return chunk | ({"usage": None} if self._include_usage else {})
 
 
-def _usage(finish: Finish) -> dict[str, Any]:
-    return {
+def _count(finish: Finish) -> dict[str, Any]:
+    usage = {
         "prompt_tokens": finish.prompt_tokens,
         "completion_tokens": finish.completion_tokens,
         "total_tokens": finish.prompt_tokens + finish.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": finish.cached_tokens},
     }
+    # As of llama.cpp's server; OpenAI has no such field.
+    timings = {"prompt_ms": 1e3 * finish.prompt_seconds, "predicted_ms": 1e3 * finish.answer_seconds}
+    return {"usage": usage, "timings": timings}
