@@ -46,6 +46,9 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#ifndef MIXKABRN_LIBRARY
+#include <signal.h>
+#endif
 #ifndef MIXKABRN_NO_MMAP
 #include <sys/mman.h>
 #endif
@@ -67,7 +70,12 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNUSED __attribute__((unused))
+/* Small loops over registers: arrays of vectors stay in registers only if their loops vanish. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -593,11 +601,11 @@ static uint64_t bytes_with_scales(const tensor *t) {
     return matrix_bytes(t->dtype, t->rows, t->columns) + (uint64_t)t->scale_count * 4;
 }
 
-/* Parameters, and those that one token uses. */
+/* Parameters, and those that one token uses: of the embedding that is one row. */
 static void count_parameters(mkb_model *m) {
     const settings *s = &m->set;
-    uint64_t rows[2] = {(uint64_t)s->vocab_size * s->hidden, m->tensors[INT8].columns};
-    m->parameters = 2 * rows[0], m->active_parameters = rows[0] + s->hidden;
+    uint64_t head = (uint64_t)s->vocab_size * s->hidden;
+    m->parameters = 2 * head, m->active_parameters = head + s->hidden;
     m->bytes_per_token = bytes_with_scales(&m->tensors[HEAD]);
     for (uint32_t i = 0; i < s->layers; i++)
         for (int which = 0; which < LAYER_TENSORS; which++) {
@@ -625,8 +633,9 @@ static int read_tensors(mkb_model *m, char *error) {
 }
 
 static int read_layers(mkb_model *m, char *error) {
-    uint64_t offset = read_u64(m->bytes + 208), least = 5;
-    if (!inside(m, offset, m->set.layers) || m->size / RECORD_BYTES / least < m->set.layers)
+    enum { LEAST_TENSORS = 7 }; /* of a layer: five matrices of its mixer, two of its feed-forward */
+    uint64_t offset = read_u64(m->bytes + 208);
+    if (!inside(m, offset, m->set.layers) || m->size / RECORD_BYTES / LEAST_TENSORS < m->set.layers)
         return refuse(m, error, "the table of layers at", offset, "lies outside the file; copy or pack it again");
     m->layers = calloc(m->set.layers, sizeof *m->layers);
     if (!m->layers) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for the table of layers", m->name);
@@ -643,8 +652,8 @@ static int read_part(const mkb_model *m, size_t at, const char *what, const unsi
     uint64_t offset = read_u64(m->bytes + at), bytes = read_u64(m->bytes + at + 8);
     *part = m->bytes, *size = bytes;
     if (!bytes) return MKB_OK;
-    *part = m->bytes + offset;
     if (!inside(m, offset, bytes)) return refuse(m, error, what, offset, "lies outside the file; copy or pack it again");
+    *part = m->bytes + offset;
     return MKB_OK;
 }
 
@@ -827,7 +836,9 @@ INLINE vec nearest(vec x) { return (x + 12582912.0f) - 12582912.0f; }
 INLINE float sum(vec x) {
     float part[LANES];
     memcpy(part, &x, sizeof part);
+    UNROLL
     for (int half = LANES / 2; half; half /= 2)
+        UNROLL
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 }
@@ -842,7 +853,9 @@ INLINE int32_t whole_sum(ivec x) {
 INLINE float largest(vec x) {
     float part[LANES];
     memcpy(part, &x, sizeof part);
+    UNROLL
     for (int half = LANES / 2; half; half /= 2)
+        UNROLL
         for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
     return part[0];
 }
@@ -886,6 +899,10 @@ INLINE vec load_halves(const uint16_t *from, size_t rest) {
         if (rest) __VA_ARGS__;                                                                                         \
     } while (0)
 
+/* The same with one copy of a step that is large. */
+#define EACH_ONCE(i, rest, n, ...)                                                                                     \
+    for (size_t i = 0, rest = (n); i < (n); i += LANES, rest = (n) - i) __VA_ARGS__
+
 /* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
 INLINE vec exponential(vec x) {
     x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
@@ -917,9 +934,12 @@ INLINE ivec write_codes(int8_t *to, size_t i, vec x) {
     return whole;
 }
 
-/* RMSNorm and the absmax quantizer of y [n], whose squares' sum and largest magnitude are known. */
-INLINE void finish_row(const float *y, size_t n, vec squares, vec most, row_out *out) {
-    float norm = 1.0f / sqrtf(sum(squares) / (float)n + 1e-6f), peak = norm * largest(most);
+/* Of a row: its squares' sum and its largest magnitude. */
+typedef struct { float squares, most; } row_size;
+
+/* RMSNorm and the absmax quantizer of y [n]. */
+INLINE void finish_row_body(const float *y, size_t n, row_size size, row_out *out) {
+    float norm = 1.0f / sqrtf(size.squares / (float)n + 1e-6f), peak = norm * size.most;
     out->scale = out->codes ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
     if (out->values) EACH(i, rest, n, store(out->values + i, rest, load(y + i, rest) * norm));
     if (!out->codes) return;
@@ -934,10 +954,10 @@ INLINE void measure(vec y, vec *squares, vec *most) {
     *most = larger(magnitude(y), *most);
 }
 
-INLINE void norm_row_body(const float *x, size_t n, row_out *out) {
+INLINE row_size norm_row_body(const float *x, size_t n) {
     vec squares = {0}, most = {0};
     EACH(i, rest, n, measure(load(x + i, rest), &squares, &most));
-    finish_row(x, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
@@ -947,10 +967,10 @@ INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
 }
 
 /* silu(gate)·up, normalized. */
-INLINE void gate_row_body(const float *gate, const float *up, size_t n, float *y, row_out *out) {
+INLINE row_size gate_row_body(const float *gate, const float *up, size_t n, float *y) {
     vec squares = {0}, most = {0};
-    EACH(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
-    finish_row(y, n, squares, most, out);
+    EACH_ONCE(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* A learned function of each group of channels, of codes·factor or of values·factor. */
@@ -1002,15 +1022,15 @@ INLINE float function_factor(const row_function *f, size_t n) {
     return f->factor * (1.0f / sqrtf(sum(squares) / (float)n + 1e-6f));
 }
 
-INLINE void function_row_body(const row_function *f, size_t n, float *y, row_out *out) {
+INLINE row_size function_row_body(const row_function *f, size_t n, float *y) {
     size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
     float factor = function_factor(f, n);
     vec squares = {0}, most = {0};
     for (size_t g = 0; g < f->groups; g++) {
         const float *c = f->coefficients + g * terms;
-        EACH(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
+        EACH_ONCE(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
     }
-    finish_row(y, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* B-splines on a uniform grid, continued in straight lines outside it. */
@@ -1064,7 +1084,7 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     vec silu = all(1e-5f), far = {0};
     out->base.scale = out->splines.scale = 1.0f;
     if (!out->base.codes) return;
-    EACH(i, rest, n, {
+    EACH_ONCE(i, rest, n, {
         vec z = load(x + i, rest), distance = magnitude(z - 0.5f * (g->low + g->high));
         float kept[LANES] = {0};
         silu = larger(magnitude(z * sigmoid(z)), silu);
@@ -1075,45 +1095,46 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     out->base.scale = 127.0f / largest(silu);
 }
 
-INLINE void spline_values(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w);
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++)
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++)
-            out->splines.values[(i + lane) * size + (size_t)interval[lane] + r] = w[r][lane];
-    store(out->base.values + i, rest, x * sigmoid(x));
+/* Totals of the codes so far. */
+typedef struct { ivec base, splines; } spline_totals;
+
+/* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
+INLINE void put_splines(size_t size, ivec interval, uint32_t r, vec value, size_t i, size_t lanes, spline_out *out,
+                        ivec *total) {
+    int8_t codes[LANES];
+    float values[LANES];
+    int32_t at[LANES];
+    row_out *to = &out->splines;
+    memcpy(at, &interval, sizeof at);
+    memcpy(values, &value, sizeof values);
+    ivec whole = write_codes(codes, 0, value * to->scale);
+    for (size_t lane = 0; lane < lanes; lane++) {
+        size_t place = (i + lane) * size + (size_t)at[lane] + r;
+        if (to->codes) to->codes[place] = codes[lane];
+        else to->values[place] = values[lane];
+    }
+    for (size_t lane = lanes; lane < LANES; lane++) whole[lane] = 0;
+    *total += whole;
 }
 
-INLINE ivec spline_codes(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, ivec *base_total) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w), total = {0};
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++) {
-        int8_t codes[LANES];
-        ivec whole = write_codes(codes, 0, w[r] * out->splines.scale);
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++) {
-            out->splines.codes[(i + lane) * size + (size_t)interval[lane] + r] = codes[lane];
-            total[lane] += whole[lane];
-        }
-    }
-    *base_total += write_codes(out->base.codes, i, x * sigmoid(x) * out->base.scale);
-    return total;
+INLINE void expand_inputs(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, spline_totals *totals) {
+    vec w[MAX_DEGREE + 1], silu = x * sigmoid(x);
+    ivec interval = splines_at(g, x, w);
+    for (uint32_t r = 0; r <= g->degree; r++)
+        put_splines(g->intervals + g->degree, interval, r, w[r], i, MIN(rest, (size_t)LANES), out, &totals->splines);
+    if (out->base.codes) totals->base += write_codes(out->base.codes, i, silu * out->base.scale);
+    else store(out->base.values + i, rest, silu);
 }
 
 INLINE void spline_row_body(const spline_grid *g, const float *x, size_t n, spline_out *out) {
     size_t size = g->intervals + g->degree;
-    ivec total = {0}, base_total = {0};
+    spline_totals totals = {{0}, {0}};
     spline_scales(g, x, n, out);
-    if (!out->base.codes) {
-        memset(out->splines.values, 0, n * size * 4);
-        EACH(i, rest, n, spline_values(g, load(x + i, rest), i, rest, out));
-        return;
-    }
-    memset(out->splines.codes, 0, n * size);
-    EACH(i, rest, n, total += spline_codes(g, load(x + i, rest), i, rest, out, &base_total));
-    out->splines.total = whole_sum(total);
-    out->base.total = whole_sum(base_total);
+    if (out->splines.codes) memset(out->splines.codes, 0, n * size);
+    else memset(out->splines.values, 0, n * size * 4);
+    EACH_ONCE(i, rest, n, expand_inputs(g, load(x + i, rest), i, rest, out, &totals));
+    out->splines.total = whole_sum(totals.splines);
+    out->base.total = whole_sum(totals.base);
 }
 
 /* One head over some tokens: S ← decay·S + kᵀv, out = q·S. The state [V/16][K][16] stays in registers while tokens
@@ -1130,6 +1151,7 @@ INLINE void retain_keys(const retention_job *j, vec *s, size_t keys, size_t i, s
         const float *q = j->q + t * j->key_stride + i, *k = j->k + t * j->key_stride + i;
         float *out = j->out + t * j->value_stride + at;
         vec v = load(j->v + t * j->value_stride + at, rest), part[4];
+        UNROLL
         for (size_t n = 0; n < keys; n++) {
             s[n] = s[n] * j->decay + k[n] * v;
             part[n] = q[n] * s[n];
@@ -1154,7 +1176,7 @@ INLINE void retain_block(const retention_job *j, float *state, size_t at, size_t
 }
 
 INLINE void retention_body(const retention_job *j) {
-    EACH(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
+    EACH_ONCE(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
 }
 
 INLINE float dot(const float *x, const float *y, size_t n) {
@@ -1183,7 +1205,7 @@ INLINE float attention_scores(const attention_job *j, size_t first, size_t count
 
 INLINE void attention_body(const attention_job *j) {
     float score[ATTENTION_BLOCK], most = -INFINITY, total = 0;
-    EACH(i, rest, j->value, store(j->out + i, rest, all(0)));
+    EACH_ONCE(i, rest, j->value, store(j->out + i, rest, all(0)));
     for (size_t first = 0; first < j->seen; first += ATTENTION_BLOCK) {
         size_t count = MIN((size_t)ATTENTION_BLOCK, j->seen - first);
         float before = most;
@@ -1191,13 +1213,13 @@ INLINE void attention_body(const attention_job *j) {
         float shrink = before == -INFINITY ? 0.0f : expf(before - most);
         total *= shrink;
         for (size_t i = 0; i < count; i++) total += score[i] = expf(score[i] - most);
-        EACH(at, rest, j->value, {
+        EACH_ONCE(at, rest, j->value, {
             vec out = load(j->out + at, rest) * shrink;
             for (size_t i = 0; i < count; i++) out += score[i] * load(j->v + (first + i) * j->value_stride + at, rest);
             store(j->out + at, rest, out);
         });
     }
-    EACH(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
+    EACH_ONCE(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
 }
 
 /* Divide by the root mean square and multiply by `times`, in place. */
@@ -1230,25 +1252,41 @@ INLINE void convolve_body(float *y, const float *const *inputs, const float *wei
     });
 }
 
-/* 16 sums of a tile → results: (sum − total of the codes)·factor, by columns' scales if there are any. */
+/* Sums of tiles → results: (sum − total of the codes)·factor of each token, by the rows' scales if there are several;
+ * stored, or added with a weight. */
+enum { MOST_TOKENS = 64 };
 typedef struct {
-    const int32_t *sums;
-    int32_t total;
-    float factor;
-    const float *scales; /* [16], or NULL */
-    float *out;
-    size_t rows;         /* ≤ 16 */
-    float weight;
+    const int32_t *sums; /* [tiles][tokens][16] */
+    size_t tiles, tokens, rows;
+    int32_t totals[MOST_TOKENS];
+    float factors[MOST_TOKENS], weights[MOST_TOKENS];
+    float *out[MOST_TOKENS];
+    const float *scales;         /* of rows from `first_row` on, `scale_group` rows each; NULL: one for all */
+    size_t first_row, scale_group;
     int add;
-} tile_result;
+} sums_job;
 
-INLINE void finish_tile_body(const tile_result *t) {
-    ivec sums;
-    memcpy(&sums, t->sums, sizeof sums);
-    vec value = __builtin_convertvector(sums - t->total, vec) * t->factor;
-    if (t->scales) value *= load(t->scales, LANES);
-    if (t->add) value = load(t->out, t->rows) + t->weight * value;
-    store(t->out, t->rows, value);
+INLINE void finish_tile(const sums_job *j, size_t tile, size_t rest, const float *scales) {
+    const int32_t *from = j->sums + tile * j->tokens * TILE;
+    for (size_t t = 0; t < j->tokens; t++, from += TILE) {
+        float *out = j->out[t] + tile * TILE;
+        ivec sums;
+        memcpy(&sums, from, sizeof sums);
+        vec value = __builtin_convertvector(sums - j->totals[t], vec) * j->factors[t];
+        if (scales) value *= load(scales, LANES);
+        if (j->add) value = load(out, rest) + j->weights[t] * value;
+        store(out, rest, value);
+    }
+}
+
+INLINE void finish_sums_body(const sums_job *j) {
+    for (size_t tile = 0; tile < j->tiles; tile++) {
+        size_t rest = j->rows - tile * TILE;
+        float scales[TILE] = {0};
+        for (size_t r = 0; j->scales && r < MIN(rest, (size_t)TILE); r++)
+            scales[r] = j->scales[(j->first_row + tile * TILE + r) / j->scale_group];
+        finish_tile(j, tile, rest, j->scales ? scales : NULL);
+    }
 }
 
 /* Σ w·x in fp32 for four inputs at a time, so that the weights are read, and converted, once. */
@@ -1261,8 +1299,10 @@ INLINE void plain_dots_body(const void *weights, int halves, size_t n, const flo
         vec total[4] = {{0}};
         EACH(i, rest, n, {
             vec w = load_weights(weights, halves, i, rest);
+            UNROLL
             for (int t = 0; t < 4; t++) total[t] += w * load(x[t] + i, rest);
         });
+        UNROLL
         for (int t = 0; t < 4; t++) out[t] = sum(total[t]);
     }
     for (; count; count--, x++, out++) {
@@ -1282,18 +1322,24 @@ typedef struct {
     void (*norm_head)(float *x, size_t n, float eps, float times);
     void (*rotate)(float *x, const float *cosine, const float *sine, size_t half, float times);
     void (*convolve)(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n);
-    void (*finish_tile)(const tile_result *tile);
+    void (*finish_sums)(const sums_job *job);
     void (*plain_dots)(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out);
 } float_kernels;
 
 /* All bodies for one kind of machine. */
 #define FLOAT_KERNELS(kind, target)                                                                                    \
-    target static void norm_row_##kind(const float *x, size_t n, row_out *out) { norm_row_body(x, n, out); }           \
+    target static __attribute__((noinline)) void finish_row_##kind(const float *y, size_t n, row_size size,            \
+                                                                   row_out *out) {                                     \
+        finish_row_body(y, n, size, out);                                                                              \
+    }                                                                                                                  \
+    target static void norm_row_##kind(const float *x, size_t n, row_out *out) {                                       \
+        finish_row_##kind(x, n, norm_row_body(x, n), out);                                                             \
+    }                                                                                                                  \
     target static void gate_row_##kind(const float *gate, const float *up, size_t n, float *y, row_out *out) {         \
-        gate_row_body(gate, up, n, y, out);                                                                            \
+        finish_row_##kind(y, n, gate_row_body(gate, up, n, y), out);                                                   \
     }                                                                                                                  \
     target static void function_row_##kind(const row_function *f, size_t n, float *y, row_out *out) {                  \
-        function_row_body(f, n, y, out);                                                                               \
+        finish_row_##kind(y, n, function_row_body(f, n, y), out);                                                      \
     }                                                                                                                  \
     target static void spline_row_##kind(const spline_grid *g, const float *x, size_t n, spline_out *out) {            \
         spline_row_body(g, x, n, out);                                                                                 \
@@ -1310,7 +1356,7 @@ typedef struct {
                                        size_t n) {                                                                     \
         convolve_body(y, inputs, weights, taps, n);                                                                    \
     }                                                                                                                  \
-    target static void finish_tile_##kind(const tile_result *tile) { finish_tile_body(tile); }                         \
+    target static void finish_sums_##kind(const sums_job *job) { finish_sums_body(job); }                              \
     target static void plain_dots_##kind(const void *weights, int halves, size_t n, const float *const *x,             \
                                          size_t count, float *out) {                                                   \
         plain_dots_body(weights, halves, n, x, count, out);                                                            \
@@ -1318,7 +1364,7 @@ typedef struct {
     static const float_kernels FLOATS_##kind = {norm_row_##kind, gate_row_##kind, function_row_##kind,                 \
                                                 spline_row_##kind, retention_##kind, attention_##kind,                 \
                                                 norm_head_##kind, rotate_##kind, convolve_##kind,                      \
-                                                finish_tile_##kind, plain_dots_##kind};
+                                                finish_sums_##kind, plain_dots_##kind};
 
 #define NO_TARGET
 FLOAT_KERNELS(any, NO_TARGET)
@@ -1502,8 +1548,10 @@ TARGET_SSSE3 static void tile_row_ssse3(const unsigned char *tile, size_t across
             SSSE3_QUARTER(2);
             SSSE3_QUARTER(3);
         }
+        UNROLL
         for (int n = 0; n < 4; n++) total[n] = widen_ssse3(total[n], ones[n], fours[n]);
     }
+    UNROLL
     for (int n = 0; n < 4; n++) _mm_storeu_si128((__m128i *)(void *)(out + 4 * n), total[n]);
 }
 
@@ -1544,9 +1592,12 @@ TARGET_AVX2 static void tile_rows_avx2(const unsigned char *tile, const unsigned
             AVX2_HALF(2, next);
             AVX2_HALF(3, next + 32);
         }
+        UNROLL
         for (int n = 0; n < 4; n++) total[n] = widen_avx2(total[n], ones[n], fours[n]);
     }
+    UNROLL
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(out + 8 * n), total[n]);
+    UNROLL
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(next_out + 8 * n), total[2 + n]);
 }
 
@@ -1565,6 +1616,7 @@ TARGET_AVX2 static int64_t lanes_avx2(__m256i x) {
     int32_t lane[8];
     int64_t total = 0;
     memcpy(lane, &x, sizeof lane);
+    UNROLL
     for (int i = 0; i < 8; i++) total += lane[i];
     return total;
 }
@@ -1594,6 +1646,7 @@ TARGET_AVXVNNI static void half_tile_avxvnni(const unsigned char *tile, size_t a
     __m256i zero = _mm256_setzero_si256(), sums[4] = {zero, zero, zero, zero};
     for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
         __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)tile);
+        UNROLL
         for (int f = 0; f < 4; f++)
             sums[f] = _mm256_dpbusd_avx_epi32(sums[f], _mm256_and_si256(w, _mm256_set1_epi8((char)(3 << 2 * f))),
                                               _mm256_set1_epi32(four_codes(code + 4 * f)));
@@ -1626,18 +1679,27 @@ VNNI512_INLINE __m512i join_fields(const __m512i *sums) {
 VNNI512_INLINE void one_token_vnni512(const unsigned char *tiles, size_t across, const int8_t *code, size_t rows,
                                       int32_t *out) {
     __m512i sums[4][4];
+    UNROLL
     for (size_t r = 0; r < rows; r++)
+        UNROLL
         for (int f = 0; f < 4; f++) sums[r][f] = _mm512_setzero_si512();
     for (size_t c = 0; c < across; c++, tiles += TILE_BYTES, code += TILE) {
         __m512i x[4];
+        UNROLL
         for (int f = 0; f < 4; f++) x[f] = _mm512_set1_epi32(four_codes(code + 4 * f));
+        UNROLL
         for (size_t r = 0; r < rows; r++) {
-            __m512i w = _mm512_loadu_si512(tiles + r * across * TILE_BYTES);
+            const unsigned char *tile = tiles + r * across * TILE_BYTES;
+            __m512i w = _mm512_loadu_si512(tile);
+            /* The rows that come next; the machine's own prefetching loses its way among so many short streams. */
+            __builtin_prefetch(tile + rows * across * TILE_BYTES);
+            UNROLL
             for (int f = 0; f < 4; f++)
                 sums[r][f] = _mm512_dpbusd_epi32(sums[r][f],
                                                  _mm512_and_si512(w, _mm512_set1_epi8((char)(3 << 2 * f))), x[f]);
         }
     }
+    UNROLL
     for (size_t r = 0; r < rows; r++) _mm512_storeu_si512(out + r * TILE, join_fields(sums[r]));
 }
 
@@ -1645,6 +1707,7 @@ VNNI512_INLINE void one_token_vnni512(const unsigned char *tiles, size_t across,
 VNNI512_INLINE void tokens_vnni512(const unsigned char *tiles, size_t across, const int8_t *const *x, size_t count,
                                    int32_t *out) {
     __m512i sums[12], three = _mm512_set1_epi8(3);
+    UNROLL
     for (size_t t = 0; t < count; t++) sums[t] = _mm512_setzero_si512();
     for (size_t c = 0; c < across; c++) {
         __m512i w = _mm512_loadu_si512(tiles + c * TILE_BYTES), field[4];
@@ -1652,11 +1715,14 @@ VNNI512_INLINE void tokens_vnni512(const unsigned char *tiles, size_t across, co
         field[1] = _mm512_and_si512(_mm512_srli_epi32(w, 2), three);
         field[2] = _mm512_and_si512(_mm512_srli_epi32(w, 4), three);
         field[3] = _mm512_and_si512(_mm512_srli_epi32(w, 6), three);
+        UNROLL
         for (int f = 0; f < 4; f++)
+            UNROLL
             for (size_t t = 0; t < count; t++)
                 sums[t] = _mm512_dpbusd_epi32(sums[t], field[f],
                                               _mm512_set1_epi32(four_codes(x[t] + c * TILE + 4 * f)));
     }
+    UNROLL
     for (size_t t = 0; t < count; t++) _mm512_storeu_si512(out + t * TILE, sums[t]);
 }
 
@@ -1679,6 +1745,7 @@ TARGET_VNNI512 static void ternary_vnni512(const unsigned char *tiles, size_t ac
 /* Sums of the lanes of four registers. */
 VNNI512_INLINE __m128i four_totals(const __m512i *x) {
     __m256i half[4];
+    UNROLL
     for (int i = 0; i < 4; i++)
         half[i] = _mm256_add_epi32(_mm512_castsi512_si256(x[i]), _mm512_extracti64x4_epi64(x[i], 1));
     __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
@@ -1689,20 +1756,26 @@ VNNI512_INLINE __m128i four_totals(const __m512i *x) {
 VNNI512_INLINE void four_rows_vnni512(const int8_t *weights, const split_vector *x, int64_t *out) {
     __m512i sums[3][4], flip = _mm512_set1_epi8((char)128);
     int32_t total[3][4];
+    UNROLL
     for (int p = 0; p < 3; p++)
+        UNROLL
         for (int r = 0; r < 4; r++) sums[p][r] = _mm512_setzero_si512();
     for (size_t i = 0; i < x->size; i += 64) {
         __m512i high = _mm512_load_si512(x->high + i), middle = _mm512_load_si512(x->middle + i);
         __m512i low = _mm512_load_si512(x->low + i);
         __mmask64 present = x->size - i >= 64 ? ~0ull : (1ull << (x->size - i)) - 1;
+        UNROLL
         for (int r = 0; r < 4; r++) {
+            __builtin_prefetch(weights + (size_t)(r + 8) * x->size + i);
             __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(present, weights + (size_t)r * x->size + i), flip);
             sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], w, high);
             sums[1][r] = _mm512_dpbusd_epi32(sums[1][r], w, middle);
             sums[2][r] = _mm512_dpbusd_epi32(sums[2][r], w, low);
         }
     }
+    UNROLL
     for (int p = 0; p < 3; p++) _mm_storeu_si128((__m128i *)(void *)total[p], four_totals(sums[p]));
+    UNROLL
     for (int r = 0; r < 4; r++)
         out[r] = ((int64_t)total[0][r] - 128ll * x->sums[0]) * 65536 +
                  ((int64_t)total[1][r] - 128ll * x->sums[1]) * 256 + ((int64_t)total[2][r] - 128ll * x->sums[2]);
@@ -2085,10 +2158,12 @@ static int pool_start(thread_pool *p, int threads) {
  * input. Rows of numbers are padded with zeros to a multiple of 16. */
 
 enum {
-    MOST_TOKENS = 64,  /* T */
     SUMS_TILES = 512,  /* tiles of int32 sums that a thread keeps at a time */
     HEAD_ROWS = 64     /* rows of the head at a time */
 };
+
+/* From row to row: padded, and never a power of two, at which the rows of many tokens would share places of the cache. */
+static size_t row_stride(size_t n) { return round_up(n, LANES) + LANES; }
 
 /* Rows on their way into products: int8 codes with a scale each, or plain values. */
 typedef struct {
@@ -2121,6 +2196,7 @@ typedef struct {
     uint32_t window[SAMPLER_WINDOW]; /* a ring */
     uint32_t window_count;           /* tokens in it */
     uint32_t window_next;            /* where the next one goes */
+    uint32_t drawn;                  /* 1 + a token that was drawn and not read; 0: none */
 } sampler_state;
 
 /* As `mixkabrn generate` has them. */
@@ -2184,35 +2260,37 @@ static void keep_row(const row_set *rows, size_t i, const row_out *out) {
     rows->scales[i] = out->scale, rows->totals[i] = out->total;
 }
 
+/* What is the same for all tiles of a product. */
+static void begin_sums(const mkb_context *c, const product *p, size_t at, sums_job *job) {
+    const tensor *w = p->weights;
+    const float *scales = w->scales + p->matrix * w->scale_count;
+    job->tokens = MIN(p->count - at, (size_t)MOST_TOKENS), job->add = p->add;
+    job->scales = w->scale_count > 1 ? scales : NULL, job->scale_group = c->model->set.scale_group;
+    for (size_t t = 0; t < job->tokens; t++) {
+        size_t from = p->index[at + t];
+        job->totals[t] = p->rows->totals[from], job->factors[t] = 1.0f / p->rows->scales[from];
+        if (w->scale_count == 1) job->factors[t] *= scales[0];
+        job->weights[t] = p->weight ? p->weight[at + t] : 1.0f;
+    }
+}
+
 /* 16-row tiles [first, last) of a ternary product, some at a time. */
 static void run_ternary(const mkb_context *c, int thread, const product *p, size_t first, size_t last) {
     const tensor *w = p->weights;
-    size_t across = (size_t)tiles_of(w->columns), row = across * TILE_BYTES, most = SUMS_TILES / MOST_TOKENS;
+    size_t across = (size_t)tiles_of(w->columns);
     const unsigned char *tiles = w->values + p->matrix * w->stride;
-    const float *scales = w->scales + p->matrix * w->scale_count;
     int32_t *sums = c->sums + (size_t)thread * SUMS_TILES * TILE;
     for (size_t at = 0; at < p->count; at += MOST_TOKENS) {
-        size_t count = MIN(p->count - at, (size_t)MOST_TOKENS), step = count == 1 ? SUMS_TILES : most;
         const int8_t *x[MOST_TOKENS];
-        for (size_t t = 0; t < count; t++) x[t] = p->rows->codes + p->index[at + t] * p->rows->stride;
-        for (size_t tile = first; tile < last; tile += step) {
-            size_t tiles_now = MIN(step, last - tile);
-            c->kernels->ternary(tiles + tile * row, across, tiles_now, x, count, sums);
-            for (size_t i = 0; i < tiles_now * count; i++) {
-                size_t n = at + i % count, from = p->index[n], top = (tile + i / count) * TILE;
-                float columns[TILE];
-                tile_result result = {sums + i * TILE, p->rows->totals[from], 1.0f / p->rows->scales[from], NULL,
-                                      p->out + p->target[n] * p->stride + top, MIN((size_t)TILE, w->rows - top),
-                                      p->weight ? p->weight[n] : 1.0f, p->add};
-                if (w->scale_count == 1) {
-                    result.factor *= scales[0];
-                } else {
-                    for (size_t r = 0; r < TILE; r++)
-                        columns[r] = scales[MIN((top + r) / c->model->set.scale_group, w->scale_count - 1)];
-                    result.scales = columns;
-                }
-                floats_of(c)->finish_tile(&result);
-            }
+        sums_job job;
+        job.sums = sums;
+        begin_sums(c, p, at, &job);
+        for (size_t t = 0; t < job.tokens; t++) x[t] = p->rows->codes + p->index[at + t] * p->rows->stride;
+        for (size_t tile = first, step = SUMS_TILES / job.tokens; tile < last; tile += step) {
+            job.tiles = MIN(step, last - tile), job.first_row = tile * TILE, job.rows = w->rows - job.first_row;
+            for (size_t t = 0; t < job.tokens; t++) job.out[t] = p->out + p->target[at + t] * p->stride + job.first_row;
+            c->kernels->ternary(tiles + tile * across * TILE_BYTES, across, job.tiles, x, job.tokens, sums);
+            floats_of(c)->finish_sums(&job);
         }
     }
 }
@@ -2265,7 +2343,7 @@ static void run_products(mkb_context *c) {
 /* Units are tiles of D, of all products that add to the same rows, so that sums have one order. */
 static void down_work(void *argument, int thread, size_t first, size_t last) {
     const mkb_context *c = argument;
-    size_t begin = first * TILE, end = MIN(last * TILE, c->width);
+    size_t begin = first * TILE, end = last * TILE;
     for (size_t t = 0; t < c->tokens; t++) memset(c->added + t * c->width + begin, 0, (end - begin) * 4);
     for (size_t i = 0; i < c->num_products; i++) run_product(c, thread, &c->products[i], first, last);
     for (size_t t = 0; t < c->tokens; t++)
@@ -2273,7 +2351,7 @@ static void down_work(void *argument, int thread, size_t first, size_t last) {
 }
 
 static void run_down(mkb_context *c) {
-    pool_run(&c->pool, down_work, c, c->width / TILE);
+    pool_run(&c->pool, down_work, c, (size_t)tiles_of(c->model->set.hidden));
     c->num_products = 0;
 }
 
@@ -2760,7 +2838,7 @@ static void *own_memory(mkb_context *c, uint64_t count, uint64_t size, int *miss
 
 static void own_rows(mkb_context *c, row_set *rows, uint64_t count, uint64_t columns, int *missing) {
     int quantized = c->model->set.quantized != 0;
-    rows->stride = round_up((size_t)columns, LANES);
+    rows->stride = quantized ? round_up((size_t)columns, LANES) + 64 : row_stride((size_t)columns);
     if (quantized) rows->codes = own_memory(c, count, rows->stride, missing);
     else rows->values = own_memory(c, count * rows->stride, 4, missing);
     rows->scales = own_memory(c, count, 4, missing);
@@ -2890,8 +2968,8 @@ static void own_everything(mkb_context *c, int *missing) {
     uint64_t slots, hidden, threads = (uint64_t)c->pool.threads;
     measure_experts(c->model, &slots, &hidden);
     c->chunk = plan_chunk(s, slots, hidden);
-    c->width = round_up(s->hidden, LANES), c->hidden = round_up((size_t)hidden, LANES);
-    c->keys = round_up((size_t)s->heads * s->key_dim, LANES), c->values = round_up((size_t)s->heads * s->value_dim, LANES);
+    c->width = row_stride(s->hidden), c->hidden = row_stride((size_t)hidden);
+    c->keys = row_stride((size_t)s->heads * s->key_dim), c->values = row_stride((size_t)s->heads * s->value_dim);
     c->scratch_row = MAX(MAX(c->width, c->hidden), MAX(c->keys, c->values));
     own_token_rows(c, missing);
     own_expert_rows(c, slots, hidden, missing);
@@ -2943,7 +3021,7 @@ void mkb_context_destroy(mkb_context *c) {
  * keys and values of the tokens in attention layers' caches. */
 enum {
     STATE_HEADER = 128,
-    STATE_SAMPLER = 72 + 4 * SAMPLER_WINDOW,
+    STATE_SAMPLER = 76 + 4 * SAMPLER_WINDOW,
     STATE_BEGIN = (STATE_HEADER + STATE_SAMPLER + 63) / 64 * 64,
     STATE_VERSION = 1
 };
@@ -2952,7 +3030,7 @@ static const unsigned char STATE_MAGIC[8] = {0x89, 'M', 'K', 'S', '\r', '\n', 0x
 void mkb_reset(mkb_context *c) {
     memset(c->state_memory, 0, c->state_floats * 4);
     memset(c->sampler.window, 0, sizeof c->sampler.window);
-    c->sampler.window_count = c->sampler.window_next = 0;
+    c->sampler.window_count = c->sampler.window_next = c->sampler.drawn = 0;
     c->position = 0;
 }
 
@@ -2992,6 +3070,7 @@ static void write_sampler(unsigned char *to, const sampler_state *s) {
     write_u32(to + 64, s->window_count);
     write_u32(to + 68, s->window_next);
     copy_words(to + 72, s->window, SAMPLER_WINDOW);
+    write_u32(to + 72 + 4 * SAMPLER_WINDOW, s->drawn);
 }
 
 static void read_sampler(const unsigned char *from, sampler_state *s) {
@@ -3007,6 +3086,7 @@ static void read_sampler(const unsigned char *from, sampler_state *s) {
                                  .seed = read_u64(from + 56)};
     s->window_count = read_u32(from + 64), s->window_next = read_u32(from + 68);
     copy_words(s->window, from + 72, SAMPLER_WINDOW);
+    s->drawn = read_u32(from + 72 + 4 * SAMPLER_WINDOW);
 }
 
 /* Copy the numbers between the context and a saved state. */
@@ -3715,7 +3795,7 @@ const char *mkb_token_bytes(const mkb_model *model, uint32_t id, size_t *bytes) 
 /* Find the tables of a section, whose sizes its header says, or say what is wrong. */
 static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, size_t size, char *error) {
     uint64_t marks, byte_ids, merges, added, end;
-    if (size < TOKENIZER_HEADER) return fail(error, MKB_ERROR_FORMAT, "tokenizer: %lu bytes are too few", (unsigned long)size);
+    if (size < TOKENIZER_HEADER) return fail(error, MKB_ERROR_FORMAT, "%lu bytes are too few", (unsigned long)size);
     t->kind = read_u32(bytes);
     t->pre_tokenizer = read_u32(bytes + 4);
     t->tokens = read_u32(bytes + 8);
@@ -3724,7 +3804,7 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
     t->added[0] = read_u32(bytes + 20);
     t->added[1] = read_u32(bytes + 24);
     if (t->kind > 1 || t->pre_tokenizer > WORDS_QWEN2 || t->flags > 3 || read_u32(bytes + 28))
-        return fail(error, MKB_ERROR_FORMAT, "tokenizer: kind %u, pre-tokenizer %u or flags %u are unknown; pack it again",
+        return fail(error, MKB_ERROR_FORMAT, "kind %u, pre-tokenizer %u or flags %u are unknown",
                     (unsigned)t->kind, (unsigned)t->pre_tokenizer, (unsigned)t->flags);
     marks = TOKENIZER_HEADER + 4 * ((uint64_t)t->tokens + 1);
     byte_ids = marks + ((uint64_t)t->tokens + 3) / 4 * 4;
@@ -3732,7 +3812,7 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
     added = merges + 12 * (uint64_t)t->merges;
     end = added + 4 * ((uint64_t)t->added[0] + t->added[1]);
     if (end > size || (uint64_t)t->added[0] + t->added[1] > t->tokens)
-        return fail(error, MKB_ERROR_FORMAT, "tokenizer: %u tokens and %u merges do not fit into its %lu bytes",
+        return fail(error, MKB_ERROR_FORMAT, "%u tokens and %u merges do not fit into its %lu bytes",
                     (unsigned)t->tokens, (unsigned)t->merges, (unsigned long)size);
     t->starts = bytes + TOKENIZER_HEADER;
     t->marks = bytes + marks;
@@ -3747,20 +3827,20 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
 static int check_tokens(const tokenizer_tables *t, uint64_t rest, char *error) {
     uint32_t last = read_u32(t->starts);
     size_t size;
-    if (last != 0) return fail(error, MKB_ERROR_FORMAT, "tokenizer: token 0 begins at byte %u", (unsigned)last);
+    if (last != 0) return fail(error, MKB_ERROR_FORMAT, "token 0 begins at byte %u", (unsigned)last);
     for (size_t id = 0; id < t->tokens; id++) {
         uint32_t next = read_u32(t->starts + 4 * id + 4);
         if (next < last || next > rest)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: token %lu ends outside of its bytes", (unsigned long)id);
+            return fail(error, MKB_ERROR_FORMAT, "token %lu ends outside of its bytes", (unsigned long)id);
         if (t->marks[id] > 7)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: token %lu has mark %u", (unsigned long)id, t->marks[id]);
+            return fail(error, MKB_ERROR_FORMAT, "token %lu has mark %u", (unsigned long)id, t->marks[id]);
         last = next;
     }
     for (unsigned byte = 0; byte < 256; byte++) {
         uint32_t id = read_u32(t->byte_ids + 4 * (size_t)byte);
         const unsigned char *token = id < t->tokens ? find_token_bytes(t, id, &size) : NULL;
         if (!token || size != 1 || token[0] != byte)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: byte %u has no token", byte);
+            return fail(error, MKB_ERROR_FORMAT, "byte %u has no token", byte);
     }
     return MKB_OK;
 }
@@ -3783,9 +3863,9 @@ static int check_added(tokenizer_tables *t, char *error) {
         int group = i >= t->added[0];
         size_t size = 0;
         const unsigned char *token = is_added(t, id) ? find_token_bytes(t, id, &size) : NULL;
-        if (size == 0) return fail(error, MKB_ERROR_FORMAT, "tokenizer: added token %u is none", (unsigned)id);
+        if (size == 0) return fail(error, MKB_ERROR_FORMAT, "added token %u is none", (unsigned)id);
         if (i != 0 && i != t->added[0] && compare_tokens(t, read_u32(t->added_ids + 4 * (size_t)i - 4), id) >= 0)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: added token %u is out of order", (unsigned)id);
+            return fail(error, MKB_ERROR_FORMAT, "added token %u is out of order", (unsigned)id);
         t->first_bytes[group][token[0] / 32] |= (uint32_t)1 << token[0] % 32;
     }
     return MKB_OK;
@@ -3806,9 +3886,9 @@ static int index_merges(tokenizer_tables *t, char *error) {
         const unsigned char *merge = t->merge_table + 12 * (size_t)rank;
         uint32_t left = read_u32(merge), right = read_u32(merge + 4), slot = hash_pair(left, right);
         if (left >= t->tokens || right >= t->tokens || read_u32(merge + 8) >= t->tokens)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: merge %u is of tokens that do not exist", (unsigned)rank);
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is of tokens that do not exist", (unsigned)rank);
         if (find_merge(t, left, right) != NO_RANK)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: merge %u is there twice", (unsigned)rank);
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is there twice", (unsigned)rank);
         while (t->merge_slots[slot & t->merge_mask]) slot++;
         t->merge_slots[slot & t->merge_mask] = rank + 1;
     }
@@ -3836,20 +3916,27 @@ static void tokenizer_close(tokenizer_tables *t) {
     memset(t, 0, sizeof *t);
 }
 
-static int tokenizer_check(mkb_model *m, char *error) {
+static int read_tables(mkb_model *m, char *error) {
     tokenizer_tables *t = &m->tables;
     int status = tokenizer_locate(t, m->tokenizer, (size_t)m->tokenizer_bytes, error);
     if (status) return status;
     if (t->tokens != m->set.tokenizer_size)
-        return fail(error, MKB_ERROR_FORMAT, "%s: the tokenizer has %lu tokens, the header says %lu; pack the model again",
-                    m->name, (unsigned long)t->tokens, (unsigned long)m->set.tokenizer_size);
+        return fail(error, MKB_ERROR_FORMAT, "%lu tokens, the header says %lu", (unsigned long)t->tokens,
+                    (unsigned long)m->set.tokenizer_size);
     status = check_tokens(t, m->tokenizer_bytes - (uint64_t)(t->bytes - m->tokenizer), error);
     if (status) return status;
     if (!(t->marks[m->set.document_token] & MARK_SPECIAL))
-        return fail(error, MKB_ERROR_FORMAT, "%s: document_token %lu is no special token; pack the model again", m->name,
-                    (unsigned long)m->set.document_token);
+        return fail(error, MKB_ERROR_FORMAT, "document_token %lu is no special token", (unsigned long)m->set.document_token);
     if ((status = check_added(t, error)) || (status = index_merges(t, error))) return status;
     return index_words(t, error);
+}
+
+static int tokenizer_check(mkb_model *m, char *error) {
+    char reason[MKB_ERROR_BYTES];
+    int status = read_tables(m, reason);
+    if (!status) return MKB_OK;
+    return fail(error, status, "%s: tokenizer: %s%s", m->name, reason,
+                status == MKB_ERROR_FORMAT ? "; copy or pack the model again" : "");
 }
 
 /* ---- 9 sampling ----
@@ -3920,6 +4007,7 @@ int mkb_sampling_set(mkb_context *c, const mkb_sampling *sampling, char error[MK
 }
 
 static void note_tokens(sampler_state *s, const uint32_t *tokens, size_t count) {
+    if (count) s->drawn = 0;
     for (size_t i = count > SAMPLER_WINDOW ? count - SAMPLER_WINDOW : 0; i < count; i++) {
         s->window[s->window_next] = tokens[i];
         s->window_next = (s->window_next + 1) % SAMPLER_WINDOW;
@@ -4041,11 +4129,12 @@ static uint32_t draw_candidate(mkb_context *c, const float *logits, float highes
 }
 
 uint32_t mkb_sample(mkb_context *c, float *logits) {
-    uint32_t best;
+    uint32_t id;
     penalize(c, logits);
-    best = find_likeliest(logits, c->model->set.tokenizer_size);
-    if (best == MKB_NO_TOKEN || !(c->sampler.settings.temperature > 0)) return best;
-    return draw_candidate(c, logits, logits[best]);
+    id = find_likeliest(logits, c->model->set.tokenizer_size);
+    if (id != MKB_NO_TOKEN && c->sampler.settings.temperature > 0) id = draw_candidate(c, logits, logits[id]);
+    c->sampler.drawn = id + 1;
+    return id;
 }
 
 /* ---- 10 command line ---- */
@@ -4370,14 +4459,1011 @@ static int command_bench(int count, char **arguments) {
     return 0;
 }
 
+/* --- text on its way to people --- */
+
+enum { MOST_STOPS = 16, STOP_BYTES = 256 };
+
+/* Bytes of tokens become whole characters, and what may become a stop string is held back. */
+typedef struct {
+    FILE *file;
+    int for_terminal, trim, failed, stopped;
+    unsigned char character[4], low, high;
+    size_t have, missing;
+    const char *stops[MOST_STOPS];
+    size_t num_stops, stop_bytes; /* of the one that was found */
+    char held[STOP_BYTES + 4];
+    size_t num_held;
+    uint64_t taken; /* bytes of tokens, up to the end of the stop string */
+} text_writer;
+
+/* A terminal would obey control characters; a file or a program gets the text as it is. */
+static void show(text_writer *w, const char *text, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) {
+        unsigned char c = (unsigned char)text[i];
+        int second = c == 0xc2 && i + 1 < bytes && (unsigned char)text[i + 1] < 0xa0;
+        if (w->trim && c == ' ') continue;
+        w->trim = 0;
+        if (w->for_terminal && (second || c == 127 || (c < 32 && c != '\n' && c != '\t'))) {
+            fputs("\302\267", w->file);
+            i += (size_t)second;
+        } else {
+            putc(c, w->file);
+        }
+    }
+    w->failed |= ferror(w->file) != 0;
+}
+
+static int ends_with(const text_writer *w, const char *stop, size_t bytes) {
+    return bytes <= w->num_held && !memcmp(w->held + w->num_held - bytes, stop, bytes);
+}
+
+/* Hold one character, and show what can belong to no stop string any more. */
+static void write_character(text_writer *w, const void *character, size_t bytes) {
+    size_t keep = 0;
+    memcpy(w->held + w->num_held, character, bytes);
+    w->num_held += bytes;
+    w->stop_bytes = 0;
+    for (size_t i = 0; i < w->num_stops; i++) {
+        size_t length = strlen(w->stops[i]);
+        if (ends_with(w, w->stops[i], length)) w->stop_bytes = MAX(w->stop_bytes, length);
+        for (size_t part = MIN(length - 1, w->num_held); part > keep; part--)
+            if (ends_with(w, w->stops[i], part)) keep = part;
+    }
+    w->stopped = w->stop_bytes > 0;
+    if (w->stopped) keep = w->stop_bytes;
+    show(w, w->held, w->num_held - keep);
+    memmove(w->held, w->held + w->num_held - keep, keep);
+    w->num_held = w->stopped ? 0 : keep;
+}
+
+static void write_replacement(text_writer *w) {
+    w->have = w->missing = 0;
+    write_character(w, "\357\277\275", 3);
+}
+
+static void write_byte(text_writer *w, unsigned char c) {
+    if (w->missing) {
+        if (c < w->low || c > w->high) {
+            write_replacement(w);
+            if (!w->stopped) write_byte(w, c);
+            return;
+        }
+        w->low = 0x80, w->high = 0xbf;
+        w->character[w->have++] = c;
+        if (--w->missing) return;
+        write_character(w, w->character, w->have);
+        w->have = 0;
+    } else if (c < 0x80) {
+        write_character(w, &c, 1);
+    } else if (c < 0xc2 || c > 0xf4) {
+        write_replacement(w);
+    } else {
+        w->missing = c < 0xe0 ? 1 : c < 0xf0 ? 2 : 3;
+        w->low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+        w->high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+        w->character[0] = c;
+        w->have = 1;
+    }
+}
+
+static void write_token(text_writer *w, const char *bytes, size_t size) {
+    for (size_t i = 0; i < size && !w->stopped; i++, w->taken++) write_byte(w, (unsigned char)bytes[i]);
+    w->failed |= fflush(w->file) != 0;
+}
+
+/* Show what was held back at the end. */
+static void finish_text(text_writer *w) {
+    if (w->missing && !w->stopped) write_replacement(w);
+    if (!w->stopped) show(w, w->held, w->num_held);
+    w->failed |= fflush(w->file) != 0;
+}
+
+static void begin_text(text_writer *w, int trim) {
+    w->trim = trim;
+    w->failed = w->stopped = 0;
+    w->have = w->missing = w->num_held = 0;
+    w->taken = 0;
+}
+
+/* --- options of commands that read or write text --- */
+
+enum { FOR_GENERATE = 1, FOR_CHAT = 2, FOR_TOKENIZE = 4, FOR_ALL = 7, FOR_BOTH = 3 };
+enum { TAKES_NOTHING, TAKES_TEXT, TAKES_COUNT, TAKES_NUMBER, TAKES_SEED, TAKES_STOP };
+enum { SHOWN_HELP = -1, WRONG_USAGE = 2, INTERRUPTED = 130 };
+
+typedef struct {
+    const char *model, *prompt, *prompt_file, *state_in, *state_out, *user, *assistant, *system;
+    mkb_sampling sampling;
+    uint32_t tokens, context, threads;
+    int verify, quiet, special, from_stdin;
+    const char *stops[MOST_STOPS];
+    size_t num_stops;
+    uint32_t given; /* a bit for each option of the table */
+} text_options;
+
+typedef struct {
+    const char *name;
+    int takes, commands;
+    size_t place;
+    uint32_t least, most;
+} option_rule;
+
+#define RULE(name, takes, commands, member, least, most) \
+    {name, takes, commands, offsetof(text_options, member), least, most}
+static const option_rule OPTION_RULES[] = {
+    RULE("--prompt", TAKES_TEXT, FOR_GENERATE | FOR_TOKENIZE, prompt, 0, 0),
+    RULE("--prompt-file", TAKES_TEXT, FOR_GENERATE | FOR_TOKENIZE, prompt_file, 0, 0),
+    RULE("--special", TAKES_NOTHING, FOR_TOKENIZE, special, 0, 0),
+    RULE("--tokens", TAKES_COUNT, FOR_BOTH, tokens, 1, 1u << 30),
+    RULE("--temperature", TAKES_NUMBER, FOR_BOTH, sampling.temperature, 0, 0),
+    RULE("--top-k", TAKES_COUNT, FOR_BOTH, sampling.top_k, 0, UINT32_MAX),
+    RULE("--top-p", TAKES_NUMBER, FOR_BOTH, sampling.top_p, 0, 0),
+    RULE("--min-p", TAKES_NUMBER, FOR_BOTH, sampling.min_p, 0, 0),
+    RULE("--repetition-penalty", TAKES_NUMBER, FOR_BOTH, sampling.repetition_penalty, 0, 0),
+    RULE("--repetition-window", TAKES_COUNT, FOR_BOTH, sampling.repetition_window, 0, SAMPLER_WINDOW),
+    RULE("--seed", TAKES_SEED, FOR_BOTH, sampling.seed, 0, 0),
+    RULE("--stop", TAKES_STOP, FOR_BOTH, stops, 0, 0),
+    RULE("--threads", TAKES_COUNT, FOR_BOTH, threads, 1, 256),
+    RULE("--context", TAKES_COUNT, FOR_BOTH, context, 1, 1u << 30),
+    RULE("--state-in", TAKES_TEXT, FOR_BOTH, state_in, 0, 0),
+    RULE("--state-out", TAKES_TEXT, FOR_BOTH, state_out, 0, 0),
+    RULE("--user-prefix", TAKES_TEXT, FOR_CHAT, user, 0, 0),
+    RULE("--assistant-prefix", TAKES_TEXT, FOR_CHAT, assistant, 0, 0),
+    RULE("--system", TAKES_TEXT, FOR_CHAT, system, 0, 0),
+    RULE("--verify", TAKES_NOTHING, FOR_ALL, verify, 0, 0),
+    RULE("--quiet", TAKES_NOTHING, FOR_BOTH, quiet, 0, 0),
+};
+enum { NUM_RULES = sizeof OPTION_RULES / sizeof *OPTION_RULES };
+
+static const char SAMPLING_HELP[] =
+    "  --tokens N                at most N tokens (generate: 200, chat: 512)\n"
+    "  --temperature T           0 always takes the likeliest token (0.8)\n"
+    "  --top-k K                 draw among the K likeliest; 0: among all (50)\n"
+    "  --top-p P                 draw among the likeliest that have together the probability P; 1: all (1)\n"
+    "  --min-p P                 none whose probability is below P times the likeliest one's (0)\n"
+    "  --repetition-penalty R    makes recent tokens less likely; 1: off (1)\n"
+    "  --repetition-window N     how many recent tokens, up to 1024 (64)\n"
+    "  --seed N                  of the random numbers (0)\n"
+    "  --stop S                  end before the text S; up to 16 times\n"
+    "  --threads N               (1)\n"
+    "  --context N               tokens that the caches of softmax attention layers have room for\n"
+    "  --state-in F, --state-out F   continue from a saved state; save the state at the end\n"
+    "  --verify                  check the model file's sha256 first\n";
+
+static const char GENERATE_HELP[] =
+    "usage: mixkabrn generate MODEL [--prompt T | --prompt-file F | -] [options]\n\n"
+    "Continues a text, or begins a new document. `-` reads the prompt from standard input.\n\n"
+    "  mixkabrn generate tiny.mkb --prompt \"def \"\n"
+    "  mixkabrn generate tiny.mkb --prompt-file story.txt --tokens 1000 --temperature 0\n"
+    "  mixkabrn generate tiny.mkb --prompt \"One\" --state-out one.mks\n"
+    "  mixkabrn generate tiny.mkb --state-in one.mks --tokens 50      # goes on where it ended\n\n"
+    "  --quiet                   print neither the prompt nor the speed\n";
+
+static const char CHAT_HELP[] =
+    "usage: mixkabrn chat MODEL [options]\n\n"
+    "Talks to a model. The history is a state of fixed size: a turn costs only its own tokens.\n"
+    "Models whose chat template has <|im_start|> get turns in ChatML, others this text, which ends before \"\\nUser:\":\n\n"
+    "  User: what you say\n"
+    "  Assistant: what the model says\n\n"
+    "  mixkabrn chat tiny.mkb\n"
+    "  mixkabrn chat tiny.mkb --user-prefix \"Q:\" --assistant-prefix \"A:\" --temperature 0.5\n"
+    "  mixkabrn chat tiny.mkb --state-in talk.mks --state-out talk.mks\n\n"
+    "  --user-prefix P, --assistant-prefix P   in place of \"User:\" and \"Assistant:\"\n"
+    "  --system T                text at the beginning\n"
+    "  --quiet                   print answers alone\n";
+
+static const char CHAT_COMMANDS[] =
+    "/regenerate, /r   another answer\n"
+    "/edit TEXT        say TEXT in place of the last turn\n"
+    "/undo             take the last turn back\n"
+    "/reset            forget everything but the system text\n"
+    "/system TEXT      begin anew with this text at the beginning\n"
+    "/temperature X    0 always takes the likeliest token\n"
+    "/save FILE        save the state;  /load FILE  continue from one\n"
+    "/quit             end; so does Ctrl-D. Ctrl-C ends an answer.\n"
+    "A line that ends in \\ goes on in the next one; // at the beginning says a /.\n";
+
+static const char TOKENIZE_HELP[] =
+    "usage: mixkabrn tokenize MODEL [--prompt T | --prompt-file F | -] [--special]\n\n"
+    "Prints the ids of a text. --special: text that spells a special token is one.\n\n"
+    "  mixkabrn tokenize tiny.mkb --prompt \"def \"\n";
+
+static int complain(const char *format, const char *name, const char *value) {
+    fprintf(stderr, "error: ");
+    fprintf(stderr, format, name, value);
+    fputc('\n', stderr);
+    return WRONG_USAGE;
+}
+
+/* A whole number without sign, or 0 and `errno`. */
+static uint64_t parse_whole(const char *text) {
+    char *end;
+    unsigned long long value;
+    errno = 0;
+    value = strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end) errno = EINVAL;
+    return errno ? 0 : value;
+}
+
+static int add_stop(text_options *o, const char *text) {
+    size_t length = strlen(text), size;
+    if (length == 0 || length > STOP_BYTES) return complain("%s: use a text of 1 to 256 bytes%s", "--stop", "");
+    if (o->num_stops == MOST_STOPS - 2) return complain("%s: %s is one too many", "--stop", text);
+    for (size_t i = 0; i < length; i += size)
+        if (read_character((const unsigned char *)text + i, length - i, &size) == UINT32_MAX)
+            return complain("%s: not UTF-8, so no text can contain it%s", "--stop", "");
+    o->stops[o->num_stops++] = text;
+    return MKB_OK;
+}
+
+static int take_value(text_options *o, const option_rule *rule, const char *value) {
+    char *place = (char *)o + rule->place, *end;
+    uint64_t whole;
+    switch (rule->takes) {
+    case TAKES_TEXT: memcpy(place, &value, sizeof value); break;
+    case TAKES_STOP: return add_stop(o, value);
+    case TAKES_NUMBER: {
+        float number = strtof(value, &end);
+        if (end == value || *end) return complain("%s %s: use a number such as 0.8", rule->name, value);
+        memcpy(place, &number, sizeof number);
+        break;
+    }
+    default:
+        whole = parse_whole(value);
+        if (errno || (rule->takes == TAKES_COUNT && (whole < rule->least || whole > rule->most))) {
+            fprintf(stderr, "error: %s %s: use a whole number from %lu to %llu\n", rule->name, value,
+                    (unsigned long)rule->least, rule->takes == TAKES_SEED ? (unsigned long long)UINT64_MAX : rule->most);
+            return WRONG_USAGE;
+        }
+        if (rule->takes == TAKES_SEED) {
+            memcpy(place, &whole, sizeof whole);
+        } else {
+            uint32_t count = (uint32_t)whole;
+            memcpy(place, &count, sizeof count);
+        }
+    }
+    return MKB_OK;
+}
+
+/* Take one option, as `--name value` or `--name=value`. */
+static int take_option(text_options *o, int command, int *at, int count, char **arguments) {
+    const char *name = arguments[*at], *equals = strchr(name, '=');
+    size_t length = equals ? (size_t)(equals - name) : strlen(name);
+    for (size_t i = 0; i < NUM_RULES; i++) {
+        const option_rule *rule = &OPTION_RULES[i];
+        if (!(rule->commands & command) || strlen(rule->name) != length || strncmp(rule->name, name, length)) continue;
+        o->given |= (uint32_t)1 << i;
+        if (rule->takes == TAKES_NOTHING) {
+            const int yes = 1;
+            if (equals) return complain("%s takes no value%s", rule->name, "");
+            memcpy((char *)o + rule->place, &yes, sizeof yes);
+            return MKB_OK;
+        }
+        if (!equals && *at + 1 >= count) return complain("%s needs a value%s", rule->name, "");
+        return take_value(o, rule, equals ? equals + 1 : arguments[++*at]);
+    }
+    return complain("%s is no option here; --help lists them%s", name, "");
+}
+
+static int take_argument(text_options *o, int command, int *at, int count, char **arguments) {
+    const char *text = arguments[*at];
+    if (!strcmp(text, "-") && command != FOR_CHAT) return o->from_stdin = 1, MKB_OK;
+    if (text[0] == '-') return take_option(o, command, at, count, arguments);
+    if (o->model) return complain("%s: one model file is enough; put a text after --prompt%s", text, "");
+    o->model = text;
+    return MKB_OK;
+}
+
+/* Fill the options, or say what is wrong with them. */
+static int parse_text_options(text_options *o, int command, int count, char **arguments) {
+    static const char *const helps[5] = {NULL, GENERATE_HELP, CHAT_HELP, NULL, TOKENIZE_HELP};
+    char error[MKB_ERROR_BYTES];
+    int status = MKB_OK;
+    memset(o, 0, sizeof *o);
+    o->sampling = DEFAULT_SAMPLING;
+    o->tokens = command == FOR_CHAT ? 512 : 200;
+    o->threads = 1;
+    o->user = "User:";
+    o->assistant = "Assistant:";
+    for (int i = 0; i < count && !status; i++) {
+        if (!strcmp(arguments[i], "--help") || !strcmp(arguments[i], "-h")) {
+            fputs(helps[command], stdout);
+            if (command != FOR_TOKENIZE) fputs(SAMPLING_HELP, stdout);
+            if (command == FOR_CHAT) printf("\nWhile it runs:\n%s", CHAT_COMMANDS);
+            return SHOWN_HELP;
+        }
+        status = take_argument(o, command, &i, count, arguments);
+    }
+    if (status) return status;
+    if (!o->model) return fputs(helps[command], stderr), WRONG_USAGE;
+    if ((o->prompt != NULL) + (o->prompt_file != NULL) + o->from_stdin > 1)
+        return complain("%s, --prompt-file and -: give one of them%s", "--prompt", "");
+    return check_sampling(&o->sampling, error) ? complain("%s%s", error, "") : MKB_OK;
+}
+
+/* --- a model that reads and writes text --- */
+
+static volatile sig_atomic_t was_interrupted;
+
+static void note_interrupt(int signal_number) {
+    (void)signal_number;
+    was_interrupted = 1;
+}
+
+typedef struct {
+    const text_options *options;
+    mkb_model *model;
+    mkb_context *context;
+    float *logits;
+    text_writer writer;
+    uint64_t tokens_read, answer_read; /* in all; bytes of the answer's tokens that have been read */
+    uint32_t answer_tokens, last_token;
+    double read_seconds, write_seconds;
+    char error[MKB_ERROR_BYTES];
+} session;
+
+/* What these commands need of the process: no death by a closed pipe, Ctrl-C noticed, no file under 0, 1 or 2. */
+static void prepare_process(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    for (int i = 0; i < 3; i++)
+        if (fcntl(i, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = note_interrupt;
+    sigaction(SIGINT, &action, NULL);
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &action, NULL);
+}
+
+/* Tokens of a saved state, to make room for them; 0 if it cannot be read, which is told when it is loaded. */
+static uint64_t peek_position(const char *path) {
+    unsigned char head[96];
+    FILE *file = fopen(path, "rb");
+    size_t got = file ? fread(head, 1, sizeof head, file) : 0;
+    if (file) fclose(file);
+    return got == sizeof head ? read_u64(head + 88) : 0;
+}
+
+/* Settings that were given on the command line replace those of a saved state. */
+static void override_sampling(session *s) {
+    const text_options *o = s->options;
+    size_t begin = offsetof(text_options, sampling);
+    for (size_t i = 0; i < NUM_RULES; i++) {
+        const option_rule *rule = &OPTION_RULES[i];
+        char *settings = (char *)&s->context->sampler.settings;
+        if (!(o->given >> i & 1) || rule->place < begin || rule->place >= begin + sizeof o->sampling) continue;
+        memcpy(settings + (rule->place - begin), (const char *)o + rule->place, rule->takes == TAKES_SEED ? 8 : 4);
+        if (rule->takes == TAKES_SEED) seed_sampler(&s->context->sampler, o->sampling.seed);
+    }
+}
+
+/* Create the context with room for `tokens`, and load the state. */
+static int open_context(session *s, uint64_t tokens) {
+    const text_options *o = s->options;
+    int status;
+    if (o->state_in) tokens += MIN(peek_position(o->state_in), UINT32_MAX);
+    if (o->context) tokens = o->context;
+    status = mkb_context_create(s->model, (int)o->threads, (uint32_t)MIN(tokens, UINT32_MAX), &s->context, s->error);
+    if (status) return status;
+    s->logits = malloc(s->model->set.vocab_size * sizeof *s->logits);
+    if (!s->logits) return fail(s->error, MKB_ERROR_MEMORY, "no memory for logits");
+    s->writer.file = stdout;
+    s->writer.for_terminal = isatty(1);
+    memcpy(s->writer.stops, o->stops, sizeof o->stops);
+    s->writer.num_stops = o->num_stops;
+    status = mkb_sampling_set(s->context, &o->sampling, s->error);
+    if (status || !o->state_in) return status;
+    status = mkb_state_load(s->context, o->state_in, s->error);
+    if (!status) override_sampling(s);
+    return status;
+}
+
+static void close_session(session *s) {
+    mkb_context_destroy(s->context);
+    mkb_model_close(s->model);
+    free(s->logits);
+}
+
+/* Read tokens, some at a time so that Ctrl-C is noticed. */
+static int read_tokens(session *s, const uint32_t *ids, size_t count, int logits) {
+    enum { SOME = 256 };
+    double begin = seconds_now();
+    int status = MKB_OK;
+    s->tokens_read += count;
+    while (count && !status && !was_interrupted) {
+        size_t some = MIN(count, (size_t)SOME);
+        status = mkb_decode(s->context, ids, some, logits && some == count ? s->logits : NULL, s->error);
+        ids += some, count -= some;
+    }
+    s->read_seconds += seconds_now() - begin;
+    return status ? status : count ? INTERRUPTED : MKB_OK;
+}
+
+/* The ids of a text, in memory that is the caller's, after room for `before` more. */
+static uint32_t *list_ids(session *s, const char *text, size_t bytes, int special, size_t before, size_t *count) {
+    uint32_t *ids = bytes < SIZE_MAX / 8 ? malloc((bytes + before + 1) * sizeof *ids) : NULL;
+    *count = ids ? mkb_tokenize(s->model, text, bytes, special, ids + before, bytes) : MKB_NO_COUNT;
+    if (*count != MKB_NO_COUNT) return ids;
+    fail(s->error, MKB_ERROR_MEMORY, "no memory for a text of %llu bytes", (unsigned long long)bytes);
+    free(ids);
+    return NULL;
+}
+
+/* Draw and show tokens until the document ends, a stop string is found, `limit` are drawn or Ctrl-C is pressed. The last
+ * one is not read unless the answer was interrupted. */
+static int write_answer(session *s, uint32_t limit, int trim) {
+    double begin = seconds_now();
+    int status = MKB_OK;
+    begin_text(&s->writer, trim);
+    s->answer_tokens = 0, s->answer_read = 0;
+    while (!status && s->answer_tokens < limit && !was_interrupted) {
+        size_t size;
+        uint32_t id = s->last_token = mkb_sample(s->context, s->logits);
+        if (id == MKB_NO_TOKEN)
+            return fail(s->error, MKB_ERROR_ARGUMENT,
+                        "the model's outputs are not finite: its training has diverged; pack an earlier checkpoint");
+        if (id == s->model->set.document_token) break;
+        s->answer_tokens++;
+        const char *bytes = mkb_token_bytes(s->model, id, &size);
+        write_token(&s->writer, bytes, size);
+        if (s->writer.stopped || s->writer.failed || s->answer_tokens == limit) break;
+        status = mkb_decode(s->context, &id, 1, s->logits, s->error);
+        s->answer_read += size;
+    }
+    finish_text(&s->writer);
+    s->write_seconds = seconds_now() - begin;
+    if (s->writer.failed && !status)
+        status = fail(s->error, MKB_ERROR_FILE, "the text cannot be written: %s", strerror(errno ? errno : EPIPE));
+    return status;
+}
+
+static double rate_of(uint64_t count, double seconds) { return seconds > 0 ? (double)count / seconds : 0; }
+
+static int report_status(const session *s, int status) {
+    if (status == INTERRUPTED) fprintf(stderr, "\ninterrupted\n");
+    else if (status) fprintf(stderr, "error: %s\n", s->error);
+    return status == INTERRUPTED || status == MKB_OK ? status : 1;
+}
+
+/* --- generate and tokenize --- */
+
+/* All of a file, whose size need not be known. */
+static int read_all(FILE *file, const char *name, char **text, size_t *bytes, char *error) {
+    size_t room = 0, got = 1;
+    *text = NULL;
+    *bytes = 0;
+    while (got) {
+        if (*bytes == room) {
+            char *larger = room < SIZE_MAX / 4 ? realloc(*text, room = room ? 2 * room : 1 << 16) : NULL;
+            if (!larger) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for a text of this size", name);
+            *text = larger;
+        }
+        got = fread(*text + *bytes, 1, room - *bytes, file);
+        *bytes += got;
+    }
+    return ferror(file) ? fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", name, strerror(errno)) : MKB_OK;
+}
+
+static int read_prompt(const text_options *o, char **text, size_t *bytes, char *error) {
+    FILE *file = o->from_stdin ? stdin : o->prompt_file ? fopen(o->prompt_file, "rb") : NULL;
+    const char *prompt = o->prompt ? o->prompt : "";
+    int status;
+    *text = NULL;
+    if (o->prompt_file && !file)
+        return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", o->prompt_file, strerror(errno));
+    if (file) {
+        status = read_all(file, o->from_stdin ? "standard input" : o->prompt_file, text, bytes, error);
+        if (!o->from_stdin) fclose(file);
+        return status;
+    }
+    *bytes = strlen(prompt);
+    *text = malloc(*bytes + 1);
+    if (!*text) return fail(error, MKB_ERROR_MEMORY, "no memory for the prompt");
+    memcpy(*text, prompt, *bytes + 1);
+    return MKB_OK;
+}
+
+static void print_speed(const session *s) {
+    const mkb_model *m = s->model;
+    if (s->options->quiet) {
+        if (s->writer.for_terminal) putchar('\n');
+        return;
+    }
+    fprintf(stderr, "\n[%s at step %llu: %llu tokens read, %.0f a second; %lu written, %.0f tokens/s]\n", m->name,
+            (unsigned long long)m->step, (unsigned long long)s->tokens_read, rate_of(s->tokens_read, s->read_seconds),
+            (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+}
+
+/* What is read before the answer: the token that a saved state left unread, or the document token; then the prompt. */
+static int read_generate_prompt(session *s, uint32_t *ids, size_t count) {
+    uint32_t drawn = s->context->sampler.drawn;
+    if (drawn || s->context->position == 0) {
+        ids[0] = drawn ? drawn - 1 : s->model->set.document_token;
+        count++;
+    } else {
+        ids++;
+    }
+    if (count == 0)
+        return fail(s->error, MKB_ERROR_ARGUMENT, "%s says not what comes next; give --prompt", s->options->state_in);
+    return read_tokens(s, ids, count, 1);
+}
+
+static int generate_text(session *s, const char *prompt, size_t bytes) {
+    const text_options *o = s->options;
+    size_t count;
+    uint32_t *ids = list_ids(s, prompt, bytes, 0, 1, &count);
+    int status = ids ? open_context(s, (uint64_t)count + 1 + o->tokens) : MKB_ERROR_MEMORY;
+    if (!status && !o->quiet) {
+        show(&s->writer, prompt, bytes);
+        fflush(stdout);
+    }
+    if (!status) status = read_generate_prompt(s, ids, count);
+    free(ids);
+    if (!status) status = write_answer(s, o->tokens, 0);
+    if (status) return status;
+    print_speed(s);
+    if (o->state_out) status = mkb_state_save(s->context, o->state_out, s->error);
+    return status ? status : was_interrupted ? INTERRUPTED : MKB_OK;
+}
+
+static int command_generate(int count, char **arguments) {
+    text_options o;
+    session s;
+    char *prompt = NULL;
+    size_t bytes = 0;
+    int status = parse_text_options(&o, FOR_GENERATE, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    memset(&s, 0, sizeof s);
+    s.options = &o;
+    status = read_prompt(&o, &prompt, &bytes, s.error);
+    if (!status) status = mkb_model_open(o.model, o.verify, &s.model, s.error);
+    if (!status) status = generate_text(&s, prompt, bytes);
+    status = report_status(&s, status);
+    close_session(&s);
+    free(prompt);
+    return status;
+}
+
+static int command_tokenize(int count, char **arguments) {
+    text_options o;
+    session s;
+    char *prompt = NULL;
+    size_t bytes = 0, found = 0;
+    uint32_t *ids = NULL;
+    int status = parse_text_options(&o, FOR_TOKENIZE, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    memset(&s, 0, sizeof s);
+    s.options = &o;
+    status = read_prompt(&o, &prompt, &bytes, s.error);
+    if (!status) status = mkb_model_open(o.model, o.verify, &s.model, s.error);
+    if (!status) status = (ids = list_ids(&s, prompt, bytes, o.special, 0, &found)) ? MKB_OK : MKB_ERROR_MEMORY;
+    for (size_t i = 0; i < found && !status; i++) printf("%s%lu", i ? " " : "", (unsigned long)ids[i]);
+    if (!status && (putchar('\n') == EOF || fflush(stdout)))
+        status = fail(s.error, MKB_ERROR_FILE, "the ids cannot be written: %s", strerror(errno));
+    status = report_status(&s, status);
+    close_session(&s);
+    free(ids);
+    free(prompt);
+    return status;
+}
+
+/* --- chat --- */
+
+enum { CHAT_TURNS = 32, MARKUP_BYTES = 640 };
+
+/* A state at the beginning of a turn, and what was said in it. */
+typedef struct {
+    unsigned char *state;
+    size_t state_bytes, text_bytes;
+    char *text;
+} chat_turn;
+
+/* Between turns the state has read everything up to where the user's text begins. */
+typedef struct {
+    session s;
+    int chatml, failed;
+    char opening[MARKUP_BYTES], lead[MARKUP_BYTES], closing[MARKUP_BYTES], stop[MARKUP_BYTES];
+    char *system;
+    chat_turn turns[CHAT_TURNS];
+    size_t num_turns;
+    chat_turn asked;        /* the state before the last token of the last turn's markup; no text */
+    uint32_t asked_token;
+} chat;
+
+/* opening: before the first turn; lead: between turns; closing: between what the user and what the assistant says. */
+static int choose_markup(chat *c) {
+    const text_options *o = c->s.options;
+    size_t bytes = 0;
+    const char *template_text = mkb_model_template(c->s.model, &bytes);
+    static const char mark[] = "<|im_start|>";
+    for (size_t i = 0; !c->chatml && i + sizeof mark - 1 <= bytes; i++)
+        c->chatml = !memcmp(template_text + i, mark, sizeof mark - 1);
+    if (strlen(o->user) > STOP_BYTES - 1 || strlen(o->assistant) > STOP_BYTES || !*o->user || !*o->assistant)
+        return complain("%s and --assistant-prefix: use 1 to 255 bytes%s", "--user-prefix", "");
+    if (c->chatml) {
+        strcpy(c->opening, "<|im_start|>user\n");
+        strcpy(c->lead, "<|im_end|>\n<|im_start|>user\n");
+        strcpy(c->closing, "<|im_end|>\n<|im_start|>assistant\n");
+        strcpy(c->stop, "<|im_end|>");
+    } else {
+        snprintf(c->opening, MARKUP_BYTES, "%s", o->user);
+        snprintf(c->lead, MARKUP_BYTES, "\n%s", o->user);
+        snprintf(c->closing, MARKUP_BYTES, "\n%s", o->assistant);
+        snprintf(c->stop, MARKUP_BYTES, "\n%s", o->user);
+    }
+    return MKB_OK;
+}
+
+static void add_chat_stops(chat *c) {
+    text_writer *w = &c->s.writer;
+    w->stops[w->num_stops++] = c->stop;
+    if (c->chatml) w->stops[w->num_stops++] = "<|im_start|>";
+}
+
+static void free_turn(chat_turn *turn) {
+    free(turn->state);
+    free(turn->text);
+    memset(turn, 0, sizeof *turn);
+}
+
+static void forget_turns(chat *c) {
+    while (c->num_turns) free_turn(&c->turns[--c->num_turns]);
+    free_turn(&c->asked);
+}
+
+static int keep_state(chat *c, chat_turn *turn) {
+    mkb_context *context = c->s.context;
+    turn->state_bytes = mkb_state_bytes(context);
+    free(turn->state);
+    turn->state = malloc(turn->state_bytes);
+    /* Before the turn has read anything, its state is that of now. */
+    if (!turn->state) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory to remember a turn; use /reset");
+    return mkb_state_get(context, turn->state, turn->state_bytes, c->s.error);
+}
+
+/* Go back, but with the settings of now, and random numbers that have not been used. */
+static int restore_state(chat *c, const chat_turn *turn) {
+    sampler_state now = c->s.context->sampler;
+    int status = mkb_state_set(c->s.context, turn->state, turn->state_bytes, c->s.error);
+    if (status) return status;
+    c->s.context->sampler.settings = now.settings;
+    memcpy(c->s.context->sampler.random, now.random, sizeof now.random);
+    return MKB_OK;
+}
+
+/* Read a text. Only the program's own markup may hold special tokens. With `ask`, logits follow, and the state before
+ * the last token is kept, so that another answer reads but that one. */
+static int read_text(chat *c, const char *text, size_t bytes, int special, int ask) {
+    size_t count;
+    uint32_t *ids = list_ids(&c->s, text, bytes, special, 0, &count);
+    int status = ids ? MKB_OK : MKB_ERROR_MEMORY;
+    if (!status && ask && count) {
+        c->asked_token = ids[--count];
+        status = read_tokens(&c->s, ids, count, 0);
+        if (!status) status = keep_state(c, &c->asked);
+        if (!status) status = read_tokens(&c->s, &c->asked_token, 1, 1);
+    } else if (!status) {
+        status = read_tokens(&c->s, ids, count, 0);
+    }
+    free(ids);
+    return status;
+}
+
+static int read_markup(chat *c, const char *text) { return read_text(c, text, strlen(text), 1, 0); }
+
+/* The document token, the system text, and where the user's text begins. */
+static int begin_chat(chat *c) {
+    int status;
+    if (c->s.context->position) return MKB_OK;
+    status = read_tokens(&c->s, &c->s.model->set.document_token, 1, 0);
+    if (c->system) {
+        if (!status && c->chatml) status = read_markup(c, "<|im_start|>system\n");
+        if (!status) status = read_text(c, c->system, strlen(c->system), 0, 0);
+        if (!status) status = read_markup(c, c->chatml ? "<|im_end|>\n" : "\n\n");
+    }
+    if (!status) status = read_markup(c, c->opening);
+    if (status) mkb_reset(c->s.context);
+    return status;
+}
+
+/* After an answer, read what of its last token belongs to it, and the markup up to the user's next text, of which the
+ * model may have written a part. */
+static int end_answer(chat *c) {
+    session *s = &c->s;
+    const text_writer *w = &s->writer;
+    uint64_t end = w->taken - w->stop_bytes;
+    size_t skip = 0, size;
+    int status = MKB_OK;
+    const char *bytes = mkb_token_bytes(s->model, s->last_token, &size);
+    if (!w->stopped) {
+        /* The last token at the limit was drawn, but not read; that of the document's end stays so. */
+        if (s->context->sampler.drawn && s->last_token != s->model->set.document_token)
+            status = read_tokens(s, &s->last_token, 1, 0);
+    } else if (end > s->answer_read) {
+        status = read_text(c, bytes, (size_t)MIN(end - s->answer_read, size), 0, 0);
+    } else {
+        skip = (size_t)(s->answer_read - end);
+        /* Another stop string than the turn's own has nothing in common with the markup. */
+        if (skip > strlen(c->lead) || w->stop_bytes < skip || memcmp(w->held, c->lead, skip)) skip = 0;
+    }
+    /* So few tokens are read in one piece: when Ctrl-C came before them, they are read all the same. */
+    while (!status && (status = read_markup(c, c->lead + skip)) == INTERRUPTED) status = was_interrupted = 0;
+    return status;
+}
+
+/* Write an answer to what has been read; Ctrl-C ends it, but not the chat. */
+static int answer(chat *c) {
+    session *s = &c->s;
+    int status = write_answer(s, s->options->tokens, !c->chatml);
+    putchar('\n');
+    fflush(stdout);
+    was_interrupted = 0;
+    if (!status && !s->options->quiet)
+        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
+                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    s->tokens_read = 0;
+    return status ? status : end_answer(c);
+}
+
+/* Remember where a turn begins; the oldest is forgotten when there are too many. */
+static int add_turn(chat *c, char *text, size_t bytes) {
+    chat_turn *turn;
+    if (c->num_turns == CHAT_TURNS) {
+        free_turn(&c->turns[0]);
+        memmove(c->turns, c->turns + 1, (CHAT_TURNS - 1) * sizeof *c->turns);
+        c->num_turns--;
+        memset(&c->turns[c->num_turns], 0, sizeof *c->turns);
+    }
+    turn = &c->turns[c->num_turns++];
+    turn->text = text;
+    turn->text_bytes = bytes;
+    return keep_state(c, turn);
+}
+
+static int take_back(chat *c) {
+    chat_turn *turn = &c->turns[c->num_turns - 1];
+    int status = turn->state ? restore_state(c, turn) : MKB_OK;
+    free_turn(turn);
+    free_turn(&c->asked);
+    c->num_turns--;
+    return status;
+}
+
+/* Read what the user says and answer. `text` is kept. */
+static int say(chat *c, char *text, size_t bytes) {
+    int status = begin_chat(c);
+    if (status) return free(text), status;
+    status = add_turn(c, text, bytes);
+    if (!status) status = read_text(c, text, bytes, 0, 0);
+    if (!status) status = read_text(c, c->closing, strlen(c->closing), 1, 1);
+    if (!status) return answer(c);
+    /* Nothing of a turn that cannot be read stays: the caches are full, or Ctrl-C was pressed. */
+    was_interrupted = 0;
+    take_back(c);
+    return status;
+}
+
+static char *copy_text(const char *text, size_t bytes) {
+    char *copy = malloc(bytes + 1);
+    if (!copy) return NULL;
+    memcpy(copy, text, bytes);
+    copy[bytes] = 0;
+    return copy;
+}
+
+/* Words of most tokenizers hold the blank before them, so it is a part of what the user says. */
+static int say_copy(chat *c, const char *text, size_t bytes) {
+    size_t blank = !c->chatml;
+    char *copy = malloc(bytes + 2);
+    if (!copy) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory for a text of this size");
+    copy[0] = ' ';
+    memcpy(copy + blank, text, bytes);
+    return say(c, copy, bytes + blank);
+}
+
+/* --- commands of the chat --- */
+
+static int remark(const char *text) {
+    fprintf(stderr, "%s\n", text);
+    return MKB_OK;
+}
+
+static int chat_regenerate(chat *c, const char *rest) {
+    (void)rest;
+    if (!c->num_turns) return remark("no turn that could be answered again; say something first");
+    if (c->asked.state) {
+        int status = restore_state(c, &c->asked);
+        if (!status) status = read_tokens(&c->s, &c->asked_token, 1, 1);
+        return status ? status : answer(c);
+    }
+    chat_turn *last = &c->turns[c->num_turns - 1];
+    char *text = last->text;
+    size_t bytes = last->text_bytes;
+    last->text = NULL;
+    if (take_back(c)) return free(text), MKB_ERROR_MISMATCH;
+    return say(c, text, bytes);
+}
+
+static int chat_edit(chat *c, const char *rest) {
+    int status;
+    if (!c->num_turns) return remark("no turn to edit; say something first");
+    if (!*rest) return remark("/edit needs the new text: /edit TEXT");
+    status = take_back(c);
+    return status ? status : say_copy(c, rest, strlen(rest));
+}
+
+static int chat_undo(chat *c, const char *rest) {
+    (void)rest;
+    if (!c->num_turns) return remark("no turn to take back");
+    return take_back(c);
+}
+
+static int chat_reset(chat *c, const char *rest) {
+    (void)rest;
+    forget_turns(c);
+    mkb_reset(c->s.context);
+    return MKB_OK;
+}
+
+static int chat_system(chat *c, const char *rest) {
+    free(c->system);
+    c->system = *rest ? copy_text(rest, strlen(rest)) : NULL;
+    return chat_reset(c, rest);
+}
+
+static int chat_temperature(chat *c, const char *rest) {
+    mkb_sampling *now = &c->s.context->sampler.settings, wanted = *now;
+    char *end;
+    wanted.temperature = strtof(rest, &end);
+    if (end == rest || *end) return remark("/temperature needs a number, such as 0.8");
+    if (check_sampling(&wanted, c->s.error)) return remark(c->s.error);
+    *now = wanted;
+    return MKB_OK;
+}
+
+static int chat_save(chat *c, const char *rest) {
+    int status;
+    if (!*rest) return remark("/save needs a file: /save talk.mks");
+    status = begin_chat(c);
+    if (!status) status = mkb_state_save(c->s.context, rest, c->s.error);
+    if (status) return remark(c->s.error);
+    fprintf(stderr, "%s: %llu tokens\n", rest, (unsigned long long)c->s.context->position);
+    return MKB_OK;
+}
+
+static int chat_load(chat *c, const char *rest) {
+    if (!*rest) return remark("/load needs a file: /load talk.mks");
+    if (mkb_state_load(c->s.context, rest, c->s.error)) return remark(c->s.error);
+    forget_turns(c);
+    fprintf(stderr, "%s: %llu tokens, temperature %g\n", rest, (unsigned long long)c->s.context->position,
+            (double)c->s.context->sampler.settings.temperature);
+    return MKB_OK;
+}
+
+static int chat_help(chat *c, const char *rest) {
+    (void)c, (void)rest;
+    fputs(CHAT_COMMANDS, stderr);
+    return MKB_OK;
+}
+
+static const struct {
+    const char *name;
+    int (*act)(chat *c, const char *rest);
+} CHAT_ACTIONS[] = {
+    {"/regenerate", chat_regenerate}, {"/r", chat_regenerate}, {"/edit", chat_edit}, {"/undo", chat_undo},
+    {"/reset", chat_reset}, {"/system", chat_system}, {"/temperature", chat_temperature}, {"/save", chat_save},
+    {"/load", chat_load}, {"/help", chat_help},
+};
+
+static int obey(chat *c, const char *line) {
+    size_t length = strcspn(line, " ");
+    const char *rest = line + length + strspn(line + length, " ");
+    for (size_t i = 0; i < sizeof CHAT_ACTIONS / sizeof *CHAT_ACTIONS; i++)
+        if (strlen(CHAT_ACTIONS[i].name) == length && !strncmp(CHAT_ACTIONS[i].name, line, length))
+            return CHAT_ACTIONS[i].act(c, rest);
+    return remark("no such command; /help lists them, and // at the beginning says a /");
+}
+
+/* A line, or several of which all but the last end in a backslash; −1 at the end. */
+static long read_line(char **line, size_t *room) {
+    static char *part;
+    static size_t part_room;
+    size_t length = 0;
+    ssize_t got = getline(&part, &part_room, stdin);
+    if (got < 0) return free(part), part = NULL, -1;
+    for (;;) {
+        int goes_on;
+        if (got && part[got - 1] == '\n') got--;
+        goes_on = got && part[got - 1] == '\\';
+        if (length + (size_t)got + 2 > *room) {
+            char *larger = realloc(*line, *room = 2 * (length + (size_t)got + 2));
+            if (!larger) return -1;
+            *line = larger;
+        }
+        memcpy(*line + length, part, (size_t)got);
+        length += (size_t)got;
+        if (goes_on) (*line)[length - 1] = '\n', got = getline(&part, &part_room, stdin);
+        if (!goes_on || got < 0) break;
+    }
+    (*line)[length] = 0;
+    return (long)length;
+}
+
+/* Errors that end the chat are those of its output; others are told, and it goes on. */
+static int run_chat(chat *c) {
+    char *line = NULL;
+    size_t room = 0;
+    int on_terminal = isatty(0), status = MKB_OK;
+    while (!c->failed) {
+        long length;
+        if (on_terminal) fputs("> ", stderr), fflush(stderr);
+        length = read_line(&line, &room);
+        if (length < 0 || !strcmp(line, "/quit")) break;
+        was_interrupted = 0;
+        if (length == 0) continue;
+        if (line[0] == '/' && line[1] != '/') status = obey(c, line);
+        else status = say_copy(c, line + (line[0] == '/'), (size_t)length - (line[0] == '/'));
+        c->s.tokens_read = 0;
+        was_interrupted = 0;
+        c->failed = c->s.writer.failed;
+        if (status == INTERRUPTED) remark("interrupted; the turn is taken back");
+        else if (status) fprintf(stderr, "error: %s\n", c->s.error);
+    }
+    if (on_terminal && !c->failed) fputc('\n', stderr);
+    free(line);
+    return c->failed ? 1 : 0;
+}
+
+static int open_chat(chat *c) {
+    session *s = &c->s;
+    const text_options *o = s->options;
+    int status = mkb_model_open(o->model, o->verify, &s->model, s->error);
+    if (status) return report_status(s, status);
+    if ((status = choose_markup(c))) return status;
+    if ((status = open_context(s, 8192))) return report_status(s, status);
+    add_chat_stops(c);
+    c->system = o->system ? copy_text(o->system, strlen(o->system)) : NULL;
+    if (o->quiet) return MKB_OK;
+    fprintf(stderr, "%s: %.1f M parameters, step %llu. ", s->model->name, 1e-6 * (double)s->model->parameters,
+            (unsigned long long)s->model->step);
+    if (c->chatml) fprintf(stderr, "Turns in ChatML, as its chat template has them.");
+    else fprintf(stderr, "Turns as \"%s\" and \"%s\".", o->user, o->assistant);
+    fprintf(stderr, " /help lists commands.\n");
+    return MKB_OK;
+}
+
+static int command_chat(int count, char **arguments) {
+    text_options o;
+    chat *c;
+    int status = parse_text_options(&o, FOR_CHAT, count, arguments);
+    if (status) return status == SHOWN_HELP ? 0 : status;
+    prepare_process();
+    c = calloc(1, sizeof *c);
+    if (!c) return complain("%s: no memory%s", o.model, ""), 1;
+    c->s.options = &o;
+    status = open_chat(c);
+    if (!status) status = run_chat(c);
+    if (!status && o.state_out) status = report_status(&c->s, mkb_state_save(c->s.context, o.state_out, c->s.error));
+    forget_turns(c);
+    close_session(&c->s);
+    free(c->system);
+    free(c);
+    return status;
+}
+
 static int usage(void) {
-    fprintf(stderr, "usage: mixkabrn generate | chat | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
+    fprintf(stderr, "usage: mixkabrn generate | chat | tokenize | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
             mkb_kernels());
     return 2;
 }
 
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
+    if (!strcmp(command, "generate")) return command_generate(argc - 2, argv + 2);
+    if (!strcmp(command, "chat")) return command_chat(argc - 2, argv + 2);
+    if (!strcmp(command, "tokenize")) return command_tokenize(argc - 2, argv + 2);
     if (!strcmp(command, "selftest")) return command_selftest();
     if (!strcmp(command, "bench")) return command_bench(argc - 2, argv + 2);
     return usage();
