@@ -19,7 +19,6 @@ from kabrn_dist.runtime.server.state_cache import StateCache
 
 # Between two pieces a client that has gone is noticed.
 PREFILL_TOKENS = 256
-NO_TOKEN = 0xFFFFFFFF
 
 
 class GenerationCancelled(Exception):
@@ -174,8 +173,6 @@ class Generator:
         while True:
             job.check()
             token = self._context.sample(logits)
-            if token == NO_TOKEN:
-                raise RequestError("the model's outputs are not finite; pack an earlier checkpoint", status=500)
             if self._ends_answer(token):
                 return drawn, read, "stop"
             drawn += 1

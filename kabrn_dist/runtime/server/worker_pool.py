@@ -121,7 +121,7 @@ class WorkerPool:
         except RequestError as error:
             job.deliver(error)
         except UserError as error:
-            job.deliver(RequestError(str(error)))
+            job.deliver(RequestError(str(error), status=500))
         except Exception:
             # Whatever it is, other clients must not suffer from it.
             logger.exception("an answer failed")
