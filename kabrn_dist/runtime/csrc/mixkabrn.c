@@ -4540,7 +4540,8 @@ static int command_bench(int count, char **arguments) {
 
 /* --- text on its way to people --- */
 
-enum { MOST_STOPS = 16, STOP_BYTES = 256 };
+/* 16 of the command line, and those of turns. */
+enum { MOST_STOPS = 18, STOP_BYTES = 256 };
 
 /* Bytes of tokens become whole characters, and what may become a stop string is held back. */
 typedef struct {
@@ -4998,9 +4999,16 @@ static int write_answer(session *s, uint32_t limit, int trim) {
 
 static double rate_of(uint64_t count, double seconds) { return seconds > 0 ? (double)count / seconds : 0; }
 
+static void print_error(const session *s, int status) {
+    if (status == MKB_ERROR_FULL && s->context)
+        fprintf(stderr, "error: %s has room for %lu tokens in its attention layers; use a larger --context\n",
+                s->model->name, (unsigned long)s->context->max_tokens);
+    else fprintf(stderr, "error: %s\n", s->error);
+}
+
 static int report_status(const session *s, int status) {
     if (status == INTERRUPTED) fprintf(stderr, "\ninterrupted\n");
-    else if (status) fprintf(stderr, "error: %s\n", s->error);
+    else if (status) print_error(s, status);
     return status == INTERRUPTED || status == MKB_OK ? status : 1;
 }
 
@@ -5272,20 +5280,6 @@ static int end_answer(chat *c) {
     return status;
 }
 
-/* Write an answer to what has been read; Ctrl-C ends it, but not the chat. */
-static int answer(chat *c) {
-    session *s = &c->s;
-    int status = write_answer(s, s->options->tokens, !c->chatml);
-    putchar('\n');
-    fflush(stdout);
-    was_interrupted = 0;
-    if (!status && !s->options->quiet)
-        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
-                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
-    s->tokens_read = 0;
-    return status ? status : end_answer(c);
-}
-
 /* Remember where a turn begins; the oldest is forgotten when there are too many. */
 static int add_turn(chat *c, char *text, size_t bytes) {
     chat_turn *turn;
@@ -5307,6 +5301,23 @@ static int take_back(chat *c) {
     free_turn(turn);
     free_turn(&c->asked);
     c->num_turns--;
+    return status;
+}
+
+/* Write an answer to what has been read. Ctrl-C ends it, but not the chat; after an error, such as full caches, the turn
+ * is taken back. */
+static int answer(chat *c) {
+    session *s = &c->s;
+    int status = write_answer(s, s->options->tokens, !c->chatml);
+    putchar('\n');
+    fflush(stdout);
+    was_interrupted = 0;
+    if (!status && !s->options->quiet)
+        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
+                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    s->tokens_read = 0;
+    if (!status) status = end_answer(c);
+    if (status) take_back(c);
     return status;
 }
 
@@ -5488,7 +5499,7 @@ static int run_chat(chat *c) {
         was_interrupted = 0;
         c->failed = c->s.writer.failed;
         if (status == INTERRUPTED) remark("interrupted; the turn is taken back");
-        else if (status) fprintf(stderr, "error: %s\n", c->s.error);
+        else if (status) print_error(&c->s, status);
     }
     if (on_terminal && !c->failed) fputc('\n', stderr);
     free(line);
