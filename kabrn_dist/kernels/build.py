@@ -14,6 +14,7 @@ from pathlib import Path
 from kabrn_dist.utils.cache_folder import cache_folder
 
 # OpenMP symbols stay undefined: they bind to the library that torch has loaded, so that both share a thread pool.
+# Every product and every sum is rounded, also where a processor could fuse them: the runtime in C has the same bits.
 COMPILE_FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -21,6 +22,7 @@ COMPILE_FLAGS = (
     "-fopenmp",
     "-fPIC",
     "-fno-math-errno",
+    "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-w",
 )

@@ -39,6 +39,7 @@ class PositionInfo(NamedTuple):
         cos: [B,1,T,K/2] fp32, of the rotary angles of the positions within documents.
         sin: [B,1,T,K/2] fp32, of the same angles.
         positions: [B,T] int64, within documents.
+        decoding: whether a text is generated; sums then have the order of the runtime in C.
     """
 
     documents: Tensor
@@ -46,6 +47,7 @@ class PositionInfo(NamedTuple):
     cos: Tensor
     sin: Tensor
     positions: Tensor
+    decoding: bool = False
 
 
 class MixerState(NamedTuple):

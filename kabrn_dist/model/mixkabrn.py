@@ -216,6 +216,7 @@ class MixKABRN(nn.Module):
         coordinates: TokenCoordinates | None,
     ) -> tuple[Tensor, list[Any], list[RouterStats]]:
         position = make_position_info(documents, positions, self.config.retention.key_dim)
+        position = position._replace(decoding=coordinates is None)
         x = self.embedding(tokens)
         new_states: list[Any] = []
         router_stats: list[RouterStats] = []

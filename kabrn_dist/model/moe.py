@@ -11,6 +11,7 @@ Shapes:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,19 +95,23 @@ class MixtureOfExperts(nn.Module):
         exchange.apply(self._apply_routed)
         stats = self.router.summarize(routing)
         routed = exchange.combine(routing.weights)
-        return (routed if shared is None else routed + shared).view_as(x), stats
+        # One after the other, as the runtime in C adds them.
+        for copy in shared:
+            routed = routed + copy
+        return routed.view_as(x), stats
 
     def _apply_routed(self, x: QuantizedRows, tokens_per_expert: list[int]) -> Tensor:
         out: Tensor = self.routed(Quantized(*x), tokens_per_expert)
         return out
 
-    def _apply_shared(self, x: Quantized) -> Tensor | None:
+    def _apply_shared(self, x: Quantized) -> Sequence[Tensor]:
+        """Results [N,D] of each shared expert."""
         if self.shared is None:
-            return None
+            return ()
         copies, rows = self.config.num_shared_experts, len(x.codes)
         if copies == 1:
-            return self.shared(x, [rows])
-        return self.shared(x.repeat(copies), [rows] * copies).view(copies, *x.codes.shape).sum(0)
+            return (self.shared(x, [rows]),)
+        return self.shared(x.repeat(copies), [rows] * copies).view(copies, *x.codes.shape).unbind()
 
 
 class DenseFeedForward(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from kabrn_dist.config import RetentionConfig
 from kabrn_dist.distributed.state_scan import SequenceLink
 from kabrn_dist.model.mixer import Mixer, PositionInfo
-from kabrn_dist.ops.retention import log_decays, retention_chunk, retention_step
+from kabrn_dist.ops.retention import log_decays, retention_chunk, retention_recurrent, retention_step
 from kabrn_dist.ops.retention_chunkwise import retention_slice
 from kabrn_dist.ops.weight_quant import QuantState
 
@@ -57,6 +57,8 @@ class Retention(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the recurrent form to one token on top of a state, else the chunkwise form; see `Mixer.mix`.
 
+        On a CPU, tokens that are decoded have the recurrent form however many they are: their bits are the runtime's.
+
         Raises:
             ValueError: for a state with a sequence group; decoding is for whole rows.
         """
@@ -71,6 +73,8 @@ class Retention(Mixer):
                 )
             starts = position.starts[:, 0]
             return retention_slice(q, k, v, decay, position.documents, starts, self.link, self.config.chunk_size), None
+        if position.decoding and q.device.type == "cpu" and q.dtype == torch.float32:
+            return retention_recurrent(q, k, v, decay, position.starts, state)
         if state is None or q.shape[2] > 1:
             return retention_chunk(q, k, v, decay, position.documents, state, self.config.chunk_size)
         out, state = retention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, state, position.starts[:, 0])

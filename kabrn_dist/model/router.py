@@ -171,8 +171,7 @@ class Router(nn.Module):
         x = to_fp32(x)
         if self.training and self.router_config.jitter_eps and coordinates is not None:
             x = x * self._jitter(x.shape[-1], step, coordinates)
-        logits = F.linear(x, to_fp32(self.weight))
-        scores = logits.sigmoid() if self.router_config.score_func == "sigmoid" else logits.softmax(-1)
+        logits, scores = self._score(x, exact=coordinates is None and not self.training)
         with torch.no_grad():
             expert_ids = self._assign_evenly(scores) if self.force_load_balance else self._choose(scores + bias)
         weights = scores.gather(-1, expert_ids)
@@ -183,6 +182,13 @@ class Router(nn.Module):
             expert_ids = self._drop(expert_ids, assignment)
         probs = scores / scores.sum(-1, keepdim=True) if self.router_config.score_func == "sigmoid" else scores
         return Routing(expert_ids.flatten(0, 1), weights.flatten(0, 1), logits, probs, assignment, prev_load)
+
+    def _score(self, x: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+        """Return logits and scores [B,T,E]; rounded from fp64 if `exact`, so that no order of a sum shows in them."""
+        weight = to_fp32(self.weight)
+        logits = F.linear(x.double(), weight.double()) if exact else F.linear(x, weight)
+        scores = logits.sigmoid() if self.router_config.score_func == "sigmoid" else logits.softmax(-1)
+        return logits.to(x.dtype), scores.to(x.dtype)
 
     def summarize(self, routing: Routing) -> RouterStats:
         """Return the sums of a routing; a separate call, so that it can run while tokens travel.

@@ -16,6 +16,9 @@ from torch import Tensor
 from kabrn_dist.ops.retention_chunkwise import check_retention_inputs, retention_torch
 from kabrn_dist.ops.retention_fla import find_kernel, retention_fla
 
+# Tokens whose states are in memory at a time.
+RECURRENT_BLOCK = 16
+
 
 def log_decays(schedule: str | tuple[float, float], heads: int) -> list[float]:
     """Return log γ of each head, evenly spaced in −log₂(1−γ).
@@ -66,6 +69,51 @@ def retention_step(
     decayed = state * ~starts[:, None, None, None] * log_decay.to(state.dtype).exp()[:, None, None]
     new = decayed + k.to(state.dtype)[..., :, None] * v.to(state.dtype)[..., None, :]
     return torch.einsum("bhk,bhkv->bhv", q.to(state.dtype), new).to(v.dtype), new
+
+
+def retention_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Decode tokens one after another, in fp32 and in an order of sums that runtime/csrc repeats bit for bit.
+
+    Keys are summed in fours, the fours one after another; no result depends on how many tokens are read at once.
+
+    Args:
+        q: [B,H,T,K], K even.
+        k: [B,H,T,K].
+        v: [B,H,T,V].
+        log_decay: [H] fp32.
+        starts: [B,T] bool, true where a token begins a document.
+        state: [B,H,K,V] fp32; None for zeros.
+
+    Returns:
+        out [B,H,T,V] in the dtype of v, and the new state [B,H,K,V] fp32.
+    """
+    if state is None:
+        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float32)
+    # Rounded from fp64, so that no library's exponential shows.
+    decay, outs = log_decay.double().exp().float()[:, None, None], []
+    for part in range(0, q.shape[2], RECURRENT_BLOCK):
+        states = []
+        for t in range(part, min(part + RECURRENT_BLOCK, q.shape[2])):
+            decayed = state * ~starts[:, t, None, None, None] * decay
+            state = decayed + k[:, :, t, :, None].float() * v[:, :, t, None, :].float()
+            states.append(state)
+        products = q[:, :, part : part + len(states), :, None].float() * torch.stack(states, 2)
+        outs.append(_sum_in_fours(products))
+    return torch.cat(outs, 2).to(v.dtype), state
+
+
+def _sum_in_fours(products: Tensor) -> Tensor:
+    """[B,H,T,K,V] → [B,H,T,V]."""
+    sums = []
+    for each in products.split(4, 3):
+        parts = each.unbind(3)
+        sums.append(parts[0] + parts[1] if len(parts) == 2 else (parts[0] + parts[1]) + (parts[2] + parts[3]))
+    total = sums[0]
+    for each in sums[1:]:
+        total = total + each
+    return total
 
 
 def retention_chunk(

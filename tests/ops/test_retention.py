@@ -19,7 +19,13 @@ from kabrn_dist.model.bitlinear import BitLinear
 from kabrn_dist.model.mixer import make_position_info
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.model.retention import Retention
-from kabrn_dist.ops.retention import log_decays, retention_chunk, retention_naive, retention_step
+from kabrn_dist.ops.retention import (
+    log_decays,
+    retention_chunk,
+    retention_naive,
+    retention_recurrent,
+    retention_step,
+)
 from kabrn_dist.ops.retention_chunkwise import retention_torch
 from kabrn_dist.ops.retention_fla import retention_fla
 
@@ -331,3 +337,22 @@ def test_inputs_may_lie_in_memory_as_layers_leave_them(batch: int, time: int) ->
         results.append([out, state, *grads])
     for chunkwise, naive in zip(*results, strict=True):
         torch.testing.assert_close(chunkwise, naive, atol=1e-9, rtol=0)
+
+
+def test_the_recurrent_form_agrees_however_many_tokens_are_read_at_once() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 37, 6), torch.randn(2, 3, 37, 6), torch.randn(2, 3, 37, 5)
+    decay = torch.tensor(log_decays((1.5, 7.0), 3))
+    documents = torch.tensor([[0] * 20 + [1] * 17, [0] * 37])
+    starts = torch.cat([torch.ones(2, 1, dtype=torch.bool), documents.diff() != 0], 1)
+    expected, last = retention_naive(q.double(), k.double(), v.double(), decay.double(), documents)
+    whole, state = retention_recurrent(q, k, v, decay, starts)
+    torch.testing.assert_close(whole, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last.float(), rtol=1e-5, atol=1e-5)
+    pieces, state_of_pieces = [], None
+    for part in (slice(0, 1), slice(1, 25), slice(25, 37)):
+        out, state_of_pieces = retention_recurrent(
+            q[:, :, part], k[:, :, part], v[:, :, part], decay, starts[:, part], state_of_pieces
+        )
+        pieces.append(out)
+    assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(state_of_pieces, state)

@@ -864,13 +864,11 @@ INLINE vec nearest_of(const vec *x_) {
 
 INLINE float sum_of(const vec *x_) {
     vec x = *x_;
-    float part[LANES];
+    /* In the order of kernels/lanes.h. */
+    float part[LANES], total = 0;
     memcpy(part, &x, sizeof part);
-    UNROLL
-    for (int half = LANES / 2; half; half /= 2)
-        UNROLL
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+    for (int i = 0; i < LANES; i++) total += part[i];
+    return total;
 }
 #define sum(x) sum_of((vec[]){x})
 
@@ -947,8 +945,7 @@ INLINE vec exponential_of(const vec *x_) {
     /* eˣ = 2ⁿ·eʳ, |r| ≤ ln 2 / 2. ln 2 is taken off in two parts, of which the first makes an exact product. */
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = ((((r * (1.0f / 5040) + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f;
-    p = (p * r) * r + r + 1.0f;
+    vec p = (((((r * (1.0f / 720) + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1.0f) * r + 1.0f;
     /* n stands in the last bits beside 1.5·2²³; from there it is moved to an exponent's place. */
     return (vec)((uvec)p + ((uvec)shifted << 23));
 }
@@ -2343,6 +2340,8 @@ static void begin_sums(const mkb_context *c, const product *p, size_t at, sums_j
         size_t from = p->index[at + t];
         job->totals[t] = p->rows->totals[from], job->factors[t] = 1.0f / p->rows->scales[from];
         if (w->scale_count == 1) job->factors[t] *= scales[0];
+        /* What a function reads is divided by a scale. */
+        if (p->out == c->up || p->out == c->expert_gate) job->factors[t] = 1.0f / (1.0f / job->factors[t]);
         job->weights[t] = p->weight ? p->weight[at + t] : 1.0f;
     }
 }
@@ -2489,7 +2488,7 @@ static void mix_retention(const mkb_context *c, size_t head) {
     size_t state = s->key_dim * round_up(s->value_dim, LANES);
     retention_job job = {c->states[c->layer_number] + head * state, c->mixed + head * s->value_dim,
                          c->q + head * s->key_dim, c->k + head * s->key_dim, c->v + head * s->value_dim,
-                         s->key_dim, s->value_dim, c->tokens, c->keys, c->values, expf(log_decay[head])};
+                         s->key_dim, s->value_dim, c->tokens, c->keys, c->values, (float)exp((double)log_decay[head])};
     floats_of(c)->retention(&job);
 }
 
@@ -2599,20 +2598,25 @@ static void limit_groups(const settings *s, const float *score, unsigned char *t
     for (uint32_t e = 0; e < s->experts; e++) taken[e] = !chosen[e / size];
 }
 
+/* In fp64, so that no order of the sum shows in fp32. */
+static double exact_dot(const float *x, const float *y, size_t n) {
+    double part[4] = {0};
+    for (size_t i = 0; i < n; i++) part[i % 4] += (double)x[i] * (double)y[i];
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+/* Scores are rounded once, from fp64, as PyTorch's inference does. */
 static void score_experts(const mkb_context *c, const float *x, float *score) {
     const settings *s = &c->model->set;
     const float *weights = (const float *)(const void *)c->layer->tensors[ROUTER_WEIGHT].values;
-    float most = -INFINITY, total = 0;
+    double most = -INFINITY, total = 0;
+    for (uint32_t e = 0; s->softmax && e < s->experts; e++) most = MAX(most, exact_dot(weights + (size_t)e * s->hidden, x, s->hidden));
+    for (uint32_t e = 0; s->softmax && e < s->experts; e++)
+        total += exp(exact_dot(weights + (size_t)e * s->hidden, x, s->hidden) - most);
     for (uint32_t e = 0; e < s->experts; e++) {
-        floats_of(c)->plain_dots(weights + (size_t)e * s->hidden, 0, s->hidden, &x, 1, &score[e]);
-        most = score[e] > most ? score[e] : most;
+        double logit = exact_dot(weights + (size_t)e * s->hidden, x, s->hidden);
+        score[e] = (float)(s->softmax ? exp(logit - most) / total : 1.0 / (1.0 + exp(-logit)));
     }
-    for (uint32_t e = 0; e < s->experts; e++) {
-        score[e] = s->softmax ? expf(score[e] - most) : 1.0f / (1.0f + expf(-score[e]));
-        total += score[e];
-    }
-    if (s->softmax)
-        for (uint32_t e = 0; e < s->experts; e++) score[e] /= total;
 }
 
 static void choose_experts(const mkb_context *c, int thread, size_t t) {
