@@ -3197,8 +3197,11 @@ int mkb_state_get(const mkb_context *c, void *memory, size_t size, char error[MK
     return MKB_OK;
 }
 
+static int check_sampling(const mkb_sampling *s, char *error);
+
 /* All that can be wrong with a state, before anything of the context changes. */
 static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, size_t size, const char *name, char *error) {
+    sampler_state sampler;
     uint64_t position, most = has_attention(c->model) ? c->max_tokens : UINT64_MAX;
     if (size < STATE_BEGIN || memcmp(bytes, STATE_MAGIC, 8))
         return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; begin without one", name);
@@ -3216,6 +3219,9 @@ static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, s
         read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
         read_u32(bytes + STATE_HEADER + 64) > SAMPLER_WINDOW || read_u32(bytes + STATE_HEADER + 68) >= SAMPLER_WINDOW)
         return fail(error, MKB_ERROR_FORMAT, "%s is damaged or cut off; begin without it", name);
+    read_sampler(bytes + STATE_HEADER, &sampler);
+    if (check_sampling(&sampler.settings, NULL))
+        return fail(error, MKB_ERROR_FORMAT, "%s holds settings of sampling without meaning; begin without it", name);
     return MKB_OK;
 }
 
