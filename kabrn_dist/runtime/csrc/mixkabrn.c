@@ -3208,8 +3208,11 @@ int mkb_state_get(const mkb_context *c, void *memory, size_t size, char error[MK
     return MKB_OK;
 }
 
+static int check_sampling(const mkb_sampling *s, char *error);
+
 /* All that can be wrong with a state, before anything of the context changes. */
 static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, size_t size, const char *name, char *error) {
+    sampler_state sampler;
     uint64_t position, most = has_attention(c->model) ? c->max_tokens : UINT64_MAX;
     if (size < STATE_BEGIN || memcmp(bytes, STATE_MAGIC, 8))
         return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; begin without one", name);
@@ -3227,6 +3230,9 @@ static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, s
         read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
         read_u32(bytes + STATE_HEADER + 64) > SAMPLER_WINDOW || read_u32(bytes + STATE_HEADER + 68) >= SAMPLER_WINDOW)
         return fail(error, MKB_ERROR_FORMAT, "%s is damaged or cut off; begin without it", name);
+    read_sampler(bytes + STATE_HEADER, &sampler);
+    if (check_sampling(&sampler.settings, NULL))
+        return fail(error, MKB_ERROR_FORMAT, "%s holds settings of sampling without meaning; begin without it", name);
     return MKB_OK;
 }
 
@@ -4893,17 +4899,23 @@ typedef struct {
     char error[MKB_ERROR_BYTES];
 } session;
 
-/* What these commands need of the process: no death by a closed pipe, Ctrl-C noticed, no file under 0, 1 or 2. */
-static void prepare_process(void) {
+static void set_handler(int signal_number, void (*handler)(int), int flags) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = handler;
+    action.sa_flags = flags;
+    sigaction(signal_number, &action, NULL);
+}
+
+/* Notice Ctrl-C from now on. What is being written goes on; the reading of a line ends if `while_reading`. */
+static void catch_interrupts(int while_reading) { set_handler(SIGINT, note_interrupt, while_reading ? 0 : SA_RESTART); }
+
+/* What these commands need of the process: no death by a closed pipe, and no file under 0, 1 or 2. */
+static void prepare_process(void) {
     for (int i = 0; i < 3; i++)
         if (fcntl(i, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
-    sigemptyset(&action.sa_mask);
-    action.sa_handler = note_interrupt;
-    sigaction(SIGINT, &action, NULL);
-    action.sa_handler = SIG_IGN;
-    sigaction(SIGPIPE, &action, NULL);
+    set_handler(SIGPIPE, SIG_IGN, 0);
 }
 
 /* Tokens of a saved state, to make room for them; 0 if it cannot be read, which is told when it is loaded. */
@@ -5091,6 +5103,7 @@ static int generate_text(session *s, const char *prompt, size_t bytes) {
     size_t count;
     uint32_t *ids = list_ids(s, prompt, bytes, 0, 1, &count);
     int status = ids ? open_context(s, (uint64_t)count + 1 + o->tokens) : MKB_ERROR_MEMORY;
+    catch_interrupts(0);
     if (!status && !o->quiet) {
         show(&s->writer, prompt, bytes);
         fflush(stdout);
@@ -5500,7 +5513,9 @@ static int run_chat(chat *c) {
     while (!c->failed) {
         long length;
         if (on_terminal) fputs("> ", stderr), fflush(stderr);
+        catch_interrupts(1);
         length = read_line(&line, &room);
+        catch_interrupts(0);
         if (length < 0 || !strcmp(line, "/quit")) break;
         was_interrupted = 0;
         if (length == 0) continue;
