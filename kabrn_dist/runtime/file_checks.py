@@ -17,8 +17,9 @@ from kabrn_dist.runtime.file_format import (
     DTYPE_INT8,
     FILE_DTYPE_NAMES,
     FILE_MAX_COLUMNS,
-    FILE_MAX_SIZE,
+    FILE_MAX_ROWS,
     HEADER_DTYPE,
+    HEADER_LIMITS,
     MODEL_FILE_MAGIC,
     MODEL_FILE_VERSION,
     RECORD_DTYPE,
@@ -66,8 +67,8 @@ def parse_header(path: Path, content: mmap, verify: bool) -> dict[str, Any]:
         raise refuse_model_file(
             path, f"damaged or edited, its sha256 is {found.hex()[:12]}… and not {header['sha256'].hex()[:12]}…"
         )
-    if len(find_enum_faults(header)):
-        raise refuse_model_file(path, find_enum_faults(header)[0])
+    if faults := find_header_faults(header):
+        raise refuse_model_file(path, faults[0])
     spans = [(header["layers_offset"], header["num_layers"], "layers")]
     spans.append((header["tensors_offset"], header["num_tensors"] * RECORD_DTYPE.itemsize, "tensors"))
     spans += [(header[f"{part}_offset"], header[f"{part}_bytes"], part) for part in ("config", "tokenizer", "template")]
@@ -77,14 +78,15 @@ def parse_header(path: Path, content: mmap, verify: bool) -> dict[str, Any]:
     return header
 
 
-def find_enum_faults(header: dict[str, Any]) -> list[str]:
-    """Return which fields of the header have values that mean nothing."""
-    limits = {"expert_type": 5, "score_func": 1, "norm_topk_prob": 1, "quantized": 1}
-    faults = [f"{key} is {header[key]}, above {limit}" for key, limit in limits.items() if header[key] > limit]
-    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "key_dim", "value_dim")
-    faults += [f"{key} is {header[key]}" for key in sizes if not 0 < header[key] <= FILE_MAX_SIZE]
-    if not 0 < header["tokenizer_size"] <= header["vocab_size"]:
-        faults.append(f"tokenizer_size is {header['tokenizer_size']} of vocab_size {header['vocab_size']}")
+def find_header_faults(header: dict[str, Any]) -> list[str]:
+    """Return which sizes of a header have values that the runtime does not take."""
+    faults = [
+        f"{key} is {header[key]}, not within {least} and {most}"
+        for key, (least, most) in HEADER_LIMITS.items()
+        if not least <= header[key] <= most
+    ]
+    if header["tokenizer_size"] > header["vocab_size"]:
+        faults.append(f"tokenizer_size is {header['tokenizer_size']}, above vocab_size {header['vocab_size']}")
     return faults
 
 
@@ -102,7 +104,7 @@ def find_record_fault(record: FileTensor, size: int) -> str | None:
     if role is None or record.dtype >= len(FILE_DTYPE_NAMES):
         return f"a tensor has role {record.role} and dtype {record.dtype}, which mean nothing"
     matrices, rows, columns = record.matrices, record.rows, record.columns
-    if not (0 < matrices <= FILE_MAX_SIZE and 0 < rows <= FILE_MAX_SIZE and 0 < columns <= FILE_MAX_COLUMNS):
+    if not (0 < matrices <= FILE_MAX_ROWS and 0 < rows <= FILE_MAX_ROWS and 0 < columns <= FILE_MAX_COLUMNS):
         return f"tensor {role} of layer {record.layer} has {matrices} matrices of {rows} × {columns}"
     fault = _find_place_fault(record, size)
     return f"tensor {role} of layer {record.layer} {fault}" if fault else None

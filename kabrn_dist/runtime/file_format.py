@@ -14,10 +14,36 @@ MODEL_FILE_VERSION = 1
 ALIGNMENT = 64
 # Rows and columns of a tile.
 TILE = 16
-# Sums of so many products of int8 inputs and codes 0, 1, 2 stay within int32.
-FILE_MAX_COLUMNS = 2**23
-# Of every other size: products of two of them fit 64 bits.
-FILE_MAX_SIZE = 2**31 - 1
+# Of a matrix: the runtime's int32 sums have room for so many products.
+FILE_MAX_COLUMNS = 2**18
+FILE_MAX_ROWS = 2**24
+# Least and largest values of the header's sizes, as in FIELDS of csrc/mixkabrn.c.
+HEADER_LIMITS: dict[str, tuple[int, int]] = {
+    "vocab_size": (1, 2**24),
+    "tokenizer_size": (1, 2**24),
+    "document_token": (0, 2**24),
+    "hidden_size": (1, 2**16),
+    "num_layers": (1, 10_000),
+    "num_heads": (1, 2**16),
+    "key_dim": (2, 2**14),
+    "value_dim": (1, 2**14),
+    "short_conv_size": (0, 1024),
+    "expert_type": (0, 5),
+    "num_experts": (0, 2**16),
+    "num_shared_experts": (0, 1024),
+    "top_k": (0, 1024),
+    "expert_hidden_size": (0, FILE_MAX_COLUMNS),
+    "dense_hidden_size": (0, FILE_MAX_COLUMNS),
+    "score_func": (0, 1),
+    "norm_topk_prob": (0, 1),
+    "n_group": (0, 2**16),
+    "topk_group": (0, 2**16),
+    "function_groups": (0, 2**16),
+    "grid_size": (0, 2**12),
+    "spline_degree": (0, 16),
+    "quantized": (0, 1),
+    "scale_group_size": (0, FILE_MAX_ROWS),
+}
 
 DTYPE_FP32, DTYPE_FP16, DTYPE_INT8, DTYPE_TILES, DTYPE_BASE3 = range(5)
 FILE_DTYPE_NAMES = ("fp32", "fp16", "int8", "tiles", "base3")

@@ -13,8 +13,10 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.runtime.file_format import (
     ATTENTION_BIT,
     FILE_EXPERT_TYPES,
+    FILE_MAX_ROWS,
     FILE_SCORE_FUNCS,
     HEADER_DTYPE,
+    HEADER_LIMITS,
     MIXTURE_BIT,
     MODEL_FILE_MAGIC,
     MODEL_FILE_VERSION,
@@ -112,7 +114,8 @@ def plan_model_file(config: Config, tokenizer: Tokenizer, step: int, lam: float,
         "tokenizer_size": tokenizer.vocab_size,
         "document_token": tokenizer.document_token,
         "quantized": int(is_ternary),
-        "scale_group_size": (model.scale_group_size or 0) if is_ternary else 0,
+        # A group larger than the matrix is the matrix.
+        "scale_group_size": min(model.scale_group_size or 0, FILE_MAX_ROWS) if is_ternary else 0,
         "num_tensors": number,
         **{f"{part}_offset": offset for part, offset in offsets.items()},
         **{f"{part}_bytes": len(parts[part]) for part in ("config", "tokenizer", "template")},
@@ -161,8 +164,9 @@ def _header_fields(model: ModelConfig) -> dict[str, Any]:
 def _encode_header(fields: dict[str, Any]) -> bytes:
     header = np.zeros(1, HEADER_DTYPE)
     for name, value in fields.items():
-        if isinstance(value, int) and value > np.iinfo(HEADER_DTYPE[name]).max:
-            raise UserError(f"{name} is {value}, beyond a model file's numbers; train a smaller model")
+        least, most = HEADER_LIMITS.get(name, (0, 2**64 - 1))
+        if isinstance(value, int) and not least <= value <= most:
+            raise UserError(f"{name} is {value}, and a model file holds {least} to {most}; train another model")
         header[name] = np.void(value) if isinstance(value, bytes) else value
     return header.tobytes()
 

@@ -31,6 +31,9 @@ from kabrn_dist.runtime.native_library import (
     load_native_library,
     read_native_bytes,
 )
+from kabrn_dist.utils.errors import UserError
+
+_NO_TOKEN = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,16 @@ class NativeModel(_Handle):
         Args:
             text: The text; bytes may be no UTF-8.
             special: Whether special tokens are recognized.
+
+        Raises:
+            UserError: without memory for it, or for 4 GiB.
         """
         content = text.encode() if isinstance(text, str) else text
         # A token has at least one byte.
         ids = (c_uint32 * max(1, len(content)))()
         count = load_native_library().mkb_tokenize(self.pointer, content, len(content), int(special), ids, len(ids))
+        if count > len(ids):
+            raise UserError(f"no memory for a text of {len(content)} bytes; give a shorter one")
         return ids[:count]
 
     def token_bytes(self, id: int) -> bytes:
@@ -286,9 +294,16 @@ class NativeContext(_Handle):
         call_native(load_native_library().mkb_sampling_set, self.pointer, byref(sampling))
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """Draw a token from logits [vocab_size]."""
+        """Draw a token from logits [vocab_size].
+
+        Raises:
+            UserError: if none of them is a number.
+        """
         # The library changes them.
         scores = np.array(logits, np.float32)
         if scores.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {scores.shape}; pass those of decode, ({self._vocab_size},)")
-        return int(load_native_library().mkb_sample(self.pointer, scores.ctypes.data))
+        token = int(load_native_library().mkb_sample(self.pointer, scores.ctypes.data))
+        if token == _NO_TOKEN:
+            raise UserError("the model's outputs are not finite: its training has diverged; use an earlier checkpoint")
+        return token

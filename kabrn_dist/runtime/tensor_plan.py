@@ -14,7 +14,6 @@ from kabrn_dist.runtime.file_format import (
     DTYPE_INT8,
     DTYPE_TILES,
     FILE_MAX_COLUMNS,
-    FILE_MAX_SIZE,
     ROLES,
     FileTensor,
     align,
@@ -196,9 +195,8 @@ def _place(group: list[PlannedTensor], position: int) -> tuple[list[PlannedTenso
 
 def _check_sizes(planned: PlannedTensor) -> None:
     tensor = planned.tensor
-    if tensor.columns > FILE_MAX_COLUMNS or max(tensor.matrices, tensor.rows) > FILE_MAX_SIZE:
-        name = planned.names[0] if planned.names else "a tensor"
+    if tensor.columns > FILE_MAX_COLUMNS:
         raise UserError(
-            f"{name}: {tensor.matrices} matrices of {tensor.rows} × {tensor.columns} are beyond a model file's "
-            f"{FILE_MAX_COLUMNS} columns and {FILE_MAX_SIZE} rows; train a narrower model"
+            f"{planned.names[0]}: a matrix of {tensor.rows} × {tensor.columns} is beyond a model file's "
+            f"{FILE_MAX_COLUMNS:,} columns; train a narrower model, or one with a smaller grid_size"
         )

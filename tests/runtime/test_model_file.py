@@ -19,6 +19,7 @@ from kabrn_dist.ops.retention import log_decays
 from kabrn_dist.ops.weight_quant import TernaryModule
 from kabrn_dist.runtime.file_checks import hash_model_file
 from kabrn_dist.runtime.file_format import FILE_MAX_COLUMNS, HEADER_DTYPE, RECORD_DTYPE, FileTensor
+from kabrn_dist.runtime.file_plan import Packing, plan_model_file
 from kabrn_dist.runtime.model_file import ModelFile, read_model_file, write_model_file
 from kabrn_dist.runtime.tensor_plan import Storage, plan_tensors
 from kabrn_dist.runtime.tiles import decode_base3, encode_base3, pack_tiles, quantize_rows, unpack_tiles
@@ -160,10 +161,14 @@ def test_the_same_model_gives_the_same_bytes_and_writes_alone(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkb", "b.mkb"]
 
 
-def test_sizes_beyond_the_format_are_refused() -> None:
-    config = make_model_config("model.experts.type=hat", f"model.hidden_size={FILE_MAX_COLUMNS // 2}")
-    with pytest.raises(UserError, match=r"inner_spline: 1 matrices of .* are beyond a model file's 8388608 columns"):
+def test_sizes_beyond_the_format_are_refused(tmp_path: Path) -> None:
+    config = make_model_config("model.experts.type=hat", f"model.hidden_size={FILE_MAX_COLUMNS // 4}")
+    with pytest.raises(UserError, match=r"inner_spline: a matrix of 20 × 393216 is beyond .* 262,144 columns"):
         plan_tensors(config.model, Storage(2, 3), 0)
+    with pytest.raises(UserError, match="top_k is 1025, and a model file holds 0 to 1024"):
+        plan_model_file(
+            make_model_config("model.experts.num_experts=1025", "model.experts.top_k=1025"), BYTES, 1, 1, Packing()
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 16), (17, 33), (40, 64)])
@@ -217,8 +222,8 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "layers outside": (lambda c: set_u64(c, 208, 2**63), "its part layers ends at byte"),
     "tensors outside": (lambda c: set_u64(c, 216, len(c) - 10), "its part tensors ends at byte"),
     "config outside": (lambda c: set_u64(c, 232, 2**64 - 1), "its part config ends at byte"),
-    "no layers": (lambda c: c.__setitem__(slice(112, 116), bytes(4)), "num_layers is 0"),
-    "type": (lambda c: c.__setitem__(132, 9), "expert_type is 9, above 5"),
+    "no layers": (lambda c: c.__setitem__(slice(112, 116), bytes(4)), "num_layers is 0, not within 1 and 10000"),
+    "type": (lambda c: c.__setitem__(132, 9), "expert_type is 9, not within 0 and 5"),
     "config": (lambda c: c.__setitem__(int.from_bytes(c[224:232], "little"), 255), "part config is not UTF-8"),
     "role": (lambda c: change_record(c, 3, role=9), "has role 9 and dtype 3, which mean nothing"),
     "absurd": (lambda c: change_record(c, 3, rows=2**32 - 1), "matrices of 4294967295"),

@@ -84,7 +84,9 @@ def random_model(config: Config, seed: int = 0) -> GenerativeModel:
     return model
 
 
-def write_random_model(kind: str, path: Path, seed: int = 0, options: dict[str, Any] | None = None, **changes: Any) -> GenerativeModel:
+def write_random_model(
+    kind: str, path: Path, seed: int = 0, options: dict[str, Any] | None = None, **changes: Any
+) -> GenerativeModel:
     """Write a random model of a kind as a file, and return it. `options` are those of `write_model_file`."""
     config = random_model_config(kind, **changes)
     model = random_model(config, seed)
@@ -94,9 +96,9 @@ def write_random_model(kind: str, path: Path, seed: int = 0, options: dict[str, 
 
 @torch.no_grad()
 def read_by_torch(model: GenerativeModel, tokens: list[int]) -> torch.Tensor:
-    """Return the logits [T,C] after each of the tokens, read as one document in one call a prefix."""
-    ids = torch.tensor([tokens])
-    positions = torch.arange(len(tokens))[None]
-    return torch.stack(
-        [model.decode(ids[:, : n + 1], torch.zeros_like(ids[:, : n + 1]), positions[:, : n + 1], None)[0][0] for n in range(len(tokens))]
-    )
+    """Return the logits [T,C] after each of the tokens, read one by one as one document."""
+    logits, states, one = [], None, torch.zeros(1, 1, dtype=torch.int64)
+    for position, token in enumerate(tokens):
+        found, states = model.decode(one + token, one, one + position, states)
+        logits.append(found[0])
+    return torch.stack(logits)

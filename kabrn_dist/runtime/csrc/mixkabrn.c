@@ -22,10 +22,13 @@
 /* Vectors wider than the machine's are only passed to functions that are inlined. */
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#if defined(__i386__) && !defined(__clang__)
-/* The x87 unit rounds to 64 bits where this file counts on 24. SSE is in every Pentium III and Athlon XP; Clang has even
- * SSE2 unless told otherwise. */
+#if defined(__i386__) && !defined(__SSE2__)
+/* The x87 unit rounds to 64 bits where this file counts on 24. SSE is in every Pentium III and Athlon XP. Without SSE2 on
+ * the command line, headers of AVX fail. */
+#ifndef __clang__
 #pragma GCC target("sse,fpmath=sse")
+#endif
+#define SSE_ONLY 1
 #endif
 
 #if defined(__wasm__)
@@ -38,7 +41,6 @@
 #include <errno.h>
 #include <float.h>
 #include <math.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,6 +50,9 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#ifndef MIXKABRN_LIBRARY
+#include <signal.h>
+#endif
 #ifndef MIXKABRN_NO_MMAP
 #include <sys/mman.h>
 #endif
@@ -57,8 +62,13 @@
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #define ON_X86 1
+#ifdef SSE_ONLY
+#include <tmmintrin.h>
+#else
+#define HAS_AVX2 1
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -69,7 +79,12 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNUSED __attribute__((unused))
+/* Small loops over registers: arrays of vectors stay in registers only if their loops vanish. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -595,11 +610,11 @@ static uint64_t bytes_with_scales(const tensor *t) {
     return matrix_bytes(t->dtype, t->rows, t->columns) + (uint64_t)t->scale_count * 4;
 }
 
-/* Parameters, and those that one token uses. */
+/* Parameters, and those that one token uses: of the embedding that is one row. */
 static void count_parameters(mkb_model *m) {
     const settings *s = &m->set;
-    uint64_t rows[2] = {(uint64_t)s->vocab_size * s->hidden, m->tensors[INT8].columns};
-    m->parameters = 2 * rows[0], m->active_parameters = rows[0] + s->hidden;
+    uint64_t head = (uint64_t)s->vocab_size * s->hidden;
+    m->parameters = 2 * head, m->active_parameters = head + s->hidden;
     m->bytes_per_token = bytes_with_scales(&m->tensors[HEAD]);
     for (uint32_t i = 0; i < s->layers; i++)
         for (int which = 0; which < LAYER_TENSORS; which++) {
@@ -627,8 +642,9 @@ static int read_tensors(mkb_model *m, char *error) {
 }
 
 static int read_layers(mkb_model *m, char *error) {
-    uint64_t offset = read_u64(m->bytes + 208), least = 5;
-    if (!inside(m, offset, m->set.layers) || m->size / RECORD_BYTES / least < m->set.layers)
+    enum { LEAST_TENSORS = 7 }; /* of a layer: five matrices of its mixer, two of its feed-forward */
+    uint64_t offset = read_u64(m->bytes + 208);
+    if (!inside(m, offset, m->set.layers) || m->size / RECORD_BYTES / LEAST_TENSORS < m->set.layers)
         return refuse(m, error, "the table of layers at", offset, "lies outside the file; copy or pack it again");
     m->layers = calloc(m->set.layers, sizeof *m->layers);
     if (!m->layers) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for the table of layers", m->name);
@@ -645,8 +661,8 @@ static int read_part(const mkb_model *m, size_t at, const char *what, const unsi
     uint64_t offset = read_u64(m->bytes + at), bytes = read_u64(m->bytes + at + 8);
     *part = m->bytes, *size = bytes;
     if (!bytes) return MKB_OK;
-    *part = m->bytes + offset;
     if (!inside(m, offset, bytes)) return refuse(m, error, what, offset, "lies outside the file; copy or pack it again");
+    *part = m->bytes + offset;
     return MKB_OK;
 }
 
@@ -818,36 +834,69 @@ typedef uint32_t uvec __attribute__((vector_size(64), aligned(16)));
 typedef uint16_t hvec __attribute__((vector_size(32), aligned(16)));
 typedef int8_t bvec __attribute__((vector_size(16)));
 
+/* Vectors are passed by address: GCC has a remark on every build for those that are wider than registers. Inlined it is
+ * the same. */
 INLINE vec all(float x) { return x - (vec){0}; }
-INLINE vec magnitude(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
-INLINE vec pick(ivec which, vec x, vec y) { return (vec)((which & (ivec)x) | (~which & (ivec)y)); }
-INLINE vec larger(vec x, vec y) { return pick(x > y, x, y); }
-INLINE vec smaller(vec x, vec y) { return pick(x < y, x, y); }
+INLINE vec magnitude_of(const vec *x_) {
+    vec x = *x_;
+    return (vec)((uvec)x & 0x7fffffffu);
+}
+#define magnitude(x) magnitude_of((vec[]){x})
+INLINE vec pick_of(const ivec *which_, const vec *x_, const vec *y_) {
+    ivec which = *which_;
+    vec x = *x_, y = *y_;
+    return (vec)((which & (ivec)x) | (~which & (ivec)y));
+}
+#define pick(which, x, y) pick_of((ivec[]){which}, (vec[]){x}, (vec[]){y})
+INLINE vec larger_of(const vec *x_, const vec *y_) {
+    vec x = *x_, y = *y_;
+    return pick(x > y, x, y);
+}
+#define larger(x, y) larger_of((vec[]){x}, (vec[]){y})
+INLINE vec smaller_of(const vec *x_, const vec *y_) {
+    vec x = *x_, y = *y_;
+    return pick(x < y, x, y);
+}
+#define smaller(x, y) smaller_of((vec[]){x}, (vec[]){y})
 /* The whole number next to |x| < 2²², half to even: fp32 has no room for a fraction beside 1.5·2²³. */
-INLINE vec nearest(vec x) { return (x + 12582912.0f) - 12582912.0f; }
+INLINE vec nearest_of(const vec *x_) {
+    vec x = *x_;
+    return (x + 12582912.0f) - 12582912.0f;
+}
+#define nearest(x) nearest_of((vec[]){x})
 
-INLINE float sum(vec x) {
+INLINE float sum_of(const vec *x_) {
+    vec x = *x_;
     float part[LANES];
     memcpy(part, &x, sizeof part);
+    UNROLL
     for (int half = LANES / 2; half; half /= 2)
+        UNROLL
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 }
+#define sum(x) sum_of((vec[]){x})
 
-INLINE int32_t whole_sum(ivec x) {
+INLINE int32_t whole_sum_of(const ivec *x_) {
+    ivec x = *x_;
     int32_t part[LANES], total = 0;
     memcpy(part, &x, sizeof part);
     for (int i = 0; i < LANES; i++) total += part[i];
     return total;
 }
+#define whole_sum(x) whole_sum_of((ivec[]){x})
 
-INLINE float largest(vec x) {
+INLINE float largest_of(const vec *x_) {
+    vec x = *x_;
     float part[LANES];
     memcpy(part, &x, sizeof part);
+    UNROLL
     for (int half = LANES / 2; half; half /= 2)
+        UNROLL
         for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
     return part[0];
 }
+#define largest(x) largest_of((vec[]){x})
 
 /* Up to 16 numbers of a row of which `rest` are left; zeros behind them. */
 INLINE vec load(const float *from, size_t rest) {
@@ -857,10 +906,12 @@ INLINE vec load(const float *from, size_t rest) {
     return x;
 }
 
-INLINE void store(float *to, size_t rest, vec x) {
+INLINE void store_of(float *to, size_t rest, const vec *x_) {
+    vec x = *x_;
     if (rest >= LANES) memcpy(to, &x, sizeof x);
     else memcpy(to, &x, rest * 4);
 }
+#define store(to, rest, x) store_of(to, rest, (vec[]){x})
 
 INLINE vec load_codes(const int8_t *from, size_t rest) {
     bvec x = {0};
@@ -888,8 +939,13 @@ INLINE vec load_halves(const uint16_t *from, size_t rest) {
         if (rest) __VA_ARGS__;                                                                                         \
     } while (0)
 
+/* The same with one copy of a step that is large. */
+#define EACH_ONCE(i, rest, n, ...)                                                                                     \
+    for (size_t i = 0, rest = (n); i < (n); i += LANES, rest = (n) - i) __VA_ARGS__
+
 /* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
-INLINE vec exponential(vec x) {
+INLINE vec exponential_of(const vec *x_) {
+    vec x = *x_;
     x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
     /* eˣ = 2ⁿ·eʳ, |r| ≤ ln 2 / 2. ln 2 is taken off in two parts, of which the first makes an exact product. */
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
@@ -899,8 +955,13 @@ INLINE vec exponential(vec x) {
     /* n stands in the last bits beside 1.5·2²³; from there it is moved to an exponent's place. */
     return (vec)((uvec)p + ((uvec)shifted << 23));
 }
+#define exponential(x) exponential_of((vec[]){x})
 
-INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE vec sigmoid_of(const vec *x_) {
+    vec x = *x_;
+    return 1.0f / (1.0f + exponential(-x));
+}
+#define sigmoid(x) sigmoid_of((vec[]){x})
 
 /* A row on its way into a product: normalized, and rounded to int8 codes if the model is quantized. */
 typedef struct {
@@ -911,17 +972,22 @@ typedef struct {
 } row_out;
 
 /* Write codes of x·times, 16 at a time. NaN becomes 0; the row's scale says that it was there. */
-INLINE ivec write_codes(int8_t *to, size_t i, vec x) {
+INLINE ivec write_codes_of(int8_t *to, size_t i, const vec *x_) {
+    vec x = *x_;
     vec code = nearest(pick(x > 127.0f, all(127.0f), pick(x < -128.0f, all(-128.0f), pick(x == x, x, all(0)))));
     ivec whole = __builtin_convertvector(code, ivec);
     bvec small = __builtin_convertvector(whole, bvec);
     memcpy(to + i, &small, sizeof small);
     return whole;
 }
+#define write_codes(to, i, x) write_codes_of(to, i, (vec[]){x})
 
-/* RMSNorm and the absmax quantizer of y [n], whose squares' sum and largest magnitude are known. */
-INLINE void finish_row(const float *y, size_t n, vec squares, vec most, row_out *out) {
-    float norm = 1.0f / sqrtf(sum(squares) / (float)n + 1e-6f), peak = norm * largest(most);
+/* Of a row: its squares' sum and its largest magnitude. */
+typedef struct { float squares, most; } row_size;
+
+/* RMSNorm and the absmax quantizer of y [n]. */
+INLINE void finish_row_body(const float *y, size_t n, row_size size, row_out *out) {
+    float norm = 1.0f / sqrtf(size.squares / (float)n + 1e-6f), peak = norm * size.most;
     out->scale = out->codes ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
     if (out->values) EACH(i, rest, n, store(out->values + i, rest, load(y + i, rest) * norm));
     if (!out->codes) return;
@@ -931,15 +997,17 @@ INLINE void finish_row(const float *y, size_t n, vec squares, vec most, row_out 
     out->total = whole_sum(total);
 }
 
-INLINE void measure(vec y, vec *squares, vec *most) {
+INLINE void measure_of(const vec *y_, vec *squares, vec *most) {
+    vec y = *y_;
     *squares += y * y;
     *most = larger(magnitude(y), *most);
 }
+#define measure(y, squares, most) measure_of((vec[]){y}, squares, most)
 
-INLINE void norm_row_body(const float *x, size_t n, row_out *out) {
+INLINE row_size norm_row_body(const float *x, size_t n) {
     vec squares = {0}, most = {0};
     EACH(i, rest, n, measure(load(x + i, rest), &squares, &most));
-    finish_row(x, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
@@ -949,10 +1017,10 @@ INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
 }
 
 /* silu(gate)·up, normalized. */
-INLINE void gate_row_body(const float *gate, const float *up, size_t n, float *y, row_out *out) {
+INLINE row_size gate_row_body(const float *gate, const float *up, size_t n, float *y) {
     vec squares = {0}, most = {0};
-    EACH(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
-    finish_row(y, n, squares, most, out);
+    EACH_ONCE(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* A learned function of each group of channels, of codes·factor or of values·factor. */
@@ -964,19 +1032,23 @@ typedef struct {
     float factor, center, reach;
 } row_function;
 
-INLINE vec rational(const float *c, vec z) {
+INLINE vec rational_of(const float *c, const vec *z_) {
+    vec z = *z_;
     vec p = ((((c[5] * z + c[4]) * z + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
     vec inner = (((c[9] * z + c[8]) * z + c[7]) * z + c[6]) * z;
     return p * (1.0f / (1.0f + magnitude(inner)));
 }
+#define rational(c, z) rational_of(c, (vec[]){z})
 
 /* Σ cₙTₙ(u), and beyond the range a straight line. */
-INLINE vec chebyshev(const float *c, vec z) {
+INLINE vec chebyshev_of(const float *c, const vec *z_) {
+    vec z = *z_;
     vec u = pick(z > 1.0f, all(1.0f), pick(z < -1.0f, all(-1.0f), z)), outside = z - u;
     vec t2 = 2.0f * u * u - 1.0f, t3 = 2.0f * u * t2 - u;
     vec slope = c[1] + 4.0f * c[2] * u + c[3] * (6.0f * t2 + 3.0f);
     return c[0] + c[1] * u + c[2] * t2 + c[3] * t3 + slope * outside;
 }
+#define chebyshev(c, z) chebyshev_of(c, (vec[]){z})
 
 INLINE vec function_input(const row_function *f, size_t i, size_t rest, float factor) {
     return (f->codes ? load_codes(f->codes + i, rest) : load(f->values + i, rest)) * factor;
@@ -1004,15 +1076,15 @@ INLINE float function_factor(const row_function *f, size_t n) {
     return f->factor * (1.0f / sqrtf(sum(squares) / (float)n + 1e-6f));
 }
 
-INLINE void function_row_body(const row_function *f, size_t n, float *y, row_out *out) {
+INLINE row_size function_row_body(const row_function *f, size_t n, float *y) {
     size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
     float factor = function_factor(f, n);
     vec squares = {0}, most = {0};
     for (size_t g = 0; g < f->groups; g++) {
         const float *c = f->coefficients + g * terms;
-        EACH(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
+        EACH_ONCE(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
     }
-    finish_row(y, n, squares, most, out);
+    return (row_size){sum(squares), largest(most)};
 }
 
 /* B-splines on a uniform grid, continued in straight lines outside it. */
@@ -1023,7 +1095,8 @@ typedef struct {
 } spline_grid;
 
 /* The degree + 1 B-splines that are not zero, at a place 0…1 of an interval (Cox–de Boor on unit knots). */
-INLINE void nonzero_splines(uint32_t degree, vec place, vec *w) {
+INLINE void nonzero_splines_of(uint32_t degree, const vec *place_, vec *w) {
+    vec place = *place_;
     w[0] = all(1.0f);
     for (uint32_t p = 1; p <= degree; p++) {
         vec before = {0};
@@ -1034,9 +1107,11 @@ INLINE void nonzero_splines(uint32_t degree, vec place, vec *w) {
         }
     }
 }
+#define nonzero_splines(degree, place, w) nonzero_splines_of(degree, (vec[]){place}, w)
 
 /* The values at 16 inputs, and the interval of each. */
-INLINE ivec splines_at(const spline_grid *g, vec x, vec *w) {
+INLINE ivec splines_at_of(const spline_grid *g, const vec *x_, vec *w) {
+    vec x = *x_;
     vec place = (x - g->low) * g->per_step, zero = {0};
     vec within = smaller(larger(place, zero), all((float)g->intervals)), beyond = place - within;
     ivec interval = __builtin_convertvector(within, ivec), last = (ivec){0} + (int32_t)(g->intervals - 1);
@@ -1047,6 +1122,7 @@ INLINE ivec splines_at(const spline_grid *g, vec x, vec *w) {
     for (uint32_t r = 0; r <= g->degree; r++) w[r] += below * g->slopes[r] - above * g->slopes[g->degree - r];
     return interval;
 }
+#define splines_at(g, x, w) splines_at_of(g, (vec[]){x}, w)
 
 /* What no spline of the row exceeds; outside the grid the tangents decide. */
 INLINE float spline_bound(const spline_grid *g, float farthest) {
@@ -1066,7 +1142,7 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     vec silu = all(1e-5f), far = {0};
     out->base.scale = out->splines.scale = 1.0f;
     if (!out->base.codes) return;
-    EACH(i, rest, n, {
+    EACH_ONCE(i, rest, n, {
         vec z = load(x + i, rest), distance = magnitude(z - 0.5f * (g->low + g->high));
         float kept[LANES] = {0};
         silu = larger(magnitude(z * sigmoid(z)), silu);
@@ -1077,45 +1153,53 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     out->base.scale = 127.0f / largest(silu);
 }
 
-INLINE void spline_values(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w);
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++)
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++)
-            out->splines.values[(i + lane) * size + (size_t)interval[lane] + r] = w[r][lane];
-    store(out->base.values + i, rest, x * sigmoid(x));
-}
+/* Totals of the codes so far. */
+typedef struct { ivec base, splines; } spline_totals;
 
-INLINE ivec spline_codes(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, ivec *base_total) {
-    vec w[MAX_DEGREE + 1];
-    ivec interval = splines_at(g, x, w), total = {0};
-    size_t size = g->intervals + g->degree;
-    for (uint32_t r = 0; r <= g->degree; r++) {
-        int8_t codes[LANES];
-        ivec whole = write_codes(codes, 0, w[r] * out->splines.scale);
-        for (size_t lane = 0; lane < MIN(rest, LANES); lane++) {
-            out->splines.codes[(i + lane) * size + (size_t)interval[lane] + r] = codes[lane];
-            total[lane] += whole[lane];
-        }
+/* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
+INLINE void put_splines_of(size_t size, const ivec *interval_, uint32_t r, const vec *value_, size_t i, size_t lanes,
+                           spline_out *out, ivec *total) {
+    ivec interval = *interval_;
+    vec value = *value_;
+    int8_t codes[LANES];
+    float values[LANES];
+    int32_t at[LANES];
+    row_out *to = &out->splines;
+    memcpy(at, &interval, sizeof at);
+    memcpy(values, &value, sizeof values);
+    ivec whole = write_codes(codes, 0, value * to->scale);
+    for (size_t lane = 0; lane < lanes; lane++) {
+        size_t place = (i + lane) * size + (size_t)at[lane] + r;
+        if (to->codes) to->codes[place] = codes[lane];
+        else to->values[place] = values[lane];
     }
-    *base_total += write_codes(out->base.codes, i, x * sigmoid(x) * out->base.scale);
-    return total;
+    for (size_t lane = lanes; lane < LANES; lane++) whole[lane] = 0;
+    *total += whole;
 }
+#define put_splines(size, interval, r, value, i, lanes, out, total) \
+    put_splines_of(size, (ivec[]){interval}, r, (vec[]){value}, i, lanes, out, total)
+
+INLINE void expand_inputs_of(const spline_grid *g, const vec *x_, size_t i, size_t rest, spline_out *out,
+                             spline_totals *totals) {
+    vec x = *x_;
+    vec w[MAX_DEGREE + 1], silu = x * sigmoid(x);
+    ivec interval = splines_at(g, x, w);
+    for (uint32_t r = 0; r <= g->degree; r++)
+        put_splines(g->intervals + g->degree, interval, r, w[r], i, MIN(rest, (size_t)LANES), out, &totals->splines);
+    if (out->base.codes) totals->base += write_codes(out->base.codes, i, silu * out->base.scale);
+    else store(out->base.values + i, rest, silu);
+}
+#define expand_inputs(g, x, i, rest, out, totals) expand_inputs_of(g, (vec[]){x}, i, rest, out, totals)
 
 INLINE void spline_row_body(const spline_grid *g, const float *x, size_t n, spline_out *out) {
     size_t size = g->intervals + g->degree;
-    ivec total = {0}, base_total = {0};
+    spline_totals totals = {{0}, {0}};
     spline_scales(g, x, n, out);
-    if (!out->base.codes) {
-        memset(out->splines.values, 0, n * size * 4);
-        EACH(i, rest, n, spline_values(g, load(x + i, rest), i, rest, out));
-        return;
-    }
-    memset(out->splines.codes, 0, n * size);
-    EACH(i, rest, n, total += spline_codes(g, load(x + i, rest), i, rest, out, &base_total));
-    out->splines.total = whole_sum(total);
-    out->base.total = whole_sum(base_total);
+    if (out->splines.codes) memset(out->splines.codes, 0, n * size);
+    else memset(out->splines.values, 0, n * size * 4);
+    EACH_ONCE(i, rest, n, expand_inputs(g, load(x + i, rest), i, rest, out, &totals));
+    out->splines.total = whole_sum(totals.splines);
+    out->base.total = whole_sum(totals.base);
 }
 
 /* One head over some tokens: S ← decay·S + kᵀv, out = q·S. The state [V/16][K][16] stays in registers while tokens
@@ -1132,6 +1216,7 @@ INLINE void retain_keys(const retention_job *j, vec *s, size_t keys, size_t i, s
         const float *q = j->q + t * j->key_stride + i, *k = j->k + t * j->key_stride + i;
         float *out = j->out + t * j->value_stride + at;
         vec v = load(j->v + t * j->value_stride + at, rest), part[4];
+        UNROLL
         for (size_t n = 0; n < keys; n++) {
             s[n] = s[n] * j->decay + k[n] * v;
             part[n] = q[n] * s[n];
@@ -1156,7 +1241,7 @@ INLINE void retain_block(const retention_job *j, float *state, size_t at, size_t
 }
 
 INLINE void retention_body(const retention_job *j) {
-    EACH(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
+    EACH_ONCE(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
 }
 
 INLINE float dot(const float *x, const float *y, size_t n) {
@@ -1185,7 +1270,7 @@ INLINE float attention_scores(const attention_job *j, size_t first, size_t count
 
 INLINE void attention_body(const attention_job *j) {
     float score[ATTENTION_BLOCK], most = -INFINITY, total = 0;
-    EACH(i, rest, j->value, store(j->out + i, rest, all(0)));
+    EACH_ONCE(i, rest, j->value, store(j->out + i, rest, all(0)));
     for (size_t first = 0; first < j->seen; first += ATTENTION_BLOCK) {
         size_t count = MIN((size_t)ATTENTION_BLOCK, j->seen - first);
         float before = most;
@@ -1193,13 +1278,13 @@ INLINE void attention_body(const attention_job *j) {
         float shrink = before == -INFINITY ? 0.0f : expf(before - most);
         total *= shrink;
         for (size_t i = 0; i < count; i++) total += score[i] = expf(score[i] - most);
-        EACH(at, rest, j->value, {
+        EACH_ONCE(at, rest, j->value, {
             vec out = load(j->out + at, rest) * shrink;
             for (size_t i = 0; i < count; i++) out += score[i] * load(j->v + (first + i) * j->value_stride + at, rest);
             store(j->out + at, rest, out);
         });
     }
-    EACH(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
+    EACH_ONCE(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
 }
 
 /* Divide by the root mean square and multiply by `times`, in place. */
@@ -1232,25 +1317,41 @@ INLINE void convolve_body(float *y, const float *const *inputs, const float *wei
     });
 }
 
-/* 16 sums of a tile → results: (sum − total of the codes)·factor, by columns' scales if there are any. */
+/* Sums of tiles → results: (sum − total of the codes)·factor of each token, by the rows' scales if there are several;
+ * stored, or added with a weight. */
+enum { MOST_TOKENS = 64 };
 typedef struct {
-    const int32_t *sums;
-    int32_t total;
-    float factor;
-    const float *scales; /* [16], or NULL */
-    float *out;
-    size_t rows;         /* ≤ 16 */
-    float weight;
+    const int32_t *sums; /* [tiles][tokens][16] */
+    size_t tiles, tokens, rows;
+    int32_t totals[MOST_TOKENS];
+    float factors[MOST_TOKENS], weights[MOST_TOKENS];
+    float *out[MOST_TOKENS];
+    const float *scales;         /* of rows from `first_row` on, `scale_group` rows each; NULL: one for all */
+    size_t first_row, scale_group;
     int add;
-} tile_result;
+} sums_job;
 
-INLINE void finish_tile_body(const tile_result *t) {
-    ivec sums;
-    memcpy(&sums, t->sums, sizeof sums);
-    vec value = __builtin_convertvector(sums - t->total, vec) * t->factor;
-    if (t->scales) value *= load(t->scales, LANES);
-    if (t->add) value = load(t->out, t->rows) + t->weight * value;
-    store(t->out, t->rows, value);
+INLINE void finish_tile(const sums_job *j, size_t tile, size_t rest, const float *scales) {
+    const int32_t *from = j->sums + tile * j->tokens * TILE;
+    for (size_t t = 0; t < j->tokens; t++, from += TILE) {
+        float *out = j->out[t] + tile * TILE;
+        ivec sums;
+        memcpy(&sums, from, sizeof sums);
+        vec value = __builtin_convertvector(sums - j->totals[t], vec) * j->factors[t];
+        if (scales) value *= load(scales, LANES);
+        if (j->add) value = load(out, rest) + j->weights[t] * value;
+        store(out, rest, value);
+    }
+}
+
+INLINE void finish_sums_body(const sums_job *j) {
+    for (size_t tile = 0; tile < j->tiles; tile++) {
+        size_t rest = j->rows - tile * TILE;
+        float scales[TILE] = {0};
+        for (size_t r = 0; j->scales && r < MIN(rest, (size_t)TILE); r++)
+            scales[r] = j->scales[(j->first_row + tile * TILE + r) / j->scale_group];
+        finish_tile(j, tile, rest, j->scales ? scales : NULL);
+    }
 }
 
 /* Σ w·x in fp32 for four inputs at a time, so that the weights are read, and converted, once. */
@@ -1263,8 +1364,10 @@ INLINE void plain_dots_body(const void *weights, int halves, size_t n, const flo
         vec total[4] = {{0}};
         EACH(i, rest, n, {
             vec w = load_weights(weights, halves, i, rest);
+            UNROLL
             for (int t = 0; t < 4; t++) total[t] += w * load(x[t] + i, rest);
         });
+        UNROLL
         for (int t = 0; t < 4; t++) out[t] = sum(total[t]);
     }
     for (; count; count--, x++, out++) {
@@ -1284,18 +1387,24 @@ typedef struct {
     void (*norm_head)(float *x, size_t n, float eps, float times);
     void (*rotate)(float *x, const float *cosine, const float *sine, size_t half, float times);
     void (*convolve)(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n);
-    void (*finish_tile)(const tile_result *tile);
+    void (*finish_sums)(const sums_job *job);
     void (*plain_dots)(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out);
 } float_kernels;
 
 /* All bodies for one kind of machine. */
 #define FLOAT_KERNELS(kind, target)                                                                                    \
-    target static void norm_row_##kind(const float *x, size_t n, row_out *out) { norm_row_body(x, n, out); }           \
+    target static __attribute__((noinline)) void finish_row_##kind(const float *y, size_t n, row_size size,            \
+                                                                   row_out *out) {                                     \
+        finish_row_body(y, n, size, out);                                                                              \
+    }                                                                                                                  \
+    target static void norm_row_##kind(const float *x, size_t n, row_out *out) {                                       \
+        finish_row_##kind(x, n, norm_row_body(x, n), out);                                                             \
+    }                                                                                                                  \
     target static void gate_row_##kind(const float *gate, const float *up, size_t n, float *y, row_out *out) {         \
-        gate_row_body(gate, up, n, y, out);                                                                            \
+        finish_row_##kind(y, n, gate_row_body(gate, up, n, y), out);                                                   \
     }                                                                                                                  \
     target static void function_row_##kind(const row_function *f, size_t n, float *y, row_out *out) {                  \
-        function_row_body(f, n, y, out);                                                                               \
+        finish_row_##kind(y, n, function_row_body(f, n, y), out);                                                      \
     }                                                                                                                  \
     target static void spline_row_##kind(const spline_grid *g, const float *x, size_t n, spline_out *out) {            \
         spline_row_body(g, x, n, out);                                                                                 \
@@ -1312,7 +1421,7 @@ typedef struct {
                                        size_t n) {                                                                     \
         convolve_body(y, inputs, weights, taps, n);                                                                    \
     }                                                                                                                  \
-    target static void finish_tile_##kind(const tile_result *tile) { finish_tile_body(tile); }                         \
+    target static void finish_sums_##kind(const sums_job *job) { finish_sums_body(job); }                              \
     target static void plain_dots_##kind(const void *weights, int halves, size_t n, const float *const *x,             \
                                          size_t count, float *out) {                                                   \
         plain_dots_body(weights, halves, n, x, count, out);                                                            \
@@ -1320,19 +1429,19 @@ typedef struct {
     static const float_kernels FLOATS_##kind = {norm_row_##kind, gate_row_##kind, function_row_##kind,                 \
                                                 spline_row_##kind, retention_##kind, attention_##kind,                 \
                                                 norm_head_##kind, rotate_##kind, convolve_##kind,                      \
-                                                finish_tile_##kind, plain_dots_##kind};
+                                                finish_sums_##kind, plain_dots_##kind};
 
 #define NO_TARGET
 FLOAT_KERNELS(any, NO_TARGET)
-#ifdef ON_X86
-#define TARGET_AVX2 __attribute__((target("avx2")))
-#define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq")))
-#ifdef __SSE2__
+#if defined(__SSE2__) || !defined(ON_X86)
 #define FLOATS_sse2 FLOATS_any
 #else
 #define TARGET_SSE2_FLOATS __attribute__((target("sse2")))
 FLOAT_KERNELS(sse2, TARGET_SSE2_FLOATS)
 #endif
+#ifdef HAS_AVX2
+#define TARGET_AVX2 __attribute__((target("avx2")))
+#define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq")))
 FLOAT_KERNELS(avx2, TARGET_AVX2)
 FLOAT_KERNELS(avx512, TARGET_AVX512)
 #endif
@@ -1409,11 +1518,13 @@ static void bytes_scalar(const int8_t *weights, size_t rows, const split_vector 
     for (size_t r = 0; r < rows; r++) out[r] = split_dot(weights + r * x->size, x, 0);
 }
 
+#if defined(HAS_AVX2) || defined(__ARM_NEON)
 INLINE int32_t four_codes(const int8_t *code) {
     int32_t word;
     memcpy(&word, code, 4);
     return word;
 }
+#endif
 
 #ifdef ON_X86
 
@@ -1510,8 +1621,10 @@ TARGET_SSSE3 static void tile_row_ssse3(const unsigned char *tile, size_t across
             SSSE3_QUARTER(2);
             SSSE3_QUARTER(3);
         }
+        UNROLL
         for (int n = 0; n < 4; n++) total[n] = widen_ssse3(total[n], ones[n], fours[n]);
     }
+    UNROLL
     for (int n = 0; n < 4; n++) _mm_storeu_si128((__m128i *)(void *)(out + 4 * n), total[n]);
 }
 
@@ -1521,6 +1634,7 @@ TARGET_SSSE3 static void ternary_ssse3(const unsigned char *tiles, size_t across
         tile_row_ssse3(tiles + i / tokens * across * TILE_BYTES, across, x[i % tokens], out + i * TILE);
 }
 
+#ifdef HAS_AVX2
 TARGET_AVX2 static inline __attribute__((always_inline)) __m256i widen_avx2(__m256i total, __m256i ones,
                                                                            __m256i fours) {
     total = _mm256_add_epi32(total, _mm256_madd_epi16(ones, _mm256_set1_epi16(1)));
@@ -1552,9 +1666,12 @@ TARGET_AVX2 static void tile_rows_avx2(const unsigned char *tile, const unsigned
             AVX2_HALF(2, next);
             AVX2_HALF(3, next + 32);
         }
+        UNROLL
         for (int n = 0; n < 4; n++) total[n] = widen_avx2(total[n], ones[n], fours[n]);
     }
+    UNROLL
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(out + 8 * n), total[n]);
+    UNROLL
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(next_out + 8 * n), total[2 + n]);
 }
 
@@ -1573,6 +1690,7 @@ TARGET_AVX2 static int64_t lanes_avx2(__m256i x) {
     int32_t lane[8];
     int64_t total = 0;
     memcpy(lane, &x, sizeof lane);
+    UNROLL
     for (int i = 0; i < 8; i++) total += lane[i];
     return total;
 }
@@ -1602,6 +1720,7 @@ TARGET_AVXVNNI static void half_tile_avxvnni(const unsigned char *tile, size_t a
     __m256i zero = _mm256_setzero_si256(), sums[4] = {zero, zero, zero, zero};
     for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
         __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)tile);
+        UNROLL
         for (int f = 0; f < 4; f++)
             sums[f] = _mm256_dpbusd_avx_epi32(sums[f], _mm256_and_si256(w, _mm256_set1_epi8((char)(3 << 2 * f))),
                                               _mm256_set1_epi32(four_codes(code + 4 * f)));
@@ -1619,7 +1738,7 @@ TARGET_AVXVNNI static void ternary_avxvnni(const unsigned char *tiles, size_t ac
 }
 #endif
 
-#if (defined(__clang__) && __clang_major__ >= 8) || (!defined(__clang__) && __GNUC__ >= 9)
+#if defined(HAS_AVX2) && ((defined(__clang__) && __clang_major__ >= 8) || (!defined(__clang__) && __GNUC__ >= 9))
 #define HAS_AVX512VNNI 1
 #define TARGET_VNNI512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define VNNI512_INLINE TARGET_VNNI512 static inline __attribute__((always_inline))
@@ -1634,18 +1753,27 @@ VNNI512_INLINE __m512i join_fields(const __m512i *sums) {
 VNNI512_INLINE void one_token_vnni512(const unsigned char *tiles, size_t across, const int8_t *code, size_t rows,
                                       int32_t *out) {
     __m512i sums[4][4];
+    UNROLL
     for (size_t r = 0; r < rows; r++)
+        UNROLL
         for (int f = 0; f < 4; f++) sums[r][f] = _mm512_setzero_si512();
     for (size_t c = 0; c < across; c++, tiles += TILE_BYTES, code += TILE) {
         __m512i x[4];
+        UNROLL
         for (int f = 0; f < 4; f++) x[f] = _mm512_set1_epi32(four_codes(code + 4 * f));
+        UNROLL
         for (size_t r = 0; r < rows; r++) {
-            __m512i w = _mm512_loadu_si512(tiles + r * across * TILE_BYTES);
+            const unsigned char *tile = tiles + r * across * TILE_BYTES;
+            __m512i w = _mm512_loadu_si512(tile);
+            /* The rows that come next; the machine's own prefetching loses its way among so many short streams. */
+            __builtin_prefetch(tile + rows * across * TILE_BYTES);
+            UNROLL
             for (int f = 0; f < 4; f++)
                 sums[r][f] = _mm512_dpbusd_epi32(sums[r][f],
                                                  _mm512_and_si512(w, _mm512_set1_epi8((char)(3 << 2 * f))), x[f]);
         }
     }
+    UNROLL
     for (size_t r = 0; r < rows; r++) _mm512_storeu_si512(out + r * TILE, join_fields(sums[r]));
 }
 
@@ -1653,6 +1781,7 @@ VNNI512_INLINE void one_token_vnni512(const unsigned char *tiles, size_t across,
 VNNI512_INLINE void tokens_vnni512(const unsigned char *tiles, size_t across, const int8_t *const *x, size_t count,
                                    int32_t *out) {
     __m512i sums[12], three = _mm512_set1_epi8(3);
+    UNROLL
     for (size_t t = 0; t < count; t++) sums[t] = _mm512_setzero_si512();
     for (size_t c = 0; c < across; c++) {
         __m512i w = _mm512_loadu_si512(tiles + c * TILE_BYTES), field[4];
@@ -1660,11 +1789,14 @@ VNNI512_INLINE void tokens_vnni512(const unsigned char *tiles, size_t across, co
         field[1] = _mm512_and_si512(_mm512_srli_epi32(w, 2), three);
         field[2] = _mm512_and_si512(_mm512_srli_epi32(w, 4), three);
         field[3] = _mm512_and_si512(_mm512_srli_epi32(w, 6), three);
+        UNROLL
         for (int f = 0; f < 4; f++)
+            UNROLL
             for (size_t t = 0; t < count; t++)
                 sums[t] = _mm512_dpbusd_epi32(sums[t], field[f],
                                               _mm512_set1_epi32(four_codes(x[t] + c * TILE + 4 * f)));
     }
+    UNROLL
     for (size_t t = 0; t < count; t++) _mm512_storeu_si512(out + t * TILE, sums[t]);
 }
 
@@ -1687,6 +1819,7 @@ TARGET_VNNI512 static void ternary_vnni512(const unsigned char *tiles, size_t ac
 /* Sums of the lanes of four registers. */
 VNNI512_INLINE __m128i four_totals(const __m512i *x) {
     __m256i half[4];
+    UNROLL
     for (int i = 0; i < 4; i++)
         half[i] = _mm256_add_epi32(_mm512_castsi512_si256(x[i]), _mm512_extracti64x4_epi64(x[i], 1));
     __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
@@ -1697,20 +1830,26 @@ VNNI512_INLINE __m128i four_totals(const __m512i *x) {
 VNNI512_INLINE void four_rows_vnni512(const int8_t *weights, const split_vector *x, int64_t *out) {
     __m512i sums[3][4], flip = _mm512_set1_epi8((char)128);
     int32_t total[3][4];
+    UNROLL
     for (int p = 0; p < 3; p++)
+        UNROLL
         for (int r = 0; r < 4; r++) sums[p][r] = _mm512_setzero_si512();
     for (size_t i = 0; i < x->size; i += 64) {
         __m512i high = _mm512_load_si512(x->high + i), middle = _mm512_load_si512(x->middle + i);
         __m512i low = _mm512_load_si512(x->low + i);
         __mmask64 present = x->size - i >= 64 ? ~0ull : (1ull << (x->size - i)) - 1;
+        UNROLL
         for (int r = 0; r < 4; r++) {
+            __builtin_prefetch(weights + (size_t)(r + 8) * x->size + i);
             __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(present, weights + (size_t)r * x->size + i), flip);
             sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], w, high);
             sums[1][r] = _mm512_dpbusd_epi32(sums[1][r], w, middle);
             sums[2][r] = _mm512_dpbusd_epi32(sums[2][r], w, low);
         }
     }
+    UNROLL
     for (int p = 0; p < 3; p++) _mm_storeu_si128((__m128i *)(void *)total[p], four_totals(sums[p]));
+    UNROLL
     for (int r = 0; r < 4; r++)
         out[r] = ((int64_t)total[0][r] - 128ll * x->sums[0]) * 65536 +
                  ((int64_t)total[1][r] - 128ll * x->sums[1]) * 256 + ((int64_t)total[2][r] - 128ll * x->sums[2]);
@@ -1723,18 +1862,24 @@ TARGET_VNNI512 static void bytes_vnni512(const int8_t *weights, size_t rows, con
 }
 #endif
 
+#ifdef HAS_AVXVNNI
 static int cpu_has_avxvnni(void) {
     unsigned a = 0, b, c, d;
     if (!__builtin_cpu_supports("avx2") || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return 0;
     return a >> 4 & 1;
 }
-static int cpu_has_sse2(void) { return __builtin_cpu_supports("sse2") != 0; }
-static int cpu_has_ssse3(void) { return __builtin_cpu_supports("ssse3") != 0; }
-static int cpu_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+#endif
+#ifdef HAS_AVX512VNNI
 static int cpu_has_vnni512(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+#endif
+static int cpu_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+#endif /* HAS_AVX2 */
+
+static int cpu_has_sse2(void) { return __builtin_cpu_supports("sse2") != 0; }
+static int cpu_has_ssse3(void) { return __builtin_cpu_supports("ssse3") != 0; }
 #endif /* ON_X86 */
 
 #if defined(__ARM_NEON)
@@ -1899,8 +2044,10 @@ static const kernel_set KERNELS[] = {
 #ifdef HAS_AVXVNNI
     {"avxvnni", cpu_has_avxvnni, ternary_avxvnni, bytes_avx2, &FLOATS_avx2},
 #endif
-#ifdef ON_X86
+#ifdef HAS_AVX2
     {"avx2", cpu_has_avx2, ternary_avx2, bytes_avx2, &FLOATS_avx2},
+#endif
+#ifdef ON_X86
     {"ssse3", cpu_has_ssse3, ternary_ssse3, bytes_sse2, &FLOATS_sse2},
     {"sse2", cpu_has_sse2, ternary_sse2, bytes_sse2, &FLOATS_sse2},
 #endif
@@ -1968,12 +2115,6 @@ typedef struct {
 #endif
 } thread_pool;
 
-static void do_share(thread_pool *p, int thread) {
-    size_t first = p->units * (size_t)thread / (size_t)p->threads;
-    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
-    if (first < last) p->work(p->argument, thread, first, last);
-}
-
 #ifdef MIXKABRN_NO_THREADS
 
 static int pool_start(thread_pool *p, int threads) {
@@ -2005,6 +2146,12 @@ INLINE void pause_briefly(void) {
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield");
 #endif
+}
+
+static void do_share(thread_pool *p, int thread) {
+    size_t first = p->units * (size_t)thread / (size_t)p->threads;
+    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
+    if (first < last) p->work(p->argument, thread, first, last);
 }
 
 /* Wait for a generation other than `seen`. */
@@ -2093,10 +2240,12 @@ static int pool_start(thread_pool *p, int threads) {
  * input. Rows of numbers are padded with zeros to a multiple of 16. */
 
 enum {
-    MOST_TOKENS = 64,  /* T */
     SUMS_TILES = 512,  /* tiles of int32 sums that a thread keeps at a time */
     HEAD_ROWS = 64     /* rows of the head at a time */
 };
+
+/* From row to row: padded, and never a power of two, at which the rows of many tokens would share places of the cache. */
+static size_t row_stride(size_t n) { return round_up(n, LANES) + LANES; }
 
 /* Rows on their way into products: int8 codes with a scale each, or plain values. */
 typedef struct {
@@ -2193,35 +2342,37 @@ static void keep_row(const row_set *rows, size_t i, const row_out *out) {
     rows->scales[i] = out->scale, rows->totals[i] = out->total;
 }
 
+/* What is the same for all tiles of a product. */
+static void begin_sums(const mkb_context *c, const product *p, size_t at, sums_job *job) {
+    const tensor *w = p->weights;
+    const float *scales = w->scales + p->matrix * w->scale_count;
+    job->tokens = MIN(p->count - at, (size_t)MOST_TOKENS), job->add = p->add;
+    job->scales = w->scale_count > 1 ? scales : NULL, job->scale_group = c->model->set.scale_group;
+    for (size_t t = 0; t < job->tokens; t++) {
+        size_t from = p->index[at + t];
+        job->totals[t] = p->rows->totals[from], job->factors[t] = 1.0f / p->rows->scales[from];
+        if (w->scale_count == 1) job->factors[t] *= scales[0];
+        job->weights[t] = p->weight ? p->weight[at + t] : 1.0f;
+    }
+}
+
 /* 16-row tiles [first, last) of a ternary product, some at a time. */
 static void run_ternary(const mkb_context *c, int thread, const product *p, size_t first, size_t last) {
     const tensor *w = p->weights;
-    size_t across = (size_t)tiles_of(w->columns), row = across * TILE_BYTES, most = SUMS_TILES / MOST_TOKENS;
+    size_t across = (size_t)tiles_of(w->columns);
     const unsigned char *tiles = w->values + p->matrix * w->stride;
-    const float *scales = w->scales + p->matrix * w->scale_count;
     int32_t *sums = c->sums + (size_t)thread * SUMS_TILES * TILE;
     for (size_t at = 0; at < p->count; at += MOST_TOKENS) {
-        size_t count = MIN(p->count - at, (size_t)MOST_TOKENS), step = count == 1 ? SUMS_TILES : most;
         const int8_t *x[MOST_TOKENS];
-        for (size_t t = 0; t < count; t++) x[t] = p->rows->codes + p->index[at + t] * p->rows->stride;
-        for (size_t tile = first; tile < last; tile += step) {
-            size_t tiles_now = MIN(step, last - tile);
-            c->kernels->ternary(tiles + tile * row, across, tiles_now, x, count, sums);
-            for (size_t i = 0; i < tiles_now * count; i++) {
-                size_t n = at + i % count, from = p->index[n], top = (tile + i / count) * TILE;
-                float columns[TILE];
-                tile_result result = {sums + i * TILE, p->rows->totals[from], 1.0f / p->rows->scales[from], NULL,
-                                      p->out + p->target[n] * p->stride + top, MIN((size_t)TILE, w->rows - top),
-                                      p->weight ? p->weight[n] : 1.0f, p->add};
-                if (w->scale_count == 1) {
-                    result.factor *= scales[0];
-                } else {
-                    for (size_t r = 0; r < TILE; r++)
-                        columns[r] = scales[MIN((top + r) / c->model->set.scale_group, w->scale_count - 1)];
-                    result.scales = columns;
-                }
-                floats_of(c)->finish_tile(&result);
-            }
+        sums_job job;
+        job.sums = sums;
+        begin_sums(c, p, at, &job);
+        for (size_t t = 0; t < job.tokens; t++) x[t] = p->rows->codes + p->index[at + t] * p->rows->stride;
+        for (size_t tile = first, step = SUMS_TILES / job.tokens; tile < last; tile += step) {
+            job.tiles = MIN(step, last - tile), job.first_row = tile * TILE, job.rows = w->rows - job.first_row;
+            for (size_t t = 0; t < job.tokens; t++) job.out[t] = p->out + p->target[at + t] * p->stride + job.first_row;
+            c->kernels->ternary(tiles + tile * across * TILE_BYTES, across, job.tiles, x, job.tokens, sums);
+            floats_of(c)->finish_sums(&job);
         }
     }
 }
@@ -2274,7 +2425,7 @@ static void run_products(mkb_context *c) {
 /* Units are tiles of D, of all products that add to the same rows, so that sums have one order. */
 static void down_work(void *argument, int thread, size_t first, size_t last) {
     const mkb_context *c = argument;
-    size_t begin = first * TILE, end = MIN(last * TILE, c->width);
+    size_t begin = first * TILE, end = last * TILE;
     for (size_t t = 0; t < c->tokens; t++) memset(c->added + t * c->width + begin, 0, (end - begin) * 4);
     for (size_t i = 0; i < c->num_products; i++) run_product(c, thread, &c->products[i], first, last);
     for (size_t t = 0; t < c->tokens; t++)
@@ -2282,7 +2433,7 @@ static void down_work(void *argument, int thread, size_t first, size_t last) {
 }
 
 static void run_down(mkb_context *c) {
-    pool_run(&c->pool, down_work, c, c->width / TILE);
+    pool_run(&c->pool, down_work, c, (size_t)tiles_of(c->model->set.hidden));
     c->num_products = 0;
 }
 
@@ -2769,7 +2920,7 @@ static void *own_memory(mkb_context *c, uint64_t count, uint64_t size, int *miss
 
 static void own_rows(mkb_context *c, row_set *rows, uint64_t count, uint64_t columns, int *missing) {
     int quantized = c->model->set.quantized != 0;
-    rows->stride = round_up((size_t)columns, LANES);
+    rows->stride = quantized ? round_up((size_t)columns, LANES) + 64 : row_stride((size_t)columns);
     if (quantized) rows->codes = own_memory(c, count, rows->stride, missing);
     else rows->values = own_memory(c, count * rows->stride, 4, missing);
     rows->scales = own_memory(c, count, 4, missing);
@@ -2899,8 +3050,8 @@ static void own_everything(mkb_context *c, int *missing) {
     uint64_t slots, hidden, threads = (uint64_t)c->pool.threads;
     measure_experts(c->model, &slots, &hidden);
     c->chunk = plan_chunk(s, slots, hidden);
-    c->width = round_up(s->hidden, LANES), c->hidden = round_up((size_t)hidden, LANES);
-    c->keys = round_up((size_t)s->heads * s->key_dim, LANES), c->values = round_up((size_t)s->heads * s->value_dim, LANES);
+    c->width = row_stride(s->hidden), c->hidden = row_stride((size_t)hidden);
+    c->keys = row_stride((size_t)s->heads * s->key_dim), c->values = row_stride((size_t)s->heads * s->value_dim);
     c->scratch_row = MAX(MAX(c->width, c->hidden), MAX(c->keys, c->values));
     own_token_rows(c, missing);
     own_expert_rows(c, slots, hidden, missing);
@@ -3090,6 +3241,12 @@ int mkb_state_set(mkb_context *c, const void *bytes, size_t size, char error[MKB
     return set_state(c, (unsigned char *)(uintptr_t)bytes, size, "the state", error);
 }
 
+#ifdef __wasi__
+static long process_number(void) { return 1; }
+#else
+static long process_number(void) { return (long)getpid(); }
+#endif
+
 static int write_whole(int file, const unsigned char *bytes, size_t size) {
     while (size) {
         ssize_t done = write(file, bytes, MIN(size, (size_t)1 << 30));
@@ -3105,7 +3262,7 @@ static int replace_file(const char *path, const unsigned char *bytes, size_t siz
     char *beside = malloc(length + 32);
     int status = MKB_OK;
     if (!beside) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
-    snprintf(beside, length + 32, "%s.%ld.part", path, (long)getpid());
+    snprintf(beside, length + 32, "%s.%ld.part", path, process_number());
     int file = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), bad = file < 0;
     if (!bad) {
         bad = write_whole(file, bytes, size) || fsync(file);
@@ -3726,7 +3883,7 @@ const char *mkb_token_bytes(const mkb_model *model, uint32_t id, size_t *bytes) 
 /* Find the tables of a section, whose sizes its header says, or say what is wrong. */
 static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, size_t size, char *error) {
     uint64_t marks, byte_ids, merges, added, end;
-    if (size < TOKENIZER_HEADER) return fail(error, MKB_ERROR_FORMAT, "tokenizer: %lu bytes are too few", (unsigned long)size);
+    if (size < TOKENIZER_HEADER) return fail(error, MKB_ERROR_FORMAT, "%lu bytes are too few", (unsigned long)size);
     t->kind = read_u32(bytes);
     t->pre_tokenizer = read_u32(bytes + 4);
     t->tokens = read_u32(bytes + 8);
@@ -3735,7 +3892,7 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
     t->added[0] = read_u32(bytes + 20);
     t->added[1] = read_u32(bytes + 24);
     if (t->kind > 1 || t->pre_tokenizer > WORDS_QWEN2 || t->flags > 3 || read_u32(bytes + 28))
-        return fail(error, MKB_ERROR_FORMAT, "tokenizer: kind %u, pre-tokenizer %u or flags %u are unknown; pack it again",
+        return fail(error, MKB_ERROR_FORMAT, "kind %u, pre-tokenizer %u or flags %u are unknown",
                     (unsigned)t->kind, (unsigned)t->pre_tokenizer, (unsigned)t->flags);
     marks = TOKENIZER_HEADER + 4 * ((uint64_t)t->tokens + 1);
     byte_ids = marks + ((uint64_t)t->tokens + 3) / 4 * 4;
@@ -3743,7 +3900,7 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
     added = merges + 12 * (uint64_t)t->merges;
     end = added + 4 * ((uint64_t)t->added[0] + t->added[1]);
     if (end > size || (uint64_t)t->added[0] + t->added[1] > t->tokens)
-        return fail(error, MKB_ERROR_FORMAT, "tokenizer: %u tokens and %u merges do not fit into its %lu bytes",
+        return fail(error, MKB_ERROR_FORMAT, "%u tokens and %u merges do not fit into its %lu bytes",
                     (unsigned)t->tokens, (unsigned)t->merges, (unsigned long)size);
     t->starts = bytes + TOKENIZER_HEADER;
     t->marks = bytes + marks;
@@ -3758,20 +3915,20 @@ static int tokenizer_locate(tokenizer_tables *t, const unsigned char *bytes, siz
 static int check_tokens(const tokenizer_tables *t, uint64_t rest, char *error) {
     uint32_t last = read_u32(t->starts);
     size_t size;
-    if (last != 0) return fail(error, MKB_ERROR_FORMAT, "tokenizer: token 0 begins at byte %u", (unsigned)last);
+    if (last != 0) return fail(error, MKB_ERROR_FORMAT, "token 0 begins at byte %u", (unsigned)last);
     for (size_t id = 0; id < t->tokens; id++) {
         uint32_t next = read_u32(t->starts + 4 * id + 4);
         if (next < last || next > rest)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: token %lu ends outside of its bytes", (unsigned long)id);
+            return fail(error, MKB_ERROR_FORMAT, "token %lu ends outside of its bytes", (unsigned long)id);
         if (t->marks[id] > 7)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: token %lu has mark %u", (unsigned long)id, t->marks[id]);
+            return fail(error, MKB_ERROR_FORMAT, "token %lu has mark %u", (unsigned long)id, t->marks[id]);
         last = next;
     }
     for (unsigned byte = 0; byte < 256; byte++) {
         uint32_t id = read_u32(t->byte_ids + 4 * (size_t)byte);
         const unsigned char *token = id < t->tokens ? find_token_bytes(t, id, &size) : NULL;
         if (!token || size != 1 || token[0] != byte)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: byte %u has no token", byte);
+            return fail(error, MKB_ERROR_FORMAT, "byte %u has no token", byte);
     }
     return MKB_OK;
 }
@@ -3794,9 +3951,9 @@ static int check_added(tokenizer_tables *t, char *error) {
         int group = i >= t->added[0];
         size_t size = 0;
         const unsigned char *token = is_added(t, id) ? find_token_bytes(t, id, &size) : NULL;
-        if (size == 0) return fail(error, MKB_ERROR_FORMAT, "tokenizer: added token %u is none", (unsigned)id);
+        if (size == 0) return fail(error, MKB_ERROR_FORMAT, "added token %u is none", (unsigned)id);
         if (i != 0 && i != t->added[0] && compare_tokens(t, read_u32(t->added_ids + 4 * (size_t)i - 4), id) >= 0)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: added token %u is out of order", (unsigned)id);
+            return fail(error, MKB_ERROR_FORMAT, "added token %u is out of order", (unsigned)id);
         t->first_bytes[group][token[0] / 32] |= (uint32_t)1 << token[0] % 32;
     }
     return MKB_OK;
@@ -3817,9 +3974,9 @@ static int index_merges(tokenizer_tables *t, char *error) {
         const unsigned char *merge = t->merge_table + 12 * (size_t)rank;
         uint32_t left = read_u32(merge), right = read_u32(merge + 4), slot = hash_pair(left, right);
         if (left >= t->tokens || right >= t->tokens || read_u32(merge + 8) >= t->tokens)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: merge %u is of tokens that do not exist", (unsigned)rank);
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is of tokens that do not exist", (unsigned)rank);
         if (find_merge(t, left, right) != NO_RANK)
-            return fail(error, MKB_ERROR_FORMAT, "tokenizer: merge %u is there twice", (unsigned)rank);
+            return fail(error, MKB_ERROR_FORMAT, "merge %u is there twice", (unsigned)rank);
         while (t->merge_slots[slot & t->merge_mask]) slot++;
         t->merge_slots[slot & t->merge_mask] = rank + 1;
     }
@@ -3847,20 +4004,27 @@ static void tokenizer_close(tokenizer_tables *t) {
     memset(t, 0, sizeof *t);
 }
 
-static int tokenizer_check(mkb_model *m, char *error) {
+static int read_tables(mkb_model *m, char *error) {
     tokenizer_tables *t = &m->tables;
     int status = tokenizer_locate(t, m->tokenizer, (size_t)m->tokenizer_bytes, error);
     if (status) return status;
     if (t->tokens != m->set.tokenizer_size)
-        return fail(error, MKB_ERROR_FORMAT, "%s: the tokenizer has %lu tokens, the header says %lu; pack the model again",
-                    m->name, (unsigned long)t->tokens, (unsigned long)m->set.tokenizer_size);
+        return fail(error, MKB_ERROR_FORMAT, "%lu tokens, the header says %lu", (unsigned long)t->tokens,
+                    (unsigned long)m->set.tokenizer_size);
     status = check_tokens(t, m->tokenizer_bytes - (uint64_t)(t->bytes - m->tokenizer), error);
     if (status) return status;
     if (!(t->marks[m->set.document_token] & MARK_SPECIAL))
-        return fail(error, MKB_ERROR_FORMAT, "%s: document_token %lu is no special token; pack the model again", m->name,
-                    (unsigned long)m->set.document_token);
+        return fail(error, MKB_ERROR_FORMAT, "document_token %lu is no special token", (unsigned long)m->set.document_token);
     if ((status = check_added(t, error)) || (status = index_merges(t, error))) return status;
     return index_words(t, error);
+}
+
+static int tokenizer_check(mkb_model *m, char *error) {
+    char reason[MKB_ERROR_BYTES];
+    int status = read_tables(m, reason);
+    if (!status) return MKB_OK;
+    return fail(error, status, "%s: tokenizer: %s%s", m->name, reason,
+                status == MKB_ERROR_FORMAT ? "; copy or pack the model again" : "");
 }
 
 /* ---- 9 sampling ----
@@ -5178,7 +5342,6 @@ static int say(chat *c, char *text, size_t bytes) {
     int status = begin_chat(c);
     if (status) return free(text), status;
     status = add_turn(c, text, bytes);
-    if (!status && !c->chatml) status = read_text(c, " ", bytes ? 1 : 0, 0, 0);
     if (!status) status = read_text(c, text, bytes, 0, 0);
     if (!status) status = read_text(c, c->closing, strlen(c->closing), 1, 1);
     if (!status) return answer(c);
@@ -5196,10 +5359,14 @@ static char *copy_text(const char *text, size_t bytes) {
     return copy;
 }
 
+/* Words of most tokenizers hold the blank before them, so it is a part of what the user says. */
 static int say_copy(chat *c, const char *text, size_t bytes) {
-    char *copy = copy_text(text, bytes);
+    size_t blank = !c->chatml;
+    char *copy = malloc(bytes + 2);
     if (!copy) return fail(c->s.error, MKB_ERROR_MEMORY, "no memory for a text of this size");
-    return say(c, copy, bytes);
+    copy[0] = ' ';
+    memcpy(copy + blank, text, bytes);
+    return say(c, copy, bytes + blank);
 }
 
 /* --- commands of the chat --- */

@@ -1,0 +1,335 @@
+"""The program in C: the text of `mixkabrn generate`, whole characters, stop strings, and chats whose state is exact."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.train_tokenizer import train_tokenizer
+from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.runtime.build import compile_runtime
+from kabrn_dist.runtime.native import NativeModel
+from tests.support.text_models import train_bpe, write_scripted_model, write_text_model
+
+ROOT = Path(__file__).parents[2]
+BPE = train_tokenizer([(ROOT / "README.md").read_text(encoding="utf-8")], 300)
+# After a colon it says "Héi", and goes on as the user.
+BYTES = Tokenizer.of_bytes()
+SCRIPT = ":Héi\nUser:".encode()
+SECONDS = 120
+
+
+def run(*arguments: object, stdin: bytes = b"", expect: int = 0) -> tuple[bytes, str]:
+    command = [str(compile_runtime("program")), *map(str, arguments)]
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=SECONDS, check=False)
+    errors = done.stderr.decode(errors="replace")
+    assert done.returncode == expect, errors
+    return done.stdout, errors
+
+
+def chat(model: Path, *lines: str, options: tuple[object, ...] = ()) -> tuple[list[str], str]:
+    """The answers to some lines, and what was said besides."""
+    out, errors = run("chat", model, *options, stdin="".join(f"{line}\n" for line in lines).encode())
+    return out.decode().splitlines(), errors
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scripted") / "m.mkb"
+    write_scripted_model(path, BYTES, SCRIPT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("random") / "m.mkb"
+    write_text_model(path, BPE)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "hybrid"])
+def test_the_likeliest_text_is_that_of_python(kind: str, tmp_path: Path) -> None:
+    tokenizer = BYTES if kind == "bytes" else BPE
+    overrides = ["model.layers=RAR"] if kind == "hybrid" else []
+    random_model = write_text_model(tmp_path / "m.mkb", tokenizer, *overrides)
+    for prompt in ("", "def f(x):\n", "Ελληνικά 漢字 👩‍💻 <|document|>"):
+        expected = "".join(random_model.generate(prompt, tokenizer, tokens=60, temperature=0))
+        out, errors = run("generate", tmp_path / "m.mkb", "--prompt", prompt, "--tokens", 60, "--temperature=0")
+        assert out.decode() == prompt + expected and "tokens/s]" in errors
+        out, errors = run(
+            *("generate", tmp_path / "m.mkb", "-", "--tokens", 60, "--temperature", 0, "--quiet"),
+            stdin=prompt.encode(),
+        )
+        assert out.decode() == expected and errors == ""
+
+
+@pytest.mark.slow
+def test_draws_depend_on_the_seed_alone(model: Path) -> None:
+    texts = [run("generate", model, "--seed", seed, "--quiet")[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    settings = "--top-k 0 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.2 --repetition-window 32 --threads 2"
+    assert run("generate", model, *settings.split(), "--verify")[0]
+
+
+@pytest.mark.slow
+def test_a_saved_text_goes_on_with_the_same_bits(model: Path, tmp_path: Path) -> None:
+    whole, _ = run("generate", model, "--prompt", "One", "--tokens", 80, "--seed", 3, "--quiet")
+    part, _ = run(
+        *("generate", model, "--prompt", "One", "--tokens", 30, "--seed", 3, "--quiet", "--state-out", tmp_path / "s")
+    )
+    # Characters that are cut between the parts come out as U+FFFD; compare the ids of what is not cut.
+    rest, _ = run("generate", model, "--tokens", 50, "--quiet", "--state-in", tmp_path / "s")
+    common = part.decode().rstrip("\ufffd")
+    assert whole.decode().startswith(common) and whole.decode().endswith(rest.decode().lstrip("\ufffd")[-60:])
+    other, _ = run("generate", model, "--tokens", 50, "--quiet", "--state-in", tmp_path / "s", "--seed", 4)
+    assert other != rest
+
+
+@pytest.mark.slow
+def test_stop_strings_are_never_shown(scripted: Path) -> None:
+    base = ["generate", scripted, "--prompt", "User:", "--temperature", 0, "--quiet"]
+    cycle = "Héi\nUser:" * 60
+    assert run(*base, "--tokens", 101)[0].decode() == cycle.encode()[:101].decode()
+    for stop, expected in (("\nUser:", "Héi"), ("r:H", "Héi\nUse"), ("éi\nU", "H"), ("H", ""), ("é", "H")):
+        assert run(*base, "--stop", stop)[0].decode() == expected
+    # What begins like a stop string, but is none, is shown; so is what the end cuts off.
+    assert run(*base, "--tokens", 9, "--stop", "Use!", "--stop", "User:X")[0].decode() == "Héi\nUser"
+    assert run(*base, "--stop", "ser:", "--stop", "User")[0].decode() == "Héi\n"
+    # A part of a character.
+    assert run(*base, "--tokens", 2)[0].decode() == "H\ufffd"
+
+
+def compare_states(path: Path, state: Path, text: str | list[int]) -> float:
+    """How far the logits after a saved state and one more token are from those after a document of this text."""
+    with NativeModel(path) as native, native.context() as saved, native.context() as fresh:
+        saved.load_state(state)
+        fresh.decode([native.info.document_token, *(text.encode() if isinstance(text, str) else text)])
+        assert fresh.position == saved.position
+        ours, theirs = saved.decode([65]), fresh.decode([65])
+        assert ours is not None and theirs is not None
+        return float(np.abs(ours - theirs).max())
+
+
+@pytest.mark.slow
+def test_the_state_of_a_chat_is_its_text(scripted: Path, tmp_path: Path) -> None:
+    greedy = ("--temperature", 0)
+    answers, errors = chat(scripted, "one", "two", f"/save {tmp_path / 's'}", options=greedy)
+    assert answers == ["Héi", "Héi"] and "ChatML" not in errors
+    text = "User: one\nAssistant:Héi\nUser: two\nAssistant:Héi\nUser:"
+    assert compare_states(scripted, tmp_path / "s", text) < 1e-4
+    # A turn reads its own text alone: " two\nAssistant:".
+    assert "[15 tokens read, " in errors.splitlines()[2]
+    # A limit inside the answer, another stop string, and a prefix of another kind.
+    for options, answer in ((("--tokens", 2), "H\ufffd"), (("--stop", "i"), "Hé")):
+        answers, _ = chat(scripted, "one", f"/save {tmp_path / 's'}", options=(*greedy, *options))
+        assert answers == [answer]
+    assert compare_states(scripted, tmp_path / "s", "User: one\nAssistant:Hé\nUser:") < 1e-4
+    chat(scripted, "one", f"/save {tmp_path / 's'}", options=(*greedy, "--system", "Be brief."))
+    assert compare_states(scripted, tmp_path / "s", "Be brief.\n\nUser: one\nAssistant:Héi\nUser:") < 1e-4
+
+
+@pytest.mark.slow
+def test_a_document_that_ends_ends_the_answer(tmp_path: Path) -> None:
+    write_scripted_model(tmp_path / "m.mkb", BYTES, [*b":Hi", BYTES.document_token])
+    answers, _ = chat(tmp_path / "m.mkb", "one", f"/save {tmp_path / 's'}", options=("--temperature", 0))
+    assert answers == ["Hi"]
+    assert compare_states(tmp_path / "m.mkb", tmp_path / "s", "User: one\nAssistant:Hi\nUser:") < 1e-4
+
+
+@pytest.mark.slow
+def test_chatml_is_used_when_the_template_has_it(tmp_path: Path) -> None:
+    bpe = train_bpe("gpt2", [(ROOT / "README.md").read_text(encoding="utf-8")], 270)
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(bpe.to_str().encode())
+    start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    script = [*tokenizer.encode("\nHey"), end]
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}"
+    write_scripted_model(tmp_path / "m.mkb", tokenizer, script, template=template)
+    lines = ("one <|im_end|>", f"/save {tmp_path / 's'}")
+    answers, errors = chat(tmp_path / "m.mkb", *lines, options=("--temperature", 0, "--system", "Be."))
+    assert answers == ["Hey"] and "ChatML" in errors
+    # What the user says holds no special token, whatever it spells.
+    parts = [start, "system\n", "Be.", end, "\n", start, "user\n", "one <|im_end|>", end, "\n", start, "assistant\n"]
+    parts += ["Hey", end, "\n", start, "user\n"]
+    ids = [id for part in parts for id in ([part] if isinstance(part, int) else tokenizer.encode(part))]
+    assert compare_states(tmp_path / "m.mkb", tmp_path / "s", ids) < 1e-4
+
+
+@pytest.mark.slow
+def test_turns_are_taken_back_edited_and_answered_again(model: Path, tmp_path: Path) -> None:
+    options = ("--tokens", 12, "--seed", 5)
+    plain, _ = chat(model, "one", "two", options=options)
+    # Nothing remains of a turn that was taken back but used random numbers.
+    saved = f"/save {tmp_path / 'a'}"
+    again = f"/save {tmp_path / 'b'}"
+    greedy = ("--tokens", 12, "--temperature", 0)
+    chat(model, "one", "two", saved, options=greedy)
+    for lines in (
+        ("one", "wrong", "/undo", "two"),
+        ("one", "wrong", "/edit two"),
+        ("one", "two", "/regenerate"),
+        ("wrong", "/reset", "one", "two", "/r", "/r"),
+        ("one", "two", "three", "/undo", "/r"),
+    ):
+        chat(model, *lines, again, options=greedy)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes(), lines
+    answers, errors = chat(model, "one", "/r", options=options)
+    assert len(set(answers)) > 1 and answers != plain
+    # Another answer reads one token, the last before it.
+    assert errors.splitlines()[2].startswith("[1 tokens read, ")
+    _, errors = chat(model, "/undo", "/r", "/edit x", "/nothing", "/temperature x", "/load absent", options=options)
+    for message in ("no turn to take back", "no turn to edit", "no such command", "needs a number", "No such file"):
+        assert message in errors
+
+
+@pytest.mark.slow
+def test_a_saved_chat_goes_on_with_the_same_bits(model: Path, tmp_path: Path) -> None:
+    options = ("--tokens", 20, "--seed", 6, "--quiet")
+    whole, _ = chat(model, "one", f"/save {tmp_path / 's'}", "two", "three", options=options)
+    rest, _ = chat(model, f"/load {tmp_path / 's'}", "two", "three", options=("--tokens", 20, "--quiet"))
+    assert "\n".join(whole).endswith("\n".join(rest)) and rest
+    rest, _ = chat(model, "two", "three", options=("--tokens", 20, "--quiet", "--state-in", tmp_path / "s"))
+    assert "\n".join(whole).endswith("\n".join(rest)) and rest
+
+
+@pytest.mark.slow
+def test_many_turns_are_bounded(scripted: Path) -> None:
+    answers, errors = chat(scripted, *["x"] * 40, *["/undo"] * 33, options=("--temperature", 0))
+    assert answers == ["Héi"] * 40 and errors.count("no turn to take back") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate"], 2, "usage: mixkabrn generate MODEL"),
+        (["generate", "MODEL", "--bad"], 2, "--bad is no option here"),
+        (["generate", "MODEL", "--tokens", "0"], 2, "--tokens 0: use a whole number from 1"),
+        (["generate", "MODEL", "--tokens", "-3"], 2, "--tokens -3: use a whole number"),
+        (["generate", "MODEL", "--seed", "x"], 2, "--seed x: use a whole number"),
+        (["generate", "MODEL", "--temperature", "nan"], 2, "temperature"),
+        (["generate", "MODEL", "--top-p", "2"], 2, "top_p 2: use more than 0"),
+        (["generate", "MODEL", "--stop", ""], 2, "--stop: use a text"),
+        (["generate", "MODEL", "--stop", b"\xff"], 2, "--stop: not UTF-8"),
+        (["generate", "MODEL", "--prompt"], 2, "--prompt needs a value"),
+        (["generate", "MODEL", "-", "--prompt", "x"], 2, "give one of them"),
+        (["generate", "MODEL", "MODEL"], 2, "one model file is enough"),
+        (["generate", "absent.mkb"], 1, "absent.mkb: cannot be opened: No such file"),
+        (["generate", "MODEL", "--prompt-file", "absent.txt"], 1, "absent.txt: cannot be opened: No such file"),
+        (["generate", "MODEL", "--prompt-file", "/"], 1, "/: cannot be read"),
+        (["generate", "MODEL", "--state-in", "absent.mks"], 1, "absent.mks: cannot be opened"),
+        (["generate", "MODEL", "--state-in", "MODEL"], 1, "is not a saved state"),
+        (["generate", "MODEL", "--state-out", "/absent/s"], 1, "/absent/s: cannot be written: No such file"),
+        (["chat", "MODEL", "--user-prefix", ""], 2, "--user-prefix"),
+        (["tokenize", "MODEL", "--tokens", "3"], 2, "--tokens is no option here"),
+    ],
+)
+def test_mistakes_are_answered_in_a_line(arguments: list[str | bytes], code: int, message: str, model: Path) -> None:
+    program = str(compile_runtime("program"))
+    command = [program, *(str(model) if argument == "MODEL" else argument for argument in arguments)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
+    assert done.returncode == code and message.encode() in done.stderr, done.stderr
+    if code == 1:
+        assert done.stderr.strip().count(b"\n") <= 2
+
+
+@pytest.mark.slow
+def test_any_prompt_is_read(model: Path, tmp_path: Path) -> None:
+    few = ("--tokens", 3, "--quiet")
+    for content in (b"", b"\xff\xfe\x00\xc3", b"\x00" * 10):
+        (tmp_path / "p").write_bytes(content)
+        assert run("generate", model, "--prompt-file", tmp_path / "p", *few)[0]
+        out, _ = run("tokenize", model, "--prompt-file", tmp_path / "p")
+        assert BPE.decode_bytes([int(id) for id in out.split()]) == content
+    out, _ = run("tokenize", model, "-", stdin=b"word " * 2_000_000)
+    assert len(out.split()) == len(BPE.encode("word " * 1000)) // 1000 * 2_000_000 or len(out.split()) > 1_000_000
+
+
+@pytest.mark.slow
+def test_an_output_that_is_closed_or_full_is_told(model: Path) -> None:
+    program = str(compile_runtime("program"))
+    command = [program, "generate", str(model), "--tokens", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(5)
+        process.stdout.close()
+        assert b"cannot be written: Broken pipe" in process.stderr.read()
+    assert process.returncode == 1
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=SECONDS, check=False)
+    assert done.returncode == 1 and b"No space left" in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_generate(model: Path) -> None:
+    command = [str(compile_runtime("program")), "generate", str(model), "--tokens", "1000000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(100)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130 and b"interrupted" in errors and b"tokens/s]" in errors
+
+
+class Terminal:
+    """A chat on a pseudo-terminal."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.output = ""
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            os.execv(str(compile_runtime("program")), ["mixkabrn", *map(str, arguments)])
+
+    def wait_for(self, pattern: str) -> str:
+        """Read until a pattern; return what came up to its end."""
+        end = time.monotonic() + SECONDS
+        while not (found := re.search(pattern, self.output)):
+            assert time.monotonic() < end, self.output
+            if select.select([self.file], [], [], 1)[0]:
+                self.output += os.read(self.file, 65536).decode(errors="replace")
+        text, self.output = self.output[: found.end()], self.output[found.end() :]
+        return text
+
+    def send(self, text: str) -> None:
+        os.write(self.file, text.encode())
+
+    def close(self) -> int:
+        """Return the exit code."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.file)
+        return os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.slow
+def test_a_chat_on_a_terminal_obeys_the_keys(scripted: Path, model: Path) -> None:
+    compile_runtime("program")
+    terminal = Terminal("chat", scripted, "--temperature", 0)
+    assert "/help" in terminal.wait_for("> ")
+    terminal.send("one\n")
+    assert "Héi\r\n" in terminal.wait_for("> ")
+    terminal.send("two\\\n")
+    terminal.send("three\n")
+    assert "Héi\r\n" in terminal.wait_for("> ")
+    terminal.send("\x04")
+    assert terminal.close() == 0
+    terminal = Terminal("chat", model, "--tokens", 1000000000)
+    terminal.wait_for("> ")
+    terminal.send("endless\n")
+    terminal.wait_for(r"endless\r\n(?s:.){200}")
+    terminal.send("\x03")
+    # The answer ends, the chat goes on; a terminal is told nothing that it would obey.
+    assert "\x1b" not in terminal.wait_for(r"tokens/s\]\r\n> ")
+    terminal.send("/undo\n")
+    terminal.wait_for("> ")
+    terminal.send("\x03")
+    assert terminal.close() == 0
