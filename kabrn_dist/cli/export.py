@@ -29,8 +29,8 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=("trained", "bf16", "fp32"),
         default="trained",
         help="dtype of the weights: as the trainer computes with them, so that ternary codes and scales are the "
-        "trainer's (default); bf16 takes half of fp32's bytes; fp32 has the weights that the optimizer updates, to go on "
-        "training elsewhere. In another dtype than the trainer's, its codes and scales are written too",
+        "trainer's (default); bf16 takes half of fp32's bytes; fp32 has the weights that the optimizer updates, to go "
+        "on training elsewhere. In another dtype than the trainer's, its codes and scales are written too",
     )
     parser.add_argument(
         "--step", type=whole_number, metavar="N", help="step of the checkpoint (default: the newest intact one)"

@@ -82,3 +82,7 @@ def test_the_installed_command_goes_from_text_to_text(tmp_path: Path) -> None:
     assert "experts" in mixkabrn("report", "experts", "runs/small")
     assert (folder / "runs" / "small" / "report" / "load.png").exists()
     assert "top_k" in mixkabrn("config", "model.experts")
+    packed = mixkabrn("pack", "exports/small", "--out", "pi/small.mkb", "--sources")
+    assert "next: mixkabrn chat pi/small.mkb" in packed
+    run("cc", "-O2", "pi/mixkabrn.c", "-o", "pi/mixkabrn", "-lm", "-lpthread")
+    assert run("pi/mixkabrn", "generate", "pi/small.mkb", "--prompt", "def ", "--tokens", "5").startswith("def ")

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,22 @@ def test_a_saved_chat_goes_on_with_the_same_bits(model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_turn_for_which_caches_have_no_room_is_taken_back(tmp_path: Path) -> None:
+    write_text_model(tmp_path / "m.mkb", BYTES, "model.layers=RAR")
+    options = ("--temperature", 0, "--tokens", 10, "--context", 120)
+    plain, _ = chat(tmp_path / "m.mkb", "one", "two", options=options)
+    # Too long to be read, and too long to be answered.
+    for text in ("x" * 200, "x" * 75):
+        answers, errors = chat(tmp_path / "m.mkb", "one", text, "two", options=options)
+        assert "room for 120 tokens in its attention layers; use a larger --context" in errors
+        assert "\n".join(answers).endswith("\n".join(plain)[-8:]) and "\n".join(plain[:1]) in "\n".join(answers)
+    out, _ = run("generate", tmp_path / "m.mkb", "--tokens", 300, "--quiet")
+    assert out
+    _, errors = run("generate", tmp_path / "m.mkb", "--prompt", "x" * 30, "--context", 20, expect=1)
+    assert "use a larger --context" in errors
+
+
+@pytest.mark.slow
 def test_many_turns_are_bounded(scripted: Path) -> None:
     answers, errors = chat(scripted, *["x"] * 40, *["/undo"] * 33, options=("--temperature", 0))
     assert answers == ["Héi"] * 40 and errors.count("no turn to take back") == 1
@@ -276,6 +293,8 @@ def test_ctrl_c_ends_generate(model: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read(100)
+        # The pipe is full by now, and the program waits for its reader.
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and b"interrupted" in errors and b"tokens/s]" in errors
@@ -304,7 +323,13 @@ class Terminal:
         os.write(self.file, text.encode())
 
     def close(self) -> int:
-        """Return the exit code."""
+        """Read to the end, and return the exit code."""
+        end = time.monotonic() + SECONDS
+        with suppress(OSError):
+            while time.monotonic() < end and os.read(self.file, 65536):
+                pass
+        if time.monotonic() >= end:
+            os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         os.close(self.file)
         return os.waitstatus_to_exitcode(status)

@@ -3206,8 +3206,11 @@ int mkb_state_get(const mkb_context *c, void *memory, size_t size, char error[MK
     return MKB_OK;
 }
 
+static int check_sampling(const mkb_sampling *s, char *error);
+
 /* All that can be wrong with a state, before anything of the context changes. */
 static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, size_t size, const char *name, char *error) {
+    sampler_state sampler;
     uint64_t position, most = has_attention(c->model) ? c->max_tokens : UINT64_MAX;
     if (size < STATE_BEGIN || memcmp(bytes, STATE_MAGIC, 8))
         return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; begin without one", name);
@@ -3225,6 +3228,9 @@ static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, s
         read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
         read_u32(bytes + STATE_HEADER + 64) > SAMPLER_WINDOW || read_u32(bytes + STATE_HEADER + 68) >= SAMPLER_WINDOW)
         return fail(error, MKB_ERROR_FORMAT, "%s is damaged or cut off; begin without it", name);
+    read_sampler(bytes + STATE_HEADER, &sampler);
+    if (check_sampling(&sampler.settings, NULL))
+        return fail(error, MKB_ERROR_FORMAT, "%s holds settings of sampling without meaning; begin without it", name);
     return MKB_OK;
 }
 
@@ -4567,7 +4573,8 @@ static int command_bench(int count, char **arguments) {
 
 /* --- text on its way to people --- */
 
-enum { MOST_STOPS = 16, STOP_BYTES = 256 };
+/* 16 of the command line, and those of turns. */
+enum { MOST_STOPS = 18, STOP_BYTES = 256 };
 
 /* Bytes of tokens become whole characters, and what may become a stop string is held back. */
 typedef struct {
@@ -4908,17 +4915,23 @@ typedef struct {
     char error[MKB_ERROR_BYTES];
 } session;
 
-/* What these commands need of the process: no death by a closed pipe, Ctrl-C noticed, no file under 0, 1 or 2. */
-static void prepare_process(void) {
+static void set_handler(int signal_number, void (*handler)(int), int flags) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = handler;
+    action.sa_flags = flags;
+    sigaction(signal_number, &action, NULL);
+}
+
+/* Notice Ctrl-C from now on. What is being written goes on; the reading of a line ends if `while_reading`. */
+static void catch_interrupts(int while_reading) { set_handler(SIGINT, note_interrupt, while_reading ? 0 : SA_RESTART); }
+
+/* What these commands need of the process: no death by a closed pipe, and no file under 0, 1 or 2. */
+static void prepare_process(void) {
     for (int i = 0; i < 3; i++)
         if (fcntl(i, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
-    sigemptyset(&action.sa_mask);
-    action.sa_handler = note_interrupt;
-    sigaction(SIGINT, &action, NULL);
-    action.sa_handler = SIG_IGN;
-    sigaction(SIGPIPE, &action, NULL);
+    set_handler(SIGPIPE, SIG_IGN, 0);
 }
 
 /* Tokens of a saved state, to make room for them; 0 if it cannot be read, which is told when it is loaded. */
@@ -5025,9 +5038,16 @@ static int write_answer(session *s, uint32_t limit, int trim) {
 
 static double rate_of(uint64_t count, double seconds) { return seconds > 0 ? (double)count / seconds : 0; }
 
+static void print_error(const session *s, int status) {
+    if (status == MKB_ERROR_FULL && s->context)
+        fprintf(stderr, "error: %s has room for %lu tokens in its attention layers; use a larger --context\n",
+                s->model->name, (unsigned long)s->context->max_tokens);
+    else fprintf(stderr, "error: %s\n", s->error);
+}
+
 static int report_status(const session *s, int status) {
     if (status == INTERRUPTED) fprintf(stderr, "\ninterrupted\n");
-    else if (status) fprintf(stderr, "error: %s\n", s->error);
+    else if (status) print_error(s, status);
     return status == INTERRUPTED || status == MKB_OK ? status : 1;
 }
 
@@ -5099,6 +5119,7 @@ static int generate_text(session *s, const char *prompt, size_t bytes) {
     size_t count;
     uint32_t *ids = list_ids(s, prompt, bytes, 0, 1, &count);
     int status = ids ? open_context(s, (uint64_t)count + 1 + o->tokens) : MKB_ERROR_MEMORY;
+    catch_interrupts(0);
     if (!status && !o->quiet) {
         show(&s->writer, prompt, bytes);
         fflush(stdout);
@@ -5299,20 +5320,6 @@ static int end_answer(chat *c) {
     return status;
 }
 
-/* Write an answer to what has been read; Ctrl-C ends it, but not the chat. */
-static int answer(chat *c) {
-    session *s = &c->s;
-    int status = write_answer(s, s->options->tokens, !c->chatml);
-    putchar('\n');
-    fflush(stdout);
-    was_interrupted = 0;
-    if (!status && !s->options->quiet)
-        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
-                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
-    s->tokens_read = 0;
-    return status ? status : end_answer(c);
-}
-
 /* Remember where a turn begins; the oldest is forgotten when there are too many. */
 static int add_turn(chat *c, char *text, size_t bytes) {
     chat_turn *turn;
@@ -5334,6 +5341,23 @@ static int take_back(chat *c) {
     free_turn(turn);
     free_turn(&c->asked);
     c->num_turns--;
+    return status;
+}
+
+/* Write an answer to what has been read. Ctrl-C ends it, but not the chat; after an error, such as full caches, the turn
+ * is taken back. */
+static int answer(chat *c) {
+    session *s = &c->s;
+    int status = write_answer(s, s->options->tokens, !c->chatml);
+    putchar('\n');
+    fflush(stdout);
+    was_interrupted = 0;
+    if (!status && !s->options->quiet)
+        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
+                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    s->tokens_read = 0;
+    if (!status) status = end_answer(c);
+    if (status) take_back(c);
     return status;
 }
 
@@ -5505,7 +5529,9 @@ static int run_chat(chat *c) {
     while (!c->failed) {
         long length;
         if (on_terminal) fputs("> ", stderr), fflush(stderr);
+        catch_interrupts(1);
         length = read_line(&line, &room);
+        catch_interrupts(0);
         if (length < 0 || !strcmp(line, "/quit")) break;
         was_interrupted = 0;
         if (length == 0) continue;
@@ -5515,7 +5541,7 @@ static int run_chat(chat *c) {
         was_interrupted = 0;
         c->failed = c->s.writer.failed;
         if (status == INTERRUPTED) remark("interrupted; the turn is taken back");
-        else if (status) fprintf(stderr, "error: %s\n", c->s.error);
+        else if (status) print_error(&c->s, status);
     }
     if (on_terminal && !c->failed) fputc('\n', stderr);
     free(line);
