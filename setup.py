@@ -47,17 +47,23 @@ setup(
         "parquet": ["pyarrow>=17"],
         # Shards behind a URL: HTTP, S3, Google Cloud Storage and the Hugging Face hub.
         "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "gcsfs", "huggingface_hub", "s3fs"],
+        # `mixkabrn serve`: HTTP, and the chat templates of model files.
+        "serve": ["uvicorn>=0.30", "starlette>=0.40", "jinja2>=3.1"],
         "dev": [
             "aiohttp>=3.9",
             "fsspec>=2024.6",
+            "jinja2>=3.1",
             "mypy",
+            "openai>=2",
             "pyarrow>=17",
             "pytest",
             "pytest-xdist",
             "ruff",
             "safetensors>=0.4.3",
             "scipy",
+            "starlette>=0.40",
             "types-PyYAML",
+            "uvicorn>=0.30",
         ],
     },
 )

@@ -32,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Start the runtime in place of this process; return only if it cannot be started."""
-    _check_model(options.model)
+    check_model_file(options.model)
     from kabrn_dist.runtime.build import compile_runtime
 
     program = compile_runtime("program")
@@ -46,8 +46,12 @@ def run(options: argparse.Namespace) -> int:
         ) from error
 
 
-def _check_model(model: Path) -> None:
-    """Answer a folder or another file with what makes it one, before anything is compiled."""
+def check_model_file(model: Path) -> None:
+    """Refuse a folder, or a file that is not there, with what makes a model file.
+
+    Raises:
+        UserError: for either.
+    """
     if model.is_dir():
         raise UserError(f"{model}: is a folder; pack it first: mixkabrn pack {model} --out model.mkb")
     if not model.exists():

@@ -127,8 +127,8 @@ def test_commands_work(name: str, tmp_path: Path, request: pytest.FixtureRequest
 
 
 # Examples of --help that need more than a small run: a network, minutes, several machines, files of one's own, or a
-# terminal, whose process they replace.
-TOO_LARGE = ("prepare", "train", "grow", "plan", "chat")
+# terminal, where they stay.
+TOO_LARGE = ("prepare", "train", "grow", "plan", "chat", "serve")
 
 
 def examples_of(name: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:

@@ -1,0 +1,138 @@
+"""`mixkabrn serve`: a model file over HTTP, with a page to chat and the interface of OpenAI's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, non_negative_int, number, positive_int
+from kabrn_dist.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from kabrn_dist.runtime.server.settings import ServerSettings
+
+DESCRIPTION = """Answers at / with a page to chat, and below /v1 as OpenAI's interface does: chat/completions,
+completions and models, with streaming. What was said is kept as states of fixed size, so a turn costs only its new
+tokens. Needs no torch, but: pip install 'kabrn_dist[serve]'. Other machines reach it only with --host and a token."""
+
+EXAMPLES = """  mixkabrn serve tiny.mkb
+  mixkabrn serve tiny.mkb --host 0.0.0.0 --token-file token.txt --contexts 2
+"""
+
+TOKEN_BYTES_LIMIT = 4096
+TOKEN_MIN_CHARACTERS = 16
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `mixkabrn serve`."""
+    parser = add_command(
+        subparsers, "serve", run, "answer over HTTP with a model file, as OpenAI's servers do", DESCRIPTION, EXAMPLES
+    )
+    parser.add_argument("model", type=given_path, metavar="FILE", help="file that `mixkabrn pack` wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=non_negative_int, default=8080, help="default 8080; 0: any that is free")
+    parser.add_argument("--token", default="", help="what clients must send; others can see it among the processes")
+    parser.add_argument("--token-file", type=given_path, metavar="F", help="file whose first line is the token")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="further name of this server; may be repeated"
+    )
+    parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="for one answer (default 1)")
+    parser.add_argument(
+        "--contexts", type=positive_int, metavar="N", help="answers at once (default: cores / threads, at most 4)"
+    )
+    parser.add_argument(
+        "--queue", type=non_negative_int, default=16, metavar="N", help="requests that may wait (default 16)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive_int, default=4096, metavar="N", help="longest answer (default 4096)"
+    )
+    parser.add_argument(
+        "--context-tokens",
+        type=positive_int,
+        default=8192,
+        metavar="N",
+        help="longest conversation of a model with attention layers (default 8192); others have no limit",
+    )
+    parser.add_argument(
+        "--timeout", type=number, default=300.0, metavar="S", help="seconds that an answer may take (default 300)"
+    )
+    parser.add_argument(
+        "--max-body", type=positive_int, default=4, metavar="MB", help="largest body of a request (default 4)"
+    )
+    parser.add_argument(
+        "--cache", type=non_negative_int, default=256, metavar="MB", help="memory for conversations (default 256)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C; return the exit code."""
+    from kabrn_dist.cli.chat import check_model_file
+
+    check_model_file(options.model)
+    settings = make_server_settings(options)
+    for name in ("starlette", "uvicorn"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"serve needs {name}, which is not installed; use: pip install 'kabrn_dist[serve]'"
+            ) from error
+    from kabrn_dist.runtime.server.listener import serve_model
+
+    serve_model(options.model, settings)
+    return 0
+
+
+def make_server_settings(options: argparse.Namespace) -> ServerSettings:
+    """Return the settings that the options ask for.
+
+    Raises:
+        UserError: for values that make no sense, and for an address that others reach without a token.
+    """
+    from kabrn_dist.runtime.server.settings import ServerSettings
+
+    if not (math.isfinite(options.timeout) and options.timeout > 0):
+        raise UserError(f"--timeout {options.timeout:g}: is no time to answer in; use 300")
+    if options.port > 65535:
+        raise UserError(f"--port {options.port}: is larger than 65535; use 8080")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    settings = ServerSettings(
+        host=options.host,
+        port=options.port,
+        threads=options.threads,
+        contexts=options.contexts or max(1, min(4, cores // options.threads)),
+        queue_limit=options.queue,
+        token=_read_token(options.token, options.token_file),
+        max_tokens=options.max_tokens,
+        context_tokens=options.context_tokens,
+        timeout=options.timeout,
+        body_bytes=options.max_body << 20,
+        cache_bytes=options.cache << 20,
+        hosts=tuple(name.lower() for name in options.allow_host),
+    )
+    if not settings.is_loopback and not settings.token:
+        raise UserError(f"--host {options.host}: others can reach it; add --token-file FILE, or use 127.0.0.1")
+    return settings
+
+
+def _read_token(token: str, file: Path | None) -> str:
+    if file is not None:
+        if token:
+            raise UserError("--token and --token-file: give one of them")
+        from kabrn_dist.utils.safe_open import read_plain
+
+        content = read_plain(file, TOKEN_BYTES_LIMIT, follow_links=True, remedy="write a token into its first line")
+        token = (content.decode(errors="replace").splitlines() or [""])[0].strip()
+    elif not token:
+        return ""
+    place = "--token" if file is None else str(file)
+    if len(token) < TOKEN_MIN_CHARACTERS or not all("!" <= character <= "~" for character in token):
+        raise UserError(
+            f"{place}: a token has at least {TOKEN_MIN_CHARACTERS} letters, digits and signs, without spaces; "
+            "make one with: openssl rand -hex 24"
+        )
+    return token
