@@ -12,7 +12,21 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import kabrn_dist
-from kabrn_dist.cli import chat, config, export, generate, grow, inspect, pack, page, plan, prepare, report, serve, train
+from kabrn_dist.cli import (
+    chat,
+    config,
+    export,
+    generate,
+    grow,
+    inspect,
+    pack,
+    page,
+    plan,
+    prepare,
+    report,
+    serve,
+    train,
+)
 from kabrn_dist.cli.parser import CommandParser
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.terminal import discard_output, is_stdout_full, open_closed_streams

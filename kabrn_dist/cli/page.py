@@ -7,8 +7,8 @@ import argparse
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path
 
 DESCRIPTION = """Compiles the runtime to WebAssembly and writes it with a page and a worker into a folder. Opened from
-the disk, its index.html asks for a model file and chats: nothing is installed, nothing is sent anywhere. Needs the package
-ziglang, the people who get the folder need but a browser."""
+the disk, its index.html asks for a model file and chats: nothing is installed, nothing is sent anywhere. Needs the
+package ziglang; the people who get the folder need but a browser."""
 
 EXAMPLES = """  mixkabrn page --out page
   # then open page/index.html and choose a file that `mixkabrn pack` wrote
