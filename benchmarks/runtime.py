@@ -3,7 +3,6 @@
 Models with random weights, packed by `mixkabrn pack`'s own code: one of which a token uses 30 M weights, and one of
 100 M in a file of about 120 MB. All figures are of one thread unless said, by the program's own `bench`:
 
-
 - weights a second of a matrix that stays in the cache, with each set of kernels that the machine supports;
 - decoding, its share of the measured read bandwidth, two threads, prefill, and the speed at token 100,000;
 - the first token from a cold start, restoring a state, memory beyond file and state, the program's size;
