@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-step bench-zero tables clean
+.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-runtime bench-step bench-zero tables wasm clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.bitlinear --quick --json runs/bench-bitlinear.json
 	$(BIN)/python -m benchmarks.zero --quick --json runs/bench-zero.json
 	$(BIN)/python -m benchmarks.step --quick --json runs/bench-step.json
+	$(BIN)/python -m benchmarks.runtime --quick --json runs/bench-runtime.json
 	$(BIN)/python -m benchmarks.quality --quick --text $(QUALITY_TEXT) --json runs/bench-quality.json
 
 # Any UTF-8 text file; the source of Python's library is on every machine.
@@ -89,6 +90,17 @@ bench-moe: setup
 bench-bitlinear: setup
 	$(BIN)/pip install --quiet --no-deps transformers==5.23.0 regex==2026.11.15 torchao==0.18.0
 	$(BIN)/python -m benchmarks.bitlinear --json runs/bench-bitlinear.json
+
+# ziglang and node are for WebAssembly, and are reported as missing without.
+bench-runtime: setup
+	$(BIN)/pip install --quiet ziglang==0.17.1
+	$(BIN)/pip install --quiet --constraint constraints.txt onnx==1.23.2 onnxruntime==1.32.0
+	$(BIN)/python -m benchmarks.runtime --json runs/bench-runtime.json
+
+# The chat page that needs no server, in page/.
+wasm: setup
+	$(BIN)/pip install --quiet ziglang==0.17.1
+	$(BIN)/mixkabrn page --out page
 
 # About two hours on two cores. transformers as for bench-moe.
 bench-step: setup

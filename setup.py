@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["kabrn_dist*", "data_prep*"]),
-    package_data={"kabrn_dist.kernels": ["*.c", "*.h"], "kabrn_dist.runtime": ["csrc/*.c", "csrc/*.h", "page/*.html"]},
+    package_data={"kabrn_dist.kernels": ["*.c", "*.h"], "kabrn_dist.runtime": ["csrc/*.c", "csrc/*.h", "page/*"]},
     entry_points={"console_scripts": ["mixkabrn = kabrn_dist.cli.main:main"]},
     python_requires=">=3.10",
     # What preparing data, training, generating and reporting need as they are configured by default.

@@ -12,12 +12,26 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import kabrn_dist
-from kabrn_dist.cli import chat, config, export, generate, grow, inspect, pack, plan, prepare, report, serve, train
+from kabrn_dist.cli import (
+    chat,
+    config,
+    export,
+    generate,
+    grow,
+    inspect,
+    pack,
+    page,
+    plan,
+    prepare,
+    report,
+    serve,
+    train,
+)
 from kabrn_dist.cli.parser import CommandParser
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.terminal import discard_output, is_stdout_full, open_closed_streams
 
-COMMANDS = (prepare, inspect, plan, train, generate, export, pack, chat, serve, report, grow, config)
+COMMANDS = (prepare, inspect, plan, train, generate, export, pack, chat, page, serve, report, grow, config)
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
 # The first process to end has its launcher end the others; the one that prints the message must be first.
 REPORT_SECONDS = 0.5

@@ -23,8 +23,11 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #if defined(__i386__) && !defined(__SSE2__)
-/* The x87 unit rounds to 64 bits where this file counts on 24. Without SSE2 on the command line, headers of AVX fail. */
-#pragma GCC target("sse2,fpmath=sse")
+/* The x87 unit rounds to 64 bits where this file counts on 24. SSE is in every Pentium III and Athlon XP. Without SSE2 on
+ * the command line, headers of AVX fail. */
+#ifndef __clang__
+#pragma GCC target("sse,fpmath=sse")
+#endif
 #define SSE_ONLY 1
 #endif
 
@@ -143,7 +146,7 @@ static void copy_words(void *to, const void *from, size_t count) {
 
 static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
-static double seconds_now(void) {
+UNUSED static double seconds_now(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
@@ -1427,6 +1430,12 @@ typedef struct {
 
 #define NO_TARGET
 FLOAT_KERNELS(any, NO_TARGET)
+#if defined(__SSE2__) || !defined(ON_X86)
+#define FLOATS_sse2 FLOATS_any
+#else
+#define TARGET_SSE2_FLOATS __attribute__((target("sse2")))
+FLOAT_KERNELS(sse2, TARGET_SSE2_FLOATS)
+#endif
 #ifdef HAS_AVX2
 #define TARGET_AVX2 __attribute__((target("avx2")))
 #define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq")))
@@ -2043,8 +2052,8 @@ static const kernel_set KERNELS[] = {
     {"avx2", cpu_has_avx2, ternary_avx2, bytes_avx2, &FLOATS_avx2},
 #endif
 #ifdef ON_X86
-    {"ssse3", cpu_has_ssse3, ternary_ssse3, bytes_sse2, &FLOATS_any},
-    {"sse2", cpu_has_sse2, ternary_sse2, bytes_sse2, &FLOATS_any},
+    {"ssse3", cpu_has_ssse3, ternary_ssse3, bytes_sse2, &FLOATS_sse2},
+    {"sse2", cpu_has_sse2, ternary_sse2, bytes_sse2, &FLOATS_sse2},
 #endif
 #ifdef HAS_DOTPROD
     {"dotprod", cpu_has_dotprod, ternary_dotprod, bytes_dotprod, &FLOATS_any},
@@ -4259,8 +4268,12 @@ typedef struct {
     int32_t *want, *got;
     int64_t *want_sums, *got_sums;
     float *values;
-    size_t across; /* the widest case */
+    size_t across;   /* the widest case */
+    uint64_t digest; /* of all sums, to compare machines */
 } test_buffers;
+
+/* FNV-1a, by whole numbers. */
+static void digest_sum(test_buffers *b, int64_t sum) { b->digest = (b->digest ^ (uint64_t)sum) * 0x100000001b3u; }
 
 /* Codes of all sizes, only the extreme ones, or all alike. */
 static int8_t random_code(test_random *r, size_t kind) {
@@ -4285,6 +4298,8 @@ static int test_ternary(const kernel_set *k, test_buffers *b, test_random *r, si
         x[t] = row;
     }
     ternary_scalar(b->tiles, across, rows, x, tokens, b->want);
+    for (size_t i = 0; i < sums; i++) digest_sum(b, b->want[i]);
+    if (k->ternary == ternary_scalar) return 0;
     memset(b->got, 0xff, sums * sizeof *b->got);
     k->ternary(b->tiles, across, rows, x, tokens, b->got);
     return memcmp(b->want, b->got, sums * sizeof *b->got) != 0;
@@ -4295,24 +4310,28 @@ static int test_bytes(const kernel_set *k, test_buffers *b, split_vector *x, tes
     x->size = columns;
     memset(x->high, 0, x->padded), memset(x->middle, 0, x->padded), memset(x->low, 0, x->padded);
     for (size_t i = 0; i < columns; i++)
-        b->values[i] = kind < 2 ? (kind ? -1.0f : 1.0f) : (float)((double)next_random(r) * 0x1p-60 - 8);
+        b->values[i] = kind < 2 ? (kind ? -1.0f : 1.0f) : (float)((double)(next_random(r) >> 40) * 0x1p-20 - 8);
     for (size_t i = 0; i < rows * columns; i++) b->weights[i] = random_code(r, kind);
     split(x, b->values);
     bytes_scalar(b->weights, rows, x, b->want_sums);
+    for (size_t i = 0; i < rows; i++) digest_sum(b, b->want_sums[i]);
+    if (k->bytes == bytes_scalar) return 0;
     memset(b->got_sums, 0xff, rows * sizeof *b->got_sums);
     k->bytes(b->weights, rows, x, b->got_sums);
     return memcmp(b->want_sums, b->got_sums, rows * sizeof *b->got_sums) != 0;
 }
 
 /* Compare a set of kernels with the scalar ones; returns the number of cases that differ. */
-static size_t test_kernels(const kernel_set *k, test_buffers *b, split_vector *x) {
+static size_t test_kernels(const kernel_set *k, test_buffers *b, split_vector *x, long cases) {
     test_random r = {1};
     size_t wrong = 0;
-    for (int i = 0; i < TEST_CASES; i++) {
-        size_t tokens = i % 4 ? 1 + random_below(&r, TEST_TOKENS) : 1;
-        wrong += (size_t)test_ternary(k, b, &r, 1 + random_below(&r, TEST_ACROSS), 1 + random_below(&r, TEST_ROW_TILES),
-                                      tokens);
-        wrong += (size_t)test_bytes(k, b, x, &r, 1 + random_below(&r, TEST_ACROSS * TILE), 1 + random_below(&r, TEST_BYTE_ROWS));
+    b->digest = 0xcbf29ce484222325u;
+    for (long i = 0; i < cases; i++) {
+        size_t tokens = i % 4 ? 1 + random_below(&r, TEST_TOKENS) : 1, across = 1 + random_below(&r, TEST_ACROSS);
+        size_t row_tiles = 1 + random_below(&r, TEST_ROW_TILES), columns = 1 + random_below(&r, TEST_ACROSS * TILE);
+        size_t rows = 1 + random_below(&r, TEST_BYTE_ROWS);
+        wrong += (size_t)test_ternary(k, b, &r, across, row_tiles, tokens);
+        wrong += (size_t)test_bytes(k, b, x, &r, columns, rows);
     }
     for (int i = 0; i < 4; i++) wrong += (size_t)test_ternary(k, b, &r, b->across, 1, 1 + (size_t)i % 2);
     return wrong;
@@ -4337,9 +4356,16 @@ static void end_test(test_buffers *b, split_vector *x) {
     for (size_t i = 0; i < sizeof all_of / sizeof *all_of; i++) free(all_of[i]);
 }
 
-static int command_selftest(void) {
+static long parse_count(const char *text, long least, long most);
+
+static int command_selftest(int count, char **arguments) {
+    long cases = count ? parse_count(arguments[0], 1, 1000000000) : TEST_CASES;
     test_buffers b = {0};
     split_vector x = {0};
+    if (cases < 0 || count > 1) {
+        fprintf(stderr, "usage: mixkabrn selftest [CASES]\n");
+        return 2;
+    }
     int status = !start_test(&b, &x);
     if (status) fprintf(stderr, "error: no memory for the test\n");
     for (int i = 0; i < NUM_KERNELS && b.across && !status; i++) {
@@ -4348,11 +4374,12 @@ static int command_selftest(void) {
             printf("%-11s not supported by this machine\n", k->name);
             continue;
         }
-        size_t wrong = test_kernels(k, &b, &x);
-        printf("%-11s %s: %d random cases, %lu differ from scalar\n", k->name, wrong ? "WRONG" : "ok", 2 * TEST_CASES + 4,
+        size_t wrong = test_kernels(k, &b, &x, cases);
+        printf("%-11s %s: %ld random cases, %lu differ from scalar\n", k->name, wrong ? "WRONG" : "ok", 2 * cases + 4,
                (unsigned long)wrong);
         status |= wrong != 0;
     }
+    if (b.digest) printf("digest of the sums, the same on all machines: %016llx\n", (unsigned long long)b.digest);
     end_test(&b, &x);
     return status;
 }
@@ -5580,7 +5607,7 @@ int main(int argc, char **argv) {
     if (!strcmp(command, "generate")) return command_generate(argc - 2, argv + 2);
     if (!strcmp(command, "chat")) return command_chat(argc - 2, argv + 2);
     if (!strcmp(command, "tokenize")) return command_tokenize(argc - 2, argv + 2);
-    if (!strcmp(command, "selftest")) return command_selftest();
+    if (!strcmp(command, "selftest")) return command_selftest(argc - 2, argv + 2);
     if (!strcmp(command, "bench")) return command_bench(argc - 2, argv + 2);
     return usage();
 }

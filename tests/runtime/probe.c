@@ -1,0 +1,75 @@
+/* The runtime's program with one more command, for tests on other machines:
+ *
+ *     probe logits MODEL…     for each model one line of 24 greedy ids, and one of hashes of logits' and state's bits
+ *
+ * Compile with -I of the runtime's sources. */
+#define main mixkabrn_main
+#include "mixkabrn.c"
+#undef main
+
+enum { PROMPT = 37, GREEDY = 24 };
+
+static uint64_t hash_floats(const float *values, size_t count) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, 4);
+        hash = (hash ^ bits) * 0x100000001b3u;
+    }
+    return hash;
+}
+
+static int write_greedy(mkb_context *c, const mkb_info *info, float *logits, char *error) {
+    uint32_t tokens[PROMPT];
+    for (size_t i = 0; i < PROMPT; i++) tokens[i] = (uint32_t)(i * 7919 % info->vocab_size);
+    int status = mkb_decode(c, tokens, PROMPT, logits, error);
+    uint64_t hash = hash_floats(logits, info->vocab_size);
+    for (int i = 0; i < GREEDY && !status; i++) {
+        tokens[0] = mkb_sample(c, logits);
+        printf("%lu ", (unsigned long)tokens[0]);
+        status = mkb_decode(c, tokens, 1, logits, error);
+    }
+    printf("\n%016llx %016llx", (unsigned long long)hash, (unsigned long long)hash_floats(logits, info->vocab_size));
+    for (size_t i = 0; i < 8 && i < info->vocab_size; i++) printf(" %.9g", (double)logits[i]);
+    putchar('\n');
+    return status;
+}
+
+static int write_state(mkb_context *c, char *error) {
+    size_t size = mkb_state_bytes(c);
+    unsigned char *state = malloc(size);
+    uint64_t hash = 0xcbf29ce484222325u;
+    int status = state ? mkb_state_get(c, state, size, error) : MKB_ERROR_MEMORY;
+    for (size_t i = 0; i < size && !status; i++) hash = (hash ^ state[i]) * 0x100000001b3u;
+    if (!status) status = mkb_state_set(c, state, size, error);
+    free(state);
+    printf("%016llx\n", (unsigned long long)hash);
+    return status;
+}
+
+static int probe(const char *path) {
+    char error[MKB_ERROR_BYTES] = "no memory";
+    mkb_model *m = NULL;
+    mkb_context *c = NULL;
+    mkb_info info;
+    int status = mkb_model_open(path, 1, &m, error);
+    if (!status) status = mkb_context_create(m, 1, PROMPT + GREEDY, &c, error);
+    if (!status) {
+        mkb_model_info(m, &info);
+        float *logits = malloc(info.vocab_size * sizeof *logits);
+        status = logits ? write_greedy(c, &info, logits, error) : MKB_ERROR_MEMORY;
+        if (!status) status = write_state(c, error);
+        free(logits);
+    }
+    if (status) fprintf(stderr, "error: %s\n", error);
+    mkb_context_destroy(c);
+    mkb_model_close(m);
+    return status != 0;
+}
+
+int main(int argc, char **argv) {
+    int status = 0;
+    if (argc < 3 || strcmp(argv[1], "logits")) return mixkabrn_main(argc, argv);
+    for (int i = 2; i < argc && !status; i++) status = probe(argv[i]);
+    return status;
+}

@@ -1,0 +1,102 @@
+"""The runtime in WebAssembly: greedy tokens are those of the native one; the page works from the disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.runtime.model_file import write_model_file
+from kabrn_dist.runtime.native import NativeModel
+from kabrn_dist.runtime.offline_page import PAGE, write_offline_page
+from kabrn_dist.runtime.wasm import WasmKind, compile_wasm
+from tests.support.models import MODEL_KINDS, make_model, make_model_config
+
+PROBE = Path(__file__).with_name("wasm_probe.js")
+KINDS = ("rational", "chebyshev", "bspline", "swiglu", "hybrid", "scale groups", "router groups", "plain")
+GREEDY = 24
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="ziglang is not installed"),
+]
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        config = make_model_config(*MODEL_KINDS[kind])
+        write_model_file(
+            make_model(config), config, Tokenizer.of_bytes(), 3, folder / f"{kind}.mkb", embedding_dtype="int8"
+        )
+    return sorted(folder.iterdir())
+
+
+def run_node(kind: WasmKind, *models: Path) -> list[dict[str, Any]]:
+    command = ["node", str(PROBE), str(PAGE / "worker.js"), str(compile_wasm(kind)), str(GREEDY), *map(str, models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def greedy_natively(path: Path) -> list[int]:
+    with NativeModel(path) as model, model.context(max_tokens=100) as context:
+        context.set_sampling(temperature=0)
+        logits = context.decode([i * 7919 % model.info.vocab_size for i in range(37)])
+        ids = []
+        for _ in range(GREEDY):
+            assert logits is not None
+            ids.append(context.sample(logits))
+            logits = context.decode(ids[-1:])
+    return ids
+
+
+@needs_node
+@pytest.mark.parametrize(("kind", "kernels"), [("simd", "wasm"), ("scalar", "scalar")])
+def test_greedy_tokens_are_those_of_the_native_runtime(kind: WasmKind, kernels: str, models: list[Path]) -> None:
+    for path, found in zip(models, run_node(kind, *models), strict=True):
+        assert found["kernels"] == kernels
+        assert found["ids"] == greedy_natively(path), path.name
+        assert found["tokens"] == Tokenizer.of_bytes().encode("Hé!\0")
+        # Asked again, it reads but the last token of what it has read before.
+        assert found["same"] and found["second"]["cachedTokens"] == found["first"]["promptTokens"] - 1
+
+
+@needs_node
+def test_a_damaged_model_is_an_error_of_one_line(models: list[Path], tmp_path: Path) -> None:
+    content = bytearray(models[0].read_bytes())
+    content[-70] ^= 1
+    (tmp_path / "m.mkb").write_bytes(content)
+    command = ["node", str(PROBE), str(PAGE / "worker.js"), str(compile_wasm("simd")), "1", str(tmp_path / "m.mkb")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1 and "is damaged" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_page_chats_from_the_disk(models: list[Path], tmp_path: Path) -> None:
+    browser = pytest.importorskip("tests.support.browser")
+    if browser.CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    write_offline_page(tmp_path / "page")
+    with browser.start_browser(tmp_path / "profile") as page:
+        page.open((tmp_path / "page" / "index.html").as_uri())
+        page.wait_for("document.getElementById('model-file')")
+        document = page.call("DOM.getDocument")["root"]["nodeId"]
+        node = page.call("DOM.querySelector", nodeId=document, selector="#model-file")["nodeId"]
+        page.call("DOM.setFileInputFiles", nodeId=node, files=[str(models[-1])])
+        page.wait_for(f"document.title === {json.dumps(models[-1].stem)}", 60)
+        page.evaluate("document.getElementById('input').focus()")
+        page.type("Hello")
+        page.press("Enter")
+        page.wait_for("!document.querySelector('.busy') && document.querySelectorAll('.numbers').length", 60)
+        assert page.evaluate("document.querySelector('#turns > :last-child .text').textContent.length") > 0
+        assert "tokens/s" in page.evaluate("document.querySelector('#turns > :last-child .numbers').textContent")
+        page.screenshot(tmp_path / "page.png")
+        assert page.errors == []
