@@ -79,6 +79,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNUSED __attribute__((unused))
 /* Small loops over registers: arrays of vectors stay in registers only if their loops vanish. */
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
