@@ -203,6 +203,22 @@ def test_a_saved_chat_goes_on_with_the_same_bits(model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_turn_for_which_caches_have_no_room_is_taken_back(tmp_path: Path) -> None:
+    write_text_model(tmp_path / "m.mkb", BYTES, "model.layers=RAR")
+    options = ("--temperature", 0, "--tokens", 10, "--context", 120)
+    plain, _ = chat(tmp_path / "m.mkb", "one", "two", options=options)
+    # Too long to be read, and too long to be answered.
+    for text in ("x" * 200, "x" * 75):
+        answers, errors = chat(tmp_path / "m.mkb", "one", text, "two", options=options)
+        assert "room for 120 tokens in its attention layers; use a larger --context" in errors
+        assert "\n".join(answers).endswith("\n".join(plain)[-8:]) and "\n".join(plain[:1]) in "\n".join(answers)
+    out, _ = run("generate", tmp_path / "m.mkb", "--tokens", 300, "--quiet")
+    assert out
+    _, errors = run("generate", tmp_path / "m.mkb", "--context", 20, expect=1)
+    assert "use a larger --context" in errors
+
+
+@pytest.mark.slow
 def test_many_turns_are_bounded(scripted: Path) -> None:
     answers, errors = chat(scripted, *["x"] * 40, *["/undo"] * 33, options=("--temperature", 0))
     assert answers == ["Héi"] * 40 and errors.count("no turn to take back") == 1

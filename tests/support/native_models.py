@@ -96,12 +96,9 @@ def write_random_model(
 
 @torch.no_grad()
 def read_by_torch(model: GenerativeModel, tokens: list[int]) -> torch.Tensor:
-    """Return the logits [T,C] after each of the tokens, read as one document in one call a prefix."""
-    ids = torch.tensor([tokens])
-    positions = torch.arange(len(tokens))[None]
-    return torch.stack(
-        [
-            model.decode(ids[:, : n + 1], torch.zeros_like(ids[:, : n + 1]), positions[:, : n + 1], None)[0][0]
-            for n in range(len(tokens))
-        ]
-    )
+    """Return the logits [T,C] after each of the tokens, read one by one as one document."""
+    logits, states, one = [], None, torch.zeros(1, 1, dtype=torch.int64)
+    for position, token in enumerate(tokens):
+        found, states = model.decode(one + token, one, one + position, states)
+        logits.append(found[0])
+    return torch.stack(logits)

@@ -22,9 +22,10 @@
 /* Vectors wider than the machine's are only passed to functions that are inlined. */
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#if defined(__i386__)
-/* The x87 unit rounds to 64 bits where this file counts on 24. */
+#if defined(__i386__) && !defined(__SSE2__)
+/* The x87 unit rounds to 64 bits where this file counts on 24. Without SSE2 on the command line, headers of AVX fail. */
 #pragma GCC target("sse2,fpmath=sse")
+#define SSE_ONLY 1
 #endif
 
 #if defined(__wasm__)
@@ -58,8 +59,13 @@
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #define ON_X86 1
+#ifdef SSE_ONLY
+#include <tmmintrin.h>
+#else
+#define HAS_AVX2 1
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -825,15 +831,39 @@ typedef uint32_t uvec __attribute__((vector_size(64), aligned(16)));
 typedef uint16_t hvec __attribute__((vector_size(32), aligned(16)));
 typedef int8_t bvec __attribute__((vector_size(16)));
 
+/* Vectors are passed by address: GCC has a remark on every build for those that are wider than registers. Inlined it is
+ * the same. */
 INLINE vec all(float x) { return x - (vec){0}; }
-INLINE vec magnitude(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
-INLINE vec pick(ivec which, vec x, vec y) { return (vec)((which & (ivec)x) | (~which & (ivec)y)); }
-INLINE vec larger(vec x, vec y) { return pick(x > y, x, y); }
-INLINE vec smaller(vec x, vec y) { return pick(x < y, x, y); }
+INLINE vec magnitude_of(const vec *x_) {
+    vec x = *x_;
+    return (vec)((uvec)x & 0x7fffffffu);
+}
+#define magnitude(x) magnitude_of((vec[]){x})
+INLINE vec pick_of(const ivec *which_, const vec *x_, const vec *y_) {
+    ivec which = *which_;
+    vec x = *x_, y = *y_;
+    return (vec)((which & (ivec)x) | (~which & (ivec)y));
+}
+#define pick(which, x, y) pick_of((ivec[]){which}, (vec[]){x}, (vec[]){y})
+INLINE vec larger_of(const vec *x_, const vec *y_) {
+    vec x = *x_, y = *y_;
+    return pick(x > y, x, y);
+}
+#define larger(x, y) larger_of((vec[]){x}, (vec[]){y})
+INLINE vec smaller_of(const vec *x_, const vec *y_) {
+    vec x = *x_, y = *y_;
+    return pick(x < y, x, y);
+}
+#define smaller(x, y) smaller_of((vec[]){x}, (vec[]){y})
 /* The whole number next to |x| < 2²², half to even: fp32 has no room for a fraction beside 1.5·2²³. */
-INLINE vec nearest(vec x) { return (x + 12582912.0f) - 12582912.0f; }
+INLINE vec nearest_of(const vec *x_) {
+    vec x = *x_;
+    return (x + 12582912.0f) - 12582912.0f;
+}
+#define nearest(x) nearest_of((vec[]){x})
 
-INLINE float sum(vec x) {
+INLINE float sum_of(const vec *x_) {
+    vec x = *x_;
     float part[LANES];
     memcpy(part, &x, sizeof part);
     UNROLL
@@ -842,15 +872,19 @@ INLINE float sum(vec x) {
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 }
+#define sum(x) sum_of((vec[]){x})
 
-INLINE int32_t whole_sum(ivec x) {
+INLINE int32_t whole_sum_of(const ivec *x_) {
+    ivec x = *x_;
     int32_t part[LANES], total = 0;
     memcpy(part, &x, sizeof part);
     for (int i = 0; i < LANES; i++) total += part[i];
     return total;
 }
+#define whole_sum(x) whole_sum_of((ivec[]){x})
 
-INLINE float largest(vec x) {
+INLINE float largest_of(const vec *x_) {
+    vec x = *x_;
     float part[LANES];
     memcpy(part, &x, sizeof part);
     UNROLL
@@ -859,6 +893,7 @@ INLINE float largest(vec x) {
         for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
     return part[0];
 }
+#define largest(x) largest_of((vec[]){x})
 
 /* Up to 16 numbers of a row of which `rest` are left; zeros behind them. */
 INLINE vec load(const float *from, size_t rest) {
@@ -868,10 +903,12 @@ INLINE vec load(const float *from, size_t rest) {
     return x;
 }
 
-INLINE void store(float *to, size_t rest, vec x) {
+INLINE void store_of(float *to, size_t rest, const vec *x_) {
+    vec x = *x_;
     if (rest >= LANES) memcpy(to, &x, sizeof x);
     else memcpy(to, &x, rest * 4);
 }
+#define store(to, rest, x) store_of(to, rest, (vec[]){x})
 
 INLINE vec load_codes(const int8_t *from, size_t rest) {
     bvec x = {0};
@@ -904,7 +941,8 @@ INLINE vec load_halves(const uint16_t *from, size_t rest) {
     for (size_t i = 0, rest = (n); i < (n); i += LANES, rest = (n) - i) __VA_ARGS__
 
 /* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
-INLINE vec exponential(vec x) {
+INLINE vec exponential_of(const vec *x_) {
+    vec x = *x_;
     x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
     /* eˣ = 2ⁿ·eʳ, |r| ≤ ln 2 / 2. ln 2 is taken off in two parts, of which the first makes an exact product. */
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
@@ -914,8 +952,13 @@ INLINE vec exponential(vec x) {
     /* n stands in the last bits beside 1.5·2²³; from there it is moved to an exponent's place. */
     return (vec)((uvec)p + ((uvec)shifted << 23));
 }
+#define exponential(x) exponential_of((vec[]){x})
 
-INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE vec sigmoid_of(const vec *x_) {
+    vec x = *x_;
+    return 1.0f / (1.0f + exponential(-x));
+}
+#define sigmoid(x) sigmoid_of((vec[]){x})
 
 /* A row on its way into a product: normalized, and rounded to int8 codes if the model is quantized. */
 typedef struct {
@@ -926,13 +969,15 @@ typedef struct {
 } row_out;
 
 /* Write codes of x·times, 16 at a time. NaN becomes 0; the row's scale says that it was there. */
-INLINE ivec write_codes(int8_t *to, size_t i, vec x) {
+INLINE ivec write_codes_of(int8_t *to, size_t i, const vec *x_) {
+    vec x = *x_;
     vec code = nearest(pick(x > 127.0f, all(127.0f), pick(x < -128.0f, all(-128.0f), pick(x == x, x, all(0)))));
     ivec whole = __builtin_convertvector(code, ivec);
     bvec small = __builtin_convertvector(whole, bvec);
     memcpy(to + i, &small, sizeof small);
     return whole;
 }
+#define write_codes(to, i, x) write_codes_of(to, i, (vec[]){x})
 
 /* Of a row: its squares' sum and its largest magnitude. */
 typedef struct { float squares, most; } row_size;
@@ -949,10 +994,12 @@ INLINE void finish_row_body(const float *y, size_t n, row_size size, row_out *ou
     out->total = whole_sum(total);
 }
 
-INLINE void measure(vec y, vec *squares, vec *most) {
+INLINE void measure_of(const vec *y_, vec *squares, vec *most) {
+    vec y = *y_;
     *squares += y * y;
     *most = larger(magnitude(y), *most);
 }
+#define measure(y, squares, most) measure_of((vec[]){y}, squares, most)
 
 INLINE row_size norm_row_body(const float *x, size_t n) {
     vec squares = {0}, most = {0};
@@ -982,19 +1029,23 @@ typedef struct {
     float factor, center, reach;
 } row_function;
 
-INLINE vec rational(const float *c, vec z) {
+INLINE vec rational_of(const float *c, const vec *z_) {
+    vec z = *z_;
     vec p = ((((c[5] * z + c[4]) * z + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
     vec inner = (((c[9] * z + c[8]) * z + c[7]) * z + c[6]) * z;
     return p * (1.0f / (1.0f + magnitude(inner)));
 }
+#define rational(c, z) rational_of(c, (vec[]){z})
 
 /* Σ cₙTₙ(u), and beyond the range a straight line. */
-INLINE vec chebyshev(const float *c, vec z) {
+INLINE vec chebyshev_of(const float *c, const vec *z_) {
+    vec z = *z_;
     vec u = pick(z > 1.0f, all(1.0f), pick(z < -1.0f, all(-1.0f), z)), outside = z - u;
     vec t2 = 2.0f * u * u - 1.0f, t3 = 2.0f * u * t2 - u;
     vec slope = c[1] + 4.0f * c[2] * u + c[3] * (6.0f * t2 + 3.0f);
     return c[0] + c[1] * u + c[2] * t2 + c[3] * t3 + slope * outside;
 }
+#define chebyshev(c, z) chebyshev_of(c, (vec[]){z})
 
 INLINE vec function_input(const row_function *f, size_t i, size_t rest, float factor) {
     return (f->codes ? load_codes(f->codes + i, rest) : load(f->values + i, rest)) * factor;
@@ -1041,7 +1092,8 @@ typedef struct {
 } spline_grid;
 
 /* The degree + 1 B-splines that are not zero, at a place 0…1 of an interval (Cox–de Boor on unit knots). */
-INLINE void nonzero_splines(uint32_t degree, vec place, vec *w) {
+INLINE void nonzero_splines_of(uint32_t degree, const vec *place_, vec *w) {
+    vec place = *place_;
     w[0] = all(1.0f);
     for (uint32_t p = 1; p <= degree; p++) {
         vec before = {0};
@@ -1052,9 +1104,11 @@ INLINE void nonzero_splines(uint32_t degree, vec place, vec *w) {
         }
     }
 }
+#define nonzero_splines(degree, place, w) nonzero_splines_of(degree, (vec[]){place}, w)
 
 /* The values at 16 inputs, and the interval of each. */
-INLINE ivec splines_at(const spline_grid *g, vec x, vec *w) {
+INLINE ivec splines_at_of(const spline_grid *g, const vec *x_, vec *w) {
+    vec x = *x_;
     vec place = (x - g->low) * g->per_step, zero = {0};
     vec within = smaller(larger(place, zero), all((float)g->intervals)), beyond = place - within;
     ivec interval = __builtin_convertvector(within, ivec), last = (ivec){0} + (int32_t)(g->intervals - 1);
@@ -1065,6 +1119,7 @@ INLINE ivec splines_at(const spline_grid *g, vec x, vec *w) {
     for (uint32_t r = 0; r <= g->degree; r++) w[r] += below * g->slopes[r] - above * g->slopes[g->degree - r];
     return interval;
 }
+#define splines_at(g, x, w) splines_at_of(g, (vec[]){x}, w)
 
 /* What no spline of the row exceeds; outside the grid the tangents decide. */
 INLINE float spline_bound(const spline_grid *g, float farthest) {
@@ -1099,8 +1154,10 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
 typedef struct { ivec base, splines; } spline_totals;
 
 /* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
-INLINE void put_splines(size_t size, ivec interval, uint32_t r, vec value, size_t i, size_t lanes, spline_out *out,
-                        ivec *total) {
+INLINE void put_splines_of(size_t size, const ivec *interval_, uint32_t r, const vec *value_, size_t i, size_t lanes,
+                           spline_out *out, ivec *total) {
+    ivec interval = *interval_;
+    vec value = *value_;
     int8_t codes[LANES];
     float values[LANES];
     int32_t at[LANES];
@@ -1116,8 +1173,12 @@ INLINE void put_splines(size_t size, ivec interval, uint32_t r, vec value, size_
     for (size_t lane = lanes; lane < LANES; lane++) whole[lane] = 0;
     *total += whole;
 }
+#define put_splines(size, interval, r, value, i, lanes, out, total) \
+    put_splines_of(size, (ivec[]){interval}, r, (vec[]){value}, i, lanes, out, total)
 
-INLINE void expand_inputs(const spline_grid *g, vec x, size_t i, size_t rest, spline_out *out, spline_totals *totals) {
+INLINE void expand_inputs_of(const spline_grid *g, const vec *x_, size_t i, size_t rest, spline_out *out,
+                             spline_totals *totals) {
+    vec x = *x_;
     vec w[MAX_DEGREE + 1], silu = x * sigmoid(x);
     ivec interval = splines_at(g, x, w);
     for (uint32_t r = 0; r <= g->degree; r++)
@@ -1125,6 +1186,7 @@ INLINE void expand_inputs(const spline_grid *g, vec x, size_t i, size_t rest, sp
     if (out->base.codes) totals->base += write_codes(out->base.codes, i, silu * out->base.scale);
     else store(out->base.values + i, rest, silu);
 }
+#define expand_inputs(g, x, i, rest, out, totals) expand_inputs_of(g, (vec[]){x}, i, rest, out, totals)
 
 INLINE void spline_row_body(const spline_grid *g, const float *x, size_t n, spline_out *out) {
     size_t size = g->intervals + g->degree;
@@ -1368,7 +1430,7 @@ typedef struct {
 
 #define NO_TARGET
 FLOAT_KERNELS(any, NO_TARGET)
-#ifdef ON_X86
+#ifdef HAS_AVX2
 #define TARGET_AVX2 __attribute__((target("avx2")))
 #define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq")))
 FLOAT_KERNELS(avx2, TARGET_AVX2)
@@ -1447,11 +1509,13 @@ static void bytes_scalar(const int8_t *weights, size_t rows, const split_vector 
     for (size_t r = 0; r < rows; r++) out[r] = split_dot(weights + r * x->size, x, 0);
 }
 
+#if defined(HAS_AVX2) || defined(__ARM_NEON)
 INLINE int32_t four_codes(const int8_t *code) {
     int32_t word;
     memcpy(&word, code, 4);
     return word;
 }
+#endif
 
 #ifdef ON_X86
 
@@ -1561,6 +1625,7 @@ TARGET_SSSE3 static void ternary_ssse3(const unsigned char *tiles, size_t across
         tile_row_ssse3(tiles + i / tokens * across * TILE_BYTES, across, x[i % tokens], out + i * TILE);
 }
 
+#ifdef HAS_AVX2
 TARGET_AVX2 static inline __attribute__((always_inline)) __m256i widen_avx2(__m256i total, __m256i ones,
                                                                            __m256i fours) {
     total = _mm256_add_epi32(total, _mm256_madd_epi16(ones, _mm256_set1_epi16(1)));
@@ -1664,7 +1729,7 @@ TARGET_AVXVNNI static void ternary_avxvnni(const unsigned char *tiles, size_t ac
 }
 #endif
 
-#if (defined(__clang__) && __clang_major__ >= 8) || (!defined(__clang__) && __GNUC__ >= 9)
+#if defined(HAS_AVX2) && ((defined(__clang__) && __clang_major__ >= 8) || (!defined(__clang__) && __GNUC__ >= 9))
 #define HAS_AVX512VNNI 1
 #define TARGET_VNNI512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define VNNI512_INLINE TARGET_VNNI512 static inline __attribute__((always_inline))
@@ -1788,18 +1853,24 @@ TARGET_VNNI512 static void bytes_vnni512(const int8_t *weights, size_t rows, con
 }
 #endif
 
+#ifdef HAS_AVXVNNI
 static int cpu_has_avxvnni(void) {
     unsigned a = 0, b, c, d;
     if (!__builtin_cpu_supports("avx2") || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return 0;
     return a >> 4 & 1;
 }
-static int cpu_has_sse2(void) { return __builtin_cpu_supports("sse2") != 0; }
-static int cpu_has_ssse3(void) { return __builtin_cpu_supports("ssse3") != 0; }
-static int cpu_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+#endif
+#ifdef HAS_AVX512VNNI
 static int cpu_has_vnni512(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+#endif
+static int cpu_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+#endif /* HAS_AVX2 */
+
+static int cpu_has_sse2(void) { return __builtin_cpu_supports("sse2") != 0; }
+static int cpu_has_ssse3(void) { return __builtin_cpu_supports("ssse3") != 0; }
 #endif /* ON_X86 */
 
 #if defined(__ARM_NEON)
@@ -1855,7 +1926,7 @@ static int cpu_has_neon(void) { return 1; }
 
 #if defined(__aarch64__) && defined(__linux__)
 #define HAS_DOTPROD 1
-#define TARGET_DOTPROD __attribute__((target("+dotprod")))
+#define TARGET_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
 TARGET_DOTPROD static void ternary_dotprod(const unsigned char *tiles, size_t across, size_t row_tiles,
                                            const int8_t *const *x, size_t tokens, int32_t *out) {
     uint8x16_t three = vdupq_n_u8(3);
@@ -1964,8 +2035,10 @@ static const kernel_set KERNELS[] = {
 #ifdef HAS_AVXVNNI
     {"avxvnni", cpu_has_avxvnni, ternary_avxvnni, bytes_avx2, &FLOATS_avx2},
 #endif
-#ifdef ON_X86
+#ifdef HAS_AVX2
     {"avx2", cpu_has_avx2, ternary_avx2, bytes_avx2, &FLOATS_avx2},
+#endif
+#ifdef ON_X86
     {"ssse3", cpu_has_ssse3, ternary_ssse3, bytes_sse2, &FLOATS_any},
     {"sse2", cpu_has_sse2, ternary_sse2, bytes_sse2, &FLOATS_any},
 #endif
@@ -2033,12 +2106,6 @@ typedef struct {
 #endif
 } thread_pool;
 
-static void do_share(thread_pool *p, int thread) {
-    size_t first = p->units * (size_t)thread / (size_t)p->threads;
-    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
-    if (first < last) p->work(p->argument, thread, first, last);
-}
-
 #ifdef MIXKABRN_NO_THREADS
 
 static int pool_start(thread_pool *p, int threads) {
@@ -2070,6 +2137,12 @@ INLINE void pause_briefly(void) {
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield");
 #endif
+}
+
+static void do_share(thread_pool *p, int thread) {
+    size_t first = p->units * (size_t)thread / (size_t)p->threads;
+    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
+    if (first < last) p->work(p->argument, thread, first, last);
 }
 
 /* Wait for a generation other than `seen`. */
@@ -3159,6 +3232,12 @@ int mkb_state_set(mkb_context *c, const void *bytes, size_t size, char error[MKB
     return set_state(c, (unsigned char *)(uintptr_t)bytes, size, "the state", error);
 }
 
+#ifdef __wasi__
+static long process_number(void) { return 1; }
+#else
+static long process_number(void) { return (long)getpid(); }
+#endif
+
 static int write_whole(int file, const unsigned char *bytes, size_t size) {
     while (size) {
         ssize_t done = write(file, bytes, MIN(size, (size_t)1 << 30));
@@ -3174,7 +3253,7 @@ static int replace_file(const char *path, const unsigned char *bytes, size_t siz
     char *beside = malloc(length + 32);
     int status = MKB_OK;
     if (!beside) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
-    snprintf(beside, length + 32, "%s.%ld.part", path, (long)getpid());
+    snprintf(beside, length + 32, "%s.%ld.part", path, process_number());
     int file = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), bad = file < 0;
     if (!bad) {
         bad = write_whole(file, bytes, size) || fsync(file);
@@ -4461,7 +4540,8 @@ static int command_bench(int count, char **arguments) {
 
 /* --- text on its way to people --- */
 
-enum { MOST_STOPS = 16, STOP_BYTES = 256 };
+/* 16 of the command line, and those of turns. */
+enum { MOST_STOPS = 18, STOP_BYTES = 256 };
 
 /* Bytes of tokens become whole characters, and what may become a stop string is held back. */
 typedef struct {
@@ -4919,9 +4999,16 @@ static int write_answer(session *s, uint32_t limit, int trim) {
 
 static double rate_of(uint64_t count, double seconds) { return seconds > 0 ? (double)count / seconds : 0; }
 
+static void print_error(const session *s, int status) {
+    if (status == MKB_ERROR_FULL && s->context)
+        fprintf(stderr, "error: %s has room for %lu tokens in its attention layers; use a larger --context\n",
+                s->model->name, (unsigned long)s->context->max_tokens);
+    else fprintf(stderr, "error: %s\n", s->error);
+}
+
 static int report_status(const session *s, int status) {
     if (status == INTERRUPTED) fprintf(stderr, "\ninterrupted\n");
-    else if (status) fprintf(stderr, "error: %s\n", s->error);
+    else if (status) print_error(s, status);
     return status == INTERRUPTED || status == MKB_OK ? status : 1;
 }
 
@@ -5193,20 +5280,6 @@ static int end_answer(chat *c) {
     return status;
 }
 
-/* Write an answer to what has been read; Ctrl-C ends it, but not the chat. */
-static int answer(chat *c) {
-    session *s = &c->s;
-    int status = write_answer(s, s->options->tokens, !c->chatml);
-    putchar('\n');
-    fflush(stdout);
-    was_interrupted = 0;
-    if (!status && !s->options->quiet)
-        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
-                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
-    s->tokens_read = 0;
-    return status ? status : end_answer(c);
-}
-
 /* Remember where a turn begins; the oldest is forgotten when there are too many. */
 static int add_turn(chat *c, char *text, size_t bytes) {
     chat_turn *turn;
@@ -5228,6 +5301,23 @@ static int take_back(chat *c) {
     free_turn(turn);
     free_turn(&c->asked);
     c->num_turns--;
+    return status;
+}
+
+/* Write an answer to what has been read. Ctrl-C ends it, but not the chat; after an error, such as full caches, the turn
+ * is taken back. */
+static int answer(chat *c) {
+    session *s = &c->s;
+    int status = write_answer(s, s->options->tokens, !c->chatml);
+    putchar('\n');
+    fflush(stdout);
+    was_interrupted = 0;
+    if (!status && !s->options->quiet)
+        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
+                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    s->tokens_read = 0;
+    if (!status) status = end_answer(c);
+    if (status) take_back(c);
     return status;
 }
 
@@ -5409,7 +5499,7 @@ static int run_chat(chat *c) {
         was_interrupted = 0;
         c->failed = c->s.writer.failed;
         if (status == INTERRUPTED) remark("interrupted; the turn is taken back");
-        else if (status) fprintf(stderr, "error: %s\n", c->s.error);
+        else if (status) print_error(&c->s, status);
     }
     if (on_terminal && !c->failed) fputc('\n', stderr);
     free(line);
