@@ -406,7 +406,9 @@ static int check_state(mkb_model *m, char *error) {
     for (uint32_t i = 0; i < s->layers; i++)
         total += (m->layers[i].attention ? 0 : head * s->heads) + 2ull * s->taps * s->hidden * 4;
     m->state_bytes = total;
-    if (total > 1ull << 36) return refuse(m, error, "a state of", total >> 30, "GiB is not plausible; pack it again");
+    /* A context would ask for so much, whatever the file holds. */
+    if (total > MAX(1ull << 30, 16 * m->size))
+        return refuse(m, error, "a state of", total >> 30, "GiB is not plausible; pack it again");
     return MKB_OK;
 }
 
