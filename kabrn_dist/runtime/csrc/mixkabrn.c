@@ -146,7 +146,7 @@ static void copy_words(void *to, const void *from, size_t count) {
 
 static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
-UNUSED static double seconds_now(void) {
+__attribute__((unused)) static double seconds_now(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
