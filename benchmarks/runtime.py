@@ -34,7 +34,7 @@ from kabrn_dist.inference.load import build_full_model
 from kabrn_dist.runtime.build import compile_runtime
 from kabrn_dist.runtime.model_file import write_model_file
 from kabrn_dist.runtime.native import NativeModel
-from kabrn_dist.runtime.offline_page import PAGE
+from kabrn_dist.runtime.offline_page import PAGE_FOLDER
 from kabrn_dist.runtime.wasm import WasmKind, compile_wasm
 from kabrn_dist.utils.errors import UserError
 
@@ -205,7 +205,7 @@ def measure_wasm(kind: WasmKind, path: Path, tokens: int) -> float | str:
         module = compile_wasm(kind)
     except UserError as error:
         return f"missing: {error}"
-    command = ["node", str(WASM_PROBE), str(PAGE / "worker.js"), str(module), str(tokens), str(path)]
+    command = ["node", str(WASM_PROBE), str(PAGE_FOLDER / "worker.js"), str(module), str(tokens), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"missing: {done.stderr.strip()[:80]}"

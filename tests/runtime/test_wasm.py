@@ -14,7 +14,7 @@ import pytest
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.runtime.model_file import write_model_file
 from kabrn_dist.runtime.native import NativeModel
-from kabrn_dist.runtime.offline_page import PAGE, write_offline_page
+from kabrn_dist.runtime.offline_page import PAGE_FOLDER, write_offline_page
 from kabrn_dist.runtime.wasm import WasmKind, compile_wasm
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
 
@@ -41,7 +41,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def run_node(kind: WasmKind, *models: Path) -> list[dict[str, Any]]:
-    command = ["node", str(PROBE), str(PAGE / "worker.js"), str(compile_wasm(kind)), str(GREEDY), *map(str, models)]
+    command = [
+        "node",
+        str(PROBE),
+        str(PAGE_FOLDER / "worker.js"),
+        str(compile_wasm(kind)),
+        str(GREEDY),
+        *map(str, models),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -75,7 +82,14 @@ def test_a_damaged_model_is_an_error_of_one_line(models: list[Path], tmp_path: P
     content = bytearray(models[0].read_bytes())
     content[-70] ^= 1
     (tmp_path / "m.mkb").write_bytes(content)
-    command = ["node", str(PROBE), str(PAGE / "worker.js"), str(compile_wasm("simd")), "1", str(tmp_path / "m.mkb")]
+    command = [
+        "node",
+        str(PROBE),
+        str(PAGE_FOLDER / "worker.js"),
+        str(compile_wasm("simd")),
+        "1",
+        str(tmp_path / "m.mkb"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1 and "is damaged" in done.stderr and done.stderr.count("\n") == 1
 
