@@ -1243,7 +1243,7 @@ INLINE void retain_block(const retention_job *j, float *state, size_t at, size_t
 }
 
 INLINE void retention_body(const retention_job *j) {
-    EACH_ONCE(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
+    EACH(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
 }
 
 INLINE float dot(const float *x, const float *y, size_t n) {
@@ -1602,12 +1602,14 @@ TARGET_SSSE3 static inline __attribute__((always_inline)) __m128i widen_ssse3(__
 TARGET_SSSE3 static void tile_row_ssse3(const unsigned char *tile, size_t across, const int8_t *code, int32_t *out) {
     __m128i zero = _mm_setzero_si128(), total[4] = {zero, zero, zero, zero}, three = _mm_set1_epi8(3);
     __m128i twelve = _mm_set1_epi8(12);
+    size_t step = across * TILE_BYTES;
     while (across) {
         size_t tiles = MIN(across, (size_t)NARROW_TILES);
         __m128i ones[4] = {zero, zero, zero, zero}, fours[4] = {zero, zero, zero, zero};
         across -= tiles;
         for (; tiles; tiles--, tile += TILE_BYTES, code += TILE) {
             __m128i x = _mm_loadu_si128((const __m128i *)(const void *)code);
+            __builtin_prefetch(tile + 2 * step); /* the rows that come next but one */
             __m128i x0 = _mm_shuffle_epi32(x, 0x00), x1 = _mm_shuffle_epi32(x, 0x55);
             __m128i x2 = _mm_shuffle_epi32(x, 0xaa), x3 = _mm_shuffle_epi32(x, 0xff);
 #define SSSE3_QUARTER(n)                                                                                               \
@@ -1648,11 +1650,15 @@ TARGET_AVX2 static void tile_rows_avx2(const unsigned char *tile, const unsigned
                                        const int8_t *code, int32_t *out, int32_t *next_out) {
     __m256i zero = _mm256_setzero_si256(), total[4] = {zero, zero, zero, zero}, three = _mm256_set1_epi8(3);
     __m256i twelve = _mm256_set1_epi8(12);
+    size_t step = across * TILE_BYTES;
     while (across) {
         size_t tiles = MIN(across, (size_t)NARROW_TILES);
         __m256i ones[4] = {zero, zero, zero, zero}, fours[4] = {zero, zero, zero, zero};
         across -= tiles;
         for (; tiles; tiles--, tile += TILE_BYTES, next += TILE_BYTES, code += TILE) {
+            /* The rows that come next. */
+            __builtin_prefetch(next + step);
+            __builtin_prefetch(next + 2 * step);
             __m256i x0 = _mm256_set1_epi32(four_codes(code)), x1 = _mm256_set1_epi32(four_codes(code + 4));
             __m256i x2 = _mm256_set1_epi32(four_codes(code + 8)), x3 = _mm256_set1_epi32(four_codes(code + 12));
 #define AVX2_HALF(n, from)                                                                                             \
@@ -1703,6 +1709,7 @@ TARGET_AVX2 static void bytes_avx2(const int8_t *weights, size_t rows, const spl
         __m256i upper = _mm256_setzero_si256(), lower = upper;
         for (size_t i = 0; i < whole; i += 16) {
             __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(weights + i)));
+            __builtin_prefetch(weights + i + 4096);
             upper = _mm256_add_epi32(upper,
                                      _mm256_madd_epi16(w, *(const __m256i *)(const void *)(x->upper + i)));
             lower = _mm256_add_epi32(lower,

@@ -2,7 +2,7 @@
  *
  * Functions return 0, or a negative number of `enum mkb_status` with one line of explanation in `error`.
  * A model is read-only and may be shared by threads; a context, with its state and buffers, belongs to one thread at a
- * time. Nothing is allocated after mkb_context_create. */
+ * time. Nothing is allocated while tokens are read. */
 #ifndef MIXKABRN_H
 #define MIXKABRN_H
 
