@@ -27,6 +27,8 @@ BPE = train_tokenizer([(ROOT / "README.md").read_text(encoding="utf-8")], 300)
 BYTES = Tokenizer.of_bytes()
 SCRIPT = ":Héi\nUser:".encode()
 SECONDS = 120
+# The script goes round and round.
+ENDLESS = "generate {} --prompt User: --tokens 1000000000 --temperature 0"
 
 
 def run(*arguments: object, stdin: bytes = b"", expect: int = 0) -> tuple[bytes, str]:
@@ -273,9 +275,8 @@ def test_any_prompt_is_read(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_output_that_is_closed_or_full_is_told(model: Path) -> None:
-    program = str(compile_runtime("program"))
-    command = [program, "generate", str(model), "--tokens", "100000"]
+def test_an_output_that_is_closed_or_full_is_told(scripted: Path) -> None:
+    command = [str(compile_runtime("program")), *ENDLESS.format(scripted).split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(5)
@@ -288,8 +289,8 @@ def test_an_output_that_is_closed_or_full_is_told(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_generate(model: Path) -> None:
-    command = [str(compile_runtime("program")), "generate", str(model), "--tokens", "1000000000"]
+def test_ctrl_c_ends_generate(scripted: Path) -> None:
+    command = [str(compile_runtime("program")), *ENDLESS.format(scripted).split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read(100)
@@ -336,7 +337,7 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_a_chat_on_a_terminal_obeys_the_keys(scripted: Path, model: Path) -> None:
+def test_a_chat_on_a_terminal_obeys_the_keys(scripted: Path) -> None:
     compile_runtime("program")
     terminal = Terminal("chat", scripted, "--temperature", 0)
     assert "/help" in terminal.wait_for("> ")
@@ -347,14 +348,25 @@ def test_a_chat_on_a_terminal_obeys_the_keys(scripted: Path, model: Path) -> Non
     assert "Héi\r\n" in terminal.wait_for("> ")
     terminal.send("\x04")
     assert terminal.close() == 0
-    terminal = Terminal("chat", model, "--tokens", 1000000000)
+    prefixes = ("--user-prefix", "Q:", "--assistant-prefix", "A:")
+    terminal = Terminal("chat", scripted, "--tokens", 1000000000, "--temperature", 0, *prefixes)
     terminal.wait_for("> ")
     terminal.send("endless\n")
     terminal.wait_for(r"endless\r\n(?s:.){200}")
     terminal.send("\x03")
-    # The answer ends, the chat goes on; a terminal is told nothing that it would obey.
-    assert "\x1b" not in terminal.wait_for(r"tokens/s\]\r\n> ")
+    # The answer ends, the chat goes on.
+    terminal.wait_for(r"tokens/s\]\r\n> ")
     terminal.send("/undo\n")
     terminal.wait_for("> ")
     terminal.send("\x03")
+    assert terminal.close() == 0
+
+
+@pytest.mark.slow
+def test_a_terminal_is_told_nothing_that_it_would_obey(tmp_path: Path) -> None:
+    write_scripted_model(tmp_path / "m.mkb", BYTES, [*b":a\x1b[2J\x07\tb\xc2\x9bc", BYTES.document_token])
+    out, _ = run("generate", tmp_path / "m.mkb", "--prompt", ":", "--temperature", 0, "--quiet")
+    assert out == b"a\x1b[2J\x07\tb\xc2\x9bc"
+    terminal = Terminal("generate", tmp_path / "m.mkb", "--prompt", ":", "--temperature", 0)
+    assert ":a·[2J·" in terminal.wait_for(r"b·c")
     assert terminal.close() == 0
