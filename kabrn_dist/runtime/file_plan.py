@@ -84,11 +84,7 @@ def plan_model_file(config: Config, tokenizer: Tokenizer, step: int, lam: float,
         UserError: as `pack_weights`, before anything is written.
     """
     model = config.model
-    if 0 < lam < 1:
-        raise UserError(
-            f"step {step} is in the warm-up of quantization (λ is {lam:.3g}), where matrices are neither plain nor "
-            f"ternary; train on to step {model.first_quantized_step}, or choose a checkpoint of that step or later"
-        )
+    _check_quantization(model, step, lam)
     is_ternary = lam == 1
     matrix = TERNARY_DTYPES[packing.ternary] if is_ternary else PLAIN_DTYPES[packing.plain]
     storage = Storage(EMBEDDING_DTYPES[packing.embedding], matrix)
@@ -125,6 +121,14 @@ def plan_model_file(config: Config, tokenizer: Tokenizer, step: int, lam: float,
     for part, content in parts.items():
         front[offsets[part] : offsets[part] + len(content)] = content
     return FilePlan(bytes(front), groups, end)
+
+
+def _check_quantization(model: ModelConfig, step: int, lam: float) -> None:
+    if 0 < lam < 1:
+        raise UserError(
+            f"step {step} is in the warm-up of quantization (λ is {lam:.3g}), where matrices are neither plain nor "
+            f"ternary; train on to step {model.first_quantized_step}, or choose a checkpoint of that step or later"
+        )
 
 
 def _header_fields(model: ModelConfig) -> dict[str, Any]:
