@@ -40,6 +40,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+def find_node(kind: WasmKind) -> list[str]:
+    """Node 20 has the dot products of bytes behind a flag, which later versions do not know."""
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
+    is_old = int(version.removeprefix("v").split(".")[0]) <= 20
+    return ["node", "--experimental-wasm-relaxed-simd"] if kind == "relaxed" and is_old else ["node"]
+
+
 def run_node(kind: WasmKind, *models: Path) -> list[dict[str, Any]]:
     command = [
         "node",
@@ -67,7 +74,7 @@ def greedy_natively(path: Path) -> list[int]:
 
 
 @needs_node
-@pytest.mark.parametrize(("kind", "kernels"), [("simd", "wasm"), ("scalar", "scalar")])
+@pytest.mark.parametrize(("kind", "kernels"), [("relaxed", "wasm-relaxed"), ("simd", "wasm"), ("scalar", "scalar")])
 def test_greedy_tokens_are_those_of_the_native_runtime(kind: WasmKind, kernels: str, models: list[Path]) -> None:
     for path, found in zip(models, run_node(kind, *models), strict=True):
         assert found["kernels"] == kernels
