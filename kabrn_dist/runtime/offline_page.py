@@ -9,7 +9,7 @@ from pathlib import Path
 from kabrn_dist.runtime.wasm import WASM_KIND_FLAGS, compile_wasm
 from kabrn_dist.utils.errors import UserError
 
-PAGE = Path(__file__).parent / "page"
+PAGE_FOLDER = Path(__file__).parent / "page"
 # A page from a disk may fetch nothing, and start workers from its own text only: all is in scripts of the old kind.
 _OFFLINE_SCRIPTS = '<script src="offline-runtime.js"></script>\n<script src="offline.js"></script>\n'
 
@@ -24,14 +24,14 @@ def write_offline_page(folder: Path) -> None:
         UserError: if the runtime cannot be compiled, or the folder cannot be written.
     """
     try:
-        page = (PAGE / "index.html").read_text(encoding="utf-8")
-        worker = (PAGE / "worker.js").read_text(encoding="utf-8")
+        page = (PAGE_FOLDER / "index.html").read_text(encoding="utf-8")
+        worker = (PAGE_FOLDER / "worker.js").read_text(encoding="utf-8")
         parts = {kind: base64.b64encode(compile_wasm(kind).read_bytes()).decode() for kind in WASM_KIND_FLAGS}
         # The page is read for its first script, before which the engine must stand.
         before, first, after = page.partition("<script>")
         files = {
             "index.html": before + _OFFLINE_SCRIPTS + first + after,
-            "offline.js": (PAGE / "offline.js").read_text(encoding="utf-8"),
+            "offline.js": (PAGE_FOLDER / "offline.js").read_text(encoding="utf-8"),
             "offline-runtime.js": f"window.mixkabrnOffline = {json.dumps({'worker': worker, **parts})};\n",
         }
         folder.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,8 @@ static void use_state(mkb_context *c, const mkb_info *info, float *logits, char 
             if (draw(2)) state[draw(MIN(size, 256))] = (unsigned char)draw(256);
             else change_number(state + draw(MIN(size - 8, 200)), size, draw(2) > 0);
         }
+        /* Else the checksum would hide what lies behind it. */
+        if (draw(4)) write_u64(state + 96, checksum(state + 104, size - 104) ^ read_u64(state + 88));
         unsigned char *part = malloc(cut + 1);
         if (part) memcpy(part, state, cut), mkb_state_set(c, part, cut, error);
         free(part);

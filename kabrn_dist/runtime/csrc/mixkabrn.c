@@ -147,7 +147,7 @@ static void copy_words(void *to, const void *from, size_t count) {
 
 static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
-UNUSED static double seconds_now(void) {
+__attribute__((unused)) static double seconds_now(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
@@ -407,7 +407,9 @@ static int check_state(mkb_model *m, char *error) {
     for (uint32_t i = 0; i < s->layers; i++)
         total += (m->layers[i].attention ? 0 : head * s->heads) + 2ull * s->taps * s->hidden * 4;
     m->state_bytes = total;
-    if (total > 1ull << 36) return refuse(m, error, "a state of", total >> 30, "GiB is not plausible; pack it again");
+    /* A context would ask for so much, whatever the file holds. */
+    if (total > MAX(1ull << 30, 16 * m->size))
+        return refuse(m, error, "a state of", total >> 30, "GiB is not plausible; pack it again");
     return MKB_OK;
 }
 
@@ -2010,6 +2012,32 @@ static void ternary_wasm(const unsigned char *tiles, size_t across, size_t row_t
     }
 }
 
+#ifdef __wasm_relaxed_simd__
+/* Products of four bytes: weights of 0 to 2 leave the instruction none of its freedom. */
+static void ternary_relaxed(const unsigned char *tiles, size_t across, size_t row_tiles, const int8_t *const *x,
+                            size_t tokens, int32_t *out) {
+    v128_t three = wasm_i8x16_splat(3);
+    for (size_t i = 0; i < row_tiles * tokens; i++) {
+        const unsigned char *tile = tiles + i / tokens * across * TILE_BYTES;
+        const int8_t *code = x[i % tokens];
+        v128_t sums[4] = {wasm_i32x4_splat(0), wasm_i32x4_splat(0), wasm_i32x4_splat(0), wasm_i32x4_splat(0)};
+        for (size_t c = 0; c < across; c++, tile += TILE_BYTES, code += TILE) {
+            v128_t v = wasm_v128_load(code), v0 = wasm_i32x4_shuffle(v, v, 0, 0, 0, 0);
+            v128_t v1 = wasm_i32x4_shuffle(v, v, 1, 1, 1, 1), v2 = wasm_i32x4_shuffle(v, v, 2, 2, 2, 2);
+            v128_t v3 = wasm_i32x4_shuffle(v, v, 3, 3, 3, 3);
+            for (int n = 0; n < 4; n++) {
+                v128_t w = wasm_v128_load(tile + 16 * n), s = sums[n];
+                s = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(v0, wasm_v128_and(w, three), s);
+                s = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(v1, wasm_v128_and(wasm_u16x8_shr(w, 2), three), s);
+                s = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(v2, wasm_v128_and(wasm_u16x8_shr(w, 4), three), s);
+                sums[n] = wasm_i32x4_relaxed_dot_i8x16_i7x16_add(v3, wasm_v128_and(wasm_u16x8_shr(w, 6), three), s);
+            }
+        }
+        for (int n = 0; n < 4; n++) wasm_v128_store(out + i * TILE + 4 * n, sums[n]);
+    }
+}
+#endif
+
 static int64_t lanes_wasm(v128_t x) {
     return (int64_t)wasm_i32x4_extract_lane(x, 0) + wasm_i32x4_extract_lane(x, 1) + wasm_i32x4_extract_lane(x, 2) +
            wasm_i32x4_extract_lane(x, 3);
@@ -2061,6 +2089,9 @@ static const kernel_set KERNELS[] = {
 #endif
 #ifdef __ARM_NEON
     {"neon", cpu_has_neon, ternary_neon, bytes_neon, &FLOATS_any},
+#endif
+#ifdef __wasm_relaxed_simd__
+    {"wasm-relaxed", cpu_has_wasm, ternary_relaxed, bytes_wasm, &FLOATS_any},
 #endif
 #ifdef __wasm_simd128__
     {"wasm", cpu_has_wasm, ternary_wasm, bytes_wasm, &FLOATS_any},
