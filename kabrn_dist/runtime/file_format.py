@@ -1,4 +1,4 @@
-"""Layout of a model file (`.mkb`), as docs/model-file.md describes it: the header, the table of tensors, the roles.
+"""Layout of a model file (`.mkb`), as docs/model_file.md describes it: the header, the table of tensors, the roles.
 
 Needs numpy alone, so that a model file can be read where torch is not installed.
 """

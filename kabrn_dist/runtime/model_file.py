@@ -1,4 +1,4 @@
-"""A trained model as one file for the runtime in C, written and read; docs/model-file.md describes it.
+"""A trained model as one file for the runtime in C, written and read; docs/model_file.md describes it.
 
 Reading needs numpy alone; what writing needs besides is imported when a file is written.
 """
@@ -65,7 +65,7 @@ class ModelFile:
 
     Attributes:
         path: The file.
-        header: Field → value, as docs/model-file.md names them.
+        header: Field → value, as docs/model_file.md names them.
         layers: Letters of the mixers, as in `model.layers`.
         mixtures: Whether each layer has a mixture of experts.
         config: The text of config.yaml.

@@ -1,4 +1,4 @@
-"""The tokenizer of a model file (docs/model-file.md): tables that the C runtime reads as they are."""
+"""The tokenizer of a model file (docs/model_file.md): tables that the C runtime reads as they are."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
  *     cc -O2 mixkabrn.c -o mixkabrn -lm -lpthread
  *
  * Parts: 1 bytes and errors, 2 sha256, 3 model file, 4 kernels, 5 threads, 6 forward pass, 7 state, 8 tokenizer,
- * 9 sampling, 10 command line. Docs: docs/model-file.md, docs/runtime.md.
+ * 9 sampling, 10 command line. Docs: docs/model_file.md, docs/runtime.md.
  *
  * For GCC and Clang, whose vector types and target attributes it uses. Macros:
  *     MIXKABRN_LIBRARY     without main, for a shared library
