@@ -49,7 +49,7 @@ def find_node(kind: WasmKind) -> list[str]:
 
 def run_node(kind: WasmKind, *models: Path) -> list[dict[str, Any]]:
     command = [
-        "node",
+        *find_node(kind),
         str(PROBE),
         str(PAGE_FOLDER / "worker.js"),
         str(compile_wasm(kind)),
