@@ -125,7 +125,10 @@ def test_logits_under_wasmtime_are_those_of_the_native_runtime(kind: WasmKind, m
         assert call("mkb_decode", context, place(tokens.tobytes()), 37, logits, out + 512) == 0
         with NativeModel(path) as native, native.context(max_tokens=100) as other:
             expected = other.decode(tokens.tolist())
-        assert expected is not None and read(logits, 1200) == expected.tobytes(), path.name
+        found = np.frombuffer(read(logits, 1200), np.float32)
+        # Softmax takes expf from the library of C, which is another one here.
+        most = 1e-5 if path.stem in {"hybrid", "plain"} else 0
+        assert expected is not None and np.abs(found - expected).max() <= most, path.name
 
 
 @needs_node
