@@ -82,6 +82,8 @@ def test_the_installed_command_goes_from_text_to_text(tmp_path: Path) -> None:
     assert "experts" in mixkabrn("report", "experts", "runs/small")
     assert (folder / "runs" / "small" / "report" / "load.png").exists()
     assert "top_k" in mixkabrn("config", "model.experts")
+    code = "from kabrn_dist.runtime.server.app import CHAT_PAGE; print(CHAT_PAGE.read_text())"
+    assert "<title>" in run(str(programs / "python"), "-c", code)
     packed = mixkabrn("pack", "exports/small", "--out", "pi/small.mkb", "--sources")
     assert "next: mixkabrn chat pi/small.mkb" in packed
     run("cc", "-O2", "pi/mixkabrn.c", "-o", "pi/mixkabrn", "-lm", "-lpthread")
