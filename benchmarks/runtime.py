@@ -210,6 +210,10 @@ def measure_wasm(kind: WasmKind, path: Path, tokens: int) -> float | str:
     is_old = kind == "relaxed" and int(version.removeprefix("v").split(".")[0]) <= 20
     flags = ["--experimental-wasm-relaxed-simd"] if is_old else []
     command = ["node", *flags, str(WASM_PROBE), str(PAGE_FOLDER / "worker.js"), str(module), str(tokens), str(path)]
+    code = f"process.stdout.write(require({json.dumps(str(PAGE_FOLDER / 'worker.js'))}).chooseKind())"
+    can = subprocess.run(["node", *flags, "-e", code], capture_output=True, text=True, check=False).stdout
+    if kind == "relaxed" and can != "relaxed":
+        return "missing: this node's dot products of bytes are not those of the standard"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"missing: {done.stderr.strip()[:80]}"

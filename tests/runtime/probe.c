@@ -1,6 +1,6 @@
 /* The runtime's program with one more command, for tests on other machines:
  *
- *     probe logits MODEL…     for each model one line of 24 greedy ids, and one of hashes of logits' and state's bits
+ *     probe logits MODEL…     for each model lines of 24 greedy and of 24 drawn ids, and of hashes of logits and state
  *
  * Compile with -I of the runtime's sources. */
 #define main mixkabrn_main
@@ -19,15 +19,17 @@ static uint64_t hash_floats(const float *values, size_t count) {
     return hash;
 }
 
-static int write_greedy(mkb_context *c, const mkb_info *info, float *logits, char *error) {
+static int write_tokens(mkb_context *c, const mkb_info *info, float *logits, char *error) {
     uint32_t tokens[PROMPT];
     for (size_t i = 0; i < PROMPT; i++) tokens[i] = (uint32_t)(i * 7919 % info->vocab_size);
     int status = mkb_decode(c, tokens, PROMPT, logits, error);
     uint64_t hash = hash_floats(logits, info->vocab_size);
-    for (int i = 0; i < GREEDY && !status; i++) {
+    for (int i = 0; i < 2 * GREEDY && !status; i++) {
+        const mkb_sampling sampling = {i < GREEDY ? 0.0f : 1.0f, 50, 0.95f, 0.01f, 1.1f, 64, 7};
+        if (i % GREEDY == 0) status = mkb_sampling_set(c, &sampling, error);
         tokens[0] = mkb_sample(c, logits);
         printf("%lu ", (unsigned long)tokens[0]);
-        status = mkb_decode(c, tokens, 1, logits, error);
+        if (!status) status = mkb_decode(c, tokens, 1, logits, error);
     }
     printf("\n%016llx %016llx", (unsigned long long)hash, (unsigned long long)hash_floats(logits, info->vocab_size));
     for (size_t i = 0; i < 8 && i < info->vocab_size; i++) printf(" %.9g", (double)logits[i]);
@@ -53,11 +55,11 @@ static int probe(const char *path) {
     mkb_context *c = NULL;
     mkb_info info;
     int status = mkb_model_open(path, 1, &m, error);
-    if (!status) status = mkb_context_create(m, 1, PROMPT + GREEDY, &c, error);
+    if (!status) status = mkb_context_create(m, 1, PROMPT + 2 * GREEDY, &c, error);
     if (!status) {
         mkb_model_info(m, &info);
         float *logits = malloc(info.vocab_size * sizeof *logits);
-        status = logits ? write_greedy(c, &info, logits, error) : MKB_ERROR_MEMORY;
+        status = logits ? write_tokens(c, &info, logits, error) : MKB_ERROR_MEMORY;
         if (!status) status = write_state(c, error);
         free(logits);
     }

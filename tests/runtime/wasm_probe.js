@@ -11,6 +11,7 @@ const { Runtime } = require(require("node:path").resolve(worker));
     runtime.view(at, file.length).set(file);
     const info = runtime.open();
     const prompt = Array.from({ length: 37 }, (_, i) => (i * 7919) % info.vocabSize), ids = [];
+    runtime.setSampling({ temperature: 0 });
     runtime.decode(prompt);
     const start = performance.now();
     for (let i = 0; i < Number(count); i++) {

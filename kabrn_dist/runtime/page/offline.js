@@ -10,8 +10,7 @@ class OfflineEngine {
     this.worker = new Worker(URL.createObjectURL(new Blob([parts.worker], { type: "text/javascript" })));
     this.worker.onmessage = ({ data }) => this.hear(data);
     this.worker.onerror = (event) => this.calls.forEach(({ reject }) => reject(new Error(event.message || "The worker cannot start.")));
-    const encoded = parts[chooseKind()];
-    this.started = this.ask({ kind: "start", wasm: Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0)) });
+    this.started = this.ask({ kind: "start", modules: parts });
     this.opened = new Promise((resolve) => { this.resolveOpened = resolve; });
   }
   ask(message, onText) {
@@ -58,14 +57,6 @@ class OfflineEngine {
       signal?.removeEventListener("abort", stop);
     }
   }
-}
-
-/* The best that this browser can read, by modules with one instruction of each: a product of bytes, a count of bits. */
-function chooseKind() {
-  const begin = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10], splat = [65, 0, 253, 15];
-  const relaxed = [19, 1, 17, 0, ...splat, ...splat, ...splat, 253, 147, 2, 11], simd = [10, 1, 8, 0, ...splat, 253, 98, 11];
-  const reads = (code) => WebAssembly.validate(new Uint8Array([...begin, ...code]));
-  return reads(relaxed) ? "relaxed" : reads(simd) ? "simd" : "scalar";
 }
 
 /* A bar above the page takes the model file; so does dropping it anywhere. */
