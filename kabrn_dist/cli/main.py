@@ -55,6 +55,7 @@ _PACKAGES = {
         "starlette",
         "tensorboard",
         "tokenizers",
+        "torch",
         "uvicorn",
         "webdataset",
         "zstandard",
@@ -128,11 +129,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 def _find_requirement(module: str) -> str | None:
     """Return how to install a module that is one of our requirements; None for any other."""
-    top = module.partition(".")[0]
-    if top == "torch":
-        return "install it (pip install torch), or all requirements (pip install . in a clone)"
-    package = _PACKAGES.get(top)
-    return None if package is None else f"use: pip install {package}"
+    package = _PACKAGES.get(module.partition(".")[0])
+    return package and f"use: pip install {package}, or in a clone, for all requirements: pip install ."
 
 
 def build_parser() -> CommandParser:
