@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path
 from kabrn_dist.utils.errors import UserError
@@ -33,13 +35,41 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Start the runtime in place of this process; return only if it cannot be started."""
     check_model_file(options.model)
+    return start_runtime("chat", options.model, options.options)
+
+
+def check_order(arguments: Sequence[str]) -> None:
+    """Refuse options in front of the file: they are not this command's, which does not know how many words they take.
+
+    Args:
+        arguments: What follows `chat`.
+
+    Raises:
+        UserError: for an option that comes first.
+    """
+    first = arguments[0] if arguments else ""
+    if first.startswith("-") and first not in ("-h", "--help", "--"):
+        raise UserError(f"{first}: options come after FILE, as in: mixkabrn chat FILE {first} …")
+
+
+def start_runtime(command: str, model: Path, options: Sequence[str]) -> NoReturn:
+    """Start the program in C in place of this process.
+
+    Args:
+        command: Its command, such as "chat".
+        model: A model file.
+        options: The options of the command.
+
+    Raises:
+        UserError: if it cannot be compiled or started.
+    """
     from kabrn_dist.runtime.build import compile_runtime
 
     program = compile_runtime("program")
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execv(program, ["mixkabrn", "chat", str(options.model), *options.options])
+        os.execv(program, ["mixkabrn", command, str(model), *options])
     except OSError as error:
         raise UserError(
             f"{program}: cannot be started ({error.strerror}); remove it, and it is compiled again"

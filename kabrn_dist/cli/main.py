@@ -32,9 +32,35 @@ from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.terminal import discard_output, is_stdout_full, open_closed_streams
 
 COMMANDS = (prepare, inspect, plan, train, generate, export, pack, chat, page, serve, report, grow, config)
+# What looks at its arguments first: the options after a model file are those of the program in C.
+RUNTIME_COMMANDS = {"chat": chat.check_order, "generate": generate.start_model_file}
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
 # The first process to end has its launcher end the others; the one that prints the message must be first.
 REPORT_SECONDS = 0.5
+
+# The modules that we import, and what brings them.
+_PACKAGES = {
+    name: name
+    for name in (
+        "fairscale",
+        "ftfy",
+        "jinja2",
+        "matplotlib",
+        "mpi4py",
+        "numpy",
+        "py3langid",
+        "pyarrow",
+        "pydantic",
+        "rich",
+        "starlette",
+        "tensorboard",
+        "tokenizers",
+        "torch",
+        "uvicorn",
+        "webdataset",
+        "zstandard",
+    )
+} | {"deepspeed": "deepspeed==0.19.8", "yaml": "pyyaml"}
 
 DESCRIPTION = """Train ternary language models with retention and mixtures of Kolmogorov-Arnold experts (MixKABRN)."""
 
@@ -82,14 +108,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_command(arguments: Sequence[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        options = build_parser().parse_args(arguments)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if given and given[0] in RUNTIME_COMMANDS:
+            RUNTIME_COMMANDS[given[0]](given[1:])
+        options = build_parser().parse_args(given)
         return int(options.run(options))
     except UserError as error:
         _report_error(error)
         return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        package = _find_requirement(error.name or "")
+        if package is None:
+            raise
+        _report_error(UserError(f"{error.name} is not installed, and this command needs it; {package}"))
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _find_requirement(module: str) -> str | None:
+    """Return how to install a module that is one of our requirements; None for any other."""
+    package = _PACKAGES.get(module.partition(".")[0])
+    return package and f"use: pip install {package}, or in a clone, for all requirements: pip install ."
 
 
 def build_parser() -> CommandParser:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
     # A mistake is reported before torch is imported.
     _check_out(options.out, options.force)
     template = _read_template(options.template)
+    if options.template is not None:
+        _check_template(options.template, template)
     if not is_export(options.folder):
         check_run_folder(options.folder, "config.yaml")
     from kabrn_dist.runtime.file_plan import Packing
@@ -95,8 +99,11 @@ def run(options: argparse.Namespace) -> int:
 def _check_out(out: Path, force: bool) -> None:
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file in it, such as {out / 'model.mkb'}")
-    if os.path.lexists(out) and not force:
-        raise UserError(f"{out}: exists already; name another file, or replace it with --force")
+    if os.path.lexists(out):
+        if not stat.S_ISREG(os.lstat(out).st_mode):
+            raise UserError(f"{out}: is a link, a device or a pipe, no file of its own; name another file")
+        if not force:
+            raise UserError(f"{out}: exists already; name another file, or replace it with --force")
 
 
 def _read_template(file: Path | None) -> str:
@@ -112,6 +119,19 @@ def _read_template(file: Path | None) -> str:
     if not text.strip():
         raise UserError(f"{file}: is empty; name a chat template in Jinja, or leave out --template")
     return text
+
+
+def _check_template(file: Path, template: str) -> None:
+    """Refuse a template that cannot write a conversation."""
+    try:
+        from kabrn_dist.runtime.server.chat_template import check_chat_template
+    except ModuleNotFoundError:
+        print(f"note: {file} was not checked, as jinja2 is not installed", file=sys.stderr)
+        return
+    try:
+        check_chat_template(template)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; name a chat template in Jinja") from error
 
 
 def _copy_sources(folder: Path) -> None:

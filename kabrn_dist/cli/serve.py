@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Answers at / with a page to chat, and below /v1 as OpenAI's interface does: chat/completions,
 completions and models, with streaming. What was said is kept as states of fixed size, so a turn costs only its new
-tokens. Needs no torch, but: pip install 'kabrn_dist[serve]'. Other machines reach it only with --host and a token."""
+tokens. Needs no torch, but: pip install numpy starlette uvicorn jinja2. Other machines reach it only with --host and a
+token. Ctrl-C and SIGTERM stop it, with exit code 0."""
 
 EXAMPLES = """  mixkabrn serve tiny.mkb
   mixkabrn serve tiny.mkb --host 0.0.0.0 --token-file token.txt --contexts 2
@@ -25,6 +28,8 @@ EXAMPLES = """  mixkabrn serve tiny.mkb
 
 TOKEN_BYTES_LIMIT = 4096
 TOKEN_MIN_CHARACTERS = 16
+# As of the program in C.
+THREADS_LIMIT = 256
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -48,7 +53,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "--queue", type=non_negative_int, default=16, metavar="N", help="requests that may wait (default 16)"
     )
     parser.add_argument(
-        "--max-tokens", type=positive_int, default=4096, metavar="N", help="longest answer (default 4096)"
+        "--max-tokens",
+        type=positive_int,
+        default=4096,
+        metavar="N",
+        help="longest answer (default 4096); requests for more get so many",
     )
     parser.add_argument(
         "--context-tokens",
@@ -79,11 +88,13 @@ def run(options: argparse.Namespace) -> int:
             importlib.import_module(name)
         except ImportError as error:
             raise UserError(
-                f"serve needs {name}, which is not installed; use: pip install 'kabrn_dist[serve]'"
+                f"serve needs {name}, which is not installed; use: pip install numpy starlette uvicorn jinja2"
             ) from error
     from kabrn_dist.runtime.server.listener import serve_model
 
-    serve_model(options.model, settings)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve_model(options.model, settings)
+    print("stopped", file=sys.stderr)
     return 0
 
 
@@ -97,6 +108,10 @@ def make_server_settings(options: argparse.Namespace) -> ServerSettings:
 
     if not (math.isfinite(options.timeout) and options.timeout > 0):
         raise UserError(f"--timeout {options.timeout:g}: is no time to answer in; use 300")
+    if options.threads > THREADS_LIMIT:
+        raise UserError(
+            f"--threads {options.threads}: is more than {THREADS_LIMIT}; use as many as the machine has cores"
+        )
     if options.port > 65535:
         raise UserError(f"--port {options.port}: is larger than 65535; use 8080")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -110,8 +125,8 @@ def make_server_settings(options: argparse.Namespace) -> ServerSettings:
         max_tokens=options.max_tokens,
         context_tokens=options.context_tokens,
         timeout=options.timeout,
-        body_bytes=options.max_body << 20,
-        cache_bytes=options.cache << 20,
+        body_bytes=options.max_body * 1_000_000,
+        cache_bytes=options.cache * 1_000_000,
         hosts=tuple(name.lower() for name in options.allow_host),
     )
     if not settings.is_loopback and not settings.token:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,7 @@ def compile_runtime(kind: Literal["program", "library"]) -> Path:
         key = hashlib.sha256(sources + "\0".join(inputs).encode()).hexdigest()[:16]
         built = cache_folder() / (f"mixkabrn-{key}" + {"program": "", "library": ".so"}[kind])
         if not built.exists():
+            print("compiling the runtime, once…", file=sys.stderr, flush=True)
             _compile(compiler, kind, built)
     except (KernelUnavailable, OSError, RuntimeError) as error:
         raise UserError(

@@ -98,7 +98,8 @@ def test_what_is_written_is_told_with_the_next_command(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template, out = tmp_path / "chat.jinja", tmp_path / "m.mkb"
-    template.write_text("{{ messages[0].content }}\n")
+    text = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    template.write_text(text)
     assert pack(trained, "--out", out, "--template", template, "--sources", "--embedding", "fp16") == 0
     shown = capsys.readouterr().out
     lines = shown.splitlines()
@@ -110,7 +111,7 @@ def test_what_is_written_is_told_with_the_next_command(
     assert sum(sizes) == out.stat().st_size
     for name in ("mixkabrn.c", "mixkabrn.h"):
         assert (tmp_path / name).read_bytes() == (ROOT / "kabrn_dist/runtime/csrc" / name).read_bytes()
-    assert read_model_file(out).template == "{{ messages[0].content }}\n"
+    assert read_model_file(out).template == text
 
 
 def test_plain_matrices_before_quantization_and_none_during_its_warm_up(

@@ -192,7 +192,7 @@ def test_every_control_has_a_name_and_a_place_in_the_order_of_tabs(page: Page) -
         || node.getAttribute('aria-label') || node.labels?.length)).map((node) => node.outerHTML)"""
     assert page.evaluate(unnamed) == []
     page.evaluate("document.getElementById('new').focus()")
-    for name in ("export", "theme", "open-settings"):
+    for name in ("export", "import", "theme", "open-settings"):
         page.press("Tab")
         assert page.evaluate("document.activeElement.id") == name
 
@@ -227,3 +227,70 @@ def test_it_asks_for_the_token(browser: Page, model: Path) -> None:
         assert browser.evaluate("document.querySelector('#token-dialog[open]')") is None
         say(browser, "Hello")
     browser.errors.clear()
+
+
+def test_a_new_conversation_can_be_undone_and_an_exported_one_imported(page: Page) -> None:
+    say(page, "Hello")
+    said = kept_turns(page)
+    page.press("n", ALT)
+    page.wait_for("!document.getElementById('undo').hidden")
+    assert kept_turns(page) == []
+    page.evaluate("document.getElementById('undo-button').click()")
+    page.wait_for("document.querySelectorAll('.turn').length === 2 && document.getElementById('undo').hidden")
+    assert kept_turns(page) == said
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A"}]
+    messages.append({"role": "assistant", "content": "B"})
+    page.evaluate(f"importTurns(new File([{json.dumps(json.dumps({'messages': messages}))}], 'c.json'))")
+    page.wait_for("document.querySelectorAll('.turn').length === 2 && !document.getElementById('undo').hidden")
+    assert kept_turns(page) == messages[1:] and page.evaluate("document.getElementById('system').value") == "Be kind."
+    for content in ("{", "{}", '{"messages": [{"role": 5}]}', "null"):
+        page.evaluate(f"importTurns(new File([{json.dumps(content)}], 'bad.json'))")
+        page.wait_for("document.getElementById('notice-text').textContent.includes('bad.json is no conversation')")
+        assert kept_turns(page) == messages[1:]
+        page.evaluate("complain('')")
+
+
+def test_what_was_written_before_a_reload_is_kept(page: Page) -> None:
+    set_settings(page, maxTokens=1_000_000, temperature=1)
+    page.evaluate("document.getElementById('input').focus()")
+    page.type("Go on")
+    page.press("Enter")
+    page.wait_for(f"{LAST_TEXT}.length > 50")
+    reload(page)
+    assert len(kept_turns(page)[1]["content"]) > 50
+    assert "broken off" in page.evaluate("document.querySelector('.numbers').textContent")
+    # A question without an answer can be asked again.
+    page.evaluate("localStorage.setItem('mixkabrn.turns', JSON.stringify([{role: 'user', content: 'Hello'}]))")
+    set_settings(page, maxTokens=5, temperature=0)
+    assert page.evaluate("getComputedStyle(document.querySelector('.user .under')).opacity") == "1"
+    page.evaluate("[...document.querySelectorAll('.user button')].find((node) => node.textContent === 'Again').click()")
+    page.wait_for(f"{COMPLETE} === 1")
+
+
+def test_a_question_after_a_failure_is_one_turn_with_the_one_before(page: Page) -> None:
+    page.evaluate("localStorage.setItem('mixkabrn.turns', JSON.stringify([{role: 'user', content: 'Hello'}]))")
+    reload(page)
+    say(page, "Hello")
+    assert [turn["content"] for turn in kept_turns(page)][:1] == ["Hello"] and len(kept_turns(page)) == 2
+
+
+def test_words_are_marked_without_html(page: Page) -> None:
+    say(page, "`a<b>` and **bold** but 2 ** 3 ** 4")
+    assert page.evaluate("document.querySelector('.user .plain code').textContent") == "a<b>"
+    assert page.evaluate("document.querySelector('.user .plain strong').textContent") == "bold"
+    assert page.evaluate("document.querySelectorAll('.user .plain > *').length") == 2
+    page.evaluate("document.getElementById('mono').click()")
+    assert "mono" in page.evaluate("getComputedStyle(document.querySelector('.user .plain')).fontFamily").lower()
+
+
+def test_a_text_is_continued(page: Page, server: ServerProcess) -> None:
+    page.evaluate("document.querySelector('[data-mode=text]').click()")
+    page.wait_for("document.body.classList.contains('continues')")
+    first = say(page, "Once there was")
+    body = {"prompt": "Once there was", "max_tokens": 20, "temperature": 0}
+    assert server.request("POST", "/v1/completions", body)[2]["choices"][0]["text"] == first
+    # An empty line goes on.
+    page.press("Enter")
+    page.wait_for(f"{COMPLETE} === 2")
+    body["prompt"] += first
+    assert server.request("POST", "/v1/completions", body)[2]["choices"][0]["text"] == page.evaluate(LAST_TEXT)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
+import socket
+import time
 from pathlib import Path
 
 import pytest
+import starlette.responses
+import uvicorn
 from tokenizers import Tokenizer as BpeTokenizer
 
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.runtime.native import NativeModel
+from kabrn_dist.runtime.server import listener
 from kabrn_dist.runtime.server.answer_text import AnswerText
 from kabrn_dist.runtime.server.chat_format import make_chat_format
-from kabrn_dist.runtime.server.request_fields import ChatMessage
+from kabrn_dist.runtime.server.generation import Finish, GenerationJob, Generator
+from kabrn_dist.runtime.server.guard import RequestGuard
+from kabrn_dist.runtime.server.plain_format import Prompt
+from kabrn_dist.runtime.server.request_fields import ChatMessage, parse_generation
+from kabrn_dist.runtime.server.settings import ServerSettings
 from kabrn_dist.runtime.server.state_cache import StateCache
+from tests.support.servers import pack_small_model
 from tests.support.text_models import train_bpe, write_text_model
 
 CHATML = (
@@ -104,3 +116,83 @@ def test_without_a_template_nothing_is_special(tokenizer: Tokenizer, tmp_path: P
         assert prompt.ids.count(document) == 1 and model.tokenize("<|im_end|>", special=True)[0] not in prompt.ids
         first = chat.build(said[:2])
         assert first.follow is not None and prompt.ids[: len(first.follow("said"))] == first.follow("said")
+
+
+def test_the_state_after_an_answer_is_kept_before_its_end_is_told(tmp_path: Path) -> None:
+    cache, found = StateCache(1 << 20, 100), list[int]()
+    with NativeModel(pack_small_model(tmp_path / "m.mkb")) as model, model.context() as context:
+        ids = [model.info.document_token, *model.tokenize("A text of more than sixteen tokens")]
+        # As if the drawn tokens were not those of the answer's text.
+        follow = [*ids, *model.tokenize("another answer")]
+
+        def deliver(event: object) -> None:
+            if isinstance(event, Finish):
+                # The client asks again at once, and the connection ends.
+                job.cancelled.set()
+                found.append(cache.find([*follow, 0])[0])
+
+        wanted = parse_generation({"temperature": 0, "max_tokens": 8}, 16, 100)
+        prompt = Prompt(ids, follow=lambda text: follow)
+        job = GenerationJob(wanted, lambda: prompt, deliver, time.monotonic() + 100)
+        Generator(model, context, cache, 0).run(job)
+    assert found == [len(follow)]
+
+
+def test_a_request_that_is_begun_and_never_ended_is_cut_off_on_a_kept_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "HEADER_SECONDS", 0.5)
+    whole = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    async def ask(address: tuple[str, int], *parts: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection(*address)
+        found = b""
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.2)
+            found += await reader.read(1000) if part == whole else b""
+        # It ends long before the keep-alive's time.
+        with contextlib.suppress(ConnectionError):
+            found += await asyncio.wait_for(reader.read(), 2.5)
+        writer.close()
+        return found
+
+    async def run() -> None:
+        config = uvicorn.Config(
+            starlette.responses.PlainTextResponse("here"),
+            http=listener.PatientProtocol,
+            lifespan="off",
+            timeout_keep_alive=60,
+            log_config=None,
+        )
+        server = uvicorn.Server(config)
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            task = asyncio.create_task(server.serve([listening]))
+            address = listening.getsockname()
+            assert b"here" in await ask(address, whole, b"GET / HT", b"TP/1.1\r\nHost")
+            assert await ask(address, b"GET / HT") == b""
+            # A request that comes in pieces, but comes, is answered.
+            assert (await ask(address, whole, whole[:9], whole[9:], b"G")).count(b"here") == 2
+            server.should_exit = True
+            await task
+
+    asyncio.run(run())
+
+
+def test_the_address_that_is_shown_can_be_opened_elsewhere() -> None:
+    found = listener._find_reachable("0.0.0.0")
+    assert found and found != "0.0.0.0" and listener._find_reachable("127.0.0.1") == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        *((host, True) for host in ("localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:8080", "127.1.2.3", "me.local")),
+        *((host, False) for host in ("", "evil@localhost", "localhost/x", "[::1", "a b", "localhost:", "localhost:x")),
+        *((host, False) for host in ("localhost?x", "localhost#x", "\\localhost", "evil.example", "[localhost]:1 ")),
+    ],
+)
+def test_names_of_this_server(host: str, known: bool) -> None:
+    assert RequestGuard(lambda *_: None, ServerSettings(hosts=("me.local",)))._is_known(host) is known  # type: ignore

@@ -167,4 +167,11 @@ def test_the_page_chats_from_the_disk(models: list[Path], tmp_path: Path) -> Non
         assert page.evaluate("document.querySelector('#turns > :last-child .text').textContent.length") > 0
         assert "tokens/s" in page.evaluate("document.querySelector('#turns > :last-child .numbers').textContent")
         page.screenshot(tmp_path / "page.png")
+        page.evaluate("document.querySelector('[data-mode=text]').click()")
+        page.wait_for("document.body.classList.contains('continues')")
+        page.evaluate("document.getElementById('input').focus()")
+        page.type("Once there was")
+        page.press("Enter")
+        page.wait_for("!document.querySelector('.busy') && document.querySelectorAll('.numbers').length === 2", 60)
+        assert page.evaluate("document.querySelector('#turns > :last-child .text').textContent.length") > 0
         assert page.errors == []

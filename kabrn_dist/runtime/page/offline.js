@@ -44,13 +44,15 @@ class OfflineEngine {
       maxTokens: 4096,
     };
   }
-  async generate(messages, settings, onText, signal) {
+  generate(messages, settings, onText, signal) { return this.answer({ kind: "generate", messages }, settings, onText, signal); }
+  complete(text, settings, onText, signal) { return this.answer({ kind: "complete", text }, settings, onText, signal); }
+  async answer(question, settings, onText, signal) {
     if (!this.info) throw new Error("Choose a model file first.");
     const { temperature, topP, maxTokens } = settings;
     const stop = () => this.worker.postMessage({ kind: "stop" });
     signal?.addEventListener("abort", stop);
     try {
-      const result = await this.ask({ kind: "generate", messages, settings: { temperature, topP, maxTokens } }, onText);
+      const result = await this.ask({ ...question, settings: { temperature, topP, maxTokens } }, onText);
       if (signal?.aborted) throw new DOMException("stopped", "AbortError");
       return result;
     } finally {

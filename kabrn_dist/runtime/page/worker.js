@@ -1,5 +1,5 @@
 "use strict";
-/* The runtime in a worker of its own. It is asked {id, kind: "start" | "open" | "generate" | "stop", …} and answers
+/* The runtime in a worker of its own. It is asked {id, kind: "start" | "open" | "generate" | "complete" | "stop", …} and answers
  * {id, piece}, {id, result} or {id, error}. Node runs the same class in tests. */
 
 const NO_TOKEN = 0xffffffff, ERROR_BYTES = 256, CHUNK = 64, CACHED_BYTES = 256 << 20, ATTENTION_TOKENS = 4096;
@@ -178,8 +178,13 @@ class Runtime {
   }
 
   /* `pause` is awaited now and then, and answers whether to stop. */
-  async generate(messages, settings, onText, pause) {
-    const { ids, stops, trim } = this.writeConversation(messages);
+  generate(messages, settings, onText, pause) {
+    return this.answer(this.writeConversation(messages), settings, onText, pause);
+  }
+  complete(text, settings, onText, pause) {
+    return this.answer({ ids: [this.info.documentToken, ...this.tokenize(text)], stops: [], trim: false }, settings, onText, pause);
+  }
+  async answer({ ids, stops, trim }, settings, onText, pause) {
     const cached = this.restore(ids), result = { reason: "length", promptTokens: ids.length, cachedTokens: cached, completionTokens: 0, seconds: 0 };
     for (let at = cached; at < ids.length - 1; at += CHUNK) {
       this.decode(ids.slice(at, Math.min(at + CHUNK, ids.length - 1)), false);
@@ -254,6 +259,7 @@ if (typeof importScripts === "function") {
       }
       if (kind === "open") result = await open(data.file);
       if (kind === "generate") result = await runtime.generate(data.messages, data.settings, (piece) => postMessage({ id, piece }), pause);
+      if (kind === "complete") result = await runtime.complete(data.text, data.settings, (piece) => postMessage({ id, piece }), pause);
       postMessage({ id, result });
     } catch (error) {
       postMessage({ id, error: error.message });

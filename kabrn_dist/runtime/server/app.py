@@ -46,11 +46,19 @@ class ModelServer:
         chat_format: How conversations become tokens.
         pool: Who answers.
         settings: Limits.
+        check_file: Raises RequestError once the model's file is another one.
     """
 
     def __init__(
-        self, model: NativeModel, name: str, chat_format: ChatFormat, pool: WorkerPool, settings: ServerSettings
+        self,
+        model: NativeModel,
+        name: str,
+        chat_format: ChatFormat,
+        pool: WorkerPool,
+        settings: ServerSettings,
+        check_file: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check_file = check_file
         self._model, self._name, self._format, self._pool, self._settings = model, name, chat_format, pool, settings
         self._created = int(time.time())
         page = CHAT_PAGE.read_text(encoding="utf-8")
@@ -87,11 +95,18 @@ class ModelServer:
         return self._answer(body, False, lambda: build_completion(self._model, prompt))
 
     def _answer(self, body: dict[str, Any], chat: bool, make_prompt: Callable[[], Prompt]) -> Response:
+        self._check_file()
         default = CHAT_DEFAULT_TOKENS if chat else COMPLETION_DEFAULT_TOKENS
         wanted = parse_generation(body, default, self._settings.max_tokens)
         channel = AnswerChannel()
+
+        def make_checked_prompt() -> Prompt:
+            # The request may have waited long.
+            self._check_file()
+            return make_prompt()
+
         # Texts become tokens in the worker's thread: a large one would keep all other clients waiting here.
-        job = GenerationJob(wanted, make_prompt, channel.deliver, time.monotonic() + self._settings.timeout)
+        job = GenerationJob(wanted, make_checked_prompt, channel.deliver, time.monotonic() + self._settings.timeout)
         self._pool.submit(job)
         return AnswerResponse(self._pool, job, channel, AnswerShape(chat, self._name, wanted.include_usage))
 

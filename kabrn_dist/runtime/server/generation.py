@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -125,18 +126,10 @@ class Generator:
         finish = Finish(reason, len(prompt.ids), cached, drawn, middle - start, end - middle)
         known = prompt.ids + read
         wanted = known if prompt.follow is None else prompt.follow(answer.text)
-        # What has been read is nearly always how the next turn begins; else it is read anew, once the client has all.
-        is_prefix = wanted[: len(known)] == known
-        if is_prefix:
-            self._keep_follow(wanted, len(known), job)
+        # Before the end is told: the client may ask its next question at once, and another worker may answer it.
+        with contextlib.suppress(RequestError):
+            self._keep_follow(wanted, known, job)
         job.deliver(finish)
-        if not is_prefix:
-            cached, state = self._cache.find(wanted)
-            if state:
-                self._context.set_state(state)
-            else:
-                self._context.reset()
-            self._keep_follow(wanted, cached, job)
 
     def _check_room(self, prompt: Prompt, max_tokens: int) -> None:
         total = len(prompt.ids) + max_tokens
@@ -151,11 +144,7 @@ class Generator:
         """Read the prompt on top of a kept state; return the last token's logits, and how many were not read."""
         last = len(prompt.ids) - 1
         # The last token is always read: its logits are wanted.
-        cached, state = self._cache.find(prompt.ids[:last])
-        if state:
-            self._context.set_state(state)
-        else:
-            self._context.reset()
+        cached = self._restore(prompt.ids[:last])
         self._context.set_sampling(**job.request.sampling)
         place = cached
         for mark in sorted({*prompt.marks, last}):
@@ -197,12 +186,30 @@ class Generator:
             self._ends[token] = found
         return found
 
-    def _keep_follow(self, ids: Sequence[int], place: int, job: GenerationJob) -> None:
-        """Read the rest of `ids` and keep the state."""
+    def _keep_follow(self, ids: list[int], known: list[int], job: GenerationJob) -> None:
+        """Keep the state that has read `ids`, where `known` has been read.
+
+        Raises:
+            GenerationCancelled: if nobody waits any more.
+            RequestError: if time is up.
+        """
         if self._room and len(ids) > self._room:
             return
+        place = len(known)
+        if ids[:place] != known:
+            # The drawn tokens are not those of the answer's text, which the next turn holds.
+            place = self._restore(ids)
         self._read(ids[place:], job)
         self._keep(ids)
+
+    def _restore(self, ids: Sequence[int]) -> int:
+        """Go to the kept state that has read most of `ids`; return how many it has."""
+        cached, state = self._cache.find(ids)
+        if state:
+            self._context.set_state(state)
+        else:
+            self._context.reset()
+        return cached
 
     def _keep(self, ids: Sequence[int]) -> None:
         if len(ids) >= CHECKPOINT_MIN_TOKENS:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import re
 from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kabrn_dist.runtime.server.answer_response import error_response
 from kabrn_dist.runtime.server.errors import RequestError
 from kabrn_dist.runtime.server.settings import ServerSettings
+
+# A name or an address, and a port: nothing that two readers could take for two names.
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE | re.ASCII)
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -64,7 +67,7 @@ class RequestGuard:
                 code="unknown_host",
             )
         origin = headers.get("origin")
-        if not self._token and origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if not self._token and origin is not None and origin.lower() not in _own_origins(host):
             raise RequestError(
                 "Origin: pages of other sites may not use this server", status=403, code="foreign_origin"
             )
@@ -83,13 +86,18 @@ class RequestGuard:
             )
 
     def _is_known(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
+        found = _HOST.fullmatch(host)
+        if found is None:
             return False
+        name = found[1].lower().strip("[]")
         if name == "localhost" or name in (self._settings.host, *self._settings.hosts):
             return True
         try:
             return ip_address(name).is_loopback
         except ValueError:
             return False
+
+
+def _own_origins(host: str) -> tuple[str, str]:
+    # A server in front may speak TLS.
+    return f"http://{host.lower()}", f"https://{host.lower()}"

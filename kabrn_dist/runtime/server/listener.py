@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from kabrn_dist.runtime.native import NativeModel, native_kernels
 from kabrn_dist.runtime.server.app import ModelServer
 from kabrn_dist.runtime.server.chat_format import make_chat_format
+from kabrn_dist.runtime.server.file_watch import FileWatch
 from kabrn_dist.runtime.server.settings import ServerSettings
 from kabrn_dist.runtime.server.worker_pool import WorkerPool
 from kabrn_dist.utils.errors import UserError
@@ -30,11 +32,20 @@ class PatientProtocol(H11Protocol):
     """HTTP whose clients may be slow, but not for ever: they neither keep back a request nor leave an answer unread."""
 
     _stall: asyncio.TimerHandle | None = None
+    _head: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give the client time for its first request."""
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._check_begun)
+        self._head = self.loop.call_later(HEADER_SECONDS, self._check_begun)
+
+    def data_received(self, data: bytes) -> None:
+        """Give the client time for the rest of a request that it has begun, also of a later one."""
+        super().data_received(data)
+        if not self._is_between_requests():
+            self._end_head()
+        elif self._head is None:
+            self._head = self.loop.call_later(HEADER_SECONDS, self._check_begun)
 
     def pause_writing(self) -> None:
         """Give the client time to read."""
@@ -49,11 +60,25 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client."""
         self._end_stall()
+        self._end_head()
         super().connection_lost(exc)
 
     def _check_begun(self) -> None:
-        if self.cycle is None:
+        self._head = None
+        if self._is_between_requests():
             self.transport.abort()
+
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _unsupported_upgrade_warning(self) -> None:
+        # Such a request is answered as any other; anybody could fill the log with it.
+        pass
+
+    def _end_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
 
     def _end_stall(self) -> None:
         if self._stall is not None:
@@ -96,11 +121,12 @@ def serve_model(file: Path, settings: ServerSettings) -> None:
         KeyboardInterrupt: after Ctrl-C, when all is closed.
     """
     listening = open_listener(settings)
+    watch = FileWatch(file)
     with listening, NativeModel(file) as model:
         chat_format = make_chat_format(model)
         pool = WorkerPool(model, settings)
         try:
-            app = ModelServer(model, file.stem, chat_format, pool, settings).app()
+            app = ModelServer(model, file.stem, chat_format, pool, settings, watch.check).app()
             _allow_connections()
             print(describe_server(file, model, settings, listening.getsockname()[1]), flush=True)
             # The server raises the signal again when it has ended; SIGTERM is then no reason to die of.
@@ -116,19 +142,42 @@ def serve_model(file: Path, settings: ServerSettings) -> None:
 def describe_server(file: Path, model: NativeModel, settings: ServerSettings, port: int) -> str:
     """Return what is printed when the server starts: where it is, and what it takes."""
     info = model.info
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    host = _find_reachable(settings.host)
+    host = f"[{host}]" if ":" in host else host
     each = f"{info.state_bytes / 1e6:.1f} MB" + (" and caches of attention" if info.attention_layers else "")
     access = "with the token" if settings.token else "from this machine only"
     return "\n".join(
         [
             f"{file.name}: {info.parameters:,} weights, {info.active_parameters:,} active, step {info.step}",
-            f"kernels: {native_kernels()}; {settings.contexts} answers at once, {settings.threads} threads each",
+            f"kernels: {native_kernels()}; {_count(settings.contexts, 'answer')} at once, "
+            f"{_count(settings.threads, 'thread')} each",
             f"memory:  {info.file_bytes / 1e6:.1f} MB of the file; states of {each}; "
-            f"at most {settings.cache_bytes / 1e6:.0f} MB of them are kept",
+            f"at most {settings.cache_bytes / 1e6:,.0f} MB of them are kept",
             f"chat:    http://{host}:{port}/",
             f"API:     http://{host}:{port}/v1  ({access}; Ctrl-C ends it)",
         ]
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _find_reachable(host: str) -> str:
+    """Return an address that another machine can open: of 0.0.0.0, that of the route to others."""
+    try:
+        if not ip_address(host).is_unspecified:
+            return host
+    except ValueError:
+        return host
+    family, other = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    try:
+        # Nothing is sent: only the route is looked up.
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.gethostname()
 
 
 def open_listener(settings: ServerSettings) -> socket.socket:

@@ -12,6 +12,7 @@ from kabrn_dist.runtime.server.errors import RequestError
 
 STOP_STRINGS_LIMIT, STOP_CHARACTERS_LIMIT = 16, 255
 MESSAGES_LIMIT = 10_000
+MIN_TEMPERATURE = 1e-4
 # Fields that change the answer, and that this server cannot obey, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -23,6 +24,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
 }
 
 
@@ -81,7 +85,7 @@ def parse_generation(body: dict[str, Any], default_tokens: int, most_tokens: int
     Args:
         body: The object that the client sent.
         default_tokens: Length of the answer if it names none.
-        most_tokens: Longest answer that it may ask for.
+        most_tokens: Longest answer; a request for more gets so many.
 
     Raises:
         RequestError: for a field of another type, out of its range, or that cannot be obeyed.
@@ -100,10 +104,14 @@ def parse_generation(body: dict[str, Any], default_tokens: int, most_tokens: int
         "repetition_penalty": _number(body, "repetition_penalty", 1.0, 0.1, 10),
         "seed": _whole(body, "seed", secrets.randbits(63), -(1 << 63), (1 << 64) - 1) % (1 << 64),
     }
+    # The runtime divides by it; so small a one takes the likeliest token as 0 does.
+    if sampling["temperature"] < MIN_TEMPERATURE:
+        sampling["temperature"] = 0.0
     # The runtime draws among at least one token; 0 means that very one.
     sampling["top_p"] = max(sampling["top_p"], 1e-6)
     return GenerationRequest(
-        _whole(body, limit_name, min(default_tokens, most_tokens), 1, most_tokens),
+        # As servers of OpenAI's interface do: the answer then ends with "length".
+        min(_whole(body, limit_name, default_tokens, 1, None), most_tokens),
         _parse_stops(body.get("stop")),
         sampling,
         _read(body, "stream", bool, False),
@@ -200,14 +208,14 @@ def _number(body: dict[str, Any], name: str, default: float, low: float, high: f
     return float(value)
 
 
-def _whole(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
+def _whole(body: dict[str, Any], name: str, default: int, low: int, high: int | None) -> int:
     value = body.get(name)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int):
         _refuse(name, f"is {_kind_of(value)}; send a whole number")
-    if not low <= value <= high:
-        _refuse(name, f"{_show(value)} is not between {low} and {high}")
+    if value < low or (high is not None and value > high):
+        _refuse(name, f"{_show(value)} is " + (f"less than {low}" if high is None else f"not between {low} and {high}"))
     return value
 
 

@@ -71,5 +71,8 @@ def _count(finish: Finish) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": finish.cached_tokens},
     }
     # As of llama.cpp's server; OpenAI has no such field.
-    timings = {"prompt_ms": 1e3 * finish.prompt_seconds, "predicted_ms": 1e3 * finish.answer_seconds}
+    timings = {
+        "prompt_ms": round(1e3 * finish.prompt_seconds, 3),
+        "predicted_ms": round(1e3 * finish.answer_seconds, 3),
+    }
     return {"usage": usage, "timings": timings}

@@ -17,7 +17,7 @@ class ServerSettings:
         contexts: Answers that are worked on at once.
         queue_limit: Requests that may wait for a context.
         token: What clients must send as `Authorization: Bearer TOKEN`; "": nothing.
-        max_tokens: Longest answer that a request may ask for.
+        max_tokens: Longest answer; a request for more gets so many.
         context_tokens: Room in the caches of attention layers; without effect on models that have none.
         timeout: Seconds that a request may take, from its body's last byte to the answer's.
         body_bytes: Largest body of a request.

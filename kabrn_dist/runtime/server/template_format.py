@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from kabrn_dist.runtime.native import NativeModel
 from kabrn_dist.runtime.server.errors import RequestError
@@ -15,20 +13,12 @@ from kabrn_dist.utils.errors import UserError
 
 try:
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from kabrn_dist.runtime.server.chat_template import compile_template
 except ImportError as error:
     raise UserError(
-        "the model's chat template needs jinja2, which is not installed; use: pip install 'kabrn_dist[serve]'"
+        "the model's chat template needs jinja2, which is not installed; use: pip install jinja2"
     ) from error
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(str(message))
-
-
-def _dump_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own would escape for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 class TemplateFormat:
@@ -45,14 +35,9 @@ class TemplateFormat:
 
     def __init__(self, model: NativeModel) -> None:
         self._model = model
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _dump_json
         document = model.token_bytes(model.info.document_token).decode(errors="replace")
-        environment.globals |= {"raise_exception": _raise_exception, "bos_token": document, "eos_token": document}
         try:
-            self._template = environment.from_string(model.template)
+            self._template = compile_template(model.template, document)
         except TemplateError as error:
             raise UserError(f"the file's chat template is no Jinja ({error}); pack it with another one") from error
         self._stops = self._find_stops()
