@@ -2204,7 +2204,7 @@ const char *mkb_kernels(void) {
     return chosen_kernels->name;
 }
 
-const char *mkb_version(void) { return "1"; }
+const char *mkb_version(void) { return MKB_VERSION; }
 
 /* ---- 5 threads ---- */
 
