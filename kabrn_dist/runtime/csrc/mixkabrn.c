@@ -927,7 +927,6 @@ typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(16)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(16)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(16)));
 typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH)));
-typedef int8_t bvec __attribute__((vector_size(WIDTH)));
 
 /* Vectors are passed by address: GCC has a remark on every build for those that are wider than registers. Inlined it is
  * the same. */
@@ -965,10 +964,10 @@ INLINE int32_t whole_sum_of(const ivec *x_) {
 
 INLINE float largest_of(const vec *x_) {
     vec x = *x_;
-    float part[WIDTH];
-    memcpy(part, &x, sizeof part);
-    for (int i = 1; i < WIDTH; i++) part[0] = part[i] > part[0] ? part[i] : part[0];
-    return part[0];
+    float most = x[0];
+    UNROLL
+    for (int i = 1; i < WIDTH; i++) most = x[i] > most ? x[i] : most;
+    return most;
 }
 
 /* Up to WIDTH numbers of a row of which `rest` are left; zeros behind them. */
@@ -983,13 +982,6 @@ INLINE void store_of(float *to, size_t rest, const vec *x_) {
     vec x = *x_;
     if (rest >= WIDTH) memcpy(to, &x, sizeof x);
     else memcpy(to, &x, rest * 4);
-}
-
-INLINE vec load_codes(const int8_t *from, size_t rest) {
-    bvec x = {0};
-    if (rest >= WIDTH) memcpy(&x, from, sizeof x);
-    else memcpy(&x, from, rest);
-    return __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
 }
 
 /* fp16 as its bits say; no model holds infinities. */
@@ -1024,20 +1016,26 @@ INLINE vec sigmoid_of(const vec *x_) {
     return 1.0f / (1.0f + exponential(-x));
 }
 
-/* Write codes of x·times, WIDTH at a time. NaN becomes 0; the row's scale says that it was there. */
-INLINE ivec write_codes_of(int8_t *to, size_t i, const vec *x_) {
+/* Codes of numbers that are scaled. NaN becomes 0; the row's scale says that it was there. */
+INLINE ivec codes_of(const vec *x_) {
     vec x = *x_;
     vec code = nearest(pick(x > 127.0f, all(127.0f), pick(x < -128.0f, all(-128.0f), pick(x == x, x, all(0)))));
-    ivec whole = __builtin_convertvector(code, ivec);
-    bvec small = __builtin_convertvector(whole, bvec);
-    memcpy(to + i, &small, sizeof small);
-    return whole;
+    return __builtin_convertvector(code, ivec);
 }
 
-/* Zeros behind a row of n codes, of which whole vectors were written. */
-INLINE void pad_codes(int8_t *codes, size_t n) {
-    size_t written = round_up(n, WIDTH);
-    memset(codes + written, 0, round_up(n, LANES) - written);
+/* Write codes of up to 16 numbers times `times`, and zeros behind them; returns the codes' sum, lane by lane. They are
+ * made bytes in a loop because compilers take vectors of fewer than 16 bytes apart. */
+INLINE ivec write_codes(int8_t *to, const float *x, size_t rest, float times) {
+    int32_t whole[LANES];
+    ivec total = {0};
+    UNROLL
+    for (size_t at = 0; at < LANES; at += WIDTH) {
+        ivec some = codes(load(x + at, rest > at ? rest - at : 0) * times);
+        memcpy(whole + at, &some, sizeof some);
+        total += some;
+    }
+    for (size_t lane = 0; lane < LANES; lane++) to[lane] = (int8_t)whole[lane];
+    return total;
 }
 
 /* Add the products of a row to 16 sums: inputs i, i + 16, i + 32 … to sum i. */
@@ -1078,8 +1076,9 @@ TARGET static __attribute__((noinline)) void finish_row(const float *y, size_t n
     if (!out->codes) return;
     float times = norm * out->scale;
     ivec total = {0};
-    EACH(i, rest, n, total += write_codes(out->codes, i, load(y + i, rest) * times));
-    pad_codes(out->codes, n);
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) total += write_codes(out->codes + i, y + i, LANES, times);
+    if (i < n) total += write_codes(out->codes + i, y + i, n - i, times);
     out->total = whole_sum(total);
 }
 
@@ -1113,32 +1112,48 @@ INLINE vec chebyshev_of(const float *c, const vec *z_) {
     return c[0] + c[1] * u + c[2] * t2 + c[3] * t3 + slope * outside;
 }
 
-INLINE vec function_input(const row_function *f, size_t i, size_t rest, float factor) {
-    return (f->codes ? load_codes(f->codes + i, rest) : load(f->values + i, rest)) * factor;
+/* Codes as numbers; by a loop of 16 for the same reason as in write_codes. */
+INLINE void spread_codes(const int8_t *from, size_t n, float *to) {
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        int32_t whole[LANES];
+        for (size_t lane = 0; lane < LANES; lane++) whole[lane] = from[i + lane];
+        UNROLL
+        for (size_t at = 0; at < LANES; at += WIDTH) {
+            ivec some;
+            memcpy(&some, whole + at, sizeof some);
+            store(to + i + at, WIDTH, __builtin_convertvector(some, vec));
+        }
+    }
+    for (; i < n; i++) to[i] = (float)from[i];
 }
 
-INLINE vec function_at(const row_function *f, const float *c, size_t i, size_t rest, float factor) {
-    vec z = function_input(f, i, rest, factor);
+INLINE vec function_of(const row_function *f, const float *c, const vec *z_) {
+    vec z = *z_;
     if (f->kind == RATIONAL) return rational(c, z);
     if (f->kind == CHEBYSHEV) return chebyshev(c, z - f->center / f->reach);
     return larger(z, all(0)) * z;
 }
 
 /* RELU2 squares a normalized row: else the 1e-6 in the norm of the squares would change small ones. Uses y. */
-INLINE float function_factor(const row_function *f, size_t n, float *y) {
+INLINE float function_factor(const row_function *f, const float *x, size_t n, float *y) {
     if (f->kind == CHEBYSHEV) return f->factor / f->reach;
     if (f->kind != RELU2) return f->factor;
-    EACH_ONCE(i, rest, n, store(y + i, rest, function_input(f, i, rest, f->factor)));
-    return f->factor * (1.0f / sqrtf(dot(y, y, n) / (float)n + 1e-6f));
+    EACH_ONCE(i, rest, n, store(y + i, rest, load(x + i, rest) * f->factor));
+    float squares = dot(y, y, n);
+    if (f->codes) spread_codes(f->codes, n, y); /* which were x */
+    return f->factor * (1.0f / sqrtf(squares / (float)n + 1e-6f));
 }
 
 TARGET static void NAMED(function_row)(const row_function *f, size_t n, float *y, row_out *out) {
     size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
-    float factor = function_factor(f, n, y), lanes[LANES] = {0};
+    const float *x = f->codes ? y : f->values;
+    if (f->codes) spread_codes(f->codes, n, y);
+    float factor = function_factor(f, x, n, y), lanes[LANES] = {0};
     for (size_t g = 0; g < f->groups; g++) {
         const float *c = f->coefficients + g * terms;
         size_t first = g * width;
-        EACH_ONCE(i, rest, width, store(y + first + i, rest, function_at(f, c, first + i, rest, factor)));
+        EACH_ONCE(i, rest, width, store(y + first + i, rest, function(f, c, load(x + first + i, rest) * factor)));
         add_products(lanes, y + first, y + first, width);
     }
     row_size size = {sum_lanes(lanes), largest_magnitude(y, n)};
@@ -1199,20 +1214,29 @@ INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline
     out->base.scale = 127.0f / largest(silu);
 }
 
+/* Codes of a vector, and their sum. */
+INLINE void put_codes_of(int8_t *to, const ivec *whole_, int32_t *total) {
+    ivec whole = *whole_;
+    int32_t code[WIDTH];
+    memcpy(code, &whole, sizeof code);
+    for (size_t lane = 0; lane < WIDTH; lane++) to[lane] = (int8_t)code[lane];
+    *total += whole_sum(whole);
+}
+
 /* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
 INLINE void put_splines_of(size_t size, const ivec *interval_, uint32_t r, const vec *value_, size_t i, size_t lanes,
                            row_out *to) {
     ivec interval = *interval_;
     vec value = *value_;
-    int8_t codes[WIDTH];
+    ivec whole = codes(value * to->scale);
+    int32_t code[WIDTH], at[WIDTH];
     float values[WIDTH];
-    int32_t at[WIDTH];
+    memcpy(code, &whole, sizeof code);
     memcpy(at, &interval, sizeof at);
     memcpy(values, &value, sizeof values);
-    write_codes(codes, 0, value * to->scale);
     for (size_t lane = 0; lane < lanes; lane++) {
         size_t place = (i + lane) * size + (size_t)at[lane] + r;
-        if (to->codes) to->codes[place] = codes[lane], to->total += codes[lane];
+        if (to->codes) to->codes[place] = (int8_t)code[lane], to->total += code[lane];
         else to->values[place] = values[lane];
     }
 }
@@ -1223,12 +1247,8 @@ INLINE void expand_inputs_of(const spline_grid *g, const vec *x_, size_t i, size
     ivec interval = splines_at(g, x, w);
     for (uint32_t r = 0; r <= g->degree; r++)
         put_splines(g->intervals + g->degree, interval, r, w[r], i, MIN(rest, (size_t)WIDTH), &out->splines);
-    if (!out->base.codes) {
-        store(out->base.values + i, rest, silu);
-        return;
-    }
-    ivec whole = write_codes(out->base.codes, i, silu * out->base.scale);
-    out->base.total += whole_sum(whole);
+    if (out->base.values) store(out->base.values + i, rest, silu);
+    else put_codes(out->base.codes + i, codes(silu * out->base.scale), &out->base.total);
 }
 
 TARGET static void NAMED(spline_row)(const spline_grid *g, const float *x, size_t n, spline_out *out) {
@@ -1238,7 +1258,8 @@ TARGET static void NAMED(spline_row)(const spline_grid *g, const float *x, size_
     else memset(out->splines.values, 0, n * size * 4);
     out->base.total = out->splines.total = 0;
     EACH_ONCE(i, rest, n, expand_inputs(g, load(x + i, rest), i, rest, out));
-    if (out->base.codes) pad_codes(out->base.codes, n);
+    /* Whole vectors were written. */
+    if (out->base.codes) memset(out->base.codes + round_up(n, WIDTH), 0, round_up(n, LANES) - round_up(n, WIDTH));
 }
 
 /* Registers of values that tokens pass at a time: two share the broadcasts of keys and queries where they are short. */
@@ -1415,7 +1436,6 @@ static const float_kernels NAMED(FLOATS) = {
 #define ivec NAMED(ivec)
 #define uvec NAMED(uvec)
 #define hvec NAMED(hvec)
-#define bvec NAMED(bvec)
 #define all NAMED(all)
 #define magnitude_of NAMED(magnitude_of)
 #define pick_of NAMED(pick_of)
@@ -1426,13 +1446,14 @@ static const float_kernels NAMED(FLOATS) = {
 #define largest_of NAMED(largest_of)
 #define load NAMED(load)
 #define store_of NAMED(store_of)
-#define load_codes NAMED(load_codes)
+#define spread_codes NAMED(spread_codes)
 #define load_halves NAMED(load_halves)
 #define load_weights NAMED(load_weights)
 #define exponential_of NAMED(exponential_of)
 #define sigmoid_of NAMED(sigmoid_of)
-#define write_codes_of NAMED(write_codes_of)
-#define pad_codes NAMED(pad_codes)
+#define codes_of NAMED(codes_of)
+#define put_codes_of NAMED(put_codes_of)
+#define write_codes NAMED(write_codes)
 #define add_products_body NAMED(add_products_body)
 #define add_products NAMED(add_products)
 #define dot NAMED(dot)
@@ -1440,8 +1461,7 @@ static const float_kernels NAMED(FLOATS) = {
 #define finish_row NAMED(finish_row)
 #define rational_of NAMED(rational_of)
 #define chebyshev_of NAMED(chebyshev_of)
-#define function_input NAMED(function_input)
-#define function_at NAMED(function_at)
+#define function_of NAMED(function_of)
 #define function_factor NAMED(function_factor)
 #define nonzero_splines_of NAMED(nonzero_splines_of)
 #define splines_at_of NAMED(splines_at_of)
@@ -1466,9 +1486,11 @@ static const float_kernels NAMED(FLOATS) = {
 #define store(to, rest, x) store_of(to, rest, (vec[]){x})
 #define exponential(x) exponential_of((vec[]){x})
 #define sigmoid(x) sigmoid_of((vec[]){x})
-#define write_codes(to, i, x) write_codes_of(to, i, (vec[]){x})
+#define codes(x) codes_of((vec[]){x})
+#define put_codes(to, whole, total) put_codes_of(to, (ivec[]){whole}, total)
 #define rational(c, z) rational_of(c, (vec[]){z})
 #define chebyshev(c, z) chebyshev_of(c, (vec[]){z})
+#define function(f, c, z) function_of(f, c, (vec[]){z})
 #define nonzero_splines(degree, place, w) nonzero_splines_of(degree, (vec[]){place}, w)
 #define splines_at(g, x, w) splines_at_of(g, (vec[]){x}, w)
 #define put_splines(size, interval, r, value, i, lanes, to) \
@@ -1758,12 +1780,45 @@ TARGET_AVX2 static void tile_rows_avx2(const unsigned char *tile, const unsigned
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(next_out + 8 * n), total[2 + n]);
 }
 
+/* 8 rows of a row of tiles for four tokens: fields are taken apart once. */
+TARGET_AVX2 static void four_tokens_avx2(const unsigned char *tile, size_t across, const int8_t *const *x, int32_t *out) {
+    __m256i zero = _mm256_setzero_si256(), total[4] = {zero, zero, zero, zero}, three = _mm256_set1_epi8(3);
+    __m256i twelve = _mm256_set1_epi8(12);
+    for (size_t c = 0; c < across;) {
+        size_t end = MIN(across, c + NARROW_TILES);
+        __m256i ones[4] = {zero, zero, zero, zero}, fours[4] = {zero, zero, zero, zero};
+        for (; c < end; c++, tile += TILE_BYTES) {
+            __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)tile), v = _mm256_srli_epi16(w, 4);
+            __m256i field[4] = {_mm256_and_si256(w, three), _mm256_and_si256(w, twelve), _mm256_and_si256(v, three),
+                                _mm256_and_si256(v, twelve)};
+            UNROLL
+            for (int t = 0; t < 4; t++) {
+                const int8_t *code = x[t] + c * TILE;
+                __m256i x0 = _mm256_set1_epi32(four_codes(code)), x1 = _mm256_set1_epi32(four_codes(code + 4));
+                __m256i x2 = _mm256_set1_epi32(four_codes(code + 8)), x3 = _mm256_set1_epi32(four_codes(code + 12));
+                ones[t] = _mm256_add_epi16(ones[t], _mm256_maddubs_epi16(field[0], x0));
+                fours[t] = _mm256_add_epi16(fours[t], _mm256_maddubs_epi16(field[1], x1));
+                ones[t] = _mm256_add_epi16(ones[t], _mm256_maddubs_epi16(field[2], x2));
+                fours[t] = _mm256_add_epi16(fours[t], _mm256_maddubs_epi16(field[3], x3));
+            }
+        }
+        UNROLL
+        for (int t = 0; t < 4; t++) total[t] = widen_avx2(total[t], ones[t], fours[t]);
+    }
+    UNROLL
+    for (int t = 0; t < 4; t++) _mm256_storeu_si256((__m256i *)(void *)(out + t * TILE), total[t]);
+}
+
 TARGET_AVX2 static void ternary_avx2(const unsigned char *tiles, size_t across, size_t row_tiles,
                                      const int8_t *const *x, size_t tokens, int32_t *out) {
-    size_t row = across * TILE_BYTES;
+    size_t row = across * TILE_BYTES, fours = tokens / 4 * 4;
+    /* Tiles of some rows stay in the nearest cache while tokens pass. */
+    for (size_t t = 0; t < fours; t += 4)
+        for (size_t i = 0; i < 2 * row_tiles; i++)
+            four_tokens_avx2(tiles + i / 2 * row + i % 2 * 32, across, x + t, out + (i / 2 * tokens + t) * TILE + i % 2 * 8);
     for (size_t i = 0; i < row_tiles; i += 2) {
         size_t next = i + 1 < row_tiles ? i + 1 : i;
-        for (size_t t = 0; t < tokens; t++)
+        for (size_t t = fours; t < tokens; t++)
             tile_rows_avx2(tiles + i * row, tiles + next * row, across, x[t], out + (i * tokens + t) * TILE,
                            out + (next * tokens + t) * TILE);
     }
@@ -2726,7 +2781,13 @@ static void limit_groups(const settings *s, const float *score, unsigned char *t
 /* In fp64, so that no order of the sum shows in fp32. */
 static double exact_dot(const float *x, const float *y, size_t n) {
     double part[4] = {0};
-    for (size_t i = 0; i < n; i++) part[i % 4] += (double)x[i] * (double)y[i];
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        UNROLL
+        for (size_t lane = 0; lane < 4; lane++) part[lane] += (double)x[i + lane] * (double)y[i + lane];
+    UNROLL
+    for (size_t lane = 0; lane < 3; lane++)
+        if (i + lane < n) part[lane] += (double)x[i + lane] * (double)y[i + lane];
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
@@ -2941,7 +3002,7 @@ static void embed(const mkb_context *c, uint32_t id, float *x) {
     size_t n = t->columns, at = (size_t)id * n;
     if (t->dtype == FP32) memcpy(x, t->values + at * 4, n * 4);
     else if (t->dtype == FP16) EACH(i, rest, n, store(x + i, rest, load_halves((const uint16_t *)(const void *)t->values + at + i, rest)));
-    else EACH(i, rest, n, store(x + i, rest, load_codes((const int8_t *)t->values + at + i, rest) * t->scales[id]));
+    else for (size_t i = 0; i < n; i++) x[i] = (float)(int8_t)t->values[at + i] * t->scales[id];
 }
 
 static void set_angles(mkb_context *c, size_t t) {
