@@ -6,6 +6,9 @@ import os
 import subprocess
 from pathlib import Path
 
+from kabrn_dist import __version__
+from kabrn_dist.runtime.native_library import load_native_library
+
 
 def run_native(program: Path, *arguments: str, kernels: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -30,3 +33,8 @@ def test_unknown_kernels_are_refused_in_one_line(native_program: Path, tmp_path:
     done = run_native(native_program, "bench", str(tmp_path / "none.mkb"), kernels="abacus")
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "MIXKABRN_KERNELS=abacus" in done.stderr and "scalar" in done.stderr
+
+
+def test_the_runtime_has_the_version_of_the_package(native_program: Path) -> None:
+    assert load_native_library().mkb_version().decode() == __version__
+    assert f"version {__version__}," in run_native(native_program).stderr

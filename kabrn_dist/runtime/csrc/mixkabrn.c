@@ -9,6 +9,8 @@
  *     MIXKABRN_LIBRARY     without main, for a shared library
  *     MIXKABRN_NO_THREADS  without pthreads: every context has one thread
  *     MIXKABRN_NO_MMAP     model files are read into memory instead of being mapped */
+/* Section 4 includes this file again, for its float kernels alone. */
+#ifndef KIND
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -828,140 +830,8 @@ const char *mkb_model_template(const mkb_model *m, size_t *bytes) {
 
 /* ---- 4 kernels ---- */
 
-/* Vectors of 16 lanes are the compiler's: it splits them where the machine's are shorter, so that sums have one order
- * on all machines. The bodies below are compiled once for each width that a machine may have. */
+/* Sums of floats have one order on all machines: 16 lanes, which are added up at the end. */
 enum { LANES = 16 };
-typedef float vec __attribute__((vector_size(64), aligned(16)));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(16)));
-typedef uint32_t uvec __attribute__((vector_size(64), aligned(16)));
-typedef uint16_t hvec __attribute__((vector_size(32), aligned(16)));
-typedef int8_t bvec __attribute__((vector_size(16)));
-
-/* Vectors are passed by address: GCC has a remark on every build for those that are wider than registers. Inlined it is
- * the same. */
-INLINE vec all(float x) { return x - (vec){0}; }
-INLINE vec magnitude_of(const vec *x_) {
-    vec x = *x_;
-    return (vec)((uvec)x & 0x7fffffffu);
-}
-#define magnitude(x) magnitude_of((vec[]){x})
-INLINE vec pick_of(const ivec *which_, const vec *x_, const vec *y_) {
-    ivec which = *which_;
-    vec x = *x_, y = *y_;
-    return (vec)((which & (ivec)x) | (~which & (ivec)y));
-}
-#define pick(which, x, y) pick_of((ivec[]){which}, (vec[]){x}, (vec[]){y})
-INLINE vec larger_of(const vec *x_, const vec *y_) {
-    vec x = *x_, y = *y_;
-    return pick(x > y, x, y);
-}
-#define larger(x, y) larger_of((vec[]){x}, (vec[]){y})
-INLINE vec smaller_of(const vec *x_, const vec *y_) {
-    vec x = *x_, y = *y_;
-    return pick(x < y, x, y);
-}
-#define smaller(x, y) smaller_of((vec[]){x}, (vec[]){y})
-/* The whole number next to |x| < 2²², half to even: fp32 has no room for a fraction beside 1.5·2²³. */
-INLINE vec nearest_of(const vec *x_) {
-    vec x = *x_;
-    return (x + 12582912.0f) - 12582912.0f;
-}
-#define nearest(x) nearest_of((vec[]){x})
-
-INLINE float sum_of(const vec *x_) {
-    vec x = *x_;
-    /* In the order of kernels/lanes.h. */
-    float part[LANES], total = 0;
-    memcpy(part, &x, sizeof part);
-    for (int i = 0; i < LANES; i++) total += part[i];
-    return total;
-}
-#define sum(x) sum_of((vec[]){x})
-
-INLINE int32_t whole_sum_of(const ivec *x_) {
-    ivec x = *x_;
-    int32_t part[LANES], total = 0;
-    memcpy(part, &x, sizeof part);
-    for (int i = 0; i < LANES; i++) total += part[i];
-    return total;
-}
-#define whole_sum(x) whole_sum_of((ivec[]){x})
-
-INLINE float largest_of(const vec *x_) {
-    vec x = *x_;
-    float part[LANES];
-    memcpy(part, &x, sizeof part);
-    UNROLL
-    for (int half = LANES / 2; half; half /= 2)
-        UNROLL
-        for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
-    return part[0];
-}
-#define largest(x) largest_of((vec[]){x})
-
-/* Up to 16 numbers of a row of which `rest` are left; zeros behind them. */
-INLINE vec load(const float *from, size_t rest) {
-    vec x = {0};
-    if (rest >= LANES) memcpy(&x, from, sizeof x);
-    else memcpy(&x, from, rest * 4);
-    return x;
-}
-
-INLINE void store_of(float *to, size_t rest, const vec *x_) {
-    vec x = *x_;
-    if (rest >= LANES) memcpy(to, &x, sizeof x);
-    else memcpy(to, &x, rest * 4);
-}
-#define store(to, rest, x) store_of(to, rest, (vec[]){x})
-
-INLINE vec load_codes(const int8_t *from, size_t rest) {
-    bvec x = {0};
-    if (rest >= LANES) memcpy(&x, from, sizeof x);
-    else memcpy(&x, from, rest);
-    return __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
-}
-
-/* fp16 as its bits say; no model holds infinities. */
-INLINE vec load_halves(const uint16_t *from, size_t rest) {
-    hvec x = {0};
-    if (rest >= LANES) memcpy(&x, from, sizeof x);
-    else memcpy(&x, from, rest * 2);
-    uvec bits = __builtin_convertvector(x, uvec);
-    vec value = (vec)((bits & 0x7fffu) << 13) * 5.192296858534828e33f; /* 2¹¹², the difference of the exponents */
-    return (vec)((uvec)value | (bits & 0x8000u) << 16);
-}
-
-/* For each vector of a row of n; only the last can be short, and it has its own copy of the step. */
-#define EACH(i, rest, n, ...)                                                                                         \
-    do {                                                                                                               \
-        size_t i = 0, rest = LANES;                                                                                    \
-        for (; i + LANES <= (n); i += LANES) __VA_ARGS__;                                                              \
-        rest = (n) - i;                                                                                                \
-        if (rest) __VA_ARGS__;                                                                                         \
-    } while (0)
-
-/* The same with one copy of a step that is large. */
-#define EACH_ONCE(i, rest, n, ...)                                                                                     \
-    for (size_t i = 0, rest = (n); i < (n); i += LANES, rest = (n) - i) __VA_ARGS__
-
-/* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
-INLINE vec exponential_of(const vec *x_) {
-    vec x = *x_;
-    x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
-    /* eˣ = 2ⁿ·eʳ, |r| ≤ ln 2 / 2. ln 2 is taken off in two parts, of which the first makes an exact product. */
-    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = (((((r * (1.0f / 720) + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1.0f) * r + 1.0f;
-    /* n stands in the last bits beside 1.5·2²³; from there it is moved to an exponent's place. */
-    return (vec)((uvec)p + ((uvec)shifted << 23));
-}
-#define exponential(x) exponential_of((vec[]){x})
-
-INLINE vec sigmoid_of(const vec *x_) {
-    vec x = *x_;
-    return 1.0f / (1.0f + exponential(-x));
-}
-#define sigmoid(x) sigmoid_of((vec[]){x})
 
 /* A row on its way into a product: normalized, and rounded to int8 codes if the model is quantized. */
 typedef struct {
@@ -971,57 +841,8 @@ typedef struct {
     int32_t total;  /* of the codes */
 } row_out;
 
-/* Write codes of x·times, 16 at a time. NaN becomes 0; the row's scale says that it was there. */
-INLINE ivec write_codes_of(int8_t *to, size_t i, const vec *x_) {
-    vec x = *x_;
-    vec code = nearest(pick(x > 127.0f, all(127.0f), pick(x < -128.0f, all(-128.0f), pick(x == x, x, all(0)))));
-    ivec whole = __builtin_convertvector(code, ivec);
-    bvec small = __builtin_convertvector(whole, bvec);
-    memcpy(to + i, &small, sizeof small);
-    return whole;
-}
-#define write_codes(to, i, x) write_codes_of(to, i, (vec[]){x})
-
 /* Of a row: its squares' sum and its largest magnitude. */
 typedef struct { float squares, most; } row_size;
-
-/* RMSNorm and the absmax quantizer of y [n]. */
-INLINE void finish_row_body(const float *y, size_t n, row_size size, row_out *out) {
-    float norm = 1.0f / sqrtf(size.squares / (float)n + 1e-6f), peak = norm * size.most;
-    out->scale = out->codes ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
-    if (out->values) EACH(i, rest, n, store(out->values + i, rest, load(y + i, rest) * norm));
-    if (!out->codes) return;
-    float times = norm * out->scale;
-    ivec total = {0};
-    EACH(i, rest, n, total += write_codes(out->codes, i, load(y + i, rest) * times));
-    out->total = whole_sum(total);
-}
-
-INLINE void measure_of(const vec *y_, vec *squares, vec *most) {
-    vec y = *y_;
-    *squares += y * y;
-    *most = larger(magnitude(y), *most);
-}
-#define measure(y, squares, most) measure_of((vec[]){y}, squares, most)
-
-INLINE row_size norm_row_body(const float *x, size_t n) {
-    vec squares = {0}, most = {0};
-    EACH(i, rest, n, measure(load(x + i, rest), &squares, &most));
-    return (row_size){sum(squares), largest(most)};
-}
-
-INLINE vec gate_at(const float *gate, const float *up, float *y, size_t rest) {
-    vec z = load(gate, rest), value = z * sigmoid(z) * load(up, rest);
-    store(y, rest, value);
-    return value;
-}
-
-/* silu(gate)·up, normalized. */
-INLINE row_size gate_row_body(const float *gate, const float *up, size_t n, float *y) {
-    vec squares = {0}, most = {0};
-    EACH_ONCE(i, rest, n, measure(gate_at(gate + i, up + i, y + i, rest), &squares, &most));
-    return (row_size){sum(squares), largest(most)};
-}
 
 /* A learned function of each group of channels, of codes·factor or of values·factor. */
 typedef struct {
@@ -1032,61 +853,6 @@ typedef struct {
     float factor, center, reach;
 } row_function;
 
-INLINE vec rational_of(const float *c, const vec *z_) {
-    vec z = *z_;
-    vec p = ((((c[5] * z + c[4]) * z + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
-    vec inner = (((c[9] * z + c[8]) * z + c[7]) * z + c[6]) * z;
-    return p * (1.0f / (1.0f + magnitude(inner)));
-}
-#define rational(c, z) rational_of(c, (vec[]){z})
-
-/* Σ cₙTₙ(u), and beyond the range a straight line. */
-INLINE vec chebyshev_of(const float *c, const vec *z_) {
-    vec z = *z_;
-    vec u = pick(z > 1.0f, all(1.0f), pick(z < -1.0f, all(-1.0f), z)), outside = z - u;
-    vec t2 = 2.0f * u * u - 1.0f, t3 = 2.0f * u * t2 - u;
-    vec slope = c[1] + 4.0f * c[2] * u + c[3] * (6.0f * t2 + 3.0f);
-    return c[0] + c[1] * u + c[2] * t2 + c[3] * t3 + slope * outside;
-}
-#define chebyshev(c, z) chebyshev_of(c, (vec[]){z})
-
-INLINE vec function_input(const row_function *f, size_t i, size_t rest, float factor) {
-    return (f->codes ? load_codes(f->codes + i, rest) : load(f->values + i, rest)) * factor;
-}
-
-INLINE vec function_at(const row_function *f, const float *c, size_t i, size_t rest, float factor, float *y) {
-    vec z = function_input(f, i, rest, factor), value;
-    if (f->kind == RATIONAL) value = rational(c, z);
-    else if (f->kind == CHEBYSHEV) value = chebyshev(c, z - f->center / f->reach);
-    else value = larger(z, all(0)) * z;
-    store(y + i, rest, value);
-    /* Lanes behind the group's end have values too, where a function is not 0 at 0. */
-    return load(y + i, rest);
-}
-
-/* RELU2 squares a normalized row: else the 1e-6 in the norm of the squares would change small ones. */
-INLINE float function_factor(const row_function *f, size_t n) {
-    vec squares = {0};
-    if (f->kind == CHEBYSHEV) return f->factor / f->reach;
-    if (f->kind != RELU2) return f->factor;
-    EACH(i, rest, n, {
-        vec z = function_input(f, i, rest, f->factor);
-        squares += z * z;
-    });
-    return f->factor * (1.0f / sqrtf(sum(squares) / (float)n + 1e-6f));
-}
-
-INLINE row_size function_row_body(const row_function *f, size_t n, float *y) {
-    size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
-    float factor = function_factor(f, n);
-    vec squares = {0}, most = {0};
-    for (size_t g = 0; g < f->groups; g++) {
-        const float *c = f->coefficients + g * terms;
-        EACH_ONCE(i, rest, width, measure(function_at(f, c, g * width + i, rest, factor, y), &squares, &most));
-    }
-    return (row_size){sum(squares), largest(most)};
-}
-
 /* B-splines on a uniform grid, continued in straight lines outside it. */
 typedef struct {
     uint32_t intervals, degree;
@@ -1094,113 +860,8 @@ typedef struct {
     float values[MAX_DEGREE + 1], slopes[MAX_DEGREE + 1]; /* of the first functions at the low end, a step */
 } spline_grid;
 
-/* The degree + 1 B-splines that are not zero, at a place 0…1 of an interval (Cox–de Boor on unit knots). */
-INLINE void nonzero_splines_of(uint32_t degree, const vec *place_, vec *w) {
-    vec place = *place_;
-    w[0] = all(1.0f);
-    for (uint32_t p = 1; p <= degree; p++) {
-        vec before = {0};
-        for (uint32_t r = 0; r <= p; r++) {
-            vec here = r < p ? w[r] : all(0);
-            w[r] = ((place + (float)(p - r)) * before + ((float)(r + 1) - place) * here) * (1.0f / (float)p);
-            before = here;
-        }
-    }
-}
-#define nonzero_splines(degree, place, w) nonzero_splines_of(degree, (vec[]){place}, w)
-
-/* The values at 16 inputs, and the interval of each. */
-INLINE ivec splines_at_of(const spline_grid *g, const vec *x_, vec *w) {
-    vec x = *x_;
-    vec place = (x - g->low) * g->per_step, zero = {0};
-    vec within = smaller(larger(place, zero), all((float)g->intervals)), beyond = place - within;
-    ivec interval = __builtin_convertvector(within, ivec), last = (ivec){0} + (int32_t)(g->intervals - 1);
-    ivec over = interval > last;
-    interval = (over & last) | (~over & interval);
-    nonzero_splines(g->degree, within - __builtin_convertvector(interval, vec), w);
-    vec below = smaller(beyond, zero), above = larger(beyond, zero);
-    for (uint32_t r = 0; r <= g->degree; r++) w[r] += below * g->slopes[r] - above * g->slopes[g->degree - r];
-    return interval;
-}
-#define splines_at(g, x, w) splines_at_of(g, (vec[]){x}, w)
-
-/* What no spline of the row exceeds; outside the grid the tangents decide. */
-INLINE float spline_bound(const spline_grid *g, float farthest) {
-    float beyond = (farthest - 0.5f * (g->high - g->low)) * g->per_step, most = g->peak;
-    beyond = beyond > 0 ? beyond : 0;
-    for (uint32_t r = 0; r <= g->degree; r++) {
-        float value = fabsf(g->values[r] - beyond * g->slopes[r]);
-        most = value > most ? value : most;
-    }
-    return most;
-}
-
 /* Expanded inputs of a layer of splines: silu of each, and its K basis functions side by side. */
 typedef struct { row_out base, splines; } spline_out;
-
-INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline_out *out) {
-    vec silu = all(1e-5f), far = {0};
-    out->base.scale = out->splines.scale = 1.0f;
-    if (!out->base.codes) return;
-    EACH_ONCE(i, rest, n, {
-        vec z = load(x + i, rest), distance = magnitude(z - 0.5f * (g->low + g->high));
-        float kept[LANES] = {0};
-        silu = larger(magnitude(z * sigmoid(z)), silu);
-        store(kept, rest, distance); /* zeros behind the row's end may be far outside the grid */
-        far = larger(load(kept, LANES), far);
-    });
-    out->splines.scale = 127.0f / spline_bound(g, largest(far));
-    out->base.scale = 127.0f / largest(silu);
-}
-
-/* Totals of the codes so far. */
-typedef struct { ivec base, splines; } spline_totals;
-
-/* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
-INLINE void put_splines_of(size_t size, const ivec *interval_, uint32_t r, const vec *value_, size_t i, size_t lanes,
-                           spline_out *out, ivec *total) {
-    ivec interval = *interval_;
-    vec value = *value_;
-    int8_t codes[LANES];
-    float values[LANES];
-    int32_t at[LANES];
-    row_out *to = &out->splines;
-    memcpy(at, &interval, sizeof at);
-    memcpy(values, &value, sizeof values);
-    ivec whole = write_codes(codes, 0, value * to->scale);
-    for (size_t lane = 0; lane < lanes; lane++) {
-        size_t place = (i + lane) * size + (size_t)at[lane] + r;
-        if (to->codes) to->codes[place] = codes[lane];
-        else to->values[place] = values[lane];
-    }
-    for (size_t lane = lanes; lane < LANES; lane++) whole[lane] = 0;
-    *total += whole;
-}
-#define put_splines(size, interval, r, value, i, lanes, out, total) \
-    put_splines_of(size, (ivec[]){interval}, r, (vec[]){value}, i, lanes, out, total)
-
-INLINE void expand_inputs_of(const spline_grid *g, const vec *x_, size_t i, size_t rest, spline_out *out,
-                             spline_totals *totals) {
-    vec x = *x_;
-    vec w[MAX_DEGREE + 1], silu = x * sigmoid(x);
-    ivec interval = splines_at(g, x, w);
-    for (uint32_t r = 0; r <= g->degree; r++)
-        put_splines(g->intervals + g->degree, interval, r, w[r], i, MIN(rest, (size_t)LANES), out, &totals->splines);
-    if (out->base.codes) totals->base += write_codes(out->base.codes, i, silu * out->base.scale);
-    else store(out->base.values + i, rest, silu);
-}
-#define expand_inputs(g, x, i, rest, out, totals) expand_inputs_of(g, (vec[]){x}, i, rest, out, totals)
-
-INLINE void spline_row_body(const spline_grid *g, const float *x, size_t n, spline_out *out) {
-    size_t size = g->intervals + g->degree;
-    spline_totals totals = {{0}, {0}};
-    spline_scales(g, x, n, out);
-    if (out->splines.codes) memset(out->splines.codes, 0, n * size);
-    else memset(out->splines.values, 0, n * size * 4);
-    EACH_ONCE(i, rest, n, expand_inputs(g, load(x + i, rest), i, rest, out, &totals));
-    out->splines.total = whole_sum(totals.splines);
-    out->base.total = whole_sum(totals.base);
-}
 
 /* One head over some tokens: S ← decay·S + kᵀv, out = q·S. The state [V/16][K][16] stays in registers while tokens
  * pass, four keys at a time, so that one token and many give the same bits. */
@@ -1211,45 +872,6 @@ typedef struct {
     float decay;
 } retention_job;
 
-INLINE void retain_keys(const retention_job *j, vec *s, size_t keys, size_t i, size_t at, size_t rest) {
-    for (size_t t = 0; t < j->tokens; t++) {
-        const float *q = j->q + t * j->key_stride + i, *k = j->k + t * j->key_stride + i;
-        float *out = j->out + t * j->value_stride + at;
-        vec v = load(j->v + t * j->value_stride + at, rest), part[4];
-        UNROLL
-        for (size_t n = 0; n < keys; n++) {
-            s[n] = s[n] * j->decay + k[n] * v;
-            part[n] = q[n] * s[n];
-        }
-        vec total = keys == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : part[0] + part[1];
-        store(out, rest, i ? load(out, rest) + total : total);
-    }
-}
-
-INLINE void retain_block(const retention_job *j, float *state, size_t at, size_t rest) {
-    vec s[4];
-    size_t i = 0;
-    for (; i + 4 <= j->key; i += 4) {
-        memcpy(s, state + i * LANES, sizeof s);
-        retain_keys(j, s, 4, i, at, rest);
-        memcpy(state + i * LANES, s, sizeof s);
-    }
-    if (i == j->key) return;
-    memcpy(s, state + i * LANES, 2 * sizeof *s);
-    retain_keys(j, s, 2, i, at, rest);
-    memcpy(state + i * LANES, s, 2 * sizeof *s);
-}
-
-INLINE void retention_body(const retention_job *j) {
-    EACH(at, rest, j->value, retain_block(j, j->state + at * j->key, at, rest));
-}
-
-INLINE float dot(const float *x, const float *y, size_t n) {
-    vec total = {0};
-    EACH(i, rest, n, total += load(x + i, rest) * load(y + i, rest));
-    return sum(total);
-}
-
 /* Softmax attention of one query over `seen` keys, in blocks of which the largest score is found first. */
 typedef struct {
     const float *q, *k, *v;
@@ -1258,64 +880,6 @@ typedef struct {
 } attention_job;
 
 enum { ATTENTION_BLOCK = 64 };
-
-INLINE float attention_scores(const attention_job *j, size_t first, size_t count, float *score, float most) {
-    float scale = 1.0f / sqrtf((float)j->key);
-    for (size_t i = 0; i < count; i++) {
-        score[i] = dot(j->q, j->k + (first + i) * j->key_stride, j->key) * scale;
-        most = score[i] > most ? score[i] : most;
-    }
-    return most;
-}
-
-INLINE void attention_body(const attention_job *j) {
-    float score[ATTENTION_BLOCK], most = -INFINITY, total = 0;
-    EACH_ONCE(i, rest, j->value, store(j->out + i, rest, all(0)));
-    for (size_t first = 0; first < j->seen; first += ATTENTION_BLOCK) {
-        size_t count = MIN((size_t)ATTENTION_BLOCK, j->seen - first);
-        float before = most;
-        most = attention_scores(j, first, count, score, most);
-        float shrink = before == -INFINITY ? 0.0f : expf(before - most);
-        total *= shrink;
-        for (size_t i = 0; i < count; i++) total += score[i] = expf(score[i] - most);
-        EACH_ONCE(at, rest, j->value, {
-            vec out = load(j->out + at, rest) * shrink;
-            for (size_t i = 0; i < count; i++) out += score[i] * load(j->v + (first + i) * j->value_stride + at, rest);
-            store(j->out + at, rest, out);
-        });
-    }
-    EACH_ONCE(at, rest, j->value, store(j->out + at, rest, load(j->out + at, rest) * (1.0f / total)));
-}
-
-/* Divide by the root mean square and multiply by `times`, in place. */
-INLINE void norm_head_body(float *x, size_t n, float eps, float times) {
-    vec squares = {0};
-    EACH(i, rest, n, {
-        vec z = load(x + i, rest);
-        squares += z * z;
-    });
-    float norm = 1.0f / sqrtf(sum(squares) / (float)n + eps) * times;
-    EACH(i, rest, n, store(x + i, rest, load(x + i, rest) * norm));
-}
-
-/* Turn each pair (first half, second half) by its angle, times a factor, in place. */
-INLINE void rotate_body(float *x, const float *cosine, const float *sine, size_t half, float times) {
-    EACH(i, rest, half, {
-        vec left = load(x + i, rest), right = load(x + half + i, rest);
-        vec c = load(cosine + i, rest), s = load(sine + i, rest);
-        store(x + i, rest, (left * c - right * s) * times);
-        store(x + half + i, rest, (left * s + right * c) * times);
-    });
-}
-
-/* y += Σ w·x over the taps of a convolution. */
-INLINE void convolve_body(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n) {
-    EACH(i, rest, n, {
-        vec total = load(y + i, rest);
-        for (size_t j = 0; j < taps; j++) total += load(inputs[j] + i, rest) * load(weights + j * n + i, rest);
-        store(y + i, rest, total);
-    });
-}
 
 /* Sums of tiles → results: (sum − total of the codes)·factor of each token, by the rows' scales if there are several;
  * stored, or added with a weight. */
@@ -1331,52 +895,6 @@ typedef struct {
     int add;
 } sums_job;
 
-INLINE void finish_tile(const sums_job *j, size_t tile, size_t rest, const float *scales) {
-    const int32_t *from = j->sums + tile * j->tokens * TILE;
-    for (size_t t = 0; t < j->tokens; t++, from += TILE) {
-        float *out = j->out[t] + tile * TILE;
-        ivec sums;
-        memcpy(&sums, from, sizeof sums);
-        vec value = __builtin_convertvector(sums - j->totals[t], vec) * j->factors[t];
-        if (scales) value *= load(scales, LANES);
-        if (j->add) value = load(out, rest) + j->weights[t] * value;
-        store(out, rest, value);
-    }
-}
-
-INLINE void finish_sums_body(const sums_job *j) {
-    for (size_t tile = 0; tile < j->tiles; tile++) {
-        size_t rest = j->rows - tile * TILE;
-        float scales[TILE] = {0};
-        for (size_t r = 0; j->scales && r < MIN(rest, (size_t)TILE); r++)
-            scales[r] = j->scales[(j->first_row + tile * TILE + r) / j->scale_group];
-        finish_tile(j, tile, rest, j->scales ? scales : NULL);
-    }
-}
-
-/* Σ w·x in fp32 for four inputs at a time, so that the weights are read, and converted, once. */
-INLINE vec load_weights(const void *weights, int halves, size_t i, size_t rest) {
-    return halves ? load_halves((const uint16_t *)weights + i, rest) : load((const float *)weights + i, rest);
-}
-
-INLINE void plain_dots_body(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out) {
-    for (; count >= 4; count -= 4, x += 4, out += 4) {
-        vec total[4] = {{0}};
-        EACH(i, rest, n, {
-            vec w = load_weights(weights, halves, i, rest);
-            UNROLL
-            for (int t = 0; t < 4; t++) total[t] += w * load(x[t] + i, rest);
-        });
-        UNROLL
-        for (int t = 0; t < 4; t++) out[t] = sum(total[t]);
-    }
-    for (; count; count--, x++, out++) {
-        vec total = {0};
-        EACH(i, rest, n, total += load_weights(weights, halves, i, rest) * load(*x + i, rest));
-        *out = sum(total);
-    }
-}
-
 typedef struct {
     void (*norm_row)(const float *x, size_t n, row_out *out);
     void (*gate_row)(const float *gate, const float *up, size_t n, float *y, row_out *out);
@@ -1391,60 +909,641 @@ typedef struct {
     void (*plain_dots)(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out);
 } float_kernels;
 
-/* All bodies for one kind of machine. */
-#define FLOAT_KERNELS(kind, target)                                                                                    \
-    target static __attribute__((noinline)) void finish_row_##kind(const float *y, size_t n, row_size size,            \
-                                                                   row_out *out) {                                     \
-        finish_row_body(y, n, size, out);                                                                              \
-    }                                                                                                                  \
-    target static void norm_row_##kind(const float *x, size_t n, row_out *out) {                                       \
-        finish_row_##kind(x, n, norm_row_body(x, n), out);                                                             \
-    }                                                                                                                  \
-    target static void gate_row_##kind(const float *gate, const float *up, size_t n, float *y, row_out *out) {         \
-        finish_row_##kind(y, n, gate_row_body(gate, up, n, y), out);                                                   \
-    }                                                                                                                  \
-    target static void function_row_##kind(const row_function *f, size_t n, float *y, row_out *out) {                  \
-        finish_row_##kind(y, n, function_row_body(f, n, y), out);                                                      \
-    }                                                                                                                  \
-    target static void spline_row_##kind(const spline_grid *g, const float *x, size_t n, spline_out *out) {            \
-        spline_row_body(g, x, n, out);                                                                                 \
-    }                                                                                                                  \
-    target static void retention_##kind(const retention_job *job) { retention_body(job); }                             \
-    target static void attention_##kind(const attention_job *job) { attention_body(job); }                             \
-    target static void norm_head_##kind(float *x, size_t n, float eps, float times) {                                  \
-        norm_head_body(x, n, eps, times);                                                                              \
-    }                                                                                                                  \
-    target static void rotate_##kind(float *x, const float *cosine, const float *sine, size_t half, float times) {     \
-        rotate_body(x, cosine, sine, half, times);                                                                     \
-    }                                                                                                                  \
-    target static void convolve_##kind(float *y, const float *const *inputs, const float *weights, size_t taps,        \
-                                       size_t n) {                                                                     \
-        convolve_body(y, inputs, weights, taps, n);                                                                    \
-    }                                                                                                                  \
-    target static void finish_sums_##kind(const sums_job *job) { finish_sums_body(job); }                              \
-    target static void plain_dots_##kind(const void *weights, int halves, size_t n, const float *const *x,             \
-                                         size_t count, float *out) {                                                   \
-        plain_dots_body(weights, halves, n, x, count, out);                                                            \
-    }                                                                                                                  \
-    static const float_kernels FLOATS_##kind = {norm_row_##kind, gate_row_##kind, function_row_##kind,                 \
-                                                spline_row_##kind, retention_##kind, attention_##kind,                 \
-                                                norm_head_##kind, rotate_##kind, convolve_##kind,                      \
-                                                finish_sums_##kind, plain_dots_##kind};
+/* The one order of a sum. */
+static float sum_lanes(const float *lanes) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += lanes[i];
+    return total;
+}
 
-#define NO_TARGET
-FLOAT_KERNELS(any, NO_TARGET)
-#if defined(__SSE2__) || !defined(ON_X86)
-#define FLOATS_sse2 FLOATS_any
-#else
-#define TARGET_SSE2_FLOATS __attribute__((target("sse2")))
-FLOAT_KERNELS(sse2, TARGET_SSE2_FLOATS)
-#endif
+#endif /* KIND */
+#ifdef KIND
+
+
+/* The float kernels, compiled once for each kind of machine: KIND is its name, WIDTH the floats in one of its registers,
+ * TARGET what its functions are compiled for. All names that depend on these end in the kind, by the macros that stand
+ * where this part is included. Vectors longer than registers would be simpler, but GCC keeps those in memory. */
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(16)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(16)));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(16)));
+typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH)));
+
+/* Vectors are passed by address: GCC has a remark on every build for those that are wider than registers. Inlined it is
+ * the same. */
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE vec magnitude_of(const vec *x_) {
+    vec x = *x_;
+    return (vec)((uvec)x & 0x7fffffffu);
+}
+INLINE vec pick_of(const ivec *which_, const vec *x_, const vec *y_) {
+    ivec which = *which_;
+    vec x = *x_, y = *y_;
+    return (vec)((which & (ivec)x) | (~which & (ivec)y));
+}
+INLINE vec larger_of(const vec *x_, const vec *y_) {
+    vec x = *x_, y = *y_;
+    return pick(x > y, x, y);
+}
+INLINE vec smaller_of(const vec *x_, const vec *y_) {
+    vec x = *x_, y = *y_;
+    return pick(x < y, x, y);
+}
+/* The whole number next to |x| < 2²², half to even: fp32 has no room for a fraction beside 1.5·2²³. */
+INLINE vec nearest_of(const vec *x_) {
+    vec x = *x_;
+    return (x + 12582912.0f) - 12582912.0f;
+}
+
+INLINE int32_t whole_sum_of(const ivec *x_) {
+    ivec x = *x_;
+    int32_t part[WIDTH], total = 0;
+    memcpy(part, &x, sizeof part);
+    for (int i = 0; i < WIDTH; i++) total += part[i];
+    return total;
+}
+
+INLINE float largest_of(const vec *x_) {
+    vec x = *x_;
+    float most = x[0];
+    UNROLL
+    for (int i = 1; i < WIDTH; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* Up to WIDTH numbers of a row of which `rest` are left; zeros behind them. */
+INLINE vec load(const float *from, size_t rest) {
+    vec x = {0};
+    if (rest >= WIDTH) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, rest * 4);
+    return x;
+}
+
+INLINE void store_of(float *to, size_t rest, const vec *x_) {
+    vec x = *x_;
+    if (rest >= WIDTH) memcpy(to, &x, sizeof x);
+    else memcpy(to, &x, rest * 4);
+}
+
+/* fp16 as its bits say; no model holds infinities. */
+INLINE vec load_halves(const uint16_t *from, size_t rest) {
+    hvec x = {0};
+    if (rest >= WIDTH) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, rest * 2);
+    uvec bits = __builtin_convertvector(x, uvec);
+    vec value = (vec)((bits & 0x7fffu) << 13) * 5.192296858534828e33f; /* 2¹¹², the difference of the exponents */
+    return (vec)((uvec)value | (bits & 0x8000u) << 16);
+}
+
+/* Weights of a plain model. */
+INLINE vec load_weights(const void *weights, int halves, size_t i, size_t rest) {
+    return halves ? load_halves((const uint16_t *)weights + i, rest) : load((const float *)weights + i, rest);
+}
+
+/* eˣ for x within ±87, and that of the nearer end beyond, to 1.5 units in the last place. NaN stays. */
+INLINE vec exponential_of(const vec *x_) {
+    vec x = *x_;
+    x = pick(x > 87.0f, all(87.0f), pick(x < -87.0f, all(-87.0f), x));
+    /* eˣ = 2ⁿ·eʳ, |r| ≤ ln 2 / 2. ln 2 is taken off in two parts, of which the first makes an exact product. */
+    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = (((((r * (1.0f / 720) + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1.0f) * r + 1.0f;
+    /* n stands in the last bits beside 1.5·2²³; from there it is moved to an exponent's place. */
+    return (vec)((uvec)p + ((uvec)shifted << 23));
+}
+
+INLINE vec sigmoid_of(const vec *x_) {
+    vec x = *x_;
+    return 1.0f / (1.0f + exponential(-x));
+}
+
+/* Codes of numbers that are scaled. NaN becomes 0; the row's scale says that it was there. */
+INLINE ivec codes_of(const vec *x_) {
+    vec x = *x_;
+    vec code = nearest(pick(x > 127.0f, all(127.0f), pick(x < -128.0f, all(-128.0f), pick(x == x, x, all(0)))));
+    return __builtin_convertvector(code, ivec);
+}
+
+/* Write codes of up to 16 numbers times `times`, and zeros behind them; returns the codes' sum, lane by lane. They are
+ * made bytes in a loop because compilers take vectors of fewer than 16 bytes apart. */
+INLINE ivec write_codes(int8_t *to, const float *x, size_t rest, float times) {
+    int32_t whole[LANES];
+    ivec total = {0};
+    UNROLL
+    for (size_t at = 0; at < LANES; at += WIDTH) {
+        ivec some = codes(load(x + at, rest > at ? rest - at : 0) * times);
+        memcpy(whole + at, &some, sizeof some);
+        total += some;
+    }
+    for (size_t lane = 0; lane < LANES; lane++) to[lane] = (int8_t)whole[lane];
+    return total;
+}
+
+/* Add the products of a row to 16 sums: inputs i, i + 16, i + 32 … to sum i. */
+INLINE void add_products_body(float *lanes, const void *weights, int halves, const float *x, size_t n) {
+    enum { PARTS = LANES / WIDTH };
+    vec total[PARTS];
+    size_t i = 0;
+    memcpy(total, lanes, sizeof total);
+    for (; i + LANES <= n; i += LANES)
+        UNROLL
+        for (size_t p = 0; p < PARTS; p++)
+            total[p] += load_weights(weights, halves, i + p * WIDTH, WIDTH) * load(x + i + p * WIDTH, WIDTH);
+    memcpy(lanes, total, sizeof total);
+    for (size_t lane = 0; i < n; i++, lane++) lanes[lane] += (load_weights(weights, halves, i, 1) * x[i])[0];
+}
+
+TARGET static __attribute__((noinline)) void add_products(float *lanes, const float *x, const float *y, size_t n) {
+    add_products_body(lanes, x, 0, y, n);
+}
+
+TARGET static float dot(const float *x, const float *y, size_t n) {
+    float lanes[LANES] = {0};
+    add_products(lanes, x, y, n);
+    return sum_lanes(lanes);
+}
+
+TARGET static __attribute__((noinline)) float largest_magnitude(const float *x, size_t n) {
+    vec most = {0};
+    EACH(i, rest, n, most = larger(magnitude(load(x + i, rest)), most));
+    return largest(most);
+}
+
+/* RMSNorm and the absmax quantizer of y [n]. */
+TARGET static __attribute__((noinline)) void finish_row(const float *y, size_t n, row_size size, row_out *out) {
+    float norm = 1.0f / sqrtf(size.squares / (float)n + 1e-6f), peak = norm * size.most;
+    out->scale = out->codes ? 127.0f / (peak < 1e-5f ? 1e-5f : peak) : 1.0f;
+    if (out->values) EACH(i, rest, n, store(out->values + i, rest, load(y + i, rest) * norm));
+    if (!out->codes) return;
+    float times = norm * out->scale;
+    ivec total = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) total += write_codes(out->codes + i, y + i, LANES, times);
+    if (i < n) total += write_codes(out->codes + i, y + i, n - i, times);
+    out->total = whole_sum(total);
+}
+
+TARGET static void NAMED(norm_row)(const float *x, size_t n, row_out *out) {
+    row_size size = {dot(x, x, n), largest_magnitude(x, n)};
+    finish_row(x, n, size, out);
+}
+
+/* silu(gate)·up, normalized. */
+TARGET static void NAMED(gate_row)(const float *gate, const float *up, size_t n, float *y, row_out *out) {
+    EACH_ONCE(i, rest, n, {
+        vec z = load(gate + i, rest);
+        store(y + i, rest, z * sigmoid(z) * load(up + i, rest));
+    });
+    NAMED(norm_row)(y, n, out);
+}
+
+INLINE vec rational_of(const float *c, const vec *z_) {
+    vec z = *z_;
+    vec p = ((((c[5] * z + c[4]) * z + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
+    vec inner = (((c[9] * z + c[8]) * z + c[7]) * z + c[6]) * z;
+    return p * (1.0f / (1.0f + magnitude(inner)));
+}
+
+/* Σ cₙTₙ(u), and beyond the range a straight line. */
+INLINE vec chebyshev_of(const float *c, const vec *z_) {
+    vec z = *z_;
+    vec u = pick(z > 1.0f, all(1.0f), pick(z < -1.0f, all(-1.0f), z)), outside = z - u;
+    vec t2 = 2.0f * u * u - 1.0f, t3 = 2.0f * u * t2 - u;
+    vec slope = c[1] + 4.0f * c[2] * u + c[3] * (6.0f * t2 + 3.0f);
+    return c[0] + c[1] * u + c[2] * t2 + c[3] * t3 + slope * outside;
+}
+
+/* Codes as numbers; by a loop of 16 for the same reason as in write_codes. */
+INLINE void spread_codes(const int8_t *from, size_t n, float *to) {
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        int32_t whole[LANES];
+        for (size_t lane = 0; lane < LANES; lane++) whole[lane] = from[i + lane];
+        UNROLL
+        for (size_t at = 0; at < LANES; at += WIDTH) {
+            ivec some;
+            memcpy(&some, whole + at, sizeof some);
+            store(to + i + at, WIDTH, __builtin_convertvector(some, vec));
+        }
+    }
+    for (; i < n; i++) to[i] = (float)from[i];
+}
+
+INLINE vec function_of(const row_function *f, const float *c, const vec *z_) {
+    vec z = *z_;
+    if (f->kind == RATIONAL) return rational(c, z);
+    if (f->kind == CHEBYSHEV) return chebyshev(c, z - f->center / f->reach);
+    return larger(z, all(0)) * z;
+}
+
+/* RELU2 squares a normalized row: else the 1e-6 in the norm of the squares would change small ones. Uses y. */
+INLINE float function_factor(const row_function *f, const float *x, size_t n, float *y) {
+    if (f->kind == CHEBYSHEV) return f->factor / f->reach;
+    if (f->kind != RELU2) return f->factor;
+    EACH_ONCE(i, rest, n, store(y + i, rest, load(x + i, rest) * f->factor));
+    float squares = dot(y, y, n);
+    if (f->codes) spread_codes(f->codes, n, y); /* which were x */
+    return f->factor * (1.0f / sqrtf(squares / (float)n + 1e-6f));
+}
+
+TARGET static void NAMED(function_row)(const row_function *f, size_t n, float *y, row_out *out) {
+    size_t width = n / f->groups, terms = f->kind == RATIONAL ? 10 : f->kind == CHEBYSHEV ? 4 : 0;
+    const float *x = f->codes ? y : f->values;
+    if (f->codes) spread_codes(f->codes, n, y);
+    float factor = function_factor(f, x, n, y), lanes[LANES] = {0};
+    for (size_t g = 0; g < f->groups; g++) {
+        const float *c = f->coefficients + g * terms;
+        size_t first = g * width;
+        EACH_ONCE(i, rest, width, store(y + first + i, rest, function(f, c, load(x + first + i, rest) * factor)));
+        add_products(lanes, y + first, y + first, width);
+    }
+    row_size size = {sum_lanes(lanes), largest_magnitude(y, n)};
+    finish_row(y, n, size, out);
+}
+
+/* The degree + 1 B-splines that are not zero, at a place 0…1 of an interval (Cox–de Boor on unit knots). */
+INLINE void nonzero_splines_of(uint32_t degree, const vec *place_, vec *w) {
+    vec place = *place_;
+    w[0] = all(1.0f);
+    for (uint32_t p = 1; p <= degree; p++) {
+        vec before = {0};
+        for (uint32_t r = 0; r <= p; r++) {
+            vec here = r < p ? w[r] : all(0);
+            w[r] = ((place + (float)(p - r)) * before + ((float)(r + 1) - place) * here) * (1.0f / (float)p);
+            before = here;
+        }
+    }
+}
+
+/* The values at WIDTH inputs, and the interval of each. */
+INLINE ivec splines_at_of(const spline_grid *g, const vec *x_, vec *w) {
+    vec x = *x_;
+    vec place = (x - g->low) * g->per_step, zero = {0};
+    vec within = smaller(larger(place, zero), all((float)g->intervals)), beyond = place - within;
+    ivec interval = __builtin_convertvector(within, ivec), last = (ivec){0} + (int32_t)(g->intervals - 1);
+    ivec over = interval > last;
+    interval = (over & last) | (~over & interval);
+    nonzero_splines(g->degree, within - __builtin_convertvector(interval, vec), w);
+    vec below = smaller(beyond, zero), above = larger(beyond, zero);
+    for (uint32_t r = 0; r <= g->degree; r++) w[r] += below * g->slopes[r] - above * g->slopes[g->degree - r];
+    return interval;
+}
+
+/* What no spline of the row exceeds; outside the grid the tangents decide. */
+INLINE float spline_bound(const spline_grid *g, float farthest) {
+    float beyond = (farthest - 0.5f * (g->high - g->low)) * g->per_step, most = g->peak;
+    beyond = beyond > 0 ? beyond : 0;
+    for (uint32_t r = 0; r <= g->degree; r++) {
+        float value = fabsf(g->values[r] - beyond * g->slopes[r]);
+        most = value > most ? value : most;
+    }
+    return most;
+}
+
+INLINE void spline_scales(const spline_grid *g, const float *x, size_t n, spline_out *out) {
+    vec silu = all(1e-5f), far = {0};
+    out->base.scale = out->splines.scale = 1.0f;
+    if (!out->base.codes) return;
+    EACH_ONCE(i, rest, n, {
+        vec z = load(x + i, rest), distance = magnitude(z - 0.5f * (g->low + g->high));
+        float kept[WIDTH] = {0};
+        silu = larger(magnitude(z * sigmoid(z)), silu);
+        store(kept, rest, distance); /* zeros behind the row's end may be far outside the grid */
+        far = larger(load(kept, WIDTH), far);
+    });
+    out->splines.scale = 127.0f / spline_bound(g, largest(far));
+    out->base.scale = 127.0f / largest(silu);
+}
+
+/* Codes of a vector, and their sum. */
+INLINE void put_codes_of(int8_t *to, const ivec *whole_, int32_t *total) {
+    ivec whole = *whole_;
+    int32_t code[WIDTH];
+    memcpy(code, &whole, sizeof code);
+    for (size_t lane = 0; lane < WIDTH; lane++) to[lane] = (int8_t)code[lane];
+    *total += whole_sum(whole);
+}
+
+/* Function k of input i stands at i·K + k; only degree + 1 of an input's K are not zero. */
+INLINE void put_splines_of(size_t size, const ivec *interval_, uint32_t r, const vec *value_, size_t i, size_t lanes,
+                           row_out *to) {
+    ivec interval = *interval_;
+    vec value = *value_;
+    ivec whole = codes(value * to->scale);
+    int32_t code[WIDTH], at[WIDTH];
+    float values[WIDTH];
+    memcpy(code, &whole, sizeof code);
+    memcpy(at, &interval, sizeof at);
+    memcpy(values, &value, sizeof values);
+    for (size_t lane = 0; lane < lanes; lane++) {
+        size_t place = (i + lane) * size + (size_t)at[lane] + r;
+        if (to->codes) to->codes[place] = (int8_t)code[lane], to->total += code[lane];
+        else to->values[place] = values[lane];
+    }
+}
+
+INLINE void expand_inputs_of(const spline_grid *g, const vec *x_, size_t i, size_t rest, spline_out *out) {
+    vec x = *x_;
+    vec w[MAX_DEGREE + 1], silu = x * sigmoid(x);
+    ivec interval = splines_at(g, x, w);
+    for (uint32_t r = 0; r <= g->degree; r++)
+        put_splines(g->intervals + g->degree, interval, r, w[r], i, MIN(rest, (size_t)WIDTH), &out->splines);
+    if (out->base.values) store(out->base.values + i, rest, silu);
+    else put_codes(out->base.codes + i, codes(silu * out->base.scale), &out->base.total);
+}
+
+TARGET static void NAMED(spline_row)(const spline_grid *g, const float *x, size_t n, spline_out *out) {
+    size_t size = g->intervals + g->degree;
+    spline_scales(g, x, n, out);
+    if (out->splines.codes) memset(out->splines.codes, 0, n * size);
+    else memset(out->splines.values, 0, n * size * 4);
+    out->base.total = out->splines.total = 0;
+    EACH_ONCE(i, rest, n, expand_inputs(g, load(x + i, rest), i, rest, out));
+    /* Whole vectors were written. */
+    if (out->base.codes) memset(out->base.codes + round_up(n, WIDTH), 0, round_up(n, LANES) - round_up(n, WIDTH));
+}
+
+/* Registers of values that tokens pass at a time: two share the broadcasts of keys and queries where they are short. */
+#define ABREAST (WIDTH < LANES ? 2 : 1)
+
+INLINE void retain_keys(const retention_job *j, vec (*s)[ABREAST], size_t keys, size_t i, size_t at, size_t rest) {
+    for (size_t t = 0; t < j->tokens; t++) {
+        const float *q = j->q + t * j->key_stride + i, *k = j->k + t * j->key_stride + i;
+        const float *v = j->v + t * j->value_stride + at;
+        float *out = j->out + t * j->value_stride + at;
+        UNROLL
+        for (size_t a = 0; a < ABREAST; a++) {
+            size_t from = a * WIDTH, left = rest > from ? rest - from : 0;
+            vec value = load(v + from, left), part[4];
+            UNROLL
+            for (size_t n = 0; n < keys; n++) {
+                s[n][a] = s[n][a] * j->decay + k[n] * value;
+                part[n] = q[n] * s[n][a];
+            }
+            vec total = keys == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : part[0] + part[1];
+            store(out + from, left, i ? load(out + from, left) + total : total);
+        }
+    }
+}
+
+/* The states of some keys in and out of registers; 16 values of one key are neighbors. */
+INLINE void retain_some(const retention_job *j, float *state, size_t keys, size_t i, size_t at, size_t rest) {
+    vec s[4][ABREAST];
+    state += i * LANES;
+    UNROLL
+    for (size_t n = 0; n < keys; n++)
+        UNROLL
+        for (size_t a = 0; a < ABREAST; a++) s[n][a] = load(state + n * LANES + a * WIDTH, WIDTH);
+    retain_keys(j, s, keys, i, at, rest);
+    UNROLL
+    for (size_t n = 0; n < keys; n++)
+        UNROLL
+        for (size_t a = 0; a < ABREAST; a++) store(state + n * LANES + a * WIDTH, WIDTH, s[n][a]);
+}
+
+INLINE void retain_block(const retention_job *j, size_t at, size_t rest) {
+    float *state = j->state + at / LANES * LANES * j->key + at % LANES;
+    size_t i = 0;
+    for (; i + 4 <= j->key; i += 4) retain_some(j, state, 4, i, at, rest);
+    if (i < j->key) retain_some(j, state, 2, i, at, rest);
+}
+
+TARGET static void NAMED(retention)(const retention_job *j) {
+    size_t at = 0;
+    for (; at + ABREAST * WIDTH <= j->value; at += ABREAST * WIDTH) retain_block(j, at, ABREAST * WIDTH);
+    if (at < j->value) retain_block(j, at, j->value - at);
+}
+
+INLINE float attention_scores(const attention_job *j, size_t first, size_t count, float *score, float most) {
+    float scale = 1.0f / sqrtf((float)j->key);
+    for (size_t i = 0; i < count; i++) {
+        score[i] = dot(j->q, j->k + (first + i) * j->key_stride, j->key) * scale;
+        most = score[i] > most ? score[i] : most;
+    }
+    return most;
+}
+
+TARGET static void NAMED(attention)(const attention_job *j) {
+    float score[ATTENTION_BLOCK], most = -INFINITY, total = 0;
+    memset(j->out, 0, j->value * sizeof *j->out);
+    for (size_t first = 0; first < j->seen; first += ATTENTION_BLOCK) {
+        size_t count = MIN((size_t)ATTENTION_BLOCK, j->seen - first);
+        float before = most;
+        most = attention_scores(j, first, count, score, most);
+        float shrink = before == -INFINITY ? 0.0f : expf(before - most);
+        total *= shrink;
+        for (size_t i = 0; i < count; i++) total += score[i] = expf(score[i] - most);
+        EACH(at, rest, j->value, {
+            vec out = load(j->out + at, rest) * shrink;
+            for (size_t i = 0; i < count; i++) out += score[i] * load(j->v + (first + i) * j->value_stride + at, rest);
+            store(j->out + at, rest, out);
+        });
+    }
+    for (size_t i = 0; i < j->value; i++) j->out[i] *= 1.0f / total;
+}
+
+/* Divide by the root mean square and multiply by `times`, in place. */
+TARGET static void NAMED(norm_head)(float *x, size_t n, float eps, float times) {
+    float norm = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps) * times;
+    EACH(i, rest, n, store(x + i, rest, load(x + i, rest) * norm));
+}
+
+/* Turn each pair (first half, second half) by its angle, times a factor, in place. */
+TARGET static void NAMED(rotate)(float *x, const float *cosine, const float *sine, size_t half, float times) {
+    EACH(i, rest, half, {
+        vec left = load(x + i, rest), right = load(x + half + i, rest);
+        vec c = load(cosine + i, rest), s = load(sine + i, rest);
+        store(x + i, rest, (left * c - right * s) * times);
+        store(x + half + i, rest, (left * s + right * c) * times);
+    });
+}
+
+/* y += Σ w·x over the taps of a convolution. */
+TARGET static void NAMED(convolve)(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n) {
+    EACH_ONCE(i, rest, n, {
+        vec total = load(y + i, rest);
+        for (size_t j = 0; j < taps; j++) total += load(inputs[j] + i, rest) * load(weights + j * n + i, rest);
+        store(y + i, rest, total);
+    });
+}
+
+/* `rest` rows of a tile, or all. */
+INLINE void finish_tile(const sums_job *j, size_t tile, size_t rest, const float *scales) {
+    const int32_t *from = j->sums + tile * j->tokens * TILE;
+    for (size_t t = 0; t < j->tokens; t++, from += TILE) {
+        float *out = j->out[t] + tile * TILE;
+        EACH_ONCE(r, left, rest, {
+            ivec sums;
+            memcpy(&sums, from + r, sizeof sums);
+            vec value = __builtin_convertvector(sums - j->totals[t], vec) * j->factors[t];
+            if (scales) value *= load(scales + r, WIDTH);
+            if (j->add) value = load(out + r, left) + j->weights[t] * value;
+            store(out + r, left, value);
+        });
+    }
+}
+
+TARGET static void NAMED(finish_sums)(const sums_job *j) {
+    for (size_t tile = 0; tile < j->tiles; tile++) {
+        size_t rest = MIN(j->rows - tile * TILE, (size_t)TILE);
+        float scales[TILE] = {0};
+        for (size_t r = 0; j->scales && r < rest; r++)
+            scales[r] = j->scales[(j->first_row + tile * TILE + r) / j->scale_group];
+        finish_tile(j, tile, rest, j->scales ? scales : NULL);
+    }
+}
+
+/* Σ w·x in fp32 for four inputs at a time, so that the weights are read, and converted, once. */
+INLINE void four_dots(const void *weights, int halves, size_t n, const float *const *x, float *out) {
+    float lanes[4][LANES];
+    for (size_t first = 0; first < LANES; first += WIDTH) {
+        vec total[4] = {{0}};
+        for (size_t i = first; i < n; i += LANES) {
+            size_t rest = n - i;
+            vec w = load_weights(weights, halves, i, rest);
+            UNROLL
+            for (int t = 0; t < 4; t++) total[t] += w * load(x[t] + i, rest);
+        }
+        UNROLL
+        for (int t = 0; t < 4; t++) memcpy(lanes[t] + first, &total[t], sizeof total[t]);
+    }
+    for (int t = 0; t < 4; t++) out[t] = sum_lanes(lanes[t]);
+}
+
+TARGET static void NAMED(plain_dots)(const void *weights, int halves, size_t n, const float *const *x, size_t count,
+                              float *out) {
+    for (; count >= 4; count -= 4, x += 4, out += 4) four_dots(weights, halves, n, x, out);
+    for (; count; count--, x++, out++) {
+        float lanes[LANES] = {0};
+        if (halves) add_products_body(lanes, weights, 1, *x, n);
+        else add_products(lanes, weights, *x, n);
+        *out = sum_lanes(lanes);
+    }
+}
+
+static const float_kernels NAMED(FLOATS) = {
+    NAMED(norm_row),  NAMED(gate_row), NAMED(function_row), NAMED(spline_row),  NAMED(retention), NAMED(attention),
+    NAMED(norm_head), NAMED(rotate),   NAMED(convolve),     NAMED(finish_sums), NAMED(plain_dots)};
+
+#endif /* KIND */
+
+#ifndef KIND
+
+/* What ends in the kind. */
+#define NAMED_AS(name, kind) name##_##kind
+#define NAMED_FOR(name, kind) NAMED_AS(name, kind)
+#define NAMED(name) NAMED_FOR(name, KIND)
+#define vec NAMED(vec)
+#define ivec NAMED(ivec)
+#define uvec NAMED(uvec)
+#define hvec NAMED(hvec)
+#define all NAMED(all)
+#define magnitude_of NAMED(magnitude_of)
+#define pick_of NAMED(pick_of)
+#define larger_of NAMED(larger_of)
+#define smaller_of NAMED(smaller_of)
+#define nearest_of NAMED(nearest_of)
+#define whole_sum_of NAMED(whole_sum_of)
+#define largest_of NAMED(largest_of)
+#define load NAMED(load)
+#define store_of NAMED(store_of)
+#define spread_codes NAMED(spread_codes)
+#define load_halves NAMED(load_halves)
+#define load_weights NAMED(load_weights)
+#define exponential_of NAMED(exponential_of)
+#define sigmoid_of NAMED(sigmoid_of)
+#define codes_of NAMED(codes_of)
+#define put_codes_of NAMED(put_codes_of)
+#define write_codes NAMED(write_codes)
+#define add_products_body NAMED(add_products_body)
+#define add_products NAMED(add_products)
+#define dot NAMED(dot)
+#define largest_magnitude NAMED(largest_magnitude)
+#define finish_row NAMED(finish_row)
+#define rational_of NAMED(rational_of)
+#define chebyshev_of NAMED(chebyshev_of)
+#define function_of NAMED(function_of)
+#define function_factor NAMED(function_factor)
+#define nonzero_splines_of NAMED(nonzero_splines_of)
+#define splines_at_of NAMED(splines_at_of)
+#define spline_bound NAMED(spline_bound)
+#define spline_scales NAMED(spline_scales)
+#define put_splines_of NAMED(put_splines_of)
+#define expand_inputs_of NAMED(expand_inputs_of)
+#define retain_keys NAMED(retain_keys)
+#define retain_some NAMED(retain_some)
+#define retain_block NAMED(retain_block)
+#define attention_scores NAMED(attention_scores)
+#define finish_tile NAMED(finish_tile)
+#define four_dots NAMED(four_dots)
+
+#define magnitude(x) magnitude_of((vec[]){x})
+#define pick(which, x, y) pick_of((ivec[]){which}, (vec[]){x}, (vec[]){y})
+#define larger(x, y) larger_of((vec[]){x}, (vec[]){y})
+#define smaller(x, y) smaller_of((vec[]){x}, (vec[]){y})
+#define nearest(x) nearest_of((vec[]){x})
+#define whole_sum(x) whole_sum_of((ivec[]){x})
+#define largest(x) largest_of((vec[]){x})
+#define store(to, rest, x) store_of(to, rest, (vec[]){x})
+#define exponential(x) exponential_of((vec[]){x})
+#define sigmoid(x) sigmoid_of((vec[]){x})
+#define codes(x) codes_of((vec[]){x})
+#define put_codes(to, whole, total) put_codes_of(to, (ivec[]){whole}, total)
+#define rational(c, z) rational_of(c, (vec[]){z})
+#define chebyshev(c, z) chebyshev_of(c, (vec[]){z})
+#define function(f, c, z) function_of(f, c, (vec[]){z})
+#define nonzero_splines(degree, place, w) nonzero_splines_of(degree, (vec[]){place}, w)
+#define splines_at(g, x, w) splines_at_of(g, (vec[]){x}, w)
+#define put_splines(size, interval, r, value, i, lanes, to) \
+    put_splines_of(size, (ivec[]){interval}, r, (vec[]){value}, i, lanes, to)
+#define expand_inputs(g, x, i, rest, out) expand_inputs_of(g, (vec[]){x}, i, rest, out)
+
+/* For each vector of a row of n; only the last can be short, and it has its own copy of the step. */
+#define EACH(i, rest, n, ...)                                                                                         \
+    do {                                                                                                               \
+        size_t i = 0, rest = WIDTH;                                                                                    \
+        for (; i + WIDTH <= (n); i += WIDTH) __VA_ARGS__;                                                              \
+        rest = (n) - i;                                                                                                \
+        if (rest) __VA_ARGS__;                                                                                         \
+    } while (0)
+
+/* The same with one copy of a step that is large. */
+#define EACH_ONCE(i, rest, n, ...)                                                                                     \
+    for (size_t i = 0, rest = (n); i < (n); i += WIDTH, rest = (n) - i) __VA_ARGS__
+
 #ifdef HAS_AVX2
 #define TARGET_AVX2 __attribute__((target("avx2")))
 #define TARGET_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq")))
-FLOAT_KERNELS(avx2, TARGET_AVX2)
-FLOAT_KERNELS(avx512, TARGET_AVX512)
+#define KIND avx512
+#define WIDTH 16
+#define TARGET TARGET_AVX512
+#include "mixkabrn.c"
+#undef KIND
+#undef WIDTH
+#undef TARGET
+#define KIND avx2
+#define WIDTH 8
+#define TARGET TARGET_AVX2
+#include "mixkabrn.c"
+#undef KIND
+#undef WIDTH
+#undef TARGET
 #endif
+
+/* Registers of four floats, or what the compiler makes of them. */
+#define WIDTH 4
+#if defined(__SSE2__) || !defined(ON_X86)
+#define FLOATS_sse2 FLOATS_any
+#else
+#define KIND sse2
+#define TARGET __attribute__((target("sse2")))
+#include "mixkabrn.c"
+#undef KIND
+#undef TARGET
+#endif
+/* The last kind's names are those of the sections below. */
+#define KIND any
+#define TARGET
+#include "mixkabrn.c"
 
 /* Products of ternary tiles with int8 codes: out[(tile·tokens + t)·16 + r] = Σ stored·code over the columns, where a
  * stored value is the ternary one plus 1; the caller takes Σ code off. A row of codes is padded to whole tiles with
@@ -1681,12 +1780,45 @@ TARGET_AVX2 static void tile_rows_avx2(const unsigned char *tile, const unsigned
     for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i *)(void *)(next_out + 8 * n), total[2 + n]);
 }
 
+/* 8 rows of a row of tiles for four tokens: fields are taken apart once. */
+TARGET_AVX2 static void four_tokens_avx2(const unsigned char *tile, size_t across, const int8_t *const *x, int32_t *out) {
+    __m256i zero = _mm256_setzero_si256(), total[4] = {zero, zero, zero, zero}, three = _mm256_set1_epi8(3);
+    __m256i twelve = _mm256_set1_epi8(12);
+    for (size_t c = 0; c < across;) {
+        size_t end = MIN(across, c + NARROW_TILES);
+        __m256i ones[4] = {zero, zero, zero, zero}, fours[4] = {zero, zero, zero, zero};
+        for (; c < end; c++, tile += TILE_BYTES) {
+            __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)tile), v = _mm256_srli_epi16(w, 4);
+            __m256i field[4] = {_mm256_and_si256(w, three), _mm256_and_si256(w, twelve), _mm256_and_si256(v, three),
+                                _mm256_and_si256(v, twelve)};
+            UNROLL
+            for (int t = 0; t < 4; t++) {
+                const int8_t *code = x[t] + c * TILE;
+                __m256i x0 = _mm256_set1_epi32(four_codes(code)), x1 = _mm256_set1_epi32(four_codes(code + 4));
+                __m256i x2 = _mm256_set1_epi32(four_codes(code + 8)), x3 = _mm256_set1_epi32(four_codes(code + 12));
+                ones[t] = _mm256_add_epi16(ones[t], _mm256_maddubs_epi16(field[0], x0));
+                fours[t] = _mm256_add_epi16(fours[t], _mm256_maddubs_epi16(field[1], x1));
+                ones[t] = _mm256_add_epi16(ones[t], _mm256_maddubs_epi16(field[2], x2));
+                fours[t] = _mm256_add_epi16(fours[t], _mm256_maddubs_epi16(field[3], x3));
+            }
+        }
+        UNROLL
+        for (int t = 0; t < 4; t++) total[t] = widen_avx2(total[t], ones[t], fours[t]);
+    }
+    UNROLL
+    for (int t = 0; t < 4; t++) _mm256_storeu_si256((__m256i *)(void *)(out + t * TILE), total[t]);
+}
+
 TARGET_AVX2 static void ternary_avx2(const unsigned char *tiles, size_t across, size_t row_tiles,
                                      const int8_t *const *x, size_t tokens, int32_t *out) {
-    size_t row = across * TILE_BYTES;
+    size_t row = across * TILE_BYTES, fours = tokens / 4 * 4;
+    /* Tiles of some rows stay in the nearest cache while tokens pass. */
+    for (size_t t = 0; t < fours; t += 4)
+        for (size_t i = 0; i < 2 * row_tiles; i++)
+            four_tokens_avx2(tiles + i / 2 * row + i % 2 * 32, across, x + t, out + (i / 2 * tokens + t) * TILE + i % 2 * 8);
     for (size_t i = 0; i < row_tiles; i += 2) {
         size_t next = i + 1 < row_tiles ? i + 1 : i;
-        for (size_t t = 0; t < tokens; t++)
+        for (size_t t = fours; t < tokens; t++)
             tile_rows_avx2(tiles + i * row, tiles + next * row, across, x[t], out + (i * tokens + t) * TILE,
                            out + (next * tokens + t) * TILE);
     }
@@ -2127,7 +2259,7 @@ const char *mkb_kernels(void) {
     return chosen_kernels->name;
 }
 
-const char *mkb_version(void) { return "1"; }
+const char *mkb_version(void) { return MKB_VERSION; }
 
 /* ---- 5 threads ---- */
 
@@ -2649,7 +2781,13 @@ static void limit_groups(const settings *s, const float *score, unsigned char *t
 /* In fp64, so that no order of the sum shows in fp32. */
 static double exact_dot(const float *x, const float *y, size_t n) {
     double part[4] = {0};
-    for (size_t i = 0; i < n; i++) part[i % 4] += (double)x[i] * (double)y[i];
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        UNROLL
+        for (size_t lane = 0; lane < 4; lane++) part[lane] += (double)x[i + lane] * (double)y[i + lane];
+    UNROLL
+    for (size_t lane = 0; lane < 3; lane++)
+        if (i + lane < n) part[lane] += (double)x[i + lane] * (double)y[i + lane];
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
@@ -2864,7 +3002,7 @@ static void embed(const mkb_context *c, uint32_t id, float *x) {
     size_t n = t->columns, at = (size_t)id * n;
     if (t->dtype == FP32) memcpy(x, t->values + at * 4, n * 4);
     else if (t->dtype == FP16) EACH(i, rest, n, store(x + i, rest, load_halves((const uint16_t *)(const void *)t->values + at + i, rest)));
-    else EACH(i, rest, n, store(x + i, rest, load_codes((const int8_t *)t->values + at + i, rest) * t->scales[id]));
+    else for (size_t i = 0; i < n; i++) x[i] = (float)(int8_t)t->values[at + i] * t->scales[id];
 }
 
 static void set_angles(mkb_context *c, size_t t) {
@@ -5644,3 +5782,5 @@ int main(int argc, char **argv) {
     return usage();
 }
 #endif
+
+#endif /* KIND */

@@ -13,6 +13,9 @@
 extern "C" {
 #endif
 
+/* Of the package that this file belongs to. */
+#define MKB_VERSION "0.2.0"
+
 #define MKB_ERROR_BYTES 256
 /* What mkb_sample returns if no logit is a number, and mkb_tokenize for 4 GiB or without memory. */
 #define MKB_NO_TOKEN UINT32_MAX
