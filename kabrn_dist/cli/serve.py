@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import math
 import os
 import sys
@@ -84,12 +84,10 @@ def run(options: argparse.Namespace) -> int:
     check_model_file(options.model)
     settings = make_server_settings(options)
     for name in ("starlette", "uvicorn"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
+        if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"serve needs {name}, which is not installed; use: pip install numpy starlette uvicorn jinja2"
-            ) from error
+            )
     from kabrn_dist.runtime.server.listener import serve_model
 
     with contextlib.suppress(KeyboardInterrupt):
