@@ -249,6 +249,8 @@ def test_many_turns_are_bounded(scripted: Path) -> None:
         (["generate", "MODEL", "--state-in", "absent.mks"], 1, "absent.mks: cannot be opened"),
         (["generate", "MODEL", "--state-in", "MODEL"], 1, "is not a saved state"),
         (["generate", "MODEL", "--state-out", "/absent/s"], 1, "/absent/s: cannot be written: No such file"),
+        (["generate", "MODEL", "--state-out", "MODEL"], 1, "is there and is not a saved state"),
+        (["generate", "MODEL", "--state-out", "/dev/null"], 1, "is not a file that can be read"),
         (["chat", "MODEL", "--user-prefix", ""], 2, "--user-prefix"),
         (["tokenize", "MODEL", "--tokens", "3"], 2, "--tokens is no option here"),
     ],
@@ -357,8 +359,13 @@ def test_a_chat_on_a_terminal_obeys_the_keys(scripted: Path) -> None:
     # The answer ends, the chat goes on.
     terminal.wait_for(r"tokens/s\]\r\n> ")
     terminal.send("/undo\n")
-    terminal.wait_for("> ")
+    assert "the last turn is taken back" in terminal.wait_for("> ")
+    # At the prompt it drops the line alone.
     terminal.send("\x03")
+    assert "/quit" not in terminal.wait_for("\r\n> ")
+    terminal.send("\x03")
+    assert "Ctrl-D or /quit ends" in terminal.wait_for("\r\n> ")
+    terminal.send("\x04")
     assert terminal.close() == 0
 
 

@@ -12,6 +12,9 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
+#ifndef _XOPEN_SOURCE
+#define _XOPEN_SOURCE 700 /* realpath */
+#endif
 
 /* One rounding an operation on every machine: a fused multiply-add would make results depend on the kernels in use. */
 #if defined(__clang__)
@@ -307,6 +310,8 @@ struct mkb_model {
     char name[128];     /* for messages */
     void *mapped;       /* to be unmapped or freed; NULL for the caller's memory */
     int is_mapped;
+    char *path;         /* NULL: opened from memory */
+    struct stat opened; /* of the file, when it was opened */
     void **copies;      /* what had to be converted */
     size_t num_copies, room_for_copies;
 };
@@ -737,13 +742,21 @@ static int map_file(mkb_model *m, int file, char *error) {
     return read_whole_file(m, file, error);
 }
 
+/* Open a regular file for reading, or say why not and return −1. Others are not waited for: a FIFO may never be written. */
+static int open_regular(const char *path, const char *name, const char *wanted, struct stat *about, char *error) {
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file < 0) return fail(error, -1, "%s: cannot be opened: %s", name, strerror(errno));
+    if (!fstat(file, about) && S_ISREG(about->st_mode)) return file;
+    close(file);
+    return fail(error, -1, "%s is not a file that can be read; name %s", name, wanted);
+}
+
 static int open_file(mkb_model *m, const char *path, char *error) {
     struct stat about;
-    int file = open(path, O_RDONLY | O_CLOEXEC), status = MKB_OK;
-    if (file < 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", m->name, strerror(errno));
-    if (fstat(file, &about) || !S_ISREG(about.st_mode))
-        status = fail(error, MKB_ERROR_FILE, "%s is not a file; name a model file", m->name);
-    else if ((uint64_t)about.st_size > SIZE_MAX / 2)
+    int file = open_regular(path, m->name, "a model file", &about, error), status = MKB_OK;
+    if (file < 0) return MKB_ERROR_FILE;
+    m->opened = about;
+    if ((uint64_t)about.st_size > SIZE_MAX / 2)
         status = fail(error, MKB_ERROR_FILE, "%s is too large for a 32-bit machine", m->name);
     else if (!about.st_size)
         status = fail(error, MKB_ERROR_FORMAT, "%s is empty; copy or pack it again", m->name);
@@ -767,6 +780,7 @@ void mkb_model_close(mkb_model *m) {
     for (size_t i = 0; i < m->num_copies; i++) free(m->copies[i]);
     free(m->copies);
     free(m->layers);
+    free(m->path);
     tokenizer_close(&m->tables);
 #ifndef MIXKABRN_NO_MMAP
     if (m->is_mapped) munmap(m->mapped, (size_t)m->size);
@@ -789,7 +803,8 @@ int mkb_model_open(const char *path, int verify, mkb_model **model, char error[M
     if (status) return status;
     mkb_model *m = new_model(path);
     if (!m) return fail(error, MKB_ERROR_MEMORY, "no memory for a model");
-    status = open_file(m, path, error);
+    m->path = strdup(path);
+    status = m->path ? open_file(m, path, error) : fail(error, MKB_ERROR_MEMORY, "no memory for a model");
     return finish_open(m, status ? status : read_model(m, verify, error), model);
 }
 
@@ -802,6 +817,22 @@ int mkb_model_open_memory(const void *bytes, size_t size, int verify, mkb_model 
     if (!m) return fail(error, MKB_ERROR_MEMORY, "no memory for a model");
     m->bytes = bytes, m->size = size;
     return finish_open(m, read_model(m, verify, error), model);
+}
+
+static long nanoseconds_of(const struct stat *about) {
+#ifdef __APPLE__
+    return about->st_mtimensec;
+#else
+    return about->st_mtim.tv_nsec;
+#endif
+}
+
+int mkb_model_changed(const mkb_model *m) {
+    struct stat now;
+    if (!m->path) return 0;
+    if (stat(m->path, &now) || now.st_ino != m->opened.st_ino || now.st_dev != m->opened.st_dev) return 2;
+    return now.st_size != m->opened.st_size || now.st_mtime != m->opened.st_mtime ||
+           nanoseconds_of(&now) != nanoseconds_of(&m->opened);
 }
 
 void mkb_model_info(const mkb_model *m, mkb_info *info) {
@@ -3168,11 +3199,11 @@ static uint64_t cache_floats(const mkb_model *m) {
     return layers * m->set.heads * ((uint64_t)m->set.key_dim + m->set.value_dim);
 }
 
-static uint64_t state_bytes_at(const mkb_context *c, uint64_t position) {
-    return STATE_BEGIN + c->model->state_bytes + cache_floats(c->model) * position * 4;
+static uint64_t state_bytes_at(const mkb_model *m, uint64_t position) {
+    return STATE_BEGIN + m->state_bytes + cache_floats(m) * position * 4;
 }
 
-size_t mkb_state_bytes(const mkb_context *c) { return (size_t)state_bytes_at(c, c->position); }
+size_t mkb_state_bytes(const mkb_context *c) { return (size_t)state_bytes_at(c->model, c->position); }
 
 /* Tells damage, not malice. Four sums side by side, since one would wait for its multiplications. */
 static uint64_t checksum(const unsigned char *bytes, size_t size) {
@@ -3251,26 +3282,45 @@ int mkb_state_get(const mkb_context *c, void *memory, size_t size, char error[MK
 
 static int check_sampling(const mkb_sampling *s, char *error);
 
+/* What its first STATE_HEADER bytes say of a state of `size` bytes, before memory is asked for because of them. */
+static int check_state_header(const mkb_model *m, const unsigned char *bytes, uint64_t size, const char *name, char *error) {
+    uint64_t position, expected, a_token = cache_floats(m) * 4;
+    if (!size || memcmp(bytes, STATE_MAGIC, (size_t)MIN(size, 8)))
+        return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; name one, or begin without", name);
+    expected = size >= 24 ? read_u64(bytes + 16) : STATE_BEGIN;
+    if (size < STATE_BEGIN || expected != size)
+        return fail(error, MKB_ERROR_FORMAT, "%s is cut off or damaged: %llu bytes expected, %llu found; use another copy",
+                    name, (unsigned long long)expected, (unsigned long long)size);
+    if (read_u32(bytes + 8) != STATE_VERSION || read_u32(bytes + 12) != STATE_BEGIN)
+        return fail(error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1; use the one that wrote it",
+                    name, (unsigned long)read_u32(bytes + 8));
+    if (memcmp(bytes + 24, m->sha256, 32) || memcmp(bytes + 56, m->tokenizer_sha256, 32))
+        return fail(error, MKB_ERROR_MISMATCH,
+                    "%s belongs to another model or to another packing of it (embedding or ternary option) than %s", name,
+                    m->name);
+    position = read_u64(bytes + 88);
+    if (a_token && position > size / a_token)
+        return fail(error, MKB_ERROR_FORMAT, "%s is damaged: %llu tokens do not fit its %llu bytes; use another copy", name,
+                    (unsigned long long)position, (unsigned long long)size);
+    expected = state_bytes_at(m, position);
+    if (expected == size) return MKB_OK;
+    return fail(error, MKB_ERROR_FORMAT, "%s is cut off or damaged: %llu bytes expected, %llu found; use another copy", name,
+                (unsigned long long)expected, (unsigned long long)size);
+}
+
 /* All that can be wrong with a state, before anything of the context changes. */
 static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, size_t size, const char *name, char *error) {
     sampler_state sampler;
     uint64_t position, most = has_attention(c->model) ? c->max_tokens : UINT64_MAX;
-    if (size < STATE_BEGIN || memcmp(bytes, STATE_MAGIC, 8))
-        return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; begin without one", name);
-    if (read_u32(bytes + 8) != STATE_VERSION || read_u32(bytes + 12) != STATE_BEGIN)
-        return fail(error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1; use the one that wrote it",
-                    name, (unsigned long)read_u32(bytes + 8));
-    if (memcmp(bytes + 24, c->model->sha256, 32) || memcmp(bytes + 56, c->model->tokenizer_sha256, 32))
-        return fail(error, MKB_ERROR_MISMATCH, "%s belongs to another model than %s; load it with its own", name,
-                    c->model->name);
+    int status = check_state_header(c->model, bytes, size, name, error);
+    if (status) return status;
     position = read_u64(bytes + 88);
     if (position > most)
         return fail(error, MKB_ERROR_FULL, "%s holds %llu tokens, and the caches have room for %llu; use a larger max_tokens",
                     name, (unsigned long long)position, (unsigned long long)most);
-    if (read_u64(bytes + 16) != size || size != state_bytes_at(c, position) ||
-        read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
+    if (read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
         read_u32(bytes + STATE_HEADER + 64) > SAMPLER_WINDOW || read_u32(bytes + STATE_HEADER + 68) >= SAMPLER_WINDOW)
-        return fail(error, MKB_ERROR_FORMAT, "%s is damaged or cut off; begin without it", name);
+        return fail(error, MKB_ERROR_FORMAT, "%s is damaged: its checksum differs; use another copy", name);
     read_sampler(bytes + STATE_HEADER, &sampler);
     if (check_sampling(&sampler.settings, NULL))
         return fail(error, MKB_ERROR_FORMAT, "%s holds settings of sampling without meaning; begin without it", name);
@@ -3305,24 +3355,83 @@ static int write_whole(int file, const unsigned char *bytes, size_t size) {
     return 0;
 }
 
+/* A file that is there is replaced only if it is a saved state, or empty. */
+static int check_replaceable(const char *path, char *error) {
+    unsigned char magic[8];
+    struct stat about;
+    int file = open_regular(path, path, "a new file to save to", &about, error);
+    if (file < 0) return MKB_ERROR_FILE;
+    int ours = !about.st_size || (read(file, magic, 8) == 8 && !memcmp(magic, STATE_MAGIC, 8));
+    close(file);
+    return ours ? MKB_OK : fail(error, MKB_ERROR_FILE, "%s is there and is not a saved state; save under another name", path);
+}
+
+/* Where a state given this name is written, in memory that is the caller's: links are followed. NULL says why not. A new
+ * file is private, since it holds what was said; another keeps its mode. */
+static char *find_target(const char *path, mode_t *mode, char *error) {
+    struct stat about;
+    char *target = NULL;
+    *mode = 0600;
+    if (!lstat(path, &about)) {
+        if (check_replaceable(path, error)) return NULL;
+        if (!stat(path, &about)) *mode = about.st_mode & 0777;
+#ifndef __wasi__
+        target = realpath(path, NULL);
+#endif
+    }
+    if (!target) target = strdup(path);
+    if (!target) fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
+    return target;
+}
+
+#ifndef MIXKABRN_LIBRARY
+/* Whether a state can be saved there, asked before long work. */
+static int check_target(const char *path, char *error) {
+    mode_t mode;
+    char *target = find_target(path, &mode, error), *slash;
+    int bad;
+    if (!target) return MKB_ERROR_FILE;
+    slash = strrchr(target, '/');
+    if (slash) slash[slash == target] = 0;
+    bad = access(slash ? target : ".", W_OK | X_OK);
+    free(target);
+    return bad ? fail(error, MKB_ERROR_FILE, "%s: cannot be written: %s", path, strerror(errno)) : MKB_OK;
+}
+#endif
+
+/* 0, or the error's number. */
+static int write_new_file(const char *path, mode_t mode, const unsigned char *bytes, size_t size) {
+    int file, reason = 0;
+    unlink(path);
+    file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (file < 0) return errno;
+    if (write_whole(file, bytes, size) || fsync(file)) reason = errno;
+#ifndef __wasi__
+    if (!reason && fchmod(file, mode)) reason = errno;
+#else
+    (void)mode;
+#endif
+    if (close(file) && !reason) reason = errno;
+    return reason;
+}
+
 /* Write under another name first, so that the file appears whole or not at all. */
 static int replace_file(const char *path, const unsigned char *bytes, size_t size, char *error) {
-    size_t length = strlen(path);
-    char *beside = malloc(length + 32);
-    int status = MKB_OK;
-    if (!beside) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
-    snprintf(beside, length + 32, "%s.%ld.part", path, process_number());
-    int file = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), bad = file < 0;
-    if (!bad) {
-        bad = write_whole(file, bytes, size) || fsync(file);
-        bad |= close(file) != 0;
-    }
-    if (bad || rename(beside, path)) {
-        status = fail(error, MKB_ERROR_FILE, "%s: cannot be written: %s", path, strerror(errno));
-        if (file >= 0) unlink(beside);
+    mode_t mode;
+    char *target = find_target(path, &mode, error), *beside;
+    if (!target) return MKB_ERROR_FILE;
+    size_t room = strlen(target) + 32;
+    int reason = ENOMEM;
+    beside = malloc(room);
+    if (beside) {
+        snprintf(beside, room, "%s.%ld.part", target, process_number());
+        reason = write_new_file(beside, mode, bytes, size);
+        if (!reason && rename(beside, target)) reason = errno;
+        if (reason) unlink(beside);
     }
     free(beside);
-    return status;
+    free(target);
+    return reason ? fail(error, MKB_ERROR_FILE, "%s: cannot be written: %s", path, strerror(reason)) : MKB_OK;
 }
 
 int mkb_state_save(const mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]) {
@@ -3335,12 +3444,11 @@ int mkb_state_save(const mkb_context *c, const char *path, char error[MKB_ERROR_
     return status;
 }
 
-static int read_state_file(int file, const char *path, unsigned char **bytes, size_t *size, char *error) {
-    struct stat about;
+static int read_state_file(int file, const char *path, uint64_t bytes_there, unsigned char **bytes, size_t *size,
+                           char *error) {
     size_t done = 0;
-    if (fstat(file, &about) || !S_ISREG(about.st_mode) || (uint64_t)about.st_size > SIZE_MAX / 2)
-        return fail(error, MKB_ERROR_FILE, "%s is not a file that can be read; name a saved state", path);
-    *size = (size_t)about.st_size;
+    if (bytes_there > SIZE_MAX / 2) return fail(error, MKB_ERROR_FILE, "%s is too large to be a saved state", path);
+    *size = (size_t)bytes_there;
     *bytes = malloc(*size + 1);
     if (!*bytes) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for %llu bytes", path, (unsigned long long)*size);
     while (done < *size) {
@@ -3354,9 +3462,10 @@ static int read_state_file(int file, const char *path, unsigned char **bytes, si
 int mkb_state_load(mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]) {
     unsigned char *bytes = NULL;
     size_t size = 0;
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", path, strerror(errno));
-    int status = read_state_file(file, path, &bytes, &size, error);
+    struct stat about;
+    int file = open_regular(path, path, "a saved state", &about, error);
+    if (file < 0) return MKB_ERROR_FILE;
+    int status = read_state_file(file, path, (uint64_t)about.st_size, &bytes, &size, error);
     close(file);
     if (!status) status = set_state(c, bytes, size, path, error);
     free(bytes);
@@ -4637,7 +4746,7 @@ static void show(text_writer *w, const char *text, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) {
         unsigned char c = (unsigned char)text[i];
         int second = c == 0xc2 && i + 1 < bytes && (unsigned char)text[i + 1] < 0xa0;
-        if (w->trim && c == ' ') continue;
+        if (w->trim && (c == ' ' || c == '\n' || c == '\t')) continue;
         w->trim = 0;
         if (w->for_terminal && (second || c == 127 || (c < 32 && c != '\n' && c != '\t'))) {
             fputs("\302\267", w->file);
@@ -4816,7 +4925,7 @@ static const char CHAT_COMMANDS[] =
     "/system TEXT      begin anew with this text at the beginning\n"
     "/temperature X    0 always takes the likeliest token\n"
     "/save FILE        save the state;  /load FILE  continue from one\n"
-    "/quit             end; so does Ctrl-D. Ctrl-C ends an answer.\n"
+    "/quit             end; so does Ctrl-D. Ctrl-C ends an answer, or drops a line.\n"
     "A line that ends in \\ goes on in the next one; // at the beginning says a /.\n";
 
 static const char TOKENIZE_HELP[] =
@@ -4970,20 +5079,41 @@ static void set_handler(int signal_number, void (*handler)(int), int flags) {
 /* Notice Ctrl-C from now on. What is being written goes on; the reading of a line ends if `while_reading`. */
 static void catch_interrupts(int while_reading) { set_handler(SIGINT, note_interrupt, while_reading ? 0 : SA_RESTART); }
 
+#ifdef SIGBUS
+/* A mapped file that became shorter has no bytes to read any more. */
+static void tell_changed_file(int signal_number) {
+    static const char line[] = "error: the model file was changed or cut while in use; start again; replace files by renaming\n";
+    (void)signal_number;
+    if (write(2, line, sizeof line - 1) < 0) _exit(2);
+    _exit(1);
+}
+#endif
+
 /* What these commands need of the process: no death by a closed pipe, and no file under 0, 1 or 2. */
 static void prepare_process(void) {
     for (int i = 0; i < 3; i++)
         if (fcntl(i, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
     set_handler(SIGPIPE, SIG_IGN, 0);
+#ifdef SIGXFSZ
+    /* A file that may not grow is an error of write(). */
+    set_handler(SIGXFSZ, SIG_IGN, 0);
+#endif
+#ifdef SIGBUS
+    set_handler(SIGBUS, tell_changed_file, 0);
+#endif
 }
 
-/* Tokens of a saved state, to make room for them; 0 if it cannot be read, which is told when it is loaded. */
-static uint64_t peek_position(const char *path) {
-    unsigned char head[96];
-    FILE *file = fopen(path, "rb");
-    size_t got = file ? fread(head, 1, sizeof head, file) : 0;
-    if (file) fclose(file);
-    return got == sizeof head ? read_u64(head + 88) : 0;
+/* Tokens of a saved state, to make room for them, once its header is known to be sound. */
+static int peek_position(const mkb_model *m, const char *path, uint64_t *position, char *error) {
+    unsigned char head[STATE_HEADER] = {0};
+    struct stat about;
+    int file = open_regular(path, path, "a saved state", &about, error), status;
+    if (file < 0) return MKB_ERROR_FILE;
+    if (read(file, head, sizeof head) < 0) status = fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", path, strerror(errno));
+    else status = check_state_header(m, head, (uint64_t)about.st_size, path, error);
+    close(file);
+    *position = read_u64(head + 88);
+    return status;
 }
 
 /* Settings that were given on the command line replace those of a saved state. */
@@ -5002,8 +5132,11 @@ static void override_sampling(session *s) {
 /* Create the context with room for `tokens`, and load the state. */
 static int open_context(session *s, uint64_t tokens) {
     const text_options *o = s->options;
-    int status;
-    if (o->state_in) tokens += MIN(peek_position(o->state_in), UINT32_MAX);
+    uint64_t position = 0;
+    int status = o->state_out ? check_target(o->state_out, s->error) : MKB_OK;
+    if (!status && o->state_in) status = peek_position(s->model, o->state_in, &position, s->error);
+    if (status) return status;
+    tokens += MIN(position, UINT32_MAX);
     if (o->context) tokens = o->context;
     status = mkb_context_create(s->model, (int)o->threads, (uint32_t)MIN(tokens, UINT32_MAX), &s->context, s->error);
     if (status) return status;
@@ -5153,7 +5286,7 @@ static int read_generate_prompt(session *s, uint32_t *ids, size_t count) {
         ids++;
     }
     if (count == 0)
-        return fail(s->error, MKB_ERROR_ARGUMENT, "%s says not what comes next; give --prompt", s->options->state_in);
+        return fail(s->error, MKB_ERROR_ARGUMENT, "%s ends where nothing was begun; say how to go on with --prompt", s->options->state_in);
     return read_tokens(s, ids, count, 1);
 }
 
@@ -5391,7 +5524,7 @@ static int take_back(chat *c) {
  * is taken back. */
 static int answer(chat *c) {
     session *s = &c->s;
-    int status = write_answer(s, s->options->tokens, !c->chatml);
+    int status = write_answer(s, s->options->tokens, 1);
     putchar('\n');
     fflush(stdout);
     was_interrupted = 0;
@@ -5467,17 +5600,21 @@ static int chat_edit(chat *c, const char *rest) {
     return status ? status : say_copy(c, rest, strlen(rest));
 }
 
+/* Say that a command was obeyed. */
+static int confirm(const chat *c, const char *text) { return c->s.options->quiet ? MKB_OK : remark(text); }
+
 static int chat_undo(chat *c, const char *rest) {
     (void)rest;
     if (!c->num_turns) return remark("no turn to take back");
-    return take_back(c);
+    int status = take_back(c);
+    return status ? status : confirm(c, "the last turn is taken back");
 }
 
 static int chat_reset(chat *c, const char *rest) {
     (void)rest;
     forget_turns(c);
     mkb_reset(c->s.context);
-    return MKB_OK;
+    return confirm(c, c->system ? "all forgotten but the system text" : "all forgotten; there is no system text");
 }
 
 static int chat_system(chat *c, const char *rest) {
@@ -5493,6 +5630,7 @@ static int chat_temperature(chat *c, const char *rest) {
     if (end == rest || *end) return remark("/temperature needs a number, such as 0.8");
     if (check_sampling(&wanted, c->s.error)) return remark(c->s.error);
     *now = wanted;
+    if (!c->s.options->quiet) fprintf(stderr, "temperature %g\n", (double)wanted.temperature);
     return MKB_OK;
 }
 
@@ -5549,6 +5687,7 @@ static long read_line(char **line, size_t *room) {
     for (;;) {
         int goes_on;
         if (got && part[got - 1] == '\n') got--;
+        if (got && part[got - 1] == '\r') got--;
         goes_on = got && part[got - 1] == '\\';
         if (length + (size_t)got + 2 > *room) {
             char *larger = realloc(*line, *room = 2 * (length + (size_t)got + 2));
@@ -5558,6 +5697,7 @@ static long read_line(char **line, size_t *room) {
         memcpy(*line + length, part, (size_t)got);
         length += (size_t)got;
         if (goes_on) (*line)[length - 1] = '\n', got = getline(&part, &part_room, stdin);
+        if (goes_on && got < 0 && was_interrupted) return -1;
         if (!goes_on || got < 0) break;
     }
     (*line)[length] = 0;
@@ -5568,15 +5708,21 @@ static long read_line(char **line, size_t *room) {
 static int run_chat(chat *c) {
     char *line = NULL;
     size_t room = 0;
-    int on_terminal = isatty(0), status = MKB_OK;
+    int on_terminal = isatty(0), status = MKB_OK, interrupts = 0;
     while (!c->failed) {
         long length;
         if (on_terminal) fputs("> ", stderr), fflush(stderr);
         catch_interrupts(1);
         length = read_line(&line, &room);
         catch_interrupts(0);
+        if (length < 0 && on_terminal && was_interrupted) {
+            was_interrupted = 0;
+            clearerr(stdin);
+            remark(interrupts++ ? "\nCtrl-D or /quit ends the chat" : "");
+            continue;
+        }
         if (length < 0 || !strcmp(line, "/quit")) break;
-        was_interrupted = 0;
+        was_interrupted = interrupts = 0;
         if (length == 0) continue;
         if (line[0] == '/' && line[1] != '/') status = obey(c, line);
         else status = say_copy(c, line + (line[0] == '/'), (size_t)length - (line[0] == '/'));
@@ -5606,6 +5752,8 @@ static int open_chat(chat *c) {
     if (c->chatml) fprintf(stderr, "Turns in ChatML, as its chat template has them.");
     else fprintf(stderr, "Turns as \"%s\" and \"%s\".", o->user, o->assistant);
     fprintf(stderr, " /help lists commands.\n");
+    if (!c->chatml && s->model->template_bytes)
+        remark("the model's chat template is not used here, as it is not ChatML; `mixkabrn serve` uses it");
     return MKB_OK;
 }
 
