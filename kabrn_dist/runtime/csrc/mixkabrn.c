@@ -4656,7 +4656,9 @@ static void print_bench(const bench_options *o, const bench_result *r) {
         if (r->gemv[i] > 0) printf("in cache %-11s %.1f Gweights/s\n", KERNELS[i].name, 1e-9 * r->gemv[i]);
     printf("open to first token  %.1f ms\n", 1e3 * r->open_seconds);
     printf("prefill              %.0f tokens/s\n", r->prefill);
-    printf("decode               %.0f tokens/s, %.0f %% of the read bandwidth\n", r->decode, 100 * bandwidth_share(r));
+    /* More than memory gives comes from the cache. */
+    if (bandwidth_share(r) > 1) printf("decode               %.0f tokens/s, in cache\n", r->decode);
+    else printf("decode               %.0f tokens/s, %.0f %% of the read bandwidth\n", r->decode, 100 * bandwidth_share(r));
     if (r->late > 0) printf("decode at 100,000    %.0f tokens/s\n", r->late);
     if (r->resident) printf("memory               %.1f MB\n", (double)r->resident * 1.024e-3);
 }
@@ -4924,6 +4926,7 @@ static const char CHAT_COMMANDS[] =
     "/reset            forget everything but the system text\n"
     "/system TEXT      begin anew with this text at the beginning\n"
     "/temperature X    0 always takes the likeliest token\n"
+    "/file NAME        say what a text file holds\n"
     "/save FILE        save the state;  /load FILE  continue from one\n"
     "/quit             end; so does Ctrl-D. Ctrl-C ends an answer, or drops a line.\n"
     "A line that ends in \\ goes on in the next one; // at the beginning says a /.\n";
@@ -5265,15 +5268,34 @@ static int read_prompt(const text_options *o, char **text, size_t *bytes, char *
     return MKB_OK;
 }
 
-static void print_speed(const session *s) {
+/* A rate with commas between its thousands. */
+static void write_rate(char text[40], uint64_t count, double seconds) {
+    char digits[32];
+    size_t length = (size_t)snprintf(digits, sizeof digits, "%.0f", MIN(rate_of(count, seconds), 1e15));
+    for (size_t i = 0; i < length; i++) {
+        if (i && (length - i) % 3 == 0) *text++ = ',';
+        *text++ = digits[i];
+    }
+    *text = 0;
+}
+
+/* What was read and written since the last time, and how fast. */
+static void print_rates(session *s) {
+    char reading[40], writing[40];
+    write_rate(reading, s->tokens_read, s->read_seconds);
+    write_rate(writing, s->answer_tokens, s->write_seconds);
+    fprintf(stderr, "[%llu token%s read at %s tokens/s, %lu written at %s tokens/s]\n", (unsigned long long)s->tokens_read,
+            s->tokens_read == 1 ? "" : "s", reading, (unsigned long)s->answer_tokens, writing);
+}
+
+static void print_speed(session *s) {
     const mkb_model *m = s->model;
     if (s->options->quiet) {
         if (s->writer.for_terminal) putchar('\n');
         return;
     }
-    fprintf(stderr, "\n[%s at step %llu: %llu tokens read, %.0f a second; %lu written, %.0f tokens/s]\n", m->name,
-            (unsigned long long)m->step, (unsigned long long)s->tokens_read, rate_of(s->tokens_read, s->read_seconds),
-            (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    fprintf(stderr, "\n%s at step %llu\n", m->name, (unsigned long long)m->step);
+    print_rates(s);
 }
 
 /* What is read before the answer: the token that a saved state left unread, or the document token; then the prompt. */
@@ -5354,7 +5376,7 @@ static int command_tokenize(int count, char **arguments) {
 
 /* --- chat --- */
 
-enum { CHAT_TURNS = 32, MARKUP_BYTES = 640 };
+enum { CHAT_TURNS = 32, MARKUP_BYTES = 640, TERMINAL_LINE = 4095 /* most bytes of a line that Linux passes on */ };
 
 /* A state at the beginning of a turn, and what was said in it. */
 typedef struct {
@@ -5456,10 +5478,32 @@ static int read_text(chat *c, const char *text, size_t bytes, int special, int a
 
 static int read_markup(chat *c, const char *text) { return read_text(c, text, strlen(text), 1, 0); }
 
+/* Do the last tokens spell this text? */
+static int has_just_read(const chat *c, const char *text) {
+    const sampler_state *s = &c->s.context->sampler;
+    size_t left = strlen(text), size;
+    for (uint32_t i = 1; left && i <= s->window_count; i++) {
+        const char *bytes = mkb_token_bytes(c->s.model, s->window[(s->window_next + SAMPLER_WINDOW - i) % SAMPLER_WINDOW], &size);
+        size_t shared = MIN(size, left);
+        if (!bytes || memcmp(bytes + size - shared, text + left - shared, shared)) return 0;
+        left -= shared;
+    }
+    return !left;
+}
+
+/* A state of `generate` ends within a text, often before a token that was drawn and not read: a turn begins after it. */
+static int join_text(chat *c) {
+    const uint32_t drawn = c->s.context->sampler.drawn, last = drawn - 1;
+    int status = MKB_OK;
+    if (!drawn && has_just_read(c, c->opening)) return MKB_OK;
+    if (drawn && last != c->s.model->set.document_token) status = read_tokens(&c->s, &last, 1, 0);
+    return status ? status : read_markup(c, c->lead);
+}
+
 /* The document token, the system text, and where the user's text begins. */
 static int begin_chat(chat *c) {
     int status;
-    if (c->s.context->position) return MKB_OK;
+    if (c->s.context->position) return join_text(c);
     status = read_tokens(&c->s, &c->s.model->set.document_token, 1, 0);
     if (c->system) {
         if (!status && c->chatml) status = read_markup(c, "<|im_start|>system\n");
@@ -5528,10 +5572,8 @@ static int answer(chat *c) {
     putchar('\n');
     fflush(stdout);
     was_interrupted = 0;
-    if (!status && !s->options->quiet)
-        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
-                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
-    s->tokens_read = 0;
+    if (!status && !s->options->quiet) print_rates(s);
+    s->tokens_read = 0, s->read_seconds = 0;
     if (!status) status = end_answer(c);
     if (status) take_back(c);
     return status;
@@ -5603,6 +5645,26 @@ static int chat_edit(chat *c, const char *rest) {
 /* Say that a command was obeyed. */
 static int confirm(const chat *c, const char *text) { return c->s.options->quiet ? MKB_OK : remark(text); }
 
+/* A text file as what the user says: terminals cut long lines. */
+static int chat_file(chat *c, const char *rest) {
+    struct stat about;
+    char *text = NULL;
+    size_t bytes = 0;
+    if (!*rest) return remark("/file needs a file: /file question.txt");
+    int number = open_regular(rest, rest, "a text file", &about, c->s.error), status;
+    if (number < 0) return remark(c->s.error);
+    FILE *file = fdopen(number, "rb");
+    if (!file) return close(number), remark("no memory to read a file");
+    status = read_all(file, rest, &text, &bytes, c->s.error);
+    fclose(file);
+    while (bytes && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) bytes--;
+    if (status) remark(c->s.error), status = MKB_OK;
+    else if (!bytes) remark("the file is empty");
+    else status = say_copy(c, text, bytes);
+    free(text);
+    return status;
+}
+
 static int chat_undo(chat *c, const char *rest) {
     (void)rest;
     if (!c->num_turns) return remark("no turn to take back");
@@ -5665,7 +5727,7 @@ static const struct {
 } CHAT_ACTIONS[] = {
     {"/regenerate", chat_regenerate}, {"/r", chat_regenerate}, {"/edit", chat_edit}, {"/undo", chat_undo},
     {"/reset", chat_reset}, {"/system", chat_system}, {"/temperature", chat_temperature}, {"/save", chat_save},
-    {"/load", chat_load}, {"/help", chat_help},
+    {"/load", chat_load}, {"/file", chat_file}, {"/help", chat_help},
 };
 
 static int obey(chat *c, const char *line) {
@@ -5724,6 +5786,10 @@ static int run_chat(chat *c) {
         if (length < 0 || !strcmp(line, "/quit")) break;
         was_interrupted = interrupts = 0;
         if (length == 0) continue;
+        if (on_terminal && length == TERMINAL_LINE) {
+            remark("the terminal cut this line after 4,095 bytes, so it is not used; put the text in a file: /file NAME");
+            continue;
+        }
         if (line[0] == '/' && line[1] != '/') status = obey(c, line);
         else status = say_copy(c, line + (line[0] == '/'), (size_t)length - (line[0] == '/'));
         c->s.tokens_read = 0;
@@ -5776,19 +5842,52 @@ static int command_chat(int count, char **arguments) {
     return status;
 }
 
-static int usage(void) {
-    fprintf(stderr, "usage: mixkabrn generate | chat | tokenize | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
-            mkb_kernels());
+typedef struct {
+    const char *name, *does;
+    int (*run)(int count, char **arguments);
+} program_command;
+
+static const program_command COMMANDS[] = {
+    {"generate", "continues a text, or begins a document", command_generate},
+    {"chat", "talks to a model", command_chat},
+    {"tokenize", "prints the ids of a text", command_tokenize},
+    {"bench", "measures speed and memory", command_bench},
+    {"selftest", "compares this machine's kernels with the plain ones", command_selftest},
+};
+enum { NUM_COMMANDS = sizeof COMMANDS / sizeof *COMMANDS };
+
+static void print_help(FILE *file) {
+    fprintf(file, "usage: mixkabrn COMMAND ...\n\n");
+    for (int i = 0; i < NUM_COMMANDS; i++) fprintf(file, "  %-10s%s\n", COMMANDS[i].name, COMMANDS[i].does);
+    fprintf(file, "\n  mixkabrn generate tiny.mkb --prompt \"Once\"\n  mixkabrn chat tiny.mkb\n  mixkabrn bench tiny.mkb --threads 2\n\n"
+                  "mixkabrn COMMAND --help tells more. Version %s, kernels %s.\n", mkb_version(), mkb_kernels());
+}
+
+/* Letters that the beginnings and the ends of two words share. */
+static size_t likeness(const char *a, const char *b) {
+    size_t first = 0, last = 0, m = strlen(a), n = strlen(b);
+    while (first < MIN(m, n) && a[first] == b[first]) first++;
+    while (first + last < MIN(m, n) && a[m - 1 - last] == b[n - 1 - last]) last++;
+    return first + last;
+}
+
+static int refuse_command(const char *name) {
+    int best = 0;
+    for (int i = 1; i < NUM_COMMANDS; i++)
+        if (likeness(name, COMMANDS[i].name) > likeness(name, COMMANDS[best].name)) best = i;
+    fprintf(stderr, "error: %s is no command", name);
+    if (likeness(name, COMMANDS[best].name) >= 2) fprintf(stderr, "; did you mean %s?", COMMANDS[best].name);
+    fprintf(stderr, " --help lists them\n");
     return 2;
 }
 
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
-    if (!strcmp(command, "generate")) return command_generate(argc - 2, argv + 2);
-    if (!strcmp(command, "chat")) return command_chat(argc - 2, argv + 2);
-    if (!strcmp(command, "tokenize")) return command_tokenize(argc - 2, argv + 2);
-    if (!strcmp(command, "selftest")) return command_selftest(argc - 2, argv + 2);
-    if (!strcmp(command, "bench")) return command_bench(argc - 2, argv + 2);
-    return usage();
+    if (!strcmp(command, "--help") || !strcmp(command, "-h")) return print_help(stdout), 0;
+    if (!strcmp(command, "--version")) return printf("mixkabrn %s\n", mkb_version()) < 0;
+    if (!*command) return print_help(stderr), 2;
+    for (int i = 0; i < NUM_COMMANDS; i++)
+        if (!strcmp(command, COMMANDS[i].name)) return COMMANDS[i].run(argc - 2, argv + 2);
+    return refuse_command(command);
 }
 #endif
