@@ -2167,7 +2167,8 @@ typedef void work_function(void *argument, int thread, size_t first, size_t last
 
 typedef struct worker worker;
 
-/* Threads that wait for work: spinning at first, since the next part comes within microseconds, then asleep. */
+/* Threads that wait for work: spinning at first, since the next part comes within microseconds, then asleep: another
+ * process may need the core. Whoever comes first takes the next share, so a thread without a core holds nothing up. */
 typedef struct {
     int threads;
     work_function *work;
@@ -2176,9 +2177,11 @@ typedef struct {
 #ifndef MIXKABRN_NO_THREADS
     worker *workers;
     int running; /* workers that were started */
-    unsigned generation, pending, asleep, stop;
+    unsigned ticket;  /* generation of the work, and the number of the share that is to be taken next */
+    unsigned pending; /* shares that are not done */
+    unsigned asleep, waiting, stop;
     pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    pthread_cond_t wake, done;
 #endif
 } thread_pool;
 
@@ -2199,7 +2202,8 @@ static void pool_run(thread_pool *p, work_function *work, void *argument, size_t
 
 #else
 
-enum { SPINS = 3000, MAX_THREADS = 256 };
+enum { MAX_THREADS = 256, TICKET_BITS = 9, SHARE_MASK = (1 << TICKET_BITS) - 1, YIELDS = 4 };
+#define SPIN_SECONDS 30e-6
 
 struct worker {
     thread_pool *pool;
@@ -2215,44 +2219,84 @@ INLINE void pause_briefly(void) {
 #endif
 }
 
-static void do_share(thread_pool *p, int thread) {
-    size_t first = p->units * (size_t)thread / (size_t)p->threads;
-    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
+static void do_share(thread_pool *p, int thread, unsigned share) {
+    size_t first = p->units * (size_t)share / (size_t)p->threads;
+    size_t last = p->units * ((size_t)share + 1) / (size_t)p->threads;
     if (first < last) p->work(p->argument, thread, first, last);
+    if (__atomic_sub_fetch(&p->pending, 1, __ATOMIC_SEQ_CST) || !__atomic_load_n(&p->waiting, __ATOMIC_SEQ_CST)) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_signal(&p->done);
+    pthread_mutex_unlock(&p->mutex);
 }
 
-/* Wait for a generation other than `seen`. */
-static unsigned await_work(thread_pool *p, unsigned seen) {
-    for (int i = 0; i < SPINS; i++) {
-        unsigned now = __atomic_load_n(&p->generation, __ATOMIC_ACQUIRE);
-        if (now != seen) return now;
-        pause_briefly();
+/* Do the shares that nobody has taken. The work cannot change while a share of it is taken and not done. */
+static void do_shares(thread_pool *p, int thread) {
+    unsigned ticket = __atomic_load_n(&p->ticket, __ATOMIC_ACQUIRE);
+    while ((ticket & SHARE_MASK) < (unsigned)p->threads) {
+        if (!__atomic_compare_exchange_n(&p->ticket, &ticket, ticket + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) continue;
+        do_share(p, thread, ticket & SHARE_MASK);
+        ticket = __atomic_load_n(&p->ticket, __ATOMIC_ACQUIRE);
     }
+}
+
+static int has_work(thread_pool *p) {
+    unsigned ticket = __atomic_load_n(&p->ticket, __ATOMIC_SEQ_CST);
+    return (ticket & SHARE_MASK) < (unsigned)p->threads || __atomic_load_n(&p->stop, __ATOMIC_ACQUIRE);
+}
+
+static int is_done(thread_pool *p) { return !__atomic_load_n(&p->pending, __ATOMIC_SEQ_CST); }
+
+/* Wait for what comes within microseconds; 0 if it did not. */
+static int spin(thread_pool *p, int (*ready)(thread_pool *p)) {
+    double end = seconds_now() + SPIN_SECONDS;
+    do
+        for (int i = 0; i < 16; i++) {
+            if (ready(p)) return 1;
+            pause_briefly();
+        }
+    while (seconds_now() < end);
+    /* Where threads share a core, the one that is waited for needs it. */
+    for (int i = 0; i < YIELDS; i++) {
+        sched_yield();
+        if (ready(p)) return 1;
+    }
+    return 0;
+}
+
+static void await_work(thread_pool *p) {
+    if (spin(p, has_work)) return;
     pthread_mutex_lock(&p->mutex);
-    __atomic_add_fetch(&p->asleep, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&p->generation, __ATOMIC_SEQ_CST) == seen) pthread_cond_wait(&p->wake, &p->mutex);
-    __atomic_sub_fetch(&p->asleep, 1, __ATOMIC_SEQ_CST);
+    for (;;) {
+        __atomic_store_n(&p->asleep, 1, __ATOMIC_SEQ_CST);
+        if (has_work(p)) break;
+        pthread_cond_wait(&p->wake, &p->mutex);
+    }
     pthread_mutex_unlock(&p->mutex);
-    return __atomic_load_n(&p->generation, __ATOMIC_ACQUIRE);
 }
 
 static void *run_worker(void *argument) {
     worker *w = argument;
-    thread_pool *p = w->pool;
-    for (unsigned seen = 0;;) {
-        seen = await_work(p, seen);
-        if (p->stop) return NULL;
-        do_share(p, w->number);
-        __atomic_sub_fetch(&p->pending, 1, __ATOMIC_RELEASE);
+    while (!__atomic_load_n(&w->pool->stop, __ATOMIC_ACQUIRE)) {
+        await_work(w->pool);
+        do_shares(w->pool, w->number);
     }
+    return NULL;
 }
 
-/* Let all workers see what was written before. */
-static void announce(thread_pool *p) {
-    __atomic_add_fetch(&p->generation, 1, __ATOMIC_SEQ_CST);
+static void wake_workers(thread_pool *p) {
     if (!__atomic_load_n(&p->asleep, __ATOMIC_SEQ_CST)) return;
     pthread_mutex_lock(&p->mutex);
+    __atomic_store_n(&p->asleep, 0, __ATOMIC_SEQ_CST);
     pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void await_shares(thread_pool *p) {
+    if (is_done(p) || spin(p, is_done)) return;
+    pthread_mutex_lock(&p->mutex);
+    __atomic_store_n(&p->waiting, 1, __ATOMIC_SEQ_CST);
+    while (!is_done(p)) pthread_cond_wait(&p->done, &p->mutex);
+    __atomic_store_n(&p->waiting, 0, __ATOMIC_SEQ_CST);
     pthread_mutex_unlock(&p->mutex);
 }
 
@@ -2262,21 +2306,19 @@ static void pool_run(thread_pool *p, work_function *work, void *argument, size_t
         return;
     }
     p->work = work, p->argument = argument, p->units = units;
-    __atomic_store_n(&p->pending, (unsigned)p->running, __ATOMIC_RELAXED);
-    announce(p);
-    do_share(p, 0);
-    for (unsigned i = 1; __atomic_load_n(&p->pending, __ATOMIC_ACQUIRE); i++) {
-        pause_briefly();
-        /* Where threads share a core, the one that is waited for needs it. */
-        if (i % SPINS == 0) sched_yield();
-    }
+    __atomic_store_n(&p->pending, (unsigned)p->threads, __ATOMIC_RELAXED);
+    __atomic_store_n(&p->ticket, ((p->ticket >> TICKET_BITS) + 1) << TICKET_BITS, __ATOMIC_SEQ_CST);
+    wake_workers(p);
+    do_shares(p, 0);
+    await_shares(p);
 }
 
 static void pool_stop(thread_pool *p) {
     if (!p->workers) return;
-    p->stop = 1;
-    announce(p);
+    __atomic_store_n(&p->stop, 1, __ATOMIC_SEQ_CST);
+    wake_workers(p);
     for (int i = 0; i < p->running; i++) pthread_join(p->workers[i].thread, NULL);
+    pthread_cond_destroy(&p->done);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->mutex);
     free(p->workers);
@@ -2290,6 +2332,8 @@ static int pool_start(thread_pool *p, int threads) {
     if (!p->workers) return ENOMEM;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
+    p->ticket = (unsigned)p->threads; /* no share to take yet */
     for (; p->running + 1 < p->threads; p->running++) {
         worker *w = &p->workers[p->running];
         *w = (worker){.pool = p, .number = p->running + 1};
