@@ -144,6 +144,11 @@ class NativeModel(_Handle):
         return NativeInfo(**values)
 
     @property
+    def changed(self) -> bool:
+        """Whether the file was overwritten or cut in place since it was opened, so that it must not be used."""
+        return int(load_native_library().mkb_model_changed(self.pointer)) == 1
+
+    @property
     def config(self) -> str:
         """The text of config.yaml."""
         return read_native_bytes(load_native_library().mkb_model_config, self.pointer).decode()

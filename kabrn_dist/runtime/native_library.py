@@ -17,6 +17,7 @@ _Error = c_char * _ERROR_BYTES
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "mkb_model_open": (c_int, [c_char_p, c_int, POINTER(c_void_p), _Error]),
     "mkb_model_close": (None, [c_void_p]),
+    "mkb_model_changed": (c_int, [c_void_p]),
     "mkb_model_info": (None, [c_void_p, c_void_p]),
     "mkb_model_config": (c_void_p, [c_void_p, POINTER(c_size_t)]),
     "mkb_model_template": (c_void_p, [c_void_p, POINTER(c_size_t)]),

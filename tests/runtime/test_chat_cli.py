@@ -131,7 +131,7 @@ def test_the_state_of_a_chat_is_its_text(scripted: Path, tmp_path: Path) -> None
     text = "User: one\nAssistant:Héi\nUser: two\nAssistant:Héi\nUser:"
     assert compare_states(scripted, tmp_path / "s", text) < 1e-4
     # A turn reads its own text alone: " two\nAssistant:".
-    assert "[15 tokens read, " in errors.splitlines()[2]
+    assert "[15 tokens read at " in errors.splitlines()[2]
     # A limit inside the answer, another stop string, and a prefix of another kind.
     for options, answer in ((("--tokens", 2), "H\ufffd"), (("--stop", "i"), "Hé")):
         answers, _ = chat(scripted, "one", f"/save {tmp_path / 's'}", options=(*greedy, *options))
@@ -189,7 +189,7 @@ def test_turns_are_taken_back_edited_and_answered_again(model: Path, tmp_path: P
     answers, errors = chat(model, "one", "/r", options=options)
     assert len(set(answers)) > 1 and answers != plain
     # Another answer reads one token, the last before it.
-    assert errors.splitlines()[2].startswith("[1 tokens read, ")
+    assert errors.splitlines()[2].startswith("[1 token read at ")
     _, errors = chat(model, "/undo", "/r", "/edit x", "/nothing", "/temperature x", "/load absent", options=options)
     for message in ("no turn to take back", "no turn to edit", "no such command", "needs a number", "No such file"):
         assert message in errors
@@ -249,6 +249,8 @@ def test_many_turns_are_bounded(scripted: Path) -> None:
         (["generate", "MODEL", "--state-in", "absent.mks"], 1, "absent.mks: cannot be opened"),
         (["generate", "MODEL", "--state-in", "MODEL"], 1, "is not a saved state"),
         (["generate", "MODEL", "--state-out", "/absent/s"], 1, "/absent/s: cannot be written: No such file"),
+        (["generate", "MODEL", "--state-out", "MODEL"], 1, "is there and is not a saved state"),
+        (["generate", "MODEL", "--state-out", "/dev/null"], 1, "is not a file that can be read"),
         (["chat", "MODEL", "--user-prefix", ""], 2, "--user-prefix"),
         (["tokenize", "MODEL", "--tokens", "3"], 2, "--tokens is no option here"),
     ],
@@ -299,6 +301,28 @@ def test_ctrl_c_ends_generate(scripted: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and b"interrupted" in errors and b"tokens/s]" in errors
+
+
+@pytest.mark.slow
+def test_a_chat_goes_on_from_a_generated_text(scripted: Path, tmp_path: Path) -> None:
+    state, end = tmp_path / "s.mks", tmp_path / "t.mks"
+    run("generate", scripted, "--prompt", "User:", "--tokens", 2, "--temperature", 0, "--state-out", state)
+    (tmp_path / "said").write_bytes(b"one\r\n")
+    answers, _ = chat(
+        scripted, f"/file {tmp_path / 'said'}\r", f"/save {end}\r", options=("--temperature", 0, "--state-in", state)
+    )
+    assert answers == ["Héi"]
+    text = list(b"User:H\xc3\nUser: one\nAssistant:" + "Héi\nUser:".encode())
+    assert compare_states(scripted, end, text) < 1e-4
+
+
+@pytest.mark.slow
+def test_commands_are_listed_and_typos_named() -> None:
+    out, _ = run("--help")
+    assert all(name in out for name in (b"generate", b"chat", b"tokenize", b"bench", b"selftest"))
+    assert run("--version")[0].startswith(b"mixkabrn ")
+    assert "did you mean generate?" in run("genrate", expect=2)[1]
+    assert "usage: mixkabrn COMMAND" in run(expect=2)[1]
 
 
 class Terminal:
@@ -357,8 +381,13 @@ def test_a_chat_on_a_terminal_obeys_the_keys(scripted: Path) -> None:
     # The answer ends, the chat goes on.
     terminal.wait_for(r"tokens/s\]\r\n> ")
     terminal.send("/undo\n")
-    terminal.wait_for("> ")
+    assert "the last turn is taken back" in terminal.wait_for("> ")
+    # At the prompt it drops the line alone.
     terminal.send("\x03")
+    assert "/quit" not in terminal.wait_for("\r\n> ")
+    terminal.send("\x03")
+    assert "Ctrl-D or /quit ends" in terminal.wait_for("\r\n> ")
+    terminal.send("\x04")
     assert terminal.close() == 0
 
 

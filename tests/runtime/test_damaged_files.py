@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -111,3 +112,38 @@ def test_damaged_states_are_refused_and_change_nothing(content: bytes, tmp_path:
             with pytest.raises(UserError):
                 context.set_state(damaged)
         assert context.state() == state
+
+
+def test_a_state_is_saved_over_nothing_but_states(content: bytes, tmp_path: Path) -> None:
+    path, state, link = tmp_path / "model.mkb", tmp_path / "s.mks", tmp_path / "link"
+    path.write_bytes(content)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "text").write_text("words")
+    with NativeModel(path) as model, model.context() as context:
+        context.decode([1, 2, 3])
+        for other in (path, tmp_path / "text", tmp_path / "fifo", tmp_path):
+            with pytest.raises(UserError, match=r"not a saved state|not a file"):
+                context.save_state(other)
+        with pytest.raises(UserError, match="not a file"):
+            context.load_state(tmp_path / "fifo")
+        with pytest.raises(UserError, match="not a file"):
+            NativeModel(tmp_path / "fifo")
+        assert path.read_bytes() == content and (tmp_path / "text").read_text() == "words"
+        context.save_state(state)
+        assert state.stat().st_mode & 0o777 == 0o600
+        state.chmod(0o640)
+        link.symlink_to(state)
+        context.decode([4])
+        context.save_state(link)
+        assert link.is_symlink() and state.stat().st_mode & 0o777 == 0o640
+        assert state.read_bytes() == context.state()
+        assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_model_file_that_changes_is_noticed(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.mkb"
+    path.write_bytes(content)
+    with NativeModel(path) as model:
+        assert not model.changed
+        os.truncate(path, len(content) - 1)
+        assert model.changed

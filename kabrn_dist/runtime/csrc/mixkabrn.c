@@ -14,6 +14,9 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
+#ifndef _XOPEN_SOURCE
+#define _XOPEN_SOURCE 700 /* realpath */
+#endif
 
 /* One rounding an operation on every machine: a fused multiply-add would make results depend on the kernels in use. */
 #if defined(__clang__)
@@ -309,6 +312,8 @@ struct mkb_model {
     char name[128];     /* for messages */
     void *mapped;       /* to be unmapped or freed; NULL for the caller's memory */
     int is_mapped;
+    char *path;         /* NULL: opened from memory */
+    struct stat opened; /* of the file, when it was opened */
     void **copies;      /* what had to be converted */
     size_t num_copies, room_for_copies;
 };
@@ -739,13 +744,21 @@ static int map_file(mkb_model *m, int file, char *error) {
     return read_whole_file(m, file, error);
 }
 
+/* Open a regular file for reading, or say why not and return −1. Others are not waited for: a FIFO may never be written. */
+static int open_regular(const char *path, const char *name, const char *wanted, struct stat *about, char *error) {
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file < 0) return fail(error, -1, "%s: cannot be opened: %s", name, strerror(errno));
+    if (!fstat(file, about) && S_ISREG(about->st_mode)) return file;
+    close(file);
+    return fail(error, -1, "%s is not a file that can be read; name %s", name, wanted);
+}
+
 static int open_file(mkb_model *m, const char *path, char *error) {
     struct stat about;
-    int file = open(path, O_RDONLY | O_CLOEXEC), status = MKB_OK;
-    if (file < 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", m->name, strerror(errno));
-    if (fstat(file, &about) || !S_ISREG(about.st_mode))
-        status = fail(error, MKB_ERROR_FILE, "%s is not a file; name a model file", m->name);
-    else if ((uint64_t)about.st_size > SIZE_MAX / 2)
+    int file = open_regular(path, m->name, "a model file", &about, error), status = MKB_OK;
+    if (file < 0) return MKB_ERROR_FILE;
+    m->opened = about;
+    if ((uint64_t)about.st_size > SIZE_MAX / 2)
         status = fail(error, MKB_ERROR_FILE, "%s is too large for a 32-bit machine", m->name);
     else if (!about.st_size)
         status = fail(error, MKB_ERROR_FORMAT, "%s is empty; copy or pack it again", m->name);
@@ -769,6 +782,7 @@ void mkb_model_close(mkb_model *m) {
     for (size_t i = 0; i < m->num_copies; i++) free(m->copies[i]);
     free(m->copies);
     free(m->layers);
+    free(m->path);
     tokenizer_close(&m->tables);
 #ifndef MIXKABRN_NO_MMAP
     if (m->is_mapped) munmap(m->mapped, (size_t)m->size);
@@ -791,7 +805,8 @@ int mkb_model_open(const char *path, int verify, mkb_model **model, char error[M
     if (status) return status;
     mkb_model *m = new_model(path);
     if (!m) return fail(error, MKB_ERROR_MEMORY, "no memory for a model");
-    status = open_file(m, path, error);
+    m->path = strdup(path);
+    status = m->path ? open_file(m, path, error) : fail(error, MKB_ERROR_MEMORY, "no memory for a model");
     return finish_open(m, status ? status : read_model(m, verify, error), model);
 }
 
@@ -804,6 +819,22 @@ int mkb_model_open_memory(const void *bytes, size_t size, int verify, mkb_model 
     if (!m) return fail(error, MKB_ERROR_MEMORY, "no memory for a model");
     m->bytes = bytes, m->size = size;
     return finish_open(m, read_model(m, verify, error), model);
+}
+
+static long nanoseconds_of(const struct stat *about) {
+#ifdef __APPLE__
+    return about->st_mtimensec;
+#else
+    return about->st_mtim.tv_nsec;
+#endif
+}
+
+int mkb_model_changed(const mkb_model *m) {
+    struct stat now;
+    if (!m->path) return 0;
+    if (stat(m->path, &now) || now.st_ino != m->opened.st_ino || now.st_dev != m->opened.st_dev) return 2;
+    return now.st_size != m->opened.st_size || now.st_mtime != m->opened.st_mtime ||
+           nanoseconds_of(&now) != nanoseconds_of(&m->opened);
 }
 
 void mkb_model_info(const mkb_model *m, mkb_info *info) {
@@ -2268,7 +2299,8 @@ typedef void work_function(void *argument, int thread, size_t first, size_t last
 
 typedef struct worker worker;
 
-/* Threads that wait for work: spinning at first, since the next part comes within microseconds, then asleep. */
+/* Threads that wait for work: spinning at first, since the next part comes within microseconds, then asleep: another
+ * process may need the core. Whoever comes first takes the next share, so a thread without a core holds nothing up. */
 typedef struct {
     int threads;
     work_function *work;
@@ -2277,9 +2309,11 @@ typedef struct {
 #ifndef MIXKABRN_NO_THREADS
     worker *workers;
     int running; /* workers that were started */
-    unsigned generation, pending, asleep, stop;
+    unsigned ticket;  /* generation of the work, and the number of the share that is to be taken next */
+    unsigned pending; /* shares that are not done */
+    unsigned asleep, waiting, stop;
     pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    pthread_cond_t wake, done;
 #endif
 } thread_pool;
 
@@ -2300,7 +2334,8 @@ static void pool_run(thread_pool *p, work_function *work, void *argument, size_t
 
 #else
 
-enum { SPINS = 3000, MAX_THREADS = 256 };
+enum { MAX_THREADS = 256, TICKET_BITS = 9, SHARE_MASK = (1 << TICKET_BITS) - 1, YIELDS = 4 };
+#define SPIN_SECONDS 30e-6
 
 struct worker {
     thread_pool *pool;
@@ -2316,44 +2351,84 @@ INLINE void pause_briefly(void) {
 #endif
 }
 
-static void do_share(thread_pool *p, int thread) {
-    size_t first = p->units * (size_t)thread / (size_t)p->threads;
-    size_t last = p->units * ((size_t)thread + 1) / (size_t)p->threads;
+static void do_share(thread_pool *p, int thread, unsigned share) {
+    size_t first = p->units * (size_t)share / (size_t)p->threads;
+    size_t last = p->units * ((size_t)share + 1) / (size_t)p->threads;
     if (first < last) p->work(p->argument, thread, first, last);
+    if (__atomic_sub_fetch(&p->pending, 1, __ATOMIC_SEQ_CST) || !__atomic_load_n(&p->waiting, __ATOMIC_SEQ_CST)) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_signal(&p->done);
+    pthread_mutex_unlock(&p->mutex);
 }
 
-/* Wait for a generation other than `seen`. */
-static unsigned await_work(thread_pool *p, unsigned seen) {
-    for (int i = 0; i < SPINS; i++) {
-        unsigned now = __atomic_load_n(&p->generation, __ATOMIC_ACQUIRE);
-        if (now != seen) return now;
-        pause_briefly();
+/* Do the shares that nobody has taken. The work cannot change while a share of it is taken and not done. */
+static void do_shares(thread_pool *p, int thread) {
+    unsigned ticket = __atomic_load_n(&p->ticket, __ATOMIC_ACQUIRE);
+    while ((ticket & SHARE_MASK) < (unsigned)p->threads) {
+        if (!__atomic_compare_exchange_n(&p->ticket, &ticket, ticket + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) continue;
+        do_share(p, thread, ticket & SHARE_MASK);
+        ticket = __atomic_load_n(&p->ticket, __ATOMIC_ACQUIRE);
     }
+}
+
+static int has_work(thread_pool *p) {
+    unsigned ticket = __atomic_load_n(&p->ticket, __ATOMIC_SEQ_CST);
+    return (ticket & SHARE_MASK) < (unsigned)p->threads || __atomic_load_n(&p->stop, __ATOMIC_ACQUIRE);
+}
+
+static int is_done(thread_pool *p) { return !__atomic_load_n(&p->pending, __ATOMIC_SEQ_CST); }
+
+/* Wait for what comes within microseconds; 0 if it did not. */
+static int spin(thread_pool *p, int (*ready)(thread_pool *p)) {
+    double end = seconds_now() + SPIN_SECONDS;
+    do
+        for (int i = 0; i < 16; i++) {
+            if (ready(p)) return 1;
+            pause_briefly();
+        }
+    while (seconds_now() < end);
+    /* Where threads share a core, the one that is waited for needs it. */
+    for (int i = 0; i < YIELDS; i++) {
+        sched_yield();
+        if (ready(p)) return 1;
+    }
+    return 0;
+}
+
+static void await_work(thread_pool *p) {
+    if (spin(p, has_work)) return;
     pthread_mutex_lock(&p->mutex);
-    __atomic_add_fetch(&p->asleep, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&p->generation, __ATOMIC_SEQ_CST) == seen) pthread_cond_wait(&p->wake, &p->mutex);
-    __atomic_sub_fetch(&p->asleep, 1, __ATOMIC_SEQ_CST);
+    for (;;) {
+        __atomic_store_n(&p->asleep, 1, __ATOMIC_SEQ_CST);
+        if (has_work(p)) break;
+        pthread_cond_wait(&p->wake, &p->mutex);
+    }
     pthread_mutex_unlock(&p->mutex);
-    return __atomic_load_n(&p->generation, __ATOMIC_ACQUIRE);
 }
 
 static void *run_worker(void *argument) {
     worker *w = argument;
-    thread_pool *p = w->pool;
-    for (unsigned seen = 0;;) {
-        seen = await_work(p, seen);
-        if (p->stop) return NULL;
-        do_share(p, w->number);
-        __atomic_sub_fetch(&p->pending, 1, __ATOMIC_RELEASE);
+    while (!__atomic_load_n(&w->pool->stop, __ATOMIC_ACQUIRE)) {
+        await_work(w->pool);
+        do_shares(w->pool, w->number);
     }
+    return NULL;
 }
 
-/* Let all workers see what was written before. */
-static void announce(thread_pool *p) {
-    __atomic_add_fetch(&p->generation, 1, __ATOMIC_SEQ_CST);
+static void wake_workers(thread_pool *p) {
     if (!__atomic_load_n(&p->asleep, __ATOMIC_SEQ_CST)) return;
     pthread_mutex_lock(&p->mutex);
+    __atomic_store_n(&p->asleep, 0, __ATOMIC_SEQ_CST);
     pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void await_shares(thread_pool *p) {
+    if (is_done(p) || spin(p, is_done)) return;
+    pthread_mutex_lock(&p->mutex);
+    __atomic_store_n(&p->waiting, 1, __ATOMIC_SEQ_CST);
+    while (!is_done(p)) pthread_cond_wait(&p->done, &p->mutex);
+    __atomic_store_n(&p->waiting, 0, __ATOMIC_SEQ_CST);
     pthread_mutex_unlock(&p->mutex);
 }
 
@@ -2363,21 +2438,19 @@ static void pool_run(thread_pool *p, work_function *work, void *argument, size_t
         return;
     }
     p->work = work, p->argument = argument, p->units = units;
-    __atomic_store_n(&p->pending, (unsigned)p->running, __ATOMIC_RELAXED);
-    announce(p);
-    do_share(p, 0);
-    for (unsigned i = 1; __atomic_load_n(&p->pending, __ATOMIC_ACQUIRE); i++) {
-        pause_briefly();
-        /* Where threads share a core, the one that is waited for needs it. */
-        if (i % SPINS == 0) sched_yield();
-    }
+    __atomic_store_n(&p->pending, (unsigned)p->threads, __ATOMIC_RELAXED);
+    __atomic_store_n(&p->ticket, ((p->ticket >> TICKET_BITS) + 1) << TICKET_BITS, __ATOMIC_SEQ_CST);
+    wake_workers(p);
+    do_shares(p, 0);
+    await_shares(p);
 }
 
 static void pool_stop(thread_pool *p) {
     if (!p->workers) return;
-    p->stop = 1;
-    announce(p);
+    __atomic_store_n(&p->stop, 1, __ATOMIC_SEQ_CST);
+    wake_workers(p);
     for (int i = 0; i < p->running; i++) pthread_join(p->workers[i].thread, NULL);
+    pthread_cond_destroy(&p->done);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->mutex);
     free(p->workers);
@@ -2391,6 +2464,8 @@ static int pool_start(thread_pool *p, int threads) {
     if (!p->workers) return ENOMEM;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
+    p->ticket = (unsigned)p->threads; /* no share to take yet */
     for (; p->running + 1 < p->threads; p->running++) {
         worker *w = &p->workers[p->running];
         *w = (worker){.pool = p, .number = p->running + 1};
@@ -3306,11 +3381,11 @@ static uint64_t cache_floats(const mkb_model *m) {
     return layers * m->set.heads * ((uint64_t)m->set.key_dim + m->set.value_dim);
 }
 
-static uint64_t state_bytes_at(const mkb_context *c, uint64_t position) {
-    return STATE_BEGIN + c->model->state_bytes + cache_floats(c->model) * position * 4;
+static uint64_t state_bytes_at(const mkb_model *m, uint64_t position) {
+    return STATE_BEGIN + m->state_bytes + cache_floats(m) * position * 4;
 }
 
-size_t mkb_state_bytes(const mkb_context *c) { return (size_t)state_bytes_at(c, c->position); }
+size_t mkb_state_bytes(const mkb_context *c) { return (size_t)state_bytes_at(c->model, c->position); }
 
 /* Tells damage, not malice. Four sums side by side, since one would wait for its multiplications. */
 static uint64_t checksum(const unsigned char *bytes, size_t size) {
@@ -3389,26 +3464,45 @@ int mkb_state_get(const mkb_context *c, void *memory, size_t size, char error[MK
 
 static int check_sampling(const mkb_sampling *s, char *error);
 
+/* What its first STATE_HEADER bytes say of a state of `size` bytes, before memory is asked for because of them. */
+static int check_state_header(const mkb_model *m, const unsigned char *bytes, uint64_t size, const char *name, char *error) {
+    uint64_t position, expected, a_token = cache_floats(m) * 4;
+    if (!size || memcmp(bytes, STATE_MAGIC, (size_t)MIN(size, 8)))
+        return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; name one, or begin without", name);
+    expected = size >= 24 ? read_u64(bytes + 16) : STATE_BEGIN;
+    if (size < STATE_BEGIN || expected != size)
+        return fail(error, MKB_ERROR_FORMAT, "%s is cut off or damaged: %llu bytes expected, %llu found; use another copy",
+                    name, (unsigned long long)expected, (unsigned long long)size);
+    if (read_u32(bytes + 8) != STATE_VERSION || read_u32(bytes + 12) != STATE_BEGIN)
+        return fail(error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1; use the one that wrote it",
+                    name, (unsigned long)read_u32(bytes + 8));
+    if (memcmp(bytes + 24, m->sha256, 32) || memcmp(bytes + 56, m->tokenizer_sha256, 32))
+        return fail(error, MKB_ERROR_MISMATCH,
+                    "%s belongs to another model or to another packing of it (embedding or ternary option) than %s", name,
+                    m->name);
+    position = read_u64(bytes + 88);
+    if (a_token && position > size / a_token)
+        return fail(error, MKB_ERROR_FORMAT, "%s is damaged: %llu tokens do not fit its %llu bytes; use another copy", name,
+                    (unsigned long long)position, (unsigned long long)size);
+    expected = state_bytes_at(m, position);
+    if (expected == size) return MKB_OK;
+    return fail(error, MKB_ERROR_FORMAT, "%s is cut off or damaged: %llu bytes expected, %llu found; use another copy", name,
+                (unsigned long long)expected, (unsigned long long)size);
+}
+
 /* All that can be wrong with a state, before anything of the context changes. */
 static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, size_t size, const char *name, char *error) {
     sampler_state sampler;
     uint64_t position, most = has_attention(c->model) ? c->max_tokens : UINT64_MAX;
-    if (size < STATE_BEGIN || memcmp(bytes, STATE_MAGIC, 8))
-        return fail(error, MKB_ERROR_FORMAT, "%s is not a saved state of MixKABRN; begin without one", name);
-    if (read_u32(bytes + 8) != STATE_VERSION || read_u32(bytes + 12) != STATE_BEGIN)
-        return fail(error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1; use the one that wrote it",
-                    name, (unsigned long)read_u32(bytes + 8));
-    if (memcmp(bytes + 24, c->model->sha256, 32) || memcmp(bytes + 56, c->model->tokenizer_sha256, 32))
-        return fail(error, MKB_ERROR_MISMATCH, "%s belongs to another model than %s; load it with its own", name,
-                    c->model->name);
+    int status = check_state_header(c->model, bytes, size, name, error);
+    if (status) return status;
     position = read_u64(bytes + 88);
     if (position > most)
         return fail(error, MKB_ERROR_FULL, "%s holds %llu tokens, and the caches have room for %llu; use a larger max_tokens",
                     name, (unsigned long long)position, (unsigned long long)most);
-    if (read_u64(bytes + 16) != size || size != state_bytes_at(c, position) ||
-        read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
+    if (read_u64(bytes + 96) != (checksum(bytes + 104, size - 104) ^ position) ||
         read_u32(bytes + STATE_HEADER + 64) > SAMPLER_WINDOW || read_u32(bytes + STATE_HEADER + 68) >= SAMPLER_WINDOW)
-        return fail(error, MKB_ERROR_FORMAT, "%s is damaged or cut off; begin without it", name);
+        return fail(error, MKB_ERROR_FORMAT, "%s is damaged: its checksum differs; use another copy", name);
     read_sampler(bytes + STATE_HEADER, &sampler);
     if (check_sampling(&sampler.settings, NULL))
         return fail(error, MKB_ERROR_FORMAT, "%s holds settings of sampling without meaning; begin without it", name);
@@ -3443,24 +3537,83 @@ static int write_whole(int file, const unsigned char *bytes, size_t size) {
     return 0;
 }
 
+/* A file that is there is replaced only if it is a saved state, or empty. */
+static int check_replaceable(const char *path, char *error) {
+    unsigned char magic[8];
+    struct stat about;
+    int file = open_regular(path, path, "a new file to save to", &about, error);
+    if (file < 0) return MKB_ERROR_FILE;
+    int ours = !about.st_size || (read(file, magic, 8) == 8 && !memcmp(magic, STATE_MAGIC, 8));
+    close(file);
+    return ours ? MKB_OK : fail(error, MKB_ERROR_FILE, "%s is there and is not a saved state; save under another name", path);
+}
+
+/* Where a state given this name is written, in memory that is the caller's: links are followed. NULL says why not. A new
+ * file is private, since it holds what was said; another keeps its mode. */
+static char *find_target(const char *path, mode_t *mode, char *error) {
+    struct stat about;
+    char *target = NULL;
+    *mode = 0600;
+    if (!lstat(path, &about)) {
+        if (check_replaceable(path, error)) return NULL;
+        if (!stat(path, &about)) *mode = about.st_mode & 0777;
+#ifndef __wasi__
+        target = realpath(path, NULL);
+#endif
+    }
+    if (!target) target = strdup(path);
+    if (!target) fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
+    return target;
+}
+
+#ifndef MIXKABRN_LIBRARY
+/* Whether a state can be saved there, asked before long work. */
+static int check_target(const char *path, char *error) {
+    mode_t mode;
+    char *target = find_target(path, &mode, error), *slash;
+    int bad;
+    if (!target) return MKB_ERROR_FILE;
+    slash = strrchr(target, '/');
+    if (slash) slash[slash == target] = 0;
+    bad = access(slash ? target : ".", W_OK | X_OK);
+    free(target);
+    return bad ? fail(error, MKB_ERROR_FILE, "%s: cannot be written: %s", path, strerror(errno)) : MKB_OK;
+}
+#endif
+
+/* 0, or the error's number. */
+static int write_new_file(const char *path, mode_t mode, const unsigned char *bytes, size_t size) {
+    int file, reason = 0;
+    unlink(path);
+    file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (file < 0) return errno;
+    if (write_whole(file, bytes, size) || fsync(file)) reason = errno;
+#ifndef __wasi__
+    if (!reason && fchmod(file, mode)) reason = errno;
+#else
+    (void)mode;
+#endif
+    if (close(file) && !reason) reason = errno;
+    return reason;
+}
+
 /* Write under another name first, so that the file appears whole or not at all. */
 static int replace_file(const char *path, const unsigned char *bytes, size_t size, char *error) {
-    size_t length = strlen(path);
-    char *beside = malloc(length + 32);
-    int status = MKB_OK;
-    if (!beside) return fail(error, MKB_ERROR_MEMORY, "%s: no memory to save", path);
-    snprintf(beside, length + 32, "%s.%ld.part", path, process_number());
-    int file = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), bad = file < 0;
-    if (!bad) {
-        bad = write_whole(file, bytes, size) || fsync(file);
-        bad |= close(file) != 0;
-    }
-    if (bad || rename(beside, path)) {
-        status = fail(error, MKB_ERROR_FILE, "%s: cannot be written: %s", path, strerror(errno));
-        if (file >= 0) unlink(beside);
+    mode_t mode;
+    char *target = find_target(path, &mode, error), *beside;
+    if (!target) return MKB_ERROR_FILE;
+    size_t room = strlen(target) + 32;
+    int reason = ENOMEM;
+    beside = malloc(room);
+    if (beside) {
+        snprintf(beside, room, "%s.%ld.part", target, process_number());
+        reason = write_new_file(beside, mode, bytes, size);
+        if (!reason && rename(beside, target)) reason = errno;
+        if (reason) unlink(beside);
     }
     free(beside);
-    return status;
+    free(target);
+    return reason ? fail(error, MKB_ERROR_FILE, "%s: cannot be written: %s", path, strerror(reason)) : MKB_OK;
 }
 
 int mkb_state_save(const mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]) {
@@ -3473,12 +3626,11 @@ int mkb_state_save(const mkb_context *c, const char *path, char error[MKB_ERROR_
     return status;
 }
 
-static int read_state_file(int file, const char *path, unsigned char **bytes, size_t *size, char *error) {
-    struct stat about;
+static int read_state_file(int file, const char *path, uint64_t bytes_there, unsigned char **bytes, size_t *size,
+                           char *error) {
     size_t done = 0;
-    if (fstat(file, &about) || !S_ISREG(about.st_mode) || (uint64_t)about.st_size > SIZE_MAX / 2)
-        return fail(error, MKB_ERROR_FILE, "%s is not a file that can be read; name a saved state", path);
-    *size = (size_t)about.st_size;
+    if (bytes_there > SIZE_MAX / 2) return fail(error, MKB_ERROR_FILE, "%s is too large to be a saved state", path);
+    *size = (size_t)bytes_there;
     *bytes = malloc(*size + 1);
     if (!*bytes) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for %llu bytes", path, (unsigned long long)*size);
     while (done < *size) {
@@ -3492,9 +3644,10 @@ static int read_state_file(int file, const char *path, unsigned char **bytes, si
 int mkb_state_load(mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]) {
     unsigned char *bytes = NULL;
     size_t size = 0;
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be opened: %s", path, strerror(errno));
-    int status = read_state_file(file, path, &bytes, &size, error);
+    struct stat about;
+    int file = open_regular(path, path, "a saved state", &about, error);
+    if (file < 0) return MKB_ERROR_FILE;
+    int status = read_state_file(file, path, (uint64_t)about.st_size, &bytes, &size, error);
     close(file);
     if (!status) status = set_state(c, bytes, size, path, error);
     free(bytes);
@@ -4685,7 +4838,9 @@ static void print_bench(const bench_options *o, const bench_result *r) {
         if (r->gemv[i] > 0) printf("in cache %-11s %.1f Gweights/s\n", KERNELS[i].name, 1e-9 * r->gemv[i]);
     printf("open to first token  %.1f ms\n", 1e3 * r->open_seconds);
     printf("prefill              %.0f tokens/s\n", r->prefill);
-    printf("decode               %.0f tokens/s, %.0f %% of the read bandwidth\n", r->decode, 100 * bandwidth_share(r));
+    /* More than memory gives comes from the cache. */
+    if (bandwidth_share(r) > 1) printf("decode               %.0f tokens/s, in cache\n", r->decode);
+    else printf("decode               %.0f tokens/s, %.0f %% of the read bandwidth\n", r->decode, 100 * bandwidth_share(r));
     if (r->late > 0) printf("decode at 100,000    %.0f tokens/s\n", r->late);
     if (r->resident) printf("memory               %.1f MB\n", (double)r->resident * 1.024e-3);
 }
@@ -4775,7 +4930,7 @@ static void show(text_writer *w, const char *text, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) {
         unsigned char c = (unsigned char)text[i];
         int second = c == 0xc2 && i + 1 < bytes && (unsigned char)text[i + 1] < 0xa0;
-        if (w->trim && c == ' ') continue;
+        if (w->trim && (c == ' ' || c == '\n' || c == '\t')) continue;
         w->trim = 0;
         if (w->for_terminal && (second || c == 127 || (c < 32 && c != '\n' && c != '\t'))) {
             fputs("\302\267", w->file);
@@ -4953,8 +5108,9 @@ static const char CHAT_COMMANDS[] =
     "/reset            forget everything but the system text\n"
     "/system TEXT      begin anew with this text at the beginning\n"
     "/temperature X    0 always takes the likeliest token\n"
+    "/file NAME        say what a text file holds\n"
     "/save FILE        save the state;  /load FILE  continue from one\n"
-    "/quit             end; so does Ctrl-D. Ctrl-C ends an answer.\n"
+    "/quit             end; so does Ctrl-D. Ctrl-C ends an answer, or drops a line.\n"
     "A line that ends in \\ goes on in the next one; // at the beginning says a /.\n";
 
 static const char TOKENIZE_HELP[] =
@@ -5108,20 +5264,41 @@ static void set_handler(int signal_number, void (*handler)(int), int flags) {
 /* Notice Ctrl-C from now on. What is being written goes on; the reading of a line ends if `while_reading`. */
 static void catch_interrupts(int while_reading) { set_handler(SIGINT, note_interrupt, while_reading ? 0 : SA_RESTART); }
 
+#ifdef SIGBUS
+/* A mapped file that became shorter has no bytes to read any more. */
+static void tell_changed_file(int signal_number) {
+    static const char line[] = "error: the model file was changed or cut while in use; start again; replace files by renaming\n";
+    (void)signal_number;
+    if (write(2, line, sizeof line - 1) < 0) _exit(2);
+    _exit(1);
+}
+#endif
+
 /* What these commands need of the process: no death by a closed pipe, and no file under 0, 1 or 2. */
 static void prepare_process(void) {
     for (int i = 0; i < 3; i++)
         if (fcntl(i, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
     set_handler(SIGPIPE, SIG_IGN, 0);
+#ifdef SIGXFSZ
+    /* A file that may not grow is an error of write(). */
+    set_handler(SIGXFSZ, SIG_IGN, 0);
+#endif
+#ifdef SIGBUS
+    set_handler(SIGBUS, tell_changed_file, 0);
+#endif
 }
 
-/* Tokens of a saved state, to make room for them; 0 if it cannot be read, which is told when it is loaded. */
-static uint64_t peek_position(const char *path) {
-    unsigned char head[96];
-    FILE *file = fopen(path, "rb");
-    size_t got = file ? fread(head, 1, sizeof head, file) : 0;
-    if (file) fclose(file);
-    return got == sizeof head ? read_u64(head + 88) : 0;
+/* Tokens of a saved state, to make room for them, once its header is known to be sound. */
+static int peek_position(const mkb_model *m, const char *path, uint64_t *position, char *error) {
+    unsigned char head[STATE_HEADER] = {0};
+    struct stat about;
+    int file = open_regular(path, path, "a saved state", &about, error), status;
+    if (file < 0) return MKB_ERROR_FILE;
+    if (read(file, head, sizeof head) < 0) status = fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", path, strerror(errno));
+    else status = check_state_header(m, head, (uint64_t)about.st_size, path, error);
+    close(file);
+    *position = read_u64(head + 88);
+    return status;
 }
 
 /* Settings that were given on the command line replace those of a saved state. */
@@ -5140,8 +5317,11 @@ static void override_sampling(session *s) {
 /* Create the context with room for `tokens`, and load the state. */
 static int open_context(session *s, uint64_t tokens) {
     const text_options *o = s->options;
-    int status;
-    if (o->state_in) tokens += MIN(peek_position(o->state_in), UINT32_MAX);
+    uint64_t position = 0;
+    int status = o->state_out ? check_target(o->state_out, s->error) : MKB_OK;
+    if (!status && o->state_in) status = peek_position(s->model, o->state_in, &position, s->error);
+    if (status) return status;
+    tokens += MIN(position, UINT32_MAX);
     if (o->context) tokens = o->context;
     status = mkb_context_create(s->model, (int)o->threads, (uint32_t)MIN(tokens, UINT32_MAX), &s->context, s->error);
     if (status) return status;
@@ -5270,15 +5450,34 @@ static int read_prompt(const text_options *o, char **text, size_t *bytes, char *
     return MKB_OK;
 }
 
-static void print_speed(const session *s) {
+/* A rate with commas between its thousands. */
+static void write_rate(char text[40], uint64_t count, double seconds) {
+    char digits[32];
+    size_t length = (size_t)snprintf(digits, sizeof digits, "%.0f", MIN(rate_of(count, seconds), 1e15));
+    for (size_t i = 0; i < length; i++) {
+        if (i && (length - i) % 3 == 0) *text++ = ',';
+        *text++ = digits[i];
+    }
+    *text = 0;
+}
+
+/* What was read and written since the last time, and how fast. */
+static void print_rates(session *s) {
+    char reading[40], writing[40];
+    write_rate(reading, s->tokens_read, s->read_seconds);
+    write_rate(writing, s->answer_tokens, s->write_seconds);
+    fprintf(stderr, "[%llu token%s read at %s tokens/s, %lu written at %s tokens/s]\n", (unsigned long long)s->tokens_read,
+            s->tokens_read == 1 ? "" : "s", reading, (unsigned long)s->answer_tokens, writing);
+}
+
+static void print_speed(session *s) {
     const mkb_model *m = s->model;
     if (s->options->quiet) {
         if (s->writer.for_terminal) putchar('\n');
         return;
     }
-    fprintf(stderr, "\n[%s at step %llu: %llu tokens read, %.0f a second; %lu written, %.0f tokens/s]\n", m->name,
-            (unsigned long long)m->step, (unsigned long long)s->tokens_read, rate_of(s->tokens_read, s->read_seconds),
-            (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
+    fprintf(stderr, "\n%s at step %llu\n", m->name, (unsigned long long)m->step);
+    print_rates(s);
 }
 
 /* What is read before the answer: the token that a saved state left unread, or the document token; then the prompt. */
@@ -5291,7 +5490,7 @@ static int read_generate_prompt(session *s, uint32_t *ids, size_t count) {
         ids++;
     }
     if (count == 0)
-        return fail(s->error, MKB_ERROR_ARGUMENT, "%s says not what comes next; give --prompt", s->options->state_in);
+        return fail(s->error, MKB_ERROR_ARGUMENT, "%s ends where nothing was begun; say how to go on with --prompt", s->options->state_in);
     return read_tokens(s, ids, count, 1);
 }
 
@@ -5359,7 +5558,7 @@ static int command_tokenize(int count, char **arguments) {
 
 /* --- chat --- */
 
-enum { CHAT_TURNS = 32, MARKUP_BYTES = 640 };
+enum { CHAT_TURNS = 32, MARKUP_BYTES = 640, TERMINAL_LINE = 4095 /* most bytes of a line that Linux passes on */ };
 
 /* A state at the beginning of a turn, and what was said in it. */
 typedef struct {
@@ -5461,10 +5660,32 @@ static int read_text(chat *c, const char *text, size_t bytes, int special, int a
 
 static int read_markup(chat *c, const char *text) { return read_text(c, text, strlen(text), 1, 0); }
 
+/* Do the last tokens spell this text? */
+static int has_just_read(const chat *c, const char *text) {
+    const sampler_state *s = &c->s.context->sampler;
+    size_t left = strlen(text), size;
+    for (uint32_t i = 1; left && i <= s->window_count; i++) {
+        const char *bytes = mkb_token_bytes(c->s.model, s->window[(s->window_next + SAMPLER_WINDOW - i) % SAMPLER_WINDOW], &size);
+        size_t shared = MIN(size, left);
+        if (!bytes || memcmp(bytes + size - shared, text + left - shared, shared)) return 0;
+        left -= shared;
+    }
+    return !left;
+}
+
+/* A state of `generate` ends within a text, often before a token that was drawn and not read: a turn begins after it. */
+static int join_text(chat *c) {
+    const uint32_t drawn = c->s.context->sampler.drawn, last = drawn - 1;
+    int status = MKB_OK;
+    if (!drawn && has_just_read(c, c->opening)) return MKB_OK;
+    if (drawn && last != c->s.model->set.document_token) status = read_tokens(&c->s, &last, 1, 0);
+    return status ? status : read_markup(c, c->lead);
+}
+
 /* The document token, the system text, and where the user's text begins. */
 static int begin_chat(chat *c) {
     int status;
-    if (c->s.context->position) return MKB_OK;
+    if (c->s.context->position) return join_text(c);
     status = read_tokens(&c->s, &c->s.model->set.document_token, 1, 0);
     if (c->system) {
         if (!status && c->chatml) status = read_markup(c, "<|im_start|>system\n");
@@ -5529,14 +5750,12 @@ static int take_back(chat *c) {
  * is taken back. */
 static int answer(chat *c) {
     session *s = &c->s;
-    int status = write_answer(s, s->options->tokens, !c->chatml);
+    int status = write_answer(s, s->options->tokens, 1);
     putchar('\n');
     fflush(stdout);
     was_interrupted = 0;
-    if (!status && !s->options->quiet)
-        fprintf(stderr, "[%llu tokens read, %lu written, %.0f tokens/s]\n", (unsigned long long)s->tokens_read,
-                (unsigned long)s->answer_tokens, rate_of(s->answer_tokens, s->write_seconds));
-    s->tokens_read = 0;
+    if (!status && !s->options->quiet) print_rates(s);
+    s->tokens_read = 0, s->read_seconds = 0;
     if (!status) status = end_answer(c);
     if (status) take_back(c);
     return status;
@@ -5605,17 +5824,41 @@ static int chat_edit(chat *c, const char *rest) {
     return status ? status : say_copy(c, rest, strlen(rest));
 }
 
+/* Say that a command was obeyed. */
+static int confirm(const chat *c, const char *text) { return c->s.options->quiet ? MKB_OK : remark(text); }
+
+/* A text file as what the user says: terminals cut long lines. */
+static int chat_file(chat *c, const char *rest) {
+    struct stat about;
+    char *text = NULL;
+    size_t bytes = 0;
+    if (!*rest) return remark("/file needs a file: /file question.txt");
+    int number = open_regular(rest, rest, "a text file", &about, c->s.error), status;
+    if (number < 0) return remark(c->s.error);
+    FILE *file = fdopen(number, "rb");
+    if (!file) return close(number), remark("no memory to read a file");
+    status = read_all(file, rest, &text, &bytes, c->s.error);
+    fclose(file);
+    while (bytes && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) bytes--;
+    if (status) remark(c->s.error), status = MKB_OK;
+    else if (!bytes) remark("the file is empty");
+    else status = say_copy(c, text, bytes);
+    free(text);
+    return status;
+}
+
 static int chat_undo(chat *c, const char *rest) {
     (void)rest;
     if (!c->num_turns) return remark("no turn to take back");
-    return take_back(c);
+    int status = take_back(c);
+    return status ? status : confirm(c, "the last turn is taken back");
 }
 
 static int chat_reset(chat *c, const char *rest) {
     (void)rest;
     forget_turns(c);
     mkb_reset(c->s.context);
-    return MKB_OK;
+    return confirm(c, c->system ? "all forgotten but the system text" : "all forgotten; there is no system text");
 }
 
 static int chat_system(chat *c, const char *rest) {
@@ -5631,6 +5874,7 @@ static int chat_temperature(chat *c, const char *rest) {
     if (end == rest || *end) return remark("/temperature needs a number, such as 0.8");
     if (check_sampling(&wanted, c->s.error)) return remark(c->s.error);
     *now = wanted;
+    if (!c->s.options->quiet) fprintf(stderr, "temperature %g\n", (double)wanted.temperature);
     return MKB_OK;
 }
 
@@ -5665,7 +5909,7 @@ static const struct {
 } CHAT_ACTIONS[] = {
     {"/regenerate", chat_regenerate}, {"/r", chat_regenerate}, {"/edit", chat_edit}, {"/undo", chat_undo},
     {"/reset", chat_reset}, {"/system", chat_system}, {"/temperature", chat_temperature}, {"/save", chat_save},
-    {"/load", chat_load}, {"/help", chat_help},
+    {"/load", chat_load}, {"/file", chat_file}, {"/help", chat_help},
 };
 
 static int obey(chat *c, const char *line) {
@@ -5687,6 +5931,7 @@ static long read_line(char **line, size_t *room) {
     for (;;) {
         int goes_on;
         if (got && part[got - 1] == '\n') got--;
+        if (got && part[got - 1] == '\r') got--;
         goes_on = got && part[got - 1] == '\\';
         if (length + (size_t)got + 2 > *room) {
             char *larger = realloc(*line, *room = 2 * (length + (size_t)got + 2));
@@ -5696,6 +5941,7 @@ static long read_line(char **line, size_t *room) {
         memcpy(*line + length, part, (size_t)got);
         length += (size_t)got;
         if (goes_on) (*line)[length - 1] = '\n', got = getline(&part, &part_room, stdin);
+        if (goes_on && got < 0 && was_interrupted) return -1;
         if (!goes_on || got < 0) break;
     }
     (*line)[length] = 0;
@@ -5706,16 +5952,26 @@ static long read_line(char **line, size_t *room) {
 static int run_chat(chat *c) {
     char *line = NULL;
     size_t room = 0;
-    int on_terminal = isatty(0), status = MKB_OK;
+    int on_terminal = isatty(0), status = MKB_OK, interrupts = 0;
     while (!c->failed) {
         long length;
         if (on_terminal) fputs("> ", stderr), fflush(stderr);
         catch_interrupts(1);
         length = read_line(&line, &room);
         catch_interrupts(0);
+        if (length < 0 && on_terminal && was_interrupted) {
+            was_interrupted = 0;
+            clearerr(stdin);
+            remark(interrupts++ ? "\nCtrl-D or /quit ends the chat" : "");
+            continue;
+        }
         if (length < 0 || !strcmp(line, "/quit")) break;
-        was_interrupted = 0;
+        was_interrupted = interrupts = 0;
         if (length == 0) continue;
+        if (on_terminal && length == TERMINAL_LINE) {
+            remark("the terminal cut this line after 4,095 bytes, so it is not used; put the text in a file: /file NAME");
+            continue;
+        }
         if (line[0] == '/' && line[1] != '/') status = obey(c, line);
         else status = say_copy(c, line + (line[0] == '/'), (size_t)length - (line[0] == '/'));
         c->s.tokens_read = 0;
@@ -5744,6 +6000,8 @@ static int open_chat(chat *c) {
     if (c->chatml) fprintf(stderr, "Turns in ChatML, as its chat template has them.");
     else fprintf(stderr, "Turns as \"%s\" and \"%s\".", o->user, o->assistant);
     fprintf(stderr, " /help lists commands.\n");
+    if (!c->chatml && s->model->template_bytes)
+        remark("the model's chat template is not used here, as it is not ChatML; `mixkabrn serve` uses it");
     return MKB_OK;
 }
 
@@ -5766,20 +6024,53 @@ static int command_chat(int count, char **arguments) {
     return status;
 }
 
-static int usage(void) {
-    fprintf(stderr, "usage: mixkabrn generate | chat | tokenize | bench | selftest ...; version %s, kernels %s\n", mkb_version(),
-            mkb_kernels());
+typedef struct {
+    const char *name, *does;
+    int (*run)(int count, char **arguments);
+} program_command;
+
+static const program_command COMMANDS[] = {
+    {"generate", "continues a text, or begins a document", command_generate},
+    {"chat", "talks to a model", command_chat},
+    {"tokenize", "prints the ids of a text", command_tokenize},
+    {"bench", "measures speed and memory", command_bench},
+    {"selftest", "compares this machine's kernels with the plain ones", command_selftest},
+};
+enum { NUM_COMMANDS = sizeof COMMANDS / sizeof *COMMANDS };
+
+static void print_help(FILE *file) {
+    fprintf(file, "usage: mixkabrn COMMAND ...\n\n");
+    for (int i = 0; i < NUM_COMMANDS; i++) fprintf(file, "  %-10s%s\n", COMMANDS[i].name, COMMANDS[i].does);
+    fprintf(file, "\n  mixkabrn generate tiny.mkb --prompt \"Once\"\n  mixkabrn chat tiny.mkb\n  mixkabrn bench tiny.mkb --threads 2\n\n"
+                  "mixkabrn COMMAND --help tells more. Version %s, kernels %s.\n", mkb_version(), mkb_kernels());
+}
+
+/* Letters that the beginnings and the ends of two words share. */
+static size_t likeness(const char *a, const char *b) {
+    size_t first = 0, last = 0, m = strlen(a), n = strlen(b);
+    while (first < MIN(m, n) && a[first] == b[first]) first++;
+    while (first + last < MIN(m, n) && a[m - 1 - last] == b[n - 1 - last]) last++;
+    return first + last;
+}
+
+static int refuse_command(const char *name) {
+    int best = 0;
+    for (int i = 1; i < NUM_COMMANDS; i++)
+        if (likeness(name, COMMANDS[i].name) > likeness(name, COMMANDS[best].name)) best = i;
+    fprintf(stderr, "error: %s is no command", name);
+    if (likeness(name, COMMANDS[best].name) >= 2) fprintf(stderr, "; did you mean %s?", COMMANDS[best].name);
+    fprintf(stderr, " --help lists them\n");
     return 2;
 }
 
 int main(int argc, char **argv) {
     const char *command = argc > 1 ? argv[1] : "";
-    if (!strcmp(command, "generate")) return command_generate(argc - 2, argv + 2);
-    if (!strcmp(command, "chat")) return command_chat(argc - 2, argv + 2);
-    if (!strcmp(command, "tokenize")) return command_tokenize(argc - 2, argv + 2);
-    if (!strcmp(command, "selftest")) return command_selftest(argc - 2, argv + 2);
-    if (!strcmp(command, "bench")) return command_bench(argc - 2, argv + 2);
-    return usage();
+    if (!strcmp(command, "--help") || !strcmp(command, "-h")) return print_help(stdout), 0;
+    if (!strcmp(command, "--version")) return printf("mixkabrn %s\n", mkb_version()) < 0;
+    if (!*command) return print_help(stderr), 2;
+    for (int i = 0; i < NUM_COMMANDS; i++)
+        if (!strcmp(command, COMMANDS[i].name)) return COMMANDS[i].run(argc - 2, argv + 2);
+    return refuse_command(command);
 }
 #endif
 

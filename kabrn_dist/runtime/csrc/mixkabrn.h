@@ -58,6 +58,9 @@ int mkb_model_open(const char *path, int verify, mkb_model **model, char error[M
 /* The same from memory that stays the caller's and must outlive the model; 8-byte aligned (for WebAssembly). */
 int mkb_model_open_memory(const void *bytes, size_t size, int verify, mkb_model **model, char error[MKB_ERROR_BYTES]);
 void mkb_model_close(mkb_model *model);
+/* Whether its file changed since it was opened. 0: no; 1: overwritten or cut in place, so that reading it may crash;
+ * 2: the name leads to another file or to none, and the opened one can still be used. */
+int mkb_model_changed(const mkb_model *model);
 void mkb_model_info(const mkb_model *model, mkb_info *info);
 /* Text parts of the file; not terminated by 0. */
 const char *mkb_model_config(const mkb_model *model, size_t *bytes);
