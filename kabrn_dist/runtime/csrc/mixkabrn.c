@@ -250,6 +250,12 @@ static void sha256_end(sha256_state *s, unsigned char *digest) {
 
 /* ---- 3 model file ---- */
 
+/* What runs once a file need not be fast, and the program is to be small. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("Os")
+#endif
+
 enum {
     HEADER_BYTES = 512,
     RECORD_BYTES = 64,
@@ -858,6 +864,10 @@ const char *mkb_model_template(const mkb_model *m, size_t *bytes) {
     *bytes = (size_t)m->template_bytes;
     return (const char *)m->template_text;
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 /* ---- 4 kernels ---- */
 
@@ -4566,6 +4576,11 @@ uint32_t mkb_sample(mkb_context *c, float *logits) {
 }
 
 /* ---- 10 command line ---- */
+
+/* What runs once a line of a person's need not be fast, and the program is to be small. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("Os")
+#endif
 
 #ifndef MIXKABRN_LIBRARY
 
