@@ -325,6 +325,41 @@ def test_commands_are_listed_and_typos_named() -> None:
     assert "usage: mixkabrn COMMAND" in run(expect=2)[1]
 
 
+@pytest.mark.slow
+def test_a_model_file_that_is_cut_while_in_use_is_told(tmp_path: Path) -> None:
+    write_scripted_model(tmp_path / "m.mkb", BYTES, SCRIPT)
+    command = [str(compile_runtime("program")), *ENDLESS.format(tmp_path / "m.mkb").split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(100)
+        os.truncate(tmp_path / "m.mkb", 0)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1 and b"changed or cut while in use" in errors
+
+
+@pytest.mark.slow
+def test_blank_lines_before_an_answer_and_unused_templates(tmp_path: Path) -> None:
+    script = [*b":\n\t Hi", BYTES.document_token]
+    write_scripted_model(tmp_path / "m.mkb", BYTES, script, template="{{ messages }}")
+    answers, errors = chat(tmp_path / "m.mkb", "one", options=("--temperature", 0))
+    assert answers == ["Hi"] and "`mixkabrn serve` uses it" in errors
+
+
+@pytest.mark.slow
+def test_a_state_with_an_absurd_position_is_refused_first(tmp_path: Path) -> None:
+    write_text_model(tmp_path / "m.mkb", BYTES, "model.layers=RAR")
+    state = tmp_path / "s.mks"
+    run("generate", tmp_path / "m.mkb", "--prompt", "One", "--tokens", 3, "--state-out", state)
+    content = bytearray(state.read_bytes())
+    content[88:96] = (10**8).to_bytes(8, "little")
+    state.write_bytes(content)
+    _, errors = run("generate", tmp_path / "m.mkb", "--state-in", state, expect=1)
+    assert "100000000 tokens do not fit" in errors
+    state.write_bytes(content[:5000])
+    _, errors = run("generate", tmp_path / "m.mkb", "--state-in", state, expect=1)
+    assert "bytes expected, 5000 found" in errors
+
+
 class Terminal:
     """A chat on a pseudo-terminal."""
 
