@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     check_model_file(options.model)
     settings = make_server_settings(options)
     for name in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(name) is None:
+        if not _is_installed(name):
             raise UserError(
                 f"serve needs {name}, which is not installed; use: pip install numpy starlette uvicorn jinja2"
             )
@@ -94,6 +94,13 @@ def run(options: argparse.Namespace) -> int:
         serve_model(options.model, settings)
     print("stopped", file=sys.stderr)
     return 0
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def make_server_settings(options: argparse.Namespace) -> ServerSettings:

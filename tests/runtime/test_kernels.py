@@ -37,4 +37,4 @@ def test_unknown_kernels_are_refused_in_one_line(native_program: Path, tmp_path:
 
 def test_the_runtime_has_the_version_of_the_package(native_program: Path) -> None:
     assert load_native_library().mkb_version().decode() == __version__
-    assert f"version {__version__}," in run_native(native_program).stderr
+    assert __version__ in run_native(native_program, "--version").stdout

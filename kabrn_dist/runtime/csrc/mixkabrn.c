@@ -637,7 +637,8 @@ static void count_parameters(mkb_model *m) {
             const tensor *t = &m->layers[i].tensors[which];
             uint64_t each = (uint64_t)t->rows * t->columns;
             uint64_t used = which >= ROUTED && which < SHARED ? s->top_k : t->count;
-            if (!t->values) continue;
+            /* The biases of routers are no parameters: nothing is trained in them by gradient. */
+            if (!t->values || which == ROUTER_BIAS) continue;
             m->parameters += each * t->count, m->active_parameters += each * used;
             m->bytes_per_token += bytes_with_scales(t) * used;
         }
