@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from kabrn_dist.utils.cache_folder import cache_folder
@@ -65,31 +66,60 @@ def find_or_compile(source: Path) -> Path:
     """The library of a C file in the cache, from now on at the latest. Raises Unavailable, OSError."""
     compiler = find_compiler()
     files = [source, *sorted(source.parent.glob("*.h"))]
-    inputs = (compiler, _run([compiler, "--version"]), *COMPILE_FLAGS, *LINK_FLAGS, _cpu())
+    inputs = (compiler, run_compiler([compiler, "--version"]), *COMPILE_FLAGS, *LINK_FLAGS, _cpu())
     key = hashlib.sha256(
         b"\0".join([*(file.read_bytes() for file in files), *(part.encode() for part in inputs)])
     ).hexdigest()[:16]
-    folder = cache_folder()
-    library = folder / f"{source.stem}-{key}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Several ranks may compile at once: each builds a file of its own, and a rename puts a whole one in place.
-    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
-        built, compiled = Path(place) / library.name, Path(place) / "compiled.o"
-        _run([compiler, *COMPILE_FLAGS, "-c", str(source), "-o", str(compiled)])
-        _run([compiler, *LINK_FLAGS, str(compiled), "-o", str(built)])
-        with built.open("rb") as file:
-            os.fsync(file.fileno())
-        built.replace(library)
+    library = cache_folder() / f"{source.stem}-{key}.so"
+    if not library.exists():
+        compile_whole(library, lambda target: _list_commands(compiler, source, target))
     return library
 
 
-def _run(command: list[str]) -> str:
+def _list_commands(compiler: str, source: Path, target: Path) -> list[list[str]]:
+    compiled = str(target.with_name("compiled.o"))
+    return [
+        [compiler, *COMPILE_FLAGS, "-c", str(source), "-o", compiled],
+        [compiler, *LINK_FLAGS, compiled, "-o", str(target)],
+    ]
+
+
+def compile_whole(
+    built: Path, list_commands: Callable[[Path], list[list[str]]], timeout: int = COMPILE_TIMEOUT_S
+) -> None:
+    """Make a file of the cache, which appears whole or not at all.
+
+    Several processes may compile at once: each builds a file of its own, and a rename puts a whole one in place.
+
+    Args:
+        built: The file.
+        list_commands: From the path to build at to the commands that do it.
+        timeout: Seconds that each of them may take.
+
+    Raises:
+        KernelUnavailable: if a command fails.
+        OSError: if the folder cannot be written.
+    """
+    built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=built.parent, prefix="build-") as place:
+        target = Path(place) / built.name
+        for command in list_commands(target):
+            run_compiler(command, timeout)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+        target.replace(built)
+
+
+def run_compiler(command: list[str], timeout: int = COMPILE_TIMEOUT_S) -> str:
+    """Run a compiler and return what it prints.
+
+    Raises:
+        KernelUnavailable: with its first error, if it fails or takes too long.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, errors="replace")
     except subprocess.TimeoutExpired as error:
-        raise KernelUnavailable(f"{command[0]} took more than {COMPILE_TIMEOUT_S} s") from error
+        raise KernelUnavailable(f"{command[0]} took more than {timeout} s") from error
     if done.returncode:
         message = done.stderr.strip().splitlines() or ["no message"]
         raise KernelUnavailable(

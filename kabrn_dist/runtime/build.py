@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Literal
 
-from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
+from kabrn_dist.kernels.build import KernelUnavailable, compile_whole, find_compiler, run_compiler
 from kabrn_dist.utils.cache_folder import cache_folder
 from kabrn_dist.utils.errors import UserError
 
@@ -35,13 +32,13 @@ def compile_runtime(kind: Literal["program", "library"]) -> Path:
     """
     try:
         compiler = find_compiler()
-        inputs = [compiler, _run_compiler([compiler, "--version"]), platform.machine(), *RUNTIME_FLAGS[kind]]
+        inputs = [compiler, run_compiler([compiler, "--version"]), platform.machine(), *RUNTIME_FLAGS[kind]]
         sources = b"\0".join(file.read_bytes() for file in RUNTIME_SOURCES)
         key = hashlib.sha256(sources + "\0".join(inputs).encode()).hexdigest()[:16]
         built = cache_folder() / (f"mixkabrn-{key}" + {"program": "", "library": ".so"}[kind])
         if not built.exists():
             print("compiling the runtime, once…", file=sys.stderr, flush=True)
-            _compile(compiler, kind, built)
+            compile_whole(built, lambda target: [_command(compiler, kind, target)], RUNTIME_COMPILE_SECONDS)
     except (KernelUnavailable, OSError, RuntimeError) as error:
         raise UserError(
             f"{CSRC / 'mixkabrn.c'}: cannot be compiled ({error}); install a C compiler such as gcc, or name one in CC"
@@ -49,25 +46,5 @@ def compile_runtime(kind: Literal["program", "library"]) -> Path:
     return built
 
 
-def _compile(compiler: str, kind: str, built: Path) -> None:
-    built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Several processes may compile at once: each builds a file of its own, and a rename puts a whole one in place.
-    with tempfile.TemporaryDirectory(dir=built.parent, prefix="build-") as place:
-        target = Path(place) / built.name
-        _run_compiler([compiler, *RUNTIME_FLAGS[kind], str(RUNTIME_SOURCES[0]), "-o", str(target), *RUNTIME_LIBRARIES])
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
-        target.replace(built)
-
-
-def _run_compiler(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=RUNTIME_COMPILE_SECONDS, check=False, errors="replace"
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{command[0]} took more than {RUNTIME_COMPILE_SECONDS} s") from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{command[0]}: {next((line for line in lines if 'error' in line), lines[-1])}")
-    return done.stdout
+def _command(compiler: str, kind: str, target: Path) -> list[str]:
+    return [compiler, *RUNTIME_FLAGS[kind], str(RUNTIME_SOURCES[0]), "-o", str(target), *RUNTIME_LIBRARIES]

@@ -15,7 +15,6 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from ctypes import byref, c_uint32, c_void_p
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from kabrn_dist.runtime.native_library import (
     InfoStruct,
+    NativeInfo,
     SamplingStruct,
     call_native,
     encode_native_path,
@@ -34,43 +34,6 @@ from kabrn_dist.runtime.native_library import (
 from kabrn_dist.utils.errors import UserError
 
 _NO_TOKEN = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class NativeInfo:
-    """What a model file says about itself.
-
-    Attributes:
-        vocab_size: Number of logits.
-        tokenizer_size: Number of tokens; larger ids are never drawn.
-        document_token: Id of the token that begins a document.
-        hidden_size: Width of the residual stream.
-        num_layers: Number of layers.
-        step: Optimizer steps of the checkpoint.
-        file_bytes: Size of the file.
-        parameters: Number of weights.
-        active_parameters: Number of weights that a token passes.
-        state_bytes: Size of a saved state, without the caches of attention layers.
-        bytes_per_token: Bytes of weights that are read for a token.
-        attention_layers: Number of layers with softmax attention.
-        sha256: Hash of the file, in hexadecimal.
-        tokenizer_sha256: Hash of the tokenizer, in hexadecimal.
-    """
-
-    vocab_size: int
-    tokenizer_size: int
-    document_token: int
-    hidden_size: int
-    num_layers: int
-    step: int
-    file_bytes: int
-    parameters: int
-    active_parameters: int
-    state_bytes: int
-    bytes_per_token: int
-    attention_layers: int
-    sha256: str
-    tokenizer_sha256: str
 
 
 def native_kernels() -> str:

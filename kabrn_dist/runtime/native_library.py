@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,43 @@ class InfoStruct(ctypes.Structure):
         ("sha256", ctypes.c_ubyte * 32),
         ("tokenizer_sha256", ctypes.c_ubyte * 32),
     ]
+
+
+@dataclass(frozen=True)
+class NativeInfo:
+    """What a model file says about itself.
+
+    Attributes:
+        vocab_size: Number of logits.
+        tokenizer_size: Number of tokens; larger ids are never drawn.
+        document_token: Id of the token that begins a document.
+        hidden_size: Width of the residual stream.
+        num_layers: Number of layers.
+        step: Optimizer steps of the checkpoint.
+        file_bytes: Size of the file.
+        parameters: Number of weights.
+        active_parameters: Number of weights that a token passes.
+        state_bytes: Size of a saved state, without the caches of attention layers.
+        bytes_per_token: Bytes of weights that are read for a token.
+        attention_layers: Number of layers with softmax attention.
+        sha256: Hash of the file, in hexadecimal.
+        tokenizer_sha256: Hash of the tokenizer, in hexadecimal.
+    """
+
+    vocab_size: int
+    tokenizer_size: int
+    document_token: int
+    hidden_size: int
+    num_layers: int
+    step: int
+    file_bytes: int
+    parameters: int
+    active_parameters: int
+    state_bytes: int
+    bytes_per_token: int
+    attention_layers: int
+    sha256: str
+    tokenizer_sha256: str
 
 
 class SamplingStruct(ctypes.Structure):

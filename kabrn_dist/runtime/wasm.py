@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from kabrn_dist.kernels.build import KernelUnavailable, compile_whole
 from kabrn_dist.runtime.build import RUNTIME_SOURCES
 from kabrn_dist.utils.cache_folder import cache_folder
 from kabrn_dist.utils.errors import UserError
@@ -55,26 +54,13 @@ def compile_wasm(kind: WasmKind) -> Path:
     try:
         built = cache_folder() / f"mixkabrn-{kind}-{key}.wasm"
         if not built.exists():
-            _compile_module(flags, built)
-    except (OSError, RuntimeError) as error:
+            compile_whole(built, lambda target: [_wasm_command(flags, target)], WASM_COMPILE_SECONDS)
+    except (KernelUnavailable, OSError, RuntimeError) as error:
         raise UserError(
             f"the runtime for browsers cannot be compiled ({error}); report it, or use `mixkabrn serve`"
         ) from error
     return built
 
 
-def _compile_module(flags: list[str], built: Path) -> None:
-    built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=built.parent, prefix="build-") as place:
-        target = Path(place) / built.name
-        command = [sys.executable, "-m", "ziglang", "cc", *flags, str(RUNTIME_SOURCES[0]), "-o", str(target), "-lm"]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=WASM_COMPILE_SECONDS, check=False, errors="replace"
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"it took more than {WASM_COMPILE_SECONDS} s") from error
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            raise RuntimeError(next((line for line in lines if "error" in line), lines[-1]))
-        target.replace(built)
+def _wasm_command(flags: list[str], target: Path) -> list[str]:
+    return [sys.executable, "-m", "ziglang", "cc", *flags, str(RUNTIME_SOURCES[0]), "-o", str(target), "-lm"]

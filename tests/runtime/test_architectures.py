@@ -18,11 +18,9 @@ from typing import NamedTuple
 
 import pytest
 
-from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
 from kabrn_dist.runtime.build import CSRC
-from kabrn_dist.runtime.model_file import write_model_file
-from tests.support.models import MODEL_KINDS, make_model, make_model_config
+from tests.support.models import write_model_kinds
 
 PROBE = Path(__file__).with_name("probe.c")
 # Each stands for other code: functions, splines, caches, scales, fp32 and fp16 matrices.
@@ -82,13 +80,7 @@ def run_probe(command: list[str], *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
-        config = make_model_config(*MODEL_KINDS[kind])
-        write_model_file(
-            make_model(config), config, Tokenizer.of_bytes(), 3, folder / f"{kind}.mkb", embedding_dtype="int8"
-        )
-    return sorted(map(str, folder.iterdir()))
+    return list(map(str, write_model_kinds(tmp_path_factory.mktemp("models"), KINDS)))
 
 
 @pytest.fixture(scope="module")

@@ -62,15 +62,17 @@ def test_what_is_not_installed_is_named_in_one_line(module: str, tmp_path: Path)
 def test_the_first_compilation_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from kabrn_dist.kernels import build as kernel_build
     from kabrn_dist.runtime import build
 
-    def write(command: list[str]) -> str:
+    def write(command: list[str], timeout: int = 0) -> str:
         if "-o" in command:
             Path(command[command.index("-o") + 1]).write_bytes(b"")
         return ""
 
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(build, "_run_compiler", write)
+    for module in (build, kernel_build):
+        monkeypatch.setattr(module, "run_compiler", write)
     for shown in ("compiling the runtime, once…\n", ""):
         build.compile_runtime("program")
         assert capsys.readouterr().err == shown

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.runtime.model_file import write_model_file
 from kabrn_dist.runtime.native import NativeModel
 from kabrn_dist.runtime.offline_page import PAGE_FOLDER, write_offline_page
 from kabrn_dist.runtime.wasm import WasmKind, compile_wasm
-from tests.support.models import MODEL_KINDS, make_model, make_model_config
+from tests.support.models import write_model_kinds
 
 PROBE = Path(__file__).with_name("wasm_probe.js")
 KINDS = ("rational", "chebyshev", "bspline", "swiglu", "hybrid", "scale groups", "router groups", "plain")
@@ -32,13 +31,7 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
-        config = make_model_config(*MODEL_KINDS[kind])
-        write_model_file(
-            make_model(config), config, Tokenizer.of_bytes(), 3, folder / f"{kind}.mkb", embedding_dtype="int8"
-        )
-    return sorted(folder.iterdir())
+    return write_model_kinds(tmp_path_factory.mktemp("models"), KINDS)
 
 
 def find_node(kind: WasmKind) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import load_config
+from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.load import build_full_model
+from kabrn_dist.runtime.model_file import write_model_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,3 +57,13 @@ def make_model(config: Config) -> GenerativeModel:
                 parameter.add_(noise, alpha=0.1 * float(parameter.std().nan_to_num(0.1)) + 0.01)
         model.routers.bias.copy_(torch.randn(model.routers.bias.shape, generator=generator) * 0.1)
     return model
+
+
+def write_model_kinds(folder: Path, kinds: Sequence[str]) -> list[Path]:
+    """Write a model file of each of some kinds, with embeddings in int8, and return them by name."""
+    for kind in kinds:
+        config = make_model_config(*MODEL_KINDS[kind])
+        write_model_file(
+            make_model(config), config, Tokenizer.of_bytes(), 3, folder / f"{kind}.mkb", embedding_dtype="int8"
+        )
+    return sorted(folder.iterdir())
