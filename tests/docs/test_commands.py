@@ -131,7 +131,7 @@ def test_commands_work(name: str, tmp_path: Path, request: pytest.FixtureRequest
 # terminal, where they stay.
 TOO_LARGE = ("prepare", "train", "grow", "plan", "chat", "serve")
 # Commands that need a package which a new machine does not have.
-NEEDS = {"page": "ziglang"}
+PACKAGE_NEEDED = {"page": "ziglang"}
 
 
 def examples_of(name: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -155,7 +155,7 @@ def test_examples_of_the_help_texts_work(
     names = [module.__name__.rsplit(".", 1)[-1] for module in COMMANDS]
     # Others generate from what it writes.
     names.sort(key=lambda name: name != "export")
-    missing = {name for name, package in NEEDS.items() if importlib.util.find_spec(package) is None}
+    missing = {name for name, package in PACKAGE_NEEDED.items() if importlib.util.find_spec(package) is None}
     examples = [each for name in names if name not in {*TOO_LARGE, *missing} for each in examples_of(name, capsys)]
     assert len(examples) > 8
     for example in examples:

@@ -57,6 +57,7 @@
 #include <unistd.h>
 #ifndef MIXKABRN_LIBRARY
 #include <signal.h>
+#include <sys/select.h>
 #endif
 #ifndef MIXKABRN_NO_MMAP
 #include <sys/mman.h>
@@ -5937,12 +5938,30 @@ static int obey(chat *c, const char *line) {
     return remark("no such command; /help lists them, and // at the beginning says a /");
 }
 
+/* The terminal's next line, as getline() gives it. Ctrl-C is held back until the wait begins: caught between the prompt
+ * and read(), it would be noticed only after the next line. */
+static ssize_t await_line(char **part, size_t *room) {
+    sigset_t interrupt, before;
+    fd_set input;
+    if (isatty(0)) {
+        sigemptyset(&interrupt);
+        sigaddset(&interrupt, SIGINT);
+        sigprocmask(SIG_BLOCK, &interrupt, &before);
+        FD_ZERO(&input);
+        FD_SET(0, &input);
+        if (!was_interrupted) pselect(1, &input, NULL, NULL, NULL, &before);
+        sigprocmask(SIG_SETMASK, &before, NULL);
+        if (was_interrupted) return -1;
+    }
+    return getline(part, room, stdin);
+}
+
 /* A line, or several of which all but the last end in a backslash; −1 at the end. */
 static long read_line(char **line, size_t *room) {
     static char *part;
     static size_t part_room;
     size_t length = 0;
-    ssize_t got = getline(&part, &part_room, stdin);
+    ssize_t got = await_line(&part, &part_room);
     if (got < 0) return free(part), part = NULL, -1;
     for (;;) {
         int goes_on;
@@ -5956,7 +5975,7 @@ static long read_line(char **line, size_t *room) {
         }
         memcpy(*line + length, part, (size_t)got);
         length += (size_t)got;
-        if (goes_on) (*line)[length - 1] = '\n', got = getline(&part, &part_room, stdin);
+        if (goes_on) (*line)[length - 1] = '\n', got = await_line(&part, &part_room);
         if (goes_on && got < 0 && was_interrupted) return -1;
         if (!goes_on || got < 0) break;
     }
