@@ -1,0 +1,1 @@
+"""Hugging Face: models out to its libraries, models and tokenizers in from them."""
