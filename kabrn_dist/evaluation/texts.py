@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def _documents(shards: FolderSet, source: Source, split: str) -> Iterator[np.nda
         for start in range(0, len(stream), _STREAM_TOKENS):
             tokens = np.concatenate([rest, stream.read(start, min(start + _STREAM_TOKENS, len(stream)))])
             begins = np.flatnonzero(tokens == shards.index.document_token)
-            for begin, end in zip(begins[:-1], begins[1:], strict=True):
+            for begin, end in itertools.pairwise(begins.tolist()):
                 yield tokens[begin + 1 : end]
             rest = tokens[begins[-1] :] if len(begins) else tokens
         yield rest[1:]
