@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member, open_members
-from data_prep.sources.compression import COMPRESSED_ENDINGS, READ_ERRORS, describe_error
+from data_prep.sources.compression import READ_ERRORS, describe_error
 from data_prep.sources.files import ARCHIVES, FileFilter, has_ending, list_example_names, list_units
 from data_prep.sources.text import Text, TextOptions
 from kabrn_dist.data.index import INDEX_NAME, Source
@@ -95,9 +95,8 @@ def _read_files(path: Path, split: str) -> tuple[list[SourceText], set[str]]:
 
 
 def _open_texts(path: Path, is_single: bool) -> Iterator[Member]:
-    ending = path.suffix.lower() if is_single else ""
-    other = () if not ending or ending in COMPRESSED_ENDINGS else (ending,)
-    file_filter = FileFilter((*_ENDINGS, *other), lambda name: True, accepts_archive=lambda name: not path.is_dir())
+    endings = ("",) if is_single else _ENDINGS
+    file_filter = FileFilter(endings, lambda name: True, accepts_archive=lambda name: not path.is_dir())
     for unit in list_units([path], file_filter, 1 << 62):
         yield from open_members(unit, file_filter, [], Counter())
 
