@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,17 @@ def test_normalized_texts_are_equal_where_nothing_is_to_be_calculated() -> None:
 @pytest.mark.slow
 def test_our_comparison_agrees_with_math_verify_called_directly(comparer: MathComparer) -> None:
     math_verify = pytest.importorskip("math_verify")
-    agreed, labeled = 0, 0
-    for pair in PAIRS:
-        first, second = box(pair["a"]), box(pair["b"])
-        parsed = [math_verify.parse(text, parsing_timeout=None) for text in (first, second)]
-        direct = math_verify.verify(*parsed, timeout_seconds=None)
-        agreed += comparer.equal(first, second) == direct
-        labeled += direct == pair["equivalent"]
+    with ThreadPoolExecutor(1) as ours:  # on another processor, meanwhile
+        waiting = [ours.submit(comparer.equal, box(pair["a"]), box(pair["b"])) for pair in PAIRS]
+        direct = [
+            math_verify.verify(
+                *(math_verify.parse(box(text), parsing_timeout=None) for text in (pair["a"], pair["b"])),
+                timeout_seconds=None,
+            )
+            for pair in PAIRS
+        ]
+        agreed = sum(each.result() == expected for each, expected in zip(waiting, direct, strict=True))
+    labeled = sum(equal == pair["equivalent"] for equal, pair in zip(direct, PAIRS, strict=True))
     assert agreed >= 0.99 * len(PAIRS)
     assert labeled >= 0.95 * len(PAIRS)
 
