@@ -202,7 +202,9 @@ def find_data(given: list[str], names: list[str]) -> dict[str, Path]:
             common.append(Path(value))
         elif name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            raise UserError(f"--data {value}: {name!r} is none of --tasks; {f'did you mean {near[0]}?' if near else 'add it there'}")
+            raise UserError(
+                f"--data {value}: {name!r} is none of --tasks; {f'did you mean {near[0]}?' if near else 'add it there'}"
+            )
         elif name in own:
             raise UserError(f"--data {value}: {own[name]} was named for {name} before; give one of them")
         else:
@@ -218,10 +220,12 @@ def find_data(given: list[str], names: list[str]) -> dict[str, Path]:
 
 def _check_numbers(options: argparse.Namespace) -> None:
     if not 0 <= options.temperature <= 100:
-        raise UserError(f"--temperature {options.temperature:g}: is no temperature; use 0 for the likeliest tokens, or 0.8")
+        raise UserError(
+            f"--temperature {options.temperature:g}: is no temperature; use 0 for the likeliest tokens, or 0.8"
+        )
     if options.num_samples > 1 and not options.temperature:
         raise UserError(
-            f"--num-samples {options.num_samples}: without --temperature all answers are the same; add --temperature 0.8"
+            f"--num-samples {options.num_samples}: all answers are the same without --temperature; add it, as 0.8"
         )
     if options.prompt_tokens < 0:
         raise UserError(f"--prompt-tokens {options.prompt_tokens}: is less than 0; use 0 for prompts of any length")
@@ -278,7 +282,9 @@ def load_tasks(options: argparse.Namespace, tasks: list[Task]) -> list[TaskData]
                 raise
             print(f"{task.name} is left out: {error}")
     if not loaded:
-        raise UserError("--tasks all: none of them can be scored, for the reasons above; give --data the folder of their files")
+        raise UserError(
+            "--tasks all: none of them can be scored, for the reasons above; give --data the folder of their files"
+        )
     return loaded
 
 

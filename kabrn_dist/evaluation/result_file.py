@@ -169,8 +169,9 @@ class ResultFile:
 
 
 def _flatten_header(header: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in header.items() if key not in ("settings", "model")}
-    return flat | dict(header.get("settings", {}))
+    # Other settings choose other examples: they are what should be told.
+    flat = {key: value for key, value in header.items() if key not in ("settings", "model", "data_sha256")}
+    return flat | dict(header.get("settings", {})) | {"the data's sha256": header.get("data_sha256")}
 
 
 def _shorten(value: object) -> str:

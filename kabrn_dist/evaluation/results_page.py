@@ -141,7 +141,9 @@ def _group_bars(metric: str, groups: Mapping[str, Any]) -> str:
         "</td></tr>"
         for group, each in shown
     )
-    more = f"<p class=small>{len(groups) - len(shown)} more are in results.json.</p>" if len(groups) > len(shown) else ""
+    more = (
+        f"<p class=small>{len(groups) - len(shown)} more are in results.json.</p>" if len(groups) > len(shown) else ""
+    )
     head = f"<tr><th></th><th>examples</th><th>{escape(metric)}</th><th></th></tr>"
     return f"<div class=wide><table>{head}{''.join(rows)}</table></div>{more}"
 

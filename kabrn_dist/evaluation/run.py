@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from kabrn_dist.evaluation.result_file import ResultFile
 from kabrn_dist.evaluation.results import TaskScores, summarize_task, summary_json, write_summary
 from kabrn_dist.evaluation.results_page import PAGE_NAME, read_samples, render_results_page
 from kabrn_dist.evaluation.task_data import TaskData
-from kabrn_dist.evaluation.workers import Answered, ModelChoice, ModelInfo, WorkerJob, run_workers
+from kabrn_dist.evaluation.workers import Answered, Events, ModelChoice, ModelInfo, WorkerJob, run_workers
 from kabrn_dist.utils.atomic_io import atomic_write, make_folder
 
-AnswerExamples = Callable[[ModelChoice, list[TaskData], list[list[str]]], Iterator[ModelInfo | Answered]]
+AnswerExamples = Callable[[ModelChoice, list[TaskData], list[list[str]]], Events]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def run_evaluation(
         assert session.model is not None
         model, scores = session.model, [each for each in session.scores if each is not None]
     summary = write_summary(evaluation.out, summary_json(model, evaluation.model.path, scores))
-    samples = {task: read_samples(evaluation.out / f"{task}.jsonl", summary["tasks"][task]) for task in summary["tasks"]}
+    samples = {
+        task: read_samples(evaluation.out / f"{task}.jsonl", summary["tasks"][task]) for task in summary["tasks"]
+    }
     atomic_write(evaluation.out / PAGE_NAME, render_results_page(summary, samples).encode())
     return model, scores
 
@@ -153,9 +155,7 @@ class _Session:
         self.report(EvaluationProgress(number, len(data.examples), scores))
 
 
-def _answer_missing(
-    evaluation: Evaluation, missing: list[list[str]], answer: AnswerExamples | None
-) -> Iterator[ModelInfo | Answered]:
+def _answer_missing(evaluation: Evaluation, missing: list[list[str]], answer: AnswerExamples | None) -> Events:
     """Answer in this process, or share the examples evenly among workers."""
     processes = min(evaluation.processes, max(1, sum(map(len, missing))))
     if processes > 1:

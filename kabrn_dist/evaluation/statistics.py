@@ -67,9 +67,7 @@ def estimate_scores(task: Task, scores: Sequence[Mapping[str, float]]) -> dict[s
     return {name: ScoreEstimate(value, errors[name]) for name, value in values.items()}
 
 
-def _jackknife(
-    task: Task, scores: Sequence[Mapping[str, float]], values: Mapping[str, float]
-) -> dict[str, float]:
+def _jackknife(task: Task, scores: Sequence[Mapping[str, float]], values: Mapping[str, float]) -> dict[str, float]:
     blocks = min(len(scores), JACKKNIFE_BLOCKS)
     if blocks < 2:
         return dict.fromkeys(values, math.nan)

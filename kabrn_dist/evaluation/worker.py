@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 from kabrn_dist.evaluation.answering import answer_examples
@@ -14,7 +13,7 @@ from kabrn_dist.evaluation.load import load_evaluated_model
 from kabrn_dist.evaluation.registry import TASKS
 from kabrn_dist.evaluation.requests import EvaluatedModel
 from kabrn_dist.evaluation.task_data import TaskData, load_task_data
-from kabrn_dist.evaluation.workers import Answered, ModelChoice, ModelInfo, WorkerJob
+from kabrn_dist.evaluation.workers import Answered, Events, ModelChoice, ModelInfo, WorkerJob
 from kabrn_dist.utils.errors import UserError
 
 EXIT_ORPHANED = 3
@@ -46,9 +45,7 @@ def main() -> int:
     return 0
 
 
-def answer_here(
-    choice: ModelChoice, tasks: list[TaskData], ids: list[list[str]]
-) -> Iterator[ModelInfo | Answered]:
+def answer_here(choice: ModelChoice, tasks: list[TaskData], ids: list[list[str]]) -> Events:
     """Load a model in this process and yield it, then the result of each example.
 
     Args:

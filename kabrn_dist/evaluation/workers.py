@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -70,6 +70,10 @@ class Answered(NamedTuple):
     result: ExampleResult
 
 
+# The model first, then results in any order.
+Events: TypeAlias = Generator[ModelInfo | Answered, None, None]
+
+
 class WorkerJob(NamedTuple):
     """What a worker does.
 
@@ -95,7 +99,7 @@ class WorkerJob(NamedTuple):
         return cls(model, [TaskSettings.from_json(task) for task in values["tasks"]], values["ids"])
 
 
-def run_workers(jobs: Sequence[WorkerJob]) -> Iterator[ModelInfo | Answered]:
+def run_workers(jobs: Sequence[WorkerJob]) -> Events:
     """Run a worker for each job, and yield what they say: the model first, then results in any order.
 
     Args:
@@ -143,7 +147,7 @@ def _talk(number: int, worker: subprocess.Popen[bytes], job: WorkerJob, messages
     messages.put((number, None))
 
 
-def _receive(workers: Sequence[subprocess.Popen[bytes]], messages: _Messages) -> Iterator[ModelInfo | Answered]:
+def _receive(workers: Sequence[subprocess.Popen[bytes]], messages: _Messages) -> Events:
     model: ModelInfo | None = None
     running = set(range(len(workers)))
     while running:
@@ -155,7 +159,9 @@ def _receive(workers: Sequence[subprocess.Popen[bytes]], messages: _Messages) ->
         if "model" in message:
             found = ModelInfo(*message["model"])
             if model is not None and model != found:
-                raise UserError(f"{found.name}: was changed while it was loaded; evaluate again when training has ended")
+                raise UserError(
+                    f"{found.name}: was changed while it was loaded; evaluate again when training has ended"
+                )
             if model is None:
                 model = found
                 yield found
