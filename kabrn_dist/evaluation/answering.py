@@ -62,7 +62,15 @@ class ExampleResult:
         return cls(**values)
 
 
-class _Asked(NamedTuple):
+class AskedExample(NamedTuple):
+    """An example and what a model is asked about it.
+
+    Attributes:
+        example: The example.
+        requests: What is asked.
+        shots: Few-shot examples in the prompts.
+    """
+
     example: Example
     requests: list[Request]
     shots: int
@@ -79,6 +87,14 @@ def answer_examples(model: EvaluatedModel, data: TaskData, examples: Sequence[Ex
     Raises:
         UserError: if a score is not finite.
     """
+    for asked, answers in collect_answers(model, data, examples):
+        yield score_answers(data, asked, answers)
+
+
+def collect_answers(
+    model: EvaluatedModel, data: TaskData, examples: Sequence[Example]
+) -> Iterator[tuple[AskedExample, list[Answer]]]:
+    """Ask a model and yield each example with its answers, as soon as all of them are there, in any order."""
     asked = [_ask(model, data, example) for example in examples]
     places = [(number, part) for number, each in enumerate(asked) for part in range(len(each.requests))]
     waiting: list[dict[int, Answer]] = [{} for _ in asked]
@@ -86,9 +102,8 @@ def answer_examples(model: EvaluatedModel, data: TaskData, examples: Sequence[Ex
     for index, answer in submit_requests(model, requests):
         number, part = places[index]
         waiting[number][part] = answer
-        each = asked[number]
-        if len(waiting[number]) == len(each.requests):
-            yield _score(data, each, [waiting[number][part] for part in range(len(each.requests))])
+        if len(waiting[number]) == len(asked[number].requests):
+            yield asked[number], [waiting[number][part] for part in range(len(waiting[number]))]
             # Losses of long documents take room.
             waiting[number] = {}
 
@@ -115,17 +130,22 @@ def shown_prompt(request: Request) -> str:
     return request.context if isinstance(request, ContinuationRequest) else request.text
 
 
-def _ask(model: EvaluatedModel, data: TaskData, example: Example) -> _Asked:
+def _ask(model: EvaluatedModel, data: TaskData, example: Example) -> AskedExample:
     """Make the requests of an example, with as many few-shot examples as the length of a prompt allows."""
     shots, limit = data.settings.shots, data.settings.prompt_tokens
     requests = data.make_requests(example, shots)
     while limit and shots and max(model.count_tokens(shown_prompt(request)) for request in requests) > limit:
         shots -= 1
         requests = data.make_requests(example, shots)
-    return _Asked(example, requests, shots)
+    return AskedExample(example, requests, shots)
 
 
-def _score(data: TaskData, asked: _Asked, answers: Sequence[Answer]) -> ExampleResult:
+def score_answers(data: TaskData, asked: AskedExample, answers: Sequence[Answer]) -> ExampleResult:
+    """Return the result of an example.
+
+    Raises:
+        UserError: if a score is not finite.
+    """
     task, example = data.task, asked.example
     scores = task.score(example, answers)
     for metric, score in scores.items():
