@@ -180,8 +180,29 @@ class MixKABRN(nn.Module):
             whatever the length; that of an attention holds the keys and values so far. With a short convolution it
             also holds the last few inputs.
         """
-        x, states, _ = self._run_blocks(tokens, documents, positions, states, None)
+        x, states, _ = self._run_blocks(tokens, documents, positions, states, None, in_order=True)
         return self.head(rms_norm(x[:, -1])).float(), states
+
+    @torch.no_grad()
+    def read(
+        self, tokens: Tensor, documents: Tensor, positions: Tensor, states: list[Any] | None, in_order: bool = False
+    ) -> tuple[Tensor, list[Any]]:
+        """Read tokens as `decode` does, and return what the head reads.
+
+        Args:
+            tokens: see `decode`.
+            documents: see `decode`.
+            positions: see `decode`.
+            states: see `decode`.
+            in_order: whether sums are taken in the order of the runtime in C, as `decode` takes them on a CPU. If not,
+                retention has its chunkwise form, which is faster; the sums' other rounding may move a value across a
+                threshold of the int8 quantizer.
+
+        Returns:
+            The hidden states of all tokens, normalized, [B,T,D], and one state per layer.
+        """
+        x, states, _ = self._run_blocks(tokens, documents, positions, states, None, in_order)
+        return rms_norm(x), states
 
     def set_quantization(self, lam: float) -> None:
         """Quantize all ternary modules by `lam`: 0 is plain, 1 ternary and int8, and between them a value is blended.
@@ -214,9 +235,10 @@ class MixKABRN(nn.Module):
         positions: Tensor,
         states: list[Any] | None,
         coordinates: TokenCoordinates | None,
+        in_order: bool = False,
     ) -> tuple[Tensor, list[Any], list[RouterStats]]:
         position = make_position_info(documents, positions, self.config.retention.key_dim)
-        position = position._replace(decoding=coordinates is None)
+        position = position._replace(decoding=in_order)
         x = self.embedding(tokens)
         new_states: list[Any] = []
         router_stats: list[RouterStats] = []

@@ -36,16 +36,20 @@ class TernaryMatrices(NamedTuple):
         packed: uint8, two bits a code (`pack`); None for plain matrices.
         gamma: [E,1,1] fp32, or [E,O,1] if groups of outputs have a scale of their own; None for plain matrices.
         int8_codes: [E,O,I] int8, the codes if they have just been computed; else they are unpacked.
+        wide_codes: [E,O,I] fp32 or fp64, the codes if they are kept so.
     """
 
     latents: Tensor
     packed: Tensor | None = None
     gamma: Tensor | None = None
     int8_codes: Tensor | None = None
+    wide_codes: Tensor | None = None
 
     def codes(self, dtype: torch.dtype) -> Tensor:
         """Return the codes [E,O,I] in `dtype`."""
         assert self.packed is not None
+        if self.wide_codes is not None and self.wide_codes.dtype == dtype:
+            return self.wide_codes
         if self.int8_codes is None:
             return unpack(self.packed, tuple(self.latents.shape), dtype)
         return self.int8_codes if dtype == torch.int8 else cast_codes(self.int8_codes, dtype)
