@@ -38,6 +38,7 @@ class ExampleResult:
         scores: Metric → score.
         groups: Kind of group → group.
         shots: Few-shot examples in the prompt.
+        reason: Why it was scored so; "" if the scores say it.
     """
 
     id: str
@@ -47,6 +48,7 @@ class ExampleResult:
     scores: dict[str, float]
     groups: dict[str, str]
     shots: int
+    reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON has it."""
@@ -165,6 +167,7 @@ def score_answers(data: TaskData, asked: AskedExample, answers: Sequence[Answer]
         scores={metric: float(score) for metric, score in scores.items()},
         groups=dict(example.groups),
         shots=asked.shots,
+        reason=task.explain(example, answers),
     )
 
 

@@ -108,9 +108,11 @@ def _list_notes(data: TaskData, results: Sequence[ExampleResult]) -> list[str]:
         notes.append(f"{empty} of {len(written)} answers are empty: the model ended the text, or a stop came first")
     if cut := sum(text["finish_reason"] == "length" for text in written):
         notes.append(f"{cut} of {len(written)} answers were cut at the task's largest number of tokens")
-    for name, what in (("timeout", "ran out of time in scoring and count as wrong"),):
-        if late := sum(bool(result.scores.get(name)) for result in results):
-            notes.append(f"{late} of {count} examples {what}")
+    for metric in results[0].scores if results else ():
+        late = sum(bool(result.scores[metric]) for result in results)
+        if late and metric.endswith("_unfinished"):
+            compared = metric.removesuffix("_unfinished")
+            notes.append(f"{late} of {count} comparisons by {compared} exceeded their limits, and count as wrong")
     return notes
 
 

@@ -155,9 +155,10 @@ def _bar_width(score: Mapping[str, Any], largest: float) -> float:
 def _sample(kind: str, result: ExampleResult) -> str:
     scores = ", ".join(f"{metric} {score:g}" for metric, score in result.scores.items())
     groups = ", ".join(f"{name}: {group}" for name, group in result.groups.items())
+    reason = f"; {result.reason}" if result.reason else ""
     prompt = result.prompts[0] if result.prompts else ""
     parts = [
-        f"<p><b>{escape(result.id)}</b> {escape(groups)}<br><span class=small>{escape(scores)}</span></p>",
+        f"<p><b>{escape(result.id)}</b> {escape(groups)}<br><span class=small>{escape(scores + reason)}</span></p>",
         _block("asked", f"…{prompt[-SHOWN_PROMPT:]}" if len(prompt) > SHOWN_PROMPT else prompt),
         *(_block("answered", _show_output(output)) for output in result.outputs),
         *(_block("expected", _cut(text)) for text in result.expected),

@@ -86,7 +86,8 @@ def run_evaluation(
     samples = {
         task: read_samples(evaluation.out / f"{task}.jsonl", summary["tasks"][task]) for task in summary["tasks"]
     }
-    atomic_write(evaluation.out / PAGE_NAME, render_results_page(summary, samples).encode())
+    # Texts may hold halves of surrogate pairs, which UTF-8 does not have.
+    atomic_write(evaluation.out / PAGE_NAME, render_results_page(summary, samples).encode(errors="replace"))
     return model, scores
 
 

@@ -91,6 +91,15 @@ class Task(ABC):
     def empty_answers(self, example: Example) -> list[Answer]:
         """Return answers of a model that says nothing (or prefers every wrong choice), for checks of the scoring."""
 
+    def explain(self, example: Example, answers: Sequence[Answer]) -> str:
+        """Return in a line why answers were scored as they were, for the page of samples; "" if the scores say it.
+
+        Args:
+            example: That was asked.
+            answers: As for `score`.
+        """
+        return ""
+
     def combine(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Return metric → score of a task from those of its examples; by default their means.
 

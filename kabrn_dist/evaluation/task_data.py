@@ -74,7 +74,7 @@ def load_task_data(task: Task, settings: TaskSettings) -> TaskData:
     ordered = order_examples(everything, settings.seed)
     if len({example.id for example in ordered}) < len(ordered):
         raise UserError(f"{task.name}: two examples of {settings.data} have one id; remove duplicates from the files")
-    shots = _load_shots(task, settings)
+    shots = _load_shots(task, settings, everything)
     return TaskData(
         task=task,
         settings=settings,
@@ -85,14 +85,14 @@ def load_task_data(task: Task, settings: TaskSettings) -> TaskData:
     )
 
 
-def _load_shots(task: Task, settings: TaskSettings) -> list[Example]:
+def _load_shots(task: Task, settings: TaskSettings, asked: list[Example]) -> list[Example]:
     count = settings.shots
     if not count:
         return []
     if not task.shots_split:
         raise UserError(f"{task.name}: has no few-shot examples; use --shots 0 for it")
     try:
-        pool = task.load(settings.data, task.shots_split)
+        pool = asked if task.shots_split == settings.split else task.load(settings.data, task.shots_split)
     except UserError as error:
         raise UserError(f"{error}; or evaluate without few-shot examples: --shots 0") from error
     # One more than are shown: the one to be answered may be among them.

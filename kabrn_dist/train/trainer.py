@@ -50,8 +50,8 @@ from kabrn_dist.train.schedule import learning_rate, weight_decay
 from kabrn_dist.train.step_batches import next_step_batches
 from kabrn_dist.train.step_log import StepLog, StepLogger
 from kabrn_dist.train.stop_requests import StopRequests
-from kabrn_dist.train.task_scores import describe_task_scores, score_tasks
 from kabrn_dist.train.target_share import TargetShare
+from kabrn_dist.train.task_scores import describe_task_scores, score_tasks
 from kabrn_dist.train.throughput import measure_speed
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
