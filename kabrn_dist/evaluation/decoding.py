@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.evaluation.draw import SampledText, check_generate_request, prompt_tokens
+from kabrn_dist.evaluation.draw import SampledText, check_generate_request, distinct_samples
 from kabrn_dist.evaluation.reading import ReadRows, RowReader, concatenate_read, read_prefix, repeat_row
 from kabrn_dist.evaluation.requests import Continuation, GenerateRequest
+from kabrn_dist.evaluation.tokens import prompt_tokens
 
 # Likeliest tokens that are sorted first; more of them only where these have not enough probability.
 SORTED_TOKENS = 256
@@ -42,14 +43,9 @@ class _Request:
 
     @classmethod
     def make(cls, number: int, request: GenerateRequest, tokenizer: Tokenizer) -> _Request:
-        distinct = _distinct_samples(request)
+        distinct = distinct_samples(request)
         texts = [SampledText(request, sample, tokenizer) for sample in range(distinct)]
         return cls(number, texts, request.num_samples // distinct, distinct)
-
-
-def _distinct_samples(request: GenerateRequest) -> int:
-    """Continuations that can differ: the likeliest tokens are the same ones each time."""
-    return request.num_samples if request.temperature else 1
 
 
 @dataclass
@@ -200,7 +196,7 @@ def _draw_likeliest(weights: Tensor, needed: Tensor, uniform: Tensor) -> Tensor:
     if bool((weights.gather(1, ids).sum(1, keepdim=True) <= needed).any()):
         ids = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)
     # Of equal weights the lowest token comes first.
-    ordered, order = weights.gather(1, ids).sort(1, descending=True, stable=True)
+    ordered, order = weights.gather(1, ids).sort(dim=1, descending=True, stable=True)
     sums = ordered.cumsum(1)
     last = torch.searchsorted(sums, needed).clamp_(max=sums.shape[1] - 1)
     place = torch.searchsorted(sums, uniform * sums.gather(1, last), right=True).clamp_(max=sums.shape[1] - 1)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.evaluation.requests import Continuation, GenerateRequest
+from kabrn_dist.evaluation.tokens import TextEncoder
 from kabrn_dist.inference.sampling import check_sampling
 from kabrn_dist.utils.errors import UserError
 
@@ -26,6 +24,11 @@ def check_generate_request(request: GenerateRequest) -> None:
         raise UserError(f"num_samples {request.num_samples}: ask for at least one continuation")
     if "" in request.stop:
         raise UserError("stop: an empty string ends every text; leave it out")
+
+
+def distinct_samples(request: GenerateRequest) -> int:
+    """Return how many of a request's continuations can differ: the likeliest tokens are the same ones each time."""
+    return request.num_samples if request.temperature else 1
 
 
 def draw_one(logits: NDArray[np.float32], temperature: float, top_p: float, uniform: float) -> int:
@@ -59,7 +62,7 @@ class SampledText:
         tokenizer: Of the model.
     """
 
-    def __init__(self, request: GenerateRequest, sample: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: GenerateRequest, sample: int, tokenizer: TextEncoder) -> None:
         self.request, self._tokenizer = request, tokenizer
         self._random = np.random.default_rng([request.seed, sample])
         self._stops = [stop.encode() for stop in request.stop]
@@ -92,8 +95,3 @@ class SampledText:
     def result(self) -> Continuation:
         """Return the continuation; bytes at its end that are no whole character are U+FFFD."""
         return Continuation(self._text.decode("utf-8", "replace"), self.num_tokens, self.finish_reason)
-
-
-def prompt_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of texts at the beginning of a document each, the document token in front."""
-    return [[tokenizer.document_token, *ids] for ids in tokenizer.encode_batch(texts)]

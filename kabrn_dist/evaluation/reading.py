@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kabrn_dist.evaluation.tokens import common_prefix
 from kabrn_dist.inference.states import DOCUMENT, concatenate_rows, select_rows
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 
 # Tokens of one call, and elements of logits in memory at a time.
 CALL_TOKENS, LOGIT_ELEMENTS = 4096, 1 << 24
-# A shorter beginning in common is not worth a call of its own.
-LEAST_COMMON_TOKENS = 8
 
 
 class ReadRows(NamedTuple):
@@ -140,20 +139,6 @@ class RowReader:
             logprobs.append(chosen - logits.double().logsumexp(1))
             greedy.append(logits[:, :choices].argmax(1) == ids)
         return torch.cat(logprobs).cpu(), torch.cat(greedy).cpu()
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many first tokens all rows have in common, at least one token of each row left over.
-
-    It is 0 if there is only one row, or too little in common.
-    """
-    if len(rows) < 2:
-        return 0
-    # Whatever the least and the greatest share, all between them share.
-    first, last = min(rows), max(rows)
-    most = min(len(row) for row in rows) - 1
-    same = next((n for n in range(most) if first[n] != last[n]), most)
-    return same if same >= LEAST_COMMON_TOKENS else 0
 
 
 def read_prefix(reader: RowReader, rows: Sequence[Sequence[int]]) -> tuple[ReadRows | None, list[Sequence[int]]]:

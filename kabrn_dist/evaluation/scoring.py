@@ -3,52 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.evaluation.draw import prompt_tokens
 from kabrn_dist.evaluation.reading import CALL_TOKENS, ReadRows, RowReader, read_prefix, repeat_row
 from kabrn_dist.evaluation.requests import ContinuationRequest, ContinuationScore, TextRequest, TextScore
-from kabrn_dist.utils.errors import UserError
-
-
-class SplitTokens(NamedTuple):
-    """Tokens of a context and its continuation.
-
-    Attributes:
-        context: Tokens before the continuation, the document token first.
-        continuation: At least one.
-    """
-
-    context: tuple[int, ...]
-    continuation: tuple[int, ...]
-
-
-def split_tokens(tokenizer: Tokenizer, requests: Sequence[ContinuationRequest]) -> list[SplitTokens]:
-    """Encode contexts and continuations as lm-eval does, so that scores can be compared.
-
-    White space at the end of a context goes to the continuation; both are encoded as one text, which is split after as
-    many tokens as the context alone has.
-
-    Raises:
-        UserError: for a continuation without text.
-    """
-    texts, contexts = [], []
-    for request in requests:
-        if not request.continuation:
-            raise UserError("a continuation is empty, and has no probability; give one of at least one character")
-        contexts.append(request.context.rstrip())
-        texts.append(request.context + request.continuation)
-    found = []
-    lengths = map(len, tokenizer.encode_batch(contexts))
-    for whole, length in zip(tokenizer.encode_batch(texts), lengths, strict=True):
-        # One token may hold the end of the context and the whole continuation.
-        cut = min(length, len(whole) - 1)
-        found.append(SplitTokens((tokenizer.document_token, *whole[:cut]), tuple(whole[cut:])))
-    return found
+from kabrn_dist.evaluation.tokens import group_by_context, prompt_tokens, split_tokens
 
 
 def score_continuations_batched(
@@ -66,10 +28,8 @@ def score_continuations_batched(
         UserError: for a continuation without text, or a model whose outputs are not finite.
     """
     split = split_tokens(tokenizer, requests)
-    by_context: dict[tuple[int, ...], list[int]] = {}
-    for number, tokens in enumerate(split):
-        by_context.setdefault(tokens.context, []).append(number)
-    contexts = sorted(by_context, key=lambda context: -len(context))
+    by_context = group_by_context(split)
+    contexts = list(by_context)
     prefix, rests = read_prefix(reader, contexts)
     for start in range(0, len(contexts), batch_size):
         here = contexts[start : start + batch_size]

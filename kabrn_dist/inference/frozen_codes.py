@@ -50,12 +50,13 @@ class FrozenCodes(TernarySource):
 
 
 def freeze_codes(model: MixKABRN) -> None:
-    """Make a model keep its ternary codes instead of rounding its weights anew in every pass; results are the same bits.
+    """Make a model keep its ternary codes instead of rounding its weights in every pass; results are the same bits.
 
     They take a byte a weight, or four on processors that multiply fp32 faster than int8.
     """
     for module in model.modules():
-        for name in module.stds if isinstance(module, TernaryModule) else ():
-            source = module.sources.get(name)
-            if not isinstance(source, FrozenCodes):
-                module.sources[name] = FrozenCodes(module, source)
+        if isinstance(module, TernaryModule):
+            for name in module.stds:
+                source = module.sources.get(name)
+                if not isinstance(source, FrozenCodes):
+                    module.sources[name] = FrozenCodes(module, source)

@@ -188,6 +188,28 @@ def _verify_data(file: Path) -> None:
     expected = read_metadata(file).get(DATA_HASH)
     if expected is None:
         return
+    found = _hash_data(file)
+    if found != expected:
+        raise UserError(
+            f"{file}: damaged or edited, the sha256 of its tensors is {found[:12]}… and its header says "
+            f"{expected[:12]}…; copy it again"
+        )
+
+
+def hash_export(folder: Path) -> list[str]:
+    """Return the sha256 of the tensors of each file of an export, as its header says where it does.
+
+    Args:
+        folder: The export's folder, which has been loaded, so that what the headers say is true.
+
+    Raises:
+        UserError: for a file that cannot be read.
+    """
+    files = sorted({file for file, _ in _list_entries(folder).values()})
+    return [read_metadata(file).get(DATA_HASH) or _hash_data(file) for file in files]
+
+
+def _hash_data(file: Path) -> str:
     digest = hashlib.sha256()
     try:
         with open_plain(file) as stream:
@@ -196,11 +218,7 @@ def _verify_data(file: Path) -> None:
                 digest.update(chunk)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); copy it again") from error
-    if digest.hexdigest() != expected:
-        raise UserError(
-            f"{file}: damaged or edited, the sha256 of its tensors is {digest.hexdigest()[:12]}… and its header says "
-            f"{expected[:12]}…; copy it again"
-        )
+    return digest.hexdigest()
 
 
 def _read_step(file: Path) -> int | None:
