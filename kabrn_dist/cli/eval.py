@@ -52,6 +52,9 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="MODEL",
         help="folder of a run or of an export, or a model file; none for --list and --contamination",
     )
+    parser.add_argument(
+        "--step", type=non_negative_int, metavar="N", help="checkpoint of the run (default: the newest intact one)"
+    )
     parser.add_argument("--list", action="store_true", help="list the tasks and the files that they need, and stop")
     parser.add_argument(
         "--tasks",
@@ -302,7 +305,9 @@ def _evaluate(options: argparse.Namespace, data: list[TaskData]) -> int:
 
     name = options.model.absolute().name.removesuffix(".mkb")
     threads = share_threads(options.processes) if options.processes > 1 else 0
-    model = ModelChoice(options.model.absolute(), options.device, options.batch_size, threads)
+    model = ModelChoice(options.model.absolute(), options.device, options.batch_size, threads, options.step)
+    if options.step is not None:
+        name = f"{name}-step-{options.step}"
     out = options.out if options.out is not None else Path("evaluations", name)
     show_evaluation(Evaluation(model, data, out, options.processes))
     return 0

@@ -11,7 +11,6 @@ from typing import Any
 from kabrn_dist.evaluation.answering import answer_examples
 from kabrn_dist.evaluation.load import load_evaluated_model
 from kabrn_dist.evaluation.registry import TASKS
-from kabrn_dist.evaluation.requests import EvaluatedModel
 from kabrn_dist.evaluation.task_data import TaskData, load_task_data
 from kabrn_dist.evaluation.workers import Answered, Events, ModelChoice, ModelInfo, WorkerJob
 from kabrn_dist.utils.errors import UserError
@@ -56,11 +55,7 @@ def answer_here(choice: ModelChoice, tasks: list[TaskData], ids: list[list[str]]
     Raises:
         UserError: for a model that cannot be loaded, or whose outputs are not finite.
     """
-    if choice.threads:
-        import torch
-
-        torch.set_num_threads(choice.threads)
-    model: EvaluatedModel = load_evaluated_model(choice.path, choice.device, choice.batch_size)
+    model = load_evaluated_model(choice.path, choice.device, choice.batch_size, choice.step)
     yield ModelInfo(model.name, model.fingerprint)
     for number, (data, chosen) in enumerate(zip(tasks, ids, strict=True)):
         wanted = set(chosen)

@@ -37,13 +37,15 @@ class ModelChoice:
         path: Folder of a run or an export, or a model file.
         device: Such as "cpu".
         batch_size: Sequences that are decoded at once.
-        threads: Of one process; 0 leaves what is set.
+        threads: Of each of several processes; 0 leaves what is set.
+        step: Checkpoint of a run; None for the newest intact one.
     """
 
     path: Path
     device: str = "cpu"
     batch_size: int = 32
     threads: int = 0
+    step: int | None = None
 
 
 class ModelInfo(NamedTuple):

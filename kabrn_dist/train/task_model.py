@@ -17,7 +17,7 @@ from torch import Tensor
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.data.dataset import Batch, sequence_slice
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.evaluation.draw import SampledText, draw_one, prompt_tokens
+from kabrn_dist.evaluation.draw import SampledText, draw_one
 from kabrn_dist.evaluation.requests import (
     Continuation,
     ContinuationRequest,
@@ -26,7 +26,7 @@ from kabrn_dist.evaluation.requests import (
     TextRequest,
     TextScore,
 )
-from kabrn_dist.evaluation.scoring import split_tokens
+from kabrn_dist.evaluation.tokens import prompt_tokens, split_tokens
 from kabrn_dist.utils.errors import UserError
 
 
