@@ -34,7 +34,7 @@ _KNOWN_ARGUMENTS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"
 
 
 @register_model("mixkabrn")
-class MixKABRNLM(LM):  # type: ignore[misc]
+class MixKABRNLM(LM):
     """A run, an export or a model file, as lm-eval asks it.
 
     Args:
