@@ -38,6 +38,8 @@ class Task(ABC):
         shots_split: Split that few-shot examples are drawn from; "" if there are none.
         default_shots: Few-shot examples in a prompt by default.
         main_metric: The metric that is shown first.
+        accuracies: The metrics that are 1 for an example that is answered right and 0 for one that is not; others, such
+            as bits per byte, have no upper limit, or say how often something happened.
         runs_code: Whether scoring executes what the model wrote, which needs an explicit permission.
     """
 
@@ -49,6 +51,7 @@ class Task(ABC):
     shots_split: ClassVar[str] = ""
     default_shots: ClassVar[int] = 0
     main_metric: ClassVar[str]
+    accuracies: ClassVar[tuple[str, ...]] = ()
     runs_code: ClassVar[bool] = False
 
     @abstractmethod

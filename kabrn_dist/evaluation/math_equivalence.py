@@ -1,0 +1,122 @@
+"""Whether two answers are the same number, set, interval, matrix, …: by the package math-verify, in another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from importlib.util import find_spec
+
+from kabrn_dist.utils.errors import UserError
+
+# Importing sympy takes a second; more on a slow disk.
+_START_SECONDS = 120.0
+_MEMORY_BYTES = 4 << 30
+# A longer answer is no answer. The longest of MATH has 200 characters.
+MAX_CHARACTERS = 20_000
+
+
+class UnfinishedComparison(Exception):
+    """A comparison exceeded its limit of time, memory or length."""
+
+
+class MathComparer:
+    """Compares answers in a process that is started when it is needed, and again after it had to be ended.
+
+    Threads may share it: one comparison at a time.
+
+    Args:
+        seconds: Limit of a comparison. It counts the answer's own time, not that of starting the process.
+    """
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._at_exit: weakref.finalize | None = None
+
+    def equal(self, right: str, given: str) -> bool:
+        r"""Return whether two texts, in LaTeX between dollars or in `\boxed{}`, hold the same answer.
+
+        Args:
+            right: The right answer: math-verify is not symmetric.
+            given: The model's.
+
+        Raises:
+            UnfinishedComparison: if it exceeds its limits, or the process dies of it.
+            UserError: if math-verify is not installed, or does not start.
+        """
+        if max(len(right), len(given)) > MAX_CHARACTERS:
+            raise UnfinishedComparison(f"more than {MAX_CHARACTERS} characters")
+        with self._lock:
+            process = self._process or self._start()
+            try:
+                return self._ask(process, json.dumps([right, given]).encode() + b"\n")
+            except BaseException:
+                self._end()
+                raise
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, process: subprocess.Popen[bytes], line: bytes) -> bool:
+        assert process.stdin is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except BrokenPipeError as error:
+            raise UnfinishedComparison("its process is gone") from error
+        answer = _read_line(process, self._seconds)
+        if answer not in (b"true", b"false"):
+            raise UnfinishedComparison("not finished in time" if answer is None else "out of memory, or too deep")
+        return answer == b"true"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if find_spec("math_verify") is None:
+            raise UserError("math: metric math_verify needs the package math-verify; pip install 'kabrn_dist[eval]'")
+        command = [sys.executable, "-m", "kabrn_dist.evaluation.math_worker"]
+        process = subprocess.Popen(
+            [*command, str(int(self._seconds) + 1), str(_MEMORY_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._process = process
+        self._at_exit = weakref.finalize(self, _kill, process)
+        if _read_line(process, _START_SECONDS) != b"ready":
+            self._end()
+            raise UserError(f"math: the process of math-verify does not start; try: {' '.join(command)} 5 4294967296")
+        return process
+
+    def _end(self) -> None:
+        if self._at_exit is not None:
+            self._at_exit()
+        self._process = self._at_exit = None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+    """Return a line that a process writes, b"" if it ends, None if it takes longer."""
+    assert process.stdout is not None
+    descriptor = process.stdout.fileno()
+    content = b""
+    deadline = time.monotonic() + seconds
+    while not content.endswith(b"\n"):
+        if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return None
+        if not (part := os.read(descriptor, 64)):
+            return b""
+        content += part
+    return content.strip()

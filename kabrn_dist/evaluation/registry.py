@@ -1,0 +1,26 @@
+"""All tasks by name."""
+
+from __future__ import annotations
+
+from kabrn_dist.evaluation.task import Task
+from kabrn_dist.evaluation.tasks.arc import Arc, ArcChallenge, ArcEasy
+from kabrn_dist.evaluation.tasks.gsm8k import Gsm8k
+from kabrn_dist.evaluation.tasks.hellaswag import HellaSwag
+from kabrn_dist.evaluation.tasks.math import Math
+from kabrn_dist.evaluation.tasks.nq_open import NqOpen
+from kabrn_dist.evaluation.tasks.openbookqa import OpenBookQA
+from kabrn_dist.evaluation.tasks.piqa import Piqa
+
+_ALL: tuple[type[Task], ...] = (
+    Math,
+    Gsm8k,
+    NqOpen,
+    Arc,
+    ArcEasy,
+    ArcChallenge,
+    OpenBookQA,
+    HellaSwag,
+    Piqa,
+)
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
