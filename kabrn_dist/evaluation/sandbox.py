@@ -12,7 +12,7 @@ program has no child that could outlive it, no environment, no input and no open
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
 import platform
 import secrets
@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
+from kabrn_dist.evaluation import sandbox_child
+from kabrn_dist.evaluation.sandbox_child import SandboxJob
 from kabrn_dist.evaluation.sandbox_filter import build_filter
 from kabrn_dist.utils.errors import UserError
 
@@ -37,7 +39,6 @@ SANDBOX_REMEDY = "run on Linux with Landlock or user namespaces, or leave out th
 SANDBOX_LAYERS = ("namespaces", "landlock", "seccomp")
 ProgramStatus = Literal["passed", "assertion", "exception", "time-out", "memory", "forbidden", "exit", "crashed"]
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
 # What importing a module of the standard library may read, besides that library.
 _SYSTEM_FILES = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo",
@@ -150,23 +151,23 @@ class Sandbox:
             return list(pool.map(self.run, programs))
 
     def _run_in(self, folder: str, program: str) -> ProgramOutcome:
-        job = {
-            "program": program,
-            "folder": folder,
-            "layers": self.layers,
-            "readable": _list_readable(),
-            "limits": self.limits.to_rlimits(),
-            "folder_bytes": self.limits.folder_bytes,
-            "token": secrets.token_hex(16),
-            "filter": (build_filter(platform.machine()) or b"").hex(),
-        }
+        job = SandboxJob(
+            token=secrets.token_hex(16),
+            folder=folder,
+            layers=list(self.layers),
+            readable=_list_readable(),
+            limits=self.limits.to_rlimits(),
+            folder_bytes=self.limits.folder_bytes,
+            system_calls=build_filter(platform.machine()) or b"",
+            program=program.encode("utf-8", "surrogatepass"),
+        )
         # The order of sets is the same in every run. A Python of a cluster may need the path of its libraries.
         environment = {"PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         started = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-B", str(_CHILD)],
+            [sys.executable, "-s", "-S", "-B", _child_file()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -176,14 +177,14 @@ class Sandbox:
         )
         with process:
             try:
-                output, report, in_time = _communicate(process, json.dumps(job).encode(), self.limits)
+                output, report, in_time = _communicate(process, _encode_job(job), self.limits)
             finally:
                 process.kill()
         seconds = time.monotonic() - started
-        status, particulars = self._judge(_parse_report(report, job["token"]), process.returncode, in_time)
+        status, particulars = self._judge(_parse_report(report, job.token), process.returncode, in_time, seconds)
         return ProgramOutcome(status, particulars, output.decode("utf-8", "replace"), seconds)
 
-    def _judge(self, report: list[list[str]], code: int, in_time: bool) -> tuple[ProgramStatus, str]:
+    def _judge(self, report: list[list[str]], code: int, in_time: bool, seconds: float) -> tuple[ProgramStatus, str]:
         if not report and in_time:
             raise SandboxError(
                 f"no process for a program of the model: Python ended with code {code}; {SANDBOX_REMEDY}"
@@ -194,7 +195,8 @@ class Sandbox:
             )
         if not in_time:
             return "time-out", f"more than {self.limits.wall_seconds:g} s"
-        if code == -signal.SIGXCPU:
+        # A program may handle the first signal of the limit; the second kills it, as does a machine out of memory.
+        if code == -signal.SIGXCPU or (code == -signal.SIGKILL and seconds > self.limits.cpu_seconds):
             return "time-out", f"more than {self.limits.cpu_seconds} s of processor time"
         if code < 0:
             return "crashed", f"by {signal.Signals(-code).name}" if -code in {*signal.Signals} else f"by signal {-code}"
@@ -202,6 +204,14 @@ class Sandbox:
             return "exit", f"with code {code} before its end"
         status, particulars = report[1]
         return cast(ProgramStatus, status), particulars
+
+
+def _encode_job(job: SandboxJob) -> bytes:
+    """Return what `SandboxJob.decode` reads."""
+    limits = [f"{name} {number}" for name, number in job.limits.items()]
+    texts = [job.token, job.folder, *map("\n".join, (job.layers, job.readable, limits)), str(job.folder_bytes)]
+    parts = [*map(os.fsencode, texts), job.system_calls, job.program]
+    return b" ".join(b"%d" % len(part) for part in parts) + b"\n" + b"".join(parts)
 
 
 def _list_readable() -> list[str]:
@@ -249,5 +259,13 @@ def _communicate(process: subprocess.Popen[bytes], job: bytes, limits: ProgramLi
 
 def _parse_report(report: bytes, token: str) -> list[list[str]]:
     """Return the lines of a process about itself, which begin with its token, without it."""
-    mark = json.dumps([token])[:-1].encode()
-    return [json.loads(line)[1:] for line in report.splitlines() if line.startswith(mark)][:2]
+    lines = [
+        line.decode("unicode_escape").split("\0") for line in report.splitlines() if line.startswith(token.encode())
+    ]
+    return [texts for _, *texts in lines][:2]
+
+
+def _child_file() -> str:
+    """Return what the process runs: compiled, as importing it has left it, if that could be written."""
+    compiled = importlib.util.cache_from_source(sandbox_child.__file__)
+    return compiled if os.path.exists(compiled) else sandbox_child.__file__

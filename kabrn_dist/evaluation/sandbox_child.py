@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import resource
 import runpy
 import signal
 import struct
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -40,7 +38,53 @@ _MODULE = "candidate"
 _SHOWN_CHARACTERS = 300
 
 
-def call(function: str, *arguments: Any) -> int:
+class SandboxJob:
+    """A program to run, and how.
+
+    Attributes:
+        token: Begins each line that the process writes about itself.
+        folder: An empty folder, in which the process starts.
+        layers: Layers to apply.
+        readable: Files and folders that Python needs.
+        limits: Name of the kernel's limit → number.
+        folder_bytes: Size of the program's folder, with namespaces.
+        system_calls: Instructions of the filter.
+        program: Source of the program.
+    """
+
+    def __init__(
+        self,
+        token: str,
+        folder: str,
+        layers: Sequence[str],
+        readable: Sequence[str],
+        limits: Mapping[str, int],
+        folder_bytes: int,
+        system_calls: bytes,
+        program: bytes,
+    ) -> None:
+        self.token, self.folder = token, folder
+        self.layers, self.readable = layers, readable
+        self.limits, self.folder_bytes = limits, folder_bytes
+        self.system_calls, self.program = system_calls, program
+
+    @classmethod
+    def decode(cls, content: bytes) -> SandboxJob:
+        """Return the job of a line of sizes and the parts that have them. JSON would take longer to import."""
+        sizes, _, rest = content.partition(b"\n")
+        parts = []
+        for size in map(int, sizes.split()):
+            parts.append(rest[:size])
+            rest = rest[size:]
+        token, folder, layers, readable, limits, folder_bytes = map(os.fsdecode, parts[:6])
+        pairs = (line.split() for line in limits.splitlines())
+        return cls(
+            token, folder, layers.splitlines(), readable.splitlines(),
+            {name: int(number) for name, number in pairs}, int(folder_bytes), *parts[6:],
+        )  # fmt: skip
+
+
+def call(function: str, *arguments: object) -> int:
     """Call a function of the C library.
 
     Raises:
@@ -69,7 +113,11 @@ def enter_namespaces(folder: str, readable: Sequence[str], folder_bytes: int) ->
     """
     uid, gid = os.geteuid(), os.getegid()
     call("unshare", _NEW_NAMESPACES)
-    for name, content in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+    for name, content in (
+        ("setgroups", b"deny"),
+        ("uid_map", b"%d %d 1" % (uid, uid)),
+        ("gid_map", b"%d %d 1" % (gid, gid)),
+    ):
         _write(f"/proc/self/{name}", content)
     call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     _mount_tmpfs(folder, b"size=1m,mode=755")
@@ -90,9 +138,9 @@ def enter_namespaces(folder: str, readable: Sequence[str], folder_bytes: int) ->
     return own
 
 
-def _write(path: str, content: str) -> None:
+def _write(path: str, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    os.write(descriptor, content.encode("utf-8", "surrogatepass"))
+    os.write(descriptor, content)
     os.close(descriptor)
 
 
@@ -108,7 +156,7 @@ def _bind(path: str, place: str) -> None:
     if os.path.isdir(path):
         os.makedirs(place, exist_ok=True)
     else:
-        _write(place, "")
+        _write(place, b"")
     call("mount", os.fsencode(path), os.fsencode(place), None, _MS_BIND | _MS_REC, None)
 
 
@@ -142,7 +190,7 @@ def drop_capabilities() -> None:
     call("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
 
 
-def limit_resources(limits: dict[str, int]) -> None:
+def limit_resources(limits: Mapping[str, int]) -> None:
     """Set limits, name of the resource → its number, which the process cannot raise again."""
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
@@ -163,29 +211,32 @@ def filter_system_calls(instructions: bytes) -> None:
     call("prctl", _PR_SET_SECCOMP, 2, program, 0, 0)
 
 
-def enter_sandbox(job: dict[str, Any]) -> str:
+def enter_sandbox(job: SandboxJob) -> str:
     """Apply the layers that a job asks for and leave its program in a folder where it may write.
+
+    Args:
+        job: The job.
 
     Returns:
         "" or the layer that cannot be had, and why.
     """
-    folder, layer = job["folder"], "namespaces"
+    folder, layer = job.folder, "namespaces"
     try:
-        if layer in job["layers"]:
-            folder = enter_namespaces(folder, job["readable"], job["folder_bytes"])
+        if layer in job.layers:
+            folder = enter_namespaces(folder, job.readable, job.folder_bytes)
         layer = "limits"
-        _write(_PROGRAM, job["program"])
+        _write(_PROGRAM, job.program)
         call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         layer = "landlock"
-        if layer in job["layers"]:
-            restrict_files(folder, job["readable"])
+        if layer in job.layers:
+            restrict_files(folder, job.readable)
         layer = "limits"
         drop_capabilities()
         call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        limit_resources(job["limits"])
+        limit_resources(job.limits)
         layer = "seccomp"
-        if layer in job["layers"]:
-            filter_system_calls(bytes.fromhex(job["filter"]))
+        if layer in job.layers:
+            filter_system_calls(job.system_calls)
     except Exception as error:
         return f"{layer}: {error}"
     return ""
@@ -225,26 +276,30 @@ def _describe(error: BaseException) -> str:
     return f"{name}: {text[:_SHOWN_CHARACTERS]}" if text else name
 
 
+def _report(stream: int, token: str, *texts: str) -> None:
+    os.write(stream, b"\0".join(text.encode("unicode_escape") for text in (token, *texts)) + b"\n")
+
+
 def main() -> None:
     """Read a job from standard input, run it, and write to what was standard error how it begins and how it ends.
 
-    These are lines of JSON: the job's token, by which they are known, and what is missing; the token, and how it ended.
+    These are two lines: the job's token, by which they are known, and what is missing; the token, and how it ended.
     """
-    job = json.loads(sys.stdin.buffer.read())
+    job = SandboxJob.decode(sys.stdin.buffer.read())
     report = os.dup(2)
     os.dup2(1, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     os.environ.clear()
     # The folder of this file is the first.
     del sys.path[0]
-    failed = enter_sandbox(job)
-    os.write(report, json.dumps([job["token"], failed]).encode() + b"\n")
-    if not failed:
-        status, particulars = run_file(_PROGRAM)
+    missing = enter_sandbox(job)
+    _report(report, job.token, missing)
+    if not missing:
+        ending = run_file(_PROGRAM)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os.write(report, json.dumps([job["token"], status, particulars]).encode() + b"\n")
+        _report(report, job.token, *ending)
     os._exit(0)
 
 
