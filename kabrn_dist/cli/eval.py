@@ -35,7 +35,7 @@ command goes on with what is missing. With --processes the work is shared. Score
 EXAMPLES = """  mixkabrn eval --list
   mixkabrn eval runs/tiny --tasks humaneval --allow-code --limit 4
   mixkabrn eval runs/tiny --tasks gsm8k,math,nq_open --data benchmarks --limit 100 --processes 2
-  mixkabrn eval exports/tiny --tasks gsm8k --data gsm8k=data/gsm8k/test.jsonl --shots 0
+  mixkabrn eval exports/tiny --tasks gsm8k,math --data benchmarks --split math=train --shots gsm8k=0
   mixkabrn eval tiny.mkb --tasks hellaswag,piqa --data benchmarks --shots 0
   mixkabrn eval runs/tiny --tasks mbpp --data benchmarks --allow-code --num-samples 20 --temperature 0.8
   mixkabrn eval --tasks gsm8k,math --data benchmarks --contamination data/corpus
@@ -69,9 +69,19 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="PATH|NAME=PATH",
         help="where the data of the tasks is (default: the current folder), or of one task; may be repeated",
     )
-    parser.add_argument("--split", default="", help="split to be scored (default: what each task is scored by)")
     parser.add_argument(
-        "--shots", type=non_negative_int, metavar="N", help="few-shot examples in a prompt (default: as is usual)"
+        "--split",
+        action="append",
+        default=[],
+        metavar="SPLIT|NAME=SPLIT",
+        help="split to be scored (default: the one that a task is usually scored by); may be repeated",
+    )
+    parser.add_argument(
+        "--shots",
+        action="append",
+        default=[],
+        metavar="N|NAME=N",
+        help="few-shot examples in a prompt (default: as many as is usual for a task); may be repeated",
     )
     parser.add_argument(
         "--limit",
@@ -186,39 +196,35 @@ def choose_tasks(text: str, known: list[str]) -> list[str]:
     return names
 
 
-def find_data(given: list[str], names: list[str]) -> dict[str, Path]:
-    """Return where the data of each task is.
+def assign_values(option: str, given: list[str], names: list[str]) -> dict[str, str]:
+    """Return the value of each task that has one, from values for all tasks, VALUE, and for one, NAME=VALUE.
 
     Args:
-        given: The values of --data.
+        option: For messages.
+        given: The option's values.
         names: Of the tasks.
 
     Raises:
-        UserError: for data of a task that is not among them, two places for one, or a place that does not exist.
+        UserError: for a value of a task that is not among them, or two for the same.
     """
-    common: list[Path] = []
-    own: dict[str, Path] = {}
+    common: list[str] = []
+    own: dict[str, str] = {}
     for value in given:
-        name, equals, place = value.partition("=")
+        name, equals, rest = value.partition("=")
         # A path may contain the sign too.
         if not equals or not name.replace("_", "").isalnum() or Path(value).exists():
-            common.append(Path(value))
+            common.append(value)
         elif name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            raise UserError(
-                f"--data {value}: {name!r} is none of --tasks; {f'did you mean {near[0]}?' if near else 'add it there'}"
-            )
+            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(names)}"
+            raise UserError(f"{option} {value}: {name!r} is none of --tasks; {hint}")
         elif name in own:
-            raise UserError(f"--data {value}: {own[name]} was named for {name} before; give one of them")
+            raise UserError(f"{option} {value}: is {own[name]} for {name} before; give one of them")
         else:
-            own[name] = Path(place)
+            own[name] = rest
     if len(common) > 1:
-        raise UserError(f"--data {common[1]}: {common[0]} was named before; give one folder for all, or NAME=PATH")
-    for path in [*common, *own.values()]:
-        if not path.exists():
-            raise UserError(f"--data {path}: no such file or folder; `mixkabrn eval --list` says what is expected")
-    everyone = common[0] if common else Path()
-    return {name: own.get(name, everyone) for name in names}
+        raise UserError(f"{option} {common[1]}: is {common[0]} before; give one for all tasks, or NAME=… for each")
+    return {name: own.get(name, common[0] if common else "") for name in names if name in own or common}
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -259,18 +265,22 @@ def load_tasks(options: argparse.Namespace, tasks: list[Task]) -> list[TaskData]
     from kabrn_dist.evaluation.settings import TaskSettings
     from kabrn_dist.evaluation.task_data import load_task_data
 
-    places = find_data(options.data, [task.name for task in tasks])
+    names = [task.name for task in tasks]
+    places = assign_values("--data", options.data, names)
+    for place in places.values():
+        if not Path(place).exists():
+            raise UserError(f"--data {place}: no such file or folder; `mixkabrn eval --list` says what is expected")
+    splits, shots = assign_values("--split", options.split, names), assign_values("--shots", options.shots, names)
+    counts = {name: _read_count(count) for name, count in shots.items()}
     are_all = options.tasks.strip().lower() == "all"
     loaded = []
     for task in tasks:
-        split = options.split or task.splits[0]
-        shots = task.default_shots if options.shots is None else options.shots
         settings = TaskSettings(
             name=task.name,
-            data=places[task.name].absolute(),
-            split=split,
-            # A task that has no few-shot examples has none in its prompts, whatever the others have.
-            shots=shots if task.shots_split or not are_all else 0,
+            data=Path(places.get(task.name, ".")).absolute(),
+            split=splits.get(task.name, task.splits[0]),
+            # A number for all tasks is for those that have few-shot examples.
+            shots=counts.get(task.name, task.default_shots) if task.shots_split or not are_all else 0,
             limit=options.limit,
             seed=options.seed,
             num_samples=options.num_samples,
@@ -289,6 +299,13 @@ def load_tasks(options: argparse.Namespace, tasks: list[Task]) -> list[TaskData]
             "--tasks all: none of them can be scored, for the reasons above; give --data the folder of their files"
         )
     return loaded
+
+
+def _read_count(text: str) -> int:
+    try:
+        return non_negative_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--shots: {error}") from None
 
 
 def _check_permission(task: Task, options: argparse.Namespace) -> None:

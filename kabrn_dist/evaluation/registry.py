@@ -6,6 +6,7 @@ from kabrn_dist.evaluation.task import Task
 from kabrn_dist.evaluation.tasks.arc import Arc, ArcChallenge, ArcEasy
 from kabrn_dist.evaluation.tasks.gsm8k import Gsm8k
 from kabrn_dist.evaluation.tasks.hellaswag import HellaSwag
+from kabrn_dist.evaluation.tasks.humaneval import HumanEval
 from kabrn_dist.evaluation.tasks.math import Math
 from kabrn_dist.evaluation.tasks.nq_open import NqOpen
 from kabrn_dist.evaluation.tasks.openbookqa import OpenBookQA
@@ -14,6 +15,7 @@ from kabrn_dist.evaluation.tasks.piqa import Piqa
 _ALL: tuple[type[Task], ...] = (
     Math,
     Gsm8k,
+    HumanEval,
     NqOpen,
     Arc,
     ArcEasy,
