@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.evaluation.draw import SampledText, check_generate_request, distinct_samples
+from kabrn_dist.evaluation.draw import SampledText, check_generate_request, distinct_samples, draw_one
 from kabrn_dist.evaluation.reading import ReadRows, RowReader, concatenate_read, read_prefix, repeat_row
 from kabrn_dist.evaluation.requests import Continuation, GenerateRequest
 from kabrn_dist.evaluation.tokens import prompt_tokens
+from kabrn_dist.model.mixkabrn import MixKABRN
 
 # Likeliest tokens that are sorted first; more of them only where these have not enough probability.
 SORTED_TOKENS = 256
@@ -83,6 +84,22 @@ def generate_batched(
         if not batch.rows:
             return
         yield from batch.step()
+
+
+@torch.no_grad()
+def generate_naive(model: MixKABRN, tokenizer: Tokenizer, request: GenerateRequest) -> list[Continuation]:
+    """Generate by definition: one continuation after another, everything read again for each token."""
+    found = []
+    for sample in range(request.num_samples):
+        text, tokens = SampledText(request, sample, tokenizer), prompt_tokens(tokenizer, [request.prompt])[0]
+        while not text.finish_reason:
+            ids = torch.tensor([tokens], device=model.embedding.weight.device)
+            positions = torch.arange(len(tokens), device=ids.device)[None]
+            logits = model.decode(ids, torch.zeros_like(ids), positions, None)[0][0, : tokenizer.vocab_size]
+            tokens.append(draw_one(logits.cpu().numpy(), request.temperature, request.top_p, text.uniform()))
+            text.push(tokens[-1])
+        found.append(text.result())
+    return found
 
 
 class _Prompts:

@@ -39,8 +39,8 @@ def load_evaluated_model(
         for option, value, usual in (("device", device, "cpu"), ("step", step, None)):
             if value != usual:
                 raise UserError(
-                    f"{path}: is a model file, for which {option} {value} has no meaning; leave it out, or evaluate the "
-                    "folder of the run"
+                    f"{path}: is a model file, for which {option} {value} has no meaning; leave it out, or evaluate "
+                    "the run's folder"
                 )
         return NativeEvaluatedModel(path)
     _check_device(device)

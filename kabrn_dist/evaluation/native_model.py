@@ -86,7 +86,7 @@ class NativeEvaluatedModel:
         for request in requests:
             check_generate_request(request)
         prompts = prompt_tokens(self._encoder, [request.prompt for request in requests])
-        room = max((len(p) + request.max_tokens for p, request in zip(prompts, requests, strict=True)), default=0)
+        room = max((len(p) + request.max_tokens for p, request in zip(prompts, requests, strict=True)), default=1)
         with self._open(room) as context:
             start = _Start(context, prompts)
             for number, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
@@ -116,7 +116,7 @@ class NativeEvaluatedModel:
         """
         split = split_tokens(self._encoder, requests)
         groups = group_by_context(split)
-        with self._open(max((len(a) + len(b) for a, b in split), default=0)) as context:
+        with self._open(max((len(a) + len(b) for a, b in split), default=1)) as context:
             start = _Start(context, list(groups))
             for tokens, numbers in groups.items():
                 logits = start.read(tokens)
@@ -136,7 +136,7 @@ class NativeEvaluatedModel:
             UserError: for a model whose outputs are not finite.
         """
         documents = prompt_tokens(self._encoder, [request.text for request in requests])
-        with self._open(max(map(len, documents), default=0)) as context:
+        with self._open(max(map(len, documents), default=1)) as context:
             for number, (first, *rest) in enumerate(documents):
                 context.reset()
                 nats, _ = self._score(context, _read(context, [first]), rest)
