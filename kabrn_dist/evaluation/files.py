@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.documents import Document
-from data_prep.sources.archive import Member, open_members, read_lines
+from data_prep.sources.archive import Member, open_members
 from data_prep.sources.base import parse_json_file, read_json_lines
 from data_prep.sources.compression import READ_ERRORS, describe_error
 from data_prep.sources.files import FileFilter, has_ending, list_example_names, list_units
 from data_prep.sources.layout import LayoutMismatch, describe_record
+from data_prep.sources.text import parse_text_lines
 from kabrn_dist.evaluation.task import Task
 from kabrn_dist.utils.errors import UserError
 
@@ -29,6 +30,7 @@ _SHOWN = 4
 _SPLIT_OF_WORD = {
     "train": "train",
     "dev": "validation",
+    "development": "validation",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
@@ -63,7 +65,8 @@ class FileLayout:
         pattern: Regular expression, upper and lower case alike, that the name of a file in a folder or archive
             contains.
         archives: Regular expression that the name of an archive in a folder contains; others are not opened.
-        endings: Endings of the names: .json (a record), .jsonl (one in each line), .lst (a label in each line).
+        endings: Endings of the names: .json (a record), .jsonl (one in each line), .lst (a "label" in each line), .txt (a
+            "text" in each line that is not blank).
     """
 
     accepts: Callable[[Mapping[str, Any]], bool]
@@ -235,8 +238,9 @@ def _read_records(member: Member, layout: FileLayout, task: Task, path: Path) ->
 
 def _parse(member: Member) -> Iterator[Record | str]:
     items: Iterator[Any]
-    if has_ending(member.name, (".lst",)):
-        items = ({"label": line[1].decode("utf-8", "replace").strip()} for line in _lines(member))
+    if has_ending(member.name, (".lst", ".txt")):
+        field = "label" if has_ending(member.name, (".lst",)) else "text"
+        items = (item if item.text is None else {field: item.text.strip()} for item in parse_text_lines(member))
     elif has_ending(member.name, (".jsonl",)):
         items = (item if isinstance(item, Document | LayoutMismatch) else item[1] for item in read_json_lines(member))
     else:
@@ -248,11 +252,6 @@ def _parse(member: Member) -> Iterator[Record | str]:
             yield item.description
         else:
             yield item if isinstance(item, dict) else f"a {type(item).__name__}, no object"
-
-
-def _lines(member: Member) -> Iterator[tuple[str, bytes]]:
-    for item in read_lines(member):
-        yield (item.name, item.problem.encode()) if isinstance(item, Document) else item
 
 
 def _find_problem(record: Record, layout: FileLayout) -> str:

@@ -39,6 +39,7 @@ class MathComparer:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._at_exit: weakref.finalize | None = None
+        self._failures: dict[tuple[str, str], str] = {}
 
     def equal(self, right: str, given: str) -> bool:
         r"""Return whether two texts, in LaTeX between dollars or in `\boxed{}`, hold the same answer.
@@ -51,15 +52,24 @@ class MathComparer:
             UnfinishedComparison: if it exceeds its limits, or the process dies of it.
             UserError: if math-verify is not installed, or does not start.
         """
+        if not (failure := self.failure(right, given)):
+            with self._lock:
+                process = self._process or self._start()
+                try:
+                    return self._ask(process, json.dumps([right, given]).encode() + b"\n")
+                except UnfinishedComparison as error:
+                    self._end()
+                    failure = self._failures[right, given] = str(error)
+                except BaseException:
+                    self._end()
+                    raise
+        raise UnfinishedComparison(failure)
+
+    def failure(self, right: str, given: str) -> str:
+        """Return why an earlier comparison was not finished, or a comparison cannot begin; "" otherwise."""
         if max(len(right), len(given)) > MAX_CHARACTERS:
-            raise UnfinishedComparison(f"more than {MAX_CHARACTERS} characters")
-        with self._lock:
-            process = self._process or self._start()
-            try:
-                return self._ask(process, json.dumps([right, given]).encode() + b"\n")
-            except BaseException:
-                self._end()
-                raise
+            return f"the answer has more than {MAX_CHARACTERS} characters"
+        return self._failures.get((right, given), "")
 
     def close(self) -> None:
         """End the process."""
@@ -72,10 +82,12 @@ class MathComparer:
             process.stdin.write(line)
             process.stdin.flush()
         except BrokenPipeError as error:
-            raise UnfinishedComparison("its process is gone") from error
+            raise UnfinishedComparison("its process has died") from error
         answer = _read_line(process, self._seconds)
         if answer not in (b"true", b"false"):
-            raise UnfinishedComparison("not finished in time" if answer is None else "out of memory, or too deep")
+            raise UnfinishedComparison(
+                f"not finished in {self._seconds:g} s" if answer is None else "out of memory, or nested too deep"
+            )
         return answer == b"true"
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -7,13 +7,17 @@ from kabrn_dist.evaluation.tasks.arc import Arc, ArcChallenge, ArcEasy
 from kabrn_dist.evaluation.tasks.gsm8k import Gsm8k
 from kabrn_dist.evaluation.tasks.hellaswag import HellaSwag
 from kabrn_dist.evaluation.tasks.humaneval import HumanEval
-from kabrn_dist.evaluation.tasks.math import Math
+from kabrn_dist.evaluation.tasks.last_word import LastWord
+from kabrn_dist.evaluation.tasks.long_context import LongContext
+from kabrn_dist.evaluation.tasks.math import MathProblems
 from kabrn_dist.evaluation.tasks.nq_open import NqOpen
 from kabrn_dist.evaluation.tasks.openbookqa import OpenBookQA
+from kabrn_dist.evaluation.tasks.perplexity import Perplexity
 from kabrn_dist.evaluation.tasks.piqa import Piqa
+from kabrn_dist.evaluation.tasks.recall import GeneratedRecall, Recall
 
 _ALL: tuple[type[Task], ...] = (
-    Math,
+    MathProblems,
     Gsm8k,
     HumanEval,
     NqOpen,
@@ -23,6 +27,11 @@ _ALL: tuple[type[Task], ...] = (
     OpenBookQA,
     HellaSwag,
     Piqa,
+    Perplexity,
+    LastWord,
+    LongContext,
+    Recall,
+    GeneratedRecall,
 )
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}

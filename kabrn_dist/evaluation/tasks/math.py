@@ -18,7 +18,7 @@ from kabrn_dist.evaluation.tasks.generation import first_text, join_shots, one_c
 _TREE = re.compile(r"(train|test)/([^/]+)/(\d+)\.json", re.IGNORECASE)
 
 
-class Math(Task):
+class MathProblems(Task):
     r"""Problems of MATH: 4-shot in the format of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858).
 
     The few-shot examples are drawn from the training split, instead of Minerva's own four. `exact_match` compares
@@ -79,7 +79,7 @@ class Math(Task):
             equal = exact  # two of the published solutions box nothing, which math-verify cannot compare
         elif text.strip():
             try:
-                equal = self._comparer.equal(_box(gold), text if given is None else _box(given))
+                equal = self._comparer.equal(_box(gold), _comparable(text))
             except UnfinishedComparison:
                 unfinished = True
         return {
@@ -87,6 +87,14 @@ class Math(Task):
             "math_verify": float(equal),
             "math_verify_unfinished": float(unfinished),
         }
+
+    def explain(self, example: Example, answers: Sequence[Answer]) -> str:
+        """Return what was taken for the answer, and why it was not compared, if it was not."""
+        text = first_text(answers)
+        given, gold = find_final_answer(text), find_final_answer(example.record["solution"]) or ""
+        failure = self._comparer.failure(_box(gold), _comparable(text))
+        taken = "no final answer found" if given is None else f"answer {given[:200]!r}"
+        return f"{taken}; math_verify: {failure}" if failure else taken
 
     def gold_answers(self, example: Example) -> list[Answer]:
         """Return the published solution."""
@@ -104,6 +112,12 @@ def _ask(example: Example) -> str:
 def _solve(example: Example) -> str:
     solution = example.record["solution"]
     return f"\n{solution}\nFinal Answer: The final answer is ${find_final_answer(solution)}$. I hope it is correct."
+
+
+def _comparable(text: str) -> str:
+    """Return the final answer, or a text without one as it is, in which math-verify may find an answer."""
+    given = find_final_answer(text)
+    return text if given is None else _box(given)
 
 
 def _box(answer: str) -> str:

@@ -1,0 +1,146 @@
+"""Texts to score, from files, folders, archives, or shard sets that `mixkabrn prepare` made."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.documents import Document
+from data_prep.sources.archive import Member, open_members
+from data_prep.sources.compression import COMPRESSED_ENDINGS, READ_ERRORS, describe_error
+from data_prep.sources.files import ARCHIVES, FileFilter, has_ending, list_example_names, list_units
+from data_prep.sources.text import Text, TextOptions
+from kabrn_dist.data.index import INDEX_NAME, Source
+from kabrn_dist.data.shard_set import FolderSet, open_shard_folder
+from kabrn_dist.data.token_stream import TokenStream
+from kabrn_dist.evaluation.files import MissingSplit, split_of
+from kabrn_dist.utils.errors import UserError
+
+TEXT_SPLITS = ("validation", "train", "test")
+TEXT_LAYOUT = (
+    "a text file, a folder or archive of .txt, .md and .jsonl files (field 'text'), or a folder that mixkabrn prepare "
+    "made"
+)
+_ENDINGS = (".txt", ".md", ".jsonl")
+# A name says a split only by a part of its own: wiki.test.txt, train/notes.md, but not test-of-time.txt.
+_SPLIT_PART = re.compile(r"(?:^|[./])(train|dev|val|valid|validation|test)(?=[./])", re.IGNORECASE)
+_STREAM_TOKENS = 1 << 20
+
+
+class SourceText(NamedTuple):
+    """A document.
+
+    Attributes:
+        source: Where it is from: a source of a shard set, or a file or folder below the given one.
+        name: Unique, and the same in every run.
+        text: The document, not empty.
+    """
+
+    source: str
+    name: str
+    text: str
+
+
+def read_texts(path: Path, split: str) -> list[SourceText]:
+    """Read the documents of a split.
+
+    A file that is given by name is read whatever its name says. In a folder, files whose names say no split belong to
+    "validation". Of a shard set the tokens are decoded, so that any model can score its texts by its own tokenizer.
+
+    Args:
+        path: Where they are; see `TEXT_LAYOUT`.
+        split: One of `TEXT_SPLITS`.
+
+    Raises:
+        UserError: if there are none, or a file is damaged.
+    """
+    if split not in TEXT_SPLITS:
+        raise UserError(f"--split {split}: texts have no such split; use one of {', '.join(TEXT_SPLITS)}")
+    if (path / INDEX_NAME).is_file():
+        texts = list(_read_shard_set(path, split))
+        found = {"train", "validation"}
+    else:
+        texts, found = _read_files(path, split)
+    if texts:
+        return texts
+    if other := found - {split}:
+        raise MissingSplit(
+            f"{path}: no texts of split {split} there; found {', '.join(sorted(other))}; use --split "
+            f"{min(other)}, or give --data the file itself",
+            tuple(sorted(other)),
+        )
+    seen = ", ".join(list_example_names([path])) or "nothing"
+    raise UserError(f"{path}: no texts there; found {seen}; give --data {TEXT_LAYOUT}")
+
+
+def _read_files(path: Path, split: str) -> tuple[list[SourceText], set[str]]:
+    texts: list[SourceText] = []
+    found: set[str] = set()
+    is_single = path.is_file() and not path.name.lower().endswith(ARCHIVES)
+    try:
+        for member in _open_texts(path, is_single):
+            own = split if is_single else _text_split(member.name)
+            found.add(own)
+            if own == split:
+                texts += _read_member(member, path, is_single)
+    except READ_ERRORS as error:
+        raise UserError(f"{path}: cannot be read ({describe_error(error)}); replace it") from error
+    return texts, found
+
+
+def _open_texts(path: Path, is_single: bool) -> Iterator[Member]:
+    ending = path.suffix.lower() if is_single else ""
+    other = () if not ending or ending in COMPRESSED_ENDINGS else (ending,)
+    file_filter = FileFilter((*_ENDINGS, *other), lambda name: True, accepts_archive=lambda name: not path.is_dir())
+    for unit in list_units([path], file_filter, 1 << 62):
+        yield from open_members(unit, file_filter, [], Counter())
+
+
+def _read_member(member: Member, path: Path, is_single: bool) -> Iterator[SourceText]:
+    # A file that is given by name and has another ending is a text all the same.
+    read_as = member if has_ending(member.name, (".jsonl",)) else member._replace(name=f"{member.name}.txt")
+    parts = member.name.split("/")
+    source = parts[-1] if is_single else parts[1] if path.is_dir() else parts[0]
+    for number, item in enumerate(Text([path], TextOptions()).parse_member(read_as), 1):
+        if not isinstance(item, Document) or item.text is None:
+            problem = item.problem if isinstance(item, Document) else item.description
+            raise UserError(f"{path}: {member.name} cannot be read as text ({problem}); repair it or leave it out")
+        if item.text:
+            yield SourceText(source, f"{member.name}:{number}", item.text)
+
+
+def _text_split(name: str) -> str:
+    found = _SPLIT_PART.findall(name)
+    return split_of(found[-1]) if found else "validation"
+
+
+def _read_shard_set(folder: Path, split: str) -> Iterator[SourceText]:
+    if split == "test":
+        return
+    shards = open_shard_folder(folder)
+    tokenizer = shards.tokenizer()
+    for source in shards.index.sources:
+        for number, tokens in enumerate(_documents(shards, source, split), 1):
+            if len(tokens):
+                yield SourceText(source.name, f"{source.name}:{number}", tokenizer.decode(tokens.tolist()))
+
+
+def _documents(shards: FolderSet, source: Source, split: str) -> Iterator[np.ndarray]:
+    """Yield the tokens of each document without the document token."""
+    stream = TokenStream([(shards, source)], "train" if split == "train" else "validation")
+    try:
+        rest = np.empty(0, np.int64)
+        for start in range(0, len(stream), _STREAM_TOKENS):
+            tokens = np.concatenate([rest, stream.read(start, min(start + _STREAM_TOKENS, len(stream)))])
+            begins = np.flatnonzero(tokens == shards.index.document_token)
+            for begin, end in zip(begins[:-1], begins[1:], strict=True):
+                yield tokens[begin + 1 : end]
+            rest = tokens[begins[-1] :] if len(begins) else tokens
+        yield rest[1:]
+    finally:
+        stream.close()
