@@ -35,7 +35,6 @@ from kabrn_dist.evaluation.sandbox_child import SandboxJob
 from kabrn_dist.evaluation.sandbox_filter import build_filter
 from kabrn_dist.utils.errors import UserError
 
-SANDBOX_REMEDY = "run on Linux with Landlock or user namespaces, or leave out the tasks that run code"
 SANDBOX_LAYERS = ("namespaces", "landlock", "seccomp")
 ProgramStatus = Literal["passed", "assertion", "exception", "time-out", "memory", "forbidden", "exit", "crashed"]
 
@@ -104,7 +103,17 @@ class ProgramOutcome:
 
 
 class SandboxError(UserError):
-    """Error of a machine on which a program cannot be run safely."""
+    """Error of a machine on which a program cannot be run safely.
+
+    Attributes:
+        reason: What is missing and why, without the remedy.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(
+            f"{message}; run on Linux with Landlock or user namespaces, or leave out the tasks that run code"
+        )
+        self.reason = reason or message
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ class Sandbox:
         job = SandboxJob(
             token=secrets.token_hex(16),
             folder=folder,
-            layers=list(self.layers),
+            layers=[*self.layers],
             readable=_list_readable(),
             limits=self.limits.to_rlimits(),
             folder_bytes=self.limits.folder_bytes,
@@ -186,13 +195,9 @@ class Sandbox:
 
     def _judge(self, report: list[list[str]], code: int, in_time: bool, seconds: float) -> tuple[ProgramStatus, str]:
         if not report and in_time:
-            raise SandboxError(
-                f"no process for a program of the model: Python ended with code {code}; {SANDBOX_REMEDY}"
-            )
-        if report and report[0][0]:
-            raise SandboxError(
-                f"a program of the model was not run, the sandbox lacks {report[0][0]}; {SANDBOX_REMEDY}"
-            )
+            raise SandboxError(f"no process for a program of the model: Python ended with code {code}")
+        if report and (missing := report[0][0]):
+            raise SandboxError(f"a program of the model was not run, the sandbox lacks {missing}", missing)
         if not in_time:
             return "time-out", f"more than {self.limits.wall_seconds:g} s"
         # A program may handle the first signal of the limit; the second kills it, as does a machine out of memory.

@@ -1,20 +1,17 @@
 """The process in which the sandbox runs one program: gives up everything it can, then runs it.
 
-It is started by its path, with the standard library alone, and imports nothing of this package. A layer that was asked
-for and cannot be had ends it before the program begins.
+It is started by its path and imports nothing of this package, and of the standard library as little as it can: imports
+are most of its time. A layer that was asked for and cannot be had ends it before the program begins.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
-import runpy
-import signal
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -25,6 +22,7 @@ _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = -100, 0x8000, 0x1
 # These have one number on all machines.
 _SYS_MOUNT_SETATTR, _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_SIGKILL = 9
 _CAPABILITY_VERSION_3 = 0x20080522
 
 # Rights of Landlock: to read a file, and to list a folder too; all that the own folder needs.
@@ -56,9 +54,9 @@ class SandboxJob:
         self,
         token: str,
         folder: str,
-        layers: Sequence[str],
-        readable: Sequence[str],
-        limits: Mapping[str, int],
+        layers: list[str],
+        readable: list[str],
+        limits: dict[str, int],
         folder_bytes: int,
         system_calls: bytes,
         program: bytes,
@@ -97,7 +95,7 @@ def call(function: str, *arguments: object) -> int:
     return result
 
 
-def enter_namespaces(folder: str, readable: Sequence[str], folder_bytes: int) -> str:
+def enter_namespaces(folder: str, readable: list[str], folder_bytes: int) -> str:
     """Move to namespaces of its own: no network, no shared memory, and a tree with nothing but what Python needs.
 
     Args:
@@ -160,7 +158,7 @@ def _bind(path: str, place: str) -> None:
     call("mount", os.fsencode(path), os.fsencode(place), None, _MS_BIND | _MS_REC, None)
 
 
-def restrict_files(folder: str, readable: Sequence[str]) -> None:
+def restrict_files(folder: str, readable: list[str]) -> None:
     """Restrict itself by Landlock to reading `readable` and to files in `folder`.
 
     Raises:
@@ -181,16 +179,7 @@ def restrict_files(folder: str, readable: Sequence[str]) -> None:
     os.close(ruleset)
 
 
-def drop_capabilities() -> None:
-    """Give up all capabilities, which root and the first process of a user namespace have.
-
-    Raises:
-        OSError: if the kernel refuses.
-    """
-    call("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
-
-
-def limit_resources(limits: Mapping[str, int]) -> None:
+def limit_resources(limits: dict[str, int]) -> None:
     """Set limits, name of the resource → its number, which the process cannot raise again."""
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
@@ -214,9 +203,6 @@ def filter_system_calls(instructions: bytes) -> None:
 def enter_sandbox(job: SandboxJob) -> str:
     """Apply the layers that a job asks for and leave its program in a folder where it may write.
 
-    Args:
-        job: The job.
-
     Returns:
         "" or the layer that cannot be had, and why.
     """
@@ -231,8 +217,9 @@ def enter_sandbox(job: SandboxJob) -> str:
         if layer in job.layers:
             restrict_files(folder, job.readable)
         layer = "limits"
-        drop_capabilities()
-        call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        # Root has capabilities, and so has the first process of a user namespace.
+        call("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
+        call("prctl", _PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
         limit_resources(job.limits)
         layer = "seccomp"
         if layer in job.layers:
@@ -249,7 +236,8 @@ def run_file(path: str) -> tuple[str, str]:
         How it ended, and the particulars: "passed" if it ran to its end.
     """
     try:
-        runpy.run_path(path, run_name=_MODULE)
+        module = sys.modules[_MODULE] = type(sys)(_MODULE)
+        SourceFileLoader(_MODULE, path).exec_module(module)
     except MemoryError:
         return "memory", ""
     except BaseException as error:
@@ -280,6 +268,15 @@ def _report(stream: int, token: str, *texts: str) -> None:
     os.write(stream, b"\0".join(text.encode("unicode_escape") for text in (token, *texts)) + b"\n")
 
 
+def _flush(stream: object) -> None:
+    # A program may have closed it, or put something else in its place.
+    if hasattr(stream, "flush"):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            return
+
+
 def main() -> None:
     """Read a job from standard input, run it, and write to what was standard error how it begins and how it ends.
 
@@ -288,7 +285,9 @@ def main() -> None:
     job = SandboxJob.decode(sys.stdin.buffer.read())
     report = os.dup(2)
     os.dup2(1, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+    # The next file that is opened takes the first free number, which is that of standard input.
+    os.close(0)
+    os.open(os.devnull, os.O_RDONLY)
     os.environ.clear()
     # The folder of this file is the first.
     del sys.path[0]
@@ -297,8 +296,7 @@ def main() -> None:
     if not missing:
         ending = run_file(_PROGRAM)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
+            _flush(stream)
         _report(report, job.token, *ending)
     os._exit(0)
 

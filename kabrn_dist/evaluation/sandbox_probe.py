@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kabrn_dist.evaluation.sandbox import SANDBOX_LAYERS, SANDBOX_REMEDY, ProgramLimits, Sandbox, SandboxError
+from kabrn_dist.evaluation.sandbox import SANDBOX_LAYERS, ProgramLimits, Sandbox, SandboxError
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def probe_sandbox(layers: Sequence[str] = SANDBOX_LAYERS) -> SandboxProbe:
             else:
                 missing[layer] = outcome.describe()
         except SandboxError as error:
-            missing[layer] = str(error)
+            missing[layer] = error.reason.removeprefix(f"{layer}: ")
     return SandboxProbe(tuple(had), missing, _find_escapes(tuple(had)))
 
 
@@ -97,5 +97,5 @@ def open_sandbox(limits: ProgramLimits | None = None, layers: Sequence[str] = SA
     """
     probe = probe_sandbox(layers)
     if not probe.is_safe:
-        raise SandboxError(f"programs of a model cannot be run safely here: {probe.describe()}; {SANDBOX_REMEDY}")
+        raise SandboxError(f"programs of a model cannot be run safely here: {probe.describe()}")
     return Sandbox(probe.layers, limits or ProgramLimits())

@@ -133,6 +133,7 @@ OWN_FILES = {
     "kabrn_dist/utils/safe_open.py": "the guarded opener itself",
     "kabrn_dist/utils/atomic_io.py": "writes; folders for fsync",
     "kabrn_dist/utils/lock.py": "the lock, opened for writing, which does not block",
+    "kabrn_dist/evaluation/sandbox_child.py": "/proc, and the folder of the program that it runs",
     "kabrn_dist/metrics/writer.py": "the log, opened for appending without blocking",
     "kabrn_dist/metrics/logger.py": "/proc",
     "kabrn_dist/grow/tensors.py": "the scratch folder",
