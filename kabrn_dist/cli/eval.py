@@ -331,4 +331,12 @@ def _evaluate(options: argparse.Namespace, data: list[TaskData]) -> int:
 
 
 def _check_contamination(options: argparse.Namespace, data: list[TaskData]) -> int:
-    raise UserError("contamination")
+    from kabrn_dist.evaluation.answering import shown_prompt
+    from kabrn_dist.evaluation.contamination import find_contamination
+
+    texts = {
+        each.task.name: [(example.id, shown_prompt(each.make_requests(example, 0)[0])) for example in each.examples]
+        for each in data
+    }
+    print(find_contamination(options.contamination, texts, workers=options.processes).to_table())
+    return 0

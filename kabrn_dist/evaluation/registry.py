@@ -10,6 +10,7 @@ from kabrn_dist.evaluation.tasks.humaneval import HumanEval
 from kabrn_dist.evaluation.tasks.last_word import LastWord
 from kabrn_dist.evaluation.tasks.long_context import LongContext
 from kabrn_dist.evaluation.tasks.math import MathProblems
+from kabrn_dist.evaluation.tasks.mbpp import Mbpp
 from kabrn_dist.evaluation.tasks.nq_open import NqOpen
 from kabrn_dist.evaluation.tasks.openbookqa import OpenBookQA
 from kabrn_dist.evaluation.tasks.perplexity import Perplexity
@@ -20,6 +21,7 @@ _ALL: tuple[type[Task], ...] = (
     MathProblems,
     Gsm8k,
     HumanEval,
+    Mbpp,
     NqOpen,
     Arc,
     ArcEasy,
