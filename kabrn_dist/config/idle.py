@@ -82,11 +82,13 @@ def _other_conditions(config: Config) -> list[tuple[str, ConfigSection, str, boo
     learns = config.model.experts.type not in ("swiglu", "relu2")
     remote = any("://" in path for path in (data.path, *(extra.path for extra in data.extra_sets)))
     kept = checkpoint.save_interval > 0
+    validation, tasks = config.validation, "task_data task_interval task_examples"
     return [
         ("optimizer", optimizer, "function_lr_ratio", learns, f"model.experts.type is {config.model.experts.type}"),
         ("guard", guard, "spike_sigma spike_window", guard.spike != "off", "guard.spike is off"),
         ("data", data, "cache_dir cache_size_gb", remote, "no shard set is a URL"),
         ("checkpoint", checkpoint, "keep_every", kept, "checkpoint.save_interval is 0"),
+        ("validation", validation, tasks, bool(validation.tasks), "validation.tasks names none"),
     ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from kabrn_dist.utils.yaml_section import ConfigSection
 
@@ -40,6 +41,23 @@ class ValidationConfig(ConfigSection):
     sample_tokens: int = Field(
         64, ge=0, le=10_000, description="Tokens of the text that the model writes at each validation; 0: none."
     )
+    tasks: tuple[str, ...] = Field(
+        (), description="Tasks of `mixkabrn eval` that are scored during training; none that runs code."
+    )
+    task_data: Path | None = Field(None, description="Folder with the files of the tasks.")
+    task_interval: int = Field(0, ge=0, description="Steps between scores of the tasks; 0: only at the end.")
+    task_examples: PositiveInt = Field(
+        64, description="Examples of each task, those of `mixkabrn eval --limit` with the same number."
+    )
+
+    @model_validator(mode="after")
+    def _check_task_data(self) -> ValidationConfig:
+        if self.tasks and self.task_data is None:
+            raise ValueError(
+                f"validation.tasks {', '.join(self.tasks)} are read from validation.task_data, which is missing; set "
+                "it to the folder of their files"
+            )
+        return self
 
 
 class CheckpointConfig(ConfigSection):

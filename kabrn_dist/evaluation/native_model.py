@@ -73,6 +73,10 @@ class NativeEvaluatedModel:
         """Unmap the file."""
         self._model.close()
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of an ordinary text."""
+        return len(self._model.tokenize(text))
+
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[Continuation]]]:
         """Yield (number of the request, its continuations), in the order of the requests.
 

@@ -116,6 +116,9 @@ class EvaluatedModel(Protocol):
     name: str
     fingerprint: str
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of an ordinary text."""
+
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[Continuation]]]:
         """Yield (index of the request, its continuations), as they are finished."""
 

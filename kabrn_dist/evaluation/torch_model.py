@@ -65,6 +65,10 @@ class TorchModel:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self._reader = RowReader(model, in_order)
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of an ordinary text."""
+        return len(self.tokenizer.encode(text))
+
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[Continuation]]]:
         """Yield (number of the request, its continuations); see `generate_batched`."""
         return generate_batched(self._reader, self.tokenizer, requests, self.batch_size)

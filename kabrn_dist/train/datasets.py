@@ -1,9 +1,9 @@
-"""The datasets of a run: both splits, opened and checked before any process group forms."""
+"""The datasets of a run: both splits and the tasks, opened and checked before any process group forms."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from kabrn_dist.data.locations import check_locations
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.distributed.collectives import run_on_all
 from kabrn_dist.distributed.mesh import Mesh
+from kabrn_dist.evaluation.task_data import TaskData
+from kabrn_dist.train.task_scores import open_tasks
 from kabrn_dist.utils.errors import UserError
 
 # Reading a text 4 times is nearly as good as new text, 16 times worth half as much, and beyond 40 times worth nothing:
@@ -35,6 +37,7 @@ class Datasets:
         tokenizer: the tokenizer of all sources.
         bytes_per_token: [vocabulary] int64, UTF-8 bytes that each token stands for.
         gzip_bits_per_byte: compression of the validation text by `gzip -9`, for comparison.
+        tasks: what `validation.tasks` asks.
     """
 
     train: TokenDataset
@@ -42,6 +45,7 @@ class Datasets:
     tokenizer: Tokenizer
     bytes_per_token: np.ndarray
     gzip_bits_per_byte: float
+    tasks: Sequence[TaskData] = ()
 
     def is_verifying(self) -> bool:
         """Return whether a shard that was opened is still to be compared with its hash. Never blocks."""
@@ -61,7 +65,7 @@ def open_datasets(config: Config) -> Datasets:
 
     Raises:
         UserError: for missing or damaged shards, a wrong tokenizer, weights that name no source or sum to 0, data that
-            ends before the run does, or a vocabulary larger than the model's.
+            ends before the run does, a vocabulary larger than the model's, or tasks that cannot be scored.
     """
     data = config.data
     check_locations(data, config.model.vocab_size)
@@ -78,7 +82,8 @@ def open_datasets(config: Config) -> Datasets:
             f"{data.path}/tokenizer.json; set model.vocab_size to at least "
             f"{tokenizer.vocab_size}, or to go on with a run, use the shards that it has begun with"
         )
-    return Datasets(train, validation, tokenizer, tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte())
+    bytes_per_token, gzip = tokenizer.bytes_per_token(), corpus.gzip_bits_per_byte()
+    return Datasets(train, validation, tokenizer, bytes_per_token, gzip, open_tasks(config))
 
 
 def describe_repetition(config: Config, train: TokenDataset) -> str:

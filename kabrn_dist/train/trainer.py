@@ -51,6 +51,7 @@ from kabrn_dist.train.step_batches import next_step_batches
 from kabrn_dist.train.step_log import StepLog, StepLogger
 from kabrn_dist.train.stop_requests import StopRequests
 from kabrn_dist.train.target_share import TargetShare
+from kabrn_dist.train.task_scores import describe_task_scores, score_tasks
 from kabrn_dist.train.throughput import measure_speed
 from kabrn_dist.train.validation import score
 from kabrn_dist.train.watchdog import Watchdog
@@ -267,6 +268,8 @@ class Trainer:
                 continue
             if _is_due(self.step, config.validation.eval_interval):
                 self._validate()
+            if _is_due(self.step, config.validation.task_interval) and not self.stopping:
+                self._score_tasks()
             if _is_due(self.step, config.checkpoint.save_interval) and self.step < last and not self.stopping:
                 self._save(wait=False)
         return self.finish()
@@ -341,6 +344,8 @@ class Trainer:
             )
         if finished and self.step > self.first_step and not _is_due(self.step, self.config.validation.eval_interval):
             self._validate()
+        if finished and self.step > self.first_step and not _is_due(self.step, self.config.validation.task_interval):
+            self._score_tasks()
         self._save(wait=True)
         if self.saver.saved_step != self.step:
             raise UserError(f"{self.store.folder}: step {self.step} could not be saved; make room, then resume")
@@ -384,6 +389,16 @@ class Trainer:
             self.metrics.write_text(self.step, "sample", text)
         if self.config.validation.eval_interval:
             self._figures.draw(self.step, self._step_logger.tokens_per_expert)
+
+    def _score_tasks(self) -> None:
+        """Score `validation.tasks`, unless a stop request arrives: then nothing is logged."""
+        if not self.datasets.tasks:
+            return
+        values = score_tasks(self.engine, self.datasets.tokenizer, self.datasets.tasks, self._is_interrupted)
+        if values is None:
+            self.stopping = True
+            return
+        self.metrics.write(self.step, values, f"step {self.step:6d}  {describe_task_scores(values)}")
 
     def _is_interrupted(self) -> bool:
         self.watchdog.report_progress(f"validating after step {self.step}")

@@ -1,0 +1,342 @@
+"""`mixkabrn eval`: scores of a model on published tasks."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kabrn_dist.cli.arguments import (
+    Subparsers,
+    add_command,
+    given_path,
+    non_negative_int,
+    number,
+    positive_int,
+    whole_number,
+)
+from kabrn_dist.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from kabrn_dist.evaluation.task import Task
+    from kabrn_dist.evaluation.task_data import TaskData
+
+DESCRIPTION = """Asks a model the examples of published tasks, which are read from local files, and scores its answers.
+`mixkabrn eval --list` names the tasks, the files that each needs, and where they are published.
+
+--data names a folder (or a file, or an archive) in which the tasks find their files; NAME=PATH is for one task. Prompts
+begin with few-shot examples of the training split, chosen by --seed: the same ones for every model.
+
+Writes to --out, for each task TASK.jsonl with a line for each example, and then results.json and index.html, a page
+with the scores by group and answers right and wrong. Results are kept while they come: after an interruption the same
+command goes on with what is missing. With --processes the work is shared. Scores depend on neither."""
+
+EXAMPLES = """  mixkabrn eval --list
+  mixkabrn eval runs/tiny --tasks humaneval --allow-code --limit 4
+  mixkabrn eval runs/tiny --tasks gsm8k,math,nq_open --data benchmarks --limit 100 --processes 2
+  mixkabrn eval exports/tiny --tasks gsm8k,math --data benchmarks --split math=train --shots gsm8k=0
+  mixkabrn eval tiny.mkb --tasks hellaswag,piqa --data benchmarks --shots 0
+  mixkabrn eval runs/tiny --tasks mbpp --data benchmarks --allow-code --num-samples 20 --temperature 0.8
+  mixkabrn eval --tasks gsm8k,math --data benchmarks --contamination data/corpus
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `mixkabrn eval`."""
+    parser = add_command(subparsers, "eval", run, "score a model on published tasks", DESCRIPTION, EXAMPLES)
+    parser.add_argument(
+        "model",
+        type=given_path,
+        nargs="?",
+        metavar="MODEL",
+        help="folder of a run or of an export, or a model file; none for --list and --contamination",
+    )
+    parser.add_argument(
+        "--step", type=non_negative_int, metavar="N", help="checkpoint of the run (default: the newest intact one)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the tasks and the files that they need, and stop")
+    parser.add_argument(
+        "--tasks",
+        default="",
+        metavar="NAME,…",
+        help="tasks, or all: each one whose data is there, and of those that run code with --allow-code only",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="PATH|NAME=PATH",
+        help="where the data of the tasks is (default: the current folder), or of one task; may be repeated",
+    )
+    parser.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="SPLIT|NAME=SPLIT",
+        help="split to be scored (default: the one that a task is usually scored by); may be repeated",
+    )
+    parser.add_argument(
+        "--shots",
+        action="append",
+        default=[],
+        metavar="N|NAME=N",
+        help="few-shot examples in a prompt (default: as many as is usual for a task); may be repeated",
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="ask N examples, chosen by --seed; a larger N later adds to them (default: all)",
+    )
+    parser.add_argument(
+        "--out", type=given_path, metavar="FOLDER", help="folder of the results (default: evaluations/NAME OF MODEL)"
+    )
+    _add_computation(parser)
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="allow tasks whose scoring runs programs that the model wrote, in a sandbox",
+    )
+    parser.add_argument(
+        "--contamination",
+        type=given_path,
+        metavar="SHARDS",
+        help="in place of an evaluation, look for the examples of the tasks in a folder of training shards",
+    )
+
+
+def _add_computation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=32,
+        metavar="N",
+        help="sequences at once (default 32); the scores do not depend on it",
+    )
+    parser.add_argument(
+        "--processes", type=positive_int, default=1, metavar="N", help="processes that share the work (default 1)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
+    parser.add_argument(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="chooses few-shot examples and those of --limit, and draws tokens (default 0)",
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="answers to each prompt, for pass@k; needs --temperature (default 1)",
+    )
+    parser.add_argument(
+        "--temperature", type=number, default=0.0, metavar="T", help="of answers; 0 (default): the likeliest tokens"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="leave out few-shot examples from prompts that are longer; 0 (default): prompts may have any length",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, or list the tasks; return the exit code."""
+    from kabrn_dist.evaluation.registry import TASKS
+
+    if options.list:
+        for task in TASKS.values():
+            print(_describe(task()), end="\n\n")
+        return 0
+    tasks = choose_tasks(options.tasks, list(TASKS))
+    _check_numbers(options)
+    if options.contamination is None:
+        _check_model(options.model)
+    data = load_tasks(options, [TASKS[name]() for name in tasks])
+    if options.contamination is not None:
+        return _check_contamination(options, data)
+    return _evaluate(options, data)
+
+
+def _describe(task: Task) -> str:
+    splits = ", ".join(task.splits)
+    shots = f"{task.default_shots} few-shot examples of {task.shots_split}" if task.shots_split else "no examples"
+    code = "\n  runs code that the model wrote: needs --allow-code" if task.runs_code else ""
+    return (
+        f"{task.name}: {task.description}\n  files: {task.layout}\n  published: {task.published}\n"
+        f"  splits: {splits}; prompts: {shots} by default; main score: {task.main_metric}{code}"
+    )
+
+
+def choose_tasks(text: str, known: list[str]) -> list[str]:
+    """Return the names in a comma-separated list, each once.
+
+    Args:
+        text: Names, or "all".
+        known: Names of all tasks.
+
+    Raises:
+        UserError: for a name that is unknown, with the nearest ones, or none at all.
+    """
+    names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"--tasks: names no task; use some of {', '.join(known)}, or all")
+    if names == ["all"]:
+        return known
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"use some of {', '.join(known)}"
+            raise UserError(f"--tasks: {name!r} is no task; {hint}")
+    return names
+
+
+def assign_values(option: str, given: list[str], names: list[str]) -> dict[str, str]:
+    """Return the value of each task that has one, from values for all tasks, VALUE, and for one, NAME=VALUE.
+
+    Args:
+        option: For messages.
+        given: The option's values.
+        names: Of the tasks.
+
+    Raises:
+        UserError: for a value of a task that is not among them, or two for the same.
+    """
+    common: list[str] = []
+    own: dict[str, str] = {}
+    for value in given:
+        name, equals, rest = value.partition("=")
+        # A path may contain the sign too.
+        if not equals or not name.replace("_", "").isalnum() or Path(value).exists():
+            common.append(value)
+        elif name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(names)}"
+            raise UserError(f"{option} {value}: {name!r} is none of --tasks; {hint}")
+        elif name in own:
+            raise UserError(f"{option} {value}: is {own[name]} for {name} before; give one of them")
+        else:
+            own[name] = rest
+    if len(common) > 1:
+        raise UserError(f"{option} {common[1]}: is {common[0]} before; give one for all tasks, or NAME=… for each")
+    return {name: own.get(name, common[0] if common else "") for name in names if name in own or common}
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if not 0 <= options.temperature <= 100:
+        raise UserError(
+            f"--temperature {options.temperature:g}: is no temperature; use 0 for the likeliest tokens, or 0.8"
+        )
+    if options.num_samples > 1 and not options.temperature:
+        raise UserError(
+            f"--num-samples {options.num_samples}: all answers are the same without --temperature; add it, as 0.8"
+        )
+    if options.prompt_tokens < 0:
+        raise UserError(f"--prompt-tokens {options.prompt_tokens}: is less than 0; use 0 for prompts of any length")
+
+
+def _check_model(path: Path | None) -> None:
+    """Refuse what is no model before data is read, which takes a while too."""
+    from kabrn_dist.inference.folder import check_run_folder, is_export
+
+    if path is None:
+        raise UserError("MODEL is missing; name the folder of a run or of an export, or a model file")
+    if path.suffix == ".mkb" and path.is_file():
+        return
+    if not is_export(path):
+        check_run_folder(path, "config.yaml")
+
+
+def load_tasks(options: argparse.Namespace, tasks: list[Task]) -> list[TaskData]:
+    """Read the data of the tasks, and check that they may be scored.
+
+    Args:
+        options: Of the command line.
+        tasks: The tasks. If the command asked for all, those are left out, with a line each, that cannot be scored.
+
+    Raises:
+        UserError: for a task that cannot be scored, or if none can.
+    """
+    from kabrn_dist.evaluation.settings import TaskSettings
+    from kabrn_dist.evaluation.task_data import load_task_data
+
+    names = [task.name for task in tasks]
+    places = assign_values("--data", options.data, names)
+    for place in places.values():
+        if not Path(place).exists():
+            raise UserError(f"--data {place}: no such file or folder; `mixkabrn eval --list` says what is expected")
+    splits, shots = assign_values("--split", options.split, names), assign_values("--shots", options.shots, names)
+    counts = {name: _read_count(count) for name, count in shots.items()}
+    are_all = options.tasks.strip().lower() == "all"
+    loaded = []
+    for task in tasks:
+        settings = TaskSettings(
+            name=task.name,
+            data=Path(places.get(task.name, ".")).absolute(),
+            split=splits.get(task.name, task.splits[0]),
+            # A number for all tasks is for those that have few-shot examples.
+            shots=counts.get(task.name, task.default_shots) if task.shots_split or not are_all else 0,
+            limit=options.limit,
+            seed=options.seed,
+            num_samples=options.num_samples,
+            temperature=options.temperature,
+            prompt_tokens=options.prompt_tokens,
+        )
+        try:
+            _check_permission(task, options)
+            loaded.append(load_task_data(task, settings))
+        except UserError as error:
+            if not are_all:
+                raise
+            print(f"{task.name} is left out: {error}")
+    if not loaded:
+        raise UserError(
+            "--tasks all: none of them can be scored, for the reasons above; give --data the folder of their files"
+        )
+    return loaded
+
+
+def _read_count(text: str) -> int:
+    try:
+        return non_negative_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--shots: {error}") from None
+
+
+def _check_permission(task: Task, options: argparse.Namespace) -> None:
+    if task.runs_code and not options.allow_code and options.contamination is None:
+        raise UserError(
+            f"{task.name}: is scored by running programs that the model wrote, in a sandbox; allow it with --allow-code"
+        )
+
+
+def _evaluate(options: argparse.Namespace, data: list[TaskData]) -> int:
+    from kabrn_dist.evaluation.console import show_evaluation
+    from kabrn_dist.evaluation.run import Evaluation, share_threads
+    from kabrn_dist.evaluation.workers import ModelChoice
+
+    name = options.model.absolute().name.removesuffix(".mkb")
+    threads = share_threads(options.processes) if options.processes > 1 else 0
+    model = ModelChoice(options.model.absolute(), options.device, options.batch_size, threads, options.step)
+    if options.step is not None:
+        name = f"{name}-step-{options.step}"
+    out = options.out if options.out is not None else Path("evaluations", name)
+    show_evaluation(Evaluation(model, data, out, options.processes))
+    return 0
+
+
+def _check_contamination(options: argparse.Namespace, data: list[TaskData]) -> int:
+    from kabrn_dist.evaluation.answering import shown_prompt
+    from kabrn_dist.evaluation.contamination import find_contamination
+
+    texts = {
+        each.task.name: [(example.id, shown_prompt(each.make_requests(example, 0)[0])) for example in each.examples]
+        for each in data
+    }
+    print(find_contamination(options.contamination, texts, workers=options.processes).to_table())
+    return 0
