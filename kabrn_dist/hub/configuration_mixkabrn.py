@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -49,7 +49,7 @@ class MixKABRNConfig(PretrainedConfig):
 
     model_type = "mixkabrn"
     keys_to_ignore_at_inference = ("past_key_values",)
-    attribute_map = {"num_attention_heads": "num_heads"}
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
 
     def __init__(
         self,

@@ -982,6 +982,7 @@ class MixKABRNPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["MixKABRNBlock"]
     # States cannot go back, so that there is no assisted generation.
     _is_stateful = True
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """The model makes its own cache."""

@@ -86,7 +86,12 @@ def list_hub_tensors(config: Config, source: TensorSource, flavor: Flavor) -> li
         if name == ROUTER_BIAS:
             tensors += [
                 HubTensor(
-                    f"model.blocks.{layer}.mixture.router.bias", name, "values", shape[1:], torch.float32, row * shape[1]
+                    f"model.blocks.{layer}.mixture.router.bias",
+                    name,
+                    "values",
+                    shape[1:],
+                    torch.float32,
+                    row * shape[1],
                 )
                 for row, layer in enumerate(config.model.moe_layers)
             ]
