@@ -193,7 +193,10 @@ def _write_tensors(export: HubExport, tensors: list[HubTensor], stream: BinaryIO
     digest = hashlib.sha256()
     for tensor in tensors:
         for values in read_hub_tensor(tensor, export.source):
-            content = values.contiguous().view(-1).view(torch.uint8).numpy().data
+            # A single value may have any stride, which keeps it from being seen as bytes.
+            flat = values.reshape(-1)
+            flat = flat.clone(memory_format=torch.contiguous_format) if flat.stride(0) != 1 else flat
+            content = flat.view(torch.uint8).numpy().data
             digest.update(content)
             stream.write(content)
     stream.seek(0)
@@ -219,7 +222,7 @@ def _small_files(export: HubExport, name: str) -> dict[str, bytes]:
     )
     files = {
         "config.json": _json(config),
-        "generation_config.json": _json(make_generation_config(document)),
+        "generation_config.json": _json(make_generation_config(document, export.tokenizer.vocab_size, model.vocab_size)),
         **{file: _model_code(file) for file in MODEL_FILES},
         **export.tokenizer_files,
         "README.md": write_card(facts).encode(),

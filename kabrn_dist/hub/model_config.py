@@ -72,9 +72,16 @@ def make_hub_config(model: ModelConfig, lam: float, step: int, document_token: i
     }
 
 
-def make_generation_config(document_token: int) -> dict[str, Any]:
-    """Return the content of generation_config.json: the sampling of `mixkabrn generate`."""
-    return {
+def make_generation_config(document_token: int, tokens: int, vocab_size: int) -> dict[str, Any]:
+    """Return the content of generation_config.json: the sampling of `mixkabrn generate`.
+
+    Args:
+        document_token: Id that begins and ends documents.
+        tokens: Number of the tokenizer's ids.
+        vocab_size: Rows of the head. Those without a token are never drawn.
+    """
+    unused = {"suppress_tokens": list(range(tokens, vocab_size))} if tokens < vocab_size else {}
+    return unused | {
         "bos_token_id": document_token,
         "eos_token_id": document_token,
         "pad_token_id": document_token,

@@ -13,10 +13,15 @@ from tests.support.environments import make_environment, run_in_environment
 TRANSFORMERS = ("4.57.6", "5.23.0")
 
 
+def make_transformers(version: str) -> Path:
+    """Return the environment of a version of transformers, with what its Trainer needs."""
+    return make_environment(f"transformers-{version}", [f"transformers=={version}", "accelerate"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", TRANSFORMERS)
 def test_an_environment_has_transformers_and_not_this_package(version: str, tmp_path: Path) -> None:
-    environment = make_environment(f"transformers-{version}", [f"transformers=={version}", "accelerate"])
+    environment = make_transformers(version)
     code = (
         "import importlib.metadata as m, importlib.util as u, json, torch\n"
         "print(json.dumps([m.version('transformers'), u.find_spec('kabrn_dist') is None, torch.__version__]))"
