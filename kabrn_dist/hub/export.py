@@ -222,7 +222,9 @@ def _small_files(export: HubExport, name: str) -> dict[str, bytes]:
     )
     files = {
         "config.json": _json(config),
-        "generation_config.json": _json(make_generation_config(document, export.tokenizer.vocab_size, model.vocab_size)),
+        "generation_config.json": _json(
+            make_generation_config(document, export.tokenizer.vocab_size, model.vocab_size)
+        ),
         **{file: _model_code(file) for file in MODEL_FILES},
         **export.tokenizer_files,
         "README.md": write_card(facts).encode(),

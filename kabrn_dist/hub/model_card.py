@@ -151,7 +151,7 @@ The tokenizer has a chat template: `tokenizer.apply_chat_template(messages, add_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{facts.name}"  # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))

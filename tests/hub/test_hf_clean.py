@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer
 from tests.hub.test_environments import TRANSFORMERS, make_transformers
@@ -18,7 +19,9 @@ from tests.support.models import MODEL_KINDS
 from tests.support.text_models import train_bpe
 
 SCRIPT = Path(__file__).with_name("clean_check.py")
-TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a> {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a> {% endif %}"
+)
 # What is checked in full: every mixer, learned functions on edges and on groups, both kinds of tokenizer.
 FULLY = {"hybrid": "bytes", "bspline": "bpe", "plain": "bytes"}
 
@@ -72,3 +75,69 @@ def found(request: pytest.FixtureRequest, exports: Path, tmp_path_factory: pytes
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     assert answer["transformers"] == request.param and answer["package"] is False
     return answer
+
+
+def named(kind: str) -> str:
+    return kind.replace(" ", "_")
+
+
+@pytest.mark.slow
+def test_every_kind_of_model_gives_the_trainers_logits_to_the_last_bit(found: dict[str, Any]) -> None:
+    for kind in MODEL_KINDS:
+        logits = found[named(kind)]["logits"]
+        assert set(logits) == ({"latent"} if "plain" in kind else {"latent", "ternary"})
+        assert set(logits.values()) == {0.0}, (kind, logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULLY)
+def test_texts_have_the_trainers_tokens_behind_the_document_token(kind: str, found: dict[str, Any]) -> None:
+    tokenizer = found[named(kind)]["tokenizer"]
+    assert tokenizer["wrong"] == tokenizer["back"] == []
+    assert tokenizer["keys"] == ["attention_mask", "input_ids"] and tokenizer["side"] == "left"
+    assert tokenizer["names"] == [DOCUMENT_TOKEN] * 3
+    assert tokenizer["chat"] == f"{DOCUMENT_TOKEN}<user> né\n<a> "
+    assert tokenizer["chat_ids"][0] == (0 if FULLY[kind] == "bpe" else 256)
+    assert tokenizer["chat_ids"].count(tokenizer["chat_ids"][0]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULLY)
+def test_pieces_pads_and_packing_change_no_logits(kind: str, found: dict[str, Any]) -> None:
+    """But for the head's product, whose sums depend on the number of rows, and all products of a plain model."""
+    cache = found[named(kind)]["cache"]
+    for name in ("chunked", "padded", "padded without cache", "packed"):
+        assert cache[name] <= 2e-6, (name, cache[name])
+    assert cache["seen"] == 70 and len(set(cache["sizes"])) == 1
+    assert "pad on the left" in cache["right"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULLY)
+def test_generation_writes_what_this_package_writes(kind: str, found: dict[str, Any], exports: Path) -> None:
+    generation = found[named(kind)]["generation"]
+    assert generation.pop("greedy") == load_file(exports / f"{named(kind)}.safetensors")["greedy"].tolist()
+    assert generation.pop("assisted").startswith("ValueError: assisted generation is not supported")
+    samples = generation.pop("samples")
+    assert samples[0] == samples[1] and samples[0][0] == 3
+    assert generation == dict.fromkeys(generation, True) and len(generation) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULLY)
+def test_training_has_this_packages_loss_and_gradients(kind: str, found: dict[str, Any]) -> None:
+    training = found[named(kind)]["training"]
+    assert training["loss"] <= 1e-6 and training["gradient"] <= 1e-5
+    assert training["unexpected"] == [] and training["unmoved"] == []
+    assert training["checkpointed"] <= 1e-7 and 0 < training["trainer"] < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULLY)
+def test_saved_models_are_the_same_and_packed_ones_refuse_training(kind: str, found: dict[str, Any]) -> None:
+    saving = found[named(kind)]["saving"]
+    for flavor in found[named(kind)]["logits"]:
+        assert saving[flavor] == 0 and saving[f"{flavor} base"] == [2, 70, 40]
+        assert saving[f"{flavor} bf16"] < 0.5 and saving[f"{flavor} bf16 dtype"] == ["torch.bfloat16", True]
+    if kind != "plain":
+        assert "packed ternary codes, which cannot be trained" in found[named(kind)]["packed training"]

@@ -97,7 +97,10 @@ def expect_gradients(model: GenerativeModel, tokens: Tensor) -> dict[str, Tensor
     model.train()
     targets = torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), -100)], 1)
     place = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand(len(tokens), -1).contiguous()
-    loss = model(Batch(tokens, targets, *place, torch.zeros(len(tokens), dtype=torch.int64))).language / (targets >= 0).sum()
+    loss = (
+        model(Batch(tokens, targets, *place, torch.zeros(len(tokens), dtype=torch.int64))).language
+        / (targets >= 0).sum()
+    )
     loss.backward()
     model.eval()
     table = model.parameter_table()
