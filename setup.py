@@ -49,9 +49,12 @@ setup(
         "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "gcsfs", "huggingface_hub", "s3fs"],
         # `mixkabrn serve`: HTTP, and the chat templates of model files.
         "serve": ["uvicorn>=0.30", "starlette>=0.40", "jinja2>=3.1"],
+        # `mixkabrn publish`: uploads to the Hugging Face hub.
+        "hub": ["huggingface_hub>=1"],
         "dev": [
             "aiohttp>=3.9",
             "fsspec>=2024.6",
+            "huggingface_hub>=1",
             "jinja2>=3.1",
             "mypy",
             "openai>=2",

@@ -34,8 +34,10 @@ ALLOWED |= {
     "analysis": _BELOW_TRAINING,
     # Packs what inference reads; that, and no more, needs torch.
     "runtime": {"utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
+    # Writes models for Hugging Face's libraries, and makes runs of theirs.
+    "hub": _BELOW_TRAINING - {"plots"},
 }
-ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime"}
+ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime", "hub"}
 # The commands also print the version of the package.
 ALLOWED["cli"] = {*ALLOWED, "kabrn_dist"}
 # The API of the package and the tools next to it, by the first part of their names.

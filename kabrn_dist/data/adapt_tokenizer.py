@@ -91,8 +91,8 @@ def _check_kind(tree: dict[str, Any], origin: str) -> None:
     if model.get("byte_fallback") or not isinstance(model.get("vocab"), dict) or not _is_byte_level(tree):
         raise UserError(
             f"{origin}: a BPE on characters, as of SentencePiece (Llama 2, Mistral 7B), which adds or merges blanks "
-            "and so does not give back every text; use the tokenizer.json of a byte-level BPE (GPT-2, Llama 3, Qwen), or "
-            "let `mixkabrn prepare` train one"
+            "and so does not give back every text; use the tokenizer.json of a byte-level BPE (GPT-2, Llama 3, Qwen), "
+            "or let `mixkabrn prepare` train one"
         )
 
 
