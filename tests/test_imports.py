@@ -35,7 +35,7 @@ ALLOWED |= {
     # Packs what inference reads; that, and no more, needs torch.
     "runtime": {"utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
     # Writes models for Hugging Face's libraries, and makes runs of theirs.
-    "hub": _BELOW_TRAINING - {"plots"},
+    "hub": (_BELOW_TRAINING - {"plots"}) | {"runtime"},
 }
 ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime", "hub"}
 # The commands also print the version of the package.

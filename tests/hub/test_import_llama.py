@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kabrn_dist.checkpoint.store import load_tensor, read_manifest
 from kabrn_dist.cli.main import main
+from kabrn_dist.config.file import dump_config, load_config
 from kabrn_dist.data.adapt_tokenizer import load_any_tokenizer
 from kabrn_dist.hub.import_model import build_imported, describe_import, plan_import
 from kabrn_dist.inference.run import Run, load_model
@@ -17,8 +19,9 @@ from kabrn_dist.ops.activation_quant import rms_norm
 from kabrn_dist.utils.errors import UserError
 from tests.support.environments import make_environment, run_in_environment
 from tests.support.foreign_tokenizers import make_llama3
-from tests.support.runs import run_command
+from tests.support.runs import read_losses, run_sessions
 
+HEAD = "head.weight/master"
 WRITE = """
 import sys, torch
 from pathlib import Path
@@ -89,23 +92,16 @@ def test_an_imported_run_is_trained_on_resumed_and_read(
     (tmp_path / "a.txt").write_text("\n\n".join(f"the cat {n} sat on the mat" for n in range(900)))
     prepare = ["prepare", "--source", "text", "--unit", "paragraph", "--input", str(tmp_path / "a.txt")]
     assert main([*prepare, "--out", str(tmp_path / "data"), "--tokenizer", str(out / "tokenizer.json")]) == 0
-    changes = [f"run.folder={after}", f"run.init_from={out}", f"data.path={tmp_path}/data", "training.steps=3"]
+    changes = [f"run.folder={after}", f"run.init_from={out}", f"data.path={tmp_path}/data", "training.steps=5"]
     small = ["training.global_batch_size=2", "model.quantize=true", "validation.eval_interval=0"]
-    train = ["-m", "kabrn_dist", "train", f"{out}/config.yaml"]
-    sets = [word for change in (*changes, *small) for word in ("--set", change)]
-    first = run_command(train_command(*train, *sets))
-    assert first.exit_code == 0 and "grown from the run in" in first.output, first.output
-    more = run_command(train_command(*train, *sets, "--set", "training.steps=5", "--resume", "must"))
-    assert more.exit_code == 0 and "at step 3" in more.output, more.output
-    assert Run.open(after).step == 5
+    goes_on = tmp_path / "config.yaml"
+    goes_on.write_text(dump_config(load_config(out / "config.yaml", [*changes, *small])))
+    run_sessions(1, [[str(goes_on), "never", 3], [str(goes_on), "must", None]], tmp_path)
+    assert Run.open(after).step == 5 and len(read_losses(after)) == 5
+    first = load_tensor(after / "checkpoints/step-00000000", read_manifest(after / "checkpoints/step-00000000"), HEAD)
+    assert torch.equal(first, load_model(out)[0].head.weight)
     model, tokenizer = load_model(after)
     assert "".join(model.generate("the cat", tokenizer, tokens=5))
-
-
-def train_command(*arguments: str) -> list[str]:
-    import sys
-
-    return [sys.executable, *arguments]
 
 
 @pytest.mark.slow
