@@ -102,4 +102,4 @@ def _list_dropped(imported: ImportedModel) -> list[str]:
         dropped.append(f"rotary scaling {scaling.get('rope_type', scaling.get('type'))}")
     if source.get("sliding_window") and source.get("use_sliding_window", default=True):
         dropped.append(f"sliding window of {source.get('sliding_window')} tokens: our attention sees the document")
-    return dropped + [f"tensor {name}" for name in imported.unused()]
+    return dropped + imported.list_unused()

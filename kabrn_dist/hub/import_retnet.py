@@ -59,7 +59,7 @@ def plan_retnet(source: ForeignModel) -> ImportedModel:
         _map_mixer(imported, layer, heads, key_dim, value_dim)
         prefix = f"model.layers.{layer}."
         map_feed_forward(imported, layer, f"{prefix}mlp.", f"{prefix}mlp_norm.weight", hidden)
-    imported.dropped += [f"tensor {name}" for name in imported.unused()]
+    imported.dropped += imported.list_unused()
     return imported
 
 

@@ -73,10 +73,18 @@ class ImportedModel:
         """Add the origin of a tensor."""
         self.origins.append(TensorOrigin(name, sources, how, remark, make))
 
-    def unused(self) -> list[str]:
-        """Return their tensors that nothing is made of; the angles of rotary positions are no weights."""
+    def list_unused(self) -> list[str]:
+        """Return their tensors that nothing is made of, those of all layers together, in words.
+
+        The angles of rotary positions are no weights.
+        """
         used = {source for origin in self.origins for source in origin.sources}
-        return [name for name in self.source.tensors if name not in used and not name.endswith("inv_freq")]
+        counts: dict[str, int] = {}
+        for name in self.source.tensors:
+            if name not in used and not name.endswith("inv_freq"):
+                kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+                counts[kind] = counts.get(kind, 0) + 1
+        return [f"tensor {kind}" + (f", in {count} layers" if count > 1 else "") for kind, count in counts.items()]
 
 
 def map_ends(imported: ImportedModel, embedding: str, norm: str, head: str) -> None:

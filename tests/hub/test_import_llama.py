@@ -93,7 +93,12 @@ def test_an_imported_run_is_trained_on_resumed_and_read(
     prepare = ["prepare", "--source", "text", "--unit", "paragraph", "--input", str(tmp_path / "a.txt")]
     assert main([*prepare, "--out", str(tmp_path / "data"), "--tokenizer", str(out / "tokenizer.json")]) == 0
     changes = [f"run.folder={after}", f"run.init_from={out}", f"data.path={tmp_path}/data", "training.steps=5"]
-    small = ["training.global_batch_size=2", "model.quantize=true", "validation.eval_interval=0"]
+    small = [
+        "training.global_batch_size=2",
+        "checkpoint.keep_last=9",
+        "model.quantize=true",
+        "validation.eval_interval=0",
+    ]
     goes_on = tmp_path / "config.yaml"
     goes_on.write_text(dump_config(load_config(out / "config.yaml", [*changes, *small])))
     run_sessions(1, [[str(goes_on), "never", 3], [str(goes_on), "must", None]], tmp_path)

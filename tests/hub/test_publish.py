@@ -81,6 +81,13 @@ def test_another_branch_and_a_repository_that_exists(hub: HubServer, export: Pat
     assert not any(request.startswith("PUT") for request in hub.requests[sent:])
 
 
+def test_an_export_for_transformers_is_published_too(run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), str(tmp_path / "hf"), "--format", "hf", "--license", "apache-2.0"]) == 0
+    found = plan_publication(tmp_path / "hf")
+    assert found.files.keys() == {path.name for path in (tmp_path / "hf").iterdir()}
+    assert found.card["license"] == "apache-2.0" and "modeling_mixkabrn.py" in found.files
+
+
 def test_a_dry_run_sends_nothing(hub: HubServer, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = export / "README.md"
     readme.write_text(f"---\nlicense: cc-by-4.0\nlanguage: [en, de]\n---\n{readme.read_text()}")
