@@ -12,7 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from kabrn_dist.data.adapt_tokenizer import AdaptedTokenizer
+from kabrn_dist.checkpoint.manifest import read_manifest
+from kabrn_dist.checkpoint.state import read_state
+from kabrn_dist.data.adapt_tokenizer import AdaptedTokenizer, adapt_tokenizer
+from kabrn_dist.data.corpus import open_corpus
+from kabrn_dist.data.dataset import DataState, TokenDataset
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.hub.import_calibrate import calibrate, encode_rows
 from kabrn_dist.hub.import_model import ModelImport, build_imported, describe_import, plan_import, run_import
@@ -22,7 +26,9 @@ from kabrn_dist.model.experts import mlp
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.activation_quant import Quantized
 from kabrn_dist.utils.errors import UserError
+from tests.support.foreign_tokenizers import make_gpt2
 from tests.support.runs import ROOT
+from tests.support.shard_sets import Texts, make_set
 
 # Written by the library itself: see make.py there.
 RETNET = ROOT / "tests/fixtures/retnet_fla"
@@ -142,3 +148,21 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     assert "not finite" in refuse(folder)
     assert "left out: tensor extra.weight" in describe_import(plan(folder))
+
+
+def test_a_run_with_data_begins_at_its_first_sequence(tmp_path: Path) -> None:
+    make_set(tmp_path / "set", Texts("a", train=90))
+    text = "Any text. " * 200
+    with_data = plan(out=tmp_path / "run", data=str(tmp_path / "set"), overrides=["data.sequence_length=16"])
+    checkpoint, _ = run_import(with_data, text, has_data=True)
+    state = read_state(checkpoint, read_manifest(checkpoint))
+    data = TokenDataset(open_corpus(with_data.config.data), "train", 16, with_data.config.run.seed)
+    DataState(**state.cursor.model_dump()).check(data)
+    assert state.step == 0 and state.cursor.consumed == 0
+    other = Tokenizer(adapt_tokenizer(make_gpt2().to_str().encode(), "t.json").tokenizer.content)
+    wrong = plan_import(
+        RETNET, tmp_path / "b", AdaptedTokenizer(other, ()), own_vocabulary=False, data=str(tmp_path / "set")
+    )
+    with pytest.raises(UserError, match="its tokenizer is not the imported one; prepare the data with"):
+        run_import(wrong, text, has_data=True)
+    assert not (tmp_path / "b").exists()
