@@ -15,22 +15,23 @@ from data_prep.split import SizeHistogram, Stream, describe_split, divide_stream
 from data_prep.streams import ShardTask, plan_stream
 from data_prep.tokens import DocumentEncoder
 from data_prep.train_tokenizer import TRAINING_CHARACTERS, train_tokenizer
+from kabrn_dist.data.adapt_tokenizer import AdaptedTokenizer, load_any_tokenizer
 from kabrn_dist.data.index import dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
 
 _MEASURED_BYTES = 1 << 18
 
 
-def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """Return the tokenizer that the recipe names; None if one has to be trained.
+def load_recipe_tokenizer(recipe: Recipe) -> AdaptedTokenizer | None:
+    """Return the tokenizer that the recipe names, made usable; None if one has to be trained.
 
     Raises:
         UserError: the tokenizer cannot be used.
     """
     choice = recipe.tokenizer
     if choice.bytes:
-        return Tokenizer.of_bytes()
-    return Tokenizer.load(choice.file) if choice.file is not None else None
+        return AdaptedTokenizer(Tokenizer.of_bytes(), ())
+    return load_any_tokenizer(choice.file) if choice.file is not None else None
 
 
 def plan_shards(

@@ -42,6 +42,7 @@ from data_prep.split import Stream
 from data_prep.streams import make_streams, read_shard_plan, write_shard_plan
 from data_prep.workers import WorkerGroup
 from data_prep.workspace import Workspace
+from kabrn_dist.data.adapt_tokenizer import AdaptedTokenizer
 from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Index
 from kabrn_dist.data.index_io import read_index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     """
     start = time.monotonic()
     workspace = Workspace(recipe.out)
-    opened: list[tuple[Tokenizer | None, SourceReader, InputDigest]] = []
+    opened: list[tuple[AdaptedTokenizer | None, SourceReader, InputDigest]] = []
 
     def open_inputs() -> None:
         check_out_holds_no_input(recipe.out, recipe.named_inputs())
@@ -77,20 +78,21 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
 
     # Files may be missing on a single machine.
     workers.on_all(open_inputs)
-    tokenizer, reader, inputs = opened[0]
+    adapted, reader, inputs = opened[0]
     workers.require_same(
         inputs.digest, f"the workers see different inputs of {recipe.out}; give all machines the same files"
     )
     if not force and workers.all_true(workspace.is_finished(inputs)):
         return None
     workers.on_main(lambda: workspace.open(inputs, force))
+    workers.on_main(lambda: _say_changes(recipe, adapted))
     _read_sources(workspace, reader, workers)
     records = reader.records()
 
     workers.on_main(lambda: _check_read(workspace, reader, recipe, inputs, records))
     dropped = _find_duplicates(workspace, recipe, records, workers)
     streams = make_streams(recipe, records)
-    workers.on_main(lambda: _plan_shards(workspace, recipe, streams, dropped, tokenizer))
+    workers.on_main(lambda: _plan_shards(workspace, recipe, streams, dropped, adapted and adapted.tokenizer))
     _write_shards(workspace, streams, dropped, workers)
     written: list[Index] = []
 
@@ -135,6 +137,11 @@ def _write_index(out: Path, index: Index) -> Index:
         (out / INDEX_NAME).unlink()
         raise
     return written
+
+
+def _say_changes(recipe: Recipe, adapted: AdaptedTokenizer | None) -> None:
+    for change in adapted.changes if adapted is not None else ():
+        print(f"{recipe.tokenizer.file}: {change}", flush=True)
 
 
 def _read_sources(workspace: Workspace, reader: SourceReader, workers: WorkerGroup) -> None:

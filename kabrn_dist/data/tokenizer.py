@@ -22,8 +22,8 @@ DOCUMENT_TOKEN = "<|document|>"
 TOKENIZER_BYTES_LIMIT = 1 << 29
 
 _BYTES_CONTENT = b'{"kind": "bytes"}\n'
-# Text that careless tokenizers change: composed letters, blanks, line ends, NUL, the name of a special token.
-_PROBE = f"a  b\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT_TOKEN} "
+# Text that careless tokenizers change: capitals, composed letters, blanks, line ends, NUL, the name of a special token.
+_PROBE = f"a  B\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT_TOKEN} "
 
 
 class Tokenizer:
