@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import tokenizers
 
 from data_prep.plan import load_recipe_tokenizer
 from data_prep.recipe import Recipe
 from data_prep.sources.conversations import Rendering
 from kabrn_dist.data.chat_template import DEFAULT_TEMPLATE, check_training_template, list_marks
 from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
-from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer, add_special_tokens, read_chat_template
+from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer, read_chat_template
 from kabrn_dist.utils.errors import UserError
 
 
@@ -70,6 +73,25 @@ def plan_chat(recipe: Recipe) -> ChatPlan:
             place = "the chat template" if file is None else str(file)
             raise UserError(f"{place}: {error}; see docs/conversations.md") from error
     return ChatPlan(template, reserved, tokenizer, Rendering(template, special_tokens))
+
+
+def add_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+    """Return a tokenizer with further special tokens, after all others; the same one if it has them all.
+
+    Raises:
+        UserError: if it has no room for them, or has one as an ordinary token.
+    """
+    missing = [text for text in dict.fromkeys(texts) if text not in tokenizer.special_tokens]
+    if not missing:
+        return tokenizer
+    if tokenizer.kind == "bytes":
+        raise UserError(f"{', '.join(missing)}: a tokenizer of bytes has no room for special tokens; leave them out")
+    bpe = tokenizers.Tokenizer.from_str(tokenizer.content.decode())
+    for text in missing:
+        if bpe.token_to_id(text) is not None:
+            raise UserError(f"{text}: is an ordinary token of this tokenizer already; choose another special token")
+    bpe.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in missing])
+    return Tokenizer(bpe.to_str(pretty=True).encode(), chat_template=tokenizer.chat_template)
 
 
 def describe_plain_marks(plan: ChatPlan) -> str:

@@ -31,6 +31,7 @@ from data_prep.duplicates import (
 from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
 from data_prep.input_digest import InputDigest, digest_inputs
+from data_prep.learned_samples import sample_learned
 from data_prep.losses import check_readable, describe_duplicates, describe_losses
 from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.pieces import ShardPiece, divide_shards
@@ -98,10 +99,12 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
 
     def finish() -> None:
         index = build_index(workspace, recipe, streams, records)
-        Tokenizer.load(workspace.tokenizer).save(recipe.out / workspace.tokenizer.name)
+        tokenizer = Tokenizer.load(workspace.tokenizer)
+        tokenizer.save(recipe.out / workspace.tokenizer.name)
         duplicates = summarize_duplicates(workspace, recipe, records)
         print(describe_duplicates(recipe, duplicates), end="", flush=True)
-        write_report(recipe, records, duplicates, index, reader.licenses(), time.monotonic() - start)
+        learned = sample_learned(recipe.out, index, tokenizer)
+        write_report(recipe, records, duplicates, index, reader.licenses(), time.monotonic() - start, learned)
         inject_fault("data.index")
         written.append(_write_index(recipe.out, index))
         workspace.close(inputs)

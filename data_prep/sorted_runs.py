@@ -1,8 +1,8 @@
 """Runs: clean documents on disk, sorted, between reading and sharding.
 
 `NAME.texts` holds documents one after another, each as its spans and its marks (pairs of little-endian int64: bytes of
-the text), its name and its text (UTF-8). `NAME.npy` has one row per document, in the order of the shards, and `NAME.keys.npy` the
-near-duplicate keys of the rows, uint64 [documents, bands], if near duplicates are dropped.
+the text), its name and its text (UTF-8). `NAME.npy` has one row per document, in the order of the shards, and
+`NAME.keys.npy` the near-duplicate keys of the rows, uint64 [documents, bands], if near duplicates are dropped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The folder of an unfinished preparation: who may work in it, what it holds, and whether it can be continued.
 
 OUT/.work/ holds runs/ (documents that were read), pairs/ (duplicates), pieces/ (encoded documents), shards/ (a record
-of each shard in OUT), dropped.npy, tokenizer.json, chat_template.jinja, shard_plan.json, files.json (the files that the preparation writes
-into OUT), and what belongs to a single run: locks/, progress/, lock. The folder is removed at the end.
+of each shard in OUT), dropped.npy, tokenizer.json, chat_template.jinja, shard_plan.json, files.json (the files that the
+preparation writes into OUT), and what belongs to a single run: locks/, progress/, lock. The folder is removed at the
+end.
 """
 
 from __future__ import annotations

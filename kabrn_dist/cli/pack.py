@@ -60,7 +60,10 @@ def add_parser(subparsers: Subparsers) -> None:
         help="values of matrices that are not ternary, as of a run with model.quantize: false (default fp32)",
     )
     parser.add_argument(
-        "--template", type=given_path, metavar="FILE", help="chat template (Jinja) to put into the file"
+        "--template",
+        type=given_path,
+        metavar="FILE",
+        help="chat template (Jinja) to put into the file (default: that of the run)",
     )
     parser.add_argument(
         "--sources", action="store_true", help="also put mixkabrn.c and mixkabrn.h beside the file, for other machines"

@@ -153,25 +153,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def add_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
-    """Return a tokenizer with further special tokens, after all others; the same one if it has them all.
-
-    Raises:
-        UserError: if it has no room for them, or has one as an ordinary token.
-    """
-    missing = [text for text in dict.fromkeys(texts) if text not in tokenizer.special_tokens]
-    if not missing:
-        return tokenizer
-    if tokenizer.kind == "bytes":
-        raise UserError(f"{', '.join(missing)}: a tokenizer of bytes has no room for special tokens; leave them out")
-    bpe = tokenizers.Tokenizer.from_str(tokenizer.content.decode())
-    for text in missing:
-        if bpe.token_to_id(text) is not None:
-            raise UserError(f"{text}: is an ordinary token of this tokenizer already; choose another special token")
-    bpe.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in missing])
-    return Tokenizer(bpe.to_str(pretty=True).encode(), chat_template=tokenizer.chat_template)
-
-
 def load_folder_tokenizer(folder: Path, index: Index) -> Tokenizer:
     """Read the tokenizer of a shard folder.
 

@@ -20,7 +20,7 @@ def write_config(config: Config) -> None:
 
 
 def write_description(config: Config, tokenizer: Tokenizer, replace_config: bool) -> None:
-    """Write what `export` and `generate` need of a run beside its weights: configuration and tokenizer, with its chat template.
+    """Write what `export` and `generate` need of a run beside its weights: configuration, tokenizer and chat template.
 
     Args:
         config: the whole configuration.
