@@ -98,8 +98,10 @@ class Conversations(FileSource):
         """Yield one document per record: a line of .jsonl, or an element of the list in .json."""
         if not member.name.lower().endswith(".json"):
             for item in read_json_lines(member):
-                is_record = not isinstance(item, Document | LayoutMismatch)
-                yield make_conversation(*item, self.rendering) if is_record else item  # type: ignore[misc]
+                if isinstance(item, Document | LayoutMismatch):
+                    yield item
+                else:
+                    yield make_conversation(*item, self.rendering)
             return
         content = parse_json_file(member)
         if isinstance(content, Document | LayoutMismatch):

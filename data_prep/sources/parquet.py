@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data_prep.documents import Document, Unit
 from data_prep.sources.archive import Member
-from data_prep.sources.base import FileSource
+from data_prep.sources.base import FileSource, SourceOptions
 from data_prep.sources.compression import describe_error
 from data_prep.sources.decode import printable_name
 from data_prep.sources.files import FileFilter, FileGroup, reject_archives
@@ -31,7 +31,7 @@ class Parquet(FileSource):
     kind = "parquet"
     expected = ".parquet files with the columns that the options name (field: text)"
     endings = (".parquet",)
-    options_class = FieldOptions
+    options_class: ClassVar[type[SourceOptions]] = FieldOptions
 
     def file_filter(self) -> FileFilter:
         """Return which files to read: each is one unit at first, and no archives are opened."""

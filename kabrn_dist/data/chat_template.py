@@ -137,7 +137,7 @@ class ChatTemplate:
 
 
 class _Marker:
-    """What is written around the assistant's words while `key` is set: markers that no text can hold by accident."""
+    """Writes around the assistant's words while `key` is set, with letters that no text holds by accident."""
 
     def __init__(self) -> None:
         self.key = ""
@@ -159,17 +159,17 @@ class _Generation(Extension):
         return CallBlock(self.call_method(_GENERATION_CALL), [], [], body).set_lineno(line)
 
     def _mark_generation(self, caller: Callable[[], str]) -> str:
-        marker: _Marker | None = self.environment.globals.get(_GENERATION_CALL)
-        return caller() if marker is None else marker(caller)
+        marker = self.environment.globals.get(_GENERATION_CALL)
+        return marker(caller) if isinstance(marker, _Marker) else caller()
 
 
-def compile_template(text: str, document: str, marker: Callable[..., str] | None = None) -> Template:
+def compile_template(text: str, document: str, marker: _Marker | None = None) -> Template:
     """Return a template that is ready to render.
 
     Args:
         text: The template.
         document: Text of the document token, for `bos_token` and `eos_token`.
-        marker: Returns what is written for a block of generation, from a function that renders it; None: only that.
+        marker: Writes around what is generated; None: nothing does.
 
     Raises:
         TemplateError: for a text that is no Jinja.

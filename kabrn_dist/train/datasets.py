@@ -105,8 +105,8 @@ def describe_cut_documents(train: TokenDataset) -> list[str]:
             lost = sum(document.is_lost for document in plan.cut)
             lines.append(
                 f"warning: {len(plan.cut):,} of {plan.documents:,} documents of source {train.corpus.names[number]} "
-                f"are longer than data.sequence_length {train.sequence_length} and cut there; of {lost:,} of them nothing "
-                f"that carries loss is left, so they are left out ({describe_documents(shards, plan.cut)})"
+                f"are longer than data.sequence_length {train.sequence_length} and cut there; of {lost:,} of them "
+                f"nothing that carries loss is left, so they are left out ({describe_documents(shards, plan.cut)})"
             )
     return lines
 
