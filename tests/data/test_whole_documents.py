@@ -114,7 +114,7 @@ def test_every_layout_reads_the_same_targets(tmp_path: Path) -> None:
 
 
 def test_the_loss_of_a_document_does_not_depend_on_its_neighbors(tmp_path: Path) -> None:
-    chats = Texts("chats", train=24, sizes=(20, 60), masked=True)
+    chats = Texts("chats", train=8, sizes=(20, 60), masked=True)
     corpus = make_whole_set(tmp_path / "set", chats)
     model = make_model(make_model_config("model.layers=RAR", "model.short_conv_size=4"))
     packed = TokenDataset(corpus, "train", 200, 0)
@@ -131,7 +131,7 @@ def test_the_loss_of_a_document_does_not_depend_on_its_neighbors(tmp_path: Path)
                         only = batch._replace(targets=batch.targets.where(inside, -100))
                         losses.setdefault(tuple(ids.tolist()), []).append(float(model(only).language))
     both = [values for values in losses.values() if len(values) > 1]
-    assert len(both) >= 15
+    assert len(both) >= 5
     for values in both:
         assert max(values) - min(values) <= 1e-4 * max(values)
 
