@@ -108,7 +108,7 @@ def test_the_template_goes_from_the_shards_to_all_that_is_made_of_them(chats: Pa
     )
     result = run_command([sys.executable, "-m", "kabrn_dist", "train", str(config)])
     assert result.exit_code == 0, result.output
-    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
     for folder in ("run", "export"):
         assert (tmp_path / folder / CHAT_TEMPLATE_NAME).read_text() == DEFAULT_TEMPLATE
         assert load_model(tmp_path / folder)[1].chat_template == DEFAULT_TEMPLATE
