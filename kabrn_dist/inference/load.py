@@ -209,7 +209,7 @@ def hash_export(folder: Path) -> list[str]:
     Raises:
         UserError: for a file that cannot be read.
     """
-    files = sorted({file for file, _ in _list_entries(folder).values()})
+    files = sorted({file for file, _ in list_entries(folder).values()})
     return [read_metadata(file).get(DATA_HASH) or _hash_data(file) for file in files]
 
 
