@@ -1,8 +1,8 @@
 """Answers of MATH: found, normalized, and compared, also those that would take forever.
 
-Of the pairs in math_pairs.jsonl, 308 written for this test, 188 equivalent, the normalization of texts finds what needs
-no calculation and never says that different answers are equal; math-verify contradicts the labels where it reads a
-repeating decimal, a base or an imaginary unit otherwise.
+Of the 308 pairs in math_pairs.jsonl, written for this test, 188 are equivalent. The normalization of texts says so of
+105 of them, those that need no calculation, and of none of the others. math-verify contradicts 13 labels: of repeating
+decimals, bases, powers of the imaginary unit, a root of a square, "5 million", \\big, and 7.41 with a percent sign.
 """
 
 from __future__ import annotations
