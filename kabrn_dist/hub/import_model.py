@@ -85,7 +85,7 @@ def plan_import(
     Raises:
         UserError: for a model of another kind, or a configuration that is wrong.
     """
-    source = ForeignModel.open(folder)
+    source = ForeignModel.of_folder(folder)
     kind = _choose_kind(source, kind)
     if kind == "retnet" and layers is not None:
         raise UserError(f"--layers {layers}: all layers of a RetNet are retention; leave it out")

@@ -39,7 +39,7 @@ class ForeignModel:
     tensors: dict[str, tuple[Path, TensorEntry]]
 
     @classmethod
-    def open(cls, folder: Path) -> ForeignModel:
+    def of_folder(cls, folder: Path) -> ForeignModel:
         """Read config.json and the headers of the weights.
 
         Raises:
