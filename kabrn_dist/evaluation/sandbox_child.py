@@ -51,16 +51,9 @@ class SandboxJob:
     """
 
     def __init__(
-        self,
-        token: str,
-        folder: str,
-        layers: list[str],
-        readable: list[str],
-        limits: dict[str, int],
-        folder_bytes: int,
-        system_calls: bytes,
-        program: bytes,
-    ) -> None:
+        self, token: str, folder: str, layers: list[str], readable: list[str], limits: dict[str, int],
+        folder_bytes: int, system_calls: bytes, program: bytes,
+    ) -> None:  # fmt: skip
         self.token, self.folder = token, folder
         self.layers, self.readable = layers, readable
         self.limits, self.folder_bytes = limits, folder_bytes
@@ -74,12 +67,10 @@ class SandboxJob:
         for size in map(int, sizes.split()):
             parts.append(rest[:size])
             rest = rest[size:]
-        token, folder, layers, readable, limits, folder_bytes = map(os.fsdecode, parts[:6])
-        pairs = (line.split() for line in limits.splitlines())
-        return cls(
-            token, folder, layers.splitlines(), readable.splitlines(),
-            {name: int(number) for name, number in pairs}, int(folder_bytes), *parts[6:],
-        )  # fmt: skip
+        token, folder, *lists, folder_bytes = map(os.fsdecode, parts[:6])
+        layers, readable, pairs = (lines.splitlines() for lines in lists)
+        limits = {name: int(number) for name, number in (pair.split() for pair in pairs)}
+        return cls(token, folder, layers, readable, limits, int(folder_bytes), *parts[6:])
 
 
 def call(function: str, *arguments: object) -> int:
@@ -101,7 +92,7 @@ def enter_namespaces(folder: str, readable: list[str], folder_bytes: int) -> str
     Args:
         folder: An empty folder, for the new tree.
         readable: Files and folders that are visible in it, read-only.
-        folder_bytes: Size of the only folder that can be written to, which is in memory and ends with the process.
+        folder_bytes: Size of the only folder that can be written to, which is in memory.
 
     Returns:
         That folder.

@@ -132,6 +132,7 @@ def test_the_prompt_of_mbpp_shows_solved_problems_with_their_tests(tmp_path: Pat
     assert request.stop == ("[DONE]",)
 
 
+@pytest.mark.slow
 def test_programs_are_run_and_their_failures_explained(tmp_path: Path) -> None:
     require_sandbox()
     task, file = HumanEval(), write_lines(tmp_path / "HumanEval.jsonl", [ADD])

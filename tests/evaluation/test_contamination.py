@@ -13,7 +13,7 @@ from data_prep.shards import TokenizedDocument, write_tar_shard
 from kabrn_dist.data.index import Index, Source, Split, TokenizerInfo
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.evaluation import contamination
+from kabrn_dist.evaluation import contamination, contamination_search
 from kabrn_dist.evaluation.contamination import ContaminationReport, find_contamination
 from kabrn_dist.utils.errors import UserError
 
@@ -73,15 +73,17 @@ def places(report: ContaminationReport) -> dict[int, set[tuple[str, int]]]:
 
 
 def test_contamination_of_shards_as_plain_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contamination, "MIN_WORDS", 1)
-    monkeypatch.setattr(contamination, "_PLACES", 100)
+    monkeypatch.setattr(contamination_search, "_MIN_WORDS", 1)
+    monkeypatch.setattr(contamination_search, "MAX_PLACES", 100)
+    monkeypatch.setattr(contamination, "MAX_PLACES", 100)
     draw = random.Random(3)
 
     def text(letters: str, most: int) -> str:
         return " ".join(draw.choice(letters) for _ in range(draw.randrange(1, most)))
 
-    for number, read in enumerate((1 << 20, 7, 64)):
-        monkeypatch.setattr(contamination, "_READ_TOKENS", read)
+    for number, (read, part) in enumerate([(1 << 20, 1 << 24), (7, 50), (64, 100), (100, 9)]):
+        monkeypatch.setattr(contamination_search, "_READ_TOKENS", read)
+        monkeypatch.setattr(contamination_search, "_PART_TOKENS", part)
         sources = {name: [text("abcDE1", 30) for _ in range(7)] for name in ("first", "second")}
         examples = [text("ABCde1", 12) for _ in range(40)]
         shards = write_shards(tmp_path / str(number), sources)
@@ -106,9 +108,9 @@ def test_the_report_says_what_was_found_and_where(tmp_path: Path) -> None:
     first, second = math.found[0].places
     assert (first.source, first.document, second.document) == ("exercises", 1, 3)
     assert first.words == "A TRAIN LEAVES THE STATION AT NOON AND TRAVELS NORTH AT SIXTY MILES"
-    assert seen[-1][0] == seen[-1][1] and len(seen) == 5
+    assert seen[-1][0] == seen[-1][1] and len(seen) == 2
     table = report.to_table()
-    assert "13 words in a row shared with 5 documents" in table
+    assert "examples that share 13 words in a row with the 5 documents of" in table
     assert f"{'math':<16}{2:>10}{1:>10}{'50.00%':>10}{0:>12}" in table.splitlines()
     assert "math b in exercises document 1 and 1 more: “A TRAIN LEAVES" in table and "\x1b" not in table
 
@@ -118,6 +120,16 @@ def test_a_number_tells_exercises_apart_and_a_shorter_text_is_found_as_a_whole(t
     other = " ".join(QUESTION.replace("3", "4").split()[-13:])
     report = find_contamination(shards, {"t": [("other", other), ("short", "Who wrote the first novel?")]})
     assert [each.id for each in report.tasks[0].found] == ["short"]
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path / "shards", {"a": [f"{n} {QUESTION}" for n in range(9)], "b": [QUESTION]})
+    examples = {"t": [("a", QUESTION), ("b", "none of these words are in there at all")]}
+    alone = find_contamination(shards, examples)
+    monkeypatch.setattr(contamination_search, "_PART_TOKENS", 250)
+    assert find_contamination(shards, examples, workers=2) == alone
+    assert [place.document for place in alone.tasks[0].found[0].places] == [0, 1, 2]
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:

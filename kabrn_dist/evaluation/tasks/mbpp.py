@@ -77,6 +77,7 @@ class Mbpp(CodeTask):
     def write_program(self, example: Example, text: str) -> str:
         """Return the program, then what its tests need and the tests."""
         record = example.record
+        # What tests need may be made of classes of the program, so it comes after it.
         setup = [record.get("test_setup_code") or "", *(record.get("test_imports") or ())]
         return "\n".join([text, *setup, *record["test_list"], ""])
 
