@@ -24,7 +24,7 @@ import numpy as np
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.mpi import import_mpi
 
-Task = TypeVar("Task")
+Work = TypeVar("Work")
 
 _STOP = "stop"
 _EXIT_TIMEOUT_S = 10
@@ -93,7 +93,7 @@ class WorkerGroup:
         """
         self.on_all(function if self.rank == 0 else lambda: None)
 
-    def map_tasks(self, lock_folder: Path, stage: str, tasks: Sequence[Task], function: Callable[[Task], None]) -> None:
+    def map_tasks(self, lock_folder: Path, stage: str, tasks: Sequence[Work], function: Callable[[Work], None]) -> None:
         """Call `function` once for every task, each on the worker that claims it first. Collective.
 
         Args:
@@ -121,7 +121,7 @@ class WorkerGroup:
         return self.world == 1 or _lock_task(lock_folder / f"{stage}-{number}")
 
     def _run_tasks(
-        self, lock_folder: Path, stage: str, tasks: Sequence[Task], function: Callable[[Task], None]
+        self, lock_folder: Path, stage: str, tasks: Sequence[Work], function: Callable[[Work], None]
     ) -> None:
         for number, task in enumerate(tasks):
             if (lock_folder / _STOP).exists():

@@ -35,6 +35,8 @@ ALLOWED |= {
     # Packs what inference reads; that, and no more, needs torch.
     "runtime": {"utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
 }
+# Reads published data sets, with the readers of `data_prep` next to the package, and asks models.
+ALLOWED["evaluation"] = (_BELOW_TRAINING - {"plots"}) | {"runtime"}
 ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime"}
 # The commands also print the version of the package.
 ALLOWED["cli"] = {*ALLOWED, "kabrn_dist"}
@@ -115,8 +117,8 @@ def find_forbidden_imports(module: str, tree: ast.Module) -> set[str]:
     if module == "data_prep.__main__":
         allowed = {"cli"}
     outside = {name.split(".")[0] for name in list_imports(tree)} & {"launch", "data_prep", "benchmarks", "tests"}
-    # The commands start the preparation of data, which lies next to the package.
-    outside -= {"data_prep"} if folder in ("cli", "launch", "data_prep") else set()
+    # The commands start the preparation of data, which lies next to the package; evaluation uses its readers.
+    outside -= {"data_prep"} if folder in ("cli", "launch", "data_prep", "evaluation") else set()
     return (inside - {folder} - allowed) | (outside - {folder})
 
 

@@ -243,7 +243,7 @@ def _open_tar(path: Path, file_filter: FileFilter, seen: list[str], left_out: Co
 def _open_zip(path: Path, file_filter: FileFilter, seen: list[str], left_out: Counter[str]) -> Iterator[Member]:
     with io.BufferedReader(open_regular(path), BUFFER_BYTES) as file, zipfile.ZipFile(file) as archive:
         members = [(_member_name(info.filename), info) for info in archive.infolist() if not info.is_dir()]
-        _check_begin(path, [info for _, info in members])
+        _check_begin(path, archive.infolist())  # folders, too: many a zip file begins with one
         # Several members may have one name.
         for name, info in sorted(members, key=lambda member: member[0].split("/")):
             if not name:

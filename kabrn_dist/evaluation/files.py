@@ -65,8 +65,8 @@ class FileLayout:
         pattern: Regular expression, upper and lower case alike, that the name of a file in a folder or archive
             contains.
         archives: Regular expression that the name of an archive in a folder contains; others are not opened.
-        endings: Endings of the names: .json (a record), .jsonl (one in each line), .lst (a "label" in each line), .txt (a
-            "text" in each line that is not blank).
+        endings: Endings of the names: .json (a record), .jsonl (one in each line), .lst (a "label" in each line), .txt
+            (a "text" in each line that is not blank).
     """
 
     accepts: Callable[[Mapping[str, Any]], bool]

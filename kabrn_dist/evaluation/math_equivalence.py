@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from kabrn_dist.utils.errors import UserError
 # Importing sympy takes a second; more on a slow disk.
 _START_SECONDS = 120.0
 _MEMORY_BYTES = 4 << 30
+# A process that gets a smaller part of a processor than one in so many is ended as well.
+_MOST_SHARED = 20
 # A longer answer is no answer. The longest of MATH has 200 characters.
 MAX_CHARACTERS = 20_000
 
@@ -31,10 +34,11 @@ class MathComparer:
     Threads may share it: one comparison at a time.
 
     Args:
-        seconds: Limit of a comparison. It counts the answer's own time, not that of starting the process.
+        seconds: Limit of a comparison, in processor time, rounded up by at most 1 s: what else the machine does must
+            not decide about an answer.
     """
 
-    def __init__(self, seconds: float = 5.0) -> None:
+    def __init__(self, seconds: int = 5) -> None:
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -83,11 +87,11 @@ class MathComparer:
             process.stdin.flush()
         except BrokenPipeError as error:
             raise UnfinishedComparison("its process has died") from error
-        answer = _read_line(process, self._seconds)
+        answer = _read_line(process, self._seconds * _MOST_SHARED)
+        if answer is None or (not answer and process.wait() == -signal.SIGXCPU):
+            raise UnfinishedComparison(f"not finished in {self._seconds} s")
         if answer not in (b"true", b"false"):
-            raise UnfinishedComparison(
-                f"not finished in {self._seconds:g} s" if answer is None else "out of memory, or nested too deep"
-            )
+            raise UnfinishedComparison("out of memory, or nested too deep")
         return answer == b"true"
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -95,7 +99,7 @@ class MathComparer:
             raise UserError("math: metric math_verify needs the package math-verify; pip install 'kabrn_dist[eval]'")
         command = [sys.executable, "-m", "kabrn_dist.evaluation.math_worker"]
         process = subprocess.Popen(
-            [*command, str(int(self._seconds) + 1), str(_MEMORY_BYTES)],
+            [*command, str(self._seconds), str(_MEMORY_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

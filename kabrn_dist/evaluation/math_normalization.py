@@ -36,6 +36,7 @@ _SYMBOLS = str.maketrans(
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"\s*\\\\\s*", "\x1e"),  # the end of a row of a matrix
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"√\s*(\w+)", r"\\sqrt{\1}"),
         (r"\\(left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
@@ -47,7 +48,6 @@ _REWRITES = tuple(
         (r"\\le(?![a-zA-Z])", r"\\leq"),
         (r"\\ge(?![a-zA-Z])", r"\\geq"),
         (r"\\ne(?![a-zA-Z])", r"\\neq"),
-        (r"\\(?:[bvB]|small)?matrix(?![a-zA-Z])", r"\\pmatrix"),
         (r"\{[bp]matrix\}", "{pmatrix}"),
         (r"\\(degrees?)(?![a-zA-Z])|\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"\\text{degree}"),
         (r"\\text\s*\{\s*(and|or)\s*\}|(?<![a-z\\])(and|or)(?![a-z])", ","),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 
 from data_prep.documents import Document
 from data_prep.sources.archive import Member, open_members
-from data_prep.sources.compression import COMPRESSED_ENDINGS, READ_ERRORS, describe_error
+from data_prep.sources.compression import READ_ERRORS, describe_error
 from data_prep.sources.files import ARCHIVES, FileFilter, has_ending, list_example_names, list_units
 from data_prep.sources.text import Text, TextOptions
 from kabrn_dist.data.index import INDEX_NAME, Source
@@ -94,9 +95,8 @@ def _read_files(path: Path, split: str) -> tuple[list[SourceText], set[str]]:
 
 
 def _open_texts(path: Path, is_single: bool) -> Iterator[Member]:
-    ending = path.suffix.lower() if is_single else ""
-    other = () if not ending or ending in COMPRESSED_ENDINGS else (ending,)
-    file_filter = FileFilter((*_ENDINGS, *other), lambda name: True, accepts_archive=lambda name: not path.is_dir())
+    endings = ("",) if is_single else _ENDINGS
+    file_filter = FileFilter(endings, lambda name: True, accepts_archive=lambda name: not path.is_dir())
     for unit in list_units([path], file_filter, 1 << 62):
         yield from open_members(unit, file_filter, [], Counter())
 
@@ -138,7 +138,7 @@ def _documents(shards: FolderSet, source: Source, split: str) -> Iterator[np.nda
         for start in range(0, len(stream), _STREAM_TOKENS):
             tokens = np.concatenate([rest, stream.read(start, min(start + _STREAM_TOKENS, len(stream)))])
             begins = np.flatnonzero(tokens == shards.index.document_token)
-            for begin, end in zip(begins[:-1], begins[1:], strict=True):
+            for begin, end in itertools.pairwise(begins.tolist()):
                 yield tokens[begin + 1 : end]
             rest = tokens[begins[-1] :] if len(begins) else tokens
         yield rest[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Arc(MultipleChoice):
             UserError: if they are not there, or damaged.
         """
         files = find_files(self, path, split, self.file_layout)
-        examples = []
+        examples: list[Example] = []
         for name in self.sets:
             own = [file for file in files if f"arc-{name}-" in file.name.rpartition("/")[2].lower()]
             if not own:
@@ -58,7 +59,8 @@ class Arc(MultipleChoice):
                     f"{path}: no {name} set of split {split} there, which task {self.name} needs; found {found}; give "
                     f"--data a folder that has it, or use --task arc_{'easy' if name == 'challenge' else 'challenge'}"
                 )
-            examples += self.make_examples(require_one(self, path, split, own).records, split, set=name)
+            read = self.make_examples(require_one(self, path, split, own).records, split, set=name)
+            examples += [replace(example, id=f"{name}/{example.id}") for example in read]
         return examples
 
     def published_id(self, record: Mapping[str, Any]) -> str:

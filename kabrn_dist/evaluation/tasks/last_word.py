@@ -24,9 +24,7 @@ class LastWord(Task):
     name = "last_word"
     description = "the last word of passages, such as LAMBADA's; right if all its tokens are the likeliest"
     published = "https://zenodo.org/records/2630551 (LAMBADA, CC BY 4.0), or OpenAI's lambada_test.jsonl"
-    layout = (
-        "lambada_test_plain_text.txt, a passage in each line, or .jsonl with 'text'; or your own files of this kind"
-    )
+    layout = "lambada_test_plain_text.txt, a passage in each line, or .jsonl with 'text'; or your own like these"
     splits = ("test", "validation")
     main_metric = "acc"
     accuracies = ("acc",)

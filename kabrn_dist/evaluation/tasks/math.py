@@ -26,7 +26,7 @@ class MathProblems(Task):
     exceeded its limits of time or memory, which counts as a wrong answer.
 
     Args:
-        seconds: Limit of a comparison by `math_verify`.
+        seconds: Limit of a comparison by `math_verify`, in processor time.
     """
 
     name = "math"
@@ -42,7 +42,7 @@ class MathProblems(Task):
     main_metric = "math_verify"
     accuracies = ("exact_match", "math_verify")
 
-    def __init__(self, seconds: float = 5.0) -> None:
+    def __init__(self, seconds: int = 5) -> None:
         self._comparer = MathComparer(seconds)
 
     def load(self, path: Path, split: str) -> list[Example]:

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kabrn_dist.evaluation.requests import Answer, ContinuationRequest, GenerateRequest, Request
 from kabrn_dist.evaluation.task import Example, Task
@@ -18,10 +18,7 @@ _LENGTHS = tuple(1 << power for power in range(10, 17))
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PER_PLACE = 4
 _CHOICES = 5
-_KEYS = """
-anchor basket candle dolphin engine feather garden hammer island jacket kettle ladder mirror needle orchard pebble
-quarry ribbon saddle temple umbrella valley window yellow zipper
-""".split()
+_KEYS = ("anchor", "basket", "candle", "dolphin", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle")
 
 
 class Recall(Task):
@@ -38,7 +35,7 @@ class Recall(Task):
     layout = TEXT_LAYOUT
     splits = TEXT_SPLITS
     main_metric = "acc"
-    accuracies: tuple[str, ...] = ("acc",)
+    accuracies: ClassVar[tuple[str, ...]] = ("acc",)
 
     def load(self, path: Path, split: str) -> list[Example]:
         """Plant numbers in the texts of a split.
