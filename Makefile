@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-kan bench-moe bench-quality bench-retention bench-runtime bench-step bench-zero tables wasm clean
+.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-evaluation bench-kan bench-moe bench-quality bench-retention bench-runtime bench-step bench-zero tables wasm clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +51,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.zero --quick --json runs/bench-zero.json
 	$(BIN)/python -m benchmarks.step --quick --json runs/bench-step.json
 	$(BIN)/python -m benchmarks.runtime --quick --json runs/bench-runtime.json
+	$(BIN)/python -m benchmarks.evaluation --quick --json runs/bench-evaluation.json
 	$(BIN)/python -m benchmarks.quality --quick --text $(QUALITY_TEXT) --json runs/bench-quality.json
 
 # Any UTF-8 text file; the source of Python's library is on every machine.
@@ -96,6 +97,9 @@ bench-runtime: setup
 	$(BIN)/pip install --quiet ziglang==0.17.1
 	$(BIN)/pip install --quiet --constraint constraints.txt onnx==1.23.2 onnxruntime==1.32.0
 	$(BIN)/python -m benchmarks.runtime --json runs/bench-runtime.json
+
+bench-evaluation: setup
+	$(BIN)/python -m benchmarks.evaluation --json runs/bench-evaluation.json
 
 # The chat page that needs no server, in page/.
 wasm: setup

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.evaluation.draw import SampledText, check_generate_request, distinct_samples, draw_one
-from kabrn_dist.evaluation.reading import ReadRows, RowReader, concatenate_read, read_prefix, repeat_row
+from kabrn_dist.evaluation.reading import ReadRows, RowReader, SharedBeginning, concatenate_read
 from kabrn_dist.evaluation.requests import Continuation, GenerateRequest
 from kabrn_dist.evaluation.tokens import prompt_tokens
 from kabrn_dist.model.mixkabrn import MixKABRN
@@ -106,10 +106,10 @@ class _Prompts:
     """Prompts that wait for rows of the batch; those of like lengths are read together."""
 
     def __init__(self, reader: RowReader, tokenizer: Tokenizer, requests: Sequence[GenerateRequest]) -> None:
-        self._reader, self._tokenizer, self._requests = reader, tokenizer, requests
-        prompts = prompt_tokens(tokenizer, [request.prompt for request in requests])
-        self._prefix, self._rests = read_prefix(reader, prompts)
-        self._queue = deque(sorted(range(len(requests)), key=lambda number: -len(self._rests[number])))
+        self._tokenizer, self._requests = tokenizer, requests
+        self._prompts = prompt_tokens(tokenizer, [request.prompt for request in requests])
+        self._beginning = SharedBeginning(reader, self._prompts)
+        self._queue = deque(sorted(range(len(requests)), key=lambda number: -len(self._prompts[number])))
         # Continuations for which there was no place beside others of their prompt, and what was read of it.
         self._left: list[_Row] = []
         self._left_read: ReadRows | None = None
@@ -130,7 +130,7 @@ class _Prompts:
             rows += [_Row(text, request) for text in request.texts]
             places += [len(numbers)] * len(request.texts)
             numbers.append(number)
-        read = self._reader.read([self._rests[number] for number in numbers], repeat_row(self._prefix, len(numbers)))
+        read = self._beginning.read([self._prompts[number] for number in numbers])
         if len(rows) > most:
             self._left, self._left_read = rows[most:], read.select([places[-1]])
         return rows[:most], read.select(places[:most])
@@ -169,7 +169,7 @@ class _Batch:
             self.rows = [self.rows[place] for place in staying]
         if self._read is not None:
             lengths = [length + 1 for length in self._read.lengths]
-            hidden, states = self._reader.call(tokens, self._read, 1)
+            hidden, states = self._reader.call(tokens, self._read.states, self._read.lengths, 1)
             self._read = ReadRows(hidden[:, -1], states, lengths)
 
 

@@ -1,6 +1,8 @@
 """Rows of tokens of unlike lengths, read by a model together, in calls of bounded memory.
 
-Rows begin together and leave the batch where they end, so that no token is read for nothing and states need no padding.
+Rows begin together and leave the batch where they end. Many rows are first lengthened in front to multiples of a few
+tokens, so that they end in few places: by tokens of another document, which leave nothing behind, or by the last tokens
+of what all rows begin with, read on top of the state before them.
 
 Shapes:
     B: batch.
@@ -18,12 +20,14 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.evaluation.tokens import common_prefix
-from kabrn_dist.inference.states import DOCUMENT, concatenate_rows, select_rows
+from kabrn_dist.inference.states import DOCUMENT, NOTHING, concatenate_rows, select_rows
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 
 # Tokens of one call, and elements of logits in memory at a time.
 CALL_TOKENS, LOGIT_ELEMENTS = 4096, 1 << 24
+# Lengths of many rows are multiples of it.
+LENGTH_STEP = 16
 
 
 class ReadRows(NamedTuple):
@@ -68,36 +72,48 @@ class RowReader:
         self.model, self.in_order = model, in_order
         self.device = model.embedding.weight.device
 
-    def call(self, rows: Sequence[Sequence[int]], before: ReadRows | None, width: int) -> tuple[Tensor, list[Any]]:
+    def call(
+        self, rows: Sequence[Sequence[int]], states: list[Any] | None, starts: Sequence[int], width: int
+    ) -> tuple[Tensor, list[Any]]:
         """Read rows, filled up to `width` tokens; what follows the end of a row does not change what is before it.
+
+        Args:
+            rows: The tokens of each row.
+            states: What was read before; None for nothing.
+            starts: Position of each row's first token in its document; tokens at negative ones belong to others.
+            width: Tokens to read of each row.
 
         Returns:
             [B,T,D], what the head reads of each token, and the states after `width` tokens.
         """
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
-        starts = torch.tensor(before.lengths if before else [0] * len(rows), device=self.device)
-        positions = starts[:, None] + torch.arange(width, device=self.device)
-        states = before.states if before else None
-        return self.model.read(tokens, torch.full_like(tokens, DOCUMENT), positions, states, self.in_order)
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)
+        documents = torch.where(positions < 0, NOTHING, DOCUMENT)
+        return self.model.read(tokens, documents, positions.clamp(min=0), states, self.in_order)
 
-    def read(self, rows: Sequence[Sequence[int]], before: ReadRows | None = None) -> ReadRows:
+    def read(
+        self, rows: Sequence[Sequence[int]], before: ReadRows | None = None, starts: Sequence[int] | None = None
+    ) -> ReadRows:
         """Read rows of at least one token each, and return what is known after each of them, in their order.
 
         Args:
             rows: The tokens of each row; a row that nothing was read before begins with the document token.
             before: What was read before, row by row; None for nothing.
+            starts: See `call`; by default what follows from `before`.
         """
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         lengths = [len(rows[row]) for row in order]
         current = before.select(order) if before else None
+        starts = starts or (before.lengths if before else [0] * len(rows))
+        reached = [starts[row] for row in order]
         done: list[ReadRows] = []
         column, active = 0, len(order)
         while active:
             stop = min(lengths[active - 1], column + max(1, CALL_TOKENS // active))
             part = [rows[row][column:stop] for row in order[:active]]
-            hidden, states = self.call(part, current, stop - column)
-            read = [length + stop - column for length in current.lengths] if current else [stop] * active
-            current = ReadRows(hidden[:, -1], states, read)
+            hidden, states = self.call(part, current.states if current else None, reached[:active], stop - column)
+            reached = [position + stop - column for position in reached[:active]]
+            current = ReadRows(hidden[:, -1], states, reached)
             column, staying = stop, sum(length > stop for length in lengths[:active])
             if staying < active:
                 done.append(current.select(range(staying, active)) if staying else current)
@@ -141,14 +157,33 @@ class RowReader:
         return torch.cat(logprobs).cpu(), torch.cat(greedy).cpu()
 
 
-def read_prefix(reader: RowReader, rows: Sequence[Sequence[int]]) -> tuple[ReadRows | None, list[Sequence[int]]]:
-    """Read the tokens that all rows begin with, once; return what is known after them, and the rows' rests."""
-    count = common_prefix(rows)
-    if not count:
-        return None, list(rows)
-    return reader.read([rows[0][:count]]), [row[count:] for row in rows]
+class SharedBeginning:
+    """The first tokens that all rows have in common, read once, and not at all if there are few of them.
 
+    Args:
+        reader: The model.
+        rows: All rows, each from its document token on.
+    """
 
-def repeat_row(read: ReadRows | None, times: int) -> ReadRows | None:
-    """Return the only row of `read` several times; None for None."""
-    return None if read is None else read.select([0] * times)
+    def __init__(self, reader: RowReader, rows: Sequence[Sequence[int]]) -> None:
+        self._reader, self._step = reader, LENGTH_STEP if len(rows) > LENGTH_STEP else 1
+        count = common_prefix(rows)
+        count = count if count >= self._step else 0
+        self._tokens = list(rows[0][:count]) if count else []
+        # After all of the beginning, all but its last token, and so on.
+        self._known: list[ReadRows] = []
+        if count:
+            known = reader.read([self._tokens[: count - self._step + 1]])
+            self._known = [known]
+            for token in self._tokens[count - self._step + 1 :]:
+                self._known.insert(0, reader.read([[token]], self._known[0]))
+
+    def read(self, rows: Sequence[Sequence[int]]) -> ReadRows:
+        """Read some of the rows, and return what is known after each of them."""
+        count = len(self._tokens)
+        missing = [-(len(row) - count) % self._step for row in rows]
+        if not count:
+            padded = [[*[0] * pad, *row] for pad, row in zip(missing, rows, strict=True)]
+            return self._reader.read(padded, starts=[-pad for pad in missing])
+        rests = [row[count - pad :] for pad, row in zip(missing, rows, strict=True)]
+        return self._reader.read(rests, concatenate_read([self._known[pad] for pad in missing]))

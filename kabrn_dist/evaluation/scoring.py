@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.evaluation.reading import CALL_TOKENS, ReadRows, RowReader, read_prefix, repeat_row
+from kabrn_dist.evaluation.reading import CALL_TOKENS, ReadRows, RowReader, SharedBeginning
 from kabrn_dist.evaluation.requests import ContinuationRequest, ContinuationScore, TextRequest, TextScore
 from kabrn_dist.evaluation.tokens import group_by_context, prompt_tokens, split_tokens
 
@@ -30,10 +30,10 @@ def score_continuations_batched(
     split = split_tokens(tokenizer, requests)
     by_context = group_by_context(split)
     contexts = list(by_context)
-    prefix, rests = read_prefix(reader, contexts)
+    beginning = SharedBeginning(reader, contexts)
     for start in range(0, len(contexts), batch_size):
         here = contexts[start : start + batch_size]
-        read = reader.read(rests[start : start + batch_size], repeat_row(prefix, len(here)))
+        read = beginning.read(here)
         pairs = [(row, number) for row, context in enumerate(here) for number in by_context[context]]
         pairs.sort(key=lambda pair: -len(split[pair[1]].continuation))
         for part in range(0, len(pairs), batch_size):
@@ -68,7 +68,7 @@ def _score_after(
         if active < len(read.lengths):
             read = read.select(range(active))
         parts = [each[begin : min(begin + size, len(each) - 1)] for each in continuations[:active]]
-        hidden, states = reader.call(parts, read, size)
+        hidden, states = reader.call(parts, read.states, read.lengths, size)
         places = [(row, begin + place + 1) for row, part in enumerate(parts) for place in range(len(part))]
         rows, columns = zip(*((row, place - begin - 1) for row, place in places), strict=True)
         add(hidden[list(rows), list(columns)], places)
@@ -108,7 +108,8 @@ def _score_documents(reader: RowReader, choices: int, documents: Sequence[list[i
     while active:
         size = min(max(1, CALL_TOKENS // active), len(documents[0]) - 1 - begin)
         parts = [each[begin : min(begin + size, len(each) - 1)] for each in documents[:active]]
-        hidden, states = reader.call(parts, read, size)
+        starts = [begin] * active
+        hidden, states = reader.call(parts, read.states if read else None, starts, size)
         read = ReadRows(hidden[:, -1], states, [begin + size] * active)
         lengths = [len(part) for part in parts]
         flat = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])

@@ -29,12 +29,13 @@ class TorchModel:
     `in_order` on a CPU, all but the head's product is the same bits in any batch, and those of the runtime in C.
 
     Args:
-        model: With all experts in this process. It is left in evaluation mode, with its codes frozen.
+        model: With all experts in this process. It is left in evaluation mode.
         tokenizer: The one it was trained with.
         name: See `EvaluatedModel`.
         fingerprint: See `EvaluatedModel`.
         batch_size: Rows that are read and decoded together.
         in_order: See `RowReader`.
+        freeze: Whether the model keeps its ternary codes, see `freeze_codes`; not for one that is still trained.
 
     Raises:
         UserError: for a tokenizer with more tokens than the model.
@@ -48,6 +49,7 @@ class TorchModel:
         fingerprint: str,
         batch_size: int = 32,
         in_order: bool = False,
+        freeze: bool = True,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -56,7 +58,9 @@ class TorchModel:
             )
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: rows that are read together; use 1 or more, such as 32")
-        freeze_codes(model.eval())
+        model.eval()
+        if freeze:
+            freeze_codes(model)
         self.name, self.fingerprint = name, fingerprint
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self._reader = RowReader(model, in_order)

@@ -52,7 +52,8 @@ class FrozenCodes(TernarySource):
 def freeze_codes(model: MixKABRN) -> None:
     """Make a model keep its ternary codes instead of rounding its weights in every pass; results are the same bits.
 
-    They take a byte a weight, or four on processors that multiply fp32 faster than int8.
+    They take a byte a weight, or four on processors that multiply fp32 faster than int8. Values that are written
+    through `.data`, as optimizers of large runs do, are not noticed: a model that is still trained is not to be frozen.
     """
     for module in model.modules():
         if isinstance(module, TernaryModule):

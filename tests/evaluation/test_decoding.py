@@ -75,6 +75,25 @@ def test_prompts_that_begin_alike_have_it_read_once(small: GenerativeModel, monk
     assert max(read) >= len(shots) and sum(read) < asked / 2
 
 
+@pytest.mark.parametrize("shots", ["", "Question: what is it?\nAnswer: nothing.\n\n"])
+def test_many_rows_end_in_few_places_and_are_read_as_alone(
+    small: GenerativeModel, shots: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [GenerateRequest(shots + "ab?"[: number % 4] + "x" * (3 * number % 37), 2) for number in range(20)]
+    expected = [texts_of(torch_model(small, 1), [request])[0] for request in requests]
+    calls: list[int] = []
+    call = reading.RowReader.call
+
+    def counted(self: reading.RowReader, rows: list[list[int]], states: object, starts: object, width: int) -> object:
+        calls.append(width)
+        return call(self, rows, states, starts, width)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reading.RowReader, "call", counted)
+    assert texts_of(torch_model(small, 20), requests) == expected
+    # The rows' lengths, a step after the first token, and the states before each of the beginning's last tokens.
+    assert len(calls) <= 4 + 1 + (reading.LENGTH_STEP if shots else 0)
+
+
 def test_what_rows_have_in_common_leaves_a_token_of_each() -> None:
     tens = list(range(10))
     assert common_prefix([tens, tens]) == 9 and common_prefix([tens]) == 0 and common_prefix([]) == 0
