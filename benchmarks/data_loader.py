@@ -172,7 +172,17 @@ def _make_source(
             text_bytes=total - documents,
             loss_tokens=used,
         )
-    return Source(name=name, kind="random", options={}, weight=weight, epochs=None, masked=masked, **splits)
+    train, validation = splits["train"], splits["validation"]
+    return Source(
+        name=name,
+        kind="random",
+        options={},
+        weight=weight,
+        epochs=None,
+        masked=masked,
+        train=train,
+        validation=validation,
+    )
 
 
 def _make_shard(path: Path, tokens: int, masked: bool, random: np.random.Generator) -> tuple[Shard, int]:

@@ -70,12 +70,12 @@ def main() -> None:
     # One thread each; a forked process would share those of its parent.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, initializer=begin) as workers:
-        for run, outcome in train_all(workers, sweep, options.log):
+        for run, outcome in train_all(workers, sweep, options.log, options.export):
             outcomes[run] = outcome
         more = [
             replace(find_best(m, outcomes), seed=seed) for m in options.models for seed in range(2, options.seeds + 1)
         ]
-        for run, outcome in train_all(workers, more, options.log):
+        for run, outcome in train_all(workers, more, options.log, options.export):
             outcomes[run] = outcome
     best = {model: take_best(model, outcomes) for model in options.models}
     report = Report(f"{options.text}: {sweep[0].steps:,} steps, {options.seeds} seed(s)")
@@ -114,6 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="append each run there as it ends, a line of JSON; runs that it has are not run again",
+    )
+    add(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="leave each dense Transformer that is trained in a folder there, for Hugging Face's libraries",
     )
     add("--json", type=Path, metavar="FILE", help="write rows and aims there")
     return parser
@@ -170,11 +176,13 @@ def read_rate(rate: str | float) -> float:
         raise ValueError(f"--rates: {rate!r} is not a number; write, say, 3e-3,5e-3, or {BEST_KNOWN}") from None
 
 
-def train_all(workers: ProcessPoolExecutor, runs: Sequence[Run], log: Path | None) -> Iterator[tuple[Run, Outcome]]:
+def train_all(
+    workers: ProcessPoolExecutor, runs: Sequence[Run], log: Path | None, export: Path | None
+) -> Iterator[tuple[Run, Outcome]]:
     """Each run as it ends, told and logged; those that the log has already are not run again."""
     done = read_log(log) if log is not None and log.exists() else {}
     yield from ((run, done[run]) for run in runs if run in done)
-    began = {workers.submit(train, run): run for run in runs if run not in done}
+    began = {workers.submit(train, run, export): run for run in runs if run not in done}
     for future in as_completed(began):
         run, outcome = began[future], future.result()
         print(f"({run.model}) rate {run.rate:g}, seed {run.seed}: {outcome.nats:.4f} nats", flush=True)

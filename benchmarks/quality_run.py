@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 
+from benchmarks.quality_export import export_transformer
 from benchmarks.quality_models import Learner, Ours, Rival, Size, Transformer, measure_ours
 from benchmarks.quality_recipes import (
     BATCH,
@@ -75,8 +77,12 @@ def begin() -> None:
     init_distributed(read_launch_env()).__enter__()
 
 
-def train(run: Run) -> Outcome:
+def train(run: Run, export: Path | None = None) -> Outcome:
     """Train and score one model; `begin` comes first.
+
+    Args:
+        run: what to train.
+        export: folder in which a dense Transformer is left for Hugging Face's libraries; None leaves nothing.
 
     Raises:
         ValueError: for a text that cannot be read.
@@ -91,6 +97,8 @@ def train(run: Run) -> Outcome:
     seconds = (time.process_time() - began) / (run.steps * BATCH * CONTEXT)
     batches = list(text.windows(SCORED_ROWS, CONTEXT, run.rows))
     nats = sum(map(learner.score, batches)) / sum(batch.targets.numel() for batch in batches)
+    if export is not None and isinstance(learner, Rival):
+        export_transformer(learner.model, text.alphabet, export / f"{run.model}-rate-{run.rate:g}-seed-{run.seed}")
     learner.close()
     last = losses[-max(1, run.steps // 20) :]
     return Outcome(nats, sum(last) / len(last), seconds, size)

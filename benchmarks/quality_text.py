@@ -25,12 +25,17 @@ STDLIB_CHARACTERS = 1_100_000
 class Text:
     """Attributes:
     train, validation: int64 [N], numbers of characters in the alphabet of the whole text.
-    vocabulary: size of that alphabet.
+    alphabet: its characters, in the order of their numbers.
     """
 
     train: Tensor
     validation: Tensor
-    vocabulary: int
+    alphabet: str
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of the alphabet."""
+        return len(self.alphabet)
 
     def draw(self, generator: torch.Generator, rows: int, length: int) -> Batch:
         """Rows that begin anywhere in the training part."""
@@ -64,7 +69,7 @@ def read_text(source: str, length: int) -> Text:
             f"--text {source}: its {len(tokens)} characters leave {len(tokens) - cut} to validate on, fewer than a row "
             f"of {length} and its last target; use a text of {10 * (length + 2)} characters or more"
         )
-    return Text(tokens[:cut], tokens[cut:], len(alphabet))
+    return Text(tokens[:cut], tokens[cut:], "".join(alphabet))
 
 
 def read_library() -> str:

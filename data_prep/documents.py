@@ -31,6 +31,9 @@ class Document(NamedTuple):
         lost_bytes: number of bytes that could not be read, if it is known.
         mismatch: whether it could be read, but has another layout than its source expects.
         stretch: whether it is a part of a larger text.
+        marks: of a conversation, the characters of each special token that its chat template wrote; None: no
+            conversation.
+        malformed: short name of what is wrong with a conversation, by which these are counted.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Document(NamedTuple):
     lost_bytes: int = 0
     mismatch: bool = False
     stretch: bool = False
+    marks: tuple[Span, ...] | None = None
+    malformed: str = ""
 
 
 class Unit(NamedTuple):

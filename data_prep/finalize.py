@@ -37,7 +37,9 @@ def build_index(
         dtype=dtype_for(tokenizer.vocab_size),
         vocabulary=tokenizer.vocab_size,
         document_token=tokenizer.document_token,
-        tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.sha256),
+        tokenizer=TokenizerInfo(
+            kind=tokenizer.kind, sha256=tokenizer.sha256, chat_template_sha256=tokenizer.chat_template_sha256
+        ),
         recipe=_describe_recipe(recipe),
         sources=tuple(
             Source(
@@ -47,6 +49,7 @@ def build_index(
                 weight=sum(source.weight for source in stream.sources),
                 epochs=min((source.epochs for source in stream.sources if source.epochs is not None), default=None),
                 masked=stream.masked,
+                whole=stream.keeps_whole,
                 train=_build_split(workspace, streams, number, tasks, "train"),
                 validation=_build_split(workspace, streams, number, tasks, "validation"),
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep.chat import find_template_file
 from data_prep.clean.contamination import list_evaluation_files
 from data_prep.documents import Unit
 from data_prep.read import SourceReader
@@ -97,9 +98,12 @@ def _name_bytes(text: str) -> bytes:
 
 
 def _other_files(recipe: Recipe) -> Iterator[Path]:
-    """Yield the files besides the sources: the tokenizer and the evaluation sets."""
+    """Yield the files besides the sources: the tokenizer, its chat template, and the evaluation sets."""
     if recipe.tokenizer.file is not None:
         yield recipe.tokenizer.file
+    template = find_template_file(recipe)
+    if template is not None:
+        yield template
     for source in recipe.sources:
         for path in recipe.cleaning_config(source).contamination.paths:
             yield from list_evaluation_files(path, recipe.out)

@@ -39,6 +39,13 @@ def check_readable(recipe: Recipe, records: Sequence[ReadRecord], expected: Sequ
                 f"{record.unreadable_names[0]}), {_megabytes(record.lost_bytes)} of {_megabytes(total)}; repair or "
                 f"remove them, or raise max_unreadable, which is {limit:g}, in a recipe"
             )
+        if record.malformed > recipe.max_malformed * record.documents:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in record.removed.most_common(_SHOWN))
+            raise UserError(
+                f"source {source.name!r}: {record.malformed:,} of {record.documents:,} conversations are malformed "
+                f"({reasons}; first: {record.malformed_names[0]}); repair or remove them, or raise max_malformed, "
+                f"which is {recipe.max_malformed:g}, in a recipe"
+            )
         damaged = sum(record.removed_bytes[reason] for reason in _DAMAGE)
         if damaged > _MAX_DAMAGED * record.bytes:
             raise UserError(
@@ -99,7 +106,8 @@ def _reasons(record: ReadRecord) -> str:
     if record.unreadable:
         size = f", {_megabytes(record.lost_bytes)}" if record.lost_bytes else ""
         reasons.append(f"{record.unreadable:,} unreadable{size} (first: {record.unreadable_names[0]})")
-    return f"; removed {', '.join(reasons)}" if reasons else ""
+    first = f" (first malformed: {record.malformed_names[0]})" if record.malformed else ""
+    return f"; removed {', '.join(reasons)}{first}" if reasons else ""
 
 
 def _megabytes(size: int) -> str:

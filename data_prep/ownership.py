@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
-from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
+from kabrn_dist.data.index import CHAT_TEMPLATE_NAME, INDEX_NAME, TOKENIZER_NAME
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain
 
@@ -32,9 +32,12 @@ def list_made_files(out: Path, work: Path) -> set[str]:
     claimed = _read_json(work / "files.json")
     if isinstance(claimed, list):
         names |= {name for name in claimed if _is_plain(name)}
-    shards = _list_indexed_shards(_read_json(out / INDEX_NAME))
+    index = _read_json(out / INDEX_NAME)
+    shards = _list_indexed_shards(index)
     if shards is not None:
         names |= {INDEX_NAME, INPUTS_NAME, TOKENIZER_NAME, *REPORT_NAMES, *shards}
+        if "chat_template_sha256" in index.get("tokenizer", ()):
+            names.add(CHAT_TEMPLATE_NAME)
     return names | {f"{name}.tmp" for name in names}
 
 

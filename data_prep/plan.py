@@ -15,26 +15,32 @@ from data_prep.split import SizeHistogram, Stream, describe_split, divide_stream
 from data_prep.streams import ShardTask, plan_stream
 from data_prep.tokens import DocumentEncoder
 from data_prep.train_tokenizer import TRAINING_CHARACTERS, train_tokenizer
+from kabrn_dist.data.adapt_tokenizer import AdaptedTokenizer, load_any_tokenizer
 from kabrn_dist.data.index import dtype_for
 from kabrn_dist.data.tokenizer import Tokenizer
 
 _MEASURED_BYTES = 1 << 18
 
 
-def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """Return the tokenizer that the recipe names; None if one has to be trained.
+def load_recipe_tokenizer(recipe: Recipe) -> AdaptedTokenizer | None:
+    """Return the tokenizer that the recipe names, made usable; None if one has to be trained.
 
     Raises:
         UserError: the tokenizer cannot be used.
     """
     choice = recipe.tokenizer
     if choice.bytes:
-        return Tokenizer.of_bytes()
-    return Tokenizer.load(choice.file) if choice.file is not None else None
+        return AdaptedTokenizer(Tokenizer.of_bytes(), ())
+    return load_any_tokenizer(choice.file) if choice.file is not None else None
 
 
 def plan_shards(
-    recipe: Recipe, run_folder: Path, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer | None
+    recipe: Recipe,
+    run_folder: Path,
+    streams: Sequence[Stream],
+    dropped: np.ndarray,
+    tokenizer: Tokenizer | None,
+    reserved: Sequence[str] = (),
 ) -> tuple[Tokenizer, list[ShardTask]]:
     """Train the tokenizer if there is none, measure its tokens per byte on each stream, and divide streams into shards.
 
@@ -44,6 +50,7 @@ def plan_shards(
         streams: all streams.
         dropped: ids of documents to leave out, uint64, sorted.
         tokenizer: the tokenizer; None: train one.
+        reserved: special tokens of one that is trained.
 
     Returns:
         The tokenizer and the shards to make.
@@ -55,7 +62,7 @@ def plan_shards(
     _say_splits(recipe, streams, histograms)
     reader = RunReader(run_folder)
     if tokenizer is None:
-        tokenizer = _train(recipe, reader, run_folder, streams, histograms, dropped)
+        tokenizer = _train(recipe, reader, run_folder, streams, histograms, dropped, reserved)
     encoder = DocumentEncoder(tokenizer)
     item_bytes = np.dtype(dtype_for(tokenizer.vocab_size)).itemsize
     tasks: list[ShardTask] = []
@@ -75,6 +82,7 @@ def _train(
     streams: Sequence[Stream],
     histograms: Sequence[SizeHistogram],
     dropped: np.ndarray,
+    reserved: Sequence[str],
 ) -> Tokenizer:
     """Train the tokenizer, and say so: for many seconds nothing else is done."""
     wanted = recipe.tokenizer.train
@@ -84,7 +92,7 @@ def _train(
     print(f"training a tokenizer of {wanted:,} ids on {sum(sizes) / 1e6:,.1f} MB of text …", flush=True)
     start = time.monotonic()
     texts = _sample(reader, runs, streams, histograms, dropped, sizes)
-    tokenizer = train_tokenizer(texts, wanted, show_progress=sys.stderr.isatty())
+    tokenizer = train_tokenizer(texts, wanted, show_progress=sys.stderr.isatty(), reserved=reserved)
     fewer = f"; the texts yield only {tokenizer.vocab_size:,} ids" if tokenizer.vocab_size < wanted else ""
     print(f"trained it in {time.monotonic() - start:,.1f} s{fewer}", flush=True)
     return tokenizer
@@ -142,8 +150,12 @@ def _sample(
     """Yield training texts from the beginning of each stream, `sizes` bytes of it."""
     for stream, histogram, size in zip(streams, histograms, sizes, strict=True):
         for document in _read_train_texts(reader, runs, stream, histogram, dropped, size):
-            # A document that was cut may end within a character, which is left out.
-            yield document.text.decode("utf-8", "ignore")
+            place = 0
+            # What special tokens stand for is no text to learn words from.
+            for start, stop in [] if document.marks is None else document.marks.tolist():
+                yield document.text[place:start].decode()
+                place = stop
+            yield document.text[place:].decode()
 
 
 def _read_train_texts(
@@ -157,5 +169,12 @@ def _read_train_texts(
         document = reader.read(run, row)
         if histogram.cut is not None:
             document = histogram.cut.part_of(row, document, "train")
-        yield document._replace(text=document.text[:left]) if len(document.text) > left else document
+        yield _cut(document, left) if len(document.text) > left else document
         left -= len(document.text)
+
+
+def _cut(document: StoredDocument, size: int) -> StoredDocument:
+    """Return a document with at most `size` bytes of its text, whole characters and special tokens only."""
+    text = document.text[:size].decode("utf-8", "ignore").encode()
+    marks = document.marks
+    return document._replace(text=text, marks=None if marks is None else marks[marks[:, 1] <= len(text)])

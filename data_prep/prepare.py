@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.chat import ChatPlan, describe_plain_marks, plan_chat
 from data_prep.duplicates import (
     HashRange,
     find_dropped_ids,
@@ -30,10 +31,11 @@ from data_prep.duplicates import (
 from data_prep.encode import ShardBuilder, shard_name
 from data_prep.finalize import build_index, summarize_duplicates
 from data_prep.input_digest import InputDigest, digest_inputs
+from data_prep.learned_samples import sample_learned
 from data_prep.losses import check_readable, describe_duplicates, describe_losses
 from data_prep.ownership import REPORT_NAMES, check_out_holds_no_input
 from data_prep.pieces import ShardPiece, divide_shards
-from data_prep.plan import load_recipe_tokenizer, plan_shards
+from data_prep.plan import plan_shards
 from data_prep.progress import StageProgress
 from data_prep.read import ReadRecord, SourceReader, select_runs
 from data_prep.recipe import Recipe
@@ -42,7 +44,7 @@ from data_prep.split import Stream
 from data_prep.streams import make_streams, read_shard_plan, write_shard_plan
 from data_prep.workers import WorkerGroup
 from data_prep.workspace import Workspace
-from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Index
+from kabrn_dist.data.index import CHAT_TEMPLATE_NAME, INDEX_NAME, TOKENIZER_NAME, Index
 from kabrn_dist.data.index_io import read_index, write_index
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.atomic_io import atomic_open
@@ -68,38 +70,42 @@ def prepare(recipe: Recipe, workers: WorkerGroup, force: bool = False) -> Index 
     """
     start = time.monotonic()
     workspace = Workspace(recipe.out)
-    opened: list[tuple[Tokenizer | None, SourceReader, InputDigest]] = []
+    opened: list[tuple[ChatPlan, SourceReader, InputDigest]] = []
 
     def open_inputs() -> None:
         check_out_holds_no_input(recipe.out, recipe.named_inputs())
-        reader = SourceReader(recipe, workspace.runs)
-        opened.append((load_recipe_tokenizer(recipe), reader, digest_inputs(reader, recipe)))
+        chat = plan_chat(recipe)
+        reader = SourceReader(recipe, workspace.runs, rendering=chat.rendering)
+        opened.append((chat, reader, digest_inputs(reader, recipe)))
 
     # Files may be missing on a single machine.
     workers.on_all(open_inputs)
-    tokenizer, reader, inputs = opened[0]
+    chat, reader, inputs = opened[0]
     workers.require_same(
         inputs.digest, f"the workers see different inputs of {recipe.out}; give all machines the same files"
     )
     if not force and workers.all_true(workspace.is_finished(inputs)):
         return None
     workers.on_main(lambda: workspace.open(inputs, force))
+    workers.on_main(lambda: _say_changes(recipe, chat))
     _read_sources(workspace, reader, workers)
     records = reader.records()
 
     workers.on_main(lambda: _check_read(workspace, reader, recipe, inputs, records))
     dropped = _find_duplicates(workspace, recipe, records, workers)
     streams = make_streams(recipe, records)
-    workers.on_main(lambda: _plan_shards(workspace, recipe, streams, dropped, tokenizer))
+    workers.on_main(lambda: _plan_shards(workspace, recipe, streams, dropped, chat))
     _write_shards(workspace, streams, dropped, workers)
     written: list[Index] = []
 
     def finish() -> None:
         index = build_index(workspace, recipe, streams, records)
-        Tokenizer.load(workspace.tokenizer).save(recipe.out / workspace.tokenizer.name)
+        tokenizer = Tokenizer.load(workspace.tokenizer)
+        tokenizer.save(recipe.out / workspace.tokenizer.name)
         duplicates = summarize_duplicates(workspace, recipe, records)
         print(describe_duplicates(recipe, duplicates), end="", flush=True)
-        write_report(recipe, records, duplicates, index, reader.licenses(), time.monotonic() - start)
+        learned = sample_learned(recipe.out, index, tokenizer)
+        write_report(recipe, records, duplicates, index, reader.licenses(), time.monotonic() - start, learned)
         inject_fault("data.index")
         written.append(_write_index(recipe.out, index))
         workspace.close(inputs)
@@ -135,6 +141,11 @@ def _write_index(out: Path, index: Index) -> Index:
         (out / INDEX_NAME).unlink()
         raise
     return written
+
+
+def _say_changes(recipe: Recipe, chat: ChatPlan) -> None:
+    for change in chat.changes:
+        print(f"{recipe.tokenizer.file}: {change}", flush=True)
 
 
 def _read_sources(workspace: Workspace, reader: SourceReader, workers: WorkerGroup) -> None:
@@ -182,14 +193,18 @@ def _write_dropped(workspace: Workspace, exact_duplicates: np.ndarray, near_task
 
 
 def _plan_shards(
-    workspace: Workspace, recipe: Recipe, streams: Sequence[Stream], dropped: np.ndarray, tokenizer: Tokenizer | None
+    workspace: Workspace, recipe: Recipe, streams: Sequence[Stream], dropped: np.ndarray, chat: ChatPlan
 ) -> None:
     """On rank 0: train or copy the tokenizer, and write the list of shards to make."""
     if workspace.shard_plan.exists():
         return
-    chosen, tasks = plan_shards(recipe, workspace.runs, streams, dropped, tokenizer)
-    shards = (f"{shard_name(streams[task.stream], task)}.tar" for task in tasks)
-    workspace.claim_files([*shards, TOKENIZER_NAME, *REPORT_NAMES, INDEX_NAME])
+    if note := describe_plain_marks(chat):
+        print(note, flush=True)
+    chosen, tasks = plan_shards(recipe, workspace.runs, streams, dropped, chat.tokenizer, chat.reserved)
+    chosen.chat_template = chat.template
+    names = [f"{shard_name(streams[task.stream], task)}.tar" for task in tasks]
+    names += [CHAT_TEMPLATE_NAME] if chat.template else []
+    workspace.claim_files([*names, TOKENIZER_NAME, *REPORT_NAMES, INDEX_NAME])
     chosen.save(workspace.tokenizer)
     write_shard_plan(workspace.shard_plan, tasks)
 
@@ -234,7 +249,7 @@ def scan(recipe: Recipe, folder: Path) -> list[ReadRecord]:
     Raises:
         UserError: for unusable input, or if too much of it cannot be read.
     """
-    reader = SourceReader(recipe, folder, texts=False)
+    reader = SourceReader(recipe, folder, texts=False, rendering=plan_chat(recipe).rendering)
     total = sum(task.unit.bytes for task in reader.tasks)
     with StageProgress(folder, 0, "read", total) as progress:
         for task in reader.tasks:

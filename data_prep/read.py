@@ -19,6 +19,7 @@ from data_prep.recipe import Recipe, SourceRecipe
 from data_prep.sorted_runs import RunWriter, document_id
 from data_prep.sources import DataSource, FileGroup
 from data_prep.sources.build import build_source
+from data_prep.sources.conversations import Rendering
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.fault_injection import inject_fault
@@ -26,7 +27,7 @@ from kabrn_dist.utils.fault_injection import inject_fault
 SAMPLES_PER_REASON = 3
 SHOWN_CHARACTERS = 200
 _LISTED_UNREADABLE = 20
-_LOSSES = ("unreadable", "lost_bytes", "mismatches", "stretches")
+_LOSSES = ("unreadable", "lost_bytes", "mismatches", "stretches", "malformed")
 
 
 class ReadTask(NamedTuple):
@@ -72,6 +73,8 @@ class ReadRecord:
         mismatches: number of documents of another layout among the unreadable ones.
         stretches: number of documents that are parts of larger texts.
         left_out: number of files that the source did not open, by reason.
+        malformed: number of malformed conversations, which are among those removed.
+        malformed_names: the first of these, with the reasons.
     """
 
     source: int
@@ -93,6 +96,8 @@ class ReadRecord:
     mismatches: int = 0
     stretches: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    malformed: int = 0
+    malformed_names: list[str] = field(default_factory=list)
 
     def count_removed(self, reason: str, name: str, text: str, detail: str = "", size: int | None = None) -> None:
         """Count a removed document, of `size` or the size of `text`; the first few of each reason become samples."""
@@ -110,6 +115,13 @@ class ReadRecord:
         if len(self.unreadable_names) < _LISTED_UNREADABLE:
             self.unreadable_names.append(f"{document.name}: {document.problem}")
 
+    def count_malformed(self, document: Document) -> None:
+        """Count a malformed conversation among those removed, by its reason."""
+        self.malformed += 1
+        self.count_removed(document.malformed, document.name, "", document.problem, document.lost_bytes)
+        if len(self.malformed_names) < _LISTED_UNREADABLE:
+            self.malformed_names.append(f"{document.name}: {document.problem}")
+
     def merge(self, other: ReadRecord) -> None:
         """Add the counts of a later task of the same source."""
         for name in ("tasks", "documents", "bytes", "clean_documents", "clean_bytes", *_LOSSES):
@@ -120,6 +132,7 @@ class ReadRecord:
         for reason, samples in other.samples.items():
             self.samples[reason] = (self.samples.get(reason, []) + samples)[:SAMPLES_PER_REASON]
         self.unreadable_names = (self.unreadable_names + other.unreadable_names)[:_LISTED_UNREADABLE]
+        self.malformed_names = (self.malformed_names + other.malformed_names)[:_LISTED_UNREADABLE]
         self.runs = self.runs + other.runs
 
 
@@ -149,6 +162,7 @@ class SourceReader:
         recipe: the recipe.
         folder: folder for runs and records.
         texts: whether to store the texts.
+        rendering: how conversations become text; None: by the default template.
 
     Attributes:
         tasks: all reading tasks.
@@ -157,9 +171,9 @@ class SourceReader:
         UserError: an input is missing or not in the layout of its kind.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, texts: bool = True) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, texts: bool = True, rendering: Rendering | None = None) -> None:
         self._recipe, self._folder, self._texts = recipe, folder, texts
-        self._sources = [_open_source(recipe, source) for source in recipe.sources]
+        self._sources = [_open_source(recipe, source, rendering) for source in recipe.sources]
         self._cleaners: dict[int, Cleaner] = {}
         self._evaluation_sets: dict[str, EvaluationSets] = {}
         self._unlisted: list[Counter[str]] = []
@@ -211,13 +225,16 @@ class SourceReader:
         reader = self._sources[task.source]
         reader.left_out.clear()
         for document in reader.read(task.unit):
-            size = len(document.text or document.raw or b"")
+            size = document.lost_bytes if document.malformed else len(document.text or document.raw or b"")
             record.documents += 1
             record.bytes += size
             record.stretches += document.stretch
             completed = min(size, remaining)
             remaining -= completed
             progress.advance(1, size, completed)
+            if document.malformed:
+                record.count_malformed(document)
+                continue
             if document.text is None and document.raw is None:
                 record.count_unreadable(document)
                 continue
@@ -280,5 +297,5 @@ def _store(
     )
 
 
-def _open_source(recipe: Recipe, source: SourceRecipe) -> DataSource:
-    return build_source(source.kind, recipe.input_paths(source), dict(source.options), recipe.out)
+def _open_source(recipe: Recipe, source: SourceRecipe, rendering: Rendering | None) -> DataSource:
+    return build_source(source.kind, recipe.input_paths(source), dict(source.options), recipe.out, rendering)

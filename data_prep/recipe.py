@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from data_prep.clean.config import CleaningConfig
+from data_prep.sources.conversations import CONVERSATION_KINDS
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.mistakes import explain_errors, join_mistakes
 from kabrn_dist.utils.yaml_section import ConfigSection, read_mapping, set_value
@@ -26,11 +27,18 @@ class TokenizerRecipe(ConfigSection):
     train: PositiveInt | None = Field(None, description="Train a byte-level BPE tokenizer with this number of ids.")
     file: Path | None = Field(None, description="Use this tokenizer.json.")
     bytes: bool = Field(False, description="Use the bytes of the text as ids.")
+    reserved: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] | None = Field(
+        None,
+        description="Special tokens to reserve when a tokenizer is trained, or to append to a file; null: those of the "
+        "chat template when it is trained, none for a file.",
+    )
 
     @model_validator(mode="after")
     def _check_exactly_one(self) -> TokenizerRecipe:
         if (self.train is not None) + (self.file is not None) + self.bytes != 1:
             raise ValueError("give exactly one of train: ids, file: tokenizer.json, bytes: true")
+        if self.bytes and self.reserved:
+            raise ValueError("bytes has no room for reserved tokens; drop one of them")
         return self
 
 
@@ -38,7 +46,10 @@ class SourceRecipe(ConfigSection):
     """One source: where its texts are, how they are read and cleaned, and its weight in the mix."""
 
     name: SourceName = Field(description="Name in the index, in the losses and in data.weights.")
-    kind: str = Field(description="Layout: math, amps, m2d2, code, openqa, text, jsonl, parquet, python-stdlib.")
+    kind: str = Field(
+        description="Layout: math, amps, m2d2, code, openqa, text, jsonl, parquet, python-stdlib, "
+        "conversations, conversations-parquet."
+    )
     input: tuple[Path, ...] = Field((), description="Files, folders or archives, relative to `root`.")
     options: dict[str, OptionValue] = Field(default_factory=dict, description="Options of the kind.")
     weight: float = Field(
@@ -57,6 +68,21 @@ class SourceRecipe(ConfigSection):
         "the mix.",
     )
     clean: dict[str, Any] = Field(default_factory=dict, description="Changes to `clean` for this source.")
+    whole: bool | None = Field(
+        None,
+        description="Whether training keeps a document whole in a sequence where it fits, and leaves the rest of the "
+        "sequence unused; null: conversations only.",
+    )
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether its documents are conversations."""
+        return self.kind in CONVERSATION_KINDS
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether training keeps its documents whole in a sequence."""
+        return self.has_conversations if self.whole is None else self.whole
 
     @model_validator(mode="before")
     @classmethod
@@ -76,6 +102,14 @@ class Recipe(ConfigSection):
     sources: tuple[SourceRecipe, ...] = Field(min_length=1, description="Sources of the mix.")
     validation_share: float = Field(0.05, ge=0, lt=1, description="Fraction of each source's documents held out.")
     shard_mb: float = Field(64, ge=1e-3, le=1e6, description="Approximate size of a shard in MB of tokens.")
+    chat_template: Path | None = Field(
+        None,
+        description="Chat template in Jinja that writes conversations, kept with the tokenizer; null: the "
+        "chat_template.jinja beside `tokenizer.file`, or else ChatML.",
+    )
+    max_malformed: float = Field(
+        0.05, ge=0, le=1, description="Fraction of a source's conversations that may be malformed."
+    )
     max_unreadable: float = Field(
         0.01, ge=0, le=1, description="Fraction of a source's documents that may be unreadable."
     )
@@ -99,7 +133,12 @@ class Recipe(ConfigSection):
         Raises:
             pydantic.ValidationError: the source's changes do not fit.
         """
-        config = CleaningConfig.model_validate(_merge(self.clean.model_dump(), source.clean))
+        tree = self.clean.model_dump()
+        if source.has_conversations:
+            # Gopher's rules are made for prose, and of exercises with other numbers all are wanted.
+            unsuited = {"quality": "off", "repetition": "off", "near": False}
+            tree |= {key: value for key, value in unsuited.items() if key not in self.clean.model_fields_set}
+        config = CleaningConfig.model_validate(_merge(tree, source.clean))
         paths = tuple(self.root / path for path in config.contamination.paths)
         contamination = config.contamination.model_copy(update={"paths": paths})
         return config.model_copy(update={"contamination": contamination})
@@ -113,6 +152,8 @@ class Recipe(ConfigSection):
         named = [("input", path) for source in self.sources for path in self.input_paths(source)]
         if self.tokenizer.file is not None:
             named.append(("tokenizer", self.tokenizer.file))
+        if self.chat_template is not None:
+            named.append(("chat template", self.chat_template))
         for source in self.sources:
             named += [("evaluation set", path) for path in self.cleaning_config(source).contamination.paths]
         return named

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep.learned_samples import LearnedPiece
 from data_prep.read import ReadRecord
 from data_prep.recipe import Recipe
 from data_prep.report_page import render_page
@@ -22,6 +23,7 @@ def write_report(
     index: Index,
     licenses: Mapping[str, str],
     seconds: float,
+    learned: Mapping[str, list[list[LearnedPiece]]],
 ) -> None:
     """Write report.json and report.html into `recipe.out`.
 
@@ -32,6 +34,7 @@ def write_report(
         index: index of the shards.
         licenses: license of each source, by its name.
         seconds: duration of this run.
+        learned: sample documents of each stream with loss masks, by its name.
 
     Raises:
         UserError: the disk refuses.
@@ -53,6 +56,7 @@ def write_report(
         "vocabulary": index.vocabulary,
         "sources": sources,
         "streams": [_stream(index, number) for number in range(len(index.sources))],
+        "learned_samples": learned,
     }
     atomic_write(recipe.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     atomic_write(recipe.out / "report.html", render_page(report).encode("utf-8", "replace"))
@@ -71,6 +75,8 @@ def _source(recipe: Recipe, number: int, record: ReadRecord, duplicates: Duplica
         "clean_bytes": record.clean_bytes,
         "removed": dict(sorted(record.removed.items())),
         "removed_bytes": dict(sorted(record.removed_bytes.items())),
+        "malformed": record.malformed,
+        "malformed_names": record.malformed_names,
         "removed_samples": record.samples | duplicates.samples,
         "unreadable": record.unreadable,
         "unreadable_names": record.unreadable_names,

@@ -13,6 +13,8 @@ table { border-collapse: collapse; margin: 1rem 0; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; }
 td:first-child, th:first-child { text-align: left; }
 .bar { display: inline-block; height: .8em; background: #4a86c7; border-radius: 2px; }
+.left { opacity: .45; }
+.special { border: 1px solid currentColor; border-radius: 3px; padding: 0 .2em; font-size: .85em; }
 pre { white-space: pre-wrap; background: #8881; padding: .5rem; }
 """
 
@@ -62,6 +64,7 @@ def render_page(report: Mapping[str, Any]) -> str:
                 for source in report["sources"]
             ],
         ),
+        *(part for name, documents in report["learned_samples"].items() for part in _learned(name, documents)),
         *(part for source in report["sources"] for part in _source(source)),
     ]
     head = f"<meta charset=utf-8><title>Shards</title><style>{_STYLE}</style>"
@@ -81,9 +84,21 @@ def _source(source: Mapping[str, Any]) -> Iterable[str]:
         for name, beginning, detail in samples:
             yield f"<p>{escape(name)} {escape(detail)}</p><pre>{escape(beginning)}</pre>"
         yield "</details>"
-    if source["unreadable_names"]:
-        names = "\n".join(escape(name) for name in source["unreadable_names"])
-        yield f"<details><summary>unreadable</summary><pre>{names}</pre></details>"
+    for kind in ("malformed", "unreadable"):
+        if source[f"{kind}_names"]:
+            names = "\n".join(escape(name) for name in source[f"{kind}_names"])
+            yield f"<details><summary>{kind}</summary><pre>{names}</pre></details>"
+
+
+def _learned(name: str, documents: Sequence[Sequence[tuple[str, bool, bool]]]) -> Iterable[str]:
+    """Documents as they are trained on: what carries no loss is grey, special tokens have a frame."""
+    yield f"<h2>What is learned of {escape(name)}</h2><p>Grey is read but not learned; special tokens have a frame.</p>"
+    for pieces in documents:
+        yield "<pre>"
+        for text, learned, special in pieces:
+            classes = " ".join(["learned" if learned else "left", *(["special"] if special else [])])
+            yield f'<span class="{classes}">{escape(text)}</span>'
+        yield "</pre>"
 
 
 def _bars(counts: Mapping[str, int]) -> str:

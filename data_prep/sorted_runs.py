@@ -1,8 +1,8 @@
 """Runs: clean documents on disk, sorted, between reading and sharding.
 
-`NAME.texts` holds documents one after another, each as its spans (pairs of little-endian int64: bytes of the text),
-its name and its text (UTF-8). `NAME.npy` has one row per document, in the order of the shards, and `NAME.keys.npy` the
-near-duplicate keys of the rows, uint64 [documents, bands], if near duplicates are dropped.
+`NAME.texts` holds documents one after another, each as its spans and its marks (pairs of little-endian int64: bytes of
+the text), its name and its text (UTF-8). `NAME.npy` has one row per document, in the order of the shards, and
+`NAME.keys.npy` the near-duplicate keys of the rows, uint64 [documents, bands], if near duplicates are dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.documents import Document
+from data_prep.documents import Document, Span
 from kabrn_dist.utils.atomic_io import atomic_open
 
 # The document that reaches this size ends a run. A worker holds about twice as many bytes of documents.
@@ -24,7 +24,8 @@ RUN_BYTES = 32 << 20
 _OPEN_FILES = 128
 
 # `sort_key`: order of the shards, the first 16 bytes of a sha256 as two big-endian numbers; `text_hash`: the same of
-# the text; `id`: task and number of the document in it, so ids rise in the order of reading; `spans`: −1 for none.
+# the text; `id`: task and number of the document in it, so ids rise in the order of reading; `spans`, `marks`: −1 for
+# none.
 ROW = np.dtype(
     [
         ("sort_key", "<u8"),
@@ -36,6 +37,7 @@ ROW = np.dtype(
         ("bytes", "<u8"),
         ("name_bytes", "<u4"),
         ("spans", "<i4"),
+        ("marks", "<i4"),
     ]
 )
 
@@ -48,12 +50,14 @@ class StoredDocument(NamedTuple):
         name: its origin.
         text: UTF-8.
         spans: bytes of the text that carry loss, int64 [n, 2]; None: all.
+        marks: bytes of each special token of a conversation, int64 [n, 2]; None: no conversation.
     """
 
     id: int
     name: str
     text: bytes
     spans: np.ndarray | None
+    marks: np.ndarray | None = None
 
 
 def document_id(task: int, number: int) -> int:
@@ -107,12 +111,13 @@ class RunWriter:
             place = document.name.rpartition(" ")[2].encode()
             text_hash = sort_key(place + text)
             keys = None if keys is None else keys ^ np.uint64(sort_key(place)[0])
-        spans, count = _pack_spans(document)
+        spans, num_spans = _pack_spans(document.text, document.spans)
+        marks, num_marks = _pack_spans(document.text, document.marks)
         name = document.name.encode("utf-8", "replace")
-        size = len(spans) + len(name) + len(text)
-        self._rows.append((*key, *text_hash, id, size, len(text), len(name), count))
+        size = len(spans) + len(marks) + len(name) + len(text)
+        self._rows.append((*key, *text_hash, id, size, len(text), len(name), num_spans, num_marks))
         if self._texts:
-            self._records.append(spans + name + text)
+            self._records.append(spans + marks + name + text)
             self._bytes += size
         if keys is not None:
             self._keys.append(keys)
@@ -152,15 +157,16 @@ class RunReader:
 
     def read(self, run: str, row: np.void) -> StoredDocument:
         """Return the document of one row of `run`."""
-        count = max(int(row["spans"]), 0)
-        spans, name = count * 16, int(row["name_bytes"])
-        size = spans + name + int(row["bytes"])
+        spans, marks = (max(int(row[name]), 0) * 16 for name in ("spans", "marks"))
+        pairs, name = spans + marks, int(row["name_bytes"])
+        size = pairs + name + int(row["bytes"])
         content = _pread(self._file(run), size, int(row["offset"]))
         return StoredDocument(
             id=int(row["id"]),
-            name=content[spans : spans + name].decode(),
-            text=content[spans + name :],
+            name=content[pairs : pairs + name].decode(),
+            text=content[pairs + name :],
             spans=None if row["spans"] < 0 else np.frombuffer(content[:spans], "<i8").reshape(-1, 2),
+            marks=None if row["marks"] < 0 else np.frombuffer(content[spans:pairs], "<i8").reshape(-1, 2),
         )
 
     def close(self) -> None:
@@ -227,15 +233,14 @@ def find_members(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.asarray(sorted_ids[np.minimum(positions, len(sorted_ids) - 1)] == ids)
 
 
-def _pack_spans(document: Document) -> tuple[bytes, int]:
-    if document.spans is None:
+def _pack_spans(text: str | None, spans: tuple[Span, ...] | None) -> tuple[bytes, int]:
+    if spans is None:
         return b"", -1
-    assert document.text is not None
-    text = document.text
+    assert text is not None
     # Characters become bytes: the cumulative sizes of the pieces between the edges.
-    edges = [edge for span in document.spans for edge in span]
+    edges = [edge for span in spans for edge in span]
     pieces = [len(text[a:b].encode()) for a, b in zip([0, *edges], edges, strict=False)]
-    return np.cumsum(np.array(pieces, "<i8")).astype("<i8").tobytes(), len(document.spans)
+    return np.cumsum(np.array(pieces, "<i8")).astype("<i8").tobytes(), len(spans)
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:

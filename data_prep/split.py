@@ -45,6 +45,11 @@ class Stream(NamedTuple):
     masked: bool
 
     @property
+    def keeps_whole(self) -> bool:
+        """Whether training keeps its documents whole in a sequence."""
+        return any(source.keeps_whole for source in self.sources)
+
+    @property
     def divisible(self) -> bool:
         """Whether its documents may be divided: not questions from their answers, nor one of two parallel texts."""
         return not self.masked and self.sources[0].interleave is None

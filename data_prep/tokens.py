@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,19 +23,20 @@ class DocumentEncoder:
         self._tokenizer = tokenizer
         self._checked = tokenizer.kind != "bytes"
         self._dtype = np.dtype(dtype_for(tokenizer.vocab_size))
-        self._lengths = tokenizer.bytes_per_token()
+        self._special = tokenizer.special_tokens
+        self._lengths = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)], np.int64)
 
     def encode(self, documents: Iterable[StoredDocument]) -> Iterator[TokenizedDocument]:
         """Yield each document with the document token in front, which carries loss: it ends the document before.
 
-        A token carries loss if one of its bytes lies in a span of the document.
+        A token carries loss if one of its bytes lies in a span of the document. In conversations the document token
+        carries none: their template says where an answer ends.
 
         Raises:
             UserError: the tokens of a document are not its text.
         """
         for batch in _batched(documents):
-            encoded = self._tokenizer.encode_batch([document.text.decode() for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
+            for document, ids in zip(batch, self._encode_batch(batch), strict=True):
                 if self._checked and self._tokenizer.decode_bytes(ids) != document.text:
                     raise UserError(
                         f"{document.name}: the tokenizer does not give back this text as it is, so it changes texts; "
@@ -45,25 +46,47 @@ class DocumentEncoder:
                 tokens[0] = self._tokenizer.document_token
                 tokens[1:] = ids
                 yield TokenizedDocument(
-                    tokens, None if document.spans is None else self.loss_mask(tokens, document.spans)
+                    tokens,
+                    None if document.spans is None else self.loss_mask(tokens, document.spans, document.marks is None),
                 )
 
-    def loss_mask(self, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    def _encode_batch(self, documents: Sequence[StoredDocument]) -> list[list[int]]:
+        """Return the ids of each document without document token; only its marks are special tokens."""
+        stretches: list[str] = []
+        plans: list[list[str | None]] = []
+        for document in documents:
+            plan: list[str | None] = []
+            place = 0
+            for start, stop in [] if document.marks is None else document.marks.tolist():
+                plan += [None, document.text[start:stop].decode()]
+                stretches.append(document.text[place:start].decode())
+                place = stop
+            stretches.append(document.text[place:].decode())
+            plans.append([*plan, None])
+        encoded = iter(self._tokenizer.encode_batch(stretches))
+        return [
+            [id for mark in plan for id in (next(encoded) if mark is None else [self._special[mark]])] for plan in plans
+        ]
+
+    def loss_mask(self, tokens: np.ndarray, spans: np.ndarray, first: bool = True) -> np.ndarray:
         """Return which of a document's tokens carry loss.
 
         Args:
             tokens: ids [tokens], the document token first.
             spans: the bytes of its text that carry loss, int64 [n, 2].
+            first: whether the document token carries loss.
 
         Returns:
             bool [tokens].
         """
-        ends = np.cumsum(self._lengths[tokens])
-        starts = ends - self._lengths[tokens]
+        lengths = self._lengths[tokens]
+        lengths[0] = 0
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
         mask = np.zeros(len(tokens), bool)
         for start, stop in spans:
             mask |= (starts < stop) & (ends > start)
-        mask[0] = True
+        mask[0] = first
         return mask
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -37,13 +37,16 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, show_progress: bool = False, reserved: Sequence[str] = ()
+) -> Tokenizer:
     """Train on the first `TRAINING_CHARACTERS` of some texts.
 
     Args:
         texts: texts in a random but fixed order; read once.
         vocab_size: number of ids.
         show_progress: whether to show the library's bars on stderr, which must be a terminal.
+        reserved: special tokens besides that of the document.
 
     Returns:
         The tokenizer. It has fewer ids if the texts hold too few different pairs.
@@ -52,13 +55,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
         UserError: `vocab_size` is too small or too large.
     """
     check_vocab_size(vocab_size)
+    if vocab_size < _MIN_VOCAB_SIZE + len(reserved):
+        raise UserError(
+            f"--vocabulary {vocab_size}: too small; with {', '.join(reserved)} reserved it needs "
+            f"{_MIN_VOCAB_SIZE + len(reserved)}"
+        )
     bpe = BpeTokenizer(models.BPE())
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = splitter
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[DOCUMENT_TOKEN],
+        special_tokens=[DOCUMENT_TOKEN, *reserved],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )

@@ -1,8 +1,9 @@
 """The folder of an unfinished preparation: who may work in it, what it holds, and whether it can be continued.
 
 OUT/.work/ holds runs/ (documents that were read), pairs/ (duplicates), pieces/ (encoded documents), shards/ (a record
-of each shard in OUT), dropped.npy, tokenizer.json, shard_plan.json, files.json (the files that the preparation writes
-into OUT), and what belongs to a single run: locks/, progress/, lock. The folder is removed at the end.
+of each shard in OUT), dropped.npy, tokenizer.json, chat_template.jinja, shard_plan.json, files.json (the files that the
+preparation writes into OUT), and what belongs to a single run: locks/, progress/, lock. The folder is removed at the
+end.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 from data_prep.input_digest import InputDigest
 from data_prep.ownership import INPUTS_NAME, list_made_files
 from data_prep.workers import clear_folder
-from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME
+from kabrn_dist.data.index import CHAT_TEMPLATE_NAME, INDEX_NAME, TOKENIZER_NAME
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.lock import flock_exclusive
 
 # Version of the files in the workspace. What another version left unfinished cannot be continued.
-_FORMAT = "workspace 4"
+_FORMAT = "workspace 5"
 _SHOWN = 3
 
 
@@ -40,6 +41,7 @@ class Workspace:
         progress: folder in which workers publish their progress.
         dropped: file with the ids of the documents that are duplicates.
         tokenizer: file of the tokenizer.
+        chat_template: file of its chat template.
         shard_plan: file with the list of shards to make.
         files: file with the names of all files that the preparation writes into `out`.
     """
@@ -51,6 +53,7 @@ class Workspace:
         self.runs, self.pairs, self.pieces, self.shards = (self.folder / name for name in names)
         self.task_locks, self.progress = self.folder / "locks", self.folder / "progress"
         self.dropped, self.tokenizer = self.folder / "dropped.npy", self.folder / TOKENIZER_NAME
+        self.chat_template = self.folder / CHAT_TEMPLATE_NAME
         self.shard_plan, self.files = self.folder / "shard_plan.json", self.folder / "files.json"
 
     def is_finished(self, inputs: InputDigest) -> bool:
@@ -154,7 +157,8 @@ class Workspace:
     def _work_paths(self) -> list[Path]:
         """Return all paths in the folder but the lock, in the order in which they may be removed."""
         paths = [self.folder / INPUTS_NAME, self.runs, self.pairs, self.pieces, self.shards, self.task_locks]
-        paths += [self.progress, self.dropped, self.tokenizer, self.shard_plan, self.files]
+        paths += [self.progress, self.dropped, self.tokenizer, self.chat_template]
+        paths += [self.shard_plan, self.files]
         return [*(path.with_name(f"{path.name}.tmp") for path in paths), *paths]
 
 

@@ -34,10 +34,13 @@ ALLOWED |= {
     "analysis": _BELOW_TRAINING,
     # Packs what inference reads; that, and no more, needs torch.
     "runtime": {"utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
+    # Writes models for Hugging Face's libraries, and makes runs of theirs.
+    "hub": (_BELOW_TRAINING - {"plots"}) | {"runtime"},
 }
-# Reads published data sets, with the readers of `data_prep` next to the package, and asks models.
-ALLOWED["evaluation"] = (_BELOW_TRAINING - {"plots"}) | {"runtime"}
-ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime"}
+# Reads published data sets, with the readers of `data_prep` next to the package, and asks models; results name the
+# version of the package.
+ALLOWED["evaluation"] = (_BELOW_TRAINING - {"plots"}) | {"runtime", "kabrn_dist"}
+ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime", "hub"}
 # The commands also print the version of the package.
 ALLOWED["cli"] = {*ALLOWED, "kabrn_dist"}
 # The API of the package and the tools next to it, by the first part of their names.

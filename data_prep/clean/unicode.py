@@ -1,7 +1,7 @@
 """Normalize texts: valid UTF-8, composed characters, no control characters.
 
-A text is normalized in the pieces between the edges of its spans, so that the spans of the result contain exactly the
-normalized text of the original spans.
+A text is normalized in the pieces between the edges of its spans and marks, so that the spans of the result contain
+exactly the normalized text of the original spans. Special tokens stay as they are.
 """
 
 from __future__ import annotations
@@ -55,15 +55,20 @@ def normalize_document(document: Document, config: CleaningConfig) -> Document |
     if not text.isascii() and _SURROGATE.search(text) and config.broken != "repair":
         return _reject(document, config, "half of a surrogate pair")
     edges = _edges(document)
-    pieces = [_normalize_piece(text[start:stop], config) for start, stop in pairwise(edges)]
+    marks = set(document.marks or ())
+    pieces = [
+        text[start:stop] if (start, stop) in marks else _normalize_piece(text[start:stop], config)
+        for start, stop in pairwise(edges)
+    ]
     new = "".join(pieces)
     if new == text:
         return document
     new_edges = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
-    spans = document.spans
-    if spans is not None:
-        spans = tuple(Span(new_edges[start], new_edges[stop]) for start, stop in spans)
-    return document._replace(text=new, spans=spans)
+
+    def move(spans: tuple[Span, ...] | None) -> tuple[Span, ...] | None:
+        return None if spans is None else tuple(Span(new_edges[start], new_edges[stop]) for start, stop in spans)
+
+    return document._replace(text=new, spans=move(document.spans), marks=move(document.marks))
 
 
 def decode_bytes(raw: bytes) -> str | None:
@@ -119,9 +124,9 @@ def _decode_western_byte(match: re.Match[str]) -> str:
 
 
 def _edges(document: Document) -> list[int]:
-    """Return the edges of the pieces of a text, in order: both ends of the text and of every span."""
+    """Return the edges of the pieces of a text, in order: both ends of the text and of every span and mark."""
     assert document.text is not None
-    inner = {edge for span in document.spans or () for edge in span}
+    inner = {edge for span in (*(document.spans or ()), *(document.marks or ())) for edge in span}
     return sorted(inner | {0, len(document.text)})
 
 

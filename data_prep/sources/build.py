@@ -12,6 +12,7 @@ from data_prep.sources import DataSource
 from data_prep.sources.amps import Amps
 from data_prep.sources.base import FileSource
 from data_prep.sources.code import Code
+from data_prep.sources.conversations import Conversations, ConversationsParquet, Rendering
 from data_prep.sources.jsonl import Jsonl
 from data_prep.sources.m2d2 import M2D2
 from data_prep.sources.math import Math
@@ -21,11 +22,20 @@ from data_prep.sources.python_stdlib import PythonStdlib
 from data_prep.sources.text import Text
 from kabrn_dist.utils.errors import UserError
 
-_SOURCES: tuple[type[FileSource], ...] = (M2D2, Math, Amps, Code, OpenQA, Text, Jsonl, Parquet, PythonStdlib)
+_SOURCES: tuple[type[FileSource], ...] = (
+    *(M2D2, Math, Amps, Code, OpenQA, Text, Jsonl, Parquet, PythonStdlib),
+    *(Conversations, ConversationsParquet),
+)
 SOURCE_CLASSES = {source.kind: source for source in _SOURCES}
 
 
-def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any], out: Path | None = None) -> DataSource:
+def build_source(
+    kind: str,
+    inputs: Sequence[Path],
+    options: Mapping[str, Any],
+    out: Path | None = None,
+    rendering: Rendering | None = None,
+) -> DataSource:
     """Build a source.
 
     Args:
@@ -33,6 +43,7 @@ def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any], 
         inputs: files and folders to read.
         options: options of the kind.
         out: the folder for the shards: no input, even if it lies in one.
+        rendering: how conversations become text; None: by the default template.
 
     Raises:
         UserError: the kind is unknown, or an option is unknown or wrong.
@@ -53,4 +64,6 @@ def build_source(kind: str, inputs: Sequence[Path], options: Mapping[str, Any], 
         raise UserError(f"source {kind}: {f'option {name!r}{given}: ' if name else ''}{message}") from error
     source = SOURCE_CLASSES[kind](inputs, checked)
     source.out = out
+    if rendering is not None and isinstance(source, Conversations | ConversationsParquet):
+        source.rendering = rendering
     return source

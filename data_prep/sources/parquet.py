@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data_prep.documents import Document, Unit
 from data_prep.sources.archive import Member
-from data_prep.sources.base import FileSource
+from data_prep.sources.base import FileSource, SourceOptions
 from data_prep.sources.compression import describe_error
 from data_prep.sources.decode import printable_name
 from data_prep.sources.files import FileFilter, FileGroup, reject_archives
@@ -31,7 +31,7 @@ class Parquet(FileSource):
     kind = "parquet"
     expected = ".parquet files with the columns that the options name (field: text)"
     endings = (".parquet",)
-    options_class = FieldOptions
+    options_class: ClassVar[type[SourceOptions]] = FieldOptions
 
     def file_filter(self) -> FileFilter:
         """Return which files to read: each is one unit at first, and no archives are opened."""
@@ -49,6 +49,17 @@ class Parquet(FileSource):
         """
         raise UserError(f"{member.name}: a .parquet file cannot be read from a stream; unpack it first")
 
+    def select_columns(self, columns: set[str]) -> list[str]:
+        """Return the columns to read; `columns` are those of the file, which need not have them."""
+        options = self.options
+        return [*options.text_fields(), *([] if options.key is None else [options.key])]
+
+    def make_row(self, name: str, record: dict[str, Any]) -> Document | LayoutMismatch:
+        """Return the document of one row."""
+        if any(value is None for value in record.values()):
+            return Document(name, None, problem="an empty cell")
+        return make_document_from_fields(name, record, self.options)
+
     def _parts(self, unit: Unit) -> Iterator[Unit]:
         try:
             meta = _open(unit.path).metadata
@@ -65,9 +76,8 @@ class Parquet(FileSource):
     def _read(self, unit: Unit | FileGroup) -> Iterator[Document | LayoutMismatch]:
         assert isinstance(unit, Unit)  # file_per_unit makes no groups
         file = _open(unit.path)
-        options = self.options
-        selected = [*options.text_fields(), *([] if options.key is None else [options.key])]
         columns = {column.name for column in file.schema_arrow}
+        selected = self.select_columns(columns)
         name = printable_name(unit.name.rpartition("@")[0] or unit.name)
         missing = [column for column in selected if column not in columns]
         if missing:
@@ -75,13 +85,7 @@ class Parquet(FileSource):
             raise UserError(f"{unit.path}: no column {missing[0]!r}, found {found}; name the right one by option")
         for group in range(unit.start, unit.stop):
             for row, record in enumerate(_records(file, group, list(dict.fromkeys(selected)))):
-                yield _document(f"{name} group {group} row {row}", record, options)
-
-
-def _document(name: str, record: dict[str, Any], options: FieldOptions) -> Document | LayoutMismatch:
-    if any(value is None for value in record.values()):
-        return Document(name, None, problem="an empty cell")
-    return make_document_from_fields(name, record, options)
+                yield self.make_row(f"{name} group {group} row {row}", record)
 
 
 def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -19,11 +19,13 @@ from kabrn_dist.cli import (
     export,
     generate,
     grow,
+    import_,
     inspect,
     pack,
     page,
     plan,
     prepare,
+    publish,
     report,
     serve,
     train,
@@ -32,7 +34,24 @@ from kabrn_dist.cli.parser import CommandParser
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.terminal import discard_output, is_stdout_full, open_closed_streams
 
-COMMANDS = (prepare, inspect, plan, train, generate, eval, export, pack, chat, page, serve, report, grow, config)
+COMMANDS = (
+    prepare,
+    inspect,
+    plan,
+    train,
+    generate,
+    eval,
+    export,
+    publish,
+    pack,
+    chat,
+    page,
+    serve,
+    report,
+    grow,
+    import_,
+    config,
+)
 # What looks at its arguments first: the options after a model file are those of the program in C.
 RUNTIME_COMMANDS = {"chat": chat.check_order, "generate": generate.start_model_file}
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
@@ -45,6 +64,7 @@ _PACKAGES = {
     for name in (
         "fairscale",
         "ftfy",
+        "huggingface_hub",
         "jinja2",
         "matplotlib",
         "mpi4py",

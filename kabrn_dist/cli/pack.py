@@ -25,7 +25,6 @@ EXAMPLES = """  mixkabrn pack runs/tiny --out tiny.mkb
   mixkabrn pack exports/tiny --out tiny.mkb --force
 """
 
-TEMPLATE_BYTES_LIMIT = 1 << 20
 SOURCES = Path(__file__).parent.parent / "runtime" / "csrc"
 
 
@@ -61,7 +60,10 @@ def add_parser(subparsers: Subparsers) -> None:
         help="values of matrices that are not ternary, as of a run with model.quantize: false (default fp32)",
     )
     parser.add_argument(
-        "--template", type=given_path, metavar="FILE", help="chat template (Jinja) to put into the file"
+        "--template",
+        type=given_path,
+        metavar="FILE",
+        help="chat template (Jinja) to put into the file (default: that of the run)",
     )
     parser.add_argument(
         "--sources", action="store_true", help="also put mixkabrn.c and mixkabrn.h beside the file, for other machines"
@@ -71,13 +73,15 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Pack and print what the file holds; return the exit code."""
+    from kabrn_dist.data.tokenizer import read_chat_template
     from kabrn_dist.inference.folder import check_run_folder, is_export
 
     # A mistake is reported before torch is imported.
     _check_out(options.out, options.force)
-    template = _read_template(options.template)
-    if options.template is not None:
-        _check_template(options.template, template)
+    template_file = options.template or _find_own_template(options.folder)
+    template = "" if template_file is None else read_chat_template(template_file)
+    if template_file is not None:
+        _check_template(template_file, template)
     if not is_export(options.folder):
         check_run_folder(options.folder, "config.yaml")
     from kabrn_dist.runtime.file_plan import Packing
@@ -106,25 +110,18 @@ def _check_out(out: Path, force: bool) -> None:
             raise UserError(f"{out}: exists already; name another file, or replace it with --force")
 
 
-def _read_template(file: Path | None) -> str:
-    if file is None:
-        return ""
-    from kabrn_dist.utils.safe_open import read_plain
+def _find_own_template(folder: Path) -> Path | None:
+    """Return the chat template that lies in a run or an export; None if there is none."""
+    from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
 
-    content = read_plain(file, TEMPLATE_BYTES_LIMIT, follow_links=True, remedy="name a chat template in Jinja")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {error.start} is not UTF-8; name a chat template in Jinja") from None
-    if not text.strip():
-        raise UserError(f"{file}: is empty; name a chat template in Jinja, or leave out --template")
-    return text
+    path = folder / CHAT_TEMPLATE_NAME
+    return path if path.exists() else None
 
 
 def _check_template(file: Path, template: str) -> None:
     """Refuse a template that cannot write a conversation."""
     try:
-        from kabrn_dist.runtime.server.chat_template import check_chat_template
+        from kabrn_dist.data.chat_template import check_chat_template
     except ModuleNotFoundError:
         print(f"note: {file} was not checked, as jinja2 is not installed", file=sys.stderr)
         return

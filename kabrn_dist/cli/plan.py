@@ -72,7 +72,7 @@ def print_plan(config: Config, world_size: int | None) -> int:
     from kabrn_dist.distributed.launch_env import read_number
     from kabrn_dist.planner.estimate import describe_plan
     from kabrn_dist.planner.memory import MAX_PLANNED_BYTES, check_memory, process_memory
-    from kabrn_dist.train.datasets import describe_repetition, open_datasets
+    from kabrn_dist.train.datasets import describe_cut_documents, describe_repetition, open_datasets
 
     is_here = world_size is None
     world_size = world_size or read_number("WORLD_SIZE", 1)
@@ -89,6 +89,8 @@ def print_plan(config: Config, world_size: int | None) -> int:
     print(_describe_data(datasets, config))
     if warning := describe_repetition(config, datasets.train):
         print(warning)
+    for line in describe_cut_documents(datasets.train):
+        print(line)
     print("nothing was started or written")
     return 0
 

@@ -79,12 +79,13 @@ class Corpus:
         return self.sets[0].index.tokenizer.sha256
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of the sets.
+        """Return the tokenizer of the sets, with the chat template of the first that has one.
 
         Raises:
             UserError: if it is not the one that made the shards.
         """
-        return self.sets[0].tokenizer()
+        has_template = (each for each in self.sets if each.index.tokenizer.chat_template_sha256 is not None)
+        return next(has_template, self.sets[0]).tokenizer()
 
     def num_tokens(self, split: SplitName) -> int:
         """Return the number of tokens of a split, over all sources."""
@@ -150,6 +151,12 @@ def _check_tokenizers(sets: list[ShardSet]) -> None:
             raise UserError(
                 f"data.extra_sets: {other.location} has tokenizer {hashes[0][:12]}, {first.location} has "
                 f"{hashes[1][:12]}; prepare both with the same (--tokenizer of `mixkabrn prepare`)"
+            )
+        templates = [shards.index.tokenizer.chat_template_sha256 for shards in sets]
+        if len({template for template in templates if template is not None}) > 1:
+            raise UserError(
+                f"data.extra_sets: {other.location} and others have different chat templates, so a model would learn "
+                "to write conversations in two ways; prepare all with the same (chat_template in a recipe)"
             )
         # The first set is compared with the tokenizer itself.
         for key in ("vocabulary", "document_token"):

@@ -16,6 +16,7 @@ from kabrn_dist.data.sampler import MixtureSampler
 from kabrn_dist.data.shard_set import ShardSet
 from kabrn_dist.data.state import DataState, data_fingerprint, describe_sources
 from kabrn_dist.data.token_stream import TokenStream
+from kabrn_dist.data.whole_documents import mask_rest, plan_sources
 from kabrn_dist.utils.errors import UserError
 
 
@@ -45,9 +46,10 @@ class Batch(NamedTuple):
 class TokenDataset:
     """Sequences of one split of a corpus.
 
-    Sequence i of a source is its tokens [i·L, i·L + L], L `sequence_length`. If `ordered`, global positions go through
-    the mixture of the sources and the shuffled order of each, until `num_positions`. Otherwise positions go through
-    all sources one after another, once, whatever their weights.
+    Sequence i of a source is its tokens [i·L, i·L + L], L `sequence_length`; of a source that keeps documents whole, as
+    many of the next ones as fit, and what follows them in the row has no targets. If `ordered`, global positions go
+    through the mixture of the sources and the shuffled order of each, until `num_positions`. Otherwise positions go
+    through all sources one after another, once, whatever their weights.
 
     Args:
         corpus: Sources to read.
@@ -63,6 +65,7 @@ class TokenDataset:
         sequences_per_source: Number of sequences of each source, 0 for one that is left out.
         num_sequences: Their sum.
         num_positions: Number of positions; None if they never end.
+        whole: Sequences of the sources that keep documents whole, by the number of the source.
 
     Raises:
         UserError: if the split, or a source that is to be drawn from, is shorter than one sequence.
@@ -76,6 +79,9 @@ class TokenDataset:
         # The last sequence needs one token more, the target of its last column.
         tokens = np.diff(self._stream.edges).tolist()
         available = [max(0, count - 1) // sequence_length for count in tokens]
+        self.whole = plan_sources(corpus, split, self._stream, sequence_length)
+        for number, plan in self.whole.items():
+            available[number] = len(plan.starts)
         is_drawn = [source.weight > 0 or not ordered for source in corpus.sources]
         _check_lengths(corpus, split, sequence_length, available, is_drawn if ordered else [])
         self.sequences_per_source = [count if drawn else 0 for count, drawn in zip(available, is_drawn, strict=True)]
@@ -101,9 +107,12 @@ class TokenDataset:
         if self._prefetcher is not None and position_array.size:
             self._prefetcher.advance(int(position_array.max()))
         sources, numbers = self._lookup(position_array)
-        rows, loss_mask = self._stream.read_rows(self._starts(sources, numbers), self.sequence_length + 1)
+        starts = self._starts(sources, numbers)
+        rows, loss_mask = self._read_rows(starts)
         # Targets are the tokens after the first.
         loss_mask = None if loss_mask is None else loss_mask[:, 1:]
+        if self.whole:
+            loss_mask = mask_rest(self.whole, sources, numbers, starts, self.sequence_length, loss_mask)
         return make_batch(rows, self.corpus.document_token, loss_mask, sources)
 
     def validation_positions(self, count: int) -> list[int]:
@@ -162,14 +171,32 @@ class TokenDataset:
         return np.stack([sources, positions - self._first_positions[sources]])
 
     def _starts(self, sources: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Return the first token of each sequence in the stream of all sources."""
-        return np.asarray(self._stream.edges[sources] + numbers * self.sequence_length)
+        """Return the first token of each row in the stream of all sources.
+
+        That is the first of its sequence, unless the stream ends within the row: then the row begins earlier.
+        """
+        starts = np.asarray(self._stream.edges[sources] + numbers * self.sequence_length)
+        for number, plan in self.whole.items():
+            of_source = sources == number
+            starts[of_source] = plan.starts[numbers[of_source]]
+        return np.minimum(starts, max(0, len(self._stream) - self.sequence_length - 1)) if self.whole else starts
+
+    def _read_rows(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Read rows; a stream that is shorter than one ends in documents without tokens."""
+        width = self.sequence_length + 1
+        rows, loss_mask = self._stream.read_rows(starts, min(width, len(self._stream)) if self.whole else width)
+        padding = ((0, 0), (0, width - rows.shape[1]))
+        if padding[1][1]:
+            rows = np.pad(rows, padding, constant_values=self.corpus.document_token)
+            loss_mask = None if loss_mask is None else np.pad(loss_mask, padding)
+        return rows, loss_mask
 
     def _upcoming_shards(self, position: int, count: int) -> Iterator[tuple[ShardSet, Shard]]:
         stop = position + count if self.num_positions is None else min(self.num_positions, position + count)
         assert self._sampler is not None
         starts = self._starts(*self._sampler.lookup(np.arange(position, stop)))
-        yield from chain.from_iterable(self._stream.list_shards(starts, starts + self.sequence_length + 1))
+        stops = np.minimum(starts + self.sequence_length + 1, len(self._stream))
+        yield from chain.from_iterable(self._stream.list_shards(starts, stops))
 
 
 def make_batch(

@@ -9,14 +9,15 @@ with the document token. The index is written last: a folder without one is not 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
 from kabrn_dist.utils.errors import UserError
 
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 SPLITS = ("train", "validation")
 
 SplitName = Literal["train", "validation"]
@@ -77,10 +78,17 @@ class TokenizerInfo(_Record):
     Attributes:
         kind: "bytes" or "bpe".
         sha256: Hash of `tokenizer.json` next to the index.
+        chat_template_sha256: Hash of `chat_template.jinja` next to it; None without one.
     """
 
     kind: Literal["bytes", "bpe"]
     sha256: str
+    chat_template_sha256: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The fingerprints of sets without conversations stay what they were before the field.
+        return {key: value for key, value in serialize(self).items() if key != "chat_template_sha256" or value}
 
 
 class Source(_Record):
@@ -93,6 +101,7 @@ class Source(_Record):
         weight: Fraction of the training sequences, relative to the weights of the other sources.
         epochs: Number of passes after which the source is exhausted; None for never.
         masked: Whether its blocks have loss masks.
+        whole: Whether training keeps its documents whole in a sequence where they fit.
         train: Training split.
         validation: Validation split.
     """
@@ -105,6 +114,11 @@ class Source(_Record):
     masked: bool
     train: Split
     validation: Split
+    whole: bool = False
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key != "whole" or value}
 
     def split(self, name: SplitName) -> Split:
         """Return one split.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kabrn_dist.data.cache import FileCache
-from kabrn_dist.data.index import INDEX_NAME, TOKENIZER_NAME, Shard
+from kabrn_dist.data.index import CHAT_TEMPLATE_NAME, INDEX_NAME, TOKENIZER_NAME, Shard
 from kabrn_dist.data.index_io import parse_index
 from kabrn_dist.data.shard_set import MAX_OPEN_FILES, ShardSet, open_shard_folder
 from kabrn_dist.data.tokenizer import Tokenizer, check_tokenizer
@@ -211,7 +211,11 @@ class RemoteSet:
             UserError: if it cannot be read or is not the one that made the shards.
         """
         origin = f"{self.location}/{TOKENIZER_NAME}"
-        return check_tokenizer(Tokenizer(self._files.read(TOKENIZER_NAME), origin), self.index, origin)
+        template = b""
+        if self.index.tokenizer.chat_template_sha256 is not None:
+            template = self._files.read(CHAT_TEMPLATE_NAME)
+        tokenizer = Tokenizer(self._files.read(TOKENIZER_NAME), origin, template.decode("utf-8", "replace"))
+        return check_tokenizer(tokenizer, self.index, origin)
 
 
 def _is_final(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import tokenizers
 
-from kabrn_dist.data.index import TOKENIZER_NAME, Index
+from kabrn_dist.data.index import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Index
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain
@@ -20,10 +20,11 @@ from kabrn_dist.utils.safe_open import read_plain
 DOCUMENT_TOKEN = "<|document|>"
 # Vocabularies of a million tokens take a tenth of it.
 TOKENIZER_BYTES_LIMIT = 1 << 29
+TEMPLATE_BYTES_LIMIT = 1 << 20
 
 _BYTES_CONTENT = b'{"kind": "bytes"}\n'
-# Text that careless tokenizers change: composed letters, blanks, line ends, NUL, the name of a special token.
-_PROBE = f"a  b\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT_TOKEN} "
+# Text that careless tokenizers change: capitals, composed letters, blanks, line ends, NUL, the name of a special token.
+_PROBE = f"a  B\t\r\n\x00 é e\u0301 ﬁ 漢 😀👩\u200d💻 {DOCUMENT_TOKEN} "
 
 
 class Tokenizer:
@@ -32,13 +33,16 @@ class Tokenizer:
     Args:
         content: Content of `tokenizer.json`.
         origin: Its name in messages.
+        chat_template: The chat template that lies beside it; "" for none.
 
     Attributes:
         kind: "bytes" or "bpe".
         vocab_size: Number of ids.
         document_token: Id of the token that begins each document; no text is encoded to it.
+        special_tokens: Ids of all special tokens by their texts; no text is encoded to one of them.
         content: Content of `tokenizer.json`.
         sha256: Hash of `content`.
+        chat_template: The chat template in Jinja that lies beside it; "" for none.
 
     Raises:
         UserError: if `content` is not a tokenizer that this framework can use.
@@ -49,8 +53,8 @@ class Tokenizer:
         ([110, 195, 169], '<|document|>n')
     """
 
-    def __init__(self, content: bytes, origin: str = TOKENIZER_NAME) -> None:
-        self.content = content
+    def __init__(self, content: bytes, origin: str = TOKENIZER_NAME, chat_template: str = "") -> None:
+        self.content, self.chat_template = content, chat_template
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._token_bytes: list[bytes]
         self._bpe: tokenizers.Tokenizer | None = None
@@ -58,11 +62,11 @@ class Tokenizer:
         if self.kind == "bytes":
             self._token_bytes = [bytes([value]) for value in range(256)] + [DOCUMENT_TOKEN.encode()]
             self.document_token = 256
-            self._special = {256}
+            self.special_tokens = {DOCUMENT_TOKEN: 256}
         else:
             self._bpe = _parse(content, origin)
             self.document_token = next(n for n, token in _added(self._bpe).items() if token.content == DOCUMENT_TOKEN)
-            self._special = {n for n, token in _added(self._bpe).items() if token.special}
+            self.special_tokens = {token.content: n for n, token in _added(self._bpe).items() if token.special}
             self._token_bytes = _list_token_bytes(self._bpe, origin)
         self.vocab_size = len(self._token_bytes)
         ids = self.encode(_PROBE)
@@ -79,21 +83,30 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a `tokenizer.json`.
+        """Read a `tokenizer.json`, and the chat template beside it if there is one.
 
         Raises:
-            UserError: if it cannot be read or used.
+            UserError: if one of them cannot be read or used.
         """
         remedy = f"give a tokenizer.json that has the special token {DOCUMENT_TOKEN}"
-        return cls(read_plain(path, TOKENIZER_BYTES_LIMIT, follow_links=True, remedy=remedy), str(path))
+        content = read_plain(path, TOKENIZER_BYTES_LIMIT, follow_links=True, remedy=remedy)
+        template = path.parent / CHAT_TEMPLATE_NAME
+        return cls(content, str(path), read_chat_template(template) if template.exists() else "")
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`, byte for byte as it was loaded.
+        """Write `tokenizer.json`, byte for byte as it was loaded, and its chat template beside it if it has one.
 
         Raises:
             UserError: if the disk refuses.
         """
+        if self.chat_template:
+            atomic_write(path.parent / CHAT_TEMPLATE_NAME, self.chat_template.encode())
         atomic_write(path, self.content)
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        """Hash of the chat template; None without one."""
+        return hashlib.sha256(self.chat_template.encode()).hexdigest() if self.chat_template else None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of an ordinary text; no document token is added or recognized."""
@@ -119,7 +132,8 @@ class Tokenizer:
 
     def bytes_per_token(self) -> np.ndarray:
         """Return the number of UTF-8 bytes of text of each id, int64 [vocab_size]; 0 for special tokens."""
-        lengths = [0 if n in self._special else len(piece) for n, piece in enumerate(self._token_bytes)]
+        special = set(self.special_tokens.values())
+        lengths = [0 if n in special else len(piece) for n, piece in enumerate(self._token_bytes)]
         return np.array(lengths, np.int64)
 
 
@@ -165,6 +179,11 @@ def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenize
             f"{origin}: sha256 is {tokenizer.sha256[:12]}…, the index says {index.tokenizer.sha256[:12]}…: "
             "this is not the tokenizer that made the shards; copy it again, or prepare the data again"
         )
+    if tokenizer.chat_template_sha256 != index.tokenizer.chat_template_sha256:
+        place = f"{origin.removesuffix(TOKENIZER_NAME)}{CHAT_TEMPLATE_NAME}"
+        raise UserError(
+            f"{place}: not the chat template that made the shards; copy it again, or prepare the data again"
+        )
     for key, ours, theirs in (
         ("tokenizer.kind", index.tokenizer.kind, tokenizer.kind),
         ("vocabulary", index.vocabulary, tokenizer.vocab_size),
@@ -176,6 +195,22 @@ def check_tokenizer(tokenizer: Tokenizer, index: Index, origin: str) -> Tokenize
                 "index.json again, or prepare the data again"
             )
     return tokenizer
+
+
+def read_chat_template(path: Path) -> str:
+    """Read a chat template in Jinja, without checking it.
+
+    Raises:
+        UserError: if it cannot be read or is empty.
+    """
+    content = read_plain(path, TEMPLATE_BYTES_LIMIT, follow_links=True, remedy="name a chat template in Jinja")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; name a chat template in Jinja") from None
+    if not text.strip():
+        raise UserError(f"{path}: is empty; name a chat template in Jinja, or leave it out")
+    return text
 
 
 def _is_bytes(content: bytes, origin: str) -> bool:

@@ -1,7 +1,7 @@
 """Export of a run's checkpoint: one folder of safetensors to publish, evaluate or generate from without the run.
 
     model.safetensors             or model-00001-of-00003.safetensors … and model.safetensors.index.json
-    config.yaml, tokenizer.json   those of the run
+    config.yaml, tokenizer.json   those of the run, and chat_template.jinja if it has one
     README.md                     a description
 
 Tensors have the parameters' names; experts are stacked by their global index. Weights in another dtype than the trainer
@@ -28,6 +28,7 @@ from kabrn_dist.checkpoint.header import encode_header
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
+from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.checkpoint_weights import CheckpointWeights, name_in_checkpoint
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -231,6 +232,8 @@ def _small_files(export: Export, name: str) -> dict[str, bytes]:
         "tokenizer.json": export.tokenizer.content,
         "README.md": readme.encode(),
     }
+    if export.tokenizer.chat_template:
+        files[CHAT_TEMPLATE_NAME] = export.tokenizer.chat_template.encode()
     if len(export.files) > 1:
         weight_map = {name: file for file, names in export.files.items() for name in names}
         index = {"metadata": {"total_size": export.num_bytes}, "weight_map": weight_map}

@@ -126,7 +126,7 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
     Raises:
         UserError: for files that are damaged or do not fit `config`, before memory is allocated for the model.
     """
-    entries = _list_entries(folder)
+    entries = list_entries(folder)
     _check_model(config, folder)
     expected = list_shapes(config)
     for name, shape in expected.items():
@@ -139,7 +139,7 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
             raise UserError(f"{folder}: tensor {name!r} is {entries[name][1].dtype}, no weights; export the run again")
     check_stored_codes(entries, empty_full_model(config))
     for file in {file for file, _ in entries.values()}:
-        _verify_data(file)
+        verify_data(file)
     model = build_full_model(config, device)
     for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
         file, entry = entries[name]
@@ -180,11 +180,15 @@ def _check_model(config: Config, folder: Path) -> None:
 
 
 def _read_folder_metadata(folder: Path) -> dict[str, str]:
-    return read_metadata(next(iter(_list_entries(folder).values()))[0])
+    return read_metadata(next(iter(list_entries(folder).values()))[0])
 
 
-def _verify_data(file: Path) -> None:
-    """Check the hash of a file's tensors. Exports of earlier versions have none."""
+def verify_data(file: Path) -> None:
+    """Check the hash of a file's tensors. Exports of earlier versions have none.
+
+    Raises:
+        UserError: if it is another one, or the file cannot be read.
+    """
     expected = read_metadata(file).get(DATA_HASH)
     if expected is None:
         return
@@ -205,7 +209,7 @@ def hash_export(folder: Path) -> list[str]:
     Raises:
         UserError: for a file that cannot be read.
     """
-    files = sorted({file for file, _ in _list_entries(folder).values()})
+    files = sorted({file for file, _ in list_entries(folder).values()})
     return [read_metadata(file).get(DATA_HASH) or _hash_data(file) for file in files]
 
 
@@ -227,8 +231,12 @@ def _read_step(file: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < STEP_DIGITS else None
 
 
-def _list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
-    """Return file and header entry of each tensor."""
+def list_entries(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    """Return file and header entry of each tensor of an export's folder.
+
+    Raises:
+        UserError: for a file that is missing or damaged, or a folder without tensors.
+    """
     if (folder / WEIGHTS_NAME).exists() or not (folder / WEIGHTS_INDEX_NAME).exists():
         names = {WEIGHTS_NAME}
     else:

@@ -13,6 +13,7 @@ from kabrn_dist.data.corpus import Corpus, open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.data.locations import check_locations
 from kabrn_dist.data.tokenizer import Tokenizer
+from kabrn_dist.data.whole_documents import describe_documents
 from kabrn_dist.distributed.collectives import run_on_all
 from kabrn_dist.distributed.mesh import Mesh
 from kabrn_dist.evaluation.task_data import TaskData
@@ -100,8 +101,24 @@ def describe_repetition(config: Config, train: TokenDataset) -> str:
     )
 
 
+def describe_cut_documents(train: TokenDataset) -> list[str]:
+    """Return a warning for each source that keeps documents whole and has longer ones."""
+    lines = []
+    for number, plan in train.whole.items():
+        if plan.cut:
+            shards = train.corpus.sources[number].source.train.shards
+            lost = sum(document.is_lost for document in plan.cut)
+            lines.append(
+                f"warning: {len(plan.cut):,} of {plan.documents:,} documents of source {train.corpus.names[number]} "
+                f"are longer than data.sequence_length {train.sequence_length} and cut there; of {lost:,} of them "
+                f"nothing that carries loss is left, so they are left out ({describe_documents(shards, plan.cut)})"
+            )
+    return lines
+
+
 def _can_validate(corpus: Corpus, sequence_length: int) -> bool:
-    return any(source.source.split("validation").tokens > sequence_length for source in corpus.sources)
+    validation = [(source.source.whole, source.source.split("validation").tokens) for source in corpus.sources]
+    return any(tokens > (1 if whole else sequence_length) for whole, tokens in validation)
 
 
 def wait_for_verification(

@@ -20,7 +20,7 @@ def write_config(config: Config) -> None:
 
 
 def write_description(config: Config, tokenizer: Tokenizer, replace_config: bool) -> None:
-    """Write what `export` and `generate` need of a run beside its weights: configuration and tokenizer.
+    """Write what `export` and `generate` need of a run beside its weights: configuration, tokenizer and chat template.
 
     Args:
         config: the whole configuration.
@@ -29,7 +29,7 @@ def write_description(config: Config, tokenizer: Tokenizer, replace_config: bool
     """
     if replace_config or not (config.run.folder / "config.yaml").exists():
         write_config(config)
-    atomic_write(config.run.folder / TOKENIZER_NAME, tokenizer.content)
+    tokenizer.save(config.run.folder / TOKENIZER_NAME)
 
 
 def keep_log(folder: Path, step: int) -> list[str]:

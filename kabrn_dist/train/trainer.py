@@ -27,7 +27,13 @@ from kabrn_dist.metrics.logger import MetricsLogger
 from kabrn_dist.model.mixkabrn import build_model
 from kabrn_dist.planner.memory import check_memory, process_memory
 from kabrn_dist.train.console import format_text
-from kabrn_dist.train.datasets import Datasets, describe_repetition, open_datasets, wait_for_verification
+from kabrn_dist.train.datasets import (
+    Datasets,
+    describe_cut_documents,
+    describe_repetition,
+    open_datasets,
+    wait_for_verification,
+)
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
@@ -229,6 +235,8 @@ class Trainer:
             self.metrics.print_line(line)
         if warning := describe_repetition(config, self.datasets.train):
             self.metrics.print_line(warning)
+        for line in describe_cut_documents(self.datasets.train):
+            self.metrics.print_line(line)
         if self.datasets.validation is None:
             self.metrics.print_line("warning: no text is held out in this data, so nothing validates this run")
         saved_step = self.step if self.resumed_from else None

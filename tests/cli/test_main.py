@@ -18,7 +18,7 @@ from kabrn_dist.cli.main import COMMANDS, build_parser, main
 from kabrn_dist.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-NAMES = [module.__name__.rsplit(".", 1)[-1] for module in COMMANDS]
+NAMES = [module.__name__.rsplit(".", 1)[-1].rstrip("_") for module in COMMANDS]
 HELPS = [
     [],
     *([name] for name in NAMES),

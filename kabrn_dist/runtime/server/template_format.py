@@ -14,7 +14,7 @@ from kabrn_dist.utils.errors import UserError
 try:
     from jinja2 import TemplateError
 
-    from kabrn_dist.runtime.server.chat_template import compile_template
+    from kabrn_dist.data.chat_template import compile_template
 except ImportError as error:
     raise UserError(
         "the model's chat template needs jinja2, which is not installed; use: pip install jinja2"
