@@ -15,7 +15,7 @@ import kabrn_dist
 from kabrn_dist.cli import (
     chat,
     config,
-    eval,
+    eval_,
     export,
     generate,
     grow,
@@ -40,7 +40,7 @@ COMMANDS = (
     plan,
     train,
     generate,
-    eval,
+    eval_,
     export,
     publish,
     pack,

@@ -22,7 +22,7 @@ from kabrn_dist.evaluation.task_data import TaskData
 from kabrn_dist.utils.errors import UserError
 
 # Of a document, results show its beginning.
-SHOWN_CHARACTERS = 1000
+_SHOWN_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def score_answers(data: TaskData, asked: AskedExample, answers: Sequence[Answer]
             )
     prompts = [shown_prompt(request) for request in asked.requests]
     if isinstance(asked.requests[0], TextRequest):
-        prompts = [f"{text[:SHOWN_CHARACTERS]}…" if len(text) > SHOWN_CHARACTERS else text for text in prompts]
+        prompts = [f"{text[:_SHOWN_CHARACTERS]}…" if len(text) > _SHOWN_CHARACTERS else text for text in prompts]
     return ExampleResult(
         id=example.id,
         prompts=prompts[:1] if len(set(prompts)) == 1 else prompts,

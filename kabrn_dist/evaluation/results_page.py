@@ -33,7 +33,7 @@ p, summary { overflow-wrap: anywhere; }
 """
 
 
-class Samples(NamedTuple):
+class ShownSamples(NamedTuple):
     """Examples of a task to look at.
 
     Attributes:
@@ -47,7 +47,7 @@ class Samples(NamedTuple):
     is_accuracy: bool
 
 
-def read_samples(path: Path, task: Mapping[str, Any]) -> Samples:
+def read_samples(path: Path, task: Mapping[str, Any]) -> ShownSamples:
     """Choose examples from a file of results, in its order, which no score has decided.
 
     Args:
@@ -55,18 +55,18 @@ def read_samples(path: Path, task: Mapping[str, Any]) -> Samples:
         task: The task's part of results.json.
     """
     if not path.is_file():
-        return Samples([], [], True)
+        return ShownSamples([], [], True)
     lines = read_plain(path, RESULTS_BYTES_LIMIT, follow_links=True).splitlines()[1:]
     results = [ExampleResult.from_json(json.loads(line)) for line in lines]
     metric = task["main_metric"]
     if not all(0 <= result.scores.get(metric, -1.0) <= 1 for result in results):
-        return Samples(results[:SHOWN_SAMPLES], [], False)
+        return ShownSamples(results[:SHOWN_SAMPLES], [], False)
     right = [result for result in results if result.scores[metric] >= 1]
     wrong = [result for result in results if result.scores[metric] < 1]
-    return Samples(right[:SHOWN_SAMPLES], wrong[:SHOWN_SAMPLES], True)
+    return ShownSamples(right[:SHOWN_SAMPLES], wrong[:SHOWN_SAMPLES], True)
 
 
-def render_results_page(summary: Mapping[str, Any], samples: Mapping[str, Samples]) -> str:
+def render_results_page(summary: Mapping[str, Any], samples: Mapping[str, ShownSamples]) -> str:
     """Return the page.
 
     Args:
@@ -114,7 +114,7 @@ def _score_rows(name: str, task: Mapping[str, Any]) -> Iterable[Sequence[str]]:
         )
 
 
-def _task_parts(name: str, task: Mapping[str, Any], samples: Samples) -> Iterable[str]:
+def _task_parts(name: str, task: Mapping[str, Any], samples: ShownSamples) -> Iterable[str]:
     yield f"<h2>{escape(name)}</h2><p>{escape(task['description'])}</p>"
     if task["notes"]:
         yield f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in task['notes'])}</ul>"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kabrn_dist.cli.eval import assign_values, choose_tasks
+from kabrn_dist.cli.eval_ import assign_values, choose_tasks
 from kabrn_dist.cli.main import main
 from kabrn_dist.evaluation.registry import TASKS
 from kabrn_dist.utils.errors import UserError

@@ -136,6 +136,7 @@ OWN_FILES = {
     "kabrn_dist/evaluation/sandbox_child.py": "/proc, and the folder of the program that it runs",
     "kabrn_dist/metrics/writer.py": "the log, opened for appending without blocking",
     "kabrn_dist/metrics/logger.py": "/proc",
+    "kabrn_dist/evaluation/result_file.py": "results, opened for appending without blocking",
     "kabrn_dist/grow/tensors.py": "the scratch folder",
     "kabrn_dist/train/launcher_watch.py": "/proc",
     "kabrn_dist/train/expert_balance.py": "/sys",
