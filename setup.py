@@ -49,6 +49,8 @@ setup(
         "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "gcsfs", "huggingface_hub", "s3fs"],
         # `mixkabrn serve`: HTTP, and the chat templates of model files.
         "serve": ["uvicorn>=0.30", "starlette>=0.40", "jinja2>=3.1"],
+        # Loading an export of `mixkabrn export --format hf`, importing models, and `mixkabrn publish`.
+        "hub": ["transformers>=4.57", "huggingface_hub"],
         "dev": [
             "aiohttp>=3.9",
             "fsspec>=2024.6",
