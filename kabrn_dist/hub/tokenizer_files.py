@@ -28,7 +28,7 @@ def make_tokenizer_files(tokenizer: Tokenizer, template: str | None, origin: str
         UserError: for a template that cannot write a conversation.
     """
     library = make_library_tokenizer(tokenizer)
-    token = library.id_to_token(tokenizer.document_token)
+    token = _document_token(library, tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": token,
@@ -64,7 +64,7 @@ def make_library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         library.no_truncation()
         library.no_padding()
     library.decoder = tokenizers.decoders.ByteLevel()
-    token = library.id_to_token(tokenizer.document_token)
+    token = _document_token(library, tokenizer)
     library.post_processor = tokenizers.processors.TemplateProcessing(
         single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, tokenizer.document_token)]
     )
@@ -95,6 +95,12 @@ def begin_with_document(template: str, document: str, origin: str) -> str:
     messages = [{"role": "user", "content": "hello"}]
     written = compile_template(template, document).render(messages=messages, add_generation_prompt=True)
     return template if written.startswith(document) else "{{- bos_token }}" + template
+
+
+def _document_token(library: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str:
+    token = library.id_to_token(tokenizer.document_token)
+    assert token is not None, "the document token is one of the tokenizer's"
+    return token
 
 
 def _json(content: dict[str, Any]) -> bytes:
