@@ -15,6 +15,7 @@ from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.token_stream import mask_naive, stream_naive
 from kabrn_dist.data.whole_documents import describe_documents, plan_whole_documents_naive
+from kabrn_dist.train.datasets import describe_cut_documents
 from kabrn_dist.utils.errors import UserError
 from tests.support.models import make_model, make_model_config
 from tests.support.shard_sets import DOCUMENT, Texts, make_set
@@ -92,6 +93,11 @@ def test_lost_documents_are_counted_named_and_fatal_above_a_share(tmp_path: Path
     ) as error:
         TokenDataset(corpus, "train", 60, 0)
     assert "chats-train-00000.tar document 0" in str(error.value) and "raise it, or remove them" in str(error.value)
+    data = TokenDataset(corpus, "train", 100, 0)
+    (warning,) = describe_cut_documents(data)
+    longer = sum(len(ids) > 100 for ids, _ in read_documents(tmp_path / "set", corpus.sets[0].index, "chats"))
+    assert f"{longer} of 40 documents of source chats are longer than data.sequence_length 100 and cut there" in warning
+    assert describe_cut_documents(TokenDataset(corpus, "train", 200, 0)) == []
     unused = [source._replace(weight=0.0) for source in corpus.sources]
     plan = TokenDataset(Corpus(corpus.sets, tuple(unused)), "train", 60, 0, ordered=False).whole[0]
     assert len(plan.cut) == 40 and sum(each.is_lost for each in plan.cut) > 2
