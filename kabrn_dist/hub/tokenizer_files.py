@@ -7,6 +7,7 @@ from typing import Any
 
 import tokenizers
 
+from kabrn_dist.data.chat_template import check_chat_template, compile_template
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer, byte_level_alphabet
 from kabrn_dist.utils.errors import UserError
 
@@ -82,12 +83,6 @@ def begin_with_document(template: str, document: str, origin: str) -> str:
     Raises:
         UserError: if it cannot write a conversation.
     """
-    try:
-        from kabrn_dist.runtime.server.chat_template import check_chat_template, compile_template
-    except ModuleNotFoundError:
-        raise UserError(
-            f"{origin}: a chat template is checked with jinja2, which is not installed; use: pip install jinja2"
-        ) from None
     try:
         check_chat_template(template)
     except ValueError as error:
