@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
@@ -59,7 +60,9 @@ class MixKABRNLM(LM):
     ) -> None:
         super().__init__()
         rows = int(batch_size) if str(batch_size).isdigit() else 32
-        self.model: EvaluatedModel = load_evaluated_model(Path(path), device or "cpu", rows)
+        # What lm-eval passes on where no device was asked for, whatever the machine has.
+        is_asked = device is not None and not (device == "cuda:0" and not torch.cuda.is_available())
+        self.model: EvaluatedModel = load_evaluated_model(Path(path), str(device) if is_asked else "cpu", rows)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation and whether greedy decoding would write it."""

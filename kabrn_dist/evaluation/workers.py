@@ -155,6 +155,8 @@ def _receive(workers: Sequence[subprocess.Popen[bytes]], messages: _Messages) ->
     while running:
         number, message = messages.get()
         if message is None:
+            if number not in running:
+                continue
             raise UserError(_describe_death(number, workers[number].wait(_EXIT_TIMEOUT_S)))
         if "error" in message:
             raise UserError(message["error"])
