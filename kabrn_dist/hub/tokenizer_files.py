@@ -12,7 +12,7 @@ from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer, byte_level_alph
 from kabrn_dist.utils.errors import UserError
 
 # What transformers takes for "no limit".
-_NO_LIMIT = 10**30
+_NO_LIMIT = int(1e30)
 
 
 def make_tokenizer_files(tokenizer: Tokenizer, template: str | None, origin: str) -> dict[str, bytes]:
