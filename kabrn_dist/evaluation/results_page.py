@@ -80,7 +80,7 @@ def render_results_page(summary: Mapping[str, Any], samples: Mapping[str, ShownS
         f"<h1>{title}</h1>",
         f"<p>{escape(model['path'])}, fingerprint {escape(model['fingerprint'][:16])}; {escape(versions)}</p>",
         _table(
-            ("task", "metric", "score", "± standard error", "examples", "of", "few-shot"),
+            ("task", "metric", "score", "± stderr", "examples", "of", "few-shot"),
             [row for name, task in tasks.items() for row in _score_rows(name, task)],
         ),
         "<p class=small>Accuracies are fractions of 1. A score within two standard errors of another is not a "
