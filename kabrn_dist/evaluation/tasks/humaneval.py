@@ -71,4 +71,9 @@ def _find_packaged() -> Path | None:
 
 
 def _has_file(folder: Path) -> bool:
-    return any("humaneval" in file.name.lower().replace("_", "") for file in folder.rglob("*"))
+    """Whether a folder holds problems; hidden folders, such as .venv with the package itself, are not looked into."""
+    return any(
+        "humaneval" in file.name.lower().replace("_", "") and ".jsonl" in file.name
+        for file in folder.rglob("*")
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
