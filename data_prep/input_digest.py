@@ -18,6 +18,7 @@ from data_prep.sources.files import walk_files
 
 # A message lists so many settings.
 _SHOWN = 4
+_LATER_KEYS = {"chat_template", "max_malformed", "reserved", "whole"}
 
 
 class InputDigest(NamedTuple):
@@ -77,7 +78,7 @@ def _list_values(tree: Any, name: str = "") -> dict[str, str]:
 
 def digest_inputs(reader: SourceReader, recipe: Recipe) -> InputDigest:
     """Return what is to be read, without reading it."""
-    settings = json.dumps(recipe.model_dump(exclude={"out"}), default=str, ensure_ascii=False, separators=(",", ":"))
+    settings = json.dumps(_describe_settings(recipe), default=str, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(_name_bytes(settings))
     for path in _other_files(recipe):
         digest.update(_name_bytes(f"{path.name} {_file_state(path)}"))
@@ -90,6 +91,16 @@ def digest_inputs(reader: SourceReader, recipe: Recipe) -> InputDigest:
         for path in _unit_files(unit, recipe.out):
             digest.update(_name_bytes(f"{path.name} {_file_state(path)}"))
     return InputDigest(digest.hexdigest(), settings)
+
+
+def _describe_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe without newer keys that are not given, so that folders of earlier versions are recognized."""
+    tree = recipe.model_dump(exclude={"out"})
+    sections = [(recipe, tree), (recipe.tokenizer, tree["tokenizer"])]
+    for section, fields in [*sections, *zip(recipe.sources, tree["sources"], strict=True)]:
+        for key in _LATER_KEYS & (fields.keys() - section.model_fields_set):
+            del fields[key]
+    return tree
 
 
 def _name_bytes(text: str) -> bytes:

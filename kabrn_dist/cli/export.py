@@ -105,8 +105,9 @@ def _export_for_transformers(options: argparse.Namespace) -> int:
 
     check_new_folder(options.out)
     from kabrn_dist.hub.export import plan_hub_export, write_hub_export
+    from kabrn_dist.hub.tensors import Flavor
 
-    flavor = options.weights or "latent"
+    flavor: Flavor = options.weights or "latent"
     export = plan_hub_export(options.folder, flavor, options.step, options.chat_template, options.license or "")
     summary = f"{export.parameters:,} parameters, {export.num_bytes:,} bytes of {flavor} weights, step {export.step}"
     if options.dry_run:

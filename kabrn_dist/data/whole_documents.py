@@ -16,7 +16,7 @@ from kabrn_dist.data.index import Shard, SplitName
 from kabrn_dist.data.token_stream import TokenStream
 from kabrn_dist.utils.errors import UserError
 
-_CHUNK_TOKENS = 1 << 22
+_CHUNK_TOKENS = 1 << 20
 # Of at most this fraction of the documents all that is to be learned may lie beyond a sequence.
 _MAX_LOST = 0.05
 _SHOWN_DOCUMENTS = 3

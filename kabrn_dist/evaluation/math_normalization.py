@@ -50,7 +50,7 @@ _REWRITES = tuple(
         (r"\\ne(?![a-zA-Z])", r"\\neq"),
         (r"\{[bp]matrix\}", "{pmatrix}"),
         (r"\\(degrees?)(?![a-zA-Z])|\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"\\text{degree}"),
-        (r"\\text\s*\{\s*(and|or)\s*\}|(?<![a-z\\])(and|or)(?![a-z])", ","),
+        (r"(?<=[^\s{])\s*(?:\\text\s*\{\s*(and|or)\s*\}|(?<![a-z\\])(and|or)(?![a-z]))(?=\s*[^\s}])", ","),
         (r",\s*,", ","),
         (r"(?<=\d)\s*(\{,\}|,\\!|\\!|\\,)\s*(?=\d{3}(?!\d))", ""),
         (r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
@@ -62,8 +62,9 @@ _REWRITES = tuple(
     )
 )
 _UNITS = (
-    r"(?:square|sq\.?|cubic)?\s*(?:cm|mm|km|m|in|inch|inches|foot|feet|ft|yards?|miles?|meters?|centimeters?|units?|"
-    r"hours?|minutes?|seconds?|days?|weeks?|months?|years?|degrees?|dollars?|cents?|percent|mph|grams?|kg|points?)"
+    r"(?:(?:square|sq\.?|cubic)?\s*(?:cm|mm|km|(?<=\s)m|(?<=\s)in|inch|inches|foot|feet|ft|yards?|miles?|meters?|"
+    r"centimeters?|units?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|degrees?|dollars?|cents?|percent|mph|"
+    r"grams?|kg|points?))"
 )
 _UNIT = re.compile(
     rf"(?P<value>.*[\d)}}])\s*(?P<unit>\\text\s*\{{[^{{}}]*\}}|(?<=[\d\s)}}]){_UNITS})(?P<power>\^\d)?\.?"

@@ -208,6 +208,8 @@ class Sandbox:
         if len(report) == 1:
             return "exit", f"with code {code} before its end"
         status, particulars = report[1]
+        if status == "passed" and particulars:
+            return "exception", particulars
         return cast(ProgramStatus, status), particulars
 
 
@@ -264,10 +266,9 @@ def _communicate(process: subprocess.Popen[bytes], job: bytes, limits: ProgramLi
 
 def _parse_report(report: bytes, token: str) -> list[list[str]]:
     """Return the lines of a process about itself, which begin with its token, without it."""
-    lines = [
-        line.decode("unicode_escape").split("\0") for line in report.splitlines() if line.startswith(token.encode())
-    ]
-    return [texts for _, *texts in lines][:2]
+    lines = [line.split(b"\0") for line in report.splitlines() if line.startswith(token.encode())]
+    # A text may hold the character between texts, written as an escape.
+    return [[text.decode("unicode_escape") for text in texts] for _, *texts in lines][:2]
 
 
 def _child_file() -> str:

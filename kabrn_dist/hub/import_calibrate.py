@@ -25,7 +25,7 @@ from kabrn_dist.ops.activation_quant import rms_norm
 from kabrn_dist.ops.heads import norm_heads
 
 ROW_TOKENS = 256
-ROWS = 4
+CALIBRATION_ROWS = 4
 # The gate's logit at the mean input; its swish is far from zero there.
 _GATE_LOGIT = 2.0
 
@@ -45,13 +45,13 @@ def encode_rows(text: str, tokenizer: Tokenizer, vocab_size: int) -> Batch:
         tokenizer: The model's.
         vocab_size: Rows of its embedding.
     """
-    ids = [n for n in tokenizer.encode(text[: ROWS * ROW_TOKENS * 32]) if n < vocab_size] or [0]
-    body = (ids * (ROWS * ROW_TOKENS // len(ids) + 1))[: ROWS * ROW_TOKENS]
-    rows = torch.tensor(body).view(ROWS, ROW_TOKENS)
-    tokens = torch.cat([torch.full((ROWS, 1), tokenizer.document_token), rows[:, :-1]], 1)
-    positions = torch.arange(ROW_TOKENS).expand(ROWS, -1)
-    zeros = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
-    return Batch(tokens, rows, zeros, positions, torch.zeros(ROWS, dtype=torch.int64))
+    ids = [n for n in tokenizer.encode(text[: CALIBRATION_ROWS * ROW_TOKENS * 32]) if n < vocab_size] or [0]
+    body = (ids * (CALIBRATION_ROWS * ROW_TOKENS // len(ids) + 1))[: CALIBRATION_ROWS * ROW_TOKENS]
+    rows = torch.tensor(body).view(CALIBRATION_ROWS, ROW_TOKENS)
+    tokens = torch.cat([torch.full((CALIBRATION_ROWS, 1), tokenizer.document_token), rows[:, :-1]], 1)
+    positions = torch.arange(ROW_TOKENS).expand(CALIBRATION_ROWS, -1)
+    zeros = torch.zeros(CALIBRATION_ROWS, ROW_TOKENS, dtype=torch.int64)
+    return Batch(tokens, rows, zeros, positions, torch.zeros(CALIBRATION_ROWS, dtype=torch.int64))
 
 
 @torch.no_grad()

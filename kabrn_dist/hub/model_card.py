@@ -8,7 +8,7 @@ import yaml
 
 from kabrn_dist.config import ModelConfig
 from kabrn_dist.hub.tensors import Flavor
-from kabrn_dist.hub.training_record import DataSource, TrainingRecord
+from kabrn_dist.hub.training_record import TrainingRecord, TrainingText
 
 _CITATIONS = """```bibtex
 @software{mixkabrn,
@@ -180,7 +180,7 @@ def _list_figures(facts: CardFacts) -> str:
     return "\n".join(lines) if len(lines) > 2 else "## Measured\n\nNothing was recorded beside this step."
 
 
-def _list_data(sources: list[DataSource]) -> str:
+def _list_data(sources: list[TrainingText]) -> str:
     if not sources:
         return "## Training data\n\nThe shards were not at hand when this card was written."
     lines = [

@@ -229,7 +229,8 @@ class Matrices(NamedTuple):
 
     def expert(self, number: int) -> Matrices:
         """Return one of the matrices, [O,I]."""
-        return Matrices(*(None if part is None else part[number] for part in self))
+        latents = None if self.latents is None else self.latents[number]
+        return Matrices(latents, self.codes[number], None if self.gamma is None else self.gamma[number])
 
 
 class TernaryWeight(nn.Module):
@@ -240,6 +241,8 @@ class TernaryWeight(nn.Module):
         shape: [O,I] or [E,O,I].
         gain: standard deviation of the product at the start of training.
     """
+
+    codes: Tensor
 
     def __init__(self, config: MixKABRNConfig, *shape: int, gain: float = 1.0) -> None:
         super().__init__()
@@ -380,11 +383,13 @@ def retain_recurrently(
             state = state * ~starts[:, t, None, None, None] * decay + k[:, :, t, :, None] * v[:, :, t, None, :]
             states.append(state)
         products = q[:, :, first : first + len(states), :, None] * torch.stack(states, 2)
-        total: Tensor | None = None
+        fours = []
         for four in products.split(4, 3):
             part = four[:, :, :, 0] + four[:, :, :, 1]
-            part = part if four.shape[3] == 2 else part + (four[:, :, :, 2] + four[:, :, :, 3])
-            total = part if total is None else total + part
+            fours.append(part if four.shape[3] == 2 else part + (four[:, :, :, 2] + four[:, :, :, 3]))
+        total = fours[0]
+        for part in fours[1:]:
+            total = total + part
         outs.append(total)
     return torch.cat(outs, 2), state
 
@@ -514,7 +519,7 @@ class Mixer(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, position: Positions, state: LayerState) -> Tensor:
         q, k, documents = rms_norm(q), rms_norm(k), position.documents
-        if state.keys is not None:
+        if state.keys is not None and state.values is not None and state.documents is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
             documents = torch.cat([state.documents, documents], 1)
         state.keys, state.values, state.documents = k, v, documents
@@ -577,6 +582,11 @@ class GroupedExperts(Experts):
 class RationalExperts(GroupedExperts):
     """φ = P(z) / (1 + |A(z)|), P of degree 5 and A of degree 4 (Padé activation units, arXiv 1907.06732)."""
 
+    inner_numerator: Tensor
+    inner_denominator: Tensor
+    outer_numerator: Tensor
+    outer_denominator: Tensor
+
     def __init__(self, config: MixKABRNConfig, count: int, hidden: int, gain: float) -> None:
         super().__init__(config, count, hidden, gain)
         groups = config.function_groups
@@ -597,6 +607,9 @@ class RationalExperts(GroupedExperts):
 
 class ChebyshevExperts(GroupedExperts):
     """φ = Σ cₙTₙ(u), n = 0…3, u being z with the range mapped to [−1,1]; a straight line outside."""
+
+    inner: Tensor
+    outer: Tensor
 
     def __init__(self, config: MixKABRNConfig, count: int, hidden: int, gain: float) -> None:
         super().__init__(config, count, hidden, gain)
@@ -761,6 +774,8 @@ class Router(nn.Module):
     Args:
         config: of the model.
     """
+
+    bias: Tensor
 
     def __init__(self, config: MixKABRNConfig) -> None:
         super().__init__()
@@ -1040,7 +1055,7 @@ class MixKABRNModel(MixKABRNPreTrainedModel):
         """Return the embedding."""
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
         self.embedding = value
 
@@ -1087,16 +1102,17 @@ class MixKABRNModel(MixKABRNPreTrainedModel):
         if use_cache and cache is None:
             cache = MixKABRNCache(len(self.blocks))
         position = self._locate(x, attention_mask, position_ids, cache)
-        hidden = (x,)
+        wanted = output_hidden_states or self.config.output_hidden_states
+        hidden: tuple[Tensor, ...] = (x,) if wanted else ()
         for number, block in enumerate(self.blocks):
             x = block(x, position, state=None if cache is None else cache.layers[number])
-            hidden += (x,)
+            hidden += (x,) if wanted else ()
         if cache is not None:
             cache.seen += x.shape[1]
         out = BaseModelOutputWithPast(
             last_hidden_state=rms_norm(x),
             past_key_values=cache if use_cache else None,
-            hidden_states=hidden if output_hidden_states or self.config.output_hidden_states else None,
+            hidden_states=hidden or None,
         )
         return out if return_dict is not False else out.to_tuple()
 
@@ -1153,7 +1169,7 @@ class MixKABRNForCausalLM(MixKABRNPreTrainedModel, GenerationMixin):
         """Return the embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
         self.model.embedding = value
 
@@ -1161,7 +1177,7 @@ class MixKABRNForCausalLM(MixKABRNPreTrainedModel, GenerationMixin):
         """Return the head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the head."""
         self.lm_head = new_embeddings
 

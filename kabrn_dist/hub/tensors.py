@@ -16,11 +16,11 @@ from torch import Tensor
 
 from kabrn_dist.config import Config
 from kabrn_dist.inference.checkpoint_weights import is_router_state
+from kabrn_dist.inference.export import CHUNK_ELEMENTS
 from kabrn_dist.inference.stored_codes import CODES_SUFFIX, SCALES_SUFFIX, code_shapes
 from kabrn_dist.inference.working_copy import empty_full_model
 
 Flavor = Literal["latent", "ternary"]
-CHUNK_ELEMENTS = 4 * 2**20
 ROUTER_BIAS = "router/bias"
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import tokenizers
 
+from kabrn_dist.data.chat_template import check_chat_template, compile_template
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer, byte_level_alphabet
 from kabrn_dist.utils.errors import UserError
 
 # What transformers takes for "no limit".
-_NO_LIMIT = 10**30
+_NO_LIMIT = int(1e30)
 
 
 def make_tokenizer_files(tokenizer: Tokenizer, template: str | None, origin: str) -> dict[str, bytes]:
@@ -28,7 +29,7 @@ def make_tokenizer_files(tokenizer: Tokenizer, template: str | None, origin: str
         UserError: for a template that cannot write a conversation.
     """
     library = make_library_tokenizer(tokenizer)
-    token = library.id_to_token(tokenizer.document_token)
+    token = _document_token(library, tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": token,
@@ -64,7 +65,7 @@ def make_library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         library.no_truncation()
         library.no_padding()
     library.decoder = tokenizers.decoders.ByteLevel()
-    token = library.id_to_token(tokenizer.document_token)
+    token = _document_token(library, tokenizer)
     library.post_processor = tokenizers.processors.TemplateProcessing(
         single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, tokenizer.document_token)]
     )
@@ -83,18 +84,18 @@ def begin_with_document(template: str, document: str, origin: str) -> str:
         UserError: if it cannot write a conversation.
     """
     try:
-        from kabrn_dist.runtime.server.chat_template import check_chat_template, compile_template
-    except ModuleNotFoundError:
-        raise UserError(
-            f"{origin}: a chat template is checked with jinja2, which is not installed; use: pip install jinja2"
-        ) from None
-    try:
         check_chat_template(template)
     except ValueError as error:
         raise UserError(f"{origin}: {error}; name a chat template in Jinja") from error
     messages = [{"role": "user", "content": "hello"}]
     written = compile_template(template, document).render(messages=messages, add_generation_prompt=True)
     return template if written.startswith(document) else "{{- bos_token }}" + template
+
+
+def _document_token(library: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str:
+    token = library.id_to_token(tokenizer.document_token)
+    assert token is not None, "the document token is one of the tokenizer's"
+    return token
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ LOG_NAME, RESULTS_NAME, REPORT_NAME = "log.jsonl", "results.json", "report.json"
 _LOG_BYTES_LIMIT, _JSON_BYTES_LIMIT = 1 << 32, 1 << 28
 
 
-class DataSource(NamedTuple):
+class TrainingText(NamedTuple):
     """Texts of one origin that a run was trained on.
 
     Attributes:
@@ -67,7 +67,7 @@ class TrainingRecord(NamedTuple):
 
     figures: dict[str, float]
     figures_step: int | None
-    sources: list[DataSource]
+    sources: list[TrainingText]
     scores: list[TaskScore]
 
 
@@ -96,7 +96,7 @@ def _read_figures(log: Path, step: int) -> tuple[int | None, dict[str, float]]:
     return found
 
 
-def _read_sources(config: Config) -> list[DataSource]:
+def _read_sources(config: Config) -> list[TrainingText]:
     if is_url(config.data.path) or not (Path(config.data.path) / INDEX_NAME).is_file():
         return []
     shards = Path(config.data.path)
@@ -108,7 +108,7 @@ def _read_sources(config: Config) -> list[DataSource]:
         return []
     recorded = {each.get("name"): each for each in _read_json(shards / REPORT_NAME).get("sources", [])}
     return [
-        DataSource(
+        TrainingText(
             name=source.name,
             kind=source.kind,
             documents=source.train.documents,

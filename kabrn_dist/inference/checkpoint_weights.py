@@ -93,7 +93,8 @@ def distinct_scales(gamma: Tensor | None, scale_group_size: int | None) -> Tenso
     """Return the scales [E,S] of γ [E,1,1], or [E,O,1] where groups of outputs have one each."""
     assert gamma is not None
     step = gamma.shape[1] if scale_group_size is None else min(scale_group_size, gamma.shape[1])
-    return gamma[:, ::step, 0].contiguous()
+    # A copy even of a single scale, whose stride may be another than 1: readers view its bytes.
+    return gamma[:, ::step, 0].clone(memory_format=torch.contiguous_format)
 
 
 def is_router_state(name: str) -> bool:

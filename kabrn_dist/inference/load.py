@@ -98,6 +98,11 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[Gener
     Raises:
         UserError: for a file that is missing or damaged, or does not fit the others.
     """
+    if (folder / "config.json").exists() and not (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder}: is a model for transformers, which this command does not read; name the run that it was "
+            "exported from, or turn it into a run: mixkabrn import"
+        )
     config = load_config(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.model.vocab_size:

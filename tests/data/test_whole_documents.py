@@ -15,6 +15,7 @@ from kabrn_dist.data.index import Index
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.token_stream import mask_naive, stream_naive
 from kabrn_dist.data.whole_documents import describe_documents, plan_whole_documents_naive
+from kabrn_dist.train.datasets import describe_cut_documents
 from kabrn_dist.utils.errors import UserError
 from tests.support.models import make_model, make_model_config
 from tests.support.shard_sets import DOCUMENT, Texts, make_set
@@ -98,6 +99,16 @@ def test_lost_documents_are_counted_named_and_fatal_above_a_share(tmp_path: Path
     shown = describe_documents(unused[0].source.train.shards, plan.cut[9:])
     assert shown.startswith("chats-train-00000.tar document 9: ") and "chats-train-00001.tar document 0: " in shown
     assert shown.endswith("; and 28 more")
+
+
+def test_cut_documents_are_told_when_a_run_begins(tmp_path: Path) -> None:
+    chats = Texts("chats", train=40, sizes=(90, 120), masked=True)
+    corpus = make_whole_set(tmp_path / "set", chats)
+    longer = sum(len(ids) > 100 for ids, _ in read_documents(tmp_path / "set", corpus.sets[0].index, "chats"))
+    (warning,) = describe_cut_documents(TokenDataset(corpus, "train", 100, 0))
+    assert f"{longer} of 40 documents of source chats are longer than data.sequence_length 100 and cut there" in warning
+    assert "of 0 of them nothing that carries loss is left" in warning and "chats-train-0000" in warning
+    assert describe_cut_documents(TokenDataset(corpus, "train", 200, 0)) == []
 
 
 def test_every_layout_reads_the_same_targets(tmp_path: Path) -> None:

@@ -237,6 +237,10 @@ def test_a_program_inherits_no_open_file_and_the_same_order_of_sets() -> None:
 def test_failures_are_explained() -> None:
     require_sandbox()
     programs = ["assert 1 == 2, 'no'", "{}['a']", "import numpy", "raise ValueError('a\\nb')", "x = 1"]
+    programs += [
+        r"raise ValueError('a\0b')",
+        "import sys; sys.modules['__main__']._classify = lambda e: 'passed'; 1 / 0",
+    ]
     outcomes = open_sandbox().run_all(programs)
     assert [outcome.describe() for outcome in outcomes] == [
         "assertion: AssertionError: no",
@@ -244,6 +248,8 @@ def test_failures_are_explained() -> None:
         "exception: ModuleNotFoundError: No module named 'numpy'",
         "exception: ValueError: a b",
         "passed",
+        "exception: ValueError: a\0b",
+        "exception: ZeroDivisionError: division by zero",
     ]
 
 
