@@ -105,7 +105,7 @@ def _load_shots(task: Task, settings: TaskSettings, asked: list[Example]) -> lis
     if len(pool) < needed:
         raise UserError(
             f"{task.name}: {count} few-shot examples are asked for, and the split {task.shots_split} of "
-            f"{settings.data} holds {len(pool)}; use --shots {max(0, len(pool) - needed + count)}"
+            f"{settings.data} holds {len(pool)}; add some, or use --shots {max(0, len(pool) - needed + count)}"
         )
     return order_examples(pool, settings.seed)[:needed]
 

@@ -150,7 +150,7 @@ MISTAKES = {
     ("--tasks", "gsm8k"): "no data of task gsm8k there",
     ("--tasks", "humaneval"): "allow it with --allow-code",
     ("--tasks", "nq_open", "--split", "dev"): "nq_open: has no split 'dev'; its splits are validation",
-    ("--tasks", "nq_open", "--shots", "9"): "holds 4; use --shots 4",
+    ("--tasks", "nq_open", "--shots", "9"): "holds 6; add some, or use --shots 6",
     ("--tasks", "nq_open", "--shots", "gsm8k=2"): "--shots gsm8k=2: 'gsm8k' is none of --tasks",
     ("--tasks", "nq_open", "--shots", "two"): "--shots: 'two' is not a whole number",
     ("--tasks", "nq_open", "--num-samples", "3"): "all answers are the same without --temperature",

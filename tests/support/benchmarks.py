@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def write_benchmarks(folder: Path, count: int = 8) -> Path:
-    """Write `count` questions of nq_open and openbookqa to be answered, and four of each with their answers."""
-    for split, numbers in (("train", range(90, 94)), ("dev", range(count)), ("test", range(count))):
+    """Write `count` questions of nq_open and openbookqa to be answered, and six of each with their answers."""
+    for split, numbers in (("train", range(90, 96)), ("dev", range(count)), ("test", range(count))):
         words = [f"{'ab' * (number % 5 + 1)}{number}" for number in numbers]
         open_book = [
             {

@@ -94,8 +94,8 @@ def test_scores_at_intervals_are_those_of_eval_on_the_checkpoint_of_the_step(sha
 def test_tasks_that_cannot_be_scored_are_refused_at_the_start(
     tasks: list[str], message: str, shards: Path, tmp_path: Path
 ) -> None:
-    write_benchmarks(tmp_path / "data")
-    (tmp_path / "data" / "test.txt").write_text("some words to read\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "validation.txt").write_text("some words to read\n")
     path = write_small_config(
         tmp_path / "config.yaml",
         shards,
