@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from kabrn_dist.ops.weight_quant import ternarize
 from kabrn_dist.utils.errors import UserError
 from tests.support.hub_models import ModelSource, expect_logits, write_hub_model
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
+from tests.support.runs import run_sessions
 from tests.support.shard_sets import Texts, make_set
 from tests.support.text_models import train_bpe
 
@@ -89,6 +91,7 @@ def test_the_run_computes_and_exports_the_same(flavor: str, hybrid: Path, tmp_pa
         assert (tmp_path / "again" / name).read_text() == (hybrid / flavor / name).read_text(), name
 
 
+@pytest.mark.slow
 def test_the_commands_take_the_run_and_another_starts_from_it(
     hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,13 +102,17 @@ def test_the_commands_take_the_run_and_another_starts_from_it(
     assert "tensors exactly (latent weights of step 3, quantized to 1 of 1)" in capsys.readouterr().out
     assert main(["generate", run, "--prompt", "Once", "--tokens", "3"]) == 0
     assert main(["export", run, str(tmp_path / "export")]) == 0
-    assert main(["pack", run, str(tmp_path / "model.mkb")]) == 0
-    training = ["train", f"{run}/config.yaml", "--set", "training.steps=2", "--set", "validation.sample_tokens=0"]
-    training += ["--set", "validation.eval_sequences=2", "--set", "optimizer.warmup_steps=1"]
-    following = ["--set", f"run.folder={tmp_path / 'next'}", "--set", f"run.init_from={run}"]
-    assert main([*training, *following]) == 0
+    assert main(["pack", run, "--out", str(tmp_path / "model.mkb")]) == 0
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    config["optimizer"]["warmup_steps"] = 1
+    config["validation"] |= {"sample_tokens": 0, "eval_sequences": 2}
+    following = config["run"] | {"folder": str(tmp_path / "next"), "init_from": run}
+    jobs = {"on": (config["run"], STEP + 2), "next": (following, 2)}
+    for name, (section, steps) in jobs.items():
+        changed = config | {"run": section, "training": config["training"] | {"steps": steps}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(changed))
+    run_sessions(1, [[str(tmp_path / f"{name}.yaml"), "auto", None] for name in ("next", "on")], tmp_path)
     assert Run.open(tmp_path / "next").step == 2
-    assert main([*training, "--set", "training.steps=5"]) == 0
     path = Run.open(run).checkpoint
     state = read_state(path, read_manifest(path))
     assert (state.step, state.updates, state.cursor.consumed) == (5, 2, 10)
