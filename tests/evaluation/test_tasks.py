@@ -217,3 +217,9 @@ def test_records_that_hugging_face_publishes_are_read(tmp_path: Path) -> None:
     write_lines(tmp_path / "math500" / "test.jsonl", records)
     [example] = TASKS["math"]().load(tmp_path, "test")
     assert example.id == "t/1" and example.groups == {"level": "Level 5", "subject": "Algebra"}
+
+
+def test_a_final_dot_in_the_answer_makes_no_difference(everything: Path) -> None:
+    task, examples = load_own("math", everything)
+    scores = task.score(examples[0], one_continuation(r"\boxed{\frac{1}{2}.}"))
+    assert scores["math_verify"] == scores["exact_match"] == 1.0
