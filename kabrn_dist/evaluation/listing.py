@@ -48,6 +48,7 @@ def describe_reason(task: Task, data: Path, error: UserError) -> str:
         reason = str(error).removeprefix(f"{task.name}: ").removeprefix(f"{data}: ")
         # Addresses are what `--list` is for.
         reason = "; ".join(part for part in reason.split("; ") if not re.search("https?://", part))
+        reason = f"it {reason}" if reason.startswith("is ") else reason
     return reason if len(reason) <= _MOST_CHARACTERS else f"{reason[: _MOST_CHARACTERS - 1]}…"
 
 

@@ -112,7 +112,7 @@ def describe_missing(
     seen = _list_files(rejected, path) or ", ".join(list_example_names([path])) or "nothing"
     return MissingData(
         f"{path}: no data of task {task.name} there; found {seen}; {where}; give --data its file or folder",
-        f"no data found; expected {task.layout}",
+        "no data found",
     )
 
 

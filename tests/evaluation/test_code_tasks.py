@@ -89,7 +89,7 @@ def test_humaneval_is_read_from_a_file_a_folder_and_compressed(tmp_path: Path) -
 
 def test_files_of_other_things_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     wrong = write_lines(tmp_path / "humaneval.jsonl", [{"question": "?"}])
-    with pytest.raises(UserError, match="no data of task humaneval"):
+    with pytest.raises(UserError, match="no file of task humaneval can be used"):
         HumanEval().load(wrong, "test")
     with pytest.raises(UserError, match=r"line 2.*damaged"):
         HumanEval().load(write_lines(tmp_path / "humaneval.jsonl", [ADD, {}]), "test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tarfile
 from pathlib import Path
@@ -26,8 +27,14 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
+def make_task(name: str) -> Task:
+    """Return the task; that of MATH starts a process, which takes seconds, only once."""
+    return TASKS[name]()
+
+
 def load_own(name: str, everything: Path) -> tuple[Task, list[Example]]:
-    task = TASKS[name]()
+    task = make_task(name)
     return task, task.load(everything if name in PUBLISHED else everything / "notes", task.splits[0])
 
 
@@ -217,3 +224,9 @@ def test_records_that_hugging_face_publishes_are_read(tmp_path: Path) -> None:
     write_lines(tmp_path / "math500" / "test.jsonl", records)
     [example] = TASKS["math"]().load(tmp_path, "test")
     assert example.id == "t/1" and example.groups == {"level": "Level 5", "subject": "Algebra"}
+
+
+def test_a_final_dot_in_the_answer_makes_no_difference() -> None:
+    task, example = make_task("math"), Example("1", {"problem": "p", "solution": r"\boxed{10}"})
+    for text, right in ((r"\boxed{10.}", 1.0), (r"\boxed{10 .}", 1.0), (r"\boxed{10.5}", 0.0), (r"\boxed{1.}", 0.0)):
+        assert task.score(example, one_continuation(text))["math_verify"] == right, text

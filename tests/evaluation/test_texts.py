@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kabrn_dist.evaluation.missing import MissingSplit
+from kabrn_dist.evaluation.missing import MissingData, MissingSplit
 from kabrn_dist.evaluation.requests import ContinuationRequest, TextRequest, TextScore
 from kabrn_dist.evaluation.tasks.last_word import LastWord
 from kabrn_dist.evaluation.tasks.long_context import LongContext
@@ -16,7 +16,7 @@ from kabrn_dist.evaluation.tasks.perplexity import Perplexity
 from kabrn_dist.evaluation.tasks.recall import GeneratedRecall, Recall
 from kabrn_dist.evaluation.texts import read_texts
 from kabrn_dist.utils.errors import UserError
-from tests.evaluation.task_files import PASSAGE, write_own_texts
+from tests.evaluation.task_files import PASSAGE, write_gsm8k, write_lines, write_own_texts
 from tests.support.shard_sets import Texts, make_set
 
 
@@ -133,3 +133,31 @@ def test_last_words_follow_the_last_blank_and_have_a_perplexity(tmp_path: Path) 
     (tmp_path / "own.txt").write_text("the cat sat on the mat\nalone\n")
     with pytest.raises(UserError, match="line 2"):
         task.load(tmp_path / "own.txt", "test")
+
+
+def test_other_data_in_a_folder_of_texts_is_left_out_and_counted(tmp_path: Path) -> None:
+    write_own_texts(tmp_path)
+    write_gsm8k(tmp_path)
+    write_lines(tmp_path / "chats.jsonl", [{"messages": []}])
+    task = Perplexity()
+    assert [each.id.rpartition("/")[2] for each in task.load(tmp_path, "validation")] == [
+        "harbor.txt:1",
+        *(f"letters.jsonl:{n}" for n in (1, 2, 3)),
+    ]
+    assert task.describe_left_out(tmp_path) == (
+        "3 .jsonl files without texts left out: chats.jsonl, gsm8k/test.jsonl, gsm8k/train.jsonl"
+    )
+    assert task.describe_left_out(tmp_path / "notes") == ""
+    with pytest.raises(MissingData, match=r"no texts there; found test\.jsonl \(no text under 'text' but 'question'"):
+        task.load(tmp_path / "gsm8k", "validation")
+    write_lines(tmp_path / "notes" / "letters.jsonl", [{"text": "Dear reader"}, {"note": "cut"}])
+    with pytest.raises(UserError, match=r"notes/letters\.jsonl cannot be read as text"):
+        task.load(tmp_path, "validation")
+
+
+def test_texts_that_are_too_short_for_a_task_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(UserError, match=r"3 bytes of text .* at least 512"):
+        LongContext().load(tmp_path, "validation")
+    with pytest.raises(UserError, match=r"3 characters of text .* at least 256"):
+        Recall().load(tmp_path, "validation")
