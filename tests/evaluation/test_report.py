@@ -81,7 +81,7 @@ def test_the_page_is_well_formed_and_loads_nothing(out: Path) -> None:
     assert ("content", "width=device-width, initial-scale=1") in page.attributes
     # What the model wrote is there, as text.
     assert "<script>alert(1)</script>" in page.text and "<b>rule</b>" in page.text and "runs/<i>&" in page.text
-    assert "Wrong answers: 5 of them" in page.text and "By size" in page.text and "large" in page.text
+    assert "Wrong answers: 5 of 14 shown" in page.text and "By size" in page.text and "large" in page.text
     assert "Nats per byte <of text>" in page.text and "20 of 20 answers were cut" in page.text
 
 
@@ -93,7 +93,7 @@ def test_samples_are_right_or_wrong_or_neither(out: Path) -> None:
     assert all(result.scores["exact_match"] == 0 for result in found.wrong)
     found = read_samples(out / "compression.jsonl", tasks["compression"])
     assert not found.is_accuracy and len(found.right) == 5 and not found.wrong
-    assert read_samples(out / "removed.jsonl", tasks["adding"]) == ([], [], True)
+    assert read_samples(out / "removed.jsonl", tasks["adding"]) == ([], [], True, 0, 0)
     summary = json.loads((out / "results.json").read_text())
     # Without its file, a task keeps its place in the table.
     page = render_results_page(summary, {name: read_samples(out / "removed", task) for name, task in tasks.items()})
