@@ -170,10 +170,8 @@ def _describe_progress(state: _State, now: float) -> str:
     assert news is not None and state.begun is not None
     seconds, answered = now - state.begun, news.done - news.earlier
     left = f", about {_format_time(seconds / answered * (total - news.done))} left" if answered else ""
-    return (
-        f"{state.data.task.name}: {news.done:,} of {total:,} examples, {news.tokens:,} tokens after "
-        f"{_format_time(seconds)}{left}"
-    )
+    tokens = f", {news.tokens:,} tokens in them" if news.tokens else ""
+    return f"{state.data.task.name}: {news.done:,} of {total:,} examples{tokens}, after {_format_time(seconds)}{left}"
 
 
 def _format_time(seconds: float) -> str:
