@@ -81,7 +81,7 @@ def test_the_page_is_well_formed_and_loads_nothing(out: Path) -> None:
     assert ("content", "width=device-width, initial-scale=1") in page.attributes
     # What the model wrote is there, as text.
     assert "<script>alert(1)</script>" in page.text and "<b>rule</b>" in page.text and "runs/<i>&" in page.text
-    assert "Wrong answers: 5 of 14 shown" in page.text and "By size" in page.text and "large" in page.text
+    assert "Wrong answers: 5 of 13 shown" in page.text and "By size" in page.text and "large" in page.text
     assert "Nats per byte <of text>" in page.text and "20 of 20 answers were cut" in page.text
 
 
