@@ -151,7 +151,7 @@ def _describe_task(data: TaskData, earlier: int) -> str:
         parts.append(f"{data.settings.shots} few-shot examples in a prompt")
     size = _count_bytes(data)
     if size:
-        parts.append(f"whole documents of {format_bytes(size)} together")
+        parts.append(f"whole documents of {format_text_size(size)} together")
     if earlier:
         parts.append(f"{earlier:,} of them were answered before")
     return ", ".join(parts)
@@ -179,10 +179,10 @@ def _format_time(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def format_bytes(size: int) -> str:
+def format_text_size(size: int) -> str:
     """Return a number of bytes as people say it.
 
-    >>> format_bytes(812), format_bytes(18_400), format_bytes(4_900_000)
+    >>> format_text_size(812), format_text_size(18_400), format_text_size(4_900_000)
     ('812 bytes', '18.4 kB', '4.9 MB')
     """
     if size < 1000:
