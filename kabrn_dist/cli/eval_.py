@@ -30,7 +30,8 @@ begin with few-shot examples of the training split, chosen by --seed: the same o
 
 Writes to --out, for each task TASK.jsonl with a line for each example, and then results.json and index.html, a page
 with the scores by group and answers right and wrong. Results are kept while they come: after an interruption the same
-command goes on with what is missing. With --processes the work is shared. Scores depend on neither."""
+command goes on with what is missing. With --processes the work is shared. On a CPU a packed model file (`mixkabrn
+pack`) is evaluated many times faster than the run."""
 
 EXAMPLES = """  mixkabrn eval --list
   mixkabrn eval runs/tiny --tasks humaneval --allow-code --limit 4
@@ -95,7 +96,10 @@ def add_parser(subparsers: Subparsers) -> None:
         help="ask N examples, chosen by --seed; a larger N later adds to them (default: all)",
     )
     parser.add_argument(
-        "--out", type=given_path, metavar="FOLDER", help="folder of the results (default: evaluations/NAME OF MODEL)"
+        "--out",
+        type=given_path,
+        metavar="FOLDER",
+        help="folder of the results (default: evaluations/tiny for runs/tiny, evaluations/tiny.mkb for the file)",
     )
     _add_computation(parser)
     parser.add_argument(
@@ -117,7 +121,7 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=32,
         metavar="N",
-        help="sequences at once (default 32); the scores do not depend on it",
+        help="sequences at once (default 32); changes scores by the rounding of sums alone",
     )
     parser.add_argument(
         "--processes", type=positive_int, default=1, metavar="N", help="processes that share the work (default 1)"
@@ -329,7 +333,8 @@ def _evaluate(options: argparse.Namespace, data: list[TaskData]) -> int:
     from kabrn_dist.evaluation.run import Evaluation, share_threads
     from kabrn_dist.evaluation.workers import ModelChoice
 
-    name = options.model.absolute().name.removesuffix(".mkb")
+    # With the suffix of a model file: results of a run and of the file that it was packed into are not the same.
+    name = options.model.absolute().name
     threads = share_threads(options.processes) if options.processes > 1 else 0
     model = ModelChoice(options.model.absolute(), options.device, options.batch_size, threads, options.step)
     if options.step is not None:

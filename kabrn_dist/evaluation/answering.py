@@ -54,6 +54,11 @@ class ExampleResult:
         """Return the result as JSON has it."""
         return dict(vars(self))
 
+    def count_tokens(self) -> int:
+        """Return how many tokens the model wrote, or scored."""
+        parts = [part for output in self.outputs for part in (output if isinstance(output, list) else [output])]
+        return sum(part["num_tokens"] for part in parts)
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ExampleResult:
         """Return the result that `to_json` returned.

@@ -20,7 +20,7 @@ RESULTS_FORMAT, RESULTS_VERSION = "mixkabrn evaluation", 1
 # Results of ten million examples are smaller.
 RESULTS_BYTES_LIMIT = 16 << 30
 SYNC_SECONDS = 1.0
-SHOWN_VALUE = 60
+SHOWN_VALUE, SHOWN_DIGITS = 60, 12
 
 
 class ResultFile:
@@ -73,7 +73,8 @@ class ResultFile:
         if theirs.get("fingerprint") != model["fingerprint"]:
             raise UserError(
                 f"{self.path}: holds results of another model or tokenizer, {theirs.get('name')} with the fingerprint "
-                f"{str(theirs.get('fingerprint'))[:12]}, and this is {model['name']} with {model['fingerprint'][:12]}; "
+                f"{str(theirs.get('fingerprint'))[:SHOWN_DIGITS]}, and this is {model['name']} with "
+                f"{model['fingerprint'][:SHOWN_DIGITS]}; "
                 "choose another folder with --out, or remove the file"
             )
 
@@ -134,7 +135,12 @@ class ResultFile:
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
         if lines:
-            self._found = self._check_header(_decode(lines[0]))
+            found = _decode(lines[0])
+            if len(lines) == 1 and found is not None and found.get("format") == RESULTS_FORMAT:
+                # An evaluation that was stopped before its first result binds nobody.
+                os.ftruncate(self._descriptor, 0)
+                return
+            self._found = self._check_header(found)
         for number, line in enumerate(lines[1:], 2):
             try:
                 result = ExampleResult.from_json(_decode(line) or {})
@@ -155,6 +161,12 @@ class ResultFile:
                     f"{self.path}: holds results with {key} {_shorten(theirs)}, this evaluation has {_shorten(value)}; "
                     "choose another folder with --out, the same settings, or remove the file"
                 )
+        if (theirs := found.get("data_sha256")) != (ours := self._header.get("data_sha256")):
+            raise UserError(
+                f"{self.path}: holds results of other examples, those of {found.get('data')} (sha256 "
+                f"{str(theirs)[:SHOWN_DIGITS]}); this evaluation reads {self._header.get('data')} "
+                f"({str(ours)[:SHOWN_DIGITS]}); choose another folder with --out, the same --data, or remove the file"
+            )
         return found
 
     def _write(self, values: Mapping[str, Any]) -> None:
@@ -169,9 +181,9 @@ class ResultFile:
 
 
 def _flatten_header(header: Mapping[str, Any]) -> dict[str, Any]:
-    # Other settings choose other examples: they are what should be told.
-    flat = {key: value for key, value in header.items() if key not in ("settings", "model", "data_sha256")}
-    return flat | dict(header.get("settings", {})) | {"the data's sha256": header.get("data_sha256")}
+    # Other settings choose other examples: they are what should be told. The same data may lie elsewhere.
+    flat = {key: value for key, value in header.items() if key not in ("settings", "model", "data_sha256", "data")}
+    return flat | dict(header.get("settings", {}))
 
 
 def _shorten(value: object) -> str:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def _list_notes(data: TaskData, results: Sequence[ExampleResult]) -> list[str]:
     notes = []
     if settings.limit > len(data.order):
         notes.append(f"--limit {settings.limit} is more than the split has: all {len(data.order)} examples were asked")
-    elif settings.limit:
+    elif 0 < settings.limit < len(data.order):
         notes.append(f"{count} of {len(data.order)} examples, chosen by seed {settings.seed}")
     if shorter := [result.shots for result in results if result.shots < settings.shots]:
         notes.append(
@@ -105,9 +106,9 @@ def _list_notes(data: TaskData, results: Sequence[ExampleResult]) -> list[str]:
         )
     written = [text for result in results for answer in result.outputs if isinstance(answer, list) for text in answer]
     if empty := sum(not text["text"].strip() for text in written):
-        notes.append(f"{empty} of {len(written)} answers are empty: the model ended the text, or a stop came first")
-    if cut := sum(text["finish_reason"] == "length" for text in written):
-        notes.append(f"{cut} of {len(written)} answers were cut at the task's largest number of tokens")
+        notes.append(f"{empty} of {len(written)} answers are empty: the model ended the text, or the line, at once")
+    if cut := [text["num_tokens"] for text in written if text["finish_reason"] == "length"]:
+        notes.append(f"{len(cut)} of {len(written)} answers were cut at {max(cut)} tokens, the task's largest number")
     for metric in results[0].scores if results else ():
         late = sum(bool(result.scores[metric]) for result in results)
         if late and metric.endswith("_unfinished"):
@@ -178,6 +179,7 @@ def _task_json(task: TaskScores) -> dict[str, Any]:
             for kind, groups in task.groups.items()
         },
         "settings": {**task.data.settings.to_json(), "data_sha256": task.data.data_sha256},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "notes": task.notes,
         "seconds": round(task.seconds, 3),
     }
@@ -186,5 +188,6 @@ def _task_json(task: TaskScores) -> dict[str, Any]:
 def _scores_json(scores: Mapping[str, ScoreEstimate]) -> dict[str, dict[str, float | None]]:
     return {
         name: {"value": score.value, "stderr": None if math.isnan(score.stderr) else score.stderr}
+        | ({} if math.isnan(score.limit) else {"limit_95": score.limit})
         for name, score in scores.items()
     }

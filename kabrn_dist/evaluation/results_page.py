@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,9 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
+.scores td:nth-child(2), .scores th:nth-child(2) { text-align: left; }
+.scores td:nth-child(-n+2) { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+.scores td:first-child .small { display: block; }
 .bar { display: inline-block; height: .8em; background: #4a86c7; border-radius: 2px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .5rem; margin: .3rem 0; }
 p, summary { overflow-wrap: anywhere; }
@@ -40,11 +43,15 @@ class ShownSamples(NamedTuple):
         right: Whose main score is 1, or the lowest and highest ones if it is not of that kind.
         wrong: Whose main score is less; none if it is not of that kind.
         is_accuracy: Whether the main score says right or wrong.
+        num_right: Number of those like `right` that there are.
+        num_wrong: Number of those like `wrong`.
     """
 
     right: list[ExampleResult]
     wrong: list[ExampleResult]
     is_accuracy: bool
+    num_right: int = 0
+    num_wrong: int = 0
 
 
 def read_samples(path: Path, task: Mapping[str, Any]) -> ShownSamples:
@@ -60,10 +67,10 @@ def read_samples(path: Path, task: Mapping[str, Any]) -> ShownSamples:
     results = [ExampleResult.from_json(json.loads(line)) for line in lines]
     metric = task["main_metric"]
     if not all(0 <= result.scores.get(metric, -1.0) <= 1 for result in results):
-        return ShownSamples(results[:SHOWN_SAMPLES], [], False)
+        return ShownSamples(results[:SHOWN_SAMPLES], [], False, len(results))
     right = [result for result in results if result.scores[metric] >= 1]
     wrong = [result for result in results if result.scores[metric] < 1]
-    return ShownSamples(right[:SHOWN_SAMPLES], wrong[:SHOWN_SAMPLES], True)
+    return ShownSamples(right[:SHOWN_SAMPLES], wrong[:SHOWN_SAMPLES], True, len(right), len(wrong))
 
 
 def render_results_page(summary: Mapping[str, Any], samples: Mapping[str, ShownSamples]) -> str:
@@ -78,13 +85,12 @@ def render_results_page(summary: Mapping[str, Any], samples: Mapping[str, ShownS
     title = f"Evaluation of {escape(model['name'])}"
     body = [
         f"<h1>{title}</h1>",
-        f"<p>{escape(model['path'])}, fingerprint {escape(model['fingerprint'][:16])}; {escape(versions)}</p>",
-        _table(
-            ("task", "metric", "score", "± stderr", "examples", "of", "few-shot"),
-            [row for name, task in tasks.items() for row in _score_rows(name, task)],
-        ),
-        "<p class=small>Accuracies are fractions of 1. A score within two standard errors of another is not a "
-        "difference.</p>",
+        f"<p>{escape(model['path'])}; fingerprint of weights and tokenizer: {escape(model['fingerprint'][:16])}; "
+        f"{escape(versions)}</p>",
+        _table([row for name, task in tasks.items() for row in _score_rows(name, task)]),
+        "<p class=small>Accuracies are fractions of 1. ↓: lower is better. A score within two standard errors of "
+        "another is not a difference. ≤ and ≥: where all answers are wrong, or right, how far the score may yet be "
+        "from that, with 95 % confidence.</p>",
         *(part for name, task in tasks.items() for part in _task_parts(name, task, samples[name])),
     ]
     view = '<meta name=viewport content="width=device-width, initial-scale=1">'
@@ -99,19 +105,33 @@ def format_score(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 
-def _score_rows(name: str, task: Mapping[str, Any]) -> Iterable[Sequence[str]]:
-    settings = task["settings"]
-    for number, (metric, score) in enumerate(task["scores"].items()):
-        first = number == 0
-        yield (
-            name if first else "",
-            metric,
-            format_score(score["value"]),
-            format_score(score["stderr"]),
-            f"{task['n']:,}" if first else "",
-            f"{task['n_split']:,} ({settings['split']})" if first else "",
-            str(settings["shots"]) if first else "",
-        )
+def format_metric(name: str) -> str:
+    """Return the name of a metric as tables show it."""
+    return f"{name} ↓" if is_lower_better(name) else name
+
+
+def is_lower_better(metric: str) -> bool:
+    """Return whether less is better: of losses, and of comparisons without an end."""
+    return metric.startswith(("bits_per_", "nats_per_", "perplexity")) or metric.endswith("_unfinished")
+
+
+def describe_limit(limit: float, value: float) -> str:
+    """Return the 95 % limit of a score of 0 or 1 as tables show it."""
+    return f"{'≥' if value else '≤'} {format_score(limit)}"
+
+
+def _format_error(score: Mapping[str, Any]) -> str:
+    return describe_limit(score["limit_95"], score["value"]) if "limit_95" in score else format_score(score["stderr"])
+
+
+def _score_rows(name: str, task: Mapping[str, Any]) -> Iterable[str]:
+    settings, metrics = task["settings"], task["scores"]
+    facts = f"{task['n']:,} of {task['n_split']:,} examples ({settings['split']}), {settings['shots']}-shot"
+    facts += f", {task['date']}" if "date" in task else ""
+    for number, (metric, score) in enumerate(metrics.items()):
+        head = f"<td rowspan={len(metrics)}>{escape(name)}<span class=small>{escape(facts)}</span></td>"
+        cells = (format_metric(metric), format_score(score["value"]), _format_error(score))
+        yield f"<tr>{'' if number else head}{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _task_parts(name: str, task: Mapping[str, Any], samples: ShownSamples) -> Iterable[str]:
@@ -121,13 +141,16 @@ def _task_parts(name: str, task: Mapping[str, Any], samples: ShownSamples) -> It
     for kind, groups in task["groups"].items():
         yield f"<h3>By {escape(kind)}</h3>{_group_bars(task['main_metric'], groups)}"
     if samples.is_accuracy:
-        parts = (("wrong", "Wrong answers", samples.wrong), ("right", "Right answers", samples.right))
+        parts = [
+            ("wrong", "Wrong answers", samples.wrong, samples.num_wrong),
+            ("right", "Right answers", samples.right, samples.num_right),
+        ]
     else:
-        parts = (("", "Examples", samples.right), ("", "", []))
-    for kind, title, results in parts:
+        parts = [("", "Examples", samples.right, samples.num_right)]
+    for kind, title, results, count in parts:
         if results:
             inside = "".join(_sample(kind, result) for result in results)
-            yield f"<details><summary>{title}: {len(results)} of them</summary>{inside}</details>"
+            yield f"<details><summary>{title}: {len(results)} of {count:,} shown</summary>{inside}</details>"
 
 
 def _group_bars(metric: str, groups: Mapping[str, Any]) -> str:
@@ -136,7 +159,7 @@ def _group_bars(metric: str, groups: Mapping[str, Any]) -> str:
     largest = max([1.0, *(score["value"] or 0.0 for score in values.values())])
     rows = (
         f"<tr><td>{escape(group)}</td><td>{each['n']:,}</td>"
-        f"<td>{format_score(values[group]['value'])} ± {format_score(values[group]['stderr'])}</td>"
+        f"<td>{_show_score(values[group])}</td>"
         f'<td style="text-align:left"><span class=bar style="width:{_bar_width(values[group], largest):.2f}em"></span>'
         "</td></tr>"
         for group, each in shown
@@ -144,8 +167,13 @@ def _group_bars(metric: str, groups: Mapping[str, Any]) -> str:
     more = (
         f"<p class=small>{len(groups) - len(shown)} more are in results.json.</p>" if len(groups) > len(shown) else ""
     )
-    head = f"<tr><th></th><th>examples</th><th>{escape(metric)}</th><th></th></tr>"
+    head = f"<tr><th></th><th>examples</th><th>{escape(format_metric(metric))}</th><th></th></tr>"
     return f"<div class=wide><table>{head}{''.join(rows)}</table></div>{more}"
+
+
+def _show_score(score: Mapping[str, Any]) -> str:
+    error = _format_error(score)
+    return f"{format_score(score['value'])} {f'({error})' if 'limit_95' in score else f'± {error}'}"
 
 
 def _bar_width(score: Mapping[str, Any], largest: float) -> float:
@@ -186,7 +214,6 @@ def _block(label: str, text: str) -> str:
     return f"<div class=small>{label}</div><pre>{escape(text)}</pre>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{cells}</tr>{lines}</table></div>"
+def _table(rows: Iterable[str]) -> str:
+    head = "".join(f"<th>{cell}</th>" for cell in ("task", "metric", "score", "± stderr"))
+    return f'<div class="wide scores"><table><tr>{head}</tr>{"".join(rows)}</table></div>'

@@ -45,11 +45,15 @@ class EvaluationProgress(NamedTuple):
         task: Number of the task.
         done: Examples that have results.
         scores: Of a task whose examples all have results; None before.
+        earlier: Examples whose results were in the folder before.
+        tokens: That the model has written, or scored, for the others.
     """
 
     task: int
     done: int
     scores: TaskScores | None = None
+    earlier: int = 0
+    tokens: int = 0
 
 
 def run_evaluation(
@@ -106,6 +110,7 @@ def open_results(out: Path, data: TaskData) -> ResultFile:
         "package": kabrn_dist.__version__,
         "settings": data.settings.fixed(),
         "data_sha256": data.data_sha256,
+        "data": str(data.settings.data),
     }
     return ResultFile(out / f"{data.task.name}.jsonl", header)
 
@@ -124,6 +129,7 @@ class _Session:
             for data, file in zip(tasks, files, strict=True)
         ]
         self._to_come = [len(ids) for ids in self.missing]
+        self._tokens = [0 for _ in tasks]
         self._start = time.monotonic()
 
     def handle(self, event: ModelInfo | Answered) -> None:
@@ -139,13 +145,15 @@ class _Session:
             return
         self.files[event.task].append(event.result)
         self._to_come[event.task] -= 1
+        self._tokens[event.task] += event.result.count_tokens()
         self._report(event.task)
         if not self._to_come[event.task]:
             self._complete(event.task)
 
-    def _report(self, number: int) -> None:
-        done = len(self.tasks[number].examples) - self._to_come[number]
-        self.report(EvaluationProgress(number, done))
+    def _report(self, number: int, scores: TaskScores | None = None) -> None:
+        count = len(self.tasks[number].examples)
+        done, earlier = count - self._to_come[number], count - len(self.missing[number])
+        self.report(EvaluationProgress(number, done, scores, earlier, self._tokens[number]))
 
     def _complete(self, number: int) -> None:
         data, file, now = self.tasks[number], self.files[number], time.monotonic()
@@ -153,7 +161,7 @@ class _Session:
         results = [file.results[example.id] for example in data.examples]
         scores = summarize_task(data, results, now - self._start if self.missing[number] else 0.0)
         self.scores[number], self._start = scores, now
-        self.report(EvaluationProgress(number, len(data.examples), scores))
+        self._report(number, scores)
 
 
 def _answer_missing(evaluation: Evaluation, missing: list[list[str]], answer: AnswerExamples | None) -> Events:

@@ -12,6 +12,7 @@ from kabrn_dist.distributed.collectives import run_on_all
 from kabrn_dist.evaluation.answering import AskedExample, collect_answers, score_answers
 from kabrn_dist.evaluation.registry import TASKS
 from kabrn_dist.evaluation.requests import Answer, TextRequest
+from kabrn_dist.evaluation.results_page import format_score
 from kabrn_dist.evaluation.settings import TaskSettings
 from kabrn_dist.evaluation.task_data import TaskData, load_task_data
 from kabrn_dist.train.task_model import CollectiveModel, ScoringStopped
@@ -51,7 +52,9 @@ def open_tasks(config: Config) -> list[TaskData]:
         try:
             data = load_task_data(task, settings)
         except UserError as error:
-            raise UserError(f"validation.tasks: {error}") from error
+            # There is no such option here.
+            message = str(error).replace("--data", "validation.task_data")
+            raise UserError(f"validation.tasks: {message}") from error
         if any(isinstance(request, TextRequest) for request in data.make_requests(data.examples[0], settings.shots)):
             raise UserError(
                 f"validation.tasks: {name} reads documents of any length, for which training has no memory; remove it: "
@@ -90,9 +93,23 @@ def score_tasks(
     return values
 
 
-def describe_task_scores(values: dict[str, float]) -> str:
-    """Return the scores as text for the console."""
-    return ", ".join(f"{name.removeprefix('tasks/')} {value:.4f}" for name, value in values.items())
+def describe_task_scores(values: dict[str, float], tasks: Sequence[TaskData]) -> str:
+    """Return the scores, and of how many examples they are, as text for the console.
+
+    Args:
+        values: As `score_tasks` returns them.
+        tasks: Those that were scored.
+    """
+    parts = []
+    for data in tasks:
+        start = f"tasks/{data.task.name}/"
+        scores = [
+            f"{name.removeprefix(start)} {format_score(value)}"
+            for name, value in values.items()
+            if name.startswith(start)
+        ]
+        parts.append(f"{data.task.name} ({len(data.examples)} examples): {', '.join(scores)}")
+    return "; ".join(parts)
 
 
 def _score_task(data: TaskData, answers: list[tuple[AskedExample, list[Answer]]]) -> dict[str, float]:

@@ -406,7 +406,8 @@ class Trainer:
         if values is None:
             self.stopping = True
             return
-        self.metrics.write(self.step, values, f"step {self.step:6d}  {describe_task_scores(values)}")
+        described = describe_task_scores(values, self.datasets.tasks)
+        self.metrics.write(self.step, values, f"step {self.step:6d}  {described}")
 
     def _is_interrupted(self) -> bool:
         self.watchdog.report_progress(f"validating after step {self.step}")

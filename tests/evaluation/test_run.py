@@ -43,7 +43,7 @@ def test_scores_groups_and_files_of_an_evaluation(tmp_path: Path) -> None:
     groups = scores.groups["size"]
     assert groups["small"].count == 9 and groups["small"].scores["exact_match"].value == 5 / 9
     assert groups["large"].count == 3 and groups["large"].scores["exact_match"].value == 2 / 3
-    assert scores.notes == ["1 of 12 answers are empty: the model ended the text, or a stop came first"]
+    assert scores.notes == ["1 of 12 answers are empty: the model ended the text, or the line, at once"]
     header, *lines = read_lines(tmp_path / "out" / "adding.jsonl")
     assert header["task"] == "adding" and header["model"]["fingerprint"] == "f" * 64
     assert [line["id"] for line in lines] == data.order
@@ -107,13 +107,15 @@ def test_results_of_something_else_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"adding.jsonl: holds results with {words}"):
             evaluate(out, load_sums(folder, **changed))
     write_sums(folder, 13)
-    with pytest.raises(UserError, match="holds results with the data's sha256"):
+    with pytest.raises(
+        UserError, match=rf"holds results of other examples, those of {folder} \(sha256 [0-9a-f]{{12}}\); this"
+    ):
         evaluate(out, load_sums(folder))
     (out / "adding.jsonl").write_text('{"loss": 1}\n')
     with pytest.raises(UserError, match="is not a file of results"):
         evaluate(out, load_sums(folder))
     header = {"format": "mixkabrn evaluation", "version": 1}
-    (out / "adding.jsonl").write_text(json.dumps(header) + "\n")
+    (out / "adding.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(header) + "\n")
     with pytest.raises(UserError, match="holds results with task None"):
         evaluate(out, load_sums(folder))
 
