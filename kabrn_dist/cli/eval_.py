@@ -55,7 +55,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--step", type=non_negative_int, metavar="N", help="checkpoint of the run (default: the newest intact one)"
     )
-    parser.add_argument("--list", action="store_true", help="list the tasks and the files that they need, and stop")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="list the tasks, the files that they need and what of them is in --data, and stop",
+    )
     parser.add_argument(
         "--tasks",
         default="",
@@ -150,8 +154,7 @@ def run(options: argparse.Namespace) -> int:
     from kabrn_dist.evaluation.registry import TASKS
 
     if options.list:
-        for task in TASKS.values():
-            print(_describe(task()), end="\n\n")
+        _list_tasks(options.data, [task() for task in TASKS.values()])
         return 0
     tasks = choose_tasks(options.tasks, list(TASKS))
     _check_numbers(options)
@@ -163,14 +166,12 @@ def run(options: argparse.Namespace) -> int:
     return _evaluate(options, data)
 
 
-def _describe(task: Task) -> str:
-    splits = ", ".join(task.splits)
-    shots = f"{task.default_shots} few-shot examples of {task.shots_split}" if task.shots_split else "no examples"
-    code = "\n  runs code that the model wrote: needs --allow-code" if task.runs_code else ""
-    return (
-        f"{task.name}: {task.description}\n  files: {task.layout}\n  published: {task.published}\n"
-        f"  splits: {splits}; prompts: {shots} by default; main score: {task.main_metric}{code}"
-    )
+def _list_tasks(given: list[str], tasks: list[Task]) -> None:
+    from kabrn_dist.evaluation.listing import describe_task
+
+    places = _find_places(given, [task.name for task in tasks])
+    for task in tasks:
+        print(describe_task(task, places.get(task.name)), end="\n\n")
 
 
 def choose_tasks(text: str, known: list[str]) -> list[str]:
@@ -262,14 +263,12 @@ def load_tasks(options: argparse.Namespace, tasks: list[Task]) -> list[TaskData]
     Raises:
         UserError: for a task that cannot be scored, or if none can.
     """
+    from kabrn_dist.evaluation.listing import describe_reason
     from kabrn_dist.evaluation.settings import TaskSettings
     from kabrn_dist.evaluation.task_data import load_task_data
 
     names = [task.name for task in tasks]
-    places = assign_values("--data", options.data, names)
-    for place in places.values():
-        if not Path(place).exists():
-            raise UserError(f"--data {place}: no such file or folder; `mixkabrn eval --list` says what is expected")
+    places = _find_places(options.data, names)
     splits, shots = assign_values("--split", options.split, names), assign_values("--shots", options.shots, names)
     counts = {name: _read_count(count) for name, count in shots.items()}
     are_all = options.tasks.strip().lower() == "all"
@@ -277,7 +276,7 @@ def load_tasks(options: argparse.Namespace, tasks: list[Task]) -> list[TaskData]
     for task in tasks:
         settings = TaskSettings(
             name=task.name,
-            data=Path(places.get(task.name, ".")).absolute(),
+            data=places.get(task.name, Path()).absolute(),
             split=splits.get(task.name, task.splits[0]),
             # A number for all tasks is for those that have few-shot examples.
             shots=counts.get(task.name, task.default_shots) if task.shots_split or not are_all else 0,
@@ -290,15 +289,25 @@ def load_tasks(options: argparse.Namespace, tasks: list[Task]) -> list[TaskData]
         try:
             _check_permission(task, options)
             loaded.append(load_task_data(task, settings))
+            if left_out := task.describe_left_out(settings.data):
+                print(f"{task.name}: {left_out}")
         except UserError as error:
             if not are_all:
                 raise
-            print(f"{task.name} is left out: {error}")
+            print(f"{task.name}: left out: {describe_reason(task, settings.data, error)}")
     if not loaded:
         raise UserError(
             "--tasks all: none of them can be scored, for the reasons above; give --data the folder of their files"
         )
     return loaded
+
+
+def _find_places(given: list[str], names: list[str]) -> dict[str, Path]:
+    places = {name: Path(place) for name, place in assign_values("--data", given, names).items()}
+    for place in places.values():
+        if not place.exists():
+            raise UserError(f"--data {place}: no such file or folder; `mixkabrn eval --list` says what is expected")
+    return places
 
 
 def _read_count(text: str) -> int:

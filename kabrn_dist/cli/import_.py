@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 
 TEXT_BYTES_LIMIT = 1 << 28
 
-DESCRIPTION = """Reads config.json, safetensors and tokenizer.json of SOURCE and writes step 0 of a run to OUT, which
-`mixkabrn generate` and `export` take, and from which another run starts with run.init_from: OUT. Nothing pickled is
-read, and no code of SOURCE runs.
+DESCRIPTION = """Reads config.json, safetensors and tokenizer.json of SOURCE and writes the first checkpoint of a run to
+OUT, which `mixkabrn generate` and `export` take, and from which another run starts with run.init_from: OUT. Nothing
+pickled is read, and no code of SOURCE runs.
 
   retnet   RetNets of flash-linear-attention. All but two matrices a layer are exact.
+  mixkabrn What `mixkabrn export --format hf` wrote, with latent or ternary weights: exact, at its step.
   llama    Dense Transformers: Llama, Mistral, Qwen2, Qwen3. Embedding, head and what feed-forwards read are exact;
            layers of attention (A) are close, layers of retention (R) a start.
 
-First a table says what becomes of each tensor: exactly, approximately, newly drawn, left out. Matrices behind a norm
-that the other model lacks are scaled by what it divides by, measured on a text."""
+Of a foreign model a table says what becomes of each tensor: exactly, approximately, newly drawn, left out. Matrices
+behind a norm that the other model lacks are scaled by what it divides by, measured on a text."""
 
-EXAMPLES = """  mixkabrn import retnet-1.3B runs/retnet --dry-run
+EXAMPLES = """  mixkabrn import hub/tiny runs/tiny
+  mixkabrn import retnet-1.3B runs/retnet --dry-run
   mixkabrn import retnet-1.3B runs/retnet --document-token "<|endoftext|>"
   mixkabrn import Llama-3.2-1B runs/llama --layers RRRARRRARRRARRRA --ternary
   mixkabrn import Qwen3-0.6B tokenizer.json --tokenizer-only
@@ -43,7 +45,8 @@ def add_parser(subparsers: Subparsers) -> None:
     add = parser.add_argument
     add("source", type=given_path, metavar="SOURCE", help="model folder of Hugging Face")
     add("out", type=given_path, metavar="OUT", help="folder of the run to write; it must not exist")
-    add("--kind", choices=("auto", "retnet", "llama"), default="auto", help="kind of the model (default: by its type)")
+    kinds = ("auto", "mixkabrn", "retnet", "llama")
+    add("--kind", choices=kinds, default="auto", help="kind of the model (default: by its type)")
     add("--layers", metavar="LETTERS", help="for llama: R (retention) or A (attention) per layer (default: all R)")
     add("--ternary", action="store_true", help="ease into ternary weights while training (default: weights stay plain)")
     add("--tokenizer", metavar="bytes|FILE.json", help="another tokenizer; embedding and head are drawn anew then")
@@ -61,6 +64,10 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.dry_run:
         refuse_existing(options.out)
+    from kabrn_dist.hub.import_own import is_own_model
+
+    if options.kind == "mixkabrn" or (options.kind == "auto" and is_own_model(options.source)):
+        return _import_own(options)
     adapted = _load_tokenizer(options)
     if options.tokenizer_only:
         return _write_tokenizer(options, adapted)
@@ -87,6 +94,30 @@ def run(options: argparse.Namespace) -> int:
         text = read_plain(options.calibrate, TEXT_BYTES_LIMIT, follow_links=True).decode("utf-8", "replace")
     checkpoint, bits = run_import(plan, text, options.data is not None)
     print(f"wrote {checkpoint}; {bits:.2f} bits per token of the text that scales were measured on")
+    print(_next_step(options))
+    return 0
+
+
+def _import_own(options: argparse.Namespace) -> int:
+    """Import a model that this package exported."""
+    from kabrn_dist.data.adapt_tokenizer import AdaptedTokenizer
+    from kabrn_dist.hub.import_own import describe_own_import, plan_own_import, run_own_import
+    from kabrn_dist.hub.import_own_tokenizer import read_own_tokenizer
+
+    for name in ("layers", "ternary", "tokenizer", "document_token", "calibrate"):
+        if getattr(options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: {options.source} is a model of this package, which is imported as it is; "
+                "leave it out"
+            )
+    if options.tokenizer_only:
+        return _write_tokenizer(options, AdaptedTokenizer(read_own_tokenizer(options.source), ()))
+    plan = plan_own_import(options.source, options.out, options.data, options.set)
+    print(describe_own_import(plan), flush=True)
+    if options.dry_run:
+        print("nothing was written (--dry-run)")
+        return 0
+    print(f"wrote {run_own_import(plan, options.data is not None)}")
     print(_next_step(options))
     return 0
 

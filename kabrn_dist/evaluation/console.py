@@ -71,6 +71,6 @@ def _describe_scores(scores: TaskScores) -> str:
     metric, score = next(iter(scores.scores.items()))
     error = "" if math.isnan(score.stderr) else f" ± {format_score(score.stderr)}"
     return (
-        f"{scores.data.task.name}: {metric} {format_score(score.value)}{error}, {len(scores.results):,} examples in "
-        f"{scores.seconds:,.0f} s"
+        f"{scores.data.task.name}: {metric} {format_score(score.value)}{error}, {len(scores.results):,} "
+        f"example{'' if len(scores.results) == 1 else 's'} in {scores.seconds:,.0f} s"
     )

@@ -103,6 +103,14 @@ class Task(ABC):
         """
         return ""
 
+    def describe_left_out(self, path: Path) -> str:
+        """Return in a line which files below a path are not the task's, where someone might think so; "" if none is.
+
+        Args:
+            path: As for `load`, which has read it.
+        """
+        return ""
+
     def combine(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Return metric → score of a task from those of its examples; by default their means.
 

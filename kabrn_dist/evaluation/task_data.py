@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kabrn_dist.evaluation.files import MissingSplit
+from kabrn_dist.evaluation.missing import MissingData, MissingSplit
 from kabrn_dist.evaluation.requests import GenerateRequest, Request
 from kabrn_dist.evaluation.selection import hash_number, order_examples, select_shots
 from kabrn_dist.evaluation.settings import SAMPLING_TOP_P, TaskSettings
@@ -95,10 +95,12 @@ def _load_shots(task: Task, settings: TaskSettings, asked: list[Example]) -> lis
     try:
         pool = asked if task.shots_split == settings.split else task.load(settings.data, task.shots_split)
     except MissingSplit as error:
-        raise UserError(
-            f"{task.name}: few-shot examples come from the split {task.shots_split}, which {settings.data} does not "
-            f"have (it has {', '.join(error.found)}); add its files (published at {task.published}), or use --shots "
-            f"{task.name}=0"
+        state = f"cannot be used in {settings.data}: {error.unusable}" if error.unusable else f"{settings.data} lacks"
+        remedy = "get its files again" if error.unusable else "add its files"
+        raise MissingData(
+            f"{task.name}: few-shot examples come from the split {task.shots_split}, which {state} (it has "
+            f"{', '.join(error.found)}); {remedy} (published at {task.published}), or use --shots {task.name}=0",
+            f"no split {task.shots_split} found, of which few-shot examples are; use --shots {task.name}=0",
         ) from error
     # One more than are shown: the one to be answered may be among them.
     needed = count + (task.shots_split == settings.split)

@@ -153,7 +153,7 @@ def prepare_hub_export(
         tokenizer=tokenizer,
         tokenizer_files=make_tokenizer_files(tokenizer, text, origin),
         flavor=flavor,
-        files=_assign_files(list_hub_tensors(config, source, flavor), file_bytes),
+        files=_assign_files(list_hub_tensors(config, source.shapes, source.dtypes, flavor), file_bytes),
         record=record,
         parameters=sum(prod(shape) for name, shape in source.shapes.items() if name in source.dtypes),
         license=license_id,

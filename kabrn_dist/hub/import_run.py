@@ -1,4 +1,4 @@
-"""A model in memory, written as step 0 of a run: what `mixkabrn generate`, `export` and `run.init_from` read."""
+"""A model in memory, written as the first checkpoint of a run, for `mixkabrn generate`, `export`, `run.init_from`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from kabrn_dist.utils.errors import UserError
 _NO_DATA = ""
 
 
-def write_start(config: Config, model: MixKABRN, tokenizer: Tokenizer, has_data: bool = False) -> Path:
-    """Write a model as step 0 of the run in `config.run.folder`, with AdamW's moments at zero.
+def write_start(config: Config, model: MixKABRN, tokenizer: Tokenizer, has_data: bool = False, step: int = 0) -> Path:
+    """Write a model as the first checkpoint of the run in `config.run.folder`, with AdamW's moments at zero.
 
     Args:
         config: Configuration of the run.
@@ -36,6 +36,7 @@ def write_start(config: Config, model: MixKABRN, tokenizer: Tokenizer, has_data:
         tokenizer: Its tokenizer.
         has_data: Whether `config.data` names shards of that tokenizer, so that the run itself can be trained on. If
             not, another run starts from it with `run.init_from`.
+        step: Optimizer steps that its weights have behind them.
 
     Returns:
         The folder of the checkpoint.
@@ -45,9 +46,10 @@ def write_start(config: Config, model: MixKABRN, tokenizer: Tokenizer, has_data:
     """
     folder = config.run.folder
     refuse_existing(folder)
-    cursor = _first_cursor(config, tokenizer) if has_data else _no_cursor(config)
+    cursor = _first_cursor(config, tokenizer, step) if has_data else _no_cursor(config)
     state = RunState(
-        step=0,
+        step=step,
+        # AdamW begins anew, with moments of zero.
         updates=0,
         cursor=cursor,
         precision=config.training.chosen_precision,
@@ -56,11 +58,11 @@ def write_start(config: Config, model: MixKABRN, tokenizer: Tokenizer, has_data:
         tokenizer_sha256=tokenizer.sha256,
     )
     make_folder(folder)
-    if not CheckpointStore(folder / "checkpoints").save(0, _fragments(model), state.model_dump()):
+    if not CheckpointStore(folder / "checkpoints").save(step, _fragments(model), state.model_dump()):
         raise UserError(f"{folder}: the checkpoint could not be written; the reason is logged, make room and repeat")
-    atomic_write(folder / TOKENIZER_NAME, tokenizer.content)
+    tokenizer.save(folder / TOKENIZER_NAME)
     atomic_write(folder / "config.yaml", dump_config(config).encode())
-    return checkpoint_path(folder / "checkpoints", 0)
+    return checkpoint_path(folder / "checkpoints", step)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -90,7 +92,7 @@ def _no_cursor(config: Config) -> CursorState:
     )
 
 
-def _first_cursor(config: Config, tokenizer: Tokenizer) -> CursorState:
+def _first_cursor(config: Config, tokenizer: Tokenizer, step: int) -> CursorState:
     corpus = open_corpus(config.data)
     if corpus.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
@@ -98,4 +100,4 @@ def _first_cursor(config: Config, tokenizer: Tokenizer) -> CursorState:
             "`mixkabrn prepare --tokenizer FILE`, where FILE is what `mixkabrn import --tokenizer-only` writes"
         )
     dataset = TokenDataset(corpus, "train", config.data.sequence_length, config.run.seed)
-    return CursorState(**asdict(dataset.state(0)))
+    return CursorState(**asdict(dataset.state(step * config.training.global_batch_size)))

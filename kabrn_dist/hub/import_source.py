@@ -47,7 +47,7 @@ class ForeignModel:
         """
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a model folder of Hugging Face, with {CONFIG_NAME}")
-        config = _read_json(folder / CONFIG_NAME, "give a model folder of Hugging Face, with config.json")
+        config = read_json(folder / CONFIG_NAME, "give a model folder of Hugging Face, with config.json")
         return cls(folder, config, _list_tensors(folder))
 
     @property
@@ -106,7 +106,16 @@ class ForeignModel:
         return values.view(entry.shape)
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Args:
+        path: The file.
+        remedy: What to do if it cannot be used, for messages.
+
+    Raises:
+        UserError: if it cannot be read or holds something else.
+    """
     try:
         content = json.loads(read_plain(path, _JSON_BYTES_LIMIT, follow_links=True, remedy=remedy))
     except (ValueError, RecursionError) as error:
@@ -119,7 +128,7 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
 def _list_tensors(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
     names: set[Any] = {WEIGHTS_NAME}
     if not (folder / WEIGHTS_NAME).exists() and (folder / WEIGHTS_INDEX_NAME).exists():
-        weight_map = _read_json(folder / WEIGHTS_INDEX_NAME, "get it again").get("weight_map")
+        weight_map = read_json(folder / WEIGHTS_INDEX_NAME, "get it again").get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{folder / WEIGHTS_INDEX_NAME}: no index of files beside it; get it again")

@@ -72,17 +72,20 @@ class HubTensor(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-def list_hub_tensors(config: Config, source: TensorSource, flavor: Flavor) -> list[HubTensor]:
+def list_hub_tensors(
+    config: Config, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], flavor: Flavor
+) -> list[HubTensor]:
     """Return the tensors of an export, those of wide dtypes first, so that all are aligned.
 
     Args:
         config: Configuration of the run.
-        source: Its weights.
+        shapes: Name → shape of every parameter and state of the routers.
+        dtypes: Name → dtype of each parameter.
         flavor: "latent" for weights to train on, "ternary" for packed codes.
     """
     tensors: list[HubTensor] = []
     table = empty_full_model(config).parameter_table()
-    for name, shape in source.shapes.items():
+    for name, shape in shapes.items():
         if name == ROUTER_BIAS:
             tensors += [
                 HubTensor(
@@ -104,7 +107,7 @@ def list_hub_tensors(config: Config, source: TensorSource, flavor: Flavor) -> li
             tensors.append(HubTensor(f"{base}.scales", name, "scales", sizes[SCALES_SUFFIX], torch.float32))
         else:
             is_matrix = table[name].role == "matrix"
-            tensors.append(HubTensor(hub_name(name, is_matrix), name, "values", shape, source.dtypes[name]))
+            tensors.append(HubTensor(hub_name(name, is_matrix), name, "values", shape, dtypes[name]))
     return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 

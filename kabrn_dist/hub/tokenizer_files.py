@@ -11,6 +11,8 @@ from kabrn_dist.data.chat_template import check_chat_template, compile_template
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer, byte_level_alphabet
 from kabrn_dist.utils.errors import UserError
 
+# Put before a template whose text does not begin with the document token.
+TEMPLATE_PREFIX = "{{- bos_token }}"
 # What transformers takes for "no limit".
 _NO_LIMIT = int(1e30)
 
@@ -89,7 +91,7 @@ def begin_with_document(template: str, document: str, origin: str) -> str:
         raise UserError(f"{origin}: {error}; name a chat template in Jinja") from error
     messages = [{"role": "user", "content": "hello"}]
     written = compile_template(template, document).render(messages=messages, add_generation_prompt=True)
-    return template if written.startswith(document) else "{{- bos_token }}" + template
+    return template if written.startswith(document) else TEMPLATE_PREFIX + template
 
 
 def _document_token(library: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str:

@@ -101,7 +101,7 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[Gener
     if (folder / "config.json").exists() and not (folder / "config.yaml").exists():
         raise UserError(
             f"{folder}: is a model for transformers, which this command does not read; name the run that it was "
-            "exported from, or turn it into a run: mixkabrn import"
+            f"exported from, or turn it into a run: mixkabrn import {folder} runs/{folder.resolve().name}"
         )
     config = load_config(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")

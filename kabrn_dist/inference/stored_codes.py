@@ -112,12 +112,17 @@ def attach_stored_codes(model: MixKABRN, entries: dict[str, tuple[Path, TensorEn
             if name + CODES_SUFFIX in entries:
                 parameter = module.get_parameter(leaf)
                 codes, scales = (_read(*entries[name + suffix]) for suffix in (CODES_SUFFIX, SCALES_SUFFIX))
-                if bool((codes & codes >> 1 & _LOW_BITS).any()) or not bool((scales.isfinite() & (scales > 0)).all()):
+                if has_wrong_codes(codes, scales):
                     file = entries[name + CODES_SUFFIX][0]
                     raise UserError(f"{file}: the codes or scales of {name!r} are none; use another export")
                 place = parameter.device
                 group = model.config.scale_group_size
                 module.sources[leaf] = StoredCodes(parameter, codes.to(place), scales.to(place), group)
+
+
+def has_wrong_codes(packed: Tensor, scales: Tensor) -> bool:
+    """Return whether some packed codes are not of −1, 0, 1, or some scales not positive and finite."""
+    return bool((packed & packed >> 1 & _LOW_BITS).any()) or not bool((scales.isfinite() & (scales > 0)).all())
 
 
 def _read(file: Path, entry: TensorEntry) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kabrn_dist.evaluation.files import MissingSplit
+from kabrn_dist.evaluation.missing import MissingSplit
 from kabrn_dist.evaluation.registry import TASKS
 from kabrn_dist.evaluation.requests import ContinuationRequest, GenerateRequest, TextRequest
 from kabrn_dist.evaluation.task import Example, Task
@@ -140,7 +140,7 @@ def test_arc_needs_both_sets_and_reports_them_as_groups(tmp_path: Path) -> None:
     examples = TASKS["arc"]().load(tmp_path, "validation")
     assert [each.groups["set"] for each in examples] == ["easy"] * 5 + ["challenge"] * 5
     shutil.rmtree(tmp_path / "ARC-V1-Feb2018-2" / "ARC-Easy")
-    with pytest.raises(UserError, match=r"no easy set of split test there.*use --task arc_challenge"):
+    with pytest.raises(UserError, match=r"no easy set of split test there.*use --tasks arc_challenge"):
         TASKS["arc"]().load(tmp_path, "test")
 
 

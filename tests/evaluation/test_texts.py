@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kabrn_dist.evaluation.files import MissingSplit
+from kabrn_dist.evaluation.missing import MissingSplit
 from kabrn_dist.evaluation.requests import ContinuationRequest, TextRequest, TextScore
 from kabrn_dist.evaluation.tasks.last_word import LastWord
 from kabrn_dist.evaluation.tasks.long_context import LongContext
@@ -83,10 +83,10 @@ def test_long_documents_are_joined_and_scored_by_position(tmp_path: Path) -> Non
     nats = np.where(np.arange(sizes[0]) < 1024, 2.0, 1.0) * math.log(2)
     score = TextScore(np.append(0.0, nats), np.append(0, np.ones(sizes[0], np.int64)))
     combined = task.combine([task.score(examples[0], [score])] * 3)
-    assert combined["bits_per_byte_from_512"] == pytest.approx(2.0)
-    assert combined["bits_per_byte_from_1024"] == pytest.approx(1.0)
+    assert combined["bits_per_byte_512_1023"] == pytest.approx(2.0)
+    assert combined["bits_per_byte_1024_2047"] == pytest.approx(1.0)
     assert combined["bits_per_byte"] == pytest.approx((2048 + sizes[0] - 1024) / sizes[0])
-    assert "bits_per_byte_from_8192" not in combined
+    assert "bits_per_byte_8192_16383" not in combined
 
 
 def test_a_planted_number_lies_where_it_should(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from kabrn_dist.hub.tensors import hub_name
 from kabrn_dist.hub.training_record import TrainingRecord
 from kabrn_dist.inference.checkpoint_weights import distinct_scales
 from kabrn_dist.inference.generate import GenerativeModel
-from kabrn_dist.ops.activation_quant import rms_norm
 from kabrn_dist.ops.packing import pack
 from kabrn_dist.runtime.weights import ModelWeights
 from tests.support.models import make_model, make_model_config
@@ -74,9 +73,9 @@ def expect_logits(model: GenerativeModel, tokenizer: Tokenizer) -> dict[str, Ten
     tokens = torch.randint(0, 256, (2, TOKENS), generator=generator)
     tokens[:, 0] = tokenizer.document_token
     place = torch.zeros_like(tokens), torch.arange(TOKENS).expand(2, -1)
-    hidden, _, _ = model._run_blocks(tokens, *place, None, None)
+    hidden, _ = model.read(tokens, *place, None, in_order=True)
     last, _ = model.decode(tokens, *place, None)
-    return {"tokens": tokens, "logits": model.head(rms_norm(hidden)).float(), "last": last}
+    return {"tokens": tokens, "logits": model.head(hidden).float(), "last": last}
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kabrn_dist.evaluation.files import FileLayout, find_files, require_one
+from kabrn_dist.evaluation.files import find_files, require_one
+from kabrn_dist.evaluation.missing import shown_name
+from kabrn_dist.evaluation.records import FileLayout
 from kabrn_dist.evaluation.task import Example
-from kabrn_dist.evaluation.tasks.multiple_choice import MultipleChoice, Question
+from kabrn_dist.evaluation.tasks.multiple_choice import MultipleChoice, Question, find_blank_question
 from kabrn_dist.utils.errors import UserError
 
 
@@ -17,12 +19,22 @@ def is_stem_with_choices(record: Mapping[str, Any]) -> bool:
     """Return whether a record has `question.stem`, `question.choices` of text and label, and `answerKey`."""
     question = record.get("question")
     choices = question.get("choices") if isinstance(question, Mapping) else None
-    if not isinstance(choices, list) or not isinstance(question, Mapping) or len(choices) < 2:
+    if not isinstance(choices, list) or not isinstance(question, Mapping):
         return False
     if not all(isinstance(choice, Mapping) and isinstance(choice.get("text"), str) for choice in choices):
         return False
+    return isinstance(question.get("stem"), str) and "answerKey" in record
+
+
+def find_choice_problem(record: Mapping[str, Any]) -> str:
+    """Return why the right choice of a record that `is_stem_with_choices` cannot be told; "" if it can."""
+    choices, key = record["question"]["choices"], str(record["answerKey"])
     labels = [str(choice.get("label")) for choice in choices]
-    return isinstance(question.get("stem"), str) and str(record.get("answerKey")) in labels
+    if len(choices) < 2:
+        return f"'choices' has {len(choices)}, and at least 2 are needed"
+    if labels.count(key) != 1:
+        return f"'answerKey' is {key!r}, which is the label of {labels.count(key) or 'none'} of its choices"
+    return find_blank_question(record["question"]["stem"], [choice["text"] for choice in choices])
 
 
 def read_choices(record: Mapping[str, Any], context: str) -> Question:
@@ -40,7 +52,13 @@ class Arc(MultipleChoice):
     published = "https://allenai.org/data/arc (ARC-V1-Feb2018.zip)"
     layout = "ARC-Easy-{Train,Dev,Test}.jsonl and ARC-Challenge-{Train,Dev,Test}.jsonl, in folders or the archive"
     splits = ("test", "validation", "train")
-    file_layout = FileLayout(is_stem_with_choices, r"(^|/)ARC-(Easy|Challenge)-\w+\.jsonl", r"(^|/)ARC[^/]*$")
+    file_layout = FileLayout(
+        is_stem_with_choices,
+        find_choice_problem,
+        r"(^|/)ARC-(Easy|Challenge)-\w+\.jsonl",
+        r"(^|/)ARC[^/]*$",
+        has_several=True,
+    )
     sets: tuple[str, ...] = ("easy", "challenge")
 
     def load(self, path: Path, split: str) -> list[Example]:
@@ -54,10 +72,10 @@ class Arc(MultipleChoice):
         for name in self.sets:
             own = [file for file in files if f"arc-{name}-" in file.name.rpartition("/")[2].lower()]
             if not own:
-                found = ", ".join(file.name for file in files)
+                found = ", ".join(shown_name(file.name, path) for file in files)
                 raise UserError(
                     f"{path}: no {name} set of split {split} there, which task {self.name} needs; found {found}; give "
-                    f"--data a folder that has it, or use --task arc_{'easy' if name == 'challenge' else 'challenge'}"
+                    f"--data a folder that has it, or use --tasks arc_{'easy' if name == 'challenge' else 'challenge'}"
                 )
             read = self.make_examples(require_one(self, path, split, own).records, split, set=name)
             examples += [replace(example, id=f"{name}/{example.id}") for example in read]
@@ -77,7 +95,7 @@ class ArcEasy(Arc):
 
     name = "arc_easy"
     description = "science questions of school exams, the easy set; the likeliest choice is right"
-    file_layout = FileLayout(is_stem_with_choices, r"(^|/)ARC-Easy-\w+\.jsonl", Arc.file_layout.archives)
+    file_layout = replace(Arc.file_layout, pattern=r"(^|/)ARC-Easy-\w+\.jsonl")
     sets = ("easy",)
 
 
@@ -86,5 +104,5 @@ class ArcChallenge(Arc):
 
     name = "arc_challenge"
     description = "science questions of school exams, the set that is hard for retrieval; the likeliest choice is right"
-    file_layout = FileLayout(is_stem_with_choices, r"(^|/)ARC-Challenge-\w+\.jsonl", Arc.file_layout.archives)
+    file_layout = replace(Arc.file_layout, pattern=r"(^|/)ARC-Challenge-\w+\.jsonl")
     sets = ("challenge",)

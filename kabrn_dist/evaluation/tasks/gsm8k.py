@@ -8,7 +8,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from kabrn_dist.evaluation.files import FileLayout, find_records, has_texts
+from kabrn_dist.evaluation.files import find_records
+from kabrn_dist.evaluation.records import FileLayout, find_blank, has_texts
 from kabrn_dist.evaluation.requests import Answer, GenerateRequest, Request
 from kabrn_dist.evaluation.task import Example, Task
 from kabrn_dist.evaluation.tasks.generation import first_text, join_shots, one_continuation
@@ -40,7 +41,7 @@ class Gsm8k(Task):
         Raises:
             UserError: if they are not there, or damaged.
         """
-        records = find_records(self, path, split, FileLayout(_is_problem))
+        records = find_records(self, path, split, FileLayout(_is_problem, _find_problem))
         return [Example(f"{split}/{number}", record) for number, record in enumerate(records, 1)]
 
     def requests(self, example: Example, shots: Sequence[Example]) -> list[Request]:
@@ -67,7 +68,13 @@ def _ask(example: Example) -> str:
 
 
 def _is_problem(record: Mapping[str, Any]) -> bool:
-    return has_texts(record, "question", "answer") and _find_marked(record["answer"]) is not None
+    return has_texts(record, "question", "answer")
+
+
+def _find_problem(record: Mapping[str, Any]) -> str:
+    if _find_marked(record["answer"]) is None:
+        return "'answer' has no number after ####"
+    return find_blank(record, "question")
 
 
 def _find_marked(text: str) -> Decimal | None:

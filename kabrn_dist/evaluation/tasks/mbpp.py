@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kabrn_dist.evaluation.code_task import CodeTask
-from kabrn_dist.evaluation.files import FileLayout, find_files, has_texts, require_one
+from kabrn_dist.evaluation.files import find_records
+from kabrn_dist.evaluation.missing import MissingData
+from kabrn_dist.evaluation.records import FileLayout, has_texts
 from kabrn_dist.evaluation.requests import Answer, Continuation, Request
 from kabrn_dist.evaluation.task import Example
 from kabrn_dist.utils.errors import UserError
@@ -36,7 +38,7 @@ def _question_field(record: Mapping[str, Any]) -> str:
     return "prompt" if "prompt" in record else "text"
 
 
-_LAYOUT = FileLayout(_is_problem, "mbpp")
+_LAYOUT = FileLayout(_is_problem, pattern="mbpp[^/]*$")
 
 
 class Mbpp(CodeTask):
@@ -58,13 +60,17 @@ class Mbpp(CodeTask):
         """
         if split not in _SPLITS:
             raise UserError(f"--split {split}: task {self.name} has no such split; use one of {', '.join(_SPLITS)}")
-        sanitized = _find_sanitized(path)
-        if sanitized is not None:
-            records = _read_sanitized(sanitized)
+        if path.is_file() and path.suffix == ".json":
+            records = _read_sanitized(path)
         else:
-            # One file has all splits.
-            files = find_files(self, path, self.splits[0], _LAYOUT)
-            records = require_one(self, path, split, files).records
+            try:
+                # One file has all splits.
+                records = find_records(self, path, self.splits[0], _LAYOUT)
+            except MissingData as error:
+                sanitized = min(path.rglob(_SANITIZED), default=None) if path.is_dir() else None
+                if error.damaged or sanitized is None:
+                    raise
+                records = _read_sanitized(sanitized)
         return [
             Example(f"MBPP/{record['task_id']}", record) for record in records if record["task_id"] in _SPLITS[split]
         ]
@@ -93,14 +99,6 @@ def _describe(example: Example) -> str:
         f"You are an expert Python programmer, and here is your task: {record[_question_field(record)]} "
         f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     )
-
-
-def _find_sanitized(path: Path) -> Path | None:
-    if path.is_file():
-        return path if path.suffix == ".json" else None
-    if any(path.rglob("mbpp.jsonl*")):
-        return None
-    return next(iter(sorted(path.rglob(_SANITIZED))), None)
 
 
 def _read_sanitized(file: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from kabrn_dist.evaluation.files import FileLayout, find_records, unique_ids
+from kabrn_dist.evaluation.files import find_records, unique_ids
+from kabrn_dist.evaluation.records import FileLayout
 from kabrn_dist.evaluation.requests import Answer, ContinuationRequest, ContinuationScore, Request
 from kabrn_dist.evaluation.task import Example, Task
 from kabrn_dist.evaluation.tasks.generation import join_shots
@@ -92,6 +93,13 @@ class MultipleChoice(Task):
         """Return scores of which the right choice has the worst."""
         question = self.question(example.record)
         return prefer(question.choices, lambda index: index != question.gold)
+
+
+def find_blank_question(text: str, choices: Sequence[str]) -> str:
+    """Return that a question, or each of its choices, is blank, so that nothing is asked; "" otherwise."""
+    if not text.strip():
+        return "its question is blank"
+    return "" if any(choice.strip() for choice in choices) else "its choices are blank"
 
 
 def choice_logprobs(answers: Sequence[Answer]) -> list[float]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kabrn_dist.evaluation.files import FileLayout, find_records
+from kabrn_dist.evaluation.files import find_records
+from kabrn_dist.evaluation.records import FileLayout, find_blank
 from kabrn_dist.evaluation.requests import Answer, GenerateRequest, Request
 from kabrn_dist.evaluation.task import Example, Task
 from kabrn_dist.evaluation.tasks.generation import first_text, join_shots, one_continuation
@@ -46,7 +47,7 @@ class NqOpen(Task):
         Raises:
             UserError: if they are not there, or damaged.
         """
-        records = find_records(self, path, split, FileLayout(_is_question))
+        records = find_records(self, path, split, FileLayout(_is_question, _find_problem))
         return [Example(f"{split}/{number}", record) for number, record in enumerate(records, 1)]
 
     def requests(self, example: Example, shots: Sequence[Example]) -> list[Request]:
@@ -84,7 +85,7 @@ def _ask(example: Example) -> str:
 
 
 def _right_answers(record: Mapping[str, Any]) -> list[str]:
-    answers: list[str] = record.get("answer", record.get("answer_and_def_correct_predictions", []))
+    answers: list[str] = record.get("answer", record.get("answer_and_def_correct_predictions"))
     return answers
 
 
@@ -93,6 +94,11 @@ def _is_question(record: Mapping[str, Any]) -> bool:
     return (
         isinstance(record.get("question"), str)
         and isinstance(answers, list)
-        and bool(answers)
         and all(isinstance(answer, str) for answer in answers)
     )
+
+
+def _find_problem(record: Mapping[str, Any]) -> str:
+    if not any(answer.strip() for answer in _right_answers(record)):
+        return "it has no answer that is not blank"
+    return find_blank(record, "question")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kabrn_dist.evaluation.files import FileLayout
-from kabrn_dist.evaluation.tasks.arc import is_stem_with_choices, read_choices
+from kabrn_dist.evaluation.records import FileLayout
+from kabrn_dist.evaluation.tasks.arc import find_choice_problem, is_stem_with_choices, read_choices
 from kabrn_dist.evaluation.tasks.multiple_choice import MultipleChoice, Question
 
 
@@ -20,6 +20,7 @@ class OpenBookQA(MultipleChoice):
     splits = ("test", "validation", "train")
     file_layout = FileLayout(
         is_stem_with_choices,
+        find_choice_problem,
         r"(^|/)main/\w+\.jsonl|(^|/)(openbookqa|obqa)[^/]*\.jsonl|^(train|dev|test)\.jsonl",
         r"(^|/)(openbookqa|obqa)[^/]*$",
     )

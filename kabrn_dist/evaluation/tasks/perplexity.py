@@ -10,7 +10,7 @@ import numpy as np
 
 from kabrn_dist.evaluation.requests import Answer, Request, TextRequest, TextScore
 from kabrn_dist.evaluation.task import Example, Task
-from kabrn_dist.evaluation.texts import TEXT_LAYOUT, TEXT_SPLITS, read_texts
+from kabrn_dist.evaluation.texts import TEXT_LAYOUT, TEXT_SPLITS, describe_left_out, read_texts
 
 _UNIFORM_NATS = math.log(256)
 
@@ -40,6 +40,10 @@ class Perplexity(Task):
         """
         texts = read_texts(path, split)
         return [Example(each.name, {"text": each.text}, {"source": each.source}) for each in texts]
+
+    def describe_left_out(self, path: Path) -> str:
+        """Return how many .jsonl files in a folder hold no texts."""
+        return describe_left_out(path)
 
     def requests(self, example: Example, shots: Sequence[Example]) -> list[Request]:
         """Return the document."""

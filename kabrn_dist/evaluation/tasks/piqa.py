@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kabrn_dist.evaluation.files import DataFile, FileLayout, find_files, has_texts, require_one
+from kabrn_dist.evaluation.files import find_files, require_one
+from kabrn_dist.evaluation.missing import shown_name
+from kabrn_dist.evaluation.records import DataFile, FileLayout, has_texts
 from kabrn_dist.evaluation.task import Example
-from kabrn_dist.evaluation.tasks.multiple_choice import MultipleChoice, Question
+from kabrn_dist.evaluation.tasks.multiple_choice import MultipleChoice, Question, find_blank_question
 from kabrn_dist.utils.errors import UserError
 
 
@@ -43,12 +45,14 @@ class Piqa(MultipleChoice):
             return goals.records
         name = goals.name.partition(".jsonl")[0]
         if name not in labels:
-            raise UserError(f"{path}: {name}-labels.lst is missing, without which nothing can be scored; add it")
+            raise UserError(
+                f"{path}: {shown_name(name, path)}-labels.lst is missing, without which nothing can be scored; add it"
+            )
         found = labels[name].records
         if len(found) != len(goals.records):
             raise UserError(
-                f"{path}: {len(goals.records)} goals in {goals.name} but {len(found)} labels in {labels[name].name}; "
-                f"get both again: {self.published}"
+                f"{path}: {len(goals.records)} goals in {shown_name(goals.name, path)} but {len(found)} labels in "
+                f"{shown_name(labels[name].name, path)}; get both again: {self.published}"
             )
         return [{**record, **label} for record, label in zip(goals.records, found, strict=True)]
 
@@ -59,6 +63,14 @@ class Piqa(MultipleChoice):
 
     @staticmethod
     def _accepts(record: Mapping[str, Any]) -> bool:
-        return has_texts(record, "goal", "sol1", "sol2") or (len(record) == 1 and record.get("label") in ("0", "1"))
+        return has_texts(record, "goal", "sol1", "sol2") or record.keys() == {"label"}
 
-    file_layout = FileLayout(_accepts, archives="piqa|physicaliqa", endings=(".jsonl", ".lst"))
+    @staticmethod
+    def _find_problem(record: Mapping[str, Any]) -> str:
+        if "goal" in record:
+            return find_blank_question(record["goal"], (record["sol1"], record["sol2"]))
+        return "" if record["label"] in ("0", "1") else f"its label is {record['label']!r}, not 0 or 1"
+
+    file_layout = FileLayout(
+        _accepts, _find_problem, archives="piqa|physicaliqa", endings=(".jsonl", ".lst"), has_several=True
+    )

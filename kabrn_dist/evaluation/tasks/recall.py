@@ -12,12 +12,14 @@ from kabrn_dist.evaluation.requests import Answer, ContinuationRequest, Generate
 from kabrn_dist.evaluation.task import Example, Task
 from kabrn_dist.evaluation.tasks.generation import first_text, one_continuation
 from kabrn_dist.evaluation.tasks.multiple_choice import choice_logprobs, prefer
-from kabrn_dist.evaluation.texts import TEXT_LAYOUT, TEXT_SPLITS, read_texts
+from kabrn_dist.evaluation.texts import TEXT_LAYOUT, TEXT_SPLITS, describe_left_out, read_texts
+from kabrn_dist.utils.errors import UserError
 
 _LENGTHS = tuple(1 << power for power in range(10, 17))
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PER_PLACE = 4
 _CHOICES = 5
+_LEAST_CHARACTERS = 256
 _KEYS = ("anchor", "basket", "candle", "dolphin", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle")
 
 
@@ -44,7 +46,16 @@ class Recall(Task):
             UserError: if there are no texts, or a file is damaged.
         """
         filler = "\n\n".join(each.text for each in read_texts(path, split))
+        if len(filler) < _LEAST_CHARACTERS:
+            raise UserError(
+                f"{path}: {len(filler)} characters of text in split {split} are no text to plant numbers in; give "
+                f"--data at least {_LEAST_CHARACTERS}"
+            )
         return list(_plant_all(filler))
+
+    def describe_left_out(self, path: Path) -> str:
+        """Return how many .jsonl files in a folder hold no texts."""
+        return describe_left_out(path)
 
     def requests(self, example: Example, shots: Sequence[Example]) -> list[Request]:
         """Return one request for each number."""
