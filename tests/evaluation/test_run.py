@@ -172,9 +172,7 @@ def test_draws_depend_on_the_seed_and_the_example_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_be_asked_is_refused_with_a_remedy(tmp_path: Path) -> None:
     folder = write_sums(tmp_path / "data")
-    with pytest.raises(
-        UserError, match=r"5 few-shot examples are asked for, .* holds 4; add some, or use --shots 4"
-    ):
+    with pytest.raises(UserError, match=r"5 few-shot examples are asked for, .* holds 4; add some, or use --shots 4"):
         load_sums(folder, shots=5)
     with pytest.raises(UserError, match="compression: has no few-shot examples; use --shots 0"):
         load_sums(folder, Compression, shots=1)
