@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from kabrn_dist.cli.main import main
+from kabrn_dist.evaluation.load import load_evaluated_model
+from kabrn_dist.evaluation.requests import TextRequest
 from tests.support.benchmarks import write_benchmarks
 from tests.support.environments import make_environment, run_in_environment
 from tests.support.native_models import write_random_model
@@ -57,9 +60,18 @@ def read_samples_of(folder: Path, task: str) -> list[dict[str, Any]]:
     return sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
 
+def expect_bits_per_byte(folder: Path, model: Path) -> float:
+    texts = [sample["doc"]["question"] for sample in read_samples_of(folder, "local_texts")]
+    scores = [score for _, score in load_evaluated_model(model).score_texts([TextRequest(text) for text in texts])]
+    nats = sum(float(score.nats.sum()) for score in scores)
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
 @pytest.mark.slow
 def test_lm_eval_finds_the_numbers_of_this_package(tmp_path: Path) -> None:
-    environment = make_environment("lm-eval-local", ["lm-eval==0.4.13", "pydantic", "pyyaml", "tokenizers"])
+    environment = make_environment(
+        "lm-eval-local", ["lm-eval==0.4.13", "pydantic", "pyyaml", "tokenizers", "zstandard"]
+    )
     data, model = write_benchmarks(tmp_path / "data", 5), tmp_path / "model.mkb"
     write_random_model("plain", model)
     write_task_files(tmp_path / "tasks", data)
@@ -90,4 +102,6 @@ def test_lm_eval_finds_the_numbers_of_this_package(tmp_path: Path) -> None:
             outputs = by_prompt[sample["doc"]["question"]["stem"]]["outputs"]
             found = [float(answer[0][0]) for answer in sample["resps"]]
             assert found == pytest.approx([output["logprob"] for output in outputs], abs=1e-4)
-    assert 0 < theirs["local_texts"]["bits_per_byte,none"] < 20
+    assert theirs["local_texts"]["bits_per_byte,none"] == pytest.approx(
+        expect_bits_per_byte(tmp_path / "out", model), rel=1e-6
+    )
