@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +127,7 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=positive_int, default=1, metavar="N", help="processes that share the work (default 1)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, …")
     parser.add_argument(
         "--seed",
         type=non_negative_int,
@@ -151,6 +152,12 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave out few-shot examples from prompts that are longer; 0 (default): prompts may have any length",
     )
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda, or cuda:1 for the second card")
+    return text
 
 
 def run(options: argparse.Namespace) -> int:

@@ -64,9 +64,16 @@ class ExampleResult:
         """Return the result that `to_json` returned.
 
         Raises:
-            TypeError: for other fields.
+            TypeError: for other fields, or values of other kinds.
         """
-        return cls(**values)
+        result = cls(**values)
+        kinds = isinstance(result.id, str) and isinstance(result.prompts, list) and isinstance(result.groups, dict)
+        scores = result.scores if isinstance(result.scores, dict) else {}
+        if not kinds or not scores or not all(isinstance(score, float | int) for score in scores.values()):
+            raise TypeError("a value of another kind")
+        if not all(map(math.isfinite, scores.values())):
+            raise TypeError("a score that is no number")
+        return result
 
 
 class AskedExample(NamedTuple):

@@ -152,7 +152,8 @@ class ResultFile:
             os.ftruncate(self._descriptor, len(whole))
 
     def _check_header(self, found: dict[str, Any] | None) -> dict[str, Any]:
-        if found is None or found.get("format") != RESULTS_FORMAT:
+        sections = [(found or {}).get(key, {}) for key in ("settings", "model")]
+        if found is None or found.get("format") != RESULTS_FORMAT or not all(isinstance(s, dict) for s in sections):
             raise UserError(f"{self.path}: is not a file of results; choose another folder with --out")
         for key, value in _flatten_header(self._header).items():
             theirs = _flatten_header(found).get(key)

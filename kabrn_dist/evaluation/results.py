@@ -147,8 +147,9 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         try:
             before = json.loads(read_plain(path, _SUMMARY_BYTES_LIMIT, follow_links=True))
             if before["model"]["fingerprint"] == summary["model"]["fingerprint"]:
-                merged["tasks"] = {**before["tasks"], **summary["tasks"]}
-        except (ValueError, KeyError, TypeError):
+                known = {name: task for name, task in before["tasks"].items() if _has_same_parts(task, summary)}
+                merged["tasks"] = {**known, **summary["tasks"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
             # Written anew: the results themselves are in other files.
             pass
     atomic_write(path, json.dumps(merged, indent=1).encode() + b"\n")
@@ -165,6 +166,14 @@ def list_versions() -> dict[str, str]:
             # Extras need not be there.
             continue
     return versions
+
+
+def _has_same_parts(task: Any, summary: Mapping[str, Any]) -> bool:
+    """Whether a task of an earlier results.json has the parts that today's tasks have, of the same kinds."""
+    return isinstance(task, dict) and all(
+        {name: type(value) for name, value in task.items()} == {name: type(value) for name, value in today.items()}
+        for today in summary["tasks"].values()
+    )
 
 
 def _task_json(task: TaskScores) -> dict[str, Any]:

@@ -124,9 +124,17 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     data = load_sums(write_sums(tmp_path / "data"))
     evaluate(tmp_path, data)
     lines = (tmp_path / "adding.jsonl").read_text().splitlines()
-    (tmp_path / "adding.jsonl").write_text("\n".join([*lines[:3], "{damaged", *lines[3:]]) + "\n")
-    with pytest.raises(UserError, match=r"adding.jsonl: line 4 is no result; remove the line"):
-        evaluate(tmp_path, data)
+    without = {**json.loads(lines[3]), "scores": {}}
+    unlike = {**json.loads(lines[3]), "scores": {"acc": math.nan}}
+    for damaged in ("{damaged", json.dumps(without), json.dumps(unlike)):
+        (tmp_path / "adding.jsonl").write_text("\n".join([*lines[:3], damaged, *lines[3:]]) + "\n")
+        with pytest.raises(UserError, match=r"adding.jsonl: line 4 is no result; remove the line"):
+            evaluate(tmp_path, data)
+    for key in ("settings", "model"):
+        header = {**json.loads(lines[0]), key: [1]}
+        (tmp_path / "adding.jsonl").write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+        with pytest.raises(UserError, match=r"adding.jsonl: is not a file of results"):
+            evaluate(tmp_path, data)
 
 
 def test_prompts_begin_with_the_same_examples_and_never_hold_the_answer(tmp_path: Path) -> None:
