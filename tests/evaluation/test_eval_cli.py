@@ -203,7 +203,7 @@ def test_all_tasks_are_those_whose_data_is_there(
     # Of its five few-shot examples, which are usual, nq_open has four here.
     assert evaluate(run_folder, tmp_path / "out", "--tasks", "all", "--limit", "1", "--shots", "2") == 0
     shown = capsys.readouterr().out
-    assert "gsm8k is left out" in shown and "humaneval is left out" in shown
+    assert "gsm8k: left out" in shown and "humaneval: left out" in shown
     assert {"nq_open", "openbookqa"} <= set(json.loads((tmp_path / "out" / "results.json").read_text())["tasks"])
 
 
