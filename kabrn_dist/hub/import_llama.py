@@ -32,7 +32,7 @@ def plan_llama(source: ForeignModel, layers: str | None = None) -> ImportedModel
         raise UserError(
             f"{source.folder / CONFIG_NAME}: hidden_act is {activation!r}, and ours is 'silu'; import a model with that"
         )
-    size, count, heads = (source.size(key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    size, count, heads = source.size("hidden_size"), source.count_layers(), source.size("num_attention_heads")
     letters = layers or "R" * count
     if len(letters) != count or set(letters) - {"R", "A"}:
         raise UserError(f"--layers {letters}: {source.folder} has {count} layers; give {count} letters of R and A")

@@ -95,7 +95,11 @@ def plan_import(
         set_value(tree, override, EXAMPLE_OVERRIDE, Config)
     config = parse_config(tree, "configuration of the run")
     _check_shapes(imported, config)
-    return ModelImport(imported, config, adapted, own_vocabulary)
+    plan = ModelImport(imported, config, adapted, own_vocabulary)
+    for origin in plan.origins:
+        for name in origin.sources:
+            source.require(name)
+    return plan
 
 
 def run_import(plan: ModelImport, text: str | None = None, has_data: bool = False) -> tuple[Path, float]:

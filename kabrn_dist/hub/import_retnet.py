@@ -42,7 +42,7 @@ def plan_retnet(source: ForeignModel) -> ImportedModel:
                 f"{source.folder / CONFIG_NAME}: {key} is {value!r}, with which its layers are of another kind; "
                 f"import a model with {allowed[0]!r}"
             )
-    size, layers, heads = (source.size(key) for key in ("hidden_size", "num_hidden_layers", "num_heads"))
+    size, layers, heads = source.size("hidden_size"), source.count_layers(), source.size("num_heads")
     key_dim, value_dim = (_head_size(source, key, size, heads) for key in ("expand_k", "expand_v"))
     hidden = _hidden_size(source, size)
     model = {

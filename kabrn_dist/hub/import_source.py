@@ -76,6 +76,31 @@ class ForeignModel:
             )
         return value
 
+    def count_layers(self) -> int:
+        """Return the number of layers.
+
+        Raises:
+            UserError: if the configuration has none, or more than the files can hold.
+        """
+        count = self.size("num_hidden_layers")
+        if count > len(self.tensors):
+            raise UserError(
+                f"{self.folder / CONFIG_NAME}: num_hidden_layers is {count:,}, and the files hold only "
+                f"{len(self.tensors):,} tensors; get the whole folder"
+            )
+        return count
+
+    def require(self, name: str) -> None:
+        """Return if the files hold a tensor.
+
+        Raises:
+            UserError: if not.
+        """
+        if name not in self.tensors:
+            raise UserError(
+                f"{self.folder}: has no tensor {name!r}; the files are not whole, or of another kind of model"
+            )
+
     def read(self, name: str, shape: Iterable[int] | None = None) -> Tensor:
         """Return a tensor in fp32.
 
@@ -86,10 +111,7 @@ class ForeignModel:
         Raises:
             UserError: if it is missing, has another shape, or holds numbers that are not finite.
         """
-        if name not in self.tensors:
-            raise UserError(
-                f"{self.folder}: has no tensor {name!r}; the files are not whole, or of another kind of model"
-            )
+        self.require(name)
         file, entry = self.tensors[name]
         if shape is not None and entry.shape != tuple(shape):
             raise UserError(

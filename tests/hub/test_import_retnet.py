@@ -127,6 +127,9 @@ def test_other_kinds_of_layers_are_refused(tmp_path: Path) -> None:
         message = refuse(write_changed(tmp_path / key, **{key: value}))
         assert f"config.json: {key} is {value!r}" in message and "import a model with" in message
     assert "num_heads is 0" in refuse(write_changed(tmp_path / "0", num_heads=0))
+    assert "is 1,000,000,000, and the files hold only" in refuse(
+        write_changed(tmp_path / "deep", num_hidden_layers=10**9)
+    )
     assert "none of retnet, llama" in refuse(write_changed(tmp_path / "gpt", model_type="gpt2"))
     assert "config.json asks for [64, 32]" in refuse(write_changed(tmp_path / "wide", intermediate_size=64))
     assert "--set model.hidden_size=64" in refuse(RETNET, overrides=["model.hidden_size=64"])
@@ -144,6 +147,8 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     dropped = tensors.pop("model.layers.1.attn.g_proj.weight")
     save_file(tensors, folder / "model.safetensors")
     assert "has no tensor 'model.layers.1.attn.g_proj.weight'" in refuse(folder)
+    with pytest.raises(UserError, match="has no tensor 'model.layers.1.attn.g_proj.weight'"):
+        plan(folder)
     tensors |= {"model.layers.1.attn.g_proj.weight": dropped * torch.inf, "extra.weight": torch.ones(3)}
     save_file(tensors, folder / "model.safetensors")
     assert "not finite" in refuse(folder)
