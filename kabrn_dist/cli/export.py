@@ -19,7 +19,7 @@ EXAMPLES = """  mixkabrn export runs/tiny exports/tiny
   mixkabrn export runs/tiny exports/tiny --dry-run
   mixkabrn generate exports/tiny --prompt "def "
   mixkabrn export runs/tiny hub/tiny --format hf --license mit
-  mixkabrn export runs/tiny hub/tiny-ternary --format hf --weights ternary --chat-template chat.jinja
+  mixkabrn export runs/tiny hub/tiny-ternary --format hf --weights ternary
 """
 
 
