@@ -68,6 +68,28 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAME,…",
         help="tasks, or all: each one whose data is there, and of those that run code with --allow-code only",
     )
+    _add_data(parser)
+    parser.add_argument(
+        "--out",
+        type=given_path,
+        metavar="FOLDER",
+        help="folder of the results (default: evaluations/tiny for runs/tiny, evaluations/tiny.mkb for the file)",
+    )
+    _add_computation(parser)
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="allow tasks whose scoring runs programs that the model wrote, in a sandbox",
+    )
+    parser.add_argument(
+        "--contamination",
+        type=given_path,
+        metavar="SHARDS",
+        help="in place of an evaluation, look for the examples of the tasks in a folder of training shards",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         action="append",
@@ -95,24 +117,6 @@ def add_parser(subparsers: Subparsers) -> None:
         default=0,
         metavar="N",
         help="ask N examples, chosen by --seed; a larger N later adds to them (default: all)",
-    )
-    parser.add_argument(
-        "--out",
-        type=given_path,
-        metavar="FOLDER",
-        help="folder of the results (default: evaluations/tiny for runs/tiny, evaluations/tiny.mkb for the file)",
-    )
-    _add_computation(parser)
-    parser.add_argument(
-        "--allow-code",
-        action="store_true",
-        help="allow tasks whose scoring runs programs that the model wrote, in a sandbox",
-    )
-    parser.add_argument(
-        "--contamination",
-        type=given_path,
-        metavar="SHARDS",
-        help="in place of an evaluation, look for the examples of the tasks in a folder of training shards",
     )
 
 

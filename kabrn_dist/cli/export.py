@@ -101,7 +101,7 @@ def _export_for_transformers(options: argparse.Namespace) -> int:
             f"--dtype {options.dtype}: --format hf writes the weights that the trainer computes with, whose ternary "
             "codes are the trainer's; leave out --dtype, and choose the dtype of the arithmetic in from_pretrained"
         )
-    from kabrn_dist.hub.folder_writer import check_new_folder
+    from kabrn_dist.inference.folder_writer import check_new_folder
 
     check_new_folder(options.out)
     from kabrn_dist.hub.export import plan_hub_export, write_hub_export

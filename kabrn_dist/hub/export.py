@@ -23,7 +23,6 @@ import torch
 from kabrn_dist.checkpoint.header import encode_header
 from kabrn_dist.config import Config
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.hub.folder_writer import FileWriter, write_folder
 from kabrn_dist.hub.model_card import CardFacts, write_card
 from kabrn_dist.hub.model_config import make_generation_config, make_hub_config
 from kabrn_dist.hub.tensors import Flavor, HubTensor, TensorSource, list_hub_tensors, read_hub_tensor
@@ -31,6 +30,7 @@ from kabrn_dist.hub.tokenizer_files import make_tokenizer_files
 from kabrn_dist.hub.training_record import TrainingRecord, read_training_record
 from kabrn_dist.inference.export import FILE_BYTES, plan_export
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from kabrn_dist.inference.folder_writer import FileWriter, write_folder
 from kabrn_dist.inference.load import DATA_HASH
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain

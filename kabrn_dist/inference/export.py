@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -32,11 +31,11 @@ from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.checkpoint_weights import CheckpointWeights, name_in_checkpoint
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from kabrn_dist.inference.folder_writer import FileWriter, write_folder
 from kabrn_dist.inference.load import DATA_HASH
 from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.stored_codes import CODES_SUFFIX, SCALES_SUFFIX, code_shapes, is_code_tensor
 from kabrn_dist.inference.working_copy import empty_full_model
-from kabrn_dist.utils.atomic_io import durable_open, fsync_folder
 from kabrn_dist.utils.errors import UserError
 
 FILE_BYTES = 2 * 10**9
@@ -160,28 +159,15 @@ def write_export(export: Export, out: Path, progress: Callable[[str], None] = la
     Raises:
         UserError: if `out` exists or the disk refuses; nothing is left behind then.
     """
-    if os.path.lexists(out):
-        raise UserError(f"{out}: exists already; name a new folder")
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        for file, names in export.files.items():
-            with durable_open(temporary / file) as stream:
-                _write_tensors(export, names, stream)
-            progress(file)
-        for file, content in _small_files(export, out.name).items():
-            with durable_open(temporary / file) as stream:
-                stream.write(content)
-        fsync_folder(temporary)
-        temporary.rename(out)
-        fsync_folder(out.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | ValueError):
-            # ValueError: a NUL in the name.
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{out}: cannot be written ({reason}); make room or choose another folder") from error
-        raise
+    files: list[tuple[str, FileWriter]] = [
+        (file, partial(_write_tensors, export, names)) for file, names in export.files.items()
+    ]
+    small = {file: partial(_write_content, content) for file, content in _small_files(export, out.name).items()}
+    write_folder(out, [*files, *small.items()], lambda file: None if file in small else progress(file))
+
+
+def _write_content(content: bytes, stream: BinaryIO) -> None:
+    stream.write(content)
 
 
 def _write_tensors(export: Export, names: list[str], stream: BinaryIO) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from kabrn_dist.cli.main import main
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer
 from kabrn_dist.hub.export import plan_hub_export, write_hub_export
-from kabrn_dist.hub.folder_writer import write_folder
 from kabrn_dist.hub.tokenizer_files import begin_with_document, make_library_tokenizer
+from kabrn_dist.inference.folder_writer import write_folder
 from kabrn_dist.inference.run import Run
 from kabrn_dist.ops.packing import unpack
 from kabrn_dist.ops.weight_quant import ternarize
