@@ -23,17 +23,19 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"utils", "config", "kernels", "distributed"},
     "model": {"utils", "config", "kernels", "data", "distributed", "ops"},
     "checkpoint": {"utils", "config", "distributed"},
+    # Numpy alone, for the runtime too.
+    "adapters": {"utils", "config"},
     "backend": {"utils", "config", "kernels", "data", "distributed", "ops", "model", "checkpoint"},
     "metrics": {"utils", "config", "kernels", "plots", "data", "distributed", "ops", "model", "checkpoint"},
-    "inference": {"utils", "config", "kernels", "data", "distributed", "ops", "model", "checkpoint", "metrics"},
 }
+ALLOWED["inference"] = {*ALLOWED} - {"backend", "plots"}
 _BELOW_TRAINING = {*ALLOWED} - {"backend"}
 ALLOWED |= {
     "grow": _BELOW_TRAINING - {"plots"},
     "planner": _BELOW_TRAINING - {"plots"},
     "analysis": _BELOW_TRAINING,
     # Packs what inference reads; that, and no more, needs torch.
-    "runtime": {"utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
+    "runtime": {"adapters", "utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
     # Writes models for Hugging Face's libraries, and makes runs of theirs.
     "hub": (_BELOW_TRAINING - {"plots"}) | {"runtime"},
 }

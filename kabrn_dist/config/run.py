@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from kabrn_dist.config import checks
 from kabrn_dist.config.data import DataConfig
+from kabrn_dist.config.finetune import FinetuneConfig
 from kabrn_dist.config.model import ModelConfig
 from kabrn_dist.config.optimizer import OptimizerConfig
 from kabrn_dist.config.parallel import ParallelConfig
@@ -42,6 +43,7 @@ class Config(ConfigSection):
         run: Folder, seed and limits.
         data: Shard sets.
         model: Architecture.
+        finetune: Adaptation of a trained model; None for training from the start.
         parallel: Layout over ranks.
         optimizer: AdamW and its schedule.
         training: Steps and batch sizes.
@@ -56,6 +58,9 @@ class Config(ConfigSection):
     run: RunConfig
     data: DataConfig
     model: ModelConfig
+    finetune: FinetuneConfig | None = Field(
+        None, description="Adaptation of a trained model; left out in training from the start."
+    )
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
