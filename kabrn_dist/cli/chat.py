@@ -33,7 +33,11 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Start the runtime in place of this process; return only if it cannot be started."""
+    """Start the runtime in place of this process, or for a folder a chat that learns; return the exit code."""
+    if options.model.is_dir():
+        from kabrn_dist.cli.chat_learn import run_folder
+
+        return run_folder(options.model, options.options)
     check_model_file(options.model)
     return start_runtime("chat", options.model, options.options)
 
