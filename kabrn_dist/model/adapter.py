@@ -119,10 +119,11 @@ def add_adapter(model: MixKABRN, spec: AdapterSpec, seed: int) -> None:
     for name in names:
         owner, leaf = _find_owner(model, name)
         scale = spec.alpha / spec.rank * _mean_scale(owner, leaf)
-        if spec.method == "ternary_lora":
-            _merge_with_factors(owner, leaf)
         _add_factors(owner, name, leaf, spec.rank, seed)
-        owner.low_rank_scales[leaf] = scale
+        if spec.method == "ternary_lora":
+            _merge_with_factors(owner, leaf, scale)
+        else:
+            owner.low_rank_scales[leaf] = scale
 
 
 def set_low_ranks(model: MixKABRN, low_ranks: Mapping[str, LowRank]) -> None:
@@ -193,7 +194,10 @@ def merged_matrices(model: MixKABRN, name: str) -> TernaryMatrices:
 
 @torch.no_grad()
 def trained_low_ranks(model: MixKABRN) -> dict[str, LowRank]:
-    """Return the trained factors by the name of the parameter, with alpha, rank and scale in B, as they are now."""
+    """Return the trained factors by the name of the parameter, with alpha, rank and scale in B, as they are now.
+
+    Empty for ternary_lora, whose factors are merged with the latents; see `merged_matrices`.
+    """
     found: dict[str, LowRank] = {}
     for name, info in model.parameter_table().items():
         if info.role in ("matrix", "router", "head"):
@@ -259,12 +263,12 @@ def _mean_scale(owner: LowRankModule, leaf: str) -> Tensor:
     return gamma.double().mean(1, keepdim=True).to(gamma.dtype)
 
 
-def _merge_with_factors(owner: LowRankModule, leaf: str) -> None:
+def _merge_with_factors(owner: LowRankModule, leaf: str, scale: Tensor) -> None:
     assert isinstance(owner, TernaryModule)
     parameter = owner.get_parameter(leaf).detach()
     latents = parameter if parameter.ndim == 3 else parameter[None]
     base = owner.sources[leaf].read(owner.get_parameter(leaf))
-    owner.sources[leaf] = MergedCodes(owner, leaf, latents, base, owner.quant.scale_group_size)
+    owner.sources[leaf] = MergedCodes(owner, leaf, scale, latents, base, owner.quant.scale_group_size)
 
 
 def _add_factors(owner: LowRankModule, name: str, leaf: str, rank: int, seed: int) -> None:

@@ -54,18 +54,25 @@ class MergedCodes(TernarySource):
     round to: in exports latents are rounded to bf16.
 
     Args:
-        module: that holds the parameter and its factors, with their scale in `low_rank_scales`.
+        module: that holds the parameter and its factors.
         name: of the parameter.
+        scale: [E,1,1] fp32, what B of the factors is multiplied by.
         latents: [E,O,I] of the base.
         base: its codes and scales.
         scale_group_size: outputs that share a scale; None for all of a matrix.
     """
 
     def __init__(
-        self, module: LowRankModule, name: str, latents: Tensor, base: TernaryMatrices, scale_group_size: int | None
+        self,
+        module: LowRankModule,
+        name: str,
+        scale: Tensor,
+        latents: Tensor,
+        base: TernaryMatrices,
+        scale_group_size: int | None,
     ) -> None:
         assert base.gamma is not None
-        self._module, self._name, self._group = module, name, scale_group_size
+        self._module, self._name, self._scale, self._group = module, name, scale, scale_group_size
         wide = torch.promote_types(latents.dtype, torch.float32)
         self.latents = _agree_with_codes(latents.detach().to(wide), base.codes(torch.int8), base.gamma)
         self.base_scales, self._measured = base.gamma, absmean_scales(self.latents, scale_group_size)
@@ -73,11 +80,10 @@ class MergedCodes(TernarySource):
     def read(self, parameter: nn.Parameter) -> TernaryMatrices:
         """Return the matrices, differentiable in the factors."""
         if self.latents.device != parameter.device:
-            self.latents, self.base_scales, self._measured = (
-                part.to(parameter.device) for part in (self.latents, self.base_scales, self._measured)
+            self.latents, self.base_scales, self._measured, self._scale = (
+                part.to(parameter.device) for part in (self.latents, self.base_scales, self._measured, self._scale)
             )
-        factors = self._module.trained_low_rank(self._name)
-        assert factors is not None
+        factors = self._module.scaled_factors(self._name, self._scale)
         placeholder, *rest = _Merge.apply(*factors, self, parameter.dtype)
         return TernaryMatrices(placeholder, *rest)
 

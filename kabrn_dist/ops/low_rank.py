@@ -55,11 +55,15 @@ class LowRankModule(nn.Module):
         scale = self.low_rank_scales.get(name)
         if scale is None:
             return None
+        if scale.device != self.get_parameter(name).device:
+            scale = self.low_rank_scales[name] = scale.to(self.get_parameter(name).device)
+        return self.scaled_factors(name, scale)
+
+    def scaled_factors(self, name: str, scale: Tensor) -> LowRank:
+        """Return the parameters NAME_lora_a and NAME_lora_b, B times a scale [E,1,1]; differentiable."""
         a, b = (self.get_parameter(name + suffix) for suffix in (A_SUFFIX, B_SUFFIX))
         if a.ndim == 2:
             a, b = a[None], b[None]
-        if scale.device != b.device:
-            scale = self.low_rank_scales[name] = scale.to(b.device)
         return LowRank(a, b * scale.to(b.dtype))
 
     def low_rank(self, name: str) -> LowRank | None:
