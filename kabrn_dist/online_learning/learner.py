@@ -32,6 +32,8 @@ EVALUATIONS = 8
 # Of many samples every tenth is not learned from, and tells when to stop.
 HELD_OUT_STEP, HELD_OUT_MIN, EVALUATED_SAMPLES = 10, 30, 16
 REHEARSED_SAMPLES = 2
+# Samples of the base's own text for each sample of notes.
+REPLAY_SHARE = 0.25
 
 
 class LearningLimits(NamedTuple):
@@ -208,7 +210,8 @@ class Learner:
                 batch.append(order.pop())
             targets += len(batch)
             course.passes = targets / len(samples)
-            loss = self._step(optimizer, [*batch, *self._draw(self._replay, max(1, len(batch) // 4))], course.rate)
+            replayed = self._draw(self._replay, max(1, round(REPLAY_SHARE * len(batch))))
+            loss = self._step(optimizer, [batch, replayed], course.rate)
             course.count()
             report(course.progress(loss))
             is_milestone = course.share * EVALUATIONS >= milestone or course.ended
@@ -220,30 +223,31 @@ class Learner:
     ) -> Iterator[bool]:
         optimizer = self._make_optimizer()
         while not course.ended:
-            others = [*self._draw(self._learned, REHEARSED_SAMPLES), *self._draw(self._replay, 1)]
-            loss = self._step(optimizer, [sample], 1.0, others)
+            rehearsed = self._draw(self._learned, REHEARSED_SAMPLES)
+            loss = self._step(optimizer, [[sample], rehearsed, self._draw(self._replay, 1)], 1.0)
             course.count()
             course.passes += 1
             report(course.progress(loss))
             yield True
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, samples: Sequence[Sample], rate: float, others: Sequence[Sample] = ()
-    ) -> float:
-        """Take one step on samples, and on others with the same weight for each of their targets."""
+    def _step(self, optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Sample]], rate: float) -> float:
+        """Take one step on the sum of the groups' mean losses; return that of the first group."""
         optimizer.zero_grad(set_to_none=True)
-        total, targets = 0.0, sum(sample.targets for sample in [*samples, *others])
-        for row in pack_rows([*samples, *others], self.row_tokens):
-            loss: Tensor = self._model(make_row(row)).language
-            (loss / max(1, targets)).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        if not total < float("inf"):
+        means = []
+        for group in groups:
+            total, targets = 0.0, max(1, sum(sample.targets for sample in group))
+            for row in pack_rows(group, self.row_tokens):
+                loss: Tensor = self._model(make_row(row)).language
+                (loss / targets).backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            means.append(total / targets)
+        if not sum(means) < float("inf"):
             raise UserError("learning: the loss is not finite; learn from other texts, or begin with another --out")
         torch.nn.utils.clip_grad_norm_(self._adapter.parameters, GRADIENT_NORM)
-        for group in optimizer.param_groups:
-            group["lr"] = self._adapter.learning_rate * rate
+        for settings in optimizer.param_groups:
+            settings["lr"] = self._adapter.learning_rate * rate
         optimizer.step()
-        return total / max(1, targets)
+        return means[0]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self._adapter.parameters, lr=self._adapter.learning_rate, betas=BETAS)
