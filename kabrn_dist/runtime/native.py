@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import byref, c_uint32, c_void_p
+from ctypes import byref, c_float, c_uint32, c_void_p
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kabrn_dist.runtime.native_library import (
+    AdapterStruct,
     InfoStruct,
     NativeInfo,
     SamplingStruct,
@@ -86,15 +87,15 @@ class NativeModel(_Handle):
         call_native(library.mkb_model_open, encode_native_path(path), int(verify), byref(pointer))
         assert pointer.value is not None
         super().__init__(pointer.value, library.mkb_model_close)
-        self._contexts: weakref.WeakSet[NativeContext] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[NativeContext | NativeAdapter] = weakref.WeakSet()
 
     def __enter__(self) -> NativeModel:
         return self
 
     def close(self) -> None:
-        """Unmap the file, and give back the memory of all its contexts."""
-        for context in list(getattr(self, "_contexts", ())):
-            context.close()
+        """Unmap the file, and give back the memory of all its contexts and adapters."""
+        for part in list(getattr(self, "_parts", ())):
+            part.close()
         super().close()
 
     @property
@@ -154,8 +155,41 @@ class NativeModel(_Handle):
             UserError: if there is no memory for it.
         """
         context = NativeContext(self, threads, max_tokens)
-        self._contexts.add(context)
+        self._parts.add(context)
         return context
+
+    def adapter(self, source: Path | str | bytes) -> NativeAdapter:
+        """Return an adapter, which contexts of this model may share.
+
+        Args:
+            source: A file that `write_adapter_file` wrote, or its bytes.
+
+        Raises:
+            UserError: for what is no adapter, is damaged, or belongs to another model.
+        """
+        adapter = NativeAdapter(self, source)
+        self._parts.add(adapter)
+        return adapter
+
+
+class NativeAdapter(_Handle):
+    """An adapter of a model; made by `NativeModel.adapter`. Contexts that use it may do so after it is closed."""
+
+    def __init__(self, model: NativeModel, source: Path | str | bytes) -> None:
+        library, pointer = load_native_library(), c_void_p()
+        if isinstance(source, bytes):
+            call_native(library.mkb_adapter_open_memory, model.pointer, source, len(source), byref(pointer))
+        else:
+            call_native(library.mkb_adapter_open, model.pointer, encode_native_path(source), byref(pointer))
+        assert pointer.value is not None
+        super().__init__(pointer.value, library.mkb_adapter_close)
+        details = AdapterStruct()
+        library.mkb_adapter_info(self.pointer, byref(details))
+        self.name: str = details.name.decode("utf-8", "replace")
+        self.sha256: str = bytes(details.sha256).hex()
+
+    def __enter__(self) -> NativeAdapter:
+        return self
 
 
 class NativeContext(_Handle):
@@ -175,6 +209,19 @@ class NativeContext(_Handle):
     def position(self) -> int:
         """Number of tokens read so far."""
         return int(load_native_library().mkb_position(self.pointer))
+
+    def set_adapters(self, adapters: Sequence[tuple[NativeAdapter, float]]) -> None:
+        """Use adapters in place of those before, and return to the state after nothing.
+
+        Args:
+            adapters: Each with its weight; of those that flip codes one at most, with the weight 1. Empty for none.
+
+        Raises:
+            UserError: for more than one that flips codes, or one of another model; then nothing has changed.
+        """
+        pointers = (c_void_p * len(adapters))(*(adapter.pointer for adapter, _ in adapters))
+        weights = (c_float * len(adapters))(*(weight for _, weight in adapters))
+        call_native(load_native_library().mkb_context_set_adapters, self.pointer, pointers, weights, len(adapters))
 
     def decode(self, tokens: Sequence[int], logits: bool = True) -> NDArray[np.float32] | None:
         """Read tokens on top of the state.
@@ -214,7 +261,7 @@ class NativeContext(_Handle):
         """Continue from a state that `state` returned.
 
         Raises:
-            UserError: for a state of another model or tokenizer, or a damaged one.
+            UserError: for a state of another model or tokenizer, of other adapters, or a damaged one.
         """
         call_native(load_native_library().mkb_state_set, self.pointer, content, len(content))
 

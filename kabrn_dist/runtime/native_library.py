@@ -24,6 +24,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "mkb_model_template": (c_void_p, [c_void_p, POINTER(c_size_t)]),
     "mkb_context_create": (c_int, [c_void_p, c_int, c_uint32, POINTER(c_void_p), _Error]),
     "mkb_context_destroy": (None, [c_void_p]),
+    "mkb_adapter_open": (c_int, [c_void_p, c_char_p, POINTER(c_void_p), _Error]),
+    "mkb_adapter_open_memory": (c_int, [c_void_p, c_char_p, c_size_t, POINTER(c_void_p), _Error]),
+    "mkb_adapter_close": (None, [c_void_p]),
+    "mkb_adapter_info": (None, [c_void_p, c_void_p]),
+    "mkb_context_set_adapters": (c_int, [c_void_p, POINTER(c_void_p), POINTER(c_float), c_size_t, _Error]),
     "mkb_decode": (c_int, [c_void_p, POINTER(c_uint32), c_size_t, c_void_p, _Error]),
     "mkb_reset": (None, [c_void_p]),
     "mkb_position": (c_uint64, [c_void_p]),
@@ -91,6 +96,20 @@ class NativeInfo:
     attention_layers: int
     sha256: str
     tokenizer_sha256: str
+
+
+class AdapterStruct(ctypes.Structure):
+    """`mkb_adapter_details`."""
+
+    _fields_ = [
+        ("name", c_char * 64),
+        ("method", c_uint32),
+        ("rank", c_uint32),
+        ("steps", c_uint64),
+        ("file_bytes", c_uint64),
+        ("sha256", ctypes.c_ubyte * 32),
+        ("base_sha256", ctypes.c_ubyte * 32),
+    ]
 
 
 class SamplingStruct(ctypes.Structure):
