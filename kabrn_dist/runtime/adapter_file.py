@@ -1,4 +1,4 @@
-"""An adapter as one file for the runtime in C (`.mka`), written and read; docs/adapter_file.md describes it. Numpy alone.
+"""An adapter as one file for the runtime in C (`.mka`), as docs/adapter_file.md describes it. Needs numpy alone.
 
 Shapes:
     E: matrices of a parameter (experts).
@@ -26,6 +26,7 @@ from kabrn_dist.adapters.adapter import (
     LowRankFactors,
     StateFactors,
 )
+from kabrn_dist.adapters.code_patch import PackedPlaces, pack_places, unpack_places
 from kabrn_dist.runtime.file_format import ALIGNMENT, DTYPE_BASE3, DTYPE_TILES, FileTensor, align, find_role
 from kabrn_dist.runtime.model_file import ModelFile
 from kabrn_dist.runtime.parameter_names import MATRIX_ROLES, parameter_name
@@ -39,8 +40,6 @@ ADAPTER_FILE_VERSION = 1
 ADAPTER_FILE_METHODS: tuple[AdapterMethod, ...] = get_args(AdapterMethod)
 # Kinds of records.
 LOW_RANK, PATCH, STATE = range(3)
-# A gap that passes so many codes and flips none.
-PASSED_GAP = 255
 _LARGEST_BYTES = 1 << 32
 _REMEDY = "pack it again with `mixkabrn adapter pack`"
 
@@ -88,14 +87,14 @@ def encode_adapter(adapter: Adapter, model: ModelFile) -> bytes:
         UserError: for an adapter of another model, or one whose parts have no place in this one.
     """
     _check_base(adapter.info, model)
-    parts = _Parts(adapter.info)
+    parts = _Parts(adapter.info, model)
     tensors = name_matrices(model)
     for name, factors in adapter.low_ranks.items():
         _add_low_rank(parts, name, factors, _find_tensor(name, tensors, model))
     for name, patch in adapter.patches.items():
         _add_patch(parts, name, patch, _find_tensor(name, tensors, model))
     for layer, state in adapter.states.items():
-        _add_state(parts, layer, state, model)
+        _add_state(parts, layer, state)
     return parts.encode()
 
 
@@ -122,8 +121,9 @@ def name_matrices(model: ModelFile) -> dict[str, FileTensor]:
 class _Parts:
     """Records and the bytes that they lead to."""
 
-    def __init__(self, info: AdapterInfo) -> None:
-        self.info, self.records, self.content = info, list[dict[str, int]](), bytearray()
+    def __init__(self, info: AdapterInfo, model: ModelFile) -> None:
+        self.info, self.model, self.content = info, model, bytearray()
+        self.records: list[dict[str, int]] = []
 
     def add(self, values: NDArray[Any] | bytes) -> int:
         """Append bytes; return their offset in the file."""
@@ -157,8 +157,7 @@ class _Parts:
             "records_offset": self.add(rows.tobytes()),
             "info_offset": self.add(text),
             "info_bytes": len(text),
-            # 63 bytes at most, and no part of a character.
-            "name": np.void(info.name.encode("utf-8", "replace")[:63].decode(errors="ignore").encode().ljust(64, b"\0")),
+            "name": np.void(_encode_name(info.name)),
         }
         self.content += bytes(align(len(self.content)) - len(self.content))
         fields["file_bytes"] = ADAPTER_HEADER_DTYPE.itemsize + len(self.content)
@@ -166,6 +165,11 @@ class _Parts:
             header[field] = value
         header["sha256"] = np.void(hashlib.sha256(header.tobytes() + self.content).digest())
         return header.tobytes() + bytes(self.content)
+
+
+def _encode_name(name: str) -> bytes:
+    """63 bytes at most, and no part of a character."""
+    return name.encode("utf-8", "replace")[:63].decode(errors="ignore").encode().ljust(64, b"\0")
 
 
 def _check_base(info: AdapterInfo, model: ModelFile) -> None:
@@ -207,18 +211,19 @@ def _add_low_rank(parts: _Parts, name: str, factors: LowRankFactors, tensor: Fil
 def _add_patch(parts: _Parts, name: str, patch: CodePatch, tensor: FileTensor) -> None:
     shape = tensor.matrices, tensor.rows, tensor.columns
     if tensor.dtype not in (DTYPE_TILES, DTYPE_BASE3):
-        raise UserError(f"{name}: is not ternary in this model file, so no code of it can be flipped; use another model")
+        raise UserError(f"{name}: is not ternary in {parts.model.path}, so no code of it can be flipped; use another")
     _check_shape(name, patch.shape, shape)
     _check_shape(name, patch.scales.shape, (tensor.matrices, tensor.scales))
-    gaps = encode_gaps(patch.places)
-    offsets = {"first": parts.add(gaps), "second": parts.add(np.packbits(patch.steps == 2, bitorder="little"))}
-    offsets |= {"third": parts.add(patch.scales.astype("<f4")), "fourth": len(patch.places), "gaps": len(gaps)}
+    packed = pack_places(patch)
+    offsets = {"first": parts.add(packed.gaps), "second": parts.add(packed.step_bits)}
+    offsets |= {"third": parts.add(patch.scales.astype("<f4")), "fourth": len(patch.places), "gaps": len(packed.gaps)}
     # The base's scales, so that nothing is lost.
     parts.add(patch.base_scales.astype("<f4"))
     parts.record(PATCH, tensor.role, tensor.layer, shape, tensor.scales, **offsets)
 
 
-def _add_state(parts: _Parts, layer: int, state: StateFactors, model: ModelFile) -> None:
+def _add_state(parts: _Parts, layer: int, state: StateFactors) -> None:
+    model = parts.model
     heads, key, value = (model.header[field] for field in ("num_heads", "key_dim", "value_dim"))
     if not (0 <= layer < len(model.layers) and model.layers[layer] == "R"):
         raise UserError(f"layer {layer}: {model.path} has no retention there; use the adapter's own model")
@@ -227,31 +232,6 @@ def _add_state(parts: _Parts, layer: int, state: StateFactors, model: ModelFile)
     _check_shape(f"the state of layer {layer}", state.value.shape, (heads, rank, value))
     offsets = {"first": parts.add(state.key.astype("<f4")), "second": parts.add(state.value.astype("<f4"))}
     parts.record(STATE, 0, layer, (heads, key, value), rank, **offsets)
-
-
-def encode_gaps(places: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Return the gaps between ascending places as bytes: each 255 passes 255 codes, another byte leads to a place.
-
-    Example:
-        >>> encode_gaps(np.array([0, 2, 259])).tolist()
-        [0, 1, 255, 1]
-    """
-    gaps = np.diff(places, prepend=-1) - 1
-    passed = gaps // PASSED_GAP
-    encoded = np.full(len(gaps) + int(passed.sum()), PASSED_GAP, np.uint8)
-    encoded[np.cumsum(passed + 1) - 1] = gaps % PASSED_GAP
-    return encoded
-
-
-def decode_gaps(encoded: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return the places that `encode_gaps` encoded.
-
-    Example:
-        >>> decode_gaps(np.array([0, 1, 255, 1], np.uint8)).tolist()
-        [0, 2, 259]
-    """
-    leads = encoded != PASSED_GAP
-    return (np.cumsum(encoded.astype(np.int64) + leads) - 1)[leads]
 
 
 def _decode_adapter(content: bytes) -> Adapter:
@@ -295,8 +275,7 @@ def _read_record(adapter: Adapter, row: dict[str, int], read: Callable[..., NDAr
         b = read(row["third"], "i1", count, rows, size) * read(row["fourth"], "<f4", count, rows, 1)
         adapter.low_ranks[name] = LowRankFactors(a, b)
         return
-    steps = np.unpackbits(read(row["second"], "u1", -(-row["fourth"] // 8)), bitorder="little")[: row["fourth"]] + 1
+    packed = PackedPlaces(read(row["first"], "u1", row["gaps"]), read(row["second"], "u1", -(-row["fourth"] // 8)))
     scales = read(row["third"], "<f4", count, size)
     base_scales = read(align(row["third"] + 4 * count * size), "<f4", count, size)
-    places = decode_gaps(read(row["first"], "u1", row["gaps"]))
-    adapter.patches[name] = CodePatch(shape, places, steps.astype(np.uint8), scales, base_scales)
+    adapter.patches[name] = CodePatch(shape, *unpack_places(packed, shape), scales, base_scales)

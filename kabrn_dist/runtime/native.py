@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Sequence
 from ctypes import byref, c_float, c_uint32, c_void_p
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from kabrn_dist.runtime.native_library import (
     AdapterStruct,
     InfoStruct,
+    NativeHandle,
     NativeInfo,
     SamplingStruct,
     call_native,
@@ -42,36 +42,7 @@ def native_kernels() -> str:
     return str(load_native_library().mkb_kernels().decode())
 
 
-class _Handle:
-    """A pointer of the library's that is given back once."""
-
-    def __init__(self, pointer: int, release: Any) -> None:
-        self._pointer: int | None = pointer
-        self._release = release
-
-    @property
-    def pointer(self) -> int:
-        if self._pointer is None:
-            raise ValueError("it is closed already")
-        return self._pointer
-
-    def close(self) -> None:
-        """Give back the memory; what was made from it cannot be used any more."""
-        if self._pointer is not None:
-            pointer, self._pointer = self._pointer, None
-            self._release(pointer)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_pointer"):
-            self.close()
-
-
-class NativeModel(_Handle):
+class NativeModel(NativeHandle):
     """A model file, opened by the runtime; threads may share it.
 
     Args:
@@ -172,7 +143,7 @@ class NativeModel(_Handle):
         return adapter
 
 
-class NativeAdapter(_Handle):
+class NativeAdapter(NativeHandle):
     """An adapter of a model; made by `NativeModel.adapter`. Contexts that use it may do so after it is closed."""
 
     def __init__(self, model: NativeModel, source: Path | str | bytes) -> None:
@@ -192,7 +163,7 @@ class NativeAdapter(_Handle):
         return self
 
 
-class NativeContext(_Handle):
+class NativeContext(NativeHandle):
     """A state of a model, which belongs to one thread at a time; made by `NativeModel.context`."""
 
     def __init__(self, model: NativeModel, threads: int, max_tokens: int) -> None:

@@ -7,6 +7,7 @@ import functools
 from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from kabrn_dist.runtime.build import compile_runtime
@@ -124,6 +125,40 @@ class SamplingStruct(ctypes.Structure):
         ("repetition_window", c_uint32),
         ("seed", c_uint64),
     ]
+
+
+class NativeHandle:
+    """A pointer of the library's that is given back once."""
+
+    def __init__(self, pointer: int, release: Any) -> None:
+        self._pointer: int | None = pointer
+        self._release = release
+
+    @property
+    def pointer(self) -> int:
+        """The pointer.
+
+        Raises:
+            ValueError: after `close`.
+        """
+        if self._pointer is None:
+            raise ValueError("it is closed already")
+        return self._pointer
+
+    def close(self) -> None:
+        """Give back the memory; what was made from it cannot be used any more."""
+        if self._pointer is not None:
+            pointer, self._pointer = self._pointer, None
+            self._release(pointer)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pointer"):
+            self.close()
 
 
 @functools.cache

@@ -4062,8 +4062,8 @@ static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, s
     int status = check_state_header(c->model, bytes, size, name, error);
     if (status) return status;
     if (memcmp(bytes + STATE_MARK, c->adapters_mark, sizeof c->adapters_mark))
-        return fail(error, MKB_ERROR_MISMATCH, "%s was made %s than those in use; use the same ones, or begin without it", name,
-                    read_u32(bytes + 8) > STATE_VERSION ? "with other adapters" : "without adapters or with others");
+        return fail(error, MKB_ERROR_MISMATCH, "%s was made %s in use; use the same ones, or begin without it", name,
+                    read_u32(bytes + 8) > STATE_VERSION ? "with other adapters than those" : "without the adapters");
     position = read_u64(bytes + 88);
     if (position > most)
         return fail(error, MKB_ERROR_FULL, "%s holds %llu tokens, and the caches have room for %llu; use a larger max_tokens",
@@ -5593,7 +5593,7 @@ static void begin_text(text_writer *w, int trim) {
 /* --- options of commands that read or write text --- */
 
 enum { FOR_GENERATE = 1, FOR_CHAT = 2, FOR_TOKENIZE = 4, FOR_ALL = 7, FOR_BOTH = 3 };
-enum { TAKES_NOTHING, TAKES_TEXT, TAKES_COUNT, TAKES_NUMBER, TAKES_SEED, TAKES_STOP };
+enum { TAKES_NOTHING, TAKES_TEXT, TAKES_COUNT, TAKES_NUMBER, TAKES_SEED, TAKES_STOP, TAKES_ADAPTER };
 enum { SHOWN_HELP = -1, WRONG_USAGE = 2, INTERRUPTED = 130 };
 
 typedef struct {
@@ -5603,6 +5603,9 @@ typedef struct {
     int verify, quiet, special, from_stdin;
     const char *stops[MOST_STOPS];
     size_t num_stops;
+    const char *adapters[MOST_ADAPTERS];
+    float adapter_weights[MOST_ADAPTERS];
+    size_t num_adapters;
     uint32_t given; /* a bit for each option of the table */
 } text_options;
 
@@ -5628,6 +5631,7 @@ static const option_rule OPTION_RULES[] = {
     RULE("--repetition-window", TAKES_COUNT, FOR_BOTH, sampling.repetition_window, 0, SAMPLER_WINDOW),
     RULE("--seed", TAKES_SEED, FOR_BOTH, sampling.seed, 0, 0),
     RULE("--stop", TAKES_STOP, FOR_BOTH, stops, 0, 0),
+    RULE("--adapter", TAKES_ADAPTER, FOR_BOTH, adapters, 0, 0),
     RULE("--threads", TAKES_COUNT, FOR_BOTH, threads, 1, 256),
     RULE("--context", TAKES_COUNT, FOR_BOTH, context, 1, 1u << 30),
     RULE("--state-in", TAKES_TEXT, FOR_BOTH, state_in, 0, 0),
@@ -5650,6 +5654,7 @@ static const char SAMPLING_HELP[] =
     "  --repetition-window N     how many recent tokens, up to 1024 (64)\n"
     "  --seed N                  of the random numbers (0)\n"
     "  --stop S                  end before the text S; up to 16 times\n"
+    "  --adapter F[=W]           use an adapter of the model, a file .mka, with the weight W (1); up to 16 times\n"
     "  --threads N               (1)\n"
     "  --context N               tokens that the caches of softmax attention layers have room for\n"
     "  --state-in F, --state-out F   continue from a saved state; save the state at the end\n"
@@ -5684,6 +5689,7 @@ static const char CHAT_COMMANDS[] =
     "/reset            forget everything but the system text\n"
     "/system TEXT      begin anew with this text at the beginning\n"
     "/temperature X    0 always takes the likeliest token\n"
+    "/adapter FILE W   use this adapter, with the weight W (1); /adapter off: none; /adapters: which are in use\n"
     "/file NAME        say what a text file holds\n"
     "/save FILE        save the state;  /load FILE  continue from one\n"
     "/quit             end; so does Ctrl-D. Ctrl-C ends an answer, or drops a line.\n"
@@ -5722,15 +5728,34 @@ static int add_stop(text_options *o, const char *text) {
     return MKB_OK;
 }
 
+/* A number that is all of a text. */
+static int parse_number(const char *text, float *number) {
+    char *end;
+    *number = strtof(text, &end);
+    return end != text && !*end;
+}
+
+/* FILE or FILE=WEIGHT; the text is cut where the name ends. */
+static int add_adapter(text_options *o, const char *text) {
+    char *equals = strrchr(text, '=');
+    float *weight = &o->adapter_weights[o->num_adapters];
+    if (o->num_adapters == MOST_ADAPTERS) return complain("%s: %s is one too many", "--adapter", text);
+    o->adapters[o->num_adapters++] = text;
+    if (equals && parse_number(equals + 1, weight)) *equals = 0;
+    else *weight = 1.0f;
+    return MKB_OK;
+}
+
 static int take_value(text_options *o, const option_rule *rule, const char *value) {
-    char *place = (char *)o + rule->place, *end;
+    char *place = (char *)o + rule->place;
     uint64_t whole;
     switch (rule->takes) {
     case TAKES_TEXT: memcpy(place, &value, sizeof value); break;
     case TAKES_STOP: return add_stop(o, value);
+    case TAKES_ADAPTER: return add_adapter(o, value);
     case TAKES_NUMBER: {
-        float number = strtof(value, &end);
-        if (end == value || *end) return complain("%s %s: use a number such as 0.8", rule->name, value);
+        float number;
+        if (!parse_number(value, &number)) return complain("%s %s: use a number such as 0.8", rule->name, value);
         memcpy(place, &number, sizeof number);
         break;
     }
@@ -5825,6 +5850,9 @@ typedef struct {
     uint64_t tokens_read, answer_read; /* in all; bytes of the answer's tokens that have been read */
     uint32_t answer_tokens, last_token;
     double read_seconds, write_seconds;
+    int keeps_history, history_lost; /* lost: what a saved state has read */
+    uint32_t *history;               /* the tokens that the state has read, of chats */
+    size_t history_room;
     char error[MKB_ERROR_BYTES];
 } session;
 
@@ -5890,6 +5918,17 @@ static void override_sampling(session *s) {
     }
 }
 
+/* Open adapters and use them in place of those before. The context keeps what it needs of them. */
+static int use_adapters(session *s, const char *const *paths, const float *weights, size_t count) {
+    mkb_adapter *opened[MOST_ADAPTERS];
+    size_t number = 0;
+    int status = MKB_OK;
+    while (number < count && !(status = mkb_adapter_open(s->model, paths[number], &opened[number], s->error))) number++;
+    if (!status) status = mkb_context_set_adapters(s->context, opened, weights, count, s->error);
+    while (number) mkb_adapter_close(opened[--number]);
+    return status;
+}
+
 /* Create the context with room for `tokens`, and load the state. */
 static int open_context(session *s, uint64_t tokens) {
     const text_options *o = s->options;
@@ -5908,7 +5947,9 @@ static int open_context(session *s, uint64_t tokens) {
     memcpy(s->writer.stops, o->stops, sizeof o->stops);
     s->writer.num_stops = o->num_stops;
     status = mkb_sampling_set(s->context, &o->sampling, s->error);
+    if (!status && o->num_adapters) status = use_adapters(s, o->adapters, o->adapter_weights, o->num_adapters);
     if (status || !o->state_in) return status;
+    s->history_lost = 1;
     status = mkb_state_load(s->context, o->state_in, s->error);
     if (!status) override_sampling(s);
     return status;
@@ -5918,6 +5959,22 @@ static void close_session(session *s) {
     mkb_context_destroy(s->context);
     mkb_model_close(s->model);
     free(s->logits);
+    free(s->history);
+}
+
+/* Remember tokens that are read next, so that another adapter can read them too. */
+static void note_history(session *s, const uint32_t *ids, size_t count) {
+    size_t at = (size_t)s->context->position;
+    if (!at) s->history_lost = 0;
+    if (!s->keeps_history || s->history_lost) return;
+    if (at + count > s->history_room) {
+        size_t room = 2 * (at + count) + 1024;
+        uint32_t *larger = room < SIZE_MAX / 8 ? realloc(s->history, room * sizeof *larger) : NULL;
+        s->history_lost = !larger;
+        if (!larger) return;
+        s->history = larger, s->history_room = room;
+    }
+    memmove(s->history + at, ids, count * sizeof *ids);
 }
 
 /* Read tokens, some at a time so that Ctrl-C is noticed. */
@@ -5928,6 +5985,7 @@ static int read_tokens(session *s, const uint32_t *ids, size_t count, int logits
     s->tokens_read += count;
     while (count && !status && !was_interrupted) {
         size_t some = MIN(count, (size_t)SOME);
+        note_history(s, ids, some);
         status = mkb_decode(s->context, ids, some, logits && some == count ? s->logits : NULL, s->error);
         ids += some, count -= some;
     }
@@ -5963,6 +6021,7 @@ static int write_answer(session *s, uint32_t limit, int trim) {
         const char *bytes = mkb_token_bytes(s->model, id, &size);
         write_token(&s->writer, bytes, size);
         if (s->writer.stopped || s->writer.failed || s->answer_tokens == limit) break;
+        note_history(s, &id, 1);
         status = mkb_decode(s->context, &id, 1, s->logits, s->error);
         s->answer_read += size;
     }
@@ -6467,10 +6526,69 @@ static int chat_save(chat *c, const char *rest) {
 static int chat_load(chat *c, const char *rest) {
     if (!*rest) return remark("/load needs a file: /load talk.mks");
     if (mkb_state_load(c->s.context, rest, c->s.error)) return remark(c->s.error);
+    c->s.history_lost = 1;
     forget_turns(c);
     fprintf(stderr, "%s: %llu tokens, temperature %g\n", rest, (unsigned long long)c->s.context->position,
             (double)c->s.context->sampler.settings.temperature);
     return MKB_OK;
+}
+
+/* Read the tokens of the chat again, as the adapters of now do, and keep the turns' states anew. */
+static int read_again(chat *c, uint64_t end) {
+    const uint64_t *position = &c->s.context->position;
+    int status = MKB_OK;
+    for (size_t i = 0; i <= c->num_turns && !status; i++) {
+        chat_turn *turn = i < c->num_turns ? &c->turns[i] : &c->asked;
+        uint64_t until = turn->state ? read_u64(turn->state + 88) : 0;
+        if (until < *position || !turn->state) continue;
+        status = read_tokens(&c->s, c->s.history + *position, (size_t)(until - *position), 0);
+        if (!status) status = keep_state(c, turn);
+    }
+    return status ? status : read_tokens(&c->s, c->s.history + *position, (size_t)(end - *position), 0);
+}
+
+static int chat_adapters(chat *c, const char *rest) {
+    static const char *const methods[] = {"low-rank factors", "flipped codes", "initial states"};
+    const mkb_context *context = c->s.context;
+    (void)rest;
+    for (size_t i = 0; i < context->num_adapters; i++) {
+        const mkb_adapter_details *d = &context->adapters[i]->details;
+        fprintf(stderr, "%s: %s of rank %lu after %llu steps, weight %g\n", d->name, methods[d->method],
+                (unsigned long)d->rank, (unsigned long long)d->steps, (double)context->adapter_weights[i]);
+    }
+    return context->num_adapters ? MKB_OK : remark("no adapter is in use");
+}
+
+/* Other adapters in place of those in use: the model reads anew what was said so far. */
+static int change_adapters(chat *c, const char *path, float weight) {
+    session *s = &c->s;
+    uint64_t end = s->context->position;
+    int lost = s->history_lost && end, status;
+    if (use_adapters(s, &path, &weight, path != NULL)) return remark(s->error);
+    if (lost) {
+        forget_turns(c);
+        return remark("what the saved state had read is not known, so the chat begins anew");
+    }
+    status = read_again(c, end);
+    if (status) {
+        forget_turns(c);
+        mkb_reset(s->context);
+        return status == INTERRUPTED ? remark("interrupted; all forgotten but the system text") : status;
+    }
+    if (!s->options->quiet && end) fprintf(stderr, "%llu tokens read again\n", (unsigned long long)end);
+    return MKB_OK;
+}
+
+static int chat_adapter(chat *c, const char *rest) {
+    char *path = copy_text(rest, strlen(rest)), *blank = path ? strrchr(path, ' ') : NULL;
+    float weight = 1.0f;
+    int status;
+    if (!path || !*path) return free(path), remark("/adapter needs a file: /adapter style.mka, or /adapter off");
+    if (blank && parse_number(blank + 1, &weight)) *blank = 0;
+    else weight = 1.0f;
+    status = change_adapters(c, strcmp(path, "off") ? path : NULL, weight);
+    free(path);
+    return status ? status : c->s.options->quiet ? MKB_OK : chat_adapters(c, "");
 }
 
 static int chat_help(chat *c, const char *rest) {
@@ -6485,7 +6603,7 @@ static const struct {
 } CHAT_ACTIONS[] = {
     {"/regenerate", chat_regenerate}, {"/r", chat_regenerate}, {"/edit", chat_edit}, {"/undo", chat_undo},
     {"/reset", chat_reset}, {"/system", chat_system}, {"/temperature", chat_temperature}, {"/save", chat_save},
-    {"/load", chat_load}, {"/file", chat_file}, {"/help", chat_help},
+    {"/load", chat_load}, {"/file", chat_file}, {"/help", chat_help}, {"/adapter", chat_adapter}, {"/adapters", chat_adapters},
 };
 
 static int obey(chat *c, const char *line) {
@@ -6587,6 +6705,7 @@ static int open_chat(chat *c) {
     if ((status = choose_markup(c))) return status;
     if ((status = open_context(s, 8192))) return report_status(s, status);
     add_chat_stops(c);
+    s->keeps_history = 1;
     c->system = o->system ? copy_text(o->system, strlen(o->system)) : NULL;
     if (o->quiet) return MKB_OK;
     fprintf(stderr, "%s: %.1f M parameters, step %llu. ", s->model->name, 1e-6 * (double)s->model->parameters,
