@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from kabrn_dist.config import ExpertsConfig, ModelConfig, RetentionConfig
 from kabrn_dist.data.dataset import Batch
@@ -18,15 +17,10 @@ from kabrn_dist.model.adapter import (
     find_targets,
     freeze_base,
     merged_matrices,
-    set_initial_states,
-    set_low_ranks,
-    trained_low_ranks,
-    trained_states,
 )
 from kabrn_dist.model.fixed_codes import FixedCodes
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import TernaryModule
-from kabrn_dist.utils.errors import UserError
 
 TYPES = ["rational", "chebyshev", "hat", "bspline", "swiglu", "relu2"]
 EVERYTHING = ("mixer", "shared", "routed", "router", "head")
@@ -49,9 +43,7 @@ def make_model(
         dense_hidden_size=14,
     )
     retention = RetentionConfig(num_heads=2, key_dim=4, value_dim=6, decay=(1.5, 7.0), chunk_size=5)
-    config = ModelConfig(
-        vocab_size=11, hidden_size=12, layers=layers, retention=retention, experts=experts, **changes
-    )
+    config = ModelConfig(vocab_size=11, hidden_size=12, layers=layers, retention=retention, experts=experts, **changes)
     model = MixKABRN(config, placement or ExpertPlacement.single(4), single_process_mesh())
     model.initialize(1)
     return model
