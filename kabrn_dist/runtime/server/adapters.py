@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kabrn_dist.adapters.adapter import AdapterInfo
-from kabrn_dist.runtime.native import NativeAdapter
+from kabrn_dist.adapters.folder import read_adapter
+from kabrn_dist.runtime.adapter_file import encode_adapter, read_adapter_file
+from kabrn_dist.runtime.model_file import read_model_file
+from kabrn_dist.runtime.native import NativeAdapter, NativeModel
 from kabrn_dist.runtime.server.errors import RequestError
 from kabrn_dist.utils.errors import UserError
 
+ADAPTER_FILE_SUFFIX = ".mka"
 NAME_CHARACTERS_LIMIT = 100
 # Each takes memory, and anybody who may ask may load one.
 ADAPTERS_LIMIT = 256
@@ -44,6 +48,33 @@ class ServedAdapter:
     number: int = field(default_factory=lambda: next(_numbers))
     created: int = field(default_factory=lambda: int(time.time()))
     loaded: bool = True
+
+
+class AdapterReader:
+    """Reads adapters of one model: folders, .safetensors and .mka.
+
+    Args:
+        model: The model in the runtime.
+        file: Its file, which the other formats are encoded for.
+
+    Raises:
+        UserError: for a file that cannot be read.
+    """
+
+    def __init__(self, model: NativeModel, file: Path) -> None:
+        # The runtime has verified its hash.
+        self._model, self._file = model, read_model_file(file, verify=False)
+
+    def open(self, path: Path) -> tuple[AdapterInfo, NativeAdapter]:
+        """Return what an adapter says about itself, and the adapter in the runtime.
+
+        Raises:
+            UserError: for a file that is missing or damaged, and an adapter of another model.
+        """
+        if path.suffix == ADAPTER_FILE_SUFFIX and not path.is_dir():
+            return read_adapter_file(path).info, self._model.adapter(path)
+        adapter = read_adapter(path)
+        return adapter.info, self._model.adapter(encode_adapter(adapter, self._file))
 
 
 class AdapterSet:

@@ -127,6 +127,7 @@ class ModelServer:
         return AnswerResponse(self._pool, job, channel, AnswerShape(chat, name, wanted.include_usage))
 
     async def _load_adapter(self, request: Request) -> Response:
+        self._check_file()
         self._adapters.check_changes()
         wanted = parse_adapter(await self._read_body(request), load=True)
         path = self._adapters.resolve(wanted.path)

@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kabrn_dist.runtime.native import NativeModel, native_kernels
-from kabrn_dist.runtime.server.adapters import AdapterSet
+from kabrn_dist.runtime.server.adapters import AdapterReader, AdapterSet
 from kabrn_dist.runtime.server.app import ModelServer
 from kabrn_dist.runtime.server.chat_format import make_chat_format
 from kabrn_dist.runtime.server.file_watch import FileWatch
@@ -125,7 +125,7 @@ def serve_model(file: Path, settings: ServerSettings) -> None:
     watch = FileWatch(file)
     with listening, NativeModel(file) as model:
         chat_format = make_chat_format(model)
-        adapters = _load_adapters(model, file.stem, settings)
+        adapters = _load_adapters(model, file, settings)
         pool = WorkerPool(model, settings)
         try:
             app = ModelServer(model, file.stem, adapters, chat_format, pool, settings, watch.check).app()
@@ -141,10 +141,11 @@ def serve_model(file: Path, settings: ServerSettings) -> None:
             pool.close()
 
 
-def _load_adapters(model: NativeModel, base_name: str, settings: ServerSettings) -> AdapterSet:
+def _load_adapters(model: NativeModel, file: Path, settings: ServerSettings) -> AdapterSet:
     # A name that nothing has is then a mistake, and an answer of the base would hide it.
     strict = bool(settings.adapters) or settings.adapter_folder is not None
-    adapters = AdapterSet(base_name, model.adapter, settings.adapter_folder, strict)
+    reader = AdapterReader(model, file)
+    adapters = AdapterSet(file.stem, reader.open, settings.adapter_folder, strict)
     for source in settings.adapters:
         adapters.load(*source)
     return adapters
