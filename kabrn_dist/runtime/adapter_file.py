@@ -27,6 +27,7 @@ from kabrn_dist.adapters.adapter import (
     StateFactors,
 )
 from kabrn_dist.adapters.code_patch import PackedPlaces, pack_places, unpack_places
+from kabrn_dist.adapters.identity import refuse_base
 from kabrn_dist.runtime.file_format import ALIGNMENT, DTYPE_BASE3, DTYPE_TILES, FileTensor, align, find_role
 from kabrn_dist.runtime.model_file import ModelFile
 from kabrn_dist.runtime.parameter_names import MATRIX_ROLES, parameter_name
@@ -179,10 +180,7 @@ def _check_base(info: AdapterInfo, model: ModelFile) -> None:
             f"{model.path}: packed by an earlier version, which adapters cannot tell from others; pack it again"
         )
     if has.hex() != info.base_sha256:
-        raise UserError(
-            f"adapter {info.name!r} belongs to the model {info.base_sha256[:8]}, and {model.path} is {has.hex()[:8]}; "
-            "name its own model"
-        )
+        raise refuse_base(str(model.path), info, has.hex())
 
 
 def _find_tensor(name: str, tensors: dict[str, FileTensor], model: ModelFile) -> FileTensor:
