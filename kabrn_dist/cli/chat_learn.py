@@ -78,9 +78,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=given_path, metavar="DIR", help="what is learned (default: adapters/NAME beside the run)"
     )
-    parser.add_argument(
-        "--method", choices=("lora", "state"), help="what is trained (default: lora, or that of --out)"
-    )
+    parser.add_argument("--method", choices=("lora", "state"), help="what is trained (default: lora, or that of --out)")
     parser.add_argument("--rank", type=positive_int, default=8, metavar="R", help="rank of a new adapter (default 8)")
     parser.add_argument(
         "--minutes", type=number, default=2.0, metavar="M", help="longest time of a learning (default 2)"

@@ -46,7 +46,7 @@ class ChatTerminal:
             "/regenerate": self._regenerate,
             "/r": self._regenerate,
             "/reset": lambda text: self._session.conversation.reset(),
-            "/system": lambda text: self._session.conversation.begin(text),
+            "/system": session.conversation.begin,
             "/temperature": self._set_temperature,
             "/help": lambda text: _say(HELP.rstrip()),
         }

@@ -1,1 +1,1 @@
-"""Online learning: adapters trained on the user's own machine, in seconds, from corrections in a chat and from notes."""
+"""Online learning: adapters trained on the user's own machine, in seconds, from corrections and notes."""

@@ -36,7 +36,7 @@ def read_base_text(config: Config, tokens: int, seed: int = 0) -> BaseText:
         tokens: Tokens of a row.
         seed: Of the choice.
     """
-    if any(is_url(place) for place in (config.data.path, *config.data.extra_sets)):
+    if any(is_url(place) for place in (config.data.path, *(extra.path for extra in config.data.extra_sets))):
         return BaseText()
     try:
         corpus = open_corpus(config.data)

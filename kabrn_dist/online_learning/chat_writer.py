@@ -96,7 +96,7 @@ class ChatWriter:
         return id in self._special_ids
 
     def _add_stretch(self, tokens: Tokens, stretch: Sequence[Piece]) -> None:
-        """Append what stands between special tokens; a token that lies in two pieces carries loss if one of them does."""
+        """Append what stands between special tokens; a token in two pieces carries loss if one of them does."""
         learned = b"".join(bytes([piece.generated]) * len(piece.text.encode()) for piece in stretch)
         place = 0
         for id in self._tokenizer.encode("".join(piece.text for piece in stretch)):

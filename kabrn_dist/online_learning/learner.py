@@ -32,6 +32,7 @@ EVALUATIONS = 8
 # Of many samples every tenth is not learned from, and tells when to stop.
 HELD_OUT_STEP, HELD_OUT_MIN, EVALUATED_SAMPLES = 10, 30, 16
 REHEARSED_SAMPLES = 2
+REPLAYED_TOKENS = 64
 # Samples of the base's own text for each sample of notes.
 REPLAY_SHARE = 0.25
 
@@ -218,13 +219,12 @@ class Learner:
             milestone += is_milestone
             yield is_milestone
 
-    def _correction_steps(
-        self, sample: Sample, course: _Course, report: Callable[[Progress], None]
-    ) -> Iterator[bool]:
+    def _correction_steps(self, sample: Sample, course: _Course, report: Callable[[Progress], None]) -> Iterator[bool]:
         optimizer = self._make_optimizer()
         while not course.ended:
             rehearsed = self._draw(self._learned, REHEARSED_SAMPLES)
-            loss = self._step(optimizer, [[sample], rehearsed, self._draw(self._replay, 1)], 1.0)
+            replayed = [self._crop(each) for each in self._draw(self._replay, 1)]
+            loss = self._step(optimizer, [[sample], rehearsed, replayed], 1.0)
             course.count()
             course.passes += 1
             report(course.progress(loss))
@@ -238,7 +238,7 @@ class Learner:
             total, targets = 0.0, max(1, sum(sample.targets for sample in group))
             for row in pack_rows(group, self.row_tokens):
                 loss: Tensor = self._model(make_row(row)).language
-                (loss / targets).backward()  # type: ignore[no-untyped-call]
+                (loss / targets).backward()
                 total += float(loss.detach())
             means.append(total / targets)
         if not sum(means) < float("inf"):
@@ -251,6 +251,12 @@ class Learner:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self._adapter.parameters, lr=self._adapter.learning_rate, betas=BETAS)
+
+    def _crop(self, sample: Sample) -> Sample:
+        """A part of a text that takes no longer than a short answer."""
+        start = self._random.randrange(max(1, len(sample.ids) - REPLAYED_TOKENS))
+        ids, learned = (part[start : start + REPLAYED_TOKENS] for part in sample)
+        return Sample(ids, [False, *learned[1:]])
 
     def _draw(self, samples: Sequence[Sample], count: int) -> list[Sample]:
         return self._random.sample(samples, min(count, len(samples)))
@@ -297,4 +303,3 @@ class _Course:
 def _count_steps(samples: Sequence[Sample], most: int, row_tokens: int) -> int:
     tokens = sum(len(sample.ids) for sample in samples)
     return min(most, max(1, PASSES * tokens // STEP_TOKENS) if tokens > STEP_TOKENS else PASSES)
-

@@ -29,17 +29,15 @@ def make_row(samples: Sequence[Sample]) -> Batch:
     Args:
         samples: At least one, of at least two tokens.
     """
-    tokens, targets, documents, positions = [], [], [], []
+    tokens, targets, documents, positions = (list[int]() for _ in range(4))
     for number, sample in enumerate(samples):
         count = len(sample.ids) - 1
         tokens += sample.ids[:-1]
-        targets += [
-            id if learned else IGNORED for id, learned in zip(sample.ids[1:], sample.learned[1:], strict=True)
-        ]
+        targets += [id if learned else IGNORED for id, learned in zip(sample.ids[1:], sample.learned[1:], strict=True)]
         documents += [number] * count
         positions += range(count)
-    parts = (torch.tensor([part], dtype=torch.int64) for part in (tokens, targets, documents, positions))
-    return Batch(*parts, torch.zeros(1, dtype=torch.int64))
+    parts = [torch.tensor([part], dtype=torch.int64) for part in (tokens, targets, documents, positions)]
+    return Batch(parts[0], parts[1], parts[2], parts[3], torch.zeros(1, dtype=torch.int64))
 
 
 def pack_rows(samples: Iterable[Sample], row_tokens: int) -> Iterator[list[Sample]]:
@@ -59,9 +57,7 @@ def pack_rows(samples: Iterable[Sample], row_tokens: int) -> Iterator[list[Sampl
 @torch.no_grad()
 def mean_loss(model: MixKABRN, samples: Sequence[Sample], row_tokens: int) -> float:
     """Return the mean loss of the samples' targets in nats; 0 without any."""
-    total = sum(
-        float(model(make_row(row)).language) for row in pack_rows(samples, row_tokens)
-    )
+    total = sum(float(model(make_row(row)).language) for row in pack_rows(samples, row_tokens))
     return total / max(1, sum(sample.targets for sample in samples))
 
 

@@ -113,8 +113,8 @@ class SampleReader:
         tokens = self._fit(messages)
         if tokens is None:
             raise UserError(
-                f"the answer has more than {self._conversation_tokens} tokens with its question; give a shorter one, or "
-                "raise --memory"
+                f"the answer and its question have more than {self._conversation_tokens} tokens; give a shorter one, "
+                "or raise --memory"
             )
         ids, learned = tokens
         count = sum(self._writer.write(messages[-2:]).learned)
@@ -142,7 +142,7 @@ class SampleReader:
         return len(content)
 
     def _divide(self, ids: list[int]) -> Iterator[Sample]:
-        """Yield a note in pieces, each from an empty state; the first token of one is what the last one ends with."""
+        """Yield a note in pieces; each begins with the token that the last one ends with."""
         ids = [self._tokenizer.document_token, *ids, self._tokenizer.document_token]
         step = self._note_tokens - 1
         for start in range(0, len(ids) - 1, step):

@@ -28,7 +28,7 @@ from kabrn_dist.ops.low_rank import A_SUFFIX, B_SUFFIX, LowRankModule
 from kabrn_dist.utils.errors import UserError
 
 # Adam's steps have about the size of the learning rate, whatever the gradient's.
-LEARNING_RATES = {"lora": 0.01, "state": 0.05}
+LEARNING_RATES = {"lora": 0.005, "state": 0.2}
 
 
 class TrainableAdapter:

@@ -7,7 +7,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-
 _OWNER_BYTES = 8
 
 
