@@ -90,6 +90,8 @@ class ChatTerminal:
         finally:
             self._end_bar()
         _say(_describe_notes(path, notes))
+        if result.passes < 1:
+            _say(f"time or steps were up after {result.passes:.0%} of them; --minutes and --steps are the limits")
         self._tell(result)
 
     def _obey(self, line: str) -> None:

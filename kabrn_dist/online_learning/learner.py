@@ -24,6 +24,7 @@ from kabrn_dist.utils.errors import UserError
 
 # An answer whose probability is above e^−0.5 = 0.61 is the one that greedy decoding gives, token by token.
 KNOWN_NATS = 0.5
+NEARLY_KNOWN_NATS = 3 * KNOWN_NATS
 GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.95)
 STEP_TOKENS = 1024
@@ -189,6 +190,8 @@ class Learner:
                     break
         except KeyboardInterrupt:
             interrupted = True
+            if (loss := self._judge(judged)) < best:
+                best, best_steps, values = loss, taken, adapter.copy()
         adapter.restore(values)
         seconds = time.monotonic() - course.begun
         return LearningResult(
@@ -228,7 +231,8 @@ class Learner:
             course.count()
             course.passes += 1
             report(course.progress(loss))
-            yield True
+            # Of the parameters before the step, so that an evaluation is worth its time only near the end.
+            yield loss * sample.targets <= NEARLY_KNOWN_NATS or course.ended
 
     def _step(self, optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Sample]], rate: float) -> float:
         """Take one step on the sum of the groups' mean losses; return that of the first group."""
