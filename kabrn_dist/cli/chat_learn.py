@@ -31,7 +31,8 @@ EXAMPLES = """examples:
 """
 
 DEFAULT_ALPHA_RATIO = 2.0
-DEFAULT_TARGETS = ("mixer", "shared", "routed")
+# The head too: otherwise tokens that the base has hardly seen could not be said.
+DEFAULT_TARGETS = ("mixer", "shared", "routed", "head")
 NOTE_TOKENS = 256
 
 

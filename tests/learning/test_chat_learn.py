@@ -134,7 +134,9 @@ def test_notes_are_learned_without_a_word_said(base_run: Path, tmp_path: Path) -
 
 def test_states_are_learned_too(base_run: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("one two three four five six seven eight\n" * 40)
-    done = chat(base_run, tmp_path / "s", [], "--learn", str(tmp_path / "notes.txt"), "--method", "state", "--rank", "4")
+    done = chat(
+        base_run, tmp_path / "s", [], "--learn", str(tmp_path / "notes.txt"), "--method", "state", "--rank", "4"
+    )
     assert done.returncode == 0, done.stderr
     adapter = read_adapter(tmp_path / "s")
     assert adapter.info.method == "state" and set(adapter.states) == {0, 1} and adapter.states[0].key.shape[1] == 4
@@ -213,6 +215,12 @@ def test_mistakes_are_one_line(
         assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     done = chat(base_run, tmp_path / "out", ["/correct x", QUESTION, "/correct", "/none", "/learn", "/temperature hot"])
-    for words in ("needs an answer to correct", "needs the right answer", "no such command", "needs a file", "a number"):
+    for words in (
+        "needs an answer to correct",
+        "needs the right answer",
+        "no such command",
+        "needs a file",
+        "a number",
+    ):
         assert words in done.stderr
     assert done.returncode == 0
