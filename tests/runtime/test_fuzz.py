@@ -1,8 +1,9 @@
-"""Damaged model files and states, with AddressSanitizer and UBSan: refused or read, but no crash, leak or hang."""
+"""Damaged model files, adapters and states, with AddressSanitizer and UBSan: refused or read, but no crash, leak or hang."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
 from kabrn_dist.runtime.build import CSRC
-from kabrn_dist.runtime.model_file import write_model_file
+from kabrn_dist.runtime.adapter_file import write_adapter_file
+from kabrn_dist.runtime.model_file import ModelFile, read_model_file, write_model_file
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
+from tests.support.native_adapters import draw_low_ranks, draw_states, flip_codes
 
 DRIVER = Path(__file__).with_name("fuzz.c")
 KINDS = ("rational", "bspline", "swiglu", "hybrid", "scale groups", "router groups", "plain")
@@ -32,6 +35,13 @@ def compile_fuzzer(target: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False, timeout=600).returncode == 0
 
 
+def write_adapters(model: ModelFile, stem: Path) -> None:
+    """Write one adapter of each method that the model can have, by names that follow its own."""
+    adapters = [draw_low_ranks(model), draw_states(model), flip_codes(model)]
+    for adapter in adapters:
+        write_adapter_file(adapter, model, stem.with_name(f"{stem.name}.mkb.{adapter.info.method}.mka"))
+
+
 @pytest.mark.slow
 def test_damaged_files_and_states_do_no_harm(tmp_path: Path) -> None:
     if not compile_fuzzer(tmp_path / "fuzz"):
@@ -40,11 +50,14 @@ def test_damaged_files_and_states_do_no_harm(tmp_path: Path) -> None:
         config = make_model_config(*MODEL_KINDS[kind])
         model = make_model(config)
         write_model_file(model, config, Tokenizer.of_bytes(), 3, tmp_path / f"{kind}.mkb")
-    models = sorted(map(str, tmp_path.glob("*.mkb")))
+        write_adapters(read_model_file(tmp_path / f"{kind}.mkb"), tmp_path / kind)
+    # Each model, and then its adapters.
+    files = sorted(map(str, [*tmp_path.glob("*.mkb"), *tmp_path.glob("*.mka")]))
     environment = {**os.environ, "ASAN_OPTIONS": LIMITS}
-    command = [str(tmp_path / "fuzz"), "1", "3000", *models]
+    command = [str(tmp_path / "fuzz"), "1", "3000", *files]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace", check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.startswith("3000 inputs, ") and not done.stdout.startswith("3000 inputs, 0 accepted")
+    found = re.fullmatch(r"3000 inputs, (\d+) accepted, (\d+) adapters used\n", done.stdout)
+    assert found and int(found[1]) > 100 and int(found[2]) > 100, done.stdout

@@ -66,3 +66,15 @@ def patch_between(model: ModelFile, other: ModelFile) -> Adapter:
             assert before.scales is not None and after.scales is not None
             patches[name] = make_patch(before.codes, before.scales, after.codes, after.scales)
     return Adapter(make_native_info(model, "ternary_lora"), patches=patches)
+
+
+def flip_codes(model: ModelFile, seed: int = 0, share: float = 0.05) -> Adapter:
+    """Return a patch of a share of all ternary codes of a model file, with other scales; of a plain model an empty one."""
+    random = np.random.default_rng(seed)
+    patch = patch_between(model, model)
+    for name, each in patch.patches.items():
+        places = np.flatnonzero(random.random(np.prod(each.shape)) < share)
+        steps = random.integers(1, 3, len(places)).astype(np.uint8)
+        scales = each.base_scales * np.float32(1.1)
+        patch.patches[name] = each._replace(places=places, steps=steps, scales=scales)
+    return patch
