@@ -50,9 +50,7 @@ def make_model(
         dense_hidden_size=14,
     )
     retention = RetentionConfig(num_heads=2, key_dim=4, value_dim=6, decay=(1.5, 7.0), chunk_size=5)
-    config = ModelConfig(
-        vocab_size=11, hidden_size=12, layers=layers, retention=retention, experts=experts, **changes
-    )
+    config = ModelConfig(vocab_size=11, hidden_size=12, layers=layers, retention=retention, experts=experts, **changes)
     model = MixKABRN(config, placement or ExpertPlacement.single(4), single_process_mesh())
     model.initialize(1)
     return model
@@ -334,7 +332,10 @@ def test_targets_are_groups_parts_and_patterns() -> None:
     assert find("mixer") == [f"blocks.{i}.mixer.{part}.weight" for i in range(3) for part in mixers]
     assert find("router", "head") == [f"blocks.{i}.mixture.router.weight" for i in (1, 2)] + ["head.weight"]
     shared = [f"blocks.{i}.mixture.shared.{leaf}" for i in range(3) for leaf in ("gate", "up", "down")]
-    assert find("shared") == shared and find("query", "query") == [f"blocks.{i}.mixer.inputs.query.weight" for i in range(3)]
+    assert find("shared") == shared
+    assert find("query", "query") == [f"blocks.{i}.mixer.inputs.query.weight" for i in range(3)]
+        f"blocks.{i}.mixer.inputs.query.weight" for i in range(3)
+    ]
     assert find("blocks.2.*.down") == ["blocks.2.mixture.routed.down", "blocks.2.mixture.shared.down"]
     assert all("router" not in name for name in find("blocks.1.*")) and len(find("blocks.1.*")) == 11
     assert find("blocks.1.*router*") == ["blocks.1.mixture.router.weight"] and "head.weight" not in find("*")

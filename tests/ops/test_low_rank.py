@@ -136,9 +136,7 @@ def test_edge_layers_add_it(counts: tuple[int, ...], quantized: bool, degree: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_edge_layers_learn_nothing_where_their_matrices_are_frozen(dtype: torch.dtype) -> None:
     grid = Grid(-1.5, 1.5, 3, 2)
-    base, spline = (
-        draw(2, OUTPUTS, inputs, dtype=torch.float32).to(dtype) for inputs in (INPUTS, INPUTS * grid.size)
-    )
+    base, spline = (draw(2, OUTPUTS, inputs, dtype=torch.float32).to(dtype) for inputs in (INPUTS, INPUTS * grid.size))
     found = []
     for trained in (True, False):
         x = draw(5, INPUTS, dtype=torch.float32).to(dtype).requires_grad_()
@@ -198,7 +196,9 @@ def test_initial_state_in_decoding_is_its_definition() -> None:
 def test_what_is_left_of_an_initial_state_is_exact_far_in() -> None:
     decay = torch.tensor([1 - 2.0**-9]).log().double()
     left = decay_since_start(decay, torch.tensor([[0, 999, 10**6]]))
-    torch.testing.assert_close(left, (decay * torch.tensor([1, 1000, 10**6 + 1.0])).exp()[None, None], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        left, (decay * torch.tensor([1, 1000, 10**6 + 1.0])).exp()[None, None], rtol=1e-12, atol=0
+    )
 
 
 def test_products_that_have_no_factors_are_the_same_object() -> None:
