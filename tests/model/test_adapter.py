@@ -334,8 +334,6 @@ def test_targets_are_groups_parts_and_patterns() -> None:
     shared = [f"blocks.{i}.mixture.shared.{leaf}" for i in range(3) for leaf in ("gate", "up", "down")]
     assert find("shared") == shared
     assert find("query", "query") == [f"blocks.{i}.mixer.inputs.query.weight" for i in range(3)]
-        f"blocks.{i}.mixer.inputs.query.weight" for i in range(3)
-    ]
     assert find("blocks.2.*.down") == ["blocks.2.mixture.routed.down", "blocks.2.mixture.shared.down"]
     assert all("router" not in name for name in find("blocks.1.*")) and len(find("blocks.1.*")) == 11
     assert find("blocks.1.*router*") == ["blocks.1.mixture.router.weight"] and "head.weight" not in find("*")
