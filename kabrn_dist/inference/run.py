@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints, step_of
-from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
 from kabrn_dist.checkpoint.state import read_model, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
@@ -58,9 +58,18 @@ class Run:
         """
         folder = Path(folder)
         check_run_folder(folder, "config.yaml")
-        config = load_config(folder / "config.yaml")
-        path, manifest = find_checkpoint(folder, step)
-        return cls(folder, _as_trained(config, folder, path, manifest), path, manifest)
+        path, _ = find_checkpoint(folder, step)
+        return cls.at_checkpoint(folder, path)
+
+    @classmethod
+    def at_checkpoint(cls, folder: Path, checkpoint: Path) -> Run:
+        """Open a run's folder at a checkpoint whose files have been verified, as `find_checkpoint` does.
+
+        Raises:
+            UserError: for a configuration that cannot be read, or is not that of the checkpoint's model.
+        """
+        config, manifest = load_config(folder / "config.yaml"), read_manifest(checkpoint)
+        return cls(folder, _as_trained(config, folder, checkpoint, manifest), checkpoint, manifest)
 
     @property
     def step(self) -> int:

@@ -10,7 +10,7 @@ from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.sharded_state import sharded_state, sync_working_copy
 from kabrn_dist.checkpoint.layout import list_checkpoints, list_links
 from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
-from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_model, read_state
+from kabrn_dist.checkpoint.state import BaseState, CursorState, GuardState, RunState, read_model, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import DataState
@@ -28,11 +28,13 @@ class Progress(NamedTuple):
         step: steps done.
         skipped_data_steps: steps' worth of data that rollbacks have skipped.
         guard: state of the loss guard.
+        base: model that the run fine-tunes; None if there is none.
     """
 
     step: int
     skipped_data_steps: int
     guard: dict[str, Any]
+    base: BaseState | None = None
 
 
 START = Progress(0, 0, {})
@@ -160,7 +162,7 @@ def restore(store: CheckpointStore, path: Path, engine: Engine, datasets: Datase
     # A checkpoint of another precision has no scale: fp16 then begins with its own.
     if state.precision == "fp16":
         engine.set_loss_scale(state.loss_scale)
-    return Progress(state.step, state.skipped_data_steps, state.guard.model_dump())
+    return Progress(state.step, state.skipped_data_steps, state.guard.model_dump(), state.base)
 
 
 def make_run_state(
@@ -186,5 +188,6 @@ def make_run_state(
         guard=GuardState(**progress.guard),
         config=config.model_dump(mode="json"),
         tokenizer_sha256=datasets.train.corpus.tokenizer_sha256,
+        base=progress.base,
     )
     return state.model_dump()
