@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.header import read_metadata
 from kabrn_dist.checkpoint.manifest import SAFETENSORS_DTYPES
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.config import Config, ModelConfig
@@ -31,6 +30,7 @@ from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.packing import unpack
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.precision import TORCH_DTYPES
+from kabrn_dist.utils.safetensors_header import read_metadata
 from kabrn_dist.utils.yaml_section import set_value
 
 MODEL_TYPE = "mixkabrn"

@@ -23,8 +23,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.header import encode_header
-from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.manifest import DTYPE_CODES, Manifest
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
@@ -37,6 +36,7 @@ from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.stored_codes import CODES_SUFFIX, SCALES_SUFFIX, code_shapes, is_code_tensor
 from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safetensors_header import encode_header
 
 FILE_BYTES = 2 * 10**9
 CHUNK_ELEMENTS = 4 * 2**20
@@ -171,7 +171,7 @@ def _write_content(content: bytes, stream: BinaryIO) -> None:
 
 
 def _write_tensors(export: Export, names: list[str], stream: BinaryIO) -> None:
-    header = {name: (export.stored_dtype(name), export.shapes[name]) for name in names}
+    header = {name: (DTYPE_CODES[export.stored_dtype(name)], export.shapes[name]) for name in names}
     metadata = {
         "format": "pt",
         "step": str(export.manifest.step),

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment
-from kabrn_dist.checkpoint.header import TensorEntry, read_header, read_metadata
 from kabrn_dist.checkpoint.manifest import HASH_CHUNK_BYTES, SAFETENSORS_DTYPES, Manifest
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.checkpoint.store import CheckpointStore
@@ -32,6 +31,7 @@ from kabrn_dist.inference.working_copy import empty_full_model
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import open_plain, read_plain
+from kabrn_dist.utils.safetensors_header import TensorEntry, read_header, read_metadata
 
 # Key of a file's metadata: sha256 of all that follows its header.
 DATA_HASH = "data_sha256"

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.checkpoint.header import TensorEntry
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.kernels.ternary import PACK_BLOCK
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.packing import pack, unpack
 from kabrn_dist.ops.weight_quant import TernaryMatrices, TernaryModule, TernarySource, ternarize
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safetensors_header import TensorEntry
 
 CODES_SUFFIX, SCALES_SUFFIX = ".codes", ".scales"
 _LOW_BITS = 0b01010101
