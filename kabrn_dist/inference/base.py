@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.header import TensorEntry
+from kabrn_dist.utils.safetensors_header import TensorEntry
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.config import Config
 from kabrn_dist.data.base import check_base_model, read_base_config

@@ -111,6 +111,15 @@ def describe_resume(path: Path, config: Config) -> list[str]:
     return [f"resumed from {path} at step {state.step}", *describe_changes(path, state, config)]
 
 
+def read_earlier_base(path: Path | None) -> BaseState | None:
+    """Return what a checkpoint says of the model that its run fine-tunes; None without a checkpoint or a base.
+
+    Raises:
+        UserError: for a state that cannot be used.
+    """
+    return None if path is None else read_state(path, read_manifest(path)).base
+
+
 def check_state(path: Path, manifest: Manifest) -> None:
     """Check that training can go on from the state of a checkpoint, which may come from a stranger.
 

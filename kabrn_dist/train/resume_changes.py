@@ -15,7 +15,7 @@ from kabrn_dist.train.schedule import learning_rate
 from kabrn_dist.utils.errors import UserError
 
 # What decides which parameters a fine-tuning trains, and what they mean.
-FINETUNE_KEYS = ("method", "rank", "alpha", "targets")
+FINETUNE_KEYS = ("finetune.method", "finetune.rank", "finetune.alpha", "finetune.targets")
 
 
 def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
@@ -66,9 +66,13 @@ def _refuse_other_finetune(path: Path, before: dict[str, Any], after: dict[str, 
         told = "is of a fine-tuning" if was else "is of a run that trains its model from the start"
         remedy = "restore the section finetune" if was else "name that run in finetune.base"
         raise UserError(f"{path}: {told}; {remedy}, or set run.folder to another folder to start anew")
-    changed = [f"finetune.{key}" for key in FINETUNE_KEYS if before.get(f"finetune.{key}") != after.get(f"finetune.{key}")]
+    # Of `full`, only the method says what is trained.
+    keys = FINETUNE_KEYS if before.get("finetune.method") != "full" else FINETUNE_KEYS[:1]
+    changed = [key for key in keys if before.get(key) != after.get(key)]
     if changed:
-        told = ", ".join(f"{key} is {_show(before[key])} in the checkpoint and {_show(after[key])} here" for key in changed)
+        told = ", ".join(
+            f"{key} is {_show(before[key])} in the checkpoint and {_show(after[key])} here" for key in changed
+        )
         remedy = ", ".join(f"{key} to {_show(before[key])}" for key in changed)
         raise UserError(
             f"{path}: {told}, and a run keeps what it trains; set {remedy}, or set run.folder to another folder to "
