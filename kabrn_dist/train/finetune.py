@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from kabrn_dist.checkpoint.state import BaseState
 from kabrn_dist.config import Config
-from kabrn_dist.distributed.collectives import broadcast_json, run_on_main
+from kabrn_dist.distributed.collectives import broadcast_json, run_on_all, run_on_main
 from kabrn_dist.inference.adapters import hash_model_codes
 from kabrn_dist.inference.base import Base, open_base
+from kabrn_dist.model.adapter import add_adapter, freeze_base
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 
@@ -39,7 +40,14 @@ def start_from_base(model: MixKABRN, config: Config, earlier: BaseState | None) 
             f"begun with ({earlier.sha256[:12]}…), of step {earlier.step}; restore that one, or set run.folder to "
             "another folder to start anew"
         )
+    if finetune.trains_adapter:
+        run_on_all(None, _add_adapter, model, config)
     return earlier or BaseState(sha256=sha256, step=base.step)
+
+
+def _add_adapter(model: MixKABRN, config: Config) -> None:
+    freeze_base(model)
+    add_adapter(model, adapter_spec(config), config.run.seed)
 
 
 def _hash_base(base: Base) -> str:
