@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,12 +43,9 @@ def _convert(model: Path, options: Sequence[str]) -> Iterator[str]:
 
 
 def _convert_value(model: Path, value: str) -> str:
-    # As the runtime divides it.
-    path, equals, weight = value.rpartition("=")
-    try:
-        float(weight if equals else "")
-    except ValueError:
-        path, equals, weight = value, "", ""
+    path, equals, weight = value, "", ""
+    if not Path(value).exists() and re.fullmatch(r"[-+.\deE]+", value.rpartition("=")[2]):
+        path, equals, weight = value.rpartition("=")
     is_trained = Path(path).is_dir() or path.endswith(".safetensors")
     return f"{_convert_file(model, Path(path))}{equals}{weight}" if is_trained else value
 

@@ -1,4 +1,4 @@
-"""Damaged model files, adapters and states, with AddressSanitizer and UBSan: refused or read, but no crash, leak or hang."""
+"""Damaged models, adapters and states, with AddressSanitizer and UBSan: refused or read, but no crash, leak or hang."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
-from kabrn_dist.runtime.build import CSRC
 from kabrn_dist.runtime.adapter_file import write_adapter_file
+from kabrn_dist.runtime.build import CSRC
 from kabrn_dist.runtime.model_file import ModelFile, read_model_file, write_model_file
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
 from tests.support.native_adapters import draw_low_ranks, draw_states, flip_codes

@@ -69,7 +69,7 @@ def patch_between(model: ModelFile, other: ModelFile) -> Adapter:
 
 
 def flip_codes(model: ModelFile, seed: int = 0, share: float = 0.05) -> Adapter:
-    """Return a patch of a share of all ternary codes of a model file, with other scales; of a plain model an empty one."""
+    """Return a patch of a share of all ternary codes of a model file, with other scales; empty for a plain model."""
     random = np.random.default_rng(seed)
     patch = patch_between(model, model)
     for name, each in patch.patches.items():
