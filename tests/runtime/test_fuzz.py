@@ -11,11 +11,10 @@ import pytest
 
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
-from kabrn_dist.runtime.adapter_file import write_adapter_file
 from kabrn_dist.runtime.build import CSRC
-from kabrn_dist.runtime.model_file import ModelFile, read_model_file, write_model_file
+from kabrn_dist.runtime.model_file import write_model_file
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
-from tests.support.native_adapters import draw_low_ranks, draw_states, flip_codes
+from tests.support.native_adapters import write_adapters
 
 DRIVER = Path(__file__).with_name("fuzz.c")
 KINDS = ("rational", "bspline", "swiglu", "hybrid", "scale groups", "router groups", "plain")
@@ -35,13 +34,6 @@ def compile_fuzzer(target: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False, timeout=600).returncode == 0
 
 
-def write_adapters(model: ModelFile, stem: Path) -> None:
-    """Write one adapter of each method that the model can have, by names that follow its own."""
-    adapters = [draw_low_ranks(model), draw_states(model), flip_codes(model)]
-    for adapter in adapters:
-        write_adapter_file(adapter, model, stem.with_name(f"{stem.name}.mkb.{adapter.info.method}.mka"))
-
-
 @pytest.mark.slow
 def test_damaged_files_and_states_do_no_harm(tmp_path: Path) -> None:
     if not compile_fuzzer(tmp_path / "fuzz"):
@@ -50,7 +42,7 @@ def test_damaged_files_and_states_do_no_harm(tmp_path: Path) -> None:
         config = make_model_config(*MODEL_KINDS[kind])
         model = make_model(config)
         write_model_file(model, config, Tokenizer.of_bytes(), 3, tmp_path / f"{kind}.mkb")
-        write_adapters(read_model_file(tmp_path / f"{kind}.mkb"), tmp_path / kind)
+        write_adapters(tmp_path / f"{kind}.mkb")
     # Each model, and then its adapters.
     files = sorted(map(str, [*tmp_path.glob("*.mkb"), *tmp_path.glob("*.mka")]))
     environment = {**os.environ, "ASAN_OPTIONS": LIMITS}
