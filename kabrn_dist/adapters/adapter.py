@@ -80,6 +80,7 @@ class AdapterInfo:
         base_sha256: `hash_codes` of the model that it was trained on.
         result_sha256: The same of the model with a patch applied; "" for other methods.
         steps: Optimizer steps that it was trained for.
+        base_name: Name of the model that it was trained on, for people and for PEFT.
     """
 
     name: str
@@ -90,6 +91,7 @@ class AdapterInfo:
     base_sha256: str
     result_sha256: str = ""
     steps: int = 0
+    base_name: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment, check_fragment, overlapping_ranges
-from kabrn_dist.checkpoint.header import HEADER_BYTES_LIMIT, TensorEntry, read_header
 from kabrn_dist.checkpoint.manifest import SAFETENSORS_DTYPES, FileRecord, Manifest, PieceRecord, TensorRecord
 from kabrn_dist.checkpoint.writer import CHUNK_BYTES
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import open_plain
+from kabrn_dist.utils.safetensors_header import HEADER_BYTES_LIMIT, TensorEntry, read_header
 
 
 class RangeRead(NamedTuple):

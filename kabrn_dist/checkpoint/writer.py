@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kabrn_dist.checkpoint.fragment import Fragment, check_fragment
-from kabrn_dist.checkpoint.header import encode_header
 from kabrn_dist.checkpoint.manifest import DTYPE_CODES, FileRecord, PieceRecord
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safetensors_header import encode_header
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -109,7 +109,8 @@ def _collect_owned(file_name: str, fragments: Iterable[Fragment]) -> tuple[list[
 
 def _file_chunks(owned: dict[str, Tensor]) -> Iterator[tuple[memoryview | bytes, bool]]:
     """Yield the chunks of the file in order, each with whether the next one overwrites it in memory."""
-    yield encode_header({key: (values.dtype, (values.numel(),)) for key, values in owned.items()}, {}), False
+    header = {key: (DTYPE_CODES[values.dtype], (values.numel(),)) for key, values in owned.items()}
+    yield encode_header(header, {}), False
     staging: Tensor | None = None
     for values in owned.values():
         is_staged = values.device.type != "cpu" or not values.is_contiguous()

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from kabrn_dist.checkpoint.header import encode_header
+from kabrn_dist.checkpoint.manifest import DTYPE_CODES
 from kabrn_dist.config import Config
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.hub.model_card import CardFacts, write_card
@@ -34,6 +34,7 @@ from kabrn_dist.inference.folder_writer import FileWriter, write_folder
 from kabrn_dist.inference.load import DATA_HASH
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain
+from kabrn_dist.utils.safetensors_header import encode_header
 
 MODEL_FILES = ("configuration_mixkabrn.py", "modeling_mixkabrn.py")
 TEMPLATE_NAME = "chat_template.jinja"
@@ -102,17 +103,16 @@ def plan_hub_export(
     if flavor == "ternary" and not (model.quantize and source.lam == 1):
         reason = "model.quantize is false" if not model.quantize else f"quantization is still at {source.lam:.2f} of 1"
         raise UserError(
-            f"{run}: {reason} at step {plan.manifest.step}, so there are no ternary codes; export it with "
-            "--weights latent"
+            f"{run}: {reason} at step {plan.step}, so there are no ternary codes; export it with --weights latent"
         )
     return prepare_hub_export(
         plan.config,
-        plan.manifest.step,
+        plan.step,
         source,
         plan.tokenizer,
         flavor,
         _find_template(run, template),
-        read_training_record(run, plan.config, plan.manifest.step),
+        read_training_record(run, plan.config, plan.step),
         license_id,
         file_bytes,
     )
@@ -186,7 +186,7 @@ def _write_content(content: bytes, stream: BinaryIO) -> None:
 
 
 def _write_tensors(export: HubExport, tensors: list[HubTensor], stream: BinaryIO) -> None:
-    header = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    header = {tensor.name: (DTYPE_CODES[tensor.dtype], tensor.shape) for tensor in tensors}
     metadata = {"format": "pt", "step": str(export.step), "tokenizer_sha256": export.tokenizer.sha256}
     # The hash of what follows is known at the end, and has the same length.
     stream.write(encode_header(header, metadata | {DATA_HASH: "0" * 64}))

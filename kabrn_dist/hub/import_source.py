@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.header import TensorEntry, read_header
 from kabrn_dist.checkpoint.manifest import SAFETENSORS_DTYPES
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import read_plain
+from kabrn_dist.utils.safetensors_header import TensorEntry, read_header
 
 CONFIG_NAME = "config.json"
 _JSON_BYTES_LIMIT = 1 << 26

@@ -16,10 +16,13 @@ class FrozenCodes(TernarySource):
     Args:
         module: The module that holds the parameter.
         source: Where its codes come from; None if they are rounded from its values.
+
+    Attributes:
+        source: The same.
     """
 
     def __init__(self, module: TernaryModule, source: TernarySource | None) -> None:
-        self._quant, self._source = module.quant, source
+        self._quant, self.source = module.quant, source
         self._key: tuple[object, ...] | None = None
         self._found: TernaryMatrices | None = None
 
@@ -37,8 +40,8 @@ class FrozenCodes(TernarySource):
     @torch.no_grad()
     def _find(self, parameter: nn.Parameter) -> TernaryMatrices:
         latents = parameter if parameter.ndim == 3 else parameter[None]
-        if self._source is not None:
-            found = self._source.read(parameter)
+        if self.source is not None:
+            found = self.source.read(parameter)
         else:
             found = ternarize(latents, self._quant.lam, self._quant.scale_group_size)
         if found.packed is None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from mmap import mmap
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from kabrn_dist.runtime.file_format import (
     ALIGNMENT,
+    CODES_SHA256_OFFSET,
     DTYPE_FP16,
     DTYPE_FP32,
     DTYPE_INT8,
@@ -29,6 +30,7 @@ from kabrn_dist.runtime.file_format import (
     matrix_bytes,
 )
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safe_open import open_regular
 
 MODEL_FILE_REMEDY = "copy it again, or pack the run again"
 _HASH_BYTES = 1 << 22
@@ -96,6 +98,25 @@ def hash_model_file(content: mmap) -> bytes:
     for start in range(SHA256_OFFSET + 32, len(content), _HASH_BYTES):
         digest.update(content[start : start + _HASH_BYTES])
     return digest.digest()
+
+
+def seal_model_file(stream: BinaryIO, codes_sha256: bytes) -> None:
+    """Write the hashes into the header of a model file whose other bytes have been written.
+
+    Args:
+        stream: The file, which has a name.
+        codes_sha256: Of its matrices; 32 zeros for none.
+
+    Raises:
+        OSError: from the file system.
+    """
+    stream.seek(CODES_SHA256_OFFSET)
+    stream.write(codes_sha256)
+    stream.flush()
+    with open_regular(Path(stream.name)) as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        digest = hash_model_file(content)
+    stream.seek(SHA256_OFFSET)
+    stream.write(digest)
 
 
 def find_record_fault(record: FileTensor, size: int) -> str | None:

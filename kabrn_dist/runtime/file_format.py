@@ -94,7 +94,8 @@ HEADER_DTYPE = np.dtype(
         ("sha256", "V32"),
         ("tokenizer_sha256", "V32"),
         *_fields(_SIZES),
-        ("reserved_end", "V240"),
+        ("codes_sha256", "V32"),
+        ("reserved_end", "V208"),
     ]
 )
 RECORD_DTYPE = np.dtype(
@@ -103,7 +104,7 @@ RECORD_DTYPE = np.dtype(
         *_fields("layer count rows columns scales offset:u8 stride:u8 scales_offset:u8 bytes:u8 reserved:u8"),
     ]
 )
-SHA256_OFFSET = 24
+SHA256_OFFSET, CODES_SHA256_OFFSET = 24, 272
 assert HEADER_DTYPE.itemsize == 512 and RECORD_DTYPE.itemsize == 64
 
 

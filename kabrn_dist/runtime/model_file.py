@@ -96,7 +96,7 @@ class ModelFile:
         record = self.find(role, layer)
         if record is None:
             raise UserError(f"{self.path}: has no tensor {role} in layer {layer}; name one that it has")
-        with _mapped(self.path) as content:
+        with map_model_file(self.path) as content:
             try:
                 return _read_tensor(content, record, self.header["scale_group_size"])
             except ValueError as error:
@@ -149,7 +149,7 @@ def read_model_file(path: Path | str, verify: bool = True) -> ModelFile:
         UserError: for a file that is missing, damaged, of another kind or of a newer version.
     """
     path = Path(path)
-    with _mapped(path) as content:
+    with map_model_file(path) as content:
         header = parse_header(path, content, verify)
         start, stop = header["tensors_offset"], header["tensors_offset"] + header["num_tensors"] * RECORD_DTYPE.itemsize
         rows = np.frombuffer(content[start:stop], RECORD_DTYPE)
@@ -171,8 +171,12 @@ def read_model_file(path: Path | str, verify: bool = True) -> ModelFile:
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[mmap]:
-    """Map a file: its bytes are read where they are looked at."""
+def map_model_file(path: Path) -> Iterator[mmap]:
+    """Map a model file: its bytes are read where they are looked at.
+
+    Raises:
+        UserError: if it is missing, empty, or cannot be mapped.
+    """
     with open_plain(path, follow_links=True, remedy="name a file that `mixkabrn pack` wrote") as file:
         try:
             content = mmap(file.fileno(), 0, access=ACCESS_READ)

@@ -19,6 +19,7 @@ from kabrn_dist.runtime.file_format import (
     align,
     matrix_bytes,
 )
+from kabrn_dist.runtime.parameter_names import parameter_name
 from kabrn_dist.utils.errors import UserError
 
 EMBEDDING_DTYPES = {"int8": DTYPE_INT8, "fp16": DTYPE_FP16, "fp32": DTYPE_FP32}
@@ -75,6 +76,9 @@ class _Planner:
     def single(self, role: str, layer: int, dtype: int, rows: int, columns: int, *names: str) -> PlannedTensor:
         return self.stack(role, layer, dtype, 1, rows, columns, *names)
 
+    def matrix(self, role: str, layer: int, dtype: int, rows: int, columns: int, count: int = 1) -> PlannedTensor:
+        return self.stack(role, layer, dtype, count, rows, columns, parameter_name(role, layer))
+
     def stack(
         self, role: str, layer: int, dtype: int, count: int, rows: int, columns: int, *names: str
     ) -> PlannedTensor:
@@ -92,8 +96,8 @@ class _Planner:
             name = f"{prefix}.inputs.convolution.weight"
             yield [self.single("mixer.convolution", layer, DTYPE_FP32, *shape, name)]
         for part, rows in (("query", keys), ("key", keys), ("value", values), ("gate", values)):
-            yield [self.single(f"mixer.{part}", layer, dtype, rows, hidden, f"{prefix}.inputs.{part}.weight")]
-        yield [self.single("mixer.out", layer, dtype, hidden, values, f"{prefix}.output.out.weight")]
+            yield [self.matrix(f"mixer.{part}", layer, dtype, rows, hidden)]
+        yield [self.matrix("mixer.out", layer, dtype, hidden, values)]
 
     def feed_forward(self, layer: int, is_mixture: bool) -> Iterator[list[PlannedTensor]]:
         config, prefix = self.config, f"blocks.{layer}"
@@ -104,8 +108,7 @@ class _Planner:
         if not is_mixture:
             yield self.experts(layer, "shared", 1, config.dense_hidden_size)
             return
-        router = f"{prefix}.mixture.router.weight"
-        yield [self.single("router.weight", layer, DTYPE_FP32, experts.num_experts, hidden, router)]
+        yield [self.matrix("router.weight", layer, DTYPE_FP32, experts.num_experts, hidden)]
         yield [self.single("router.bias", layer, DTYPE_FP32, 1, experts.num_experts)]
         if experts.num_shared_experts:
             yield self.experts(layer, "shared", experts.num_shared_experts, experts.expert_hidden_size)
@@ -114,7 +117,7 @@ class _Planner:
     def experts(self, layer: int, kind: str, count: int, width: int) -> list[PlannedTensor]:
         prefix = f"blocks.{layer}.mixture.{kind}"
         group = [
-            self.stack(f"{kind}.{part}", layer, self.storage.matrix, count, *shape, f"{prefix}.{part}")
+            self.matrix(f"{kind}.{part}", layer, self.storage.matrix, *shape, count)
             for part, shape in expert_shapes(self.config, width).items()
         ]
         terms = FUNCTION_PARTS.get(self.config.experts.type, ())

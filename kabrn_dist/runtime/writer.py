@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -11,11 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kabrn_dist.adapters.codes_hash import CodesHash
 from kabrn_dist.config import Config, ModelConfig
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.ops.retention import log_decays
-from kabrn_dist.runtime.file_format import DTYPE_FP16, DTYPE_INT8, DTYPE_TILES, ROLES, SHA256_OFFSET
+from kabrn_dist.runtime.file_checks import seal_model_file
+from kabrn_dist.runtime.file_format import DTYPE_FP16, DTYPE_INT8, DTYPE_TILES, ROLES, find_role
 from kabrn_dist.runtime.file_plan import FilePlan, Packing, plan_model_file
+from kabrn_dist.runtime.parameter_names import MATRIX_ROLES
 from kabrn_dist.runtime.tensor_plan import TERNARY_DTYPES, PlannedTensor
 from kabrn_dist.runtime.tiles import encode_base3, pack_tiles, quantize_rows
 from kabrn_dist.runtime.weights import QuantizedStack, WeightSource
@@ -45,24 +47,22 @@ def pack_weights(
     """
     plan = plan_model_file(config, tokenizer, step, weights.lam, packing)
     with atomic_open(out) as stream:
-        sink = _HashingStream(stream)
+        sink = _PaddedStream(stream)
         sink.write(plan.front)
         for group in plan.groups:
             _write_group(sink, group, weights, config.model)
         sink.pad_to(plan.file_bytes)
-        stream.seek(SHA256_OFFSET)
-        stream.write(sink.digest.digest())
+        seal_model_file(stream, bytes.fromhex(sink.codes.hexdigest()))
     return plan
 
 
-class _HashingStream:
-    """A file that is written from its start to its end."""
+class _PaddedStream:
+    """A file that is written from its start to its end, and the hash of the matrices in it."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.digest, self.position = stream, hashlib.sha256(), 0
+        self.stream, self.codes, self.position = stream, CodesHash(), 0
 
     def write(self, content: bytes | memoryview) -> None:
-        self.digest.update(content)
         self.stream.write(content)
         self.position += len(content)
 
@@ -71,8 +71,8 @@ class _HashingStream:
         self.write(bytes(position - self.position))
 
 
-def _write_group(sink: _HashingStream, group: list[PlannedTensor], weights: WeightSource, config: ModelConfig) -> None:
-    readers = [_open_tensor(planned, weights, config) for planned in group]
+def _write_group(sink: _PaddedStream, group: list[PlannedTensor], weights: WeightSource, config: ModelConfig) -> None:
+    readers = [_open_tensor(planned, weights, config, sink.codes) for planned in group]
     for planned, (scales, _) in zip(group, readers, strict=True):
         if scales is not None:
             sink.pad_to(planned.tensor.scales_offset)
@@ -84,16 +84,19 @@ def _write_group(sink: _HashingStream, group: list[PlannedTensor], weights: Weig
 
 
 def _open_tensor(
-    planned: PlannedTensor, weights: WeightSource, config: ModelConfig
+    planned: PlannedTensor, weights: WeightSource, config: ModelConfig, total: CodesHash
 ) -> tuple[NDArray[np.float32] | None, _Encoder]:
     """Return a tensor's scales, and what gives the values of each of its matrices as they are stored."""
     tensor = planned.tensor
     if tensor.dtype in TERNARY_DTYPES.values():
         stack = QuantizedStack(weights.matrices(planned.names[0]), config.scale_group_size)
         assert stack.codes.shape == (tensor.matrices, tensor.rows, tensor.columns), planned
+        total.add_ternary(planned.names[0], stack.codes, stack.scales)
         encode = pack_tiles if tensor.dtype == DTYPE_TILES else encode_base3
         return stack.scales, lambda number: encode(stack.codes[number])
     values = _read_values(planned, weights, config)
+    if find_role(tensor.role) in MATRIX_ROLES:
+        total.add_plain(planned.names[0], values)
     if tensor.dtype == DTYPE_INT8:
         codes, scales = quantize_rows(values[0])
         return scales, lambda number: codes

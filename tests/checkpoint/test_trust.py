@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.recipe import load_recipe
-from kabrn_dist.checkpoint.header import read_header
 from kabrn_dist.checkpoint.store import CheckpointStore, load_tensor, read_manifest
 from kabrn_dist.config.file import load_config
 from kabrn_dist.data.index_io import read_index
@@ -27,6 +26,7 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.data.verify import verify_shards
 from kabrn_dist.inference.load import load_export
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safetensors_header import read_header
 from tests.checkpoint.test_store import constant, reseal
 from tests.support.runs import SMALL_CONFIG
 from tests.support.shard_sets import Texts, make_set

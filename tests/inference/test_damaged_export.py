@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kabrn_dist.checkpoint.header import read_metadata
 from kabrn_dist.inference.export import plan_export, write_export
 from kabrn_dist.inference.load import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, load_export
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safetensors_header import read_metadata
 from tests.inference.test_export import logits, trained  # noqa: F401
 
 

@@ -2,6 +2,8 @@
 
 Format: 8 bytes with the header's length N (little-endian), N bytes of JSON {key: {dtype, shape, data_offsets}},
 then the data. https://github.com/huggingface/safetensors#format
+
+Needs neither torch nor numpy: who reads the data knows what to make of it.
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from kabrn_dist.checkpoint.manifest import DTYPE_CODES, SAFETENSORS_DTYPES
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safe_open import open_plain
 
 # The format's own limit.
 HEADER_BYTES_LIMIT = 100_000_000
+# Bytes of an element, by the code of its dtype.
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LENGTH_BYTES = 8
 _DIMENSIONS = 16
 
@@ -29,7 +30,7 @@ class TensorEntry(NamedTuple):
     """A tensor of a safetensors file.
 
     Attributes:
-        dtype: Code of the dtype, a key of SAFETENSORS_DTYPES.
+        dtype: Code of the dtype, a key of ITEM_BYTES.
         shape: Shape of the tensor.
         start: First byte of its data in the file.
         stop: Byte after its data.
@@ -93,18 +94,18 @@ def _read_content(file: Path, limit: int) -> tuple[dict[str, Any], int, int]:
     return content, _LENGTH_BYTES + length, size
 
 
-def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Return the header of a file that holds tensors one after another.
 
     Args:
-        tensors: dtype and shape by key, in the order of their data.
+        tensors: Code of the dtype, and shape, by key, in the order of their data.
         metadata: Texts to store in the header.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, (dtype, shape) in tensors.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[key] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + prod(shape) * ITEM_BYTES[dtype]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     # A multiple of 8, so that readers which map the file find aligned data.
     text = text.ljust(-(-len(text) // 8) * 8)
@@ -115,14 +116,12 @@ def _entry(file: Path, key: str, value: Any, first: int) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _refusal(file, f"tensor {key[:80]!r} has not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
-        raise _refusal(
-            file, f"tensor {key[:80]!r} has dtype {str(dtype)[:80]!r}, none of {', '.join(SAFETENSORS_DTYPES)}"
-        )
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _refusal(file, f"tensor {key[:80]!r} has dtype {str(dtype)[:80]!r}, none of {', '.join(ITEM_BYTES)}")
     if not _are_counts(shape) or len(shape) > _DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
         raise _refusal(file, f"tensor {key[:80]!r} has a shape or data_offsets that are not sizes")
     start, stop = offsets
-    if stop - start != prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
+    if stop - start != prod(shape) * ITEM_BYTES[dtype]:
         raise _refusal(file, f"tensor {key[:80]!r} has {stop - start} bytes, which its shape and dtype do not give")
     return TensorEntry(dtype, tuple(shape), first + start, first + stop)
 
