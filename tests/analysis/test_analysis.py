@@ -32,7 +32,7 @@ from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
 from kabrn_dist.ops.weight_quant import absmean_quantize
 from launch.report import main
 from tests.checkpoint.test_store import reseal
-from tests.support.runs import make_shards, run_command, torchrun_command, write_small_config
+from tests.support.runs import make_shards, run_command, run_training, write_small_config
 
 # Layer 0 is dense, layers 1 and 2 are mixtures, their experts spread over two ranks.
 CHANGES: dict[str, Any] = {
@@ -48,7 +48,7 @@ CHANGES: dict[str, Any] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     path = write_small_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
-    result = run_command(torchrun_command(2, "launch/train.py", "--config", str(path)))
+    result = run_training(2, "--config", str(path))
     assert result.exit_code == 0, result.output
     return folder / "run"
 

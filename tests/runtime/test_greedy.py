@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from kabrn_dist.inference.run import Run
 from kabrn_dist.runtime.model_file import read_model_file, write_model_file
 from kabrn_dist.runtime.native import NativeModel
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
-from tests.support.runs import make_shards, run_command, write_small_config
+from tests.support.runs import make_shards, run_training, write_small_config
 
 # Kinds whose inference sums nothing but whole numbers, or in one order on both sides.
 EXACT_KINDS = ("rational", "chebyshev", "swiglu", "relu2", "shared experts", "routed alone", "router groups")
@@ -59,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[str]]:
         model__experts__top_k=3,
         training__steps=60,
     )
-    result = run_command([sys.executable, "launch/train.py", "--config", str(config)])
+    result = run_training(1, "--config", str(config))
     assert result.exit_code == 0, result.output
     text = "".join(path.read_text() for path in sorted((folder / "texts").iterdir()))
     draw = random.Random(0)

@@ -157,6 +157,17 @@ def run_sessions(world: int, jobs: list[list[object]], folder: Path, timeout: in
     run_worker(world, "tests.workers.sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
 
 
+def run_training(world: int, *options: str, timeout: int = 300, **variables: str) -> CommandResult:
+    """Run `launch/train.py` with `options` in `world` processes, forked from one that has imported what it needs.
+
+    A launcher's own processes, and imports in each rank, cost seconds: tests that are not about these do without.
+    """
+    if torch.cuda.is_available():
+        return run_command(torchrun_command(world, "launch/train.py", *options), timeout, **variables)
+    ended = fork_server.run_ranks("launch.train:main", [list(options)], world, timeout, **variables)
+    return CommandResult(ended.exit_code, ended.output)
+
+
 def run_worker(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
     """Run `main` of the module `worker` in `world` processes, all of which must succeed."""
     if torch.cuda.is_available():
