@@ -37,6 +37,11 @@ PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.module_inject.auto_ep_layer",
     "fairscale.nn.checkpoint",
+    "torch.utils.tensorboard",
+    "kabrn_dist.plots.experts",
+    "kabrn_dist.plots.functions",
+    "kabrn_dist.plots.weights",
+    "matplotlib.font_manager",
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
