@@ -72,12 +72,15 @@ def make_workplace(folder: Path) -> None:
     small["parallel"] = {}
     small["optimizer"]["warmup_steps"] = 1
     small["training"].update(steps=4, global_batch_size=4, micro_batch_size=4, log_interval=1)
-    small["validation"].update(eval_interval=2, eval_sequences=4)
+    # Pictures are drawn with each validation.
+    small["validation"].update(eval_interval=4, eval_sequences=4)
     (folder / "small.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     small["run"]["folder"] = "runs/wide"
     small["model"]["experts"].update(num_experts=8, top_k=4)
     (folder / "wide.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     cpu = yaml.safe_load((ROOT / "configs" / "cpu.yaml").read_text(encoding="utf-8"))
+    cpu["model"].update(layers=2)
+    cpu["model"]["experts"].update(num_experts=4)
     cpu["training"].update(steps=4, global_batch_size=4, micro_batch_size=4)
     cpu["data"]["sequence_length"] = 64
     cpu["optimizer"]["warmup_steps"] = 1
