@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,8 @@ class TernaryShard(TernarySource):
         gamma: scales [E,1,1], or [E,O,1] with several scales per matrix.
         reducer: exchange of the gradient.
     """
+
+    sharded: ClassVar[bool] = True
 
     def __init__(
         self,

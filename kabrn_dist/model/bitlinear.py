@@ -24,6 +24,7 @@ from kabrn_dist.kernels.univariate import KERNEL_DTYPES
 from kabrn_dist.model.init import draw_normal
 from kabrn_dist.ops.activation_quant import Quantized
 from kabrn_dist.ops.grouped_mm import grouped_mm, grouped_weight_grad
+from kabrn_dist.ops.low_rank import low_rank_product
 from kabrn_dist.ops.packing import unpack
 from kabrn_dist.ops.weight_quant import (
     QuantState,
@@ -80,6 +81,16 @@ def _multiply(
 ) -> Quantized:
     if isinstance(weight, Tensor):
         weight = ternarize(weight, lam)
+    found = _multiply_codes(x, weight, rows_per_matrix, scaled)
+    if weight.low_rank is None:
+        return found
+    # In units of the result's codes, whether these are scaled or not.
+    factor = x.scale.reciprocal() if scaled else found.scale / x.scale
+    added = low_rank_product(x, weight.low_rank, rows_per_matrix, factor)
+    return found._replace(codes=(found.codes + added).to(found.codes.dtype))
+
+
+def _multiply_codes(x: Quantized, weight: TernaryMatrices, rows_per_matrix: Sequence[int], scaled: bool) -> Quantized:
     if weight.packed is None:
         product = _PlainProduct.apply(x.codes, weight.latents, tuple(rows_per_matrix))
         return Quantized(_ScaleRows.apply(product, x.scale.reciprocal()) if scaled else product, x.scale)

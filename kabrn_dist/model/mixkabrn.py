@@ -34,6 +34,7 @@ from kabrn_dist.model.retention import Retention
 from kabrn_dist.model.router import RouterStates, RouterStats, TokenCoordinates
 from kabrn_dist.ops.activation_quant import rms_norm
 from kabrn_dist.ops.cross_entropy import cross_entropy
+from kabrn_dist.ops.low_rank import LowRankModule, add_low_rank
 from kabrn_dist.ops.plain_product import plain_product
 from kabrn_dist.ops.retention import log_decays
 from kabrn_dist.ops.weight_quant import QuantState
@@ -63,7 +64,7 @@ class BatchStats(NamedTuple):
     rows: Tensor
 
 
-class Head(nn.Linear):
+class Head(nn.Linear, LowRankModule):
     """The last matrix, from hidden states to logits; plain, without a bias.
 
     Args:
@@ -76,7 +77,7 @@ class Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [...,C] of hidden states [...,D]; see `plain_product` for their dtype."""
-        return plain_product(x, self.weight)
+        return add_low_rank(plain_product(x, self.weight), x, self.low_rank("weight"))
 
 
 class MixKABRN(nn.Module):
@@ -213,7 +214,7 @@ class MixKABRN(nn.Module):
 
     def parameter_table(self) -> dict[str, ParameterInfo]:
         """Return name → role, layer and kind of every parameter, in the order of `named_parameters()`."""
-        return build_parameter_table(self.blocks, self.config.quantize)
+        return build_parameter_table(self.blocks, self.head, self.config.quantize)
 
     def select_parameters(self, predicate: Callable[[ParameterInfo], bool]) -> list[nn.Parameter]:
         """Return the parameters whose `ParameterInfo` satisfies `predicate`, in the order of `named_parameters()`."""

@@ -12,11 +12,13 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from kabrn_dist.model.moe import MixtureOfExperts
+from kabrn_dist.model.retention import STATE_KEY, STATE_VALUE
 from kabrn_dist.model.router import Router
 from kabrn_dist.model.short_conv import ShortConv
+from kabrn_dist.ops.low_rank import A_SUFFIX, B_SUFFIX
 from kabrn_dist.ops.weight_quant import TernaryModule
 
-Role = Literal["embedding", "matrix", "function", "conv", "router", "head"]
+Role = Literal["embedding", "matrix", "function", "conv", "router", "head", "adapter"]
 
 
 class ParameterInfo(NamedTuple):
@@ -25,7 +27,8 @@ class ParameterInfo(NamedTuple):
     Attributes:
         name: its name in `named_parameters()`, in checkpoints and in exports.
         role: "matrix" for the matrices of mixers and experts, "function" for coefficients of learned functions, "conv"
-            for weights of short convolutions, and "embedding", "router" and "head" for what they say.
+            for weights of short convolutions, "adapter" for low-rank factors and initial states that are trained beside
+            the model, and "embedding", "router" and "head" for what they say.
         layer: number of its block; None outside the blocks.
         routed: True for routed experts, of which each rank of an expert group holds others.
         ternary: True if the forward pass multiplies by its ternary codes (in the end, where quantization warms up).
@@ -66,11 +69,12 @@ class TernaryWeight(NamedTuple):
     routed: bool
 
 
-def build_parameter_table(blocks: Iterable[nn.Module], quantize: bool) -> dict[str, ParameterInfo]:
+def build_parameter_table(blocks: Iterable[nn.Module], head: nn.Module, quantize: bool) -> dict[str, ParameterInfo]:
     """Return name → `ParameterInfo` of all parameters of a `MixKABRN`, in the order of its `named_parameters()`.
 
     Args:
         blocks: of the model.
+        head: of the model.
         quantize: whether its matrices are ternary.
     """
     infos: list[ParameterInfo] = [ParameterInfo("embedding.weight", "embedding", None, False, False, False)]
@@ -78,7 +82,9 @@ def build_parameter_table(blocks: Iterable[nn.Module], quantize: bool) -> dict[s
         routed = block.mixture.routed if isinstance(block.mixture, MixtureOfExperts) else None
         for prefix, module in block.named_modules(prefix=f"blocks.{layer}"):
             infos += _describe_module(module, prefix, layer, module is routed, quantize)
-    infos.append(ParameterInfo("head.weight", "head", None, False, False, False))
+    for leaf, _ in head.named_parameters():
+        role: Role = "adapter" if is_adapter_leaf(leaf) else "head"
+        infos.append(ParameterInfo(f"head.{leaf}", role, None, False, False, False))
     return {info.name: info for info in infos}
 
 
@@ -87,14 +93,22 @@ def _describe_module(
 ) -> Iterator[ParameterInfo]:
     for leaf, _ in module.named_parameters(recurse=False):
         role = _find_role(module, leaf)
-        sharded = isinstance(module, TernaryModule) and leaf in module.sources
+        source = module.sources.get(leaf) if isinstance(module, TernaryModule) else None
+        sharded = source is not None and source.sharded
         yield ParameterInfo(f"{prefix}.{leaf}", role, layer, routed, quantize and role == "matrix", sharded)
 
 
 def _find_role(module: nn.Module, leaf: str) -> Role:
+    if is_adapter_leaf(leaf):
+        return "adapter"
     if isinstance(module, Router):
         return "router"
     if isinstance(module, ShortConv):
         return "conv"
     assert isinstance(module, TernaryModule), f"{type(module).__name__}.{leaf} has no role"
     return "matrix" if leaf in module.stds else "function"
+
+
+def is_adapter_leaf(leaf: str) -> bool:
+    """Return whether a parameter, by its name within its module, is trained beside the model: an adapter's."""
+    return leaf.endswith((A_SUFFIX, B_SUFFIX)) or leaf in (STATE_KEY, STATE_VALUE)

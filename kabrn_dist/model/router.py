@@ -27,6 +27,7 @@ from kabrn_dist.config import ExpertsConfig, ModelConfig
 from kabrn_dist.model.init import draw_normal
 from kabrn_dist.ops.activation_quant import to_fp32
 from kabrn_dist.ops.counter_rng import hash_combine, hash_uniform, noise_key
+from kabrn_dist.ops.low_rank import LowRankModule, add_low_rank
 
 
 @dataclass
@@ -125,7 +126,7 @@ class TokenCoordinates(NamedTuple):
     positions: Tensor
 
 
-class Router(nn.Module):
+class Router(LowRankModule):
     """Scores all experts for each token and chooses the k best.
 
     Args:
@@ -186,7 +187,8 @@ class Router(nn.Module):
     def _score(self, x: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         """Return logits and scores [B,T,E]; rounded from fp64 if `exact`, so that no order of a sum shows in them."""
         weight = to_fp32(self.weight)
-        logits = F.linear(x.double(), weight.double()) if exact else F.linear(x, weight)
+        inputs, weight = (x.double(), weight.double()) if exact else (x, weight)
+        logits = add_low_rank(F.linear(inputs, weight), inputs, self.low_rank("weight"))
         scores = logits.sigmoid() if self.router_config.score_func == "sigmoid" else logits.softmax(-1)
         return logits.to(x.dtype), scores.to(x.dtype)
 

@@ -124,7 +124,7 @@ class _FusedLayer(torch.autograd.Function):
         matrix, line, inner = _joined(weights, grid, x.dtype), make_spline_spec(grid), spline.shape[2]
         out = x.new_empty(len(x), base.shape[1])
         values = _buffer(x, counts, matrix.shape[2])
-        for e, rows in _chunks(counts, matrix.shape[2], x.device):
+        for e, rows in expert_chunks(counts, matrix.shape[2], x.device):
             some = values[: rows.stop - rows.start]
             scale = kernels.spline.expand(line, x[rows], CODES if quantized else PLAIN, some)
             if quantized:
@@ -145,19 +145,23 @@ class _FusedLayer(torch.autograd.Function):
         form = PLAIN if base.packed is None else VALUES
         matrix, line = _joined(weights, grid, x.dtype), make_spline_spec(grid)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # Sums over chunks are taken in fp32.
-        grad_matrix = torch.zeros_like(matrix, dtype=torch.float32)
+        # Sums over chunks are taken in fp32. Matrices that are not trained get none.
+        trained = any(ctx.needs_input_grad[1:3])
+        grad_matrix = torch.zeros_like(matrix, dtype=torch.float32) if trained else None
         values = _buffer(x, ctx.counts, matrix.shape[2])
-        for e, rows in _chunks(ctx.counts, matrix.shape[2], x.device):
+        for e, rows in expert_chunks(ctx.counts, matrix.shape[2], x.device):
             some, g = values[: rows.stop - rows.start], grad[rows]
-            kernel.expand(line, x[rows], form, some)
-            if x.dtype == torch.float32:
-                grad_matrix[e].addmm_(g.T, some)
-            else:
-                grad_matrix[e] += g.T @ some
+            if grad_matrix is not None:
+                kernel.expand(line, x[rows], form, some)
+                if x.dtype == torch.float32:
+                    grad_matrix[e].addmm_(g.T, some)
+                else:
+                    grad_matrix[e] += g.T @ some
             if grad_x is not None:
                 torch.mm(g, matrix[e], out=some)
                 grad_x[rows] = kernel.gather(line, x[rows], some, gammas[e])
+        if grad_matrix is None:
+            return grad_x, None, None, None, None, None, None
         grad_spline, grad_base = grad_matrix.split([spline.latents.shape[2], x.shape[1]], 2)
         turned = _knots_last(grad_spline.to(x.dtype), grid)
         return grad_x, grad_base.to(x.dtype), turned, None, None, None, None
@@ -207,7 +211,7 @@ def _joined(weights: Sequence[Tensor], grid: Grid, dtype: torch.dtype) -> Tensor
 
 def _buffer(x: Tensor, counts: Sequence[int], values: int) -> Tensor:
     """For the largest chunk, of `values` a row. All chunks use it, so that its memory stays in the cache."""
-    most = max((rows.stop - rows.start for _, rows in _chunks(counts, values, x.device)), default=0)
+    most = max((rows.stop - rows.start for _, rows in expert_chunks(counts, values, x.device)), default=0)
     return x.new_empty(most, values)
 
 
@@ -229,7 +233,7 @@ class _EdgeLayer(torch.autograd.Function):
         ctx.counts, ctx.grid, ctx.dtypes, ctx.matrices = counts, grid, (base.dtype, spline.dtype), _empty(matrices)
         used = _matrices([_values(m, x.dtype) for m in matrices], grid, x.dtype)
         out = x.new_empty(len(x), base.shape[1])
-        for e, rows in _chunks(counts, spline.shape[2], x.device):
+        for e, rows in expert_chunks(counts, spline.shape[2], x.device):
             branches = _branches(to_fp32(x[rows]), grid, quantized, x.dtype)
             base_part, spline_part = (
                 (branch.codes @ matrix[e].T) * (gamma[e] / branch.scale)
@@ -246,16 +250,20 @@ class _EdgeLayer(torch.autograd.Function):
         codes = [_values(m, x.dtype) for m in filled]
         matrices = _matrices(codes, grid, x.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # Sums over chunks are taken in fp32 or wider.
-        grad_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices]
-        for e, rows in _chunks(ctx.counts, codes[1].shape[2], x.device):
+        # Sums over chunks are taken in fp32 or wider. Matrices that are not trained get none.
+        trained = any(ctx.needs_input_grad[1:3])
+        grad_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices] if trained else []
+        for e, rows in expert_chunks(ctx.counts, codes[1].shape[2], x.device):
             z, g = to_fp32(x[rows]), grad[rows]
-            for branch, total in zip(_branches(z, grid, quantized, x.dtype), grad_weights, strict=True):
-                total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
+            if trained:
+                for branch, total in zip(_branches(z, grid, quantized, x.dtype), grad_weights, strict=True):
+                    total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
             if grad_x is not None:
                 silu, splines = ((g * gamma[e]).to(g.dtype) @ m[e] for gamma, m in zip(gammas, matrices, strict=True))
                 slope = basis_slope(z, splines.unflatten(-1, (grid.size, -1)), grid)
                 grad_x[rows] = slope.add_(torch.ops.aten.silu_backward(silu.to(z.dtype), z))
+        if not trained:
+            return grad_x, None, None, None, None, None
         grad_base, grad_spline = grad_weights
         grad_spline = _knots_last(grad_spline, grid)
         return grad_x, grad_base.to(ctx.dtypes[0]), grad_spline.to(ctx.dtypes[1]), None, None, None
@@ -277,11 +285,11 @@ def _branches(z: Tensor, grid: Grid, quantized: bool, dtype: torch.dtype) -> tup
     silu = F.silu(z)
     most = silu.abs().amax(-1, keepdim=True).clamp_(min=MIN_ABSMAX)
     values = basis(z, grid).flatten(-2)
-    return _encode(silu, most, quantized, dtype), _encode(values, basis_bound(z, grid), quantized, dtype)
+    return encode_values(silu, most, quantized, dtype), encode_values(values, basis_bound(z, grid), quantized, dtype)
 
 
-def _encode(values: Tensor, most: Tensor, quantized: bool, dtype: torch.dtype) -> _Branch:
-    """Codes in `dtype` of values [n,I] that exceed `most` [n,1] nowhere; writes into the values."""
+def encode_values(values: Tensor, most: Tensor, quantized: bool, dtype: torch.dtype) -> _Branch:
+    """Return codes in `dtype` of values [n,I] that exceed `most` [n,1] nowhere; writes into the values."""
     scale = 127 / most if quantized else torch.ones_like(most)
     if quantized:
         values = values.mul_(scale).round_()
@@ -292,8 +300,8 @@ def _encode(values: Tensor, most: Tensor, quantized: bool, dtype: torch.dtype) -
     return _Branch(values.to(dtype), scale)
 
 
-def _chunks(counts: Sequence[int], values: int, device: torch.device) -> Iterator[tuple[int, slice]]:
-    """Every expert's rows in chunks, of `values` a row."""
+def expert_chunks(counts: Sequence[int], values: int, device: torch.device) -> Iterator[tuple[int, slice]]:
+    """Yield every expert's rows in chunks, of `values` a row."""
     most = max(1, (CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE) // values)
     first = 0
     for e, n in enumerate(counts):

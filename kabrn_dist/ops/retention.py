@@ -51,7 +51,13 @@ def retention_naive(
 
 
 def retention_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    starts: Tensor,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode one token.
 
@@ -62,17 +68,24 @@ def retention_step(
         log_decay: [H] fp32.
         state: [B,H,K,V] fp32.
         starts: [B] bool, true where this token begins a document.
+        initial: [H,K,V] fp32, the state that documents begin with; None for zeros.
 
     Returns:
         out [B,H,V] in the dtype of v, and the new state [B,H,K,V] fp32.
     """
-    decayed = state * ~starts[:, None, None, None] * log_decay.to(state.dtype).exp()[:, None, None]
+    decayed = _at_starts(state, starts, initial) * log_decay.to(state.dtype).exp()[:, None, None]
     new = decayed + k.to(state.dtype)[..., :, None] * v.to(state.dtype)[..., None, :]
     return torch.einsum("bhk,bhkv->bhv", q.to(state.dtype), new).to(v.dtype), new
 
 
 def retention_recurrent(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor, state: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    starts: Tensor,
+    state: Tensor | None = None,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode tokens one after another, in fp32 and in an order of sums that runtime/csrc repeats bit for bit.
 
@@ -85,6 +98,7 @@ def retention_recurrent(
         log_decay: [H] fp32.
         starts: [B,T] bool, true where a token begins a document.
         state: [B,H,K,V] fp32; None for zeros.
+        initial: [H,K,V] fp32, the state that documents begin with; None for zeros.
 
     Returns:
         out [B,H,T,V] in the dtype of v, and the new state [B,H,K,V] fp32.
@@ -96,12 +110,18 @@ def retention_recurrent(
     for part in range(0, q.shape[2], RECURRENT_BLOCK):
         states = []
         for t in range(part, min(part + RECURRENT_BLOCK, q.shape[2])):
-            decayed = state * ~starts[:, t, None, None, None] * decay
+            decayed = _at_starts(state, starts[:, t], initial) * decay
             state = decayed + k[:, :, t, :, None].float() * v[:, :, t, None, :].float()
             states.append(state)
         products = q[:, :, part : part + len(states), :, None].float() * torch.stack(states, 2)
         outs.append(_sum_in_fours(products))
     return torch.cat(outs, 2).to(v.dtype), state
+
+
+def _at_starts(state: Tensor, starts: Tensor, initial: Tensor | None) -> Tensor:
+    """The state [B,H,K,V] before a token, in whose place the initial one stands where it begins a document."""
+    where = starts[:, None, None, None]
+    return state * ~where if initial is None else torch.where(where, initial.to(state.dtype), state)
 
 
 def _sum_in_fours(products: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kabrn_dist.kernels.selection import kernels_for, select_kernels
 from kabrn_dist.kernels.univariate import KERNEL_DTYPES
 from kabrn_dist.ops.activation_quant import MIN_ABSMAX, to_fp32
+from kabrn_dist.ops.low_rank import LowRank, LowRankModule
 from kabrn_dist.ops.packing import pack, unpack
 
 # A Gaussian latent keeps 0.4386 of its variance as γ·{-1,0,1} (31 % zeros).
@@ -37,6 +38,7 @@ class TernaryMatrices(NamedTuple):
         gamma: [E,1,1] fp32, or [E,O,1] if groups of outputs have a scale of their own; None for plain matrices.
         int8_codes: [E,O,I] int8, the codes if they have just been computed; else they are unpacked.
         wide_codes: [E,O,I] fp32 or fp64, the codes if they are kept so.
+        low_rank: factors whose product is added to the matrices; None for none.
     """
 
     latents: Tensor
@@ -44,6 +46,7 @@ class TernaryMatrices(NamedTuple):
     gamma: Tensor | None = None
     int8_codes: Tensor | None = None
     wide_codes: Tensor | None = None
+    low_rank: LowRank | None = None
 
     def codes(self, dtype: torch.dtype) -> Tensor:
         """Return the codes [E,O,I] in `dtype`."""
@@ -68,14 +71,20 @@ class QuantState:
 
 
 class TernarySource(ABC):
-    """A source of ternary codes other than the parameter itself, such as shards on several ranks."""
+    """A source of ternary codes other than the parameter itself, such as shards on several ranks.
+
+    Attributes:
+        sharded: whether the parameter is only this rank's shard of the latents.
+    """
+
+    sharded: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, parameter: nn.Parameter) -> TernaryMatrices:
         """Return the matrices, differentiable in the parameter."""
 
 
-class TernaryModule(nn.Module):
+class TernaryModule(LowRankModule):
     """Holds latents of ternary matrices by name.
 
     Args:
@@ -100,12 +109,13 @@ class TernaryModule(nn.Module):
     def matrices(self, name: str) -> TernaryMatrices:
         """Return the matrices of a parameter as products read them now."""
         parameter = self.get_parameter(name)
-        source = self.sources.get(name)
+        source, low_rank = self.sources.get(name), self.low_rank(name)
         if source is not None:
-            return source.read(parameter)
-        return ternarize(
-            parameter if parameter.ndim == 3 else parameter[None], self.quant.lam, self.quant.scale_group_size
-        )
+            found = source.read(parameter)
+        else:
+            latents = parameter if parameter.ndim == 3 else parameter[None]
+            found = ternarize(latents, self.quant.lam, self.quant.scale_group_size)
+        return found if low_rank is None else found._replace(low_rank=low_rank)
 
 
 def ternarize(latents: Tensor, lam: float = 1.0, scale_group_size: int | None = None) -> TernaryMatrices:

@@ -24,6 +24,7 @@ from kabrn_dist.config import ExpertsConfig
 from kabrn_dist.model.experts.base import Experts, ExpertSpec, MatrixSpec, check_tokens_per_expert, normal_mean
 from kabrn_dist.ops.activation_quant import Quantized, rms_norm, to_fp32
 from kabrn_dist.ops.edge_layer import edge_layer
+from kabrn_dist.ops.edge_low_rank import add_edge_low_ranks
 from kabrn_dist.ops.grids import Grid, refine_grid
 from kabrn_dist.ops.splines import basis
 
@@ -90,7 +91,8 @@ class BsplineExperts(Experts):
 
     def _layer(self, layer: str, x: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
         base, spline = (self.matrices(f"{layer}_{branch}") for branch in ("base", "spline"))
-        return edge_layer(x, base, spline, tokens_per_expert, self.grid)
+        out = edge_layer(x, base, spline, tokens_per_expert, self.grid)
+        return add_edge_low_ranks(out, x, base, spline, tokens_per_expert, self.grid)
 
     @torch.no_grad()
     def functions(self, points: Tensor, edges: int) -> dict[str, Tensor]:
@@ -111,8 +113,10 @@ class BsplineExperts(Experts):
         """The matrix that rows are multiplied by, in fp32 or wider."""
         matrices = self.matrices(name)
         if matrices.gamma is None:
-            return to_fp32(matrices.latents)
-        return matrices.codes(matrices.gamma.dtype) * matrices.gamma
+            weight = to_fp32(matrices.latents)
+        else:
+            weight = matrices.codes(matrices.gamma.dtype) * matrices.gamma
+        return weight if matrices.low_rank is None else weight + matrices.low_rank.b @ matrices.low_rank.a
 
     @torch.no_grad()
     def outside(self, x: Quantized, tokens_per_expert: Sequence[int]) -> dict[str, Tensor]:
