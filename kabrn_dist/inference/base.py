@@ -90,9 +90,7 @@ class Base:
         if as_computed and weights is None and self.config.model.quantize:
             attach_stored_codes(model, self.entries)
 
-    def _read(
-        self, weights: CheckpointWeights | None, name: str, start: int, stop: int, dtype: torch.dtype
-    ) -> Tensor:
+    def _read(self, weights: CheckpointWeights | None, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         if weights is not None:
             return weights.read(name, start, stop, dtype)
         file, entry = self.entries[name]
