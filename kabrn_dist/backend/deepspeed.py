@@ -47,7 +47,8 @@ def start_deepspeed(model: MixKABRN, config: Config, mesh: Mesh) -> DeepSpeedEng
     # DeepSpeed would compile a kernel at every machine's first start that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     shards = model.select_parameters(lambda p: p.sharded) if mesh.world_size > 1 else []
-    split_groups = mesh.expert_parallel > 1 or bool(shards)
+    trains_experts = any(p.requires_grad for p in model.select_parameters(lambda p: p.routed))
+    split_groups = (mesh.expert_parallel > 1 and trains_experts) or bool(shards)
     if mesh.expert_parallel > 1:
         _mark_experts(model, mesh, config.parallel.zero_stage)
     if shards:
@@ -109,7 +110,8 @@ def local_gradients(engine: DeepSpeedEngine, stage: int) -> list[Tensor]:
 class _DeepSpeed(DeepSpeedEngine):
     """DeepSpeed's engine, which can also skip a step and leaves some parameters in fp32.
 
-    These are routers, function parameters and shards of ternary matrices; all others are cast to the working precision.
+    These are routers, function parameters, shards of ternary matrices, and adapters, which only fp16 casts: DeepSpeed
+    scales the loss where a trained parameter is fp16. All others are cast to the working precision.
 
     ZeRO 0–2 keep each parameter group in the dtype it has. ZeRO 3 lays all parameters into one buffer of one dtype, so
     there they are working copies like all others, of fp32 masters; what is computed with them is fp32 in any case.
@@ -120,8 +122,9 @@ class _DeepSpeed(DeepSpeedEngine):
     def _cast_module_mixed_precision(self, param_dtype: Any, buffer_dtype: Any, *others: Any) -> None:
         # ZeRO 3 needs one dtype; see above.
         keep_fp32 = self.zero_optimization_stage() < 3
+        roles = {"router"} if param_dtype == torch.float16 else {"router", "adapter"}
         parameters = self.module.select_parameters(
-            lambda p: p.sharded or (keep_fp32 and (p.learned_function or p.role == "router"))
+            lambda p: p.sharded or (keep_fp32 and (p.learned_function or p.role in roles))
         )
         values = [p.data for p in parameters]
         super()._cast_module_mixed_precision(param_dtype, buffer_dtype, *others)
@@ -210,13 +213,13 @@ def _reduce_bucket(model: MixKABRN, config: Config) -> int:
     ranks, decide alone which of these go together. ZeRO 1 reduces after backward, dense gradients before any expert.
     """
     # Memory is taken for the whole bucket, so it is not made larger than what could ever be in it.
-    bucket = min(config.parallel.bucket_size, 2 * sum(p.numel() for p in model.parameters()) + 1024)
-    if config.parallel.zero_stage != 2 or not _uneven(config):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    bucket = min(config.parallel.bucket_size, 2 * sum(p.numel() for p in trained) + 1024)
+    experts = [p for p in model.select_parameters(lambda p: p.routed) if p.requires_grad]
+    if config.parallel.zero_stage != 2 or not _uneven(config) or not experts:
         return bucket
     local = len(model.placement.local)
-    smallest = min(p.numel() // local for p in model.select_parameters(lambda p: p.routed)) * min(
-        model.placement.counts
-    )
+    smallest = min(p.numel() // local for p in experts) * min(model.placement.counts)
     if smallest < 2:
         raise UserError(
             f"parallel.experts_per_rank {list(model.placement.counts)} is uneven, and an expert has a parameter of one "
@@ -297,7 +300,8 @@ def _parameter_groups(model: MixKABRN, config: Config, split: bool) -> list[dict
     by_group: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "pieces": [], "coefficients": []}
     table = model.parameter_table()
     for name, parameter in model.named_parameters():
-        by_group[_group_of(table[name])].append(parameter)
+        if parameter.requires_grad:
+            by_group[_group_of(table[name])].append(parameter)
     decay, rate = config.optimizer.weight_decay, config.optimizer.function_lr_ratio
     found: list[dict[str, Any]] = [
         {"params": params, "name": name, "weight_decay": decay, "rate": 1.0} for name, params in by_group.items()

@@ -46,6 +46,7 @@ class Engine:
         stage: ZeRO stage.
         tokens_per_expert: [L,E] tokens that this rank has routed to each expert since the last optimizer step.
         shards: the sharded ternary matrices; None if they are whole on every rank.
+        is_adapter: whether an adapter is trained, and the model beside it is frozen, its routers' states too.
         deepspeed: DeepSpeed's engine.
         optimizer: DeepSpeed's optimizer.
 
@@ -58,6 +59,7 @@ class Engine:
         self.stage = config.parallel.zero_stage
         self.tokens_per_expert = torch.zeros_like(model.routers.bias)
         self.shards = shard_ternary(model, config, mesh) if config.parallel.shard_ternary else None
+        self.is_adapter = config.finetune is not None and config.finetune.trains_adapter
         self.deepspeed = start_deepspeed(model, config, mesh)
         self.optimizer: Any = self.deepspeed.optimizer
         # A second stage decays no more than the first, so groups that do not decay now never do.
@@ -126,7 +128,7 @@ class Engine:
         self.refresh()
 
     def _end_step(self, applied: bool) -> None:
-        if applied:
+        if applied and not self.is_adapter:
             self.weights_changed()
             self.model.routers.update(
                 self.mesh.all_reduce_sum(self.tokens_per_expert), self.config.model.router.bias_update_rate

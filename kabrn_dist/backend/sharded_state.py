@@ -35,7 +35,7 @@ def sharded_state(engine: Engine) -> ShardedState:
     """Return this rank's part of the training state, for a checkpoint to be written from or read into.
 
     Fragments are named `<parameter>/master`, `…/exp_avg`, `…/exp_avg_sq`, and as the routers' states, which all ranks
-    hold. Experts are stacked by global number: a rank's experts are a contiguous range of the logical tensor [E, …].
+    hold; of an adapter in training there are those of its own parameters alone. Experts are stacked by global number: a rank's experts are a contiguous range of the logical tensor [E, …].
     Without ZeRO all ranks hold copies and the first one owns them.
     """
     _create_moments(engine)
@@ -47,6 +47,8 @@ def _list_fragments(engine: Engine) -> list[Fragment]:
     mesh = engine.mesh
     fragments, table = [], engine.model.parameter_table()
     for name, parameter in engine.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         offset, pieces = _local_pieces(engine, parameter)
         first_copy, shard = mesh.is_main, engine.ternary_shard(parameter)
@@ -65,7 +67,7 @@ def _list_fragments(engine: Engine) -> list[Fragment]:
         ]
     fragments += [
         Fragment(name, tuple(values.shape), 0, values.view(-1), mesh.is_main)
-        for name, values in engine.model.routers.named().items()
+        for name, values in ({} if engine.is_adapter else engine.model.routers.named()).items()
     ]
     return fragments
 

@@ -36,6 +36,20 @@ class GuardState(ManifestRecord):
     spikes_in_a_row: Count = 0
 
 
+class BaseState(ManifestRecord):
+    """The model that a run fine-tunes.
+
+    Attributes:
+        sha256: Hash of its ternary codes, by which adapters know it.
+        step: Its step.
+        bits_per_byte: On the base's own validation data before the first step, by source; empty if not measured.
+    """
+
+    sha256: Sha256
+    step: Count
+    bits_per_byte: dict[str, FiniteFloat] = Field(default_factory=dict)
+
+
 class RunState(ManifestRecord):
     """State of a run after a step.
 
@@ -49,6 +63,7 @@ class RunState(ManifestRecord):
         guard: State of the loss guard.
         config: The whole configuration, of the version that wrote it: see `kabrn_dist.config.file.parse_config`.
         tokenizer_sha256: Hash of the data's tokenizer.
+        base: The model that the run fine-tunes; None for training from the start.
     """
 
     step: Count
@@ -60,6 +75,7 @@ class RunState(ManifestRecord):
     guard: GuardState = Field(default_factory=GuardState)
     config: dict[str, JsonValue]
     tokenizer_sha256: Sha256
+    base: BaseState | None = None
 
 
 def read_state(path: Path, manifest: Manifest) -> RunState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ EXAMPLE_OVERRIDE = "section.key=value, e.g. training.steps=100"
 
 
 def load_config(
-    path: Path | str, overrides: Sequence[str] = (), find_vocab_size: Callable[[DataConfig], int] | None = None
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    find_vocab_size: Callable[[DataConfig], int] | None = None,
+    find_base_model: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Config:
     """Read a YAML file, apply `a.b=c` overrides and validate.
 
@@ -47,6 +50,8 @@ def load_config(
     for override in overrides:
         _refuse_old_key(override)
         given[set_value(tree, override, EXAMPLE_OVERRIDE, Config)] = override
+    if find_base_model is not None:
+        _complete_model(tree, find_base_model)
     if find_vocab_size is not None:
         _complete_vocab_size(tree, find_vocab_size)
     return _validate(tree, str(path), given)
@@ -87,6 +92,22 @@ def _migrate(tree: dict[str, Any], source: str) -> dict[str, Any]:
             CURRENT_VERSION,
         )
     return current
+
+
+def _complete_model(tree: dict[str, Any], find_base_model: Callable[[Path], Mapping[str, Any]]) -> None:
+    finetune, model = tree.get("finetune"), tree.get("model")
+    base = finetune.get("base") if isinstance(finetune, dict) else None
+    # What is wrong with either section is told with all other mistakes.
+    if isinstance(base, str) and base and (model is None or isinstance(model, dict)):
+        tree["model"] = _overlay(find_base_model(Path(base)), model or {})
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of both mappings, and of the mappings in them; those of `above` where both have one."""
+    return {**below} | {
+        key: _overlay(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
 
 
 def _complete_vocab_size(tree: dict[str, Any], find_vocab_size: Callable[[DataConfig], int]) -> None:

@@ -39,3 +39,8 @@ class FinetuneConfig(ConfigSection):
         description="Shards that the base was trained on, for replay and to measure what is forgotten. Default: those "
         "that the base's configuration names, where they can be read.",
     )
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained beside the base, which stays as it is."""
+        return self.method != "full"

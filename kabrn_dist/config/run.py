@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from kabrn_dist.config import checks
 from kabrn_dist.config.data import DataConfig
 from kabrn_dist.config.finetune import FinetuneConfig
+from kabrn_dist.config.finetune_checks import check_finetune
 from kabrn_dist.config.model import ModelConfig
 from kabrn_dist.config.optimizer import OptimizerConfig
 from kabrn_dist.config.parallel import ParallelConfig
@@ -73,6 +74,7 @@ class Config(ConfigSection):
         checks.check_shard_ternary(self)
         checks.check_ends_quantized(self)
         checks.check_stage_order(self.optimizer, self.training.steps)
+        check_finetune(self)
         return self
 
     def gradient_accumulation_steps(self, world_size: int) -> int:

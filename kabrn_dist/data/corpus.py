@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ def open_corpus(data_config: DataConfig) -> Corpus:
     extra_sets = data_config.extra_sets
     paths = [data_config.path, *(extra.path for extra in extra_sets)]
     sets = [open_shard_set(path, data_config.cache_dir, data_config.cache_size_gb) for path in paths]
-    _check_tokenizers(sets)
+    _check_tokenizers(sets, "data.extra_sets")
     factors = [1.0, *(extra.weight for extra in extra_sets)]
     sources: dict[str, WeightedSource] = {}
     for shards, factor in zip(sets, factors, strict=True):
@@ -143,19 +143,41 @@ def open_folder_corpus(folder: Path) -> Corpus:
     return Corpus((shards,), tuple(sources))
 
 
-def _check_tokenizers(sets: list[ShardSet]) -> None:
+def mix_corpora(corpus: Corpus, other: Corpus, fraction: float, key: str) -> Corpus:
+    """Return a corpus of which a fraction of the training sequences comes from another one's sources.
+
+    Args:
+        corpus: What the rest comes from; its open files are used for both.
+        other: Sources that come last; they are renamed where a name is taken.
+        fraction: Above 0 and below 1.
+        key: What names the other one in the configuration, for messages.
+
+    Raises:
+        UserError: if they have different tokenizers.
+    """
+    _check_tokenizers([*corpus.sets, *other.sets], key)
+    sources: dict[str, WeightedSource] = {}
+    for part, share in ((corpus, 1 - fraction), (other, fraction)):
+        total = sum(source.weight for source in part.sources)
+        for source in part.sources:
+            name = _free_name(source.name, sources)
+            sources[name] = source._replace(name=name, weight=share * source.weight / total)
+    return replace(corpus, sets=(*corpus.sets, *other.sets), sources=tuple(sources.values()))
+
+
+def _check_tokenizers(sets: list[ShardSet], key: str) -> None:
     first = sets[0]
     for other in sets[1:]:
         hashes = [shards.index.tokenizer.sha256 for shards in (other, first)]
         if hashes[0] != hashes[1]:
             raise UserError(
-                f"data.extra_sets: {other.location} has tokenizer {hashes[0][:12]}, {first.location} has "
+                f"{key}: {other.location} has tokenizer {hashes[0][:12]}, {first.location} has "
                 f"{hashes[1][:12]}; prepare both with the same (--tokenizer of `mixkabrn prepare`)"
             )
         templates = [shards.index.tokenizer.chat_template_sha256 for shards in sets]
         if len({template for template in templates if template is not None}) > 1:
             raise UserError(
-                f"data.extra_sets: {other.location} and others have different chat templates, so a model would learn "
+                f"{key}: {other.location} and others have different chat templates, so a model would learn "
                 "to write conversations in two ways; prepare all with the same (chat_template in a recipe)"
             )
         # The first set is compared with the tokenizer itself.
@@ -163,7 +185,7 @@ def _check_tokenizers(sets: list[ShardSet]) -> None:
             ours, theirs = getattr(other.index, key), getattr(first.index, key)
             if ours != theirs:
                 raise UserError(
-                    f"data.extra_sets: {other.location} has {key} {ours}, {first.location} has {theirs} with the same "
+                    f"{key}: {other.location} has {key} {ours}, {first.location} has {theirs} with the same "
                     "tokenizer, so one index is wrong; copy both again"
                 )
 

@@ -46,17 +46,19 @@ class PatchedCodes(StoredCodes):
 
 
 def list_matrices(model: MixKABRN) -> dict[str, TernaryMatrices]:
-    """Return what a model multiplies by, without low-rank factors, by the names of its mixers' and experts' parameters.
+    """Return what a model multiplies by, by the names of the parameters of its mixers and experts.
 
     Args:
         model: A full model in this process.
     """
-    found = {}
-    for name, info in model.parameter_table().items():
-        if info.role == "matrix":
-            module, leaf = _find_module(model, name)
-            found[name] = module.matrices(leaf)._replace(low_rank=None)
-    return found
+    table = model.parameter_table()
+    return {name: read_matrices(model, name) for name, info in table.items() if info.role == "matrix"}
+
+
+def read_matrices(model: MixKABRN, name: str) -> TernaryMatrices:
+    """Return what a model multiplies by in place of a parameter, without the low-rank factors beside it."""
+    module, leaf = _find_module(model, name)
+    return module.matrices(leaf)._replace(low_rank=None)
 
 
 @torch.no_grad()

@@ -98,6 +98,16 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[Gener
     Raises:
         UserError: for a file that is missing or damaged, or does not fit the others.
     """
+    config, tokenizer = read_export_description(folder)
+    return load_export_weights(config, folder, device), tokenizer
+
+
+def read_export_description(folder: Path) -> tuple[Config, Tokenizer]:
+    """Return the configuration and the tokenizer of an export, which belong to its weights.
+
+    Raises:
+        UserError: for a file that is missing, or does not fit the others.
+    """
     if (folder / "config.json").exists() and not (folder / "config.yaml").exists():
         raise UserError(
             f"{folder}: is a model for transformers, which this command does not read; name the run that it was "
@@ -117,7 +127,7 @@ def load_export(folder: Path, device: torch.device | str = "cpu") -> tuple[Gener
             f"{folder}/tokenizer.json: sha256 is {tokenizer.sha256[:12]}…, the weights were trained with "
             f"{metadata['tokenizer_sha256'][:12]}…: this is another tokenizer; copy the folder again"
         )
-    return load_export_weights(config, folder, device), tokenizer
+    return config, tokenizer
 
 
 def load_export_weights(config: Config, folder: Path, device: torch.device | str = "cpu") -> GenerativeModel:
@@ -130,6 +140,31 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
 
     Raises:
         UserError: for files that are damaged or do not fit `config`, before memory is allocated for the model.
+    """
+    entries = check_export_weights(config, folder)
+    model = build_full_model(config, device)
+    for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
+        file, entry = entries[name]
+        read_entries(file, [(entry, 0, prod(entry.shape), values.detach().view(-1))])
+        check_finite(file, name, values.detach())
+    step = read_export_step(entries)
+    if step is not None:
+        model.routers.step = step
+        model.set_quantization(config.model.quantization_lambda(step))
+    if model.quant.lam == 1:
+        attach_stored_codes(model, entries)
+    return model
+
+
+def check_export_weights(config: Config, folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    """Return file and header entry of each tensor of an export whose files match their hashes and the configuration.
+
+    Args:
+        config: The export's configuration.
+        folder: The export's folder.
+
+    Raises:
+        UserError: for files that are damaged or do not fit `config`.
     """
     entries = list_entries(folder)
     _check_model(config, folder)
@@ -145,18 +180,7 @@ def load_export_weights(config: Config, folder: Path, device: torch.device | str
     check_stored_codes(entries, empty_full_model(config))
     for file in {file for file, _ in entries.values()}:
         verify_data(file)
-    model = build_full_model(config, device)
-    for name, values in (dict(model.named_parameters()) | model.routers.named()).items():
-        file, entry = entries[name]
-        read_entries(file, [(entry, 0, prod(entry.shape), values.detach().view(-1))])
-        check_finite(file, name, values.detach())
-    step = _read_step(next(iter(entries.values()))[0])
-    if step is not None:
-        model.routers.step = step
-        model.set_quantization(config.model.quantization_lambda(step))
-    if model.quant.lam == 1:
-        attach_stored_codes(model, entries)
-    return model
+    return entries
 
 
 def check_finite(origin: Path, name: str, values: Tensor) -> None:
@@ -230,9 +254,9 @@ def _hash_data(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_step(file: Path) -> int | None:
-    """Return the step at which an export was made; None if it does not say."""
-    text = read_metadata(file).get("step", "")
+def read_export_step(entries: dict[str, tuple[Path, TensorEntry]]) -> int | None:
+    """Return the step at which an export with these tensors was made; None if it does not say."""
+    text = read_metadata(next(iter(entries.values()))[0]).get("step", "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < STEP_DIGITS else None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kabrn_dist.checkpoint.reader import read_entries
 from kabrn_dist.kernels.ternary import PACK_BLOCK
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.ops.packing import pack, unpack
 from kabrn_dist.ops.weight_quant import TernaryMatrices, TernaryModule, TernarySource, ternarize
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.safetensors_header import TensorEntry
@@ -100,12 +101,13 @@ def attach_stored_codes(model: MixKABRN, entries: dict[str, tuple[Path, TensorEn
     """Make a model compute with the codes and scales that its export holds, if it holds any.
 
     Args:
-        model: On its device, with the export's weights.
+        model: On its device, with the export's weights; its routed experts may be a part of the export's.
         entries: As for `check_stored_codes`, which has passed.
 
     Raises:
         UserError: for codes or scales with values that mean nothing.
     """
+    table, local = model.parameter_table(), model.placement.local
     for prefix, module in model.named_modules():
         for leaf in module.stds if isinstance(module, TernaryModule) else ():
             name = f"{prefix}.{leaf}"
@@ -115,6 +117,9 @@ def attach_stored_codes(model: MixKABRN, entries: dict[str, tuple[Path, TensorEn
                 if has_wrong_codes(codes, scales):
                     file = entries[name + CODES_SUFFIX][0]
                     raise UserError(f"{file}: the codes or scales of {name!r} are none; use another export")
+                if table[name].routed and len(scales) > len(local):
+                    whole = unpack(codes, (len(scales), *parameter.shape[1:]), torch.int8)
+                    codes, scales = pack(whole[local.start : local.stop]), scales[local.start : local.stop]
                 place = parameter.device
                 group = model.config.scale_group_size
                 module.sources[leaf] = StoredCodes(parameter, codes.to(place), scales.to(place), group)

@@ -10,7 +10,7 @@ from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.sharded_state import sharded_state, sync_working_copy
 from kabrn_dist.checkpoint.layout import list_checkpoints, list_links
 from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
-from kabrn_dist.checkpoint.state import CursorState, GuardState, RunState, read_model, read_state
+from kabrn_dist.checkpoint.state import BaseState, CursorState, GuardState, RunState, read_model, read_state
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.data.dataset import DataState
@@ -28,11 +28,13 @@ class Progress(NamedTuple):
         step: steps done.
         skipped_data_steps: steps' worth of data that rollbacks have skipped.
         guard: state of the loss guard.
+        base: model that the run fine-tunes; None if there is none.
     """
 
     step: int
     skipped_data_steps: int
     guard: dict[str, Any]
+    base: BaseState | None = None
 
 
 START = Progress(0, 0, {})
@@ -109,6 +111,15 @@ def describe_resume(path: Path, config: Config) -> list[str]:
     return [f"resumed from {path} at step {state.step}", *describe_changes(path, state, config)]
 
 
+def read_earlier_base(path: Path | None) -> BaseState | None:
+    """Return what a checkpoint says of the model that its run fine-tunes; None without a checkpoint or a base.
+
+    Raises:
+        UserError: for a state that cannot be used.
+    """
+    return None if path is None else read_state(path, read_manifest(path)).base
+
+
 def check_state(path: Path, manifest: Manifest) -> None:
     """Check that training can go on from the state of a checkpoint, which may come from a stranger.
 
@@ -160,7 +171,7 @@ def restore(store: CheckpointStore, path: Path, engine: Engine, datasets: Datase
     # A checkpoint of another precision has no scale: fp16 then begins with its own.
     if state.precision == "fp16":
         engine.set_loss_scale(state.loss_scale)
-    return Progress(state.step, state.skipped_data_steps, state.guard.model_dump())
+    return Progress(state.step, state.skipped_data_steps, state.guard.model_dump(), state.base)
 
 
 def make_run_state(
@@ -186,5 +197,6 @@ def make_run_state(
         guard=GuardState(**progress.guard),
         config=config.model_dump(mode="json"),
         tokenizer_sha256=datasets.train.corpus.tokenizer_sha256,
+        base=progress.base,
     )
     return state.model_dump()

@@ -14,6 +14,9 @@ from kabrn_dist.config.model_changes import FREE_MODEL_KEYS
 from kabrn_dist.train.schedule import learning_rate
 from kabrn_dist.utils.errors import UserError
 
+# What decides which parameters a fine-tuning trains, and what they mean.
+FINETUNE_KEYS = ("finetune.method", "finetune.rank", "finetune.alpha", "finetune.targets")
+
 
 def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
     """Return lines about what a session changes in the run that it resumes; none if nothing is changed.
@@ -49,10 +52,32 @@ def describe_changes(path: Path, state: RunState, config: Config) -> list[str]:
             f"{path}: {told}, and a run keeps its model; set {remedy}{data}, or set run.folder to another folder to "
             "start anew"
         )
+    _refuse_other_finetune(path, before, after)
     lines = [f"changed since the checkpoint: {key} {_show(then)} → {_show(now)}" for key, then, now in changed]
     if config.run.init_from is not None and any(key == "run.init_from" for key, _, _ in changed):
         lines.append("run.init_from has no effect, as this run has begun; set run.folder to another folder to grow it")
     return lines + _describe_schedule(state, before, config)
+
+
+def _refuse_other_finetune(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Refuse a session that would train other parameters than the checkpoint holds."""
+    was, now = ("finetune.method" in flat for flat in (before, after))
+    if was != now:
+        told = "is of a fine-tuning" if was else "is of a run that trains its model from the start"
+        remedy = "restore the section finetune" if was else "name that run in finetune.base"
+        raise UserError(f"{path}: {told}; {remedy}, or set run.folder to another folder to start anew")
+    # Of `full`, only the method says what is trained.
+    keys = FINETUNE_KEYS if before.get("finetune.method") != "full" else FINETUNE_KEYS[:1]
+    changed = [key for key in keys if before.get(key) != after.get(key)]
+    if changed:
+        told = ", ".join(
+            f"{key} is {_show(before[key])} in the checkpoint and {_show(after[key])} here" for key in changed
+        )
+        remedy = ", ".join(f"{key} to {_show(before[key])}" for key in changed)
+        raise UserError(
+            f"{path}: {told}, and a run keeps what it trains; set {remedy}, or set run.folder to another folder to "
+            "start anew"
+        )
 
 
 def _describe_schedule(state: RunState, before: dict[str, Any], config: Config) -> list[str]:

@@ -36,6 +36,8 @@ from kabrn_dist.train.datasets import (
 )
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
+from kabrn_dist.train.finetune import start_from_base
+from kabrn_dist.train.forgetting import describe_forgetting, forgetting_values, measure_base_bits
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
 from kabrn_dist.train.phase_timer import PhaseTimer
 from kabrn_dist.train.precision import resolve_precision
@@ -46,6 +48,7 @@ from kabrn_dist.train.resume import (
     choose_checkpoint,
     describe_resume,
     make_run_state,
+    read_earlier_base,
     restore,
 )
 from kabrn_dist.train.run_folder import keep_log, write_config, write_description
@@ -118,6 +121,7 @@ class Trainer:
         step: steps done, those that changed nothing included.
         skipped_data_steps: steps' worth of data that rollbacks have skipped.
         guard: decides whether steps are applied.
+        base: the model that is fine-tuned; None in training from the start.
         stopping: True once the ranks have agreed to stop.
         timer: seconds of each phase of a step.
         metrics: console, log.jsonl and TensorBoard; within the `with` block only.
@@ -150,6 +154,7 @@ class Trainer:
         self.skipped_data_steps = progress.skipped_data_steps
         self.guard = LossGuard(config.guard)
         self.guard.restore(progress.guard)
+        self.base = progress.base
         self.stopping = False
         self.timer = PhaseTimer()
         self._target_share = TargetShare()
@@ -191,8 +196,13 @@ class Trainer:
             elif config.run.init_from is not None:
                 checkpoint = grow(config.run.init_from, config)
                 start_lines = [f"grown from the run in {config.run.init_from}, as step 0 of this run"]
-            engine = Engine(build_model(config, mesh), config, mesh)
+            model, base = build_model(config, mesh), None
+            if config.finetune is not None:
+                base, lines = start_from_base(model, config, run_on_all(None, read_earlier_base, checkpoint))
+                start_lines += lines
+            engine = Engine(model, config, mesh)
             progress = restore(store, checkpoint, engine, datasets, config) if checkpoint else START
+            progress = progress._replace(base=base)
             return cls(
                 config,
                 mesh,
@@ -235,7 +245,7 @@ class Trainer:
             self.metrics.print_line(line)
         if warning := describe_repetition(config, self.datasets.train):
             self.metrics.print_line(warning)
-        for line in describe_cut_documents(self.datasets.train):
+        for line in [*describe_cut_documents(self.datasets.train), *self.datasets.warnings]:
             self.metrics.print_line(line)
         if self.datasets.validation is None:
             self.metrics.print_line("warning: no text is held out in this data, so nothing validates this run")
@@ -268,6 +278,8 @@ class Trainer:
         """
         steps, config = self.config.training.steps, self.config
         last = steps if stop_after is None else min(steps, self.first_step + stop_after)
+        if self.step == 0 < last:
+            self._measure_base()
         while self.step < last and not self.stopping and self._has_data():
             self.train_step()
             self.saver.check()
@@ -276,6 +288,7 @@ class Trainer:
                 continue
             if _is_due(self.step, config.validation.eval_interval):
                 self._validate()
+                self._measure_forgetting()
             if _is_due(self.step, config.validation.task_interval) and not self.stopping:
                 self._score_tasks()
             if _is_due(self.step, config.checkpoint.save_interval) and self.step < last and not self.stopping:
@@ -301,7 +314,7 @@ class Trainer:
         decision = self.guard.decide(sync, has_targets=totals.valid_tokens > 0)
         is_logged = _is_due(self.step + 1, config.training.log_interval) or self.step + 1 == config.training.steps
         with self.timer.span("log"):
-            codes = current_codes(engine) if is_logged else []
+            codes = current_codes(engine) if is_logged and not engine.is_adapter else []
         with self.timer.span("optimizer"):
             result = engine.skip_step() if decision.skip else engine.optimizer_step(lr, decay)
         self.guard.record(decision, sync, result.applied)
@@ -352,6 +365,7 @@ class Trainer:
             )
         if finished and self.step > self.first_step and not _is_due(self.step, self.config.validation.eval_interval):
             self._validate()
+            self._measure_forgetting()
         if finished and self.step > self.first_step and not _is_due(self.step, self.config.validation.task_interval):
             self._score_tasks()
         self._save(wait=True)
@@ -398,6 +412,32 @@ class Trainer:
         if self.config.validation.eval_interval:
             self._figures.draw(self.step, self._step_logger.tokens_per_expert)
 
+    def _measure_base(self) -> None:
+        """Measure the base on its own validation data before the first step, unless a stop request arrives."""
+        if self.base is None or self.datasets.base is None:
+            return
+        bits = measure_base_bits(self.engine, self.datasets, self.config, self._is_interrupted)
+        if bits is None:
+            self.stopping = True
+            return
+        self.base = self.base.model_copy(update={"bits_per_byte": bits})
+        told = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
+        line = f"step {self.step:6d}  before the first step, on the base's data: {told} bits per byte"
+        self.metrics.write(self.step, forgetting_values({}, bits), line)
+
+    def _measure_forgetting(self) -> None:
+        """Measure what of the base is forgotten, unless a stop request arrives: then nothing is logged."""
+        if self.base is None or not self.base.bits_per_byte or self.datasets.base is None or self.stopping:
+            return
+        before = self.base.bits_per_byte
+        bits = measure_base_bits(self.engine, self.datasets, self.config, self._is_interrupted)
+        if bits is None:
+            self.stopping = True
+            return
+        self.metrics.write(
+            self.step, forgetting_values(before, bits), f"step {self.step:6d}  {describe_forgetting(before, bits)}"
+        )
+
     def _score_tasks(self) -> None:
         """Score `validation.tasks`, unless a stop request arrives: then nothing is logged."""
         if not self.datasets.tasks:
@@ -426,7 +466,7 @@ class Trainer:
             self.metrics.print_line(f"step {self.step:6d}  the weights are not finite: no checkpoint of this step")
             return
         fragments, updates = sharded_state(self.engine)
-        progress = Progress(self.step, self.skipped_data_steps, self.guard.state())
+        progress = Progress(self.step, self.skipped_data_steps, self.guard.state(), self.base)
         state = make_run_state(progress, updates, self.engine, self.datasets, self.config)
         self.saver.save(self.step, fragments, state, wait)
 

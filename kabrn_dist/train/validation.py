@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from kabrn_dist.backend.engine import Engine
 from kabrn_dist.config import Config
-from kabrn_dist.data.dataset import sequence_slice
+from kabrn_dist.data.dataset import TokenDataset, sequence_slice
 from kabrn_dist.distributed.collectives import run_on_all
-from kabrn_dist.metrics.activations import watch_saturation
+from kabrn_dist.metrics.activations import Saturation, watch_saturation
 from kabrn_dist.metrics.sources import SourceSums, validation_values
 from kabrn_dist.train.datasets import Datasets
 from kabrn_dist.utils.fault_injection import inject_fault
@@ -67,28 +69,13 @@ def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Ca
         UserError: on all ranks, if one cannot read.
         ValueError: if there are no validation sequences.
     """
-    mesh, micro, data = engine.mesh, config.training.micro_batch_size, datasets.validation
+    data = datasets.validation
     if data is None:
         raise ValueError("a run without validation sequences has nothing to score")
-    positions = data.validation_positions(config.validation.eval_sequences)
-    count = len(positions)
-    bytes_per_token = torch.from_numpy(datasets.bytes_per_token)
-    sums = SourceSums(len(data.sequences_per_source))
     with watch_saturation(engine.model) as saturation:
-        for start in range(0, count, micro * mesh.data_world_size):
-            inject_fault("validate")
-            if is_interrupted():
-                return None
-            # Ranks without a sequence of their own take part with a copy, whose loss is masked.
-            rows = [start + mesh.data_rank + i * mesh.data_world_size for i in range(micro)]
-            batch = run_on_all(None, data.get, [positions[min(row, count - 1)] for row in rows])
-            batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence_parallel)
-            is_scored = torch.tensor([row < count for row in rows])
-            saturation.rows = is_scored
-            batch = batch._replace(targets=batch.targets.masked_fill(~is_scored[:, None], -100))
-            text = bytes_per_token[batch.targets.clamp(min=0)].masked_fill(batch.targets < 0, 0).sum(1)
-            sums.add(batch, engine.evaluate(batch.to(mesh.device)).rows, text)
-    total = sums.all_reduce(mesh)
+        total = sum_by_source(engine, data, datasets.bytes_per_token, config, is_interrupted, saturation)
+    if total is None:
+        return None
     nats, tokens, text_bytes = total.sum(0).tolist()
     if not math.isfinite(nats):
         nats = math.inf
@@ -97,5 +84,51 @@ def score(engine: Engine, datasets: Datasets, config: Config, is_interrupted: Ca
         nats / math.log(2) / text_bytes if text_bytes else math.nan,
         datasets.gzip_bits_per_byte or math.nan,
         validation_values(data.corpus.names, total),
-        saturation.values(mesh),
+        saturation.values(engine.mesh),
     )
+
+
+def sum_by_source(
+    engine: Engine,
+    data: TokenDataset,
+    bytes_per_token: np.ndarray,
+    config: Config,
+    is_interrupted: Callable[[], bool],
+    saturation: Saturation | None = None,
+) -> Tensor | None:
+    """Add up what the first validation sequences of each source take. Collective.
+
+    Args:
+        engine: the model in training.
+        data: a validation split.
+        bytes_per_token: [vocabulary] UTF-8 bytes that each token stands for.
+        config: the whole configuration.
+        is_interrupted: as in `score`.
+        saturation: is told which rows of a pass count.
+
+    Returns:
+        Nats, targets and text bytes of each source, float64 [S,3] on the host; None if it was interrupted.
+
+    Raises:
+        UserError: on all ranks, if one cannot read.
+    """
+    mesh, micro = engine.mesh, config.training.micro_batch_size
+    positions = data.validation_positions(config.validation.eval_sequences)
+    count = len(positions)
+    byte_counts = torch.from_numpy(bytes_per_token)
+    sums = SourceSums(len(data.sequences_per_source))
+    for start in range(0, count, micro * mesh.data_world_size):
+        inject_fault("validate")
+        if is_interrupted():
+            return None
+        # Ranks without a sequence of their own take part with a copy, whose loss is masked.
+        rows = [start + mesh.data_rank + i * mesh.data_world_size for i in range(micro)]
+        batch = run_on_all(None, data.get, [positions[min(row, count - 1)] for row in rows])
+        batch = sequence_slice(batch, mesh.sequence_rank, mesh.sequence_parallel)
+        is_scored = torch.tensor([row < count for row in rows])
+        if saturation is not None:
+            saturation.rows = is_scored
+        batch = batch._replace(targets=batch.targets.masked_fill(~is_scored[:, None], -100))
+        text = byte_counts[batch.targets.clamp(min=0)].masked_fill(batch.targets < 0, 0).sum(1)
+        sums.add(batch, engine.evaluate(batch.to(mesh.device)).rows, text)
+    return sums.all_reduce(mesh)

@@ -123,7 +123,7 @@ def make_shards(folder: Path, *options: str) -> Path:
 
 
 def write_small_config(path: Path, shards: Path, folder: Path, **changes: Any) -> Path:
-    """Write SMALL_CONFIG with `changes` as YAML; `training__steps=3` sets the key training.steps."""
+    """Write SMALL_CONFIG with `changes` as YAML; `training__steps=3` sets the key training.steps; None leaves a section out."""
     tree = json.loads(json.dumps(SMALL_CONFIG)) | {"run": {"folder": str(folder), "seed": 3}}
     tree["data"]["path"] = str(shards)
     for key, value in changes.items():
@@ -132,6 +132,7 @@ def write_small_config(path: Path, shards: Path, folder: Path, **changes: Any) -
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
+    tree = {key: value for key, value in tree.items() if value is not None}
     path.write_text(yaml.safe_dump(tree))
     return path
 
@@ -155,6 +156,22 @@ def run_sessions(world: int, jobs: list[list[object]], folder: Path, timeout: in
     """Run [configuration file, resume, stop_after] jobs one after another in one group of `world` processes."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     run_worker(world, "tests.workers.sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
+
+
+def run_training(world: int, *options: str, timeout: int = 300, **variables: str) -> CommandResult:
+    """Run `launch/train.py` with `options` in `world` processes, as `run_launch_script` does."""
+    return run_launch_script("train", *options, world=world, timeout=timeout, **variables)
+
+
+def run_launch_script(name: str, *options: str, world: int = 1, timeout: int = 300, **variables: str) -> CommandResult:
+    """Run a script of launch/ in processes that are forked from one that has imported what they need.
+
+    A launcher's own processes, and imports in each rank, cost seconds: tests that are not about these do without.
+    """
+    if torch.cuda.is_available():
+        return run_command(torchrun_command(world, f"launch/{name}.py", *options), timeout, **variables)
+    ended = fork_server.run_ranks(f"launch.{name}:main", [list(options)], world, timeout, **variables)
+    return CommandResult(ended.exit_code, ended.output)
 
 
 def run_worker(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
