@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kabrn_dist.cli.adapter import add_adapter_option, read_weighted
 from kabrn_dist.cli.arguments import given_path, number, positive_int, whole_number
 from kabrn_dist.utils.errors import UserError
 
@@ -46,8 +47,13 @@ def run_folder(folder: Path, arguments: Sequence[str]) -> int:
     Raises:
         UserError: for options without a meaning, and a folder that is neither.
     """
+    from kabrn_dist.inference.folder import check_run_folder, is_export
+
     options = _parse(arguments)
     _check_options(options)
+    # Before torch is imported.
+    if not is_export(folder):
+        check_run_folder(folder, "config.yaml")
     out = options.out or _default_out(folder)
     if options.undo:
         return _undo(out)
@@ -70,9 +76,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="PATH[=W]", help="adapter to use, not changed; repeatable"
-    )
+    add_adapter_option(parser)
     parser.add_argument(
         "--learn", action="append", default=[], type=given_path, metavar="PATH", help="notes or conversations to learn"
     )
@@ -135,7 +139,6 @@ def _describe_left(steps: int | None) -> str:
 
 def _open_session(folder: Path, out: Path, options: argparse.Namespace) -> LearningSession:
     from kabrn_dist.adapters.adapter import AdapterInfo
-    from kabrn_dist.adapters.folder import read_adapter
     from kabrn_dist.adapters.identity import refuse_base
     from kabrn_dist.inference.adapters import ModelAdapters
     from kabrn_dist.inference.frozen_codes import freeze_codes
@@ -147,7 +150,7 @@ def _open_session(folder: Path, out: Path, options: argparse.Namespace) -> Learn
     from kabrn_dist.online_learning.session import LearningSession
 
     history = AdapterHistory(out)
-    used = [(read_adapter(path), weight) for path, weight in map(_split_weight, options.adapter)]
+    used = read_weighted(options.adapter)
     learned = history.read()
     model, tokenizer, config = _load(folder)
     attached = ModelAdapters(model)
@@ -185,20 +188,6 @@ def _open_session(folder: Path, out: Path, options: argparse.Namespace) -> Learn
         lambda tokens: read_base_text(config, tokens, options.seed),
         options.seed,
     )
-
-
-def _split_weight(text: str) -> tuple[Path, float]:
-    """Return path and weight of PATH or PATH=W; a path may contain = itself."""
-    path, _, last = text.rpartition("=")
-    if path and not Path(text).exists():
-        try:
-            weight = float(last)
-        except ValueError:
-            return Path(text), 1.0
-        if not math.isfinite(weight):
-            raise UserError(f"--adapter {text}: {last} is no weight; use a number such as 0.5")
-        return Path(path), weight
-    return Path(text), 1.0
 
 
 def _load(folder: Path) -> tuple[GenerativeModel, Tokenizer, Config]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kabrn_dist.cli.adapter import parse_weighted_path
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, non_negative_int, number, positive_int
 from kabrn_dist.utils.errors import UserError
 
@@ -155,19 +156,16 @@ def make_server_settings(options: argparse.Namespace) -> ServerSettings:
 
 
 def _parse_adapter(text: str) -> AdapterSource:
-    """Return what NAME=PATH or NAME=PATH=W asks for; a path may contain = itself."""
+    """Return what NAME=PATH or NAME=PATH=W asks for."""
     from kabrn_dist.runtime.server.settings import AdapterSource
 
     name, _, rest = text.partition("=")
     if not name or not rest:
         raise UserError(f"--adapter {text}: no name or no path; write it as NAME=PATH, such as poems=adapters/poems")
-    path, _, last = rest.rpartition("=")
-    if path and not Path(rest).exists():
-        with contextlib.suppress(ValueError):
-            if not math.isfinite(weight := float(last)):
-                raise UserError(f"--adapter {text}: {last} is no weight; use a number such as 0.5")
-            return AdapterSource(name, Path(path), weight)
-    return AdapterSource(name, Path(rest))
+    try:
+        return AdapterSource(name, *parse_weighted_path(rest))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--adapter {text}: {error}") from None
 
 
 def _read_token(token: str, file: Path | None) -> str:

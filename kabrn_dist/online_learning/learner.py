@@ -259,8 +259,8 @@ class Learner:
     def _crop(self, sample: Sample) -> Sample:
         """A part of a text that takes no longer than a short answer."""
         start = self._random.randrange(max(1, len(sample.ids) - REPLAYED_TOKENS))
-        ids, learned = (part[start : start + REPLAYED_TOKENS] for part in sample)
-        return Sample(ids, [False, *learned[1:]])
+        part = slice(start, start + REPLAYED_TOKENS)
+        return Sample(sample.ids[part], [False, *sample.learned[part][1:]])
 
     def _draw(self, samples: Sequence[Sample], count: int) -> list[Sample]:
         return self._random.sample(samples, min(count, len(samples)))

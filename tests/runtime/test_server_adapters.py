@@ -278,7 +278,7 @@ def test_mistakes_in_the_options_are_one_line(model: Path, adapters: Path, tmp_p
         (["--adapter", "lora"], "--adapter lora: no name or no path"),
         (["--adapter", f"x={tmp_path}/none"], "no such file"),
         (["--adapter", f"x={adapters / 'foreign'}"], "small.mkb"),
-        (["--adapter", f"x={adapters / 'lora'}=nan"], "nan is no weight"),
+        (["--adapter", f"x={adapters / 'lora'}=nan"], "'nan' is no weight"),
         (["--adapter", f"x={adapters / 'patch'}=2"], "have no weight"),
         (["--adapter", f"small={adapters / 'lora'}"], "is the name of the model"),
         (["--adapter", f"x={adapters / 'lora'}", "--adapter", f"x={adapters / 'state'}"], "is loaded already"),
