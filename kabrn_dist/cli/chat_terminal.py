@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kabrn_dist.online_learning.learner import LearningResult, Progress
+from kabrn_dist.online_learning.learner import LearningProgress, LearningResult
 from kabrn_dist.online_learning.samples import Notes
 from kabrn_dist.online_learning.session import LearningSession
 from kabrn_dist.utils.errors import UserError
@@ -145,7 +145,7 @@ class ChatTerminal:
             lines.append(f"saved in {self._session.history.folder}; /undo takes it back")
         _say("\n".join(lines))
 
-    def _show_bar(self, progress: Progress) -> None:
+    def _show_bar(self, progress: LearningProgress) -> None:
         """Draw the bar on a terminal, a few times a second."""
         now = time.monotonic()
         if not sys.stderr.isatty() or now - self._bar_at < BAR_SECONDS:

@@ -15,12 +15,12 @@ from kabrn_dist.online_learning.base_text import BaseText
 from kabrn_dist.online_learning.chat import Conversation
 from kabrn_dist.online_learning.chat_writer import ChatWriter
 from kabrn_dist.online_learning.history import AdapterHistory
-from kabrn_dist.online_learning.learner import Learner, LearningLimits, LearningResult, Progress
+from kabrn_dist.online_learning.learner import Learner, LearningLimits, LearningProgress, LearningResult
 from kabrn_dist.online_learning.samples import Notes, SampleReader
 from kabrn_dist.online_learning.trainable import TrainableAdapter
 from kabrn_dist.utils.errors import UserError
 
-Report = Callable[[Progress], None]
+Report = Callable[[LearningProgress], None]
 
 
 class _Before(NamedTuple):
