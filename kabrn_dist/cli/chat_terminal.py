@@ -85,11 +85,12 @@ class ChatTerminal:
         Raises:
             UserError: if there is nothing to learn from, or the disk refuses.
         """
+        notes = self._session.read(path)
+        _say(_describe_notes(path, notes))
         try:
-            notes, result = self._session.learn(path, self._show_bar)
+            result = self._session.learn(notes, self._show_bar)
         finally:
             self._end_bar()
-        _say(_describe_notes(path, notes))
         if result.passes < 1:
             _say(f"time or steps were up after {result.passes:.0%} of them; --minutes and --steps are the limits")
         self._tell(result)

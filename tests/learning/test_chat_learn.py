@@ -157,7 +157,7 @@ def test_an_interruption_keeps_what_was_learned(base_run: Path, tmp_path: Path) 
         env=environment,
     )
     assert process.stderr is not None
-    while "learning" not in (line := process.stderr.readline()):
+    while "tokens to learn" not in (line := process.stderr.readline()):
         assert line, "it ended before it learned"
     # Some steps are taken in that time, and none of the many is the last one.
     time.sleep(8)
