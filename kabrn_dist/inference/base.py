@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.utils.safetensors_header import TensorEntry
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads, read_entries
@@ -33,6 +32,7 @@ from kabrn_dist.inference.stored_codes import attach_stored_codes
 from kabrn_dist.model.adapter import AdapterSpec, adapter_parameters, add_adapter, freeze_base
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safetensors_header import TensorEntry
 
 Entries = dict[str, tuple[Path, TensorEntry]]
 
@@ -90,9 +90,7 @@ class Base:
         if as_computed and weights is None and self.config.model.quantize:
             attach_stored_codes(model, self.entries)
 
-    def _read(
-        self, weights: CheckpointWeights | None, name: str, start: int, stop: int, dtype: torch.dtype
-    ) -> Tensor:
+    def _read(self, weights: CheckpointWeights | None, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         if weights is not None:
             return weights.read(name, start, stop, dtype)
         file, entry = self.entries[name]

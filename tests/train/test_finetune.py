@@ -46,7 +46,9 @@ def test_every_method_learns_from_the_base_on_and_tells_what_it_forgets(base: Pa
         losses, log = read_losses(run), read_log(run)
         assert losses[-1] < losses[0] - LEARNED[method], method
         firsts.add(round(losses[0], 5))
-        measured = [entry["forgetting/noise/bits_per_byte"] for entry in log if "forgetting/noise/bits_per_byte" in entry]
+        measured = [
+            entry["forgetting/noise/bits_per_byte"] for entry in log if "forgetting/noise/bits_per_byte" in entry
+        ]
         before, after = measured[0], measured[-1]
         assert len(measured) == 2 and abs(before - trained["validation/noise/bits_per_byte"]) < 1e-5
         rise = next(entry["forgetting/rise"] for entry in log if "forgetting/rise" in entry)
