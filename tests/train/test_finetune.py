@@ -19,7 +19,7 @@ from tests.support.runs import check_ternary_losses, read_losses, run_sessions
 
 METHODS = ("full", "lora", "ternary_lora", "state")
 # Least fall of the loss, in nats; batches differ by some 0.04, and a few states of a small model do little in 6 steps.
-LEARNED = {"full": 1.0, "lora": 0.1, "ternary_lora": 0.1, "state": -0.05}
+LEARNED = {"full": 0.1, "lora": 0.1, "ternary_lora": 0.1, "state": -0.05}
 
 
 @pytest.fixture(scope="module")
