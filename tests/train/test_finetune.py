@@ -13,6 +13,7 @@ import torch
 
 from kabrn_dist.adapters.folder import read_adapter
 from kabrn_dist.checkpoint.manifest import read_manifest
+from kabrn_dist.checkpoint.state import read_state
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
 from kabrn_dist.hub.export import plan_hub_export
@@ -27,7 +28,7 @@ from kabrn_dist.runtime.model_file import read_model_file
 from kabrn_dist.runtime.pack import pack_folder
 from kabrn_dist.runtime.patch_file import patch_model_file
 from kabrn_dist.utils.errors import UserError
-from tests.support.finetunes import STEPS, train_base, write_finetune
+from tests.support.finetunes import BASE_STEPS, STEPS, train_base, write_finetune
 from tests.support.runs import check_ternary_losses, read_losses, run_sessions
 
 METHODS = ("full", "lora", "ternary_lora", "state")
@@ -175,6 +176,29 @@ def test_checkpoints_of_adapters_hold_nothing_else(runs: dict[str, Path]) -> Non
         sizes[method] = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         assert method == "full" or (names and all(leaves[method] in name for name in names)), method
     assert sizes["state"] < sizes["lora"] < sizes["full"]
+
+
+def test_exports_are_bases_in_every_layout(base: Path, shards: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    # The second one holds rounded latents, and the codes of the run beside them.
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        write_export(plan_export(base, dtype), tmp_path / name)
+    layout = {"parallel__expert_parallel": 2, "parallel__experts_per_rank": [3, 1]}
+    paths = [
+        write_finetune(tmp_path / "plain.yaml", shards, tmp_path / "fp32", "lora"),
+        write_finetune(tmp_path / "rounded.yaml", shards, tmp_path / "bf16", "ternary_lora"),
+        write_finetune(tmp_path / "divided.yaml", shards, tmp_path / "bf16", "ternary_lora", **layout),
+    ]
+    run_sessions(1, [[str(path), "never", 2] for path in paths[:2]], tmp_path)
+    run_sessions(2, [[str(paths[2]), "never", 2]], tmp_path)
+    plain, rounded, divided = (read_losses(path.with_suffix("")) for path in paths)
+    assert plain == read_losses(runs["lora"])[:2]
+    check_ternary_losses(divided, rounded, "slices of stored codes")
+    assert rounded[0] == pytest.approx(plain[0], abs=1e-2)
+    sha256 = read_adapter(runs["lora"] / "adapter").info.base_sha256
+    for path in paths:
+        checkpoint = path.with_suffix("") / "checkpoints" / "step-00000002"
+        state = read_state(checkpoint, read_manifest(checkpoint)).base
+        assert state is not None and (state.sha256, state.step) == (sha256, BASE_STEPS)
 
 
 def test_adapters_train_in_half_precision(base: Path, shards: Path, runs: dict[str, Path], tmp_path: Path) -> None:
