@@ -23,7 +23,7 @@ from kabrn_dist.distributed.collectives import Group, group_rank, group_size, ru
 from kabrn_dist.grow.mappings import draw_initial, empty_model, list_mappings
 from kabrn_dist.grow.plan import GrowthPlan, make_growth_plan
 from kabrn_dist.grow.tensors import TENSOR_PARTS, ScratchTensors, SymmetryBreaking, TensorMapping, write_part
-from kabrn_dist.inference.run import find_checkpoint
+from kabrn_dist.inference.run_checkpoint import find_checkpoint
 from kabrn_dist.model.router import RouterStates
 from kabrn_dist.utils.atomic_io import atomic_write
 from kabrn_dist.utils.errors import UserError

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kabrn_dist.utils.safetensors_header import TensorEntry
-from kabrn_dist.checkpoint.reader import read_entries
+from kabrn_dist.checkpoint.fragment import Fragment
+from kabrn_dist.checkpoint.manifest import Manifest
+from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads, read_entries
+from kabrn_dist.checkpoint.state import BaseState, read_state
 from kabrn_dist.config import Config
 from kabrn_dist.data.base import check_base_model, read_base_config
 from kabrn_dist.distributed.collectives import Group, run_on_all
+from kabrn_dist.inference.adapters import hash_model_codes
 from kabrn_dist.inference.checkpoint_weights import CheckpointWeights
 from kabrn_dist.inference.folder import is_export
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.load import (
     check_export_weights,
     check_finite,
-    load_export,
+    load_export_weights,
     read_export_description,
     read_export_step,
 )
-from kabrn_dist.inference.run import Run, find_checkpoint
-from kabrn_dist.inference.stored_codes import CODES_SUFFIX, attach_stored_codes
+from kabrn_dist.inference.run_checkpoint import configure_as_trained, find_checkpoint, load_checkpoint_model
+from kabrn_dist.inference.stored_codes import attach_stored_codes
+from kabrn_dist.model.adapter import AdapterSpec, adapter_parameters, add_adapter, freeze_base
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 
@@ -40,19 +44,21 @@ class Base:
         folder: Its folder.
         config: Its configuration.
         step: Its step.
-        run: The opened run; None for an export.
+        checkpoint: Folder and manifest of the checkpoint of a run; None for an export.
         entries: File and header entry of each tensor of an export; empty for a run.
     """
 
     folder: Path
     config: Config
     step: int
-    run: Run | None
+    checkpoint: tuple[Path, Manifest] | None
     entries: Entries
 
-    def model(self) -> GenerativeModel:
-        """Return the whole model, as it generates."""
-        return load_export(self.folder)[0] if self.run is None else self.run.model()
+    def model(self, device: torch.device | str = "cpu") -> GenerativeModel:
+        """Return the whole model on a device, as it generates."""
+        if self.checkpoint is None:
+            return load_export_weights(self.config, self.folder, device)
+        return load_checkpoint_model(self.config, *self.checkpoint, device)
 
     def fill(self, model: MixKABRN, as_computed: bool) -> None:
         """Load the weights and the routers' states into a rank's part of the model, before it is cast or sharded.
@@ -66,7 +72,7 @@ class Base:
             UserError: for a file that cannot be read, or numbers that are not finite.
         """
         table, local = model.parameter_table(), model.placement.local
-        weights = None if self.run is None else CheckpointWeights(self.run.checkpoint, self.run.manifest, self.config)
+        weights = None if self.checkpoint is None else CheckpointWeights(*self.checkpoint, self.config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 count = parameter.numel()
@@ -110,11 +116,11 @@ def open_base(config: Config, step: int | None = None, group: Group = None) -> B
         base = run_on_all(group, _open_export, folder)
     else:
         try:
-            path, _ = find_checkpoint(folder, step, group)
+            path, manifest = find_checkpoint(folder, step, group)
         except UserError as error:
             raise UserError(f"finetune.base: {error}") from error
-        run = run_on_all(group, Run.at_checkpoint, folder, path)
-        base = Base(folder, run.config, run.step, run, {})
+        trained = run_on_all(group, configure_as_trained, folder, path, manifest)
+        base = Base(folder, trained, manifest.step, (path, manifest), {})
     run_on_all(group, _check_base, base, config)
     return base
 
@@ -134,4 +140,66 @@ def _check_base(base: Base, config: Config) -> None:
         raise UserError(
             f"finetune.base {base.folder}: its step {base.step} is before step {model.first_quantized_step}, from "
             "which on it is wholly quantized (model.quantize_start_step + quantize_warmup_steps); train it further"
+        )
+
+
+def load_adapted_model(
+    config: Config, checkpoint: Path, manifest: Manifest, device: torch.device | str = "cpu"
+) -> GenerativeModel:
+    """Return the model of a fine-tuning's base with the adapter of a checkpoint, whose parameters it holds.
+
+    Args:
+        config: The configuration of the fine-tuning.
+        checkpoint: Folder of its checkpoint.
+        manifest: Its manifest.
+        device: The device of the parameters.
+
+    Raises:
+        UserError: for a checkpoint that cannot be read, and if the base is not there or is another one by now.
+    """
+    state = read_state(checkpoint, manifest)
+    base = open_base(config, None if state.base is None else state.base.step)
+    model = base.model()
+    if state.base is not None:
+        check_same_base(base, state.base, hash_model_codes(model))
+    attach_new_adapter(model, config)
+    named = {f"{info.name}/master": parameter.detach() for info, parameter in adapter_parameters(model)}
+    fragments = [Fragment(name, tuple(v.shape), 0, v.view(-1), owned=True) for name, v in named.items()]
+    CheckpointReader(checkpoint).read(plan_reads(checkpoint, manifest, fragments))
+    for name, values in named.items():
+        check_finite(checkpoint, name, values)
+    return model.to(device)
+
+
+def attach_new_adapter(model: MixKABRN, config: Config) -> None:
+    """Freeze a model and register the parameters that a fine-tuning trains beside it, as they are before its first step.
+
+    Args:
+        model: A rank's part of the base, or all of it.
+        config: The configuration of the fine-tuning.
+
+    Raises:
+        UserError: if the section `finetune` does not fit the model.
+    """
+    finetune = config.finetune
+    assert finetune is not None and finetune.method != "full"
+    freeze_base(model)
+    add_adapter(model, AdapterSpec(finetune.method, finetune.rank, finetune.alpha, finetune.targets), config.run.seed)
+
+
+def check_same_base(base: Base, earlier: BaseState, sha256: str) -> None:
+    """Check that a base is the one that a run has begun with.
+
+    Args:
+        base: The base now.
+        earlier: What the run's checkpoint says of it.
+        sha256: Hash of its codes.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    if sha256 != earlier.sha256:
+        raise UserError(
+            f"finetune.base {base.folder}: is another model (sha256 {sha256[:12]}…) than the one that this run has "
+            f"begun with, its step {earlier.step} ({earlier.sha256[:12]}…); restore that one, or start a new run"
         )

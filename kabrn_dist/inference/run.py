@@ -7,21 +7,16 @@ from pathlib import Path
 
 import torch
 
-from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints, step_of
-from kabrn_dist.checkpoint.manifest import Manifest, read_manifest
-from kabrn_dist.checkpoint.state import read_model, read_state
-from kabrn_dist.checkpoint.store import CheckpointStore
+from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.config import Config
-from kabrn_dist.config.file import load_config
-from kabrn_dist.config.model_changes import describe_other_model
 from kabrn_dist.data.index import TOKENIZER_NAME
 from kabrn_dist.data.remote import is_url, open_shard_set
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.distributed.collectives import Group, run_on_all
+from kabrn_dist.inference.base import load_adapted_model
 from kabrn_dist.inference.folder import check_run_folder, is_export
 from kabrn_dist.inference.generate import GenerativeModel
-from kabrn_dist.inference.load import build_full_model, load_export, load_weights
-from kabrn_dist.inference.working_copy import round_to_working_copies
+from kabrn_dist.inference.load import build_full_model, load_export
+from kabrn_dist.inference.run_checkpoint import configure_as_trained, find_checkpoint, load_checkpoint_model
 from kabrn_dist.utils.errors import UserError
 
 
@@ -58,18 +53,8 @@ class Run:
         """
         folder = Path(folder)
         check_run_folder(folder, "config.yaml")
-        path, _ = find_checkpoint(folder, step)
-        return cls.at_checkpoint(folder, path)
-
-    @classmethod
-    def at_checkpoint(cls, folder: Path, checkpoint: Path) -> Run:
-        """Open a run's folder at a checkpoint whose files have been verified, as `find_checkpoint` does.
-
-        Raises:
-            UserError: for a configuration that cannot be read, or is not that of the checkpoint's model.
-        """
-        config, manifest = load_config(folder / "config.yaml"), read_manifest(checkpoint)
-        return cls(folder, _as_trained(config, folder, checkpoint, manifest), checkpoint, manifest)
+        path, manifest = find_checkpoint(folder, step)
+        return cls(folder, configure_as_trained(folder, path, manifest), path, manifest)
 
     @property
     def step(self) -> int:
@@ -105,7 +90,8 @@ class Run:
     def model(self, device: torch.device | str = "cpu") -> GenerativeModel:
         """Return the model with the checkpoint's weights as the trainer computes with them, for evaluation.
 
-        In half precision those are the rounded working copies, whose ternary codes are not those of the masters.
+        In half precision those are the rounded working copies, whose ternary codes are not those of the masters. The
+        run of an adapter has its base's model, with the adapter.
 
         Args:
             device: The device of its parameters.
@@ -113,10 +99,9 @@ class Run:
         Raises:
             UserError: for a checkpoint that cannot be read or does not fit config.yaml.
         """
-        model = self.initial_model(device)
-        load_weights(model, self.checkpoint)
-        round_to_working_copies(model, self.config, self.manifest.world_size)
-        return model
+        if self.config.finetune is not None and self.config.finetune.trains_adapter:
+            return load_adapted_model(self.config, self.checkpoint, self.manifest, device)
+        return load_checkpoint_model(self.config, self.checkpoint, self.manifest, device)
 
     def initial_model(self, device: torch.device | str = "cpu") -> GenerativeModel:
         """Return the model with the weights that training without `run.init_from` starts from."""
@@ -144,54 +129,3 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[
     run = Run.open(folder)
     tokenizer = run.tokenizer()
     return run.model(device), tokenizer
-
-
-def _as_trained(config: Config, folder: Path, path: Path, manifest: Manifest) -> Config:
-    """Return a run's configuration with the model that the checkpoint was trained as.
-
-    Raises:
-        UserError: if config.yaml asks for another one, or the checkpoint's state cannot be used.
-    """
-    state = read_state(path, manifest)
-    model = read_model(path, state)
-    if differences := describe_other_model(model, config.model):
-        raise UserError(f"{folder}/config.yaml: {differences} ({path}); restore the value that was trained")
-    precision = state.precision if config.training.precision == "auto" else config.training.precision
-    training = config.training.model_copy(update={"precision": precision})
-    return config.model_copy(update={"model": model, "training": training})
-
-
-def find_checkpoint(folder: Path, step: int | None = None, group: Group = None) -> tuple[Path, Manifest]:
-    """Return the folder and the manifest of a run's checkpoint after verifying the hashes of its files.
-
-    Collective over `group` where torch.distributed is initialized.
-
-    Args:
-        folder: The run's folder.
-        step: Step of the checkpoint; None takes the newest intact one.
-        group: The ranks that call this.
-
-    Raises:
-        UserError: on every rank, for a folder that does not exist or has no intact checkpoint (of that step).
-    """
-    run_on_all(group, check_run_folder, folder)
-    store = CheckpointStore(folder / "checkpoints", group=group)
-    if step is not None:
-        run_on_all(group, _check_step, store.folder, step)
-        path = checkpoint_path(store.folder, step)
-        return path, store.check(path)
-    survey = store.survey()
-    if survey.path is None:
-        if survey.faults:
-            raise UserError(
-                f"{store.folder}: no intact checkpoint: {survey.explain()}; restore one of them, or train on"
-            )
-        raise UserError(f"{store.folder}: no intact checkpoint; train until the first one is saved")
-    return survey.path, store.check(survey.path, verify=False)
-
-
-def _check_step(checkpoints: Path, step: int) -> None:
-    if not checkpoint_path(checkpoints, step).exists():
-        steps = sorted({step_of(path) for path in list_checkpoints(checkpoints)})
-        there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none"
-        raise UserError(f"{checkpoints}: no checkpoint of step {step}; {there}")

@@ -72,8 +72,8 @@ def open_datasets(config: Config) -> Datasets:
 
     Raises:
         UserError: for missing or damaged shards, a wrong tokenizer, weights that name no source or sum to 0, data that
-            ends before the run does, a vocabulary larger than the model's, tasks that cannot be scored, or data of a base
-        that is asked for and cannot be read.
+            ends before the run does or has nothing to learn, a vocabulary larger than the model's, tasks that cannot be
+            scored, or data of a base that is asked for and cannot be read.
     """
     data = config.data
     check_locations(data, config.model.vocab_size)
@@ -88,6 +88,7 @@ def open_datasets(config: Config) -> Datasets:
         validation = TokenDataset(corpus, "validation", data.sequence_length, config.run.seed, ordered=False)
     train.check_length(config.training.steps * config.training.global_batch_size)
     _check_replayed_length(config, train, len(corpus.sources))
+    _check_targets(corpus)
     tokenizer = corpus.tokenizer()
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -140,6 +141,17 @@ def _describe_unmeasured(error: UserError) -> str:
         f"warning: what is forgotten is not measured, as the base's data cannot be used ({error}); set "
         "finetune.base_data to shards of it"
     )
+
+
+def _check_targets(corpus: Corpus) -> None:
+    """Check that something in the sources that are drawn from carries loss."""
+    drawn = [source.source.train for source in corpus.sources if source.weight > 0]
+    if not any(split.loss_tokens for split in drawn):
+        raise UserError(
+            f"{corpus.location}: none of its {sum(split.tokens for split in drawn):,} training tokens carries loss, so "
+            "there is nothing to learn; prepare it with texts of which something is learned, such as conversations "
+            "with answers of the assistant"
+        )
 
 
 def _check_replayed_length(config: Config, train: TokenDataset, own: int) -> None:

@@ -35,20 +35,22 @@ class TrainingFigures:
         low, high = self.span = function_range(engine.config.model.experts)
         margin = (high - low) / 4
         self.points = torch.linspace(low - margin, high + margin, 201)
-        self.start_step, self.start_curves = step, engine.function_curves(self.points, _MAX_EDGES)
+        self.start_step = step
+        self.start_curves = {} if engine.is_adapter else engine.function_curves(self.points, _MAX_EDGES)
 
     def draw(self, step: int, tokens_per_expert: Tensor | None) -> None:
-        """Draw everything. Collective.
+        """Draw everything that changes. Collective.
 
         Args:
             step: steps done.
             tokens_per_expert: [L,E] loads of the last logged step, None before the first.
         """
-        curves = self.engine.function_curves(self.points, _MAX_EDGES)
         if tokens_per_expert is not None and len(tokens_per_expert):
             draw_load = _load_figure(tokens_per_expert.cpu(), self.engine.config.model.moe_layers, step)
             self.metrics.write_figure(step, "experts/load", draw_load)
-        for layer, now in curves.items():
+        if self.engine.is_adapter:
+            return
+        for layer, now in self.engine.function_curves(self.points, _MAX_EDGES).items():
             title = f"layer {layer}, experts of rank 0, step {step} (start: step {self.start_step})"
             self.metrics.write_figure(step, f"functions/layer_{layer}", self._function_figure(layer, now, title))
         for layer, matrices in collect_layer_figures(self.engine).items():

@@ -67,7 +67,7 @@ def describe_forgetting(before: Mapping[str, float], now: Mapping[str, float]) -
         'forgetting  wiki 1.747 → 1.802 bits per byte (+3.1 %)'
     """
     parts = [
-        f"{name} {before[name]:.3f} → {now[name]:.3f} bits per byte ({100 * rise:+.1f} %)"
+        f"{name} {before[name]:.3f} → {now[name]:.3f} bits per byte ({round(100 * rise, 1) + 0.0:+.1f} %)"
         for name, rise in relative_rises(before, now).items()
     ]
     return "forgetting  " + ", ".join(parts)

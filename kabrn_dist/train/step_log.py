@@ -99,7 +99,8 @@ class StepLogger:
                 | self._measure_sources(log)
                 | expert_values(stats)
             )
-            if self.engine.config.model.quantize:
+            # Those that an adapter is trained beside do not change.
+            if self.engine.config.model.quantize and not self.engine.is_adapter:
                 values |= self._weight_values(log)
             self.metrics.write(log.step, values, format_step(log.step, values, log.result.applied), expert_lists(stats))
         self._warn_of_long_run(values["progress/seconds_left"])

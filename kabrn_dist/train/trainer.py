@@ -198,7 +198,8 @@ class Trainer:
                 start_lines = [f"grown from the run in {config.run.init_from}, as step 0 of this run"]
             model, base = build_model(config, mesh), None
             if config.finetune is not None:
-                base = start_from_base(model, config, run_on_all(None, read_earlier_base, checkpoint))
+                base, lines = start_from_base(model, config, run_on_all(None, read_earlier_base, checkpoint))
+                start_lines += lines
             engine = Engine(model, config, mesh)
             progress = restore(store, checkpoint, engine, datasets, config) if checkpoint else START
             progress = progress._replace(base=base)
@@ -313,7 +314,7 @@ class Trainer:
         decision = self.guard.decide(sync, has_targets=totals.valid_tokens > 0)
         is_logged = _is_due(self.step + 1, config.training.log_interval) or self.step + 1 == config.training.steps
         with self.timer.span("log"):
-            codes = current_codes(engine) if is_logged else []
+            codes = current_codes(engine) if is_logged and not engine.is_adapter else []
         with self.timer.span("optimizer"):
             result = engine.skip_step() if decision.skip else engine.optimizer_step(lr, decay)
         self.guard.record(decision, sync, result.applied)
