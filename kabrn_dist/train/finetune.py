@@ -9,6 +9,7 @@ from kabrn_dist.config import Config
 from kabrn_dist.distributed.collectives import broadcast_json, run_on_all, run_on_main
 from kabrn_dist.inference.adapters import hash_model_codes
 from kabrn_dist.inference.base import Base, attach_new_adapter, check_same_base, open_base
+from kabrn_dist.inference.init_adapter import load_init_adapter
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.planner.count import count_parameters
 
@@ -50,7 +51,10 @@ def start_from_base(model: MixKABRN, config: Config, earlier: BaseState | None) 
     if finetune.trains_adapter:
         run_on_all(None, attach_new_adapter, model, config)
     state = earlier or BaseState(sha256=sha256, step=base.step)
-    return FinetuneStart(state, [_describe(model, config, state)])
+    lines = [_describe(model, config, state)]
+    if earlier is None and finetune.init_adapter is not None:
+        lines.append(load_init_adapter(model, config, sha256))
+    return FinetuneStart(state, lines)
 
 
 def _hash_base(base: Base) -> str:
