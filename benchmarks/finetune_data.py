@@ -13,6 +13,7 @@ from benchmarks.finetune_domains import Exercise
 from data_prep.prepare import prepare
 from data_prep.recipe import parse_recipe
 from data_prep.workers import WorkerGroup
+from data_prep.workspace import acquire_workspace, release_workspace
 from kabrn_dist.data.chat_template import DEFAULT_TEMPLATE, list_marks
 
 VALIDATION_SHARE = 0.05
@@ -21,7 +22,7 @@ VALIDATION_SHARE = 0.05
 def prepare_documents(
     documents: Sequence[str | Exercise], name: str, out: Path, tokenizer: Path | int, held_out: float = VALIDATION_SHARE
 ) -> None:
-    """Write documents as a shard set, unless it is there.
+    """Write documents as a shard set, unless the same one is there.
 
     Args:
         documents: all texts, or all exercises.
@@ -36,10 +37,15 @@ def prepare_documents(
     file = out.with_name(f"{out.name}.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
     is_text = isinstance(documents[0], str)
-    file.write_text("".join(f"{json.dumps(record)}\n" for record in _make_records(documents)), encoding="utf-8")
-    chosen: dict[str, Any] = {"file": str(tokenizer)}
+    text = "".join(f"{json.dumps(record)}\n" for record in _make_records(documents))
+    changed = not file.exists() or file.read_text(encoding="utf-8") != text
+    if changed:
+        file.write_text(text, encoding="utf-8")
     if isinstance(tokenizer, int):
-        chosen = {"train": tokenizer, "reserved": list_marks(DEFAULT_TEMPLATE)}
+        chosen: dict[str, Any] = {"train": tokenizer, "reserved": list_marks(DEFAULT_TEMPLATE)}
+    else:
+        chosen, own = {"file": str(tokenizer)}, out / tokenizer.name
+        changed |= own.exists() and own.read_bytes() != tokenizer.read_bytes()
     # As they are: rules for prose would drop sums.
     clean = {"unicode": "off", "control": False, "quality": "off", "repetition": "off", "exact": True, "near": False}
     source = {"name": name, "kind": "jsonl" if is_text else "conversations", "input": str(file)}
@@ -50,8 +56,12 @@ def prepare_documents(
         "sources": [source],
         "validation_share": held_out,
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare(parse_recipe(recipe, name), WorkerGroup())
+    lock = acquire_workspace(out)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare(parse_recipe(recipe, name), WorkerGroup(), force=changed)
+    finally:
+        release_workspace(out, lock)
 
 
 def _make_records(documents: Iterable[str | Exercise]) -> Iterable[dict[str, Any]]:

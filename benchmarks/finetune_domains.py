@@ -28,13 +28,8 @@ ROMAN = (
     *((50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")),
 )
 # A simple romanization of Russian letters, each to one or two Latin ones.
-LATIN = dict(
-    zip(
-        "абвгдезийклмнопрстуфхцчшыэюя",
-        "a b v g d e z i j k l m n o p r s t u f h c ch sh y e yu ya".split(),
-        strict=True,
-    )
-)
+RUSSIAN = "абвгдезийклмнопрстуфхцчшыэюя"
+LATIN = dict(zip(RUSSIAN, [*"abvgdezijklmnoprstufhc", "ch", "sh", "y", "e", "yu", "ya"], strict=True))
 VOWELS, CONSONANTS = "аеиоуыэюя", "бвгдзйклмнпрстфхцчш"
 
 
