@@ -64,8 +64,13 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: Literal["fp32", "fp16"]
     for name, values in tensors.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UserError(f"{name}: holds numbers beyond {dtype}; write the adapter in fp32, or train it again")
+    metadata = _encode_info(adapter.info)
+    try:
+        parse_info(metadata)
+    except ValueError as error:
+        raise UserError(f"{folder}: no adapter that could be read again: {error}; change it") from None
     make_folder(folder)
-    write_tensors(folder / ADAPTER_NAME, tensors, _encode_info(adapter.info))
+    write_tensors(folder / ADAPTER_NAME, tensors, metadata)
     content = json.dumps(_peft_config(adapter), indent=2) + "\n"
     atomic_write(folder / ADAPTER_CONFIG_NAME, content.encode())
 

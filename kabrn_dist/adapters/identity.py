@@ -5,7 +5,7 @@ from __future__ import annotations
 from kabrn_dist.adapters.adapter import AdapterInfo
 from kabrn_dist.utils.errors import UserError
 
-SHOWN_DIGITS = 12
+HASH_DIGITS = 12
 
 
 def refuse_base(model: str, info: AdapterInfo, found: str, expected: str = "") -> UserError:
@@ -19,7 +19,7 @@ def refuse_base(model: str, info: AdapterInfo, found: str, expected: str = "") -
     """
     base = f", {info.base_name}," if info.base_name else ""
     return UserError(
-        f"{model}: its codes have sha256 {found[:SHOWN_DIGITS]}…, and adapter {info.name!r} is for those of "
-        f"{(expected or info.base_sha256)[:SHOWN_DIGITS]}…; name the model that it was trained on{base} "
+        f"{model}: its codes have sha256 {found[:HASH_DIGITS]}…, and adapter {info.name!r} is for those of "
+        f"{(expected or info.base_sha256)[:HASH_DIGITS]}…; name the model that it was trained on{base} "
         "or an adapter of this one"
     )

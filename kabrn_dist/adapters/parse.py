@@ -21,7 +21,7 @@ from kabrn_dist.adapters.code_patch import PackedPlaces, unpack_places
 
 LARGEST_RANK, LARGEST_ALPHA, LARGEST_STEP = 2**16, 1e9, 10**15
 # Of a parameter, a target or a name.
-_TEXT_LENGTH, _TARGETS = 200, 10_000
+LONGEST_TEXT, _TARGETS = 1000, 10_000
 # Larger than any parameter; sums of places stay far below the end of int64.
 _LARGEST_PARAMETER = 2**50
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -162,7 +162,7 @@ def _as_factors(name: str, values: NDArray[Any]) -> NDArray[np.float32]:
 
 def _parse_text(text: str, key: str) -> str:
     # It is shown in terminals.
-    if len(text) > _TEXT_LENGTH or not text.isprintable():
+    if len(text) > LONGEST_TEXT or not text.isprintable():
         raise ValueError(f"{key} has {len(text)} characters, or some that cannot be printed")
     return text
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
+
+from kabrn_dist.utils.errors import UserError
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 RunCommand: TypeAlias = Callable[[argparse.Namespace], int]
@@ -115,3 +119,22 @@ def given_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; give one, such as . for the current folder")
     return Path(text)
+
+
+def check_new_file(out: Path, force: bool) -> None:
+    """Check that a file can be written under a name.
+
+    Args:
+        out: The file.
+        force: Whether one that exists may be replaced.
+
+    Raises:
+        UserError: if something is there that may not be replaced.
+    """
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file in it")
+    if os.path.lexists(out):
+        if not stat.S_ISREG(os.lstat(out).st_mode):
+            raise UserError(f"{out}: is a link, a device or a pipe, no file of its own; name another file")
+        if not force:
+            raise UserError(f"{out}: exists already; name another file, or replace it with --force")

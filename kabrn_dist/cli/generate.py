@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kabrn_dist.cli.adapter import add_adapter_option, read_weighted
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, number, positive_int, whole_number
 from kabrn_dist.utils.errors import UserError
 
@@ -30,6 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "folder", type=given_path, metavar="RUN|MODEL", help="folder of a run or of an export, or a model file"
     )
+    add_adapter_option(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
     parser.add_argument(
         "--tokens", type=positive_int, default=200, metavar="N", help="maximum number of tokens (default 200)"
@@ -65,7 +67,12 @@ def run(options: argparse.Namespace) -> int:
 
     # A file or a program gets the text as it is; a terminal would obey some of it.
     show: Callable[[str], str] = escape_controls if sys.stdout.isatty() else str
+    adapters = read_weighted(options.adapter)
     model, tokenizer = load_model(options.folder)
+    if adapters:
+        from kabrn_dist.inference.adapters import set_adapters
+
+        set_adapters(model, adapters)
     print(options.prompt, end="", flush=True)
     start, pieces = time.perf_counter(), 0
     for piece in model.generate(

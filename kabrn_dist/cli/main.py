@@ -13,6 +13,7 @@ from typing import TextIO
 
 import kabrn_dist
 from kabrn_dist.cli import (
+    adapter,
     chat,
     config,
     eval_,
@@ -43,6 +44,7 @@ COMMANDS = (
     eval_,
     export,
     publish,
+    adapter,
     pack,
     chat,
     page,

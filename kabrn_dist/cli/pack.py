@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, whole_number
+from kabrn_dist.cli.arguments import Subparsers, add_command, check_new_file, given_path, whole_number
 from kabrn_dist.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     from kabrn_dist.inference.folder import check_run_folder, is_export
 
     # A mistake is reported before torch is imported.
-    _check_out(options.out, options.force)
+    check_new_file(options.out, options.force)
     template_file = options.template or _find_own_template(options.folder)
     template = "" if template_file is None else read_chat_template(template_file)
     if template_file is not None:
@@ -98,16 +96,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"next, there:  {place}cc -O2 mixkabrn.c -o mixkabrn -lm -lpthread && ./mixkabrn chat {options.out.name}")
     print(f"next: mixkabrn chat {options.out}")
     return 0
-
-
-def _check_out(out: Path, force: bool) -> None:
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a file in it, such as {out / 'model.mkb'}")
-    if os.path.lexists(out):
-        if not stat.S_ISREG(os.lstat(out).st_mode):
-            raise UserError(f"{out}: is a link, a device or a pipe, no file of its own; name another file")
-        if not force:
-            raise UserError(f"{out}: exists already; name another file, or replace it with --force")
 
 
 def _find_own_template(folder: Path) -> Path | None:

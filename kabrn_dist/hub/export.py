@@ -103,17 +103,16 @@ def plan_hub_export(
     if flavor == "ternary" and not (model.quantize and source.lam == 1):
         reason = "model.quantize is false" if not model.quantize else f"quantization is still at {source.lam:.2f} of 1"
         raise UserError(
-            f"{run}: {reason} at step {plan.manifest.step}, so there are no ternary codes; export it with "
-            "--weights latent"
+            f"{run}: {reason} at step {plan.step}, so there are no ternary codes; export it with --weights latent"
         )
     return prepare_hub_export(
         plan.config,
-        plan.manifest.step,
+        plan.step,
         source,
         plan.tokenizer,
         flavor,
         _find_template(run, template),
-        read_training_record(run, plan.config, plan.manifest.step),
+        read_training_record(run, plan.config, plan.step),
         license_id,
         file_bytes,
     )

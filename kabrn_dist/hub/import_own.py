@@ -17,7 +17,6 @@ from kabrn_dist.config import Config, ModelConfig
 from kabrn_dist.config.file import EXAMPLE_OVERRIDE, parse_config
 from kabrn_dist.config.model_changes import describe_other_model
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.hub.codes_latents import make_latents
 from kabrn_dist.hub.import_own_config import read_model_section, read_step
 from kabrn_dist.hub.import_own_tokenizer import read_own_tokenizer
 from kabrn_dist.hub.import_run import write_start
@@ -27,6 +26,7 @@ from kabrn_dist.inference.load import build_full_model, list_shapes, verify_data
 from kabrn_dist.inference.stored_codes import has_wrong_codes
 from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.ops.codes_latents import make_latents
 from kabrn_dist.ops.packing import unpack
 from kabrn_dist.utils.errors import UserError
 from kabrn_dist.utils.precision import TORCH_DTYPES

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from kabrn_dist.adapters.adapter import Adapter
 from kabrn_dist.adapters.codes_hash import CodesHash
 from kabrn_dist.adapters.identity import refuse_base
 from kabrn_dist.inference.checkpoint_weights import distinct_scales
 from kabrn_dist.inference.code_patches import attach_patches, detach_patches, list_matrices
+from kabrn_dist.model.adapter import set_initial_states, set_low_ranks
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.ops.low_rank import LowRank, join_low_ranks
 from kabrn_dist.ops.weight_quant import TernaryMatrices
 from kabrn_dist.utils.errors import UserError
 
@@ -55,7 +60,7 @@ class ModelAdapters:
 
     def __init__(self, model: MixKABRN) -> None:
         self._model = model
-        detach_patches(model)
+        self._detach()
         with torch.no_grad():
             matrices = list_matrices(model)
             self.base_sha256 = hash_matrices(matrices, model.config.scale_group_size)
@@ -64,18 +69,60 @@ class ModelAdapters:
 
     def set(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         """Attach adapters in place of those that are attached now; see `set_adapters`."""
-        for adapter, _ in adapters:
+        self._check(adapters)
+        self._detach()
+        try:
+            for adapter, _ in adapters:
+                attach_patches(self._model, self._bases, adapter.patches)
+            set_low_ranks(self._model, _sum_low_ranks(adapters))
+            set_initial_states(self._model, _sum_states(adapters))
+        except UserError:
+            self._detach()
+            raise
+
+    def _detach(self) -> None:
+        detach_patches(self._model)
+        set_low_ranks(self._model, {})
+        set_initial_states(self._model, {})
+
+    def _check(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        for adapter, weight in adapters:
+            if not math.isfinite(weight):
+                raise UserError(f"adapter {adapter.info.name!r}: weight {weight} is no number; use one such as 0.5")
             if adapter.info.base_sha256 != self.base_sha256:
                 raise refuse_base("this model", adapter.info, self.base_sha256)
         patched = [(adapter, weight) for adapter, weight in adapters if adapter.info.method == "ternary_lora"]
         if len(patched) > 1 or any(weight != 1 for _, weight in patched):
             names = ", ".join(repr(adapter.info.name) for adapter, _ in patched)
             raise UserError(
-                f"{names}: of adapters that change codes, a model takes one, with weight 1; leave out the rest"
+                f"{names}: change codes, and of such adapters a model takes one, with weight 1; leave out the rest"
             )
-        detach_patches(self._model)
-        for adapter, _ in patched:
-            attach_patches(self._model, self._bases, adapter.patches)
+
+
+def _sum_low_ranks(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, LowRank]:
+    parts: dict[str, list[LowRank]] = defaultdict(list)
+    for adapter, weight in adapters:
+        for name, (a, b) in adapter.low_ranks.items():
+            parts[name].append(LowRank(torch.from_numpy(a), torch.from_numpy(b) * weight))
+    summed = {}
+    for name, factors in parts.items():
+        if len({(f.a.shape[0], f.a.shape[2], *f.b.shape[:2]) for f in factors}) > 1:
+            raise UserError(f"{name!r}: is of different sizes in these adapters; use those of one model")
+        summed[name] = join_low_ranks(factors)
+    return summed
+
+
+def _sum_states(adapters: Sequence[tuple[Adapter, float]]) -> dict[int, Tensor]:
+    summed: dict[int, Tensor] = {}
+    for adapter, weight in adapters:
+        for layer, state in adapter.states.items():
+            matrix = torch.from_numpy(state.matrix()) * weight
+            if layer in summed and summed[layer].shape != matrix.shape:
+                raise UserError(
+                    f"layer {layer}: has states of different sizes in these adapters; use those of one model"
+                )
+            summed[layer] = summed[layer] + matrix if layer in summed else matrix
+    return summed
 
 
 def set_adapters(model: MixKABRN, adapters: Sequence[tuple[Adapter, float]]) -> None:
@@ -86,6 +133,7 @@ def set_adapters(model: MixKABRN, adapters: Sequence[tuple[Adapter, float]]) -> 
         adapters: Each with its weight. Factors and states are added up; of patches there is at most one, with weight 1.
 
     Raises:
-        UserError: for an adapter of another base, which is known by the hash of its codes, or that does not fit.
+        UserError: for an adapter of another base, which is known by the hash of its codes, or that does not fit: then
+            the model has none.
     """
     ModelAdapters(model).set(adapters)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kabrn_dist.utils.safetensors_header import TensorEntry
 from kabrn_dist.checkpoint.fragment import Fragment
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads, read_entries
@@ -21,17 +20,19 @@ from kabrn_dist.inference.checkpoint_weights import CheckpointWeights
 from kabrn_dist.inference.folder import is_export
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.inference.load import (
+    build_full_model,
     check_export_weights,
     check_finite,
     load_export_weights,
     read_export_description,
     read_export_step,
 )
-from kabrn_dist.inference.run_checkpoint import configure_as_trained, find_checkpoint, load_checkpoint_model
+from kabrn_dist.inference.run_checkpoint import configure_as_trained, find_checkpoint
 from kabrn_dist.inference.stored_codes import attach_stored_codes
 from kabrn_dist.model.adapter import AdapterSpec, adapter_parameters, add_adapter, freeze_base
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
+from kabrn_dist.utils.safetensors_header import TensorEntry
 
 Entries = dict[str, tuple[Path, TensorEntry]]
 
@@ -55,10 +56,14 @@ class Base:
     entries: Entries
 
     def model(self, device: torch.device | str = "cpu") -> GenerativeModel:
-        """Return the whole model on a device, as it generates."""
+        """Return the whole model on a device, as it generates. Not collective."""
         if self.checkpoint is None:
             return load_export_weights(self.config, self.folder, device)
-        return load_checkpoint_model(self.config, *self.checkpoint, device)
+        model = build_full_model(self.config)
+        self.fill(model, as_computed=True)
+        model.routers.step = self.step
+        model.set_quantization(self.config.model.quantization_lambda(self.step))
+        return model.to(device)
 
     def fill(self, model: MixKABRN, as_computed: bool) -> None:
         """Load the weights and the routers' states into a rank's part of the model, before it is cast or sharded.

@@ -51,12 +51,14 @@ def list_matrices(model: MixKABRN) -> dict[str, TernaryMatrices]:
     Args:
         model: A full model in this process.
     """
-    found = {}
-    for name, info in model.parameter_table().items():
-        if info.role == "matrix":
-            module, leaf = _find_module(model, name)
-            found[name] = module.matrices(leaf)
-    return found
+    table = model.parameter_table()
+    return {name: read_matrices(model, name) for name, info in table.items() if info.role == "matrix"}
+
+
+def read_matrices(model: MixKABRN, name: str) -> TernaryMatrices:
+    """Return what a model multiplies by in place of a parameter, without the low-rank factors beside it."""
+    module, leaf = _find_module(model, name)
+    return module.matrices(leaf)._replace(low_rank=None)
 
 
 @torch.no_grad()
@@ -119,18 +121,23 @@ def patch_packed_naive(packed: Tensor, places: NDArray[np.int64], steps: NDArray
 def detach_patches(model: MixKABRN) -> None:
     """Make a model compute with its own codes again. What `freeze_codes` froze stays frozen."""
     for module in model.modules():
-        for leaf, source in list(module.sources.items()) if isinstance(module, TernaryModule) else ():
-            is_frozen, inner = isinstance(source, FrozenCodes), source
-            if isinstance(source, FrozenCodes) and isinstance(source.source, PatchedCodes):
-                inner = source.source
-            if not isinstance(inner, PatchedCodes):
-                continue
-            del module.sources[leaf]
-            base = inner.source
-            if is_frozen and not isinstance(base, FrozenCodes):
-                base = FrozenCodes(module, base)
-            if base is not None:
-                module.sources[leaf] = base
+        if isinstance(module, TernaryModule):
+            for leaf, source in list(module.sources.items()):
+                base = _without_patch(module, source)
+                if base is None:
+                    del module.sources[leaf]
+                else:
+                    module.sources[leaf] = base
+
+
+def _without_patch(module: TernaryModule, source: TernarySource) -> TernarySource | None:
+    """The source that a patch was attached to; the same source if there is none."""
+    if isinstance(source, PatchedCodes):
+        return source.source
+    if not (isinstance(source, FrozenCodes) and isinstance(source.source, PatchedCodes)):
+        return source
+    base = source.source.source
+    return base if isinstance(base, FrozenCodes) else FrozenCodes(module, base)
 
 
 def _find_module(model: MixKABRN, name: str) -> tuple[TernaryModule, str]:

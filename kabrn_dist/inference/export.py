@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
-from kabrn_dist.checkpoint.manifest import DTYPE_CODES, Manifest
+from kabrn_dist.checkpoint.manifest import DTYPE_CODES
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
 from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
@@ -54,16 +54,39 @@ A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {pa
 """
 
 
+class ExportSource(Protocol):
+    """Where the tensors of an export come from: `CheckpointWeights`, `MergedWeights`.
+
+    Attributes:
+        shapes: Name → shape of every parameter and state of the routers.
+        dtypes: Name → dtype that is computed with, of parameters.
+        lam: How far matrices are quantized.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    lam: float
+
+    def read(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return elements [start, stop) of a flattened tensor in a dtype."""
+
+    def packed_codes(self, name: str) -> Iterator[Tensor]:
+        """Yield pieces of the uint8 that `pack` makes of all codes of a ternary parameter."""
+
+    def scales(self, name: str) -> Tensor:
+        """Return the scales [E,S] fp32 of a ternary parameter."""
+
+
 @dataclass(frozen=True)
 class Export:
-    """A verified checkpoint and how it is written.
+    """Weights that have been verified, and how they are written.
 
     Attributes:
         config: Configuration of the run.
-        path: Folder of the checkpoint.
-        manifest: Its manifest.
+        path: Where the weights come from: the folder of a checkpoint, or that of another export.
+        step: Optimizer steps of the weights.
         tokenizer: The tokenizer that the run was trained with.
-        weights: Reader of the checkpoint.
+        weights: Reader of the weights.
         dtypes: Dtype of each tensor in the export, by name; fp32 for those that are not in it.
         shapes: Name → shape of every tensor.
         files: File name → names of the tensors in it.
@@ -71,9 +94,9 @@ class Export:
 
     config: Config
     path: Path
-    manifest: Manifest
+    step: int
     tokenizer: Tokenizer
-    weights: CheckpointWeights
+    weights: ExportSource
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, list[str]]
@@ -128,24 +151,48 @@ def plan_export(
                 f"{opened.checkpoint}: {name!r} is {actual}, {run}/config.yaml asks for {shape}; restore that file"
             )
     dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, dtype)
-    codes = _list_codes(opened.config, weights, dtypes)
-    shapes = weights.shapes | codes
+    # What is written in another dtype than the trainer computes with would have other codes.
+    coded = [name for name in list_ternary(opened.config, weights) if dtypes[name] != weights.dtypes[name]]
+    origin = opened.config, opened.checkpoint, opened.step, opened.tokenizer()
+    return lay_out_export(*origin, weights, dtypes, coded, file_bytes)
+
+
+def list_ternary(config: Config, weights: ExportSource) -> list[str]:
+    """Return the names of the parameters that are wholly quantized."""
+    table = empty_full_model(config).parameter_table()
+    return [name for name, info in table.items() if info.ternary and weights.lam == 1]
+
+
+def lay_out_export(
+    config: Config,
+    path: Path,
+    step: int,
+    tokenizer: Tokenizer,
+    weights: ExportSource,
+    dtypes: dict[str, torch.dtype],
+    coded: Iterable[str],
+    file_bytes: int = FILE_BYTES,
+) -> Export:
+    """Return the export of weights from any source; see `Export`.
+
+    Args:
+        config: Configuration of the run.
+        path: Where the weights come from, for people.
+        step: Optimizer steps of the weights.
+        tokenizer: Of the model.
+        weights: The weights.
+        dtypes: Dtype of each parameter in the export.
+        coded: Names of the parameters that have codes and scales beside them.
+        file_bytes: Maximum bytes of tensors per file; a larger tensor has a file of its own.
+    """
+    codes: dict[str, tuple[int, ...]] = {}
+    for name in coded:
+        sizes = code_shapes(weights.shapes[name], config.model.scale_group_size)
+        codes |= {name + suffix: shape for suffix, shape in sizes.items()}
     dtypes = dtypes | {name: torch.uint8 for name in codes if name.endswith(CODES_SUFFIX)}
-    export = Export(opened.config, opened.checkpoint, opened.manifest, opened.tokenizer(), weights, dtypes, shapes, {})
+    export = Export(config, path, step, tokenizer, weights, dtypes, weights.shapes | codes, {})
     export.files.update(_assign_files(export, file_bytes))
     return export
-
-
-def _list_codes(
-    config: Config, weights: CheckpointWeights, dtypes: dict[str, torch.dtype]
-) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the codes and scales of what is written in another dtype than the trainer computes with."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, info in empty_full_model(config).parameter_table().items():
-        if info.ternary and weights.lam == 1 and dtypes[name] != weights.dtypes[name]:
-            sizes = code_shapes(weights.shapes[name], config.model.scale_group_size)
-            shapes |= {name + suffix: shape for suffix, shape in sizes.items()}
-    return shapes
 
 
 def write_export(export: Export, out: Path, progress: Callable[[str], None] = lambda file: None) -> None:
@@ -174,7 +221,7 @@ def _write_tensors(export: Export, names: list[str], stream: BinaryIO) -> None:
     header = {name: (DTYPE_CODES[export.stored_dtype(name)], export.shapes[name]) for name in names}
     metadata = {
         "format": "pt",
-        "step": str(export.manifest.step),
+        "step": str(export.step),
         "tokenizer_sha256": export.tokenizer.sha256,
         "model": export.config.model.model_dump_json(),
     }
@@ -207,7 +254,7 @@ def _small_files(export: Export, name: str) -> dict[str, bytes]:
     codes = ", unless `NAME.codes` and `NAME.scales` hold what was trained" if export.has_codes else ""
     readme = README.format(
         name=name,
-        step=export.manifest.step,
+        step=export.step,
         parameters=export.num_parameters,
         dtype=f"in {export.describe_dtype()}",
         codes=codes,

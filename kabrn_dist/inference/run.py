@@ -15,8 +15,9 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.base import load_adapted_model
 from kabrn_dist.inference.folder import check_run_folder, is_export
 from kabrn_dist.inference.generate import GenerativeModel
-from kabrn_dist.inference.load import build_full_model, load_export
-from kabrn_dist.inference.run_checkpoint import configure_as_trained, find_checkpoint, load_checkpoint_model
+from kabrn_dist.inference.load import build_full_model, load_export, load_weights
+from kabrn_dist.inference.run_checkpoint import configure_as_trained, find_checkpoint
+from kabrn_dist.inference.working_copy import round_to_working_copies
 from kabrn_dist.utils.errors import UserError
 
 
@@ -101,7 +102,10 @@ class Run:
         """
         if self.config.finetune is not None and self.config.finetune.trains_adapter:
             return load_adapted_model(self.config, self.checkpoint, self.manifest, device)
-        return load_checkpoint_model(self.config, self.checkpoint, self.manifest, device)
+        model = self.initial_model(device)
+        load_weights(model, self.checkpoint)
+        round_to_working_copies(model, self.config, self.manifest.world_size)
+        return model
 
     def initial_model(self, device: torch.device | str = "cpu") -> GenerativeModel:
         """Return the model with the weights that training without `run.init_from` starts from."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from kabrn_dist.checkpoint.layout import checkpoint_path, list_checkpoints, step_of
 from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.state import read_model, read_state
@@ -15,30 +13,7 @@ from kabrn_dist.config.file import load_config
 from kabrn_dist.config.model_changes import describe_other_model
 from kabrn_dist.distributed.collectives import Group, run_on_all
 from kabrn_dist.inference.folder import check_run_folder
-from kabrn_dist.inference.generate import GenerativeModel
-from kabrn_dist.inference.load import build_full_model, load_weights
-from kabrn_dist.inference.working_copy import round_to_working_copies
 from kabrn_dist.utils.errors import UserError
-
-
-def load_checkpoint_model(
-    config: Config, checkpoint: Path, manifest: Manifest, device: torch.device | str = "cpu"
-) -> GenerativeModel:
-    """Return the model with a checkpoint's weights as the trainer computes with them, for evaluation.
-
-    Args:
-        config: The run's configuration, as `configure_as_trained` returns it.
-        checkpoint: Folder of the checkpoint.
-        manifest: Its manifest.
-        device: The device of its parameters.
-
-    Raises:
-        UserError: for a checkpoint that cannot be read or does not fit the configuration.
-    """
-    model = build_full_model(config, device)
-    load_weights(model, checkpoint)
-    round_to_working_copies(model, config, manifest.world_size)
-    return model
 
 
 def configure_as_trained(folder: Path, path: Path, manifest: Manifest) -> Config:

@@ -13,12 +13,11 @@ Shapes:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kabrn_dist.adapters.adapter import AdapterMethod
 from kabrn_dist.model.adapter_targets import match_targets
 from kabrn_dist.model.experts.base import Experts
 from kabrn_dist.model.fixed_codes import FixedCodes, MergedCodes
@@ -41,7 +40,7 @@ class AdapterSpec(NamedTuple):
         targets: which matrices get factors.
     """
 
-    method: AdapterMethod
+    method: Literal["lora", "ternary_lora", "state"]
     rank: int
     alpha: float
     targets: tuple[str, ...]

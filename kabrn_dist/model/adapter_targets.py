@@ -37,7 +37,9 @@ def match_targets(table: Mapping[str, ParameterInfo], targets: Iterable[str], te
     for target in targets:
         matched = [info for info in candidates if _matches(info, target)]
         if not matched:
-            raise UserError(f"finetune.targets: {target!r} matches no matrix of the base; {_suggest(target, candidates)}")
+            raise UserError(
+                f"finetune.targets: {target!r} matches no matrix of the base; {_suggest(target, candidates)}"
+            )
         if ternary and all(info.role in PLAIN_GROUPS for info in matched):
             raise UserError(
                 f"finetune.targets: {target!r} is not ternary, and ternary_lora flips ternary codes; leave it out, or "

@@ -112,7 +112,12 @@ class _Merge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         grad = grad.to(a.dtype)
-        return torch.bmm(b.to(a.dtype).transpose(1, 2), grad), torch.bmm(grad, a.transpose(1, 2)).to(b.dtype), None, None
+        return (
+            torch.bmm(b.to(a.dtype).transpose(1, 2), grad),
+            torch.bmm(grad, a.transpose(1, 2)).to(b.dtype),
+            None,
+            None,
+        )
 
 
 def _agree_with_codes(latents: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from kabrn_dist.model.moe import MixtureOfExperts
-from kabrn_dist.model.router import Router
 from kabrn_dist.model.retention import STATE_KEY, STATE_VALUE
+from kabrn_dist.model.router import Router
 from kabrn_dist.model.short_conv import ShortConv
 from kabrn_dist.ops.low_rank import A_SUFFIX, B_SUFFIX
 from kabrn_dist.ops.weight_quant import TernaryModule

@@ -250,16 +250,20 @@ class _EdgeLayer(torch.autograd.Function):
         codes = [_values(m, x.dtype) for m in filled]
         matrices = _matrices(codes, grid, x.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # Sums over chunks are taken in fp32 or wider.
-        grad_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices]
+        # Sums over chunks are taken in fp32 or wider. Matrices that are not trained get none.
+        trained = any(ctx.needs_input_grad[1:3])
+        grad_weights = [torch.zeros_like(m, dtype=gammas.dtype) for m in matrices] if trained else []
         for e, rows in expert_chunks(ctx.counts, codes[1].shape[2], x.device):
             z, g = to_fp32(x[rows]), grad[rows]
-            for branch, total in zip(_branches(z, grid, quantized, x.dtype), grad_weights, strict=True):
-                total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
+            if trained:
+                for branch, total in zip(_branches(z, grid, quantized, x.dtype), grad_weights, strict=True):
+                    total[e] += (g / branch.scale).to(g.dtype).T @ branch.codes
             if grad_x is not None:
                 silu, splines = ((g * gamma[e]).to(g.dtype) @ m[e] for gamma, m in zip(gammas, matrices, strict=True))
                 slope = basis_slope(z, splines.unflatten(-1, (grid.size, -1)), grid)
                 grad_x[rows] = slope.add_(torch.ops.aten.silu_backward(silu.to(z.dtype), z))
+        if not trained:
+            return grad_x, None, None, None, None, None
         grad_base, grad_spline = grad_weights
         grad_spline = _knots_last(grad_spline, grid)
         return grad_x, grad_base.to(ctx.dtypes[0]), grad_spline.to(ctx.dtypes[1]), None, None, None

@@ -62,9 +62,8 @@ class LowRankModule(nn.Module):
     def scaled_factors(self, name: str, scale: Tensor) -> LowRank:
         """Return the parameters NAME_lora_a and NAME_lora_b, B times a scale [E,1,1]; differentiable."""
         a, b = (self.get_parameter(name + suffix) for suffix in (A_SUFFIX, B_SUFFIX))
-        if a.ndim == 2:
-            a, b = a[None], b[None]
-        return LowRank(a, b * scale.to(b.dtype))
+        scaled = b * scale.to(b.dtype)
+        return LowRank(a if a.ndim == 3 else a[None], scaled)
 
     def low_rank(self, name: str) -> LowRank | None:
         """Return all factors beside a parameter, one below the other along R; None if there are none."""

@@ -14,16 +14,17 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import byref, c_uint32, c_void_p
+from ctypes import byref, c_float, c_uint32, c_void_p
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kabrn_dist.runtime.native_library import (
+    AdapterStruct,
     InfoStruct,
+    NativeHandle,
     NativeInfo,
     SamplingStruct,
     call_native,
@@ -41,36 +42,7 @@ def native_kernels() -> str:
     return str(load_native_library().mkb_kernels().decode())
 
 
-class _Handle:
-    """A pointer of the library's that is given back once."""
-
-    def __init__(self, pointer: int, release: Any) -> None:
-        self._pointer: int | None = pointer
-        self._release = release
-
-    @property
-    def pointer(self) -> int:
-        if self._pointer is None:
-            raise ValueError("it is closed already")
-        return self._pointer
-
-    def close(self) -> None:
-        """Give back the memory; what was made from it cannot be used any more."""
-        if self._pointer is not None:
-            pointer, self._pointer = self._pointer, None
-            self._release(pointer)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_pointer"):
-            self.close()
-
-
-class NativeModel(_Handle):
+class NativeModel(NativeHandle):
     """A model file, opened by the runtime; threads may share it.
 
     Args:
@@ -86,15 +58,15 @@ class NativeModel(_Handle):
         call_native(library.mkb_model_open, encode_native_path(path), int(verify), byref(pointer))
         assert pointer.value is not None
         super().__init__(pointer.value, library.mkb_model_close)
-        self._contexts: weakref.WeakSet[NativeContext] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[NativeContext | NativeAdapter] = weakref.WeakSet()
 
     def __enter__(self) -> NativeModel:
         return self
 
     def close(self) -> None:
-        """Unmap the file, and give back the memory of all its contexts."""
-        for context in list(getattr(self, "_contexts", ())):
-            context.close()
+        """Unmap the file, and give back the memory of all its contexts and adapters."""
+        for part in list(getattr(self, "_parts", ())):
+            part.close()
         super().close()
 
     @property
@@ -154,11 +126,44 @@ class NativeModel(_Handle):
             UserError: if there is no memory for it.
         """
         context = NativeContext(self, threads, max_tokens)
-        self._contexts.add(context)
+        self._parts.add(context)
         return context
 
+    def adapter(self, source: Path | str | bytes) -> NativeAdapter:
+        """Return an adapter, which contexts of this model may share.
 
-class NativeContext(_Handle):
+        Args:
+            source: A file that `write_adapter_file` wrote, or its bytes.
+
+        Raises:
+            UserError: for what is no adapter, is damaged, or belongs to another model.
+        """
+        adapter = NativeAdapter(self, source)
+        self._parts.add(adapter)
+        return adapter
+
+
+class NativeAdapter(NativeHandle):
+    """An adapter of a model; made by `NativeModel.adapter`. Contexts that use it may do so after it is closed."""
+
+    def __init__(self, model: NativeModel, source: Path | str | bytes) -> None:
+        library, pointer = load_native_library(), c_void_p()
+        if isinstance(source, bytes):
+            call_native(library.mkb_adapter_open_memory, model.pointer, source, len(source), byref(pointer))
+        else:
+            call_native(library.mkb_adapter_open, model.pointer, encode_native_path(source), byref(pointer))
+        assert pointer.value is not None
+        super().__init__(pointer.value, library.mkb_adapter_close)
+        details = AdapterStruct()
+        library.mkb_adapter_info(self.pointer, byref(details))
+        self.name: str = details.name.decode("utf-8", "replace")
+        self.sha256: str = bytes(details.sha256).hex()
+
+    def __enter__(self) -> NativeAdapter:
+        return self
+
+
+class NativeContext(NativeHandle):
     """A state of a model, which belongs to one thread at a time; made by `NativeModel.context`."""
 
     def __init__(self, model: NativeModel, threads: int, max_tokens: int) -> None:
@@ -175,6 +180,19 @@ class NativeContext(_Handle):
     def position(self) -> int:
         """Number of tokens read so far."""
         return int(load_native_library().mkb_position(self.pointer))
+
+    def set_adapters(self, adapters: Sequence[tuple[NativeAdapter, float]]) -> None:
+        """Use adapters in place of those before, and return to the state after nothing.
+
+        Args:
+            adapters: Each with its weight; of those that flip codes one at most, with the weight 1. Empty for none.
+
+        Raises:
+            UserError: for more than one that flips codes, or one of another model; then nothing has changed.
+        """
+        pointers = (c_void_p * len(adapters))(*(adapter.pointer for adapter, _ in adapters))
+        weights = (c_float * len(adapters))(*(weight for _, weight in adapters))
+        call_native(load_native_library().mkb_context_set_adapters, self.pointer, pointers, weights, len(adapters))
 
     def decode(self, tokens: Sequence[int], logits: bool = True) -> NDArray[np.float32] | None:
         """Read tokens on top of the state.
@@ -214,7 +232,7 @@ class NativeContext(_Handle):
         """Continue from a state that `state` returned.
 
         Raises:
-            UserError: for a state of another model or tokenizer, or a damaged one.
+            UserError: for a state of another model or tokenizer, of other adapters, or a damaged one.
         """
         call_native(load_native_library().mkb_state_set, self.pointer, content, len(content))
 

@@ -7,6 +7,7 @@ import functools
 from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from kabrn_dist.runtime.build import compile_runtime
@@ -24,6 +25,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "mkb_model_template": (c_void_p, [c_void_p, POINTER(c_size_t)]),
     "mkb_context_create": (c_int, [c_void_p, c_int, c_uint32, POINTER(c_void_p), _Error]),
     "mkb_context_destroy": (None, [c_void_p]),
+    "mkb_adapter_open": (c_int, [c_void_p, c_char_p, POINTER(c_void_p), _Error]),
+    "mkb_adapter_open_memory": (c_int, [c_void_p, c_char_p, c_size_t, POINTER(c_void_p), _Error]),
+    "mkb_adapter_close": (None, [c_void_p]),
+    "mkb_adapter_info": (None, [c_void_p, c_void_p]),
+    "mkb_context_set_adapters": (c_int, [c_void_p, POINTER(c_void_p), POINTER(c_float), c_size_t, _Error]),
     "mkb_decode": (c_int, [c_void_p, POINTER(c_uint32), c_size_t, c_void_p, _Error]),
     "mkb_reset": (None, [c_void_p]),
     "mkb_position": (c_uint64, [c_void_p]),
@@ -93,6 +99,20 @@ class NativeInfo:
     tokenizer_sha256: str
 
 
+class AdapterStruct(ctypes.Structure):
+    """`mkb_adapter_details`."""
+
+    _fields_ = [
+        ("name", c_char * 64),
+        ("method", c_uint32),
+        ("rank", c_uint32),
+        ("steps", c_uint64),
+        ("file_bytes", c_uint64),
+        ("sha256", ctypes.c_ubyte * 32),
+        ("base_sha256", ctypes.c_ubyte * 32),
+    ]
+
+
 class SamplingStruct(ctypes.Structure):
     """`mkb_sampling`."""
 
@@ -105,6 +125,40 @@ class SamplingStruct(ctypes.Structure):
         ("repetition_window", c_uint32),
         ("seed", c_uint64),
     ]
+
+
+class NativeHandle:
+    """A pointer of the library's that is given back once."""
+
+    def __init__(self, pointer: int, release: Any) -> None:
+        self._pointer: int | None = pointer
+        self._release = release
+
+    @property
+    def pointer(self) -> int:
+        """The pointer.
+
+        Raises:
+            ValueError: after `close`.
+        """
+        if self._pointer is None:
+            raise ValueError("it is closed already")
+        return self._pointer
+
+    def close(self) -> None:
+        """Give back the memory; what was made from it cannot be used any more."""
+        if self._pointer is not None:
+            pointer, self._pointer = self._pointer, None
+            self._release(pointer)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pointer"):
+            self.close()
 
 
 @functools.cache

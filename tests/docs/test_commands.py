@@ -129,7 +129,7 @@ def test_commands_work(name: str, tmp_path: Path, request: pytest.FixtureRequest
 
 # Examples of --help that need more than a small run: a network, minutes, several machines, files of one's own, or a
 # terminal, where they stay.
-TOO_LARGE = ("prepare", "train", "grow", "plan", "chat", "serve", "eval", "import", "publish")
+TOO_LARGE = ("prepare", "train", "grow", "plan", "chat", "serve", "eval", "import", "publish", "adapter")
 # Commands that need a package which a new machine does not have.
 PACKAGE_NEEDED = {"page": "ziglang"}
 

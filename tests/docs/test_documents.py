@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -86,6 +87,8 @@ def test_keys_that_are_named_exist(path: Path) -> None:
     for name in re.findall(rf"`((?:{sections})(?:\.\w+)+)", text):
         section, *keys = name.split(".")
         found = Config.model_fields[section].annotation
+        # A section that may be absent.
+        found = next((each for each in get_args(found) if each is not type(None)), found)
         for key in keys:
             assert isinstance(found, type) and issubclass(found, BaseModel) and key in found.model_fields, name
             found = found.model_fields[key].annotation

@@ -18,13 +18,13 @@ from kabrn_dist.checkpoint.manifest import read_manifest
 from kabrn_dist.checkpoint.state import read_state
 from kabrn_dist.cli.main import main
 from kabrn_dist.data.tokenizer import Tokenizer
-from kabrn_dist.hub.codes_latents import make_latents
 from kabrn_dist.hub.export import plan_hub_export, prepare_hub_export, write_hub_export
 from kabrn_dist.hub.import_own import build_own, plan_own_import, run_own_import
 from kabrn_dist.hub.import_run import write_start
 from kabrn_dist.hub.training_record import TrainingRecord
 from kabrn_dist.inference.load import load_export
 from kabrn_dist.inference.run import Run
+from kabrn_dist.ops.codes_latents import make_latents
 from kabrn_dist.ops.weight_quant import ternarize
 from kabrn_dist.utils.errors import UserError
 from tests.support.hub_models import ModelSource, expect_logits, write_hub_model

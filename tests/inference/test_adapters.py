@@ -11,21 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from kabrn_dist.adapters.adapter import Adapter, CodePatch
+from kabrn_dist.adapters.adapter import Adapter, CodePatch, LowRankFactors, StateFactors
+from kabrn_dist.adapters.folder import read_adapter, write_adapter
 from kabrn_dist.inference.adapters import ModelAdapters, hash_model_codes, set_adapters
 from kabrn_dist.inference.code_patches import list_matrices, patch_packed, patch_packed_naive
 from kabrn_dist.inference.export import plan_export, write_export
 from kabrn_dist.inference.frozen_codes import freeze_codes
 from kabrn_dist.inference.load import load_export
+from kabrn_dist.inference.make_adapter import collect_adapter
 from kabrn_dist.inference.run import Run
+from kabrn_dist.model.adapter import AdapterSpec, adapter_parameters, add_adapter, freeze_base
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.model.retention import Retention
+from kabrn_dist.ops.low_rank import LowRank, LowRankModule
 from kabrn_dist.ops.packing import pack
 from kabrn_dist.runtime.file_plan import Packing
 from kabrn_dist.runtime.model_file import read_model_file
 from kabrn_dist.runtime.pack import pack_folder
 from kabrn_dist.runtime.patch_file import hash_file_codes
 from kabrn_dist.utils.errors import UserError
-from tests.support.models import MODEL_KINDS
+from tests.support.models import MODEL_KINDS, make_model, make_model_config
 from tests.support.patched_models import make_patched_models
 from tests.support.runs import make_shards, run_command, torchrun_command, write_small_config
 
@@ -115,6 +120,121 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_stays() -> None:
             set_adapters(base, given)
         assert message in str(error.value) and "\n" not in str(error.value)
         assert torch.equal(logits(base), before)
+
+
+SPECS = {
+    "lora": AdapterSpec("lora", 4, 8.0, ("mixer", "shared", "routed", "router", "head")),
+    "ternary_lora": AdapterSpec("ternary_lora", 3, 10.0, ("mixer", "down")),
+    "state": AdapterSpec("state", 2, 2.0, ()),
+}
+
+
+def train_adapter(spec: AdapterSpec, seed: int = 3, *overrides: str) -> MixKABRN:
+    """The base with an adapter whose parameters are those of no zeros, as after training."""
+    model = make_base(*overrides)
+    freeze_base(model)
+    add_adapter(model, spec, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in adapter_parameters(model):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def make_base(*overrides: str) -> MixKABRN:
+    return make_model(make_model_config("model.layers=RAR", *overrides))
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.scale_group_size=7",), ("model.experts.type=relu2",)])
+@pytest.mark.parametrize("method", SPECS)
+def test_what_was_trained_survives_its_files(method: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """In memory, in a file, and on a fresh base: the trained model's logits, and without it the base's."""
+    model, spec = train_adapter(SPECS[method], 3, *overrides), SPECS[method]
+    made = collect_adapter(model, spec, "x\x1by", 12, "runs/base")
+    write_adapter(made, tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    assert adapter.info == made.info and made.info.name == "x?y" and made.info.targets == spec.targets
+    held = {"lora": adapter.low_ranks, "ternary_lora": adapter.patches, "state": adapter.states}
+    assert [each for each, values in held.items() if values] == [method]
+    base = make_base(*overrides)
+    before = logits(base)
+    assert adapter.info.base_sha256 == hash_model_codes(base)
+    set_adapters(base, [(adapter, 1)])
+    # Of `lora`, alpha / rank is a power of two here; of `state`, a matrix is summed in fp64.
+    tolerance = 0 if method != "state" else 1e-4
+    assert torch.allclose(logits(base), logits(model), rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(logits(base), before, atol=1e-3)
+    assert hash_model_codes(base) == (adapter.info.result_sha256 or adapter.info.base_sha256) == hash_model_codes(model)
+    set_adapters(base, [])
+    assert torch.equal(logits(base), before)
+
+
+@pytest.mark.parametrize("method", ["lora", "state"])
+def test_several_adapters_add_up_with_their_weights(method: str) -> None:
+    base, spec = make_base(), SPECS[method]
+    first, second = (collect_adapter(train_adapter(spec, seed), spec, "a", 1) for seed in (3, 4))
+    set_adapters(base, [(first, 0.5), (second, -0.25)])
+    for name, (a, b) in first.low_ranks.items():
+        ours, (c, d) = list_low_ranks(base)[name], second.low_ranks[name]
+        expected = 0.5 * b.astype(np.float64) @ a - 0.25 * d.astype(np.float64) @ c
+        assert np.allclose(ours.b.double() @ ours.a.double(), expected, atol=1e-6)
+    for layer, state in first.states.items():
+        mixer = base.get_submodule(f"blocks.{layer}.mixer")
+        assert isinstance(mixer, Retention) and mixer.fixed_initial_state is not None
+        expected = 0.5 * state.matrix() - 0.25 * second.states[layer].matrix()
+        assert np.allclose(mixer.fixed_initial_state, expected, atol=1e-6)
+    both = logits(base)
+    set_adapters(base, [(first, 0.5), (first, 0.5)])
+    twice = logits(base)
+    set_adapters(base, [(first, 1)])
+    # An input that is rounded to the next code moves a logit further than the sums' rounding.
+    assert torch.allclose(logits(base), twice, atol=1e-2) and not torch.allclose(both, twice, atol=1e-2)
+
+
+def list_low_ranks(model: MixKABRN) -> dict[str, LowRank]:
+    """The factors beside a model's matrices, by the name of the parameter."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, LowRankModule)}
+    return {f"{name}.{leaf}": part for name, module in modules.items() for leaf, part in module.fixed_low_ranks.items()}
+
+
+def test_methods_go_together_and_come_off_together() -> None:
+    base = make_base()
+    before = logits(base)
+    adapters = [(collect_adapter(train_adapter(spec), spec, "a", 1), 1.0) for spec in SPECS.values()]
+    held = ModelAdapters(base)
+    held.set(adapters)
+    together = logits(base)
+    seen = [together]
+    for given in ([each] for each in adapters):
+        held.set(given)
+        assert not any(torch.equal(logits(base), other) for other in seen)
+        seen.append(logits(base))
+    held.set(adapters[::-1])
+    assert torch.equal(logits(base), together)
+    held.set([])
+    assert torch.equal(logits(base), before) and list_low_ranks(base) == {}
+
+
+def test_factors_and_states_of_other_sizes_are_refused() -> None:
+    base = make_base()
+    before = logits(base)
+    lora, _, state = (collect_adapter(train_adapter(spec), spec, "a", 1) for spec in SPECS.values())
+    name = "blocks.1.mixture.routed.down"
+    a, b = lora.low_ranks[name]
+    half = replace(lora, low_ranks={name: LowRankFactors(a[:, :, ::2], b)})
+    small = StateFactors(*(part[:, :, :3] for part in state.states[0]))
+    for given, message in (
+        ([(half, 1.0)], "use the adapter of this model"),
+        ([(half, 1.0), (lora, 1.0)], "of different sizes"),
+        ([(replace(lora, low_ranks={"blocks.0.mixer": lora.low_ranks[name]}), 1.0)], "no matrix of this model"),
+        ([(lora, 1.0), (replace(state, states={0: small}), 1.0)], "use the adapter of this model"),
+        ([(replace(state, states={1: state.states[0]}), 1.0)], "of layer 1"),
+        ([(state, 1.0), (replace(state, states={0: small}), 1.0)], "of different sizes"),
+        ([(lora, float("nan"))], "weight nan is no number"),
+    ):
+        with pytest.raises(UserError) as error:
+            set_adapters(base, given)
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert torch.equal(logits(base), before) and list_low_ranks(base) == {}
 
 
 @pytest.fixture(scope="module")

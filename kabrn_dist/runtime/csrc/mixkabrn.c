@@ -2,8 +2,8 @@
  *
  *     cc -O2 mixkabrn.c -o mixkabrn -lm -lpthread
  *
- * Parts: 1 bytes and errors, 2 sha256, 3 model file, 4 kernels, 5 threads, 6 forward pass, 7 state, 8 tokenizer,
- * 9 sampling, 10 command line. Docs: docs/model_file.md, docs/runtime.md.
+ * Parts: 1 bytes and errors, 2 sha256, 3 model file, 4 kernels, 5 threads, 6 forward pass, 7 adapters, 8 state,
+ * 9 tokenizer, 10 sampling, 11 command line. Docs: docs/model_file.md, docs/adapter_file.md, docs/runtime.md.
  *
  * For GCC and Clang, whose vector types and target attributes it uses. Macros:
  *     MIXKABRN_LIBRARY     without main, for a shared library
@@ -298,7 +298,7 @@ typedef struct {
     float low, high;
 } settings;
 
-/* Tables of the file's tokenizer section, and what is found in them by hashing; see section 8. */
+/* Tables of the file's tokenizer section, and what is found in them by hashing; see section 9. */
 typedef struct {
     uint32_t kind, pre_tokenizer, tokens, merges, flags, added[2], first_bytes[2][8], merge_mask, word_mask;
     const unsigned char *starts, *marks, *byte_ids, *merge_table, *added_ids, *bytes;
@@ -315,7 +315,7 @@ struct mkb_model {
     const unsigned char *tokenizer, *config, *template_text;
     uint64_t tokenizer_bytes, config_bytes, template_bytes;
     uint64_t parameters, active_parameters, bytes_per_token, state_bytes;
-    unsigned char sha256[32], tokenizer_sha256[32];
+    unsigned char sha256[32], tokenizer_sha256[32], codes_sha256[32];
     char name[128];     /* for messages */
     void *mapped;       /* to be unmapped or freed; NULL for the caller's memory */
     int is_mapped;
@@ -325,7 +325,7 @@ struct mkb_model {
     size_t num_copies, room_for_copies;
 };
 
-/* Section 8 checks the tables inside the tokenizer's part of the file, which lies within it, and indexes them. */
+/* Section 9 checks the tables inside the tokenizer's part of the file, which lies within it, and indexes them. */
 static int tokenizer_check(mkb_model *m, char *error);
 static void tokenizer_close(tokenizer_tables *t);
 
@@ -383,6 +383,7 @@ static int read_settings(mkb_model *m, char *error) {
     m->step = read_u64(m->bytes + 88);
     memcpy(m->sha256, m->bytes + 24, 32);
     memcpy(m->tokenizer_sha256, m->bytes + 56, 32);
+    memcpy(m->codes_sha256, m->bytes + 272, 32);
     return MKB_OK;
 }
 
@@ -950,6 +951,7 @@ typedef struct {
     void (*convolve)(float *y, const float *const *inputs, const float *weights, size_t taps, size_t n);
     void (*finish_sums)(const sums_job *job);
     void (*plain_dots)(const void *weights, int halves, size_t n, const float *const *x, size_t count, float *out);
+    void (*add_columns)(float *y, const float *columns, size_t stride, const float *x, size_t count, size_t n);
 } float_kernels;
 
 /* The one order of a sum. */
@@ -1463,9 +1465,20 @@ TARGET static void NAMED(plain_dots)(const void *weights, int halves, size_t n, 
     }
 }
 
+/* y += Σ x·column over the columns of a matrix, one after another. */
+TARGET static void NAMED(add_columns)(float *y, const float *columns, size_t stride, const float *x, size_t count,
+                                      size_t n) {
+    EACH(i, rest, n, {
+        vec total = load(y + i, rest);
+        for (size_t r = 0; r < count; r++) total += x[r] * load(columns + r * stride + i, rest);
+        store(y + i, rest, total);
+    });
+}
+
 static const float_kernels NAMED(FLOATS) = {
     NAMED(norm_row),  NAMED(gate_row), NAMED(function_row), NAMED(spline_row),  NAMED(retention), NAMED(attention),
-    NAMED(norm_head), NAMED(rotate),   NAMED(convolve),     NAMED(finish_sums), NAMED(plain_dots)};
+    NAMED(norm_head), NAMED(rotate),   NAMED(convolve),     NAMED(finish_sums), NAMED(plain_dots),
+    NAMED(add_columns)};
 
 #endif /* KIND */
 
@@ -2525,7 +2538,40 @@ typedef struct {
 /* The tokens that visit one expert, neighbors among the slots. */
 typedef struct { uint32_t expert, first, count; } visit;
 
-/* Random numbers, settings and the last tokens of section 9; a part of the saved state. */
+/* A product of two thin matrices beside one of the model's: W·x becomes W·x + B·(A·x), R rows of A. */
+typedef struct {
+    uint32_t rank;         /* R; 0: none */
+    size_t columns, stride;
+    const int8_t *a;       /* [count][R][columns], of int8 inputs */
+    const float *a_scales; /* [count][R] */
+    const float *a_values; /* [count][R][columns], of inputs that are not rounded */
+    const float *b;        /* [count][R][stride], the columns of B */
+} low_rank;
+
+/* Read-only, and shared by contexts, which count as users. Tables are of [layers·LAYER_TENSORS] or [layers]; NULL: none. */
+struct mkb_adapter {
+    const mkb_model *model;
+    mkb_adapter_details details;
+    low_rank *low_ranks; /* and one more, of the head */
+    tensor *patched;
+    float **states;      /* initial ones, as contexts hold them */
+    uint32_t rank;       /* the largest */
+    size_t columns;      /* the widest */
+    int users;
+    void *blocks;        /* of memory, each with the address of the next */
+};
+
+enum { MOST_ADAPTERS = 16 };
+
+/* What a thread needs for A·x. */
+typedef struct {
+    split_vector row;
+    int64_t *sums;   /* [R] */
+    float *hidden;   /* [R] of all adapters */
+    double *exact;   /* the same of the router */
+} rank_scratch;
+
+/* Random numbers, settings and the last tokens of section 10; a part of the saved state. */
 enum { SAMPLER_WINDOW = 1024 };
 typedef struct {
     uint64_t random[4];
@@ -2571,6 +2617,14 @@ struct mkb_context {
     split_vector last;           /* what the head reads */
     float *logits;               /* where the head writes */
     spline_grid grid;
+    const mkb_adapter *adapters[MOST_ADAPTERS];
+    float adapter_weights[MOST_ADAPTERS];
+    size_t num_adapters;
+    unsigned char adapters_mark[16]; /* a hash of them and their weights; zeros: none */
+    rank_scratch *ranks;             /* [threads]; NULL: no low-rank factors */
+    void *rank_memory;
+    layer *patched;                  /* [layers]; NULL: no patch */
+    const layer *layers;             /* those, or the model's */
     sampler_state sampler;
     uint32_t *candidates;        /* [tokenizer_size], of sampling */
     uint64_t *weights;           /* of each token */
@@ -2653,9 +2707,64 @@ static void run_plain(const mkb_context *c, const product *p, size_t first, size
     }
 }
 
+/* --- low-rank factors --- */
+
+static const low_rank *find_low_rank(const mkb_context *c, size_t adapter, size_t place) {
+    const low_rank *all_of = c->adapters[adapter]->low_ranks;
+    return all_of && all_of[place].rank ? &all_of[place] : NULL;
+}
+
+/* Where a tensor's factors are in an adapter's table. */
+static size_t place_of(const mkb_context *c, const tensor *t) {
+    return (size_t)c->layer_number * LAYER_TENSORS + (size_t)(t - c->layer->tensors);
+}
+
+/* weight·A·x of a row of codes, whole until it is scaled. */
+static void reduce_codes(const mkb_context *c, rank_scratch *s, const low_rank *f, size_t matrix, const row_set *rows,
+                         size_t i, float weight) {
+    const int8_t *codes = rows->codes + i * rows->stride;
+    const float *scales = f->a_scales + matrix * f->rank;
+    size_t filled = round_up(f->columns, LANES);
+    s->row.size = f->columns, s->row.sums[2] = rows->totals[i];
+    memcpy(s->row.low, codes, filled);
+    memset(s->row.low + filled, 0, round_up(filled, 64) - filled);
+    for (size_t at = 0; at < filled; at += LANES)
+        for (size_t lane = 0; lane < LANES; lane++) s->row.lower[at + lane] = codes[at + lane];
+    c->kernels->bytes(f->a + matrix * f->rank * f->columns, f->rank, &s->row, s->sums);
+    weight /= rows->scales[i];
+    for (size_t r = 0; r < f->rank; r++) s->hidden[r] = (float)s->sums[r] * (scales[r] * weight);
+}
+
+/* The same of values. */
+static void reduce_values(const mkb_context *c, const low_rank *f, size_t matrix, const float *x, float weight,
+                          float *hidden) {
+    const float *a = f->a_values + matrix * f->rank * f->columns;
+    for (size_t r = 0; r < f->rank; r++) {
+        floats_of(c)->plain_dots(a + r * f->columns, 0, f->columns, &x, 1, &hidden[r]);
+        hidden[r] *= weight;
+    }
+}
+
+static void add_low_ranks(const mkb_context *c, int thread, const product *p, size_t first, size_t last) {
+    rank_scratch *s = &c->ranks[thread];
+    size_t place = place_of(c, p->weights), begin = first * TILE, rows = MIN(last * TILE, (size_t)p->weights->rows) - begin;
+    for (size_t i = 0; i < c->num_adapters; i++) {
+        const low_rank *f = find_low_rank(c, i, place);
+        for (size_t t = 0; f && t < p->count; t++) {
+            float weight = c->adapter_weights[i] * (p->weight ? p->weight[t] : 1.0f);
+            size_t row = p->index[t];
+            if (f->a) reduce_codes(c, s, f, p->matrix, p->rows, row, weight);
+            else reduce_values(c, f, p->matrix, p->rows->values + row * p->rows->stride, weight, s->hidden);
+            floats_of(c)->add_columns(p->out + p->target[t] * p->stride + begin,
+                                      f->b + p->matrix * f->rank * f->stride + begin, f->stride, s->hidden, f->rank, rows);
+        }
+    }
+}
+
 static void run_product(const mkb_context *c, int thread, const product *p, size_t first, size_t last) {
     if (p->weights->dtype == TERNARY) run_ternary(c, thread, p, first, last);
     else run_plain(c, p, first, last);
+    if (c->ranks) add_low_ranks(c, thread, p, first, last);
 }
 
 /* Units are tiles of all products, one product after the other. */
@@ -2878,16 +2987,36 @@ static double exact_dot(const float *x, const float *y, size_t n) {
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
+/* weight·A·x of the router, for all adapters. */
+static void reduce_router(const mkb_context *c, const float *x, double *exact) {
+    for (size_t i = 0; i < c->num_adapters; i++) {
+        const low_rank *f = find_low_rank(c, i, place_of(c, &c->layer->tensors[ROUTER_WEIGHT]));
+        for (size_t r = 0; f && r < f->rank; r++)
+            *exact++ = (double)c->adapter_weights[i] * exact_dot(f->a_values + r * f->columns, x, f->columns);
+    }
+}
+
+static double router_logit(const mkb_context *c, int thread, const float *x, uint32_t e) {
+    const tensor *weights = &c->layer->tensors[ROUTER_WEIGHT];
+    size_t n = weights->columns;
+    double logit = exact_dot((const float *)(const void *)weights->values + e * n, x, n);
+    const double *exact = c->ranks ? c->ranks[thread].exact : NULL;
+    for (size_t i = 0; exact && i < c->num_adapters; i++) {
+        const low_rank *f = find_low_rank(c, i, place_of(c, weights));
+        for (size_t r = 0; f && r < f->rank; r++) logit += *exact++ * (double)f->b[r * f->stride + e];
+    }
+    return logit;
+}
+
 /* Scores are rounded once, from fp64, as PyTorch's inference does. */
-static void score_experts(const mkb_context *c, const float *x, float *score) {
+static void score_experts(const mkb_context *c, int thread, const float *x, float *score) {
     const settings *s = &c->model->set;
-    const float *weights = (const float *)(const void *)c->layer->tensors[ROUTER_WEIGHT].values;
     double most = -INFINITY, total = 0;
-    for (uint32_t e = 0; s->softmax && e < s->experts; e++) most = MAX(most, exact_dot(weights + (size_t)e * s->hidden, x, s->hidden));
-    for (uint32_t e = 0; s->softmax && e < s->experts; e++)
-        total += exp(exact_dot(weights + (size_t)e * s->hidden, x, s->hidden) - most);
+    if (c->ranks) reduce_router(c, x, c->ranks[thread].exact);
+    for (uint32_t e = 0; s->softmax && e < s->experts; e++) most = MAX(most, router_logit(c, thread, x, e));
+    for (uint32_t e = 0; s->softmax && e < s->experts; e++) total += exp(router_logit(c, thread, x, e) - most);
     for (uint32_t e = 0; e < s->experts; e++) {
-        double logit = exact_dot(weights + (size_t)e * s->hidden, x, s->hidden);
+        double logit = router_logit(c, thread, x, e);
         score[e] = (float)(s->softmax ? exp(logit - most) / total : 1.0 / (1.0 + exp(-logit)));
     }
 }
@@ -2899,7 +3028,7 @@ static void choose_experts(const mkb_context *c, int thread, size_t t) {
     float *score = c->scores + (size_t)thread * 5 * s->experts, *biased = score + s->experts;
     float *weight = c->choice_weight + t * s->top_k, total = 0;
     unsigned char *taken = (unsigned char *)(biased + 2 * s->experts);
-    score_experts(c, c->inputs.values ? c->inputs.values + t * c->inputs.stride : c->normed + t * c->width, score);
+    score_experts(c, thread, c->inputs.values ? c->inputs.values + t * c->inputs.stride : c->normed + t * c->width, score);
     for (uint32_t e = 0; e < s->experts; e++) biased[e] = score[e] + bias[e];
     memset(taken, 0, s->experts);
     limit_groups(s, biased, taken, biased + s->experts);
@@ -3100,6 +3229,17 @@ static void set_angles(mkb_context *c, size_t t) {
     }
 }
 
+/* Add the low-rank factors' part of rows of the head, whose A·x is known. */
+static void add_head_ranks(const mkb_context *c, size_t row, size_t count) {
+    const float *hidden = c->ranks[0].hidden;
+    for (size_t i = 0; i < c->num_adapters; i++) {
+        const low_rank *f = find_low_rank(c, i, (size_t)c->model->set.layers * LAYER_TENSORS);
+        if (!f) continue;
+        floats_of(c)->add_columns(c->logits + row, f->b + row, f->stride, hidden, f->rank, count);
+        hidden += f->rank;
+    }
+}
+
 /* Units are tiles of the vocabulary. */
 static void head_work(void *argument, int thread, size_t first, size_t last) {
     const mkb_context *c = argument;
@@ -3118,6 +3258,7 @@ static void head_work(void *argument, int thread, size_t first, size_t last) {
             for (size_t i = row; i < row + count; i++)
                 floats_of(c)->plain_dots(t->values + i * t->columns * size, size == 2, t->columns, &x, 1, &c->logits[i]);
         }
+        if (c->ranks) add_head_ranks(c, row, count);
     }
 }
 
@@ -3126,6 +3267,11 @@ static void run_head(mkb_context *c, float *logits) {
     floats_of(c)->norm_row(c->stream + (c->tokens - 1) * c->width, c->model->set.hidden, &out);
     if (c->model->tensors[HEAD].dtype == INT8) split(&c->last, c->normed);
     c->logits = logits;
+    float *hidden = c->ranks ? c->ranks[0].hidden : NULL;
+    for (size_t i = 0; hidden && i < c->num_adapters; i++) {
+        const low_rank *f = find_low_rank(c, i, (size_t)c->model->set.layers * LAYER_TENSORS);
+        if (f) reduce_values(c, f, 0, c->normed, c->adapter_weights[i], hidden), hidden += f->rank;
+    }
     pool_run(&c->pool, head_work, c, (size_t)tiles_of(c->model->set.vocab_size));
 }
 
@@ -3136,7 +3282,7 @@ static void run_tokens(mkb_context *c, const uint32_t *ids, size_t count) {
         set_angles(c, t);
     }
     for (uint32_t i = 0; i < c->model->set.layers; i++) {
-        c->layer_number = i, c->layer = &c->model->layers[i];
+        c->layer_number = i, c->layer = &c->layers[i];
         run_mixer(c);
         run_feed_forward(c);
     }
@@ -3345,7 +3491,7 @@ int mkb_context_create(const mkb_model *model, int threads, uint32_t max_tokens,
         return fail(error, MKB_ERROR_ARGUMENT, "%s has softmax attention layers; set max_tokens to 1 or more", model->name);
     mkb_context *c = calloc(1, sizeof *c);
     if (!c) return fail(error, MKB_ERROR_MEMORY, "no memory for a context");
-    c->model = model, c->kernels = chosen_kernels, c->max_tokens = max_tokens;
+    c->model = model, c->layers = model->layers, c->kernels = chosen_kernels, c->max_tokens = max_tokens;
     status = pool_start(&c->pool, threads);
     if (status) status = fail(error, MKB_ERROR_MEMORY, "a thread cannot be started: %s; use fewer", strerror(status));
     if (!status) own_everything(c, &missing);
@@ -3356,16 +3502,420 @@ int mkb_context_create(const mkb_model *model, int threads, uint32_t max_tokens,
     return status;
 }
 
+static void drop_adapters(mkb_context *c);
+
 void mkb_context_destroy(mkb_context *c) {
     if (!c) return;
     pool_stop(&c->pool);
+    drop_adapters(c);
     for (size_t i = 0; i < c->num_memory; i++) free(c->memory[i]);
     free(c->memory);
     free(c->caches);
     free(c);
 }
 
-/* ---- 7 state ---- */
+/* ---- 7 adapters ---- */
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("Os")
+#endif
+
+enum {
+    ADAPTER_HEADER = 256,
+    ADAPTER_VERSION = 1,
+    MOST_RANK = 4096,
+    MOST_GAP = 255 /* between flips: so many codes are passed, and none is flipped */
+};
+enum { LOW_RANK, PATCH, INITIAL_STATE, ADAPTER_KINDS };
+
+/* A file while it is read. */
+typedef struct {
+    mkb_adapter *adapter;
+    const unsigned char *bytes;
+    uint64_t size;
+    const char *name;
+    char *error;
+} adapter_file;
+
+static int refuse_adapter(const adapter_file *f, const char *what, uint64_t value) {
+    return fail(f->error, MKB_ERROR_FORMAT, "%s: %s %llu does not fit; copy it again, or pack the adapter again", f->name,
+                what, (unsigned long long)value);
+}
+
+/* Memory of zeros that is freed with the adapter. */
+static void *keep_block(mkb_adapter *a, uint64_t count, uint64_t size) {
+    unsigned char *block = count <= UINT64_MAX / 2 / size ? allocate(1, 64 + count * size) : NULL;
+    if (!block) return NULL;
+    memset(block, 0, (size_t)(64 + count * size));
+    *(void **)(void *)block = a->blocks;
+    a->blocks = block;
+    return block + 64;
+}
+
+/* The bytes that word `at` of a record leads to; NULL if they lie outside the file. */
+static const unsigned char *part_of(const adapter_file *f, const unsigned char *record, size_t at, uint64_t bytes) {
+    uint64_t offset = read_u64(record + at);
+    return offset >= ADAPTER_HEADER && offset <= f->size && bytes <= f->size - offset ? f->bytes + offset : NULL;
+}
+
+static float *keep_floats(mkb_adapter *a, const unsigned char *from, uint64_t count) {
+    float *kept = keep_block(a, count, 4);
+    if (kept) copy_words(kept, from, (size_t)count);
+    return kept;
+}
+
+static int no_adapter_memory(const adapter_file *f) {
+    return fail(f->error, MKB_ERROR_MEMORY, "%s: no memory for an adapter of %llu bytes", f->name,
+                (unsigned long long)f->size);
+}
+
+/* int8 rows of A, for inputs of codes as they are, and for others as values. */
+static int keep_a(const adapter_file *f, low_rank *l, uint64_t rows, const unsigned char *codes,
+                  const unsigned char *scales, int plain) {
+    float *values = NULL;
+    int8_t *kept = NULL;
+    l->a_scales = keep_floats(f->adapter, scales, rows);
+    if (plain) l->a_values = values = keep_block(f->adapter, rows, l->columns * 4);
+    else l->a = kept = keep_block(f->adapter, rows, l->columns);
+    if (!l->a_scales || (!values && !kept)) return no_adapter_memory(f);
+    if (kept) memcpy(kept, codes, (size_t)rows * l->columns);
+    for (size_t i = 0; values && i < (size_t)rows * l->columns; i++)
+        values[i] = (float)(int8_t)codes[i] * l->a_scales[i / l->columns];
+    return MKB_OK;
+}
+
+/* int8 rows of B become columns of values. */
+static int keep_b(const adapter_file *f, low_rank *l, uint64_t count, size_t rows, const unsigned char *codes,
+                  const unsigned char *scales) {
+    float *b;
+    l->stride = round_up(rows, LANES);
+    l->b = b = keep_block(f->adapter, count * l->rank, l->stride * 4);
+    if (!b) return no_adapter_memory(f);
+    for (size_t i = 0; i < (size_t)count * rows; i++, codes += l->rank)
+        for (size_t r = 0; r < l->rank; r++)
+            b[(i / rows * l->rank + r) * l->stride + i % rows] = (float)(int8_t)codes[r] * read_f32(scales + 4 * i);
+    return MKB_OK;
+}
+
+static int read_low_rank(const adapter_file *f, const unsigned char *record, size_t place, const tensor *t) {
+    mkb_adapter *a = f->adapter;
+    const settings *s = &a->model->set;
+    size_t places = (size_t)s->layers * LAYER_TENSORS + 1, which = place % LAYER_TENSORS;
+    uint64_t rank = read_u32(record + 20), rows = rank * t->count;
+    int plain = !s->quantized || place == places - 1 || which == ROUTER_WEIGHT;
+    const unsigned char *part[4];
+    if (!rank || rank > MIN(MIN(t->rows, t->columns), MOST_RANK)) return refuse_adapter(f, "a rank of", rank);
+    part[0] = part_of(f, record, 24, rows * t->columns), part[1] = part_of(f, record, 32, rows * 4);
+    part[2] = part_of(f, record, 40, rows * t->rows), part[3] = part_of(f, record, 48, (uint64_t)t->count * t->rows * 4);
+    for (int i = 0; i < 4; i++)
+        if (!part[i]) return refuse_adapter(f, "the place of factors of rank", rank);
+    if (!a->low_ranks) a->low_ranks = keep_block(a, places, sizeof *a->low_ranks);
+    if (!a->low_ranks) return no_adapter_memory(f);
+    low_rank *l = &a->low_ranks[place];
+    if (l->rank) return refuse_adapter(f, "a second pair of factors for role", read_u32(record) & 0xffff);
+    l->rank = (uint32_t)rank, l->columns = t->columns;
+    a->rank = MAX(a->rank, l->rank), a->columns = MAX(a->columns, l->columns);
+    int status = keep_a(f, l, rows, part[0], part[1], plain);
+    return status ? status : keep_b(f, l, t->count, t->rows, part[2], part[3]);
+}
+
+/* Flip the codes of tiles: gaps lead from one to the next, and a bit of `steps` says how far each is turned. */
+static int flip_codes(const adapter_file *f, const unsigned char *gaps, uint64_t num_gaps, const unsigned char *steps,
+                      uint64_t flips, const tensor *t) {
+    size_t across = (size_t)tiles_of(t->columns), r = 0, c = 0, matrix = 0;
+    uint64_t done = 0;
+    for (uint64_t i = 0; i < num_gaps; i++) {
+        for (c += gaps[i]; c >= t->columns; c -= t->columns)
+            if (++r == t->rows) r = 0, matrix++;
+        if (gaps[i] == MOST_GAP) continue;
+        if (matrix >= t->count || done == flips) return refuse_adapter(f, "a flip after", done);
+        unsigned char *byte = (unsigned char *)(uintptr_t)t->values + matrix * t->stride +
+                              ((r / TILE * across + c / TILE) * TILE + r % TILE) * 4 + c % 4;
+        unsigned shift = 2 * (unsigned)(c % TILE / 4), code = *byte >> shift & 3;
+        code = (code + 1 + (steps[done / 8] >> done % 8 & 1)) % 3;
+        *byte = (unsigned char)((*byte & ~(3u << shift)) | code << shift);
+        c++, done++;
+    }
+    return done == flips ? MKB_OK : refuse_adapter(f, "a number of flips of", flips);
+}
+
+static int read_patch(const adapter_file *f, const unsigned char *record, size_t place, const tensor *t) {
+    mkb_adapter *a = f->adapter;
+    uint64_t bytes = matrix_bytes(TERNARY, t->rows, t->columns), scales = (uint64_t)t->count * t->scale_count;
+    uint64_t flips = read_u64(record + 48), num_gaps = read_u64(record + 56);
+    if (t->dtype != TERNARY || read_u32(record + 20) != t->scale_count)
+        return refuse_adapter(f, "a patch of role", read_u32(record) & 0xffff);
+    const unsigned char *gaps = part_of(f, record, 24, num_gaps);
+    const unsigned char *steps = flips <= num_gaps ? part_of(f, record, 32, (flips + 7) / 8) : NULL;
+    const unsigned char *fresh = part_of(f, record, 40, scales * 4);
+    if (!gaps || !steps || !fresh) return refuse_adapter(f, "the place of a patch with a number of flips of", flips);
+    if (!a->patched) a->patched = keep_block(a, (uint64_t)a->model->set.layers * LAYER_TENSORS, sizeof *a->patched);
+    if (!a->patched) return no_adapter_memory(f);
+    tensor *to = &a->patched[place];
+    if (to->values) return refuse_adapter(f, "a second patch of role", read_u32(record) & 0xffff);
+    unsigned char *tiles = keep_block(a, t->count, bytes);
+    *to = *t;
+    to->values = tiles, to->stride = bytes, to->scales = keep_floats(a, fresh, scales);
+    if (!tiles || !to->scales) return no_adapter_memory(f);
+    for (uint32_t i = 0; i < t->count; i++) memcpy(tiles + i * bytes, t->values + i * t->stride, (size_t)bytes);
+    return flip_codes(f, gaps, num_gaps, steps, flips, to);
+}
+
+/* Σ key ⊗ value, in the order of a context's state: 16 values of one key are neighbors. */
+static int read_initial_state(const adapter_file *f, const unsigned char *record, uint32_t number) {
+    mkb_adapter *a = f->adapter;
+    const settings *s = &a->model->set;
+    size_t keys = s->key_dim, values = s->value_dim, size = keys * round_up(values, LANES);
+    uint64_t rank = read_u32(record + 20), rows = rank * s->heads;
+    if (number >= s->layers || a->model->layers[number].attention) return refuse_adapter(f, "a state of layer", number);
+    if (read_u32(record + 8) != s->heads || read_u32(record + 12) != keys || read_u32(record + 16) != values || !rank ||
+        rank > MOST_RANK)
+        return refuse_adapter(f, "the shape of the state of layer", number);
+    const unsigned char *key = part_of(f, record, 24, rows * keys * 4), *value = part_of(f, record, 32, rows * values * 4);
+    if (!key || !value) return refuse_adapter(f, "the place of the state of layer", number);
+    if (!a->states) a->states = keep_block(a, s->layers, sizeof *a->states);
+    if (!a->states) return no_adapter_memory(f);
+    if (a->states[number]) return refuse_adapter(f, "a second state of layer", number);
+    float *state = a->states[number] = keep_block(a, s->heads, size * 4);
+    if (!state) return no_adapter_memory(f);
+    for (size_t h = 0; h < s->heads; h++, state += size, key += rank * keys * 4, value += rank * values * 4)
+        for (size_t i = 0; i < keys * values; i++) {
+            size_t k = i / values, v = i % values;
+            double total = 0;
+            for (size_t r = 0; r < rank; r++)
+                total += (double)read_f32(key + 4 * (r * keys + k)) * (double)read_f32(value + 4 * (r * values + v));
+            state[(v / LANES * keys + k) * LANES + v % LANES] = (float)total;
+        }
+    return MKB_OK;
+}
+
+static int read_adapter_record(const adapter_file *f, const unsigned char *record) {
+    const mkb_model *m = f->adapter->model;
+    uint32_t role = read_u32(record) & 0xffff, kind = read_u32(record) >> 16, number = read_u32(record + 4);
+    int which = layer_tensor(role), part = which < SHARED ? which - ROUTED : which - SHARED;
+    int matrix = which >= ROUTED ? part < INNER : which == ROUTER_WEIGHT || (which >= 0 && which <= MIXER_OUT);
+    size_t place = (size_t)number * LAYER_TENSORS + (size_t)MAX(which, 0);
+    const tensor *t = NULL;
+    if (kind == INITIAL_STATE) return read_initial_state(f, record, number);
+    if (role == HEAD && !number) t = &m->tensors[HEAD], place = (size_t)m->set.layers * LAYER_TENSORS;
+    else if (matrix && number < m->set.layers) t = &m->layers[number].tensors[which];
+    if (kind >= ADAPTER_KINDS || !t || !t->values) return refuse_adapter(f, "a part for role", role);
+    if (read_u32(record + 8) != t->count || read_u32(record + 12) != t->rows || read_u32(record + 16) != t->columns)
+        return refuse_adapter(f, "the shape of the part for role", role);
+    return kind == PATCH ? read_patch(f, record, place, t) : read_low_rank(f, record, place, t);
+}
+
+static int check_adapter_base(const adapter_file *f) {
+    static const unsigned char zeros[32];
+    const unsigned char *wanted = f->bytes + 56, *has = f->adapter->model->codes_sha256;
+    if (!memcmp(has, zeros, 32))
+        return fail(f->error, MKB_ERROR_MISMATCH, "%s: packed by an earlier version, which adapters cannot tell from others; "
+                    "pack it again", f->adapter->model->name);
+    if (!memcmp(has, wanted, 32)) return MKB_OK;
+    return fail(f->error, MKB_ERROR_MISMATCH, "%s belongs to the model %02x%02x%02x%02x, and %s is %02x%02x%02x%02x; use its own",
+                f->name, wanted[0], wanted[1], wanted[2], wanted[3], f->adapter->model->name, has[0], has[1], has[2], has[3]);
+}
+
+static int check_adapter_header(const adapter_file *f) {
+    static const unsigned char magic[8] = {0x89, 'M', 'K', 'A', '\r', '\n', 0x1a, '\n'}, zeros[32];
+    unsigned char digest[32];
+    sha256_state s;
+    if (!f->size || memcmp(f->bytes, magic, (size_t)MIN(f->size, 8)))
+        return fail(f->error, MKB_ERROR_FORMAT, "%s is not an adapter of the runtime; make one with `mixkabrn adapter pack`",
+                    f->name);
+    if (f->size < ADAPTER_HEADER) return refuse_adapter(f, "a size of", f->size);
+    if (read_u32(f->bytes + 8) != ADAPTER_VERSION)
+        return fail(f->error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1; update it", f->name,
+                    (unsigned long)read_u32(f->bytes + 8));
+    if (read_u32(f->bytes + 12) != ADAPTER_HEADER || read_u64(f->bytes + 16) != f->size)
+        return refuse_adapter(f, "a size of", f->size);
+    sha256_begin(&s);
+    sha256_add(&s, f->bytes, 24);
+    sha256_add(&s, zeros, 32);
+    sha256_add(&s, f->bytes + 56, (size_t)f->size - 56);
+    sha256_end(&s, digest);
+    if (!memcmp(digest, f->bytes + 24, 32)) return check_adapter_base(f);
+    return fail(f->error, MKB_ERROR_FORMAT, "%s is damaged: its sha256 differs from the one in its header; copy it again",
+                f->name);
+}
+
+static int read_adapter(const adapter_file *f) {
+    mkb_adapter_details *d = &f->adapter->details;
+    uint64_t count, offset;
+    int status = check_adapter_header(f);
+    if (status) return status;
+    count = read_u32(f->bytes + 108), offset = read_u64(f->bytes + 112);
+    d->method = read_u32(f->bytes + 88), d->rank = read_u32(f->bytes + 92), d->steps = read_u64(f->bytes + 96);
+    d->file_bytes = f->size;
+    memcpy(d->sha256, f->bytes + 24, 32);
+    memcpy(d->base_sha256, f->bytes + 56, 32);
+    memcpy(d->name, f->bytes + 128, sizeof d->name - 1);
+    for (char *c = d->name; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    if (d->method >= ADAPTER_KINDS) return refuse_adapter(f, "the method", d->method);
+    if (offset < ADAPTER_HEADER || offset > f->size || count * RECORD_BYTES > f->size - offset)
+        return refuse_adapter(f, "the table at", offset);
+    for (uint64_t i = 0; i < count && !status; i++) status = read_adapter_record(f, f->bytes + offset + i * RECORD_BYTES);
+    return status;
+}
+
+void mkb_adapter_close(mkb_adapter *a) {
+    if (!a || __atomic_sub_fetch(&a->users, 1, __ATOMIC_ACQ_REL)) return;
+    for (void *block = a->blocks, *next; block; block = next) {
+        next = *(void **)block;
+        free(block);
+    }
+    free(a);
+}
+
+static int open_adapter(const mkb_model *model, const void *bytes, uint64_t size, const char *name, mkb_adapter **adapter,
+                        char *error) {
+    mkb_adapter *a = calloc(1, sizeof *a);
+    adapter_file f = {a, bytes, size, name, error};
+    if (!a) return no_adapter_memory(&f);
+    a->model = model, a->users = 1;
+    int status = read_adapter(&f);
+    if (status) mkb_adapter_close(a);
+    else *adapter = a;
+    return status;
+}
+
+int mkb_adapter_open_memory(const mkb_model *model, const void *bytes, size_t size, mkb_adapter **adapter,
+                            char error[MKB_ERROR_BYTES]) {
+    *adapter = NULL;
+    return open_adapter(model, bytes, size, "the adapter", adapter, error);
+}
+
+static int read_sized_file(const char *path, const char *wanted, unsigned char **bytes, size_t *size, char *error);
+
+int mkb_adapter_open(const mkb_model *model, const char *path, mkb_adapter **adapter, char error[MKB_ERROR_BYTES]) {
+    unsigned char *bytes = NULL;
+    size_t size = 0;
+    *adapter = NULL;
+    int status = read_sized_file(path, "an adapter", &bytes, &size, error);
+    if (!status) status = open_adapter(model, bytes, size, path, adapter, error);
+    free(bytes);
+    return status;
+}
+
+void mkb_adapter_info(const mkb_adapter *a, mkb_adapter_details *details) { *details = a->details; }
+
+/* --- adapters of a context --- */
+
+static int check_adapters(const mkb_context *c, const mkb_adapter *const *adapters, const float *weights, size_t count,
+                          char *error) {
+    size_t patches = 0;
+    if (count > MOST_ADAPTERS)
+        return fail(error, MKB_ERROR_ARGUMENT, "%lu adapters at once; use up to %d", (unsigned long)count, MOST_ADAPTERS);
+    for (size_t i = 0; i < count; i++) {
+        const mkb_adapter *a = adapters[i];
+        if (!a || a->model != c->model)
+            return fail(error, MKB_ERROR_ARGUMENT, "an adapter was not opened for this model; open it for this one");
+        patches += a->patched != NULL;
+        if (!(fabsf(weights[i]) <= 1e6f)) return fail(error, MKB_ERROR_ARGUMENT, "an adapter's weight is no number; use 1");
+        if (a->patched && (weights[i] != 1.0f || patches > 1))
+            return fail(error, MKB_ERROR_ARGUMENT, "%s flips codes: of such adapters one can be used, with the weight 1",
+                        *a->details.name ? a->details.name : "an adapter");
+    }
+    return MKB_OK;
+}
+
+/* One piece of memory for all threads' scratch; NULL without. */
+static rank_scratch *make_scratch(int threads, size_t ranks, size_t columns, void **memory) {
+    size_t row = round_up(columns, 64), each = row * 3 + round_up(ranks * 4, 64) + round_up(ranks * 8, 64) * 2;
+    size_t head = round_up((size_t)threads * sizeof(rank_scratch), 64);
+    unsigned char *next = *memory = allocate(1, head + row * 2 + (uint64_t)each * (uint64_t)threads), *zeros;
+    if (!next) return NULL;
+    memset(next, 0, head + row * 2 + each * (size_t)threads);
+    rank_scratch *all_of = (rank_scratch *)(void *)next;
+    zeros = next + head, next = zeros + row * 2;
+    for (int i = 0; i < threads; i++, next += each) {
+        unsigned char *whole = next + row * 3;
+        all_of[i].row = (split_vector){.high = (int8_t *)zeros, .middle = (int8_t *)zeros, .low = (int8_t *)next,
+                                       .upper = (int16_t *)(void *)zeros, .lower = (int16_t *)(void *)(next + row)};
+        all_of[i].sums = (int64_t *)(void *)whole;
+        all_of[i].exact = (double *)(void *)(whole + round_up(ranks * 8, 64));
+        all_of[i].hidden = (float *)(void *)(whole + 2 * round_up(ranks * 8, 64));
+    }
+    return all_of;
+}
+
+/* The model's layers with some tensors in place of others. */
+static layer *patch_layers(const mkb_model *m, const mkb_adapter *patch) {
+    layer *layers = malloc(m->set.layers * sizeof *layers);
+    if (!layers) return NULL;
+    memcpy(layers, m->layers, m->set.layers * sizeof *layers);
+    for (size_t i = 0; i < (size_t)m->set.layers * LAYER_TENSORS; i++)
+        if (patch->patched[i].values) layers[i / LAYER_TENSORS].tensors[i % LAYER_TENSORS] = patch->patched[i];
+    return layers;
+}
+
+/* What saved states are told apart by. */
+static void mark_adapters(mkb_context *c) {
+    unsigned char digest[32] = {0}, weight[4];
+    sha256_state s;
+    sha256_begin(&s);
+    for (size_t i = 0; i < c->num_adapters; i++) {
+        sha256_add(&s, c->adapters[i]->details.sha256, 32);
+        copy_words(weight, &c->adapter_weights[i], 1);
+        sha256_add(&s, weight, 4);
+    }
+    if (c->num_adapters) sha256_end(&s, digest);
+    memcpy(c->adapters_mark, digest, sizeof c->adapters_mark);
+}
+
+static void drop_adapters(mkb_context *c) {
+    for (size_t i = 0; i < c->num_adapters; i++) mkb_adapter_close((mkb_adapter *)(uintptr_t)c->adapters[i]);
+    free(c->rank_memory);
+    free(c->patched);
+    c->num_adapters = 0, c->ranks = NULL, c->rank_memory = NULL, c->patched = NULL, c->layers = c->model->layers;
+}
+
+int mkb_context_set_adapters(mkb_context *c, mkb_adapter *const *adapters, const float *weights, size_t count,
+                             char error[MKB_ERROR_BYTES]) {
+    const mkb_adapter *patch = NULL;
+    size_t ranks = 0, columns = 0;
+    int status = check_adapters(c, (const mkb_adapter *const *)adapters, weights, count, error);
+    if (status) return status;
+    for (size_t i = 0; i < count; i++) {
+        ranks += adapters[i]->rank, columns = MAX(columns, adapters[i]->columns);
+        if (adapters[i]->patched) patch = adapters[i];
+    }
+    void *memory = NULL;
+    rank_scratch *scratch = ranks ? make_scratch(c->pool.threads, ranks, columns, &memory) : NULL;
+    layer *layers = patch ? patch_layers(c->model, patch) : NULL;
+    if ((ranks && !scratch) || (patch && !layers)) {
+        free(memory);
+        free(layers);
+        return fail(error, MKB_ERROR_MEMORY, "no memory to use an adapter");
+    }
+    for (size_t i = 0; i < count; i++) __atomic_add_fetch(&adapters[i]->users, 1, __ATOMIC_RELAXED);
+    drop_adapters(c);
+    for (size_t i = 0; i < count; i++) c->adapters[i] = adapters[i], c->adapter_weights[i] = weights[i];
+    c->num_adapters = count, c->ranks = scratch, c->rank_memory = memory, c->patched = layers;
+    if (layers) c->layers = layers;
+    mark_adapters(c);
+    mkb_reset(c);
+    return MKB_OK;
+}
+
+/* The weighted sum of the adapters' states. */
+static void begin_states(const mkb_context *c) {
+    const settings *s = &c->model->set;
+    size_t size = (size_t)s->heads * s->key_dim * round_up(s->value_dim, LANES);
+    for (size_t i = 0; i < c->num_adapters; i++)
+        for (uint32_t number = 0; c->adapters[i]->states && number < s->layers; number++) {
+            const float *from = c->adapters[i]->states[number];
+            for (size_t at = 0; from && at < size; at++) c->states[number][at] += c->adapter_weights[i] * from[at];
+        }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
+/* ---- 8 state ---- */
 
 /* A saved state, little-endian: header, sampler, then numbers: heads' matrices and remembered inputs layer by layer, and
  * keys and values of the tokens in attention layers' caches. */
@@ -3373,12 +3923,14 @@ enum {
     STATE_HEADER = 128,
     STATE_SAMPLER = 76 + 4 * SAMPLER_WINDOW,
     STATE_BEGIN = (STATE_HEADER + STATE_SAMPLER + 63) / 64 * 64,
-    STATE_VERSION = 1
+    STATE_VERSION = 1, /* 2 with adapters, of which older runtimes know nothing */
+    STATE_MARK = 104   /* of the adapters */
 };
 static const unsigned char STATE_MAGIC[8] = {0x89, 'M', 'K', 'S', '\r', '\n', 0x1a, '\n'};
 
 void mkb_reset(mkb_context *c) {
     memset(c->state_memory, 0, c->state_floats * 4);
+    begin_states(c);
     memset(c->sampler.window, 0, sizeof c->sampler.window);
     c->sampler.window_count = c->sampler.window_next = c->sampler.drawn = 0;
     c->position = 0;
@@ -3462,12 +4014,13 @@ int mkb_state_get(const mkb_context *c, void *memory, size_t size, char error[MK
                     (unsigned long long)needed, (unsigned long long)size);
     memset(bytes, 0, STATE_BEGIN);
     memcpy(bytes, STATE_MAGIC, 8);
-    write_u32(bytes + 8, STATE_VERSION);
+    write_u32(bytes + 8, STATE_VERSION + (c->num_adapters > 0));
     write_u32(bytes + 12, STATE_BEGIN);
     write_u64(bytes + 16, needed);
     memcpy(bytes + 24, c->model->sha256, 32);
     memcpy(bytes + 56, c->model->tokenizer_sha256, 32);
     write_u64(bytes + 88, c->position);
+    memcpy(bytes + STATE_MARK, c->adapters_mark, sizeof c->adapters_mark);
     write_sampler(bytes + STATE_HEADER, &c->sampler);
     copy_state(c, bytes + STATE_BEGIN, c->position, 1);
     write_u64(bytes + 96, checksum(bytes + 104, needed - 104) ^ c->position);
@@ -3485,8 +4038,8 @@ static int check_state_header(const mkb_model *m, const unsigned char *bytes, ui
     if (size < STATE_BEGIN || expected != size)
         return fail(error, MKB_ERROR_FORMAT, "%s is cut off or damaged: %llu bytes expected, %llu found; use another copy",
                     name, (unsigned long long)expected, (unsigned long long)size);
-    if (read_u32(bytes + 8) != STATE_VERSION || read_u32(bytes + 12) != STATE_BEGIN)
-        return fail(error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1; use the one that wrote it",
+    if (read_u32(bytes + 8) - STATE_VERSION > 1 || read_u32(bytes + 12) != STATE_BEGIN)
+        return fail(error, MKB_ERROR_FORMAT, "%s has the version %lu, and this runtime reads 1 and 2; use the one that wrote it",
                     name, (unsigned long)read_u32(bytes + 8));
     if (memcmp(bytes + 24, m->sha256, 32) || memcmp(bytes + 56, m->tokenizer_sha256, 32))
         return fail(error, MKB_ERROR_MISMATCH,
@@ -3508,6 +4061,9 @@ static int check_state_bytes(const mkb_context *c, const unsigned char *bytes, s
     uint64_t position, most = has_attention(c->model) ? c->max_tokens : UINT64_MAX;
     int status = check_state_header(c->model, bytes, size, name, error);
     if (status) return status;
+    if (memcmp(bytes + STATE_MARK, c->adapters_mark, sizeof c->adapters_mark))
+        return fail(error, MKB_ERROR_MISMATCH, "%s was made %s in use; use the same ones, or begin without it", name,
+                    read_u32(bytes + 8) > STATE_VERSION ? "with other adapters than those" : "without the adapters");
     position = read_u64(bytes + 88);
     if (position > most)
         return fail(error, MKB_ERROR_FULL, "%s holds %llu tokens, and the caches have room for %llu; use a larger max_tokens",
@@ -3638,35 +4194,38 @@ int mkb_state_save(const mkb_context *c, const char *path, char error[MKB_ERROR_
     return status;
 }
 
-static int read_state_file(int file, const char *path, uint64_t bytes_there, unsigned char **bytes, size_t *size,
-                           char *error) {
-    size_t done = 0;
-    if (bytes_there > SIZE_MAX / 2) return fail(error, MKB_ERROR_FILE, "%s is too large to be a saved state", path);
-    *size = (size_t)bytes_there;
-    *bytes = malloc(*size + 1);
-    if (!*bytes) return fail(error, MKB_ERROR_MEMORY, "%s: no memory for %llu bytes", path, (unsigned long long)*size);
-    while (done < *size) {
-        ssize_t got = read(file, *bytes + done, MIN(*size - done, (size_t)1 << 30));
+static int fill_bytes(int file, const char *path, unsigned char *bytes, size_t size, char *error) {
+    for (size_t done = 0; done < size;) {
+        ssize_t got = read(file, bytes + done, MIN(size - done, (size_t)1 << 30));
         if (got <= 0) return fail(error, MKB_ERROR_FILE, "%s: cannot be read: %s", path, strerror(errno));
         done += (size_t)got;
     }
     return MKB_OK;
 }
 
+/* All of a regular file, in memory that is the caller's, also after an error. `wanted` says what it should be. */
+static int read_sized_file(const char *path, const char *wanted, unsigned char **bytes, size_t *size, char *error) {
+    struct stat about;
+    int file = open_regular(path, path, wanted, &about, error), status;
+    if (file < 0) return MKB_ERROR_FILE;
+    *size = (size_t)about.st_size;
+    *bytes = (uint64_t)about.st_size <= SIZE_MAX / 2 ? malloc(*size + 1) : NULL;
+    if (*bytes) status = fill_bytes(file, path, *bytes, *size, error);
+    else status = fail(error, MKB_ERROR_MEMORY, "%s: no memory for %llu bytes", path, (unsigned long long)about.st_size);
+    close(file);
+    return status;
+}
+
 int mkb_state_load(mkb_context *c, const char *path, char error[MKB_ERROR_BYTES]) {
     unsigned char *bytes = NULL;
     size_t size = 0;
-    struct stat about;
-    int file = open_regular(path, path, "a saved state", &about, error);
-    if (file < 0) return MKB_ERROR_FILE;
-    int status = read_state_file(file, path, (uint64_t)about.st_size, &bytes, &size, error);
-    close(file);
+    int status = read_sized_file(path, "a saved state", &bytes, &size, error);
     if (!status) status = set_state(c, bytes, size, path, error);
     free(bytes);
     return status;
 }
 
-/* ---- 8 tokenizer ----
+/* ---- 9 tokenizer ----
  *
  * A text is divided at added tokens, the rest into words, and the bytes of each word are merged. All tables are read
  * where they lie in the file; two hash tables of 32-bit numbers are made when it is opened. */
@@ -4379,7 +4938,7 @@ static int tokenizer_check(mkb_model *m, char *error) {
                 status == MKB_ERROR_FORMAT ? "; copy or pack the model again" : "");
 }
 
-/* ---- 9 sampling ----
+/* ---- 10 sampling ----
  *
  * Weights of tokens are whole numbers, exp((logit − highest) / temperature) × 2³⁸: their sums have no rounding and no
  * order, so two machines whose exp() differs in the last bit practically always draw the same token. */
@@ -4577,7 +5136,7 @@ uint32_t mkb_sample(mkb_context *c, float *logits) {
     return id;
 }
 
-/* ---- 10 command line ---- */
+/* ---- 11 command line ---- */
 
 /* What runs once a line of a person's need not be fast, and the program is to be small. */
 #if defined(__GNUC__) && !defined(__clang__)
@@ -5034,7 +5593,7 @@ static void begin_text(text_writer *w, int trim) {
 /* --- options of commands that read or write text --- */
 
 enum { FOR_GENERATE = 1, FOR_CHAT = 2, FOR_TOKENIZE = 4, FOR_ALL = 7, FOR_BOTH = 3 };
-enum { TAKES_NOTHING, TAKES_TEXT, TAKES_COUNT, TAKES_NUMBER, TAKES_SEED, TAKES_STOP };
+enum { TAKES_NOTHING, TAKES_TEXT, TAKES_COUNT, TAKES_NUMBER, TAKES_SEED, TAKES_STOP, TAKES_ADAPTER };
 enum { SHOWN_HELP = -1, WRONG_USAGE = 2, INTERRUPTED = 130 };
 
 typedef struct {
@@ -5044,6 +5603,9 @@ typedef struct {
     int verify, quiet, special, from_stdin;
     const char *stops[MOST_STOPS];
     size_t num_stops;
+    const char *adapters[MOST_ADAPTERS];
+    float adapter_weights[MOST_ADAPTERS];
+    size_t num_adapters;
     uint32_t given; /* a bit for each option of the table */
 } text_options;
 
@@ -5069,6 +5631,7 @@ static const option_rule OPTION_RULES[] = {
     RULE("--repetition-window", TAKES_COUNT, FOR_BOTH, sampling.repetition_window, 0, SAMPLER_WINDOW),
     RULE("--seed", TAKES_SEED, FOR_BOTH, sampling.seed, 0, 0),
     RULE("--stop", TAKES_STOP, FOR_BOTH, stops, 0, 0),
+    RULE("--adapter", TAKES_ADAPTER, FOR_BOTH, adapters, 0, 0),
     RULE("--threads", TAKES_COUNT, FOR_BOTH, threads, 1, 256),
     RULE("--context", TAKES_COUNT, FOR_BOTH, context, 1, 1u << 30),
     RULE("--state-in", TAKES_TEXT, FOR_BOTH, state_in, 0, 0),
@@ -5091,6 +5654,7 @@ static const char SAMPLING_HELP[] =
     "  --repetition-window N     how many recent tokens, up to 1024 (64)\n"
     "  --seed N                  of the random numbers (0)\n"
     "  --stop S                  end before the text S; up to 16 times\n"
+    "  --adapter F[=W]           use an adapter of the model, a file .mka, with the weight W (1); up to 16 times\n"
     "  --threads N               (1)\n"
     "  --context N               tokens that the caches of softmax attention layers have room for\n"
     "  --state-in F, --state-out F   continue from a saved state; save the state at the end\n"
@@ -5125,6 +5689,7 @@ static const char CHAT_COMMANDS[] =
     "/reset            forget everything but the system text\n"
     "/system TEXT      begin anew with this text at the beginning\n"
     "/temperature X    0 always takes the likeliest token\n"
+    "/adapter FILE W   use this adapter, with the weight W (1); /adapter off: none; /adapters: which are in use\n"
     "/file NAME        say what a text file holds\n"
     "/save FILE        save the state;  /load FILE  continue from one\n"
     "/quit             end; so does Ctrl-D. Ctrl-C ends an answer, or drops a line.\n"
@@ -5163,15 +5728,34 @@ static int add_stop(text_options *o, const char *text) {
     return MKB_OK;
 }
 
+/* A number that is all of a text. */
+static int parse_number(const char *text, float *number) {
+    char *end;
+    *number = strtof(text, &end);
+    return end != text && !*end;
+}
+
+/* FILE or FILE=WEIGHT; the text is cut where the name ends. */
+static int add_adapter(text_options *o, const char *text) {
+    char *equals = strrchr(text, '=');
+    float *weight = &o->adapter_weights[o->num_adapters];
+    if (o->num_adapters == MOST_ADAPTERS) return complain("%s: %s is one too many", "--adapter", text);
+    o->adapters[o->num_adapters++] = text;
+    if (equals && parse_number(equals + 1, weight)) *equals = 0;
+    else *weight = 1.0f;
+    return MKB_OK;
+}
+
 static int take_value(text_options *o, const option_rule *rule, const char *value) {
-    char *place = (char *)o + rule->place, *end;
+    char *place = (char *)o + rule->place;
     uint64_t whole;
     switch (rule->takes) {
     case TAKES_TEXT: memcpy(place, &value, sizeof value); break;
     case TAKES_STOP: return add_stop(o, value);
+    case TAKES_ADAPTER: return add_adapter(o, value);
     case TAKES_NUMBER: {
-        float number = strtof(value, &end);
-        if (end == value || *end) return complain("%s %s: use a number such as 0.8", rule->name, value);
+        float number;
+        if (!parse_number(value, &number)) return complain("%s %s: use a number such as 0.8", rule->name, value);
         memcpy(place, &number, sizeof number);
         break;
     }
@@ -5266,6 +5850,9 @@ typedef struct {
     uint64_t tokens_read, answer_read; /* in all; bytes of the answer's tokens that have been read */
     uint32_t answer_tokens, last_token;
     double read_seconds, write_seconds;
+    int keeps_history, history_lost; /* lost: what a saved state has read */
+    uint32_t *history;               /* the tokens that the state has read, of chats */
+    size_t history_room;
     char error[MKB_ERROR_BYTES];
 } session;
 
@@ -5331,6 +5918,17 @@ static void override_sampling(session *s) {
     }
 }
 
+/* Open adapters and use them in place of those before. The context keeps what it needs of them. */
+static int use_adapters(session *s, const char *const *paths, const float *weights, size_t count) {
+    mkb_adapter *opened[MOST_ADAPTERS];
+    size_t number = 0;
+    int status = MKB_OK;
+    while (number < count && !(status = mkb_adapter_open(s->model, paths[number], &opened[number], s->error))) number++;
+    if (!status) status = mkb_context_set_adapters(s->context, opened, weights, count, s->error);
+    while (number) mkb_adapter_close(opened[--number]);
+    return status;
+}
+
 /* Create the context with room for `tokens`, and load the state. */
 static int open_context(session *s, uint64_t tokens) {
     const text_options *o = s->options;
@@ -5349,7 +5947,9 @@ static int open_context(session *s, uint64_t tokens) {
     memcpy(s->writer.stops, o->stops, sizeof o->stops);
     s->writer.num_stops = o->num_stops;
     status = mkb_sampling_set(s->context, &o->sampling, s->error);
+    if (!status && o->num_adapters) status = use_adapters(s, o->adapters, o->adapter_weights, o->num_adapters);
     if (status || !o->state_in) return status;
+    s->history_lost = 1;
     status = mkb_state_load(s->context, o->state_in, s->error);
     if (!status) override_sampling(s);
     return status;
@@ -5359,6 +5959,22 @@ static void close_session(session *s) {
     mkb_context_destroy(s->context);
     mkb_model_close(s->model);
     free(s->logits);
+    free(s->history);
+}
+
+/* Remember tokens that are read next, so that another adapter can read them too. */
+static void note_history(session *s, const uint32_t *ids, size_t count) {
+    size_t at = (size_t)s->context->position;
+    if (!at) s->history_lost = 0;
+    if (!s->keeps_history || s->history_lost) return;
+    if (at + count > s->history_room) {
+        size_t room = 2 * (at + count) + 1024;
+        uint32_t *larger = room < SIZE_MAX / 8 ? realloc(s->history, room * sizeof *larger) : NULL;
+        s->history_lost = !larger;
+        if (!larger) return;
+        s->history = larger, s->history_room = room;
+    }
+    memmove(s->history + at, ids, count * sizeof *ids);
 }
 
 /* Read tokens, some at a time so that Ctrl-C is noticed. */
@@ -5369,6 +5985,7 @@ static int read_tokens(session *s, const uint32_t *ids, size_t count, int logits
     s->tokens_read += count;
     while (count && !status && !was_interrupted) {
         size_t some = MIN(count, (size_t)SOME);
+        note_history(s, ids, some);
         status = mkb_decode(s->context, ids, some, logits && some == count ? s->logits : NULL, s->error);
         ids += some, count -= some;
     }
@@ -5404,6 +6021,7 @@ static int write_answer(session *s, uint32_t limit, int trim) {
         const char *bytes = mkb_token_bytes(s->model, id, &size);
         write_token(&s->writer, bytes, size);
         if (s->writer.stopped || s->writer.failed || s->answer_tokens == limit) break;
+        note_history(s, &id, 1);
         status = mkb_decode(s->context, &id, 1, s->logits, s->error);
         s->answer_read += size;
     }
@@ -5908,10 +6526,69 @@ static int chat_save(chat *c, const char *rest) {
 static int chat_load(chat *c, const char *rest) {
     if (!*rest) return remark("/load needs a file: /load talk.mks");
     if (mkb_state_load(c->s.context, rest, c->s.error)) return remark(c->s.error);
+    c->s.history_lost = 1;
     forget_turns(c);
     fprintf(stderr, "%s: %llu tokens, temperature %g\n", rest, (unsigned long long)c->s.context->position,
             (double)c->s.context->sampler.settings.temperature);
     return MKB_OK;
+}
+
+/* Read the tokens of the chat again, as the adapters of now do, and keep the turns' states anew. */
+static int read_again(chat *c, uint64_t end) {
+    const uint64_t *position = &c->s.context->position;
+    int status = MKB_OK;
+    for (size_t i = 0; i <= c->num_turns && !status; i++) {
+        chat_turn *turn = i < c->num_turns ? &c->turns[i] : &c->asked;
+        uint64_t until = turn->state ? read_u64(turn->state + 88) : 0;
+        if (until < *position || !turn->state) continue;
+        status = read_tokens(&c->s, c->s.history + *position, (size_t)(until - *position), 0);
+        if (!status) status = keep_state(c, turn);
+    }
+    return status ? status : read_tokens(&c->s, c->s.history + *position, (size_t)(end - *position), 0);
+}
+
+static int chat_adapters(chat *c, const char *rest) {
+    static const char *const methods[] = {"low-rank factors", "flipped codes", "initial states"};
+    const mkb_context *context = c->s.context;
+    (void)rest;
+    for (size_t i = 0; i < context->num_adapters; i++) {
+        const mkb_adapter_details *d = &context->adapters[i]->details;
+        fprintf(stderr, "%s: %s of rank %lu after %llu steps, weight %g\n", d->name, methods[d->method],
+                (unsigned long)d->rank, (unsigned long long)d->steps, (double)context->adapter_weights[i]);
+    }
+    return context->num_adapters ? MKB_OK : remark("no adapter is in use");
+}
+
+/* Other adapters in place of those in use: the model reads anew what was said so far. */
+static int change_adapters(chat *c, const char *path, float weight) {
+    session *s = &c->s;
+    uint64_t end = s->context->position;
+    int lost = s->history_lost && end, status;
+    if (use_adapters(s, &path, &weight, path != NULL)) return remark(s->error);
+    if (lost) {
+        forget_turns(c);
+        return remark("what the saved state had read is not known, so the chat begins anew");
+    }
+    status = read_again(c, end);
+    if (status) {
+        forget_turns(c);
+        mkb_reset(s->context);
+        return status == INTERRUPTED ? remark("interrupted; all forgotten but the system text") : status;
+    }
+    if (!s->options->quiet && end) fprintf(stderr, "%llu tokens read again\n", (unsigned long long)end);
+    return MKB_OK;
+}
+
+static int chat_adapter(chat *c, const char *rest) {
+    char *path = copy_text(rest, strlen(rest)), *blank = path ? strrchr(path, ' ') : NULL;
+    float weight = 1.0f;
+    int status;
+    if (!path || !*path) return free(path), remark("/adapter needs a file: /adapter style.mka, or /adapter off");
+    if (blank && parse_number(blank + 1, &weight)) *blank = 0;
+    else weight = 1.0f;
+    status = change_adapters(c, strcmp(path, "off") ? path : NULL, weight);
+    free(path);
+    return status ? status : c->s.options->quiet ? MKB_OK : chat_adapters(c, "");
 }
 
 static int chat_help(chat *c, const char *rest) {
@@ -5926,7 +6603,7 @@ static const struct {
 } CHAT_ACTIONS[] = {
     {"/regenerate", chat_regenerate}, {"/r", chat_regenerate}, {"/edit", chat_edit}, {"/undo", chat_undo},
     {"/reset", chat_reset}, {"/system", chat_system}, {"/temperature", chat_temperature}, {"/save", chat_save},
-    {"/load", chat_load}, {"/file", chat_file}, {"/help", chat_help},
+    {"/load", chat_load}, {"/file", chat_file}, {"/help", chat_help}, {"/adapter", chat_adapter}, {"/adapters", chat_adapters},
 };
 
 static int obey(chat *c, const char *line) {
@@ -6028,6 +6705,7 @@ static int open_chat(chat *c) {
     if ((status = choose_markup(c))) return status;
     if ((status = open_context(s, 8192))) return report_status(s, status);
     add_chat_stops(c);
+    s->keeps_history = 1;
     c->system = o->system ? copy_text(o->system, strlen(o->system)) : NULL;
     if (o->quiet) return MKB_OK;
     fprintf(stderr, "%s: %.1f M parameters, step %llu. ", s->model->name, 1e-6 * (double)s->model->parameters,

@@ -27,12 +27,13 @@ enum mkb_status {
     MKB_ERROR_FORMAT = -2,   /* damaged, foreign or of a newer version */
     MKB_ERROR_MEMORY = -3,
     MKB_ERROR_ARGUMENT = -4,
-    MKB_ERROR_MISMATCH = -5, /* a state of another model or tokenizer */
+    MKB_ERROR_MISMATCH = -5, /* a state of another model, tokenizer or adapters; an adapter of another model */
     MKB_ERROR_FULL = -6      /* the cache of softmax attention layers, or the caller's buffer, is full */
 };
 
 typedef struct mkb_model mkb_model;
 typedef struct mkb_context mkb_context;
+typedef struct mkb_adapter mkb_adapter;
 
 typedef struct {
     uint32_t vocab_size, tokenizer_size, document_token, hidden_size, num_layers;
@@ -53,6 +54,14 @@ typedef struct {
     uint64_t seed;
 } mkb_sampling;
 
+/* What an adapter says about itself. */
+typedef struct {
+    char name[64];               /* for people; ends in 0 */
+    uint32_t method, rank;       /* 0: low-rank factors, 1: flipped codes, 2: initial states */
+    uint64_t steps, file_bytes;
+    unsigned char sha256[32], base_sha256[32]; /* of its file, and of the codes of its model */
+} mkb_adapter_details;
+
 /* Open and check a model file. `verify` also checks its sha256, which reads all of it. */
 int mkb_model_open(const char *path, int verify, mkb_model **model, char error[MKB_ERROR_BYTES]);
 /* The same from memory that stays the caller's and must outlive the model; 8-byte aligned (for WebAssembly). */
@@ -71,6 +80,21 @@ int mkb_context_create(const mkb_model *model, int threads, uint32_t max_tokens,
                        char error[MKB_ERROR_BYTES]);
 void mkb_context_destroy(mkb_context *context);
 
+/* Open and check an adapter of this model, a file that `mixkabrn adapter pack` wrote. It is read-only and may be shared by
+ * contexts; one that a context uses stays until the context has others or is destroyed. The model must outlive it. */
+int mkb_adapter_open(const mkb_model *model, const char *path, mkb_adapter **adapter, char error[MKB_ERROR_BYTES]);
+/* The same from memory, which is not needed afterwards. */
+int mkb_adapter_open_memory(const mkb_model *model, const void *bytes, size_t size, mkb_adapter **adapter,
+                            char error[MKB_ERROR_BYTES]);
+void mkb_adapter_close(mkb_adapter *adapter);
+void mkb_adapter_info(const mkb_adapter *adapter, mkb_adapter_details *details);
+
+/* Use these adapters, with a weight each, in place of those before; 0 of them is the model alone. At most one may flip
+ * codes, with the weight 1. The state becomes the one after nothing: what was read was read by another model. After an
+ * error nothing has changed. */
+int mkb_context_set_adapters(mkb_context *context, mkb_adapter *const *adapters, const float *weights, size_t count,
+                             char error[MKB_ERROR_BYTES]);
+
 /* Read tokens on top of the state. `logits`, if not NULL, gets the last token's [vocab_size]. */
 int mkb_decode(mkb_context *context, const uint32_t *tokens, size_t count, float *logits,
                char error[MKB_ERROR_BYTES]);
@@ -79,7 +103,7 @@ void mkb_reset(mkb_context *context);
 /* Tokens read so far. */
 uint64_t mkb_position(const mkb_context *context);
 
-/* The state as bytes, with a header that names model, tokenizer, position and sampler. */
+/* The state as bytes, with a header that names model, tokenizer, adapters, position and sampler. */
 size_t mkb_state_bytes(const mkb_context *context);
 int mkb_state_get(const mkb_context *context, void *bytes, size_t size, char error[MKB_ERROR_BYTES]);
 int mkb_state_set(mkb_context *context, const void *bytes, size_t size, char error[MKB_ERROR_BYTES]);

@@ -1,0 +1,127 @@
+"""Fine-tuning: every method starts from the base, is the same in every layout, goes on after a stop, and is a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kabrn_dist.checkpoint.manifest import read_manifest
+from kabrn_dist.data.corpus import open_corpus
+from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.inference.run import Run
+from tests.support.finetunes import STEPS, train_base, write_finetune
+from tests.support.runs import check_ternary_losses, read_losses, run_sessions
+
+METHODS = ("full", "lora", "ternary_lora", "state")
+# Least fall of the loss, in nats; batches differ by some 0.04, and a few states of a small model do little in 6 steps.
+LEARNED = {"full": 1.0, "lora": 0.1, "ternary_lora": 0.1, "state": -0.05}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def runs(base: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each method in one process, by method."""
+    folder = tmp_path_factory.mktemp("runs")
+    paths = {method: write_finetune(folder / f"{method}.yaml", shards, base, method) for method in METHODS}
+    run_sessions(1, [[str(path), "never", None] for path in paths.values()], folder)
+    return {method: path.with_suffix("") for method, path in paths.items()}
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_method_learns_from_the_base_on_and_tells_what_it_forgets(base: Path, runs: dict[str, Path]) -> None:
+    trained = next(entry for entry in reversed(read_log(base)) if "validation/bits_per_byte" in entry)
+    firsts = set()
+    for method, run in runs.items():
+        losses, log = read_losses(run), read_log(run)
+        assert losses[-1] < losses[0] - LEARNED[method], method
+        firsts.add(round(losses[0], 5))
+        measured = [entry["forgetting/noise/bits_per_byte"] for entry in log if "forgetting/noise/bits_per_byte" in entry]
+        before, after = measured[0], measured[-1]
+        assert len(measured) == 2 and abs(before - trained["validation/noise/bits_per_byte"]) < 1e-5
+        rise = next(entry["forgetting/rise"] for entry in log if "forgetting/rise" in entry)
+        assert rise == pytest.approx(after / before - 1) and rise != 0
+    assert len(firsts) == 1, "a loss before the first update is that of the base"
+
+
+def test_the_losses_are_the_same_in_every_layout(
+    base: Path, shards: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    layouts: dict[str, dict[str, Any]] = {
+        "full": {"expert_parallel": 2, "experts_per_rank": [3, 1], "zero_stage": 1},
+        "lora": {"expert_parallel": 2, "experts_per_rank": [1, 3], "zero_stage": 2},
+        "ternary_lora": {"zero_stage": 3},
+        "state": {"sequence_parallel": 2, "expert_parallel": 2, "zero_stage": 0},
+    }
+    jobs: list[list[object]] = []
+    for method, layout in layouts.items():
+        changes = {f"parallel__{key}": value for key, value in layout.items()} | {"parallel__bucket_size": 3000}
+        path = write_finetune(tmp_path / f"{method}.yaml", shards, base, method, **changes)
+        jobs.append([str(path), "never", 3 if method == "ternary_lora" else None])
+    run_sessions(2, jobs, tmp_path)
+    # The rest of one of them is done by one process, at another stage.
+    path = write_finetune(tmp_path / "ternary_lora.yaml", shards, base, "ternary_lora", parallel__zero_stage=0)
+    run_sessions(1, [[str(path), "must", None]], tmp_path)
+    for method in layouts:
+        check_ternary_losses(read_losses(tmp_path / method), read_losses(runs[method]), method)
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(
+    base: Path, shards: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = write_finetune(tmp_path / "lora.yaml", shards, base, "lora")
+    run_sessions(1, [[str(path), "never", 2], [str(path), "must", None]], tmp_path)
+    assert read_losses(tmp_path / "lora") == read_losses(runs["lora"])
+    measured = [entry for entry in read_log(tmp_path / "lora") if "forgetting/rise" in entry]
+    expected = [entry for entry in read_log(runs["lora"]) if "forgetting/rise" in entry]
+    assert [entry["forgetting/rise"] for entry in measured] == [entry["forgetting/rise"] for entry in expected]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_of_a_run_has_the_loss_that_was_validated(method: str, runs: dict[str, Path]) -> None:
+    run = Run.open(runs[method])
+    model, length = run.model(), run.config.data.sequence_length
+    data = TokenDataset(open_corpus(run.config.data), "validation", length, run.config.run.seed, ordered=False)
+    batch = data.get(data.validation_positions(run.config.validation.eval_sequences))
+    with torch.no_grad():
+        loss = float(model(batch).language / (batch.targets >= 0).sum())
+    validated = read_losses(runs[method], "validation/loss")[-1]
+    assert loss == pytest.approx(validated, abs=2e-5)
+
+
+def test_checkpoints_of_adapters_hold_nothing_else(runs: dict[str, Path]) -> None:
+    leaves = {"lora": "_lora_", "ternary_lora": "_lora_", "state": ".state_"}
+    sizes = {}
+    for method, run in runs.items():
+        checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
+        names = read_manifest(checkpoint).tensors
+        sizes[method] = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        assert method == "full" or (names and all(leaves[method] in name for name in names)), method
+    assert sizes["state"] < sizes["lora"] < sizes["full"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_adapters_train_in_half_precision(
+    precision: str, base: Path, shards: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    jobs = []
+    for method, stage in (("lora", 2), ("state", 0), ("ternary_lora", 3)):
+        path = write_finetune(
+            tmp_path / f"{method}.yaml", shards, base, method, training__precision=precision, parallel__zero_stage=stage
+        )
+        jobs.append([str(path), "never", None])
+    run_sessions(1, jobs, tmp_path)
+    for method in ("lora", "state", "ternary_lora"):
+        found, expected = read_losses(tmp_path / method), read_losses(runs[method])
+        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 0.05, method
+        assert Run.open(tmp_path / method).model() is not None
