@@ -26,10 +26,10 @@ demo: setup
 
 # Before a commit: lint, types, and the tests that are quick and start no processes.
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not distributed" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not distributed" $(PYTEST_OPTIONS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 # Half an hour of random kills, and a run that must come out as if nothing had happened.
 soak: setup

@@ -40,7 +40,7 @@ Layer = Callable[[Tensor], Tensor]
 
 def questions(report: Report, quick: bool) -> None:
     """Fill the report: all rivals at each width, the choices of arithmetic, the saved bytes."""
-    tokens, widths, seconds = (256, (256, 512), 1.0) if quick else (1024, (256, 512, 1024, 2048, 4096), 20.0)
+    tokens, widths, seconds = (256, (256, 512), 0.3) if quick else (1024, (256, 512, 1024, 2048, 4096), 20.0)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         for width in widths:

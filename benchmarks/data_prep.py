@@ -60,8 +60,8 @@ def questions(report: Report, quick: bool) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix="bench-data-") as name:
         folder = Path(name)
-        count, size = make_corpus(folder / "texts", 4_000_000 if quick else 100_000_000)
-        make_tokenizer(folder, 4096 if quick else 16384)
+        count, size = make_corpus(folder / "texts", 1_500_000 if quick else 100_000_000)
+        make_tokenizer(folder, 2048 if quick else 16384)
         write_recipes(folder, CLEANING, SHARD_MB[quick])
         times = take_times(folder)
         compare(report, times, size / 1e6)

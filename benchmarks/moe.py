@@ -32,7 +32,7 @@ def shapes(tokens: int) -> list[Shape]:
 def questions(report: Report, quick: bool) -> None:
     """Fill the report: one process, a card, several processes."""
     tokens = 512 if quick else 4096
-    seconds, rounds = (1.0, 2) if quick else (40.0, 8)
+    seconds, rounds = (0.2, 1) if quick else (40.0, 8)
     for shape in shapes(tokens):
         for name, dtype in DTYPES.items():
             one_process(report, f"{shape} {name}", Inputs(shape, dtype), seconds, rounds)

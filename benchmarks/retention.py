@@ -32,7 +32,7 @@ TORCHSCALES = {"torchscale as shipped": 512, "torchscale": rivals.TORCHSCALE_CHU
 def questions(report: Report, quick: bool) -> None:
     """Fill the report: time, growth, saved bytes, decoding, a card, bytes between ranks."""
     lengths = [1024, AIMED] if quick else [1024, 2048, 4096, AIMED, 16384, 32768, 65536]
-    seconds, rounds = (1.0, 2) if quick else (6.0, 4)
+    seconds, rounds = (0.2, 1) if quick else (6.0, 4)
     for name, dtype in DTYPES.items():
         for length in lengths:
             against_rivals(report, name, Inputs(length, dtype), seconds, rounds)

@@ -49,7 +49,7 @@ def questions(report: Report, quick: bool) -> None:
     """Fill the report: time, parts and memory of each shape."""
     with init_distributed(read_launch_env()):
         for case in list_cases(quick):
-            one_process(report, case, 3.0 if quick else 40.0)
+            one_process(report, case, 0.5 if quick else 40.0)
     # Each of these processes imports everything first: --quick has time for one shape.
     for case in list(list_cases(quick))[: 1 if quick else None]:
         apart(report, case)

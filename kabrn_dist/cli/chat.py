@@ -20,6 +20,7 @@ the runtime's: `mixkabrn chat FILE --help` shows them. The same program runs wit
 
 EXAMPLES = """  mixkabrn chat tiny.mkb
   mixkabrn chat tiny.mkb --temperature 0.5 --threads 2
+  mixkabrn chat tiny.mkb --adapter adapters/poems=0.5
 """
 
 
@@ -58,13 +59,15 @@ def start_runtime(command: str, model: Path, options: Sequence[str]) -> NoReturn
     Args:
         command: Its command, such as "chat".
         model: A model file.
-        options: The options of the command.
+        options: The options of the command; adapters as they are trained are converted.
 
     Raises:
-        UserError: if it cannot be compiled or started.
+        UserError: if it cannot be compiled or started, and for adapters that the model does not fit.
     """
+    from kabrn_dist.runtime.adapter_cache import convert_adapter_options
     from kabrn_dist.runtime.build import compile_runtime
 
+    options = convert_adapter_options(model, options)
     program = compile_runtime("program")
     sys.stdout.flush()
     sys.stderr.flush()

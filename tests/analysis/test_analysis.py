@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from kabrn_dist.ops.activation_quant import Quantized, normalize_quantize
 from kabrn_dist.ops.weight_quant import absmean_quantize
 from launch.report import main
 from tests.checkpoint.test_store import reseal
-from tests.support.runs import make_shards, run_command, torchrun_command, write_small_config
+from tests.support.runs import make_shards, run_launch_script, run_training, write_small_config
 
 # Layer 0 is dense, layers 1 and 2 are mixtures, their experts spread over two ranks.
 CHANGES: dict[str, Any] = {
@@ -48,7 +47,7 @@ CHANGES: dict[str, Any] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     path = write_small_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
-    result = run_command(torchrun_command(2, "launch/train.py", "--config", str(path)))
+    result = run_training(2, "--config", str(path))
     assert result.exit_code == 0, result.output
     return folder / "run"
 
@@ -82,7 +81,7 @@ def assert_picture(path: Path) -> None:
 
 
 def test_experts_from_the_command_line(trained: Path) -> None:
-    result = run_command([sys.executable, "launch/report.py", "experts", "--run", str(trained), "--last", "3"])
+    result = run_launch_script("report", "experts", "--run", str(trained), "--last", "3")
     assert result.exit_code == 0, result.output
     at_end, mean = rows(result.output)[:2], rows(result.output)[2:]
     assert [row[0] for row in at_end] == [row[0] for row in mean] == ["1", "2"]

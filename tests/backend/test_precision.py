@@ -59,7 +59,7 @@ def test_neither_validation_nor_recomputation_counts_towards_the_bias(shards: Pa
     plain = {"model__router": {"bias_update_rate": 0.02, "jitter": 0.05}, "checkpoint__save_interval": 10}
     cases = {
         "plain": {},
-        "validated": {"validation__eval_interval": 1},
+        "validated": {"validation__eval_interval": 4},
         "recomputed": {"model__activation_checkpointing": "recompute"},
         "accumulated": {"training__micro_batch_size": 1},
     }

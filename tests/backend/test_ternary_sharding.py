@@ -12,7 +12,7 @@ from tests.support.runs import check_ternary_losses, read_losses, run_sessions, 
 from tests.train.test_parity import LARGER
 
 STEPS = 20
-SHORT: dict[str, Any] = {"training__steps": 5, "validation__eval_interval": 2}
+SHORT: dict[str, Any] = {"training__steps": 5, "validation__eval_interval": 4}
 # World size → (sequence parallelism, expert parallelism, experts per rank, micro-batch, other settings).
 LAYOUTS: dict[int, list[tuple[int, int, list[int] | None, int, dict[str, Any]]]] = {
     1: [(1, 1, None, 4, {})],

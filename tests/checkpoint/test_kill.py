@@ -170,9 +170,9 @@ def test_a_kill_at_any_point_loses_nothing_that_was_committed(background: bool, 
 
 def test_a_kill_at_any_moment_loses_nothing_that_was_committed(shards: Path, tmp_path: Path) -> None:
     """Sessions of three steps, each ended at some moment between the start of its processes and their end."""
-    victim, chance = make_victim(shards, tmp_path, steps=180), random.Random(5)
+    victim, chance = make_victim(shards, tmp_path, steps=110), random.Random(5)
     kills, length = 0, 0.0
-    while kills < 50:
+    while kills < 30:
         before, rank = victim.newest(), chance.choice([0, 1, None])
         assert before < victim.steps, f"{kills} kills only"
         began = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from kabrn_dist.inference.generate import generate
 from kabrn_dist.inference.load import load_export
 from kabrn_dist.inference.run import Run
 from kabrn_dist.utils.errors import UserError
-from tests.support.runs import read_losses, run_command, run_sessions
+from tests.support.runs import read_losses, run_launch_script, run_sessions
 
 VERSION_1 = Path(__file__).parents[1] / "fixtures" / "version_1"
 SHARDS = f"data.path={VERSION_1 / 'shards'}"
@@ -271,7 +270,7 @@ def test_growing_starts_from_a_run_of_version_1(tmp_path: Path) -> None:
     config = load_config(VERSION_1 / "config.yaml", [*changes, SHARDS, f"run.folder={tmp_path / 'grown'}"])
     grow(VERSION_1 / "ternary", config)
     assert Run.open(tmp_path / "grown").step == 0
-    command = [sys.executable, "launch/grow.py", "--from", str(VERSION_1 / "ternary"), "--dry-run", "--config"]
-    options = [f"--set={change}" for change in [*changes, SHARDS]]
-    result = run_command([*command, str(VERSION_1 / "config.yaml"), *options])
+    options = ["--dry-run", "--config", str(VERSION_1 / "config.yaml")]
+    options += [f"--set={change}" for change in [*changes, SHARDS]]
+    result = run_launch_script("grow", "--from", str(VERSION_1 / "ternary"), *options)
     assert result.exit_code == 0 and "version 1" in result.output, result.output

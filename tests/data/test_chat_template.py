@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from kabrn_dist.runtime.native import NativeModel
 from kabrn_dist.runtime.server.chat_format import make_chat_format
 from kabrn_dist.runtime.server.request_fields import ChatMessage
 from kabrn_dist.utils.errors import UserError
-from tests.support.runs import run_command, write_small_config
+from tests.support.runs import run_training, write_small_config
 from tests.support.text_models import write_text_model
 
 SPECIAL = ("<|document|>", *list_marks(DEFAULT_TEMPLATE))
@@ -106,7 +105,7 @@ def test_the_template_goes_from_the_shards_to_all_that_is_made_of_them(chats: Pa
     config = write_small_config(
         tmp_path / "run.yaml", chats / "set", tmp_path / "run", model__vocab_size=400, training__steps=2
     )
-    result = run_command([sys.executable, "-m", "kabrn_dist", "train", str(config)])
+    result = run_training(1, "--config", str(config))
     assert result.exit_code == 0, result.output
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
     for folder in ("run", "export"):

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import pytest
 import yaml
 
 from kabrn_dist.cli.main import COMMANDS, main
+from tests.support.command_server import command_server
 
 ROOT = Path(__file__).parents[2]
 NEEDS = {"cluster", "minutes", "files", "terminal", "installation"}
@@ -56,8 +58,8 @@ def test_exemptions_have_a_known_reason() -> None:
     assert "README.md" in RUNNABLE and "docs/training.md" in RUNNABLE
 
 
-def make_workplace(folder: Path) -> None:
-    """Write a corpus of 40 documents and two small configurations; the second has more experts."""
+def make_workplace(folder: Path, script: str) -> None:
+    """Write a corpus of 40 documents, two small configurations, the second with more experts, and `mixkabrn`."""
     (folder / "corpus").mkdir(parents=True)
     for number in range(40):
         words = " ".join(f"{number * i % 97} once there was a number {i}," for i in range(60))
@@ -72,12 +74,15 @@ def make_workplace(folder: Path) -> None:
     small["parallel"] = {}
     small["optimizer"]["warmup_steps"] = 1
     small["training"].update(steps=4, global_batch_size=4, micro_batch_size=4, log_interval=1)
-    small["validation"].update(eval_interval=2, eval_sequences=4)
+    # Pictures are drawn with each validation.
+    small["validation"].update(eval_interval=4, eval_sequences=4)
     (folder / "small.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     small["run"]["folder"] = "runs/wide"
     small["model"]["experts"].update(num_experts=8, top_k=4)
     (folder / "wide.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     cpu = yaml.safe_load((ROOT / "configs" / "cpu.yaml").read_text(encoding="utf-8"))
+    cpu["model"].update(layers=2)
+    cpu["model"]["experts"].update(num_experts=4)
     cpu["training"].update(steps=4, global_batch_size=4, micro_batch_size=4)
     cpu["data"]["sequence_length"] = 64
     cpu["optimizer"]["warmup_steps"] = 1
@@ -86,13 +91,19 @@ def make_workplace(folder: Path) -> None:
     (folder / "configs" / "cpu.yaml").write_text(yaml.safe_dump(cpu), encoding="utf-8")
     command = folder / "bin" / "mixkabrn"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kabrn_dist "$@"\n', encoding="utf-8")
+    command.write_text(script, encoding="utf-8")
     command.chmod(0o755)
 
 
 def run_commands(folder: Path, commands: str) -> None:
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=folder,
@@ -106,9 +117,16 @@ def run_commands(folder: Path, commands: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixkabrn() -> Iterator[str]:
+    """The text of the script `mixkabrn`."""
+    with command_server() as script:
+        yield script
+
+
+@pytest.fixture(scope="module")
+def trained(mixkabrn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "work"
-    make_workplace(folder)
+    make_workplace(folder, mixkabrn)
     prepare = "mixkabrn prepare --source text --input corpus --vocabulary 512 --out data/corpus"
     run_commands(folder, f"{prepare}\nmixkabrn train small.yaml")
     return folder
@@ -116,10 +134,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_commands_work(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_commands_work(name: str, mixkabrn: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder, blocks = tmp_path / "work", read_blocks(PAGES[name])
     if any("mixkabrn prepare" in block.commands for block in blocks if not block.needs):
-        make_workplace(folder)
+        make_workplace(folder, mixkabrn)
     else:
         shutil.copytree(request.getfixturevalue("trained"), folder)
     for block in blocks:

@@ -20,7 +20,7 @@ from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.runtime.model_file import write_model_file
 from kabrn_dist.utils.errors import UserError
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
-from tests.support.runs import ROOT, make_shards, run_command, write_small_config
+from tests.support.runs import ROOT, make_shards, run_training, write_small_config
 
 BYTES = Tokenizer.of_bytes()
 SHOTS = "Q: what?\nA: that.\n\n"
@@ -90,7 +90,7 @@ def test_what_is_no_model_is_refused(written: tuple[GenerativeModel, Path], tmp_
 def test_a_run_its_export_and_its_steps_are_loaded_and_told_apart(tmp_path: Path) -> None:
     changes = {"training__steps": 2, "checkpoint__save_interval": 1, "checkpoint__keep_last": 5}
     config = write_small_config(tmp_path / "run.yaml", make_shards(tmp_path), tmp_path / "run", **changes)
-    done = run_command([sys.executable, "launch/train.py", "--config", str(config)])
+    done = run_training(1, "--config", str(config))
     assert done.exit_code == 0, done.output
     write_export(plan_export(tmp_path / "run"), tmp_path / "export")
     models = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from kabrn_dist.model.experts.base import ExpertSpec
 from kabrn_dist.model.experts.registry import EXPERT_TYPES
 from kabrn_dist.ops.grids import knot_insertion_matrix
 from kabrn_dist.utils.errors import UserError
-from tests.support.runs import read_losses, run_command, run_sessions, write_small_config
+from tests.support.runs import read_losses, run_launch_script, run_sessions, write_small_config
 
 SHORT: dict[str, Any] = {"training__steps": 4, "training__micro_batch_size": 4}
 PLAIN: dict[str, Any] = {**SHORT, "model__quantize": False}
@@ -161,8 +160,7 @@ def test_two_processes_grow_alike_and_train_on(trained: Path, shards: Path, tmp_
         {"model__experts__num_dense_layers": 0, "training__steps": 8, "checkpoint__keep_last": 9},
     )
     alone = configure(trained, shards, tmp_path / "alone", "dense", changes)
-    command = [sys.executable, "launch/grow.py", "--from", start, "--config", str(alone), "--redraw", "0.0"]
-    result = run_command(command)
+    result = run_launch_script("grow", "--from", start, "--config", str(alone), "--redraw", "0.0")
     assert result.exit_code == 0 and "loss at the start: unchanged" in result.output, result.output
     more = {"run__init_from": start, "parallel__expert_parallel": 2, "parallel__zero_stage": 2}
     pair = configure(trained, shards, tmp_path / "pair", "dense", changes | more)

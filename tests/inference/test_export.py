@@ -26,7 +26,7 @@ from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.utils.errors import UserError
 from launch.export import main
 from tests.checkpoint.test_store import reseal
-from tests.support.runs import ROOT, make_shards, run_command, torchrun_command, write_small_config
+from tests.support.runs import ROOT, make_shards, run_training, write_small_config
 
 CHANGES: dict[str, Any] = {
     "model__layers": 2,
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes, its experts spread over both."""
     folder = tmp_path_factory.mktemp("export")
     config = write_small_config(folder / "run.yaml", make_shards(folder), folder / "run", **CHANGES)
-    result = run_command(torchrun_command(2, "launch/train.py", "--config", str(config)))
+    result = run_training(2, "--config", str(config))
     assert result.exit_code == 0, result.output
     return folder / "run"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from kabrn_dist.ops.packing import unpack
 from kabrn_dist.ops.weight_quant import TernaryMatrices, TernaryModule
 from kabrn_dist.utils.errors import UserError
 from tests.inference.test_export import logits
-from tests.support.runs import make_shards, run_command, write_small_config
+from tests.support.runs import make_shards, run_training, write_small_config
 
 
 @pytest.fixture(scope="module", params=[None, 7], ids=["one scale", "scale groups"])
@@ -32,7 +31,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     config = write_small_config(
         folder / "run.yaml", make_shards(folder), folder / "run", training__steps=3, model__layers="RA", **changes
     )
-    result = run_command([sys.executable, "launch/train.py", "--config", str(config)])
+    result = run_training(1, "--config", str(config))
     assert result.exit_code == 0, result.output
     return folder / "run"
 

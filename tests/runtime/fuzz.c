@@ -1,7 +1,9 @@
-/* Damaged model files and states for the runtime, in one process, to be compiled with -fsanitize=address,undefined:
+/* Damaged model files, adapters and states for the runtime, in one process, to be compiled with
+ * -fsanitize=address,undefined:
  *
- *     fuzz SEED COUNT MODEL…     COUNT inputs, each a model with up to 8 changes
+ *     fuzz SEED COUNT FILE…     COUNT inputs, each a model with up to 8 changes
  *
+ * An adapter among the files belongs to the model before it, which is used with a changed adapter if it was accepted.
  * The sha256 is not checked, and most changes hit what is read as numbers: the header, the tables, the tokenizer. */
 #define MIXKABRN_LIBRARY
 #include "mixkabrn.c"
@@ -9,6 +11,15 @@
 #include <signal.h>
 
 enum { MOST_MODELS = 64, SECONDS = 30 };
+
+typedef struct {
+    unsigned char *bytes;
+    size_t size, model; /* its number */
+} adapter_bytes;
+
+static adapter_bytes adapters[MOST_MODELS];
+static size_t num_adapters, fuzz_model;
+static unsigned long adapters_used;
 
 static uint64_t fuzz_state;
 static unsigned long fuzz_number;
@@ -93,6 +104,54 @@ static void use_state(mkb_context *c, const mkb_info *info, float *logits, char 
     free(state);
 }
 
+static void change_adapter(unsigned char *file, size_t size) {
+    uint64_t table = read_u64(file + 112);
+    uint32_t records = read_u32(file + 108);
+    unsigned char *record = NULL;
+    if (table < size && records && records <= (size - table) / 64) record = file + table + 64 * draw(records);
+    switch (draw(8)) {
+    case 0: change_number(file + 8 + 4 * draw(40), size, 0); return;
+    case 1:
+    case 2: if (record) change_number(record + 4 * draw(6), size, 0); return;
+    case 3: if (record) change_number(record + 24 + 8 * draw(5), size, 1); return;
+    case 4: if (record) memcpy(record, file + table + 64 * draw(records), 64); return;
+    case 5: change_float(file + 4 * draw(size / 4)); return;
+    }
+    file[draw(size)] = (unsigned char)draw(256);
+}
+
+/* As it would have to be for what lies behind the hashes to be read. */
+static void sign_adapter(const mkb_model *m, unsigned char *file, size_t size) {
+    sha256_state s;
+    if (draw(8)) write_u64(file + 16, size);
+    if (draw(8)) memcpy(file + 56, m->codes_sha256, 32);
+    memset(file + 24, 0, 32);
+    sha256_begin(&s);
+    sha256_add(&s, file, size);
+    if (draw(8)) sha256_end(&s, file + 24);
+}
+
+static void use_adapter(const mkb_model *m, mkb_context *c, const adapter_bytes *from, char *error) {
+    size_t size = draw(20) ? from->size : draw(from->size + 1);
+    unsigned char *file = malloc(size + 1);
+    mkb_adapter *opened = NULL;
+    if (!file) return;
+    memcpy(file, from->bytes, size);
+    if (size >= 256) {
+        for (uint64_t i = draw(4); i; i--) change_adapter(file, size);
+        sign_adapter(m, file, size);
+    }
+    if (mkb_adapter_open_memory(m, file, size, &opened, error)) {
+        if (!*error || strchr(error, '\n')) fprintf(stderr, "error: no line of explanation\n"), exit(4);
+    } else {
+        mkb_adapter *const twice[2] = {opened, opened};
+        const float weights[2] = {1.0f, draw(2) ? 1.0f : -0.5f};
+        adapters_used += !mkb_context_set_adapters(c, twice, weights, 1 + draw(2), error);
+    }
+    free(file);
+    mkb_adapter_close(opened);
+}
+
 static void use_context(mkb_model *m, const mkb_info *info) {
     char error[MKB_ERROR_BYTES];
     mkb_context *c = NULL;
@@ -102,6 +161,8 @@ static void use_context(mkb_model *m, const mkb_info *info) {
     if (logits && !mkb_context_create(m, 1, 64, &c, error)) {
         uint32_t tokens[3];
         mkb_sampling_set(c, &sampling, error);
+        for (size_t i = 0; i < num_adapters; i++)
+            if (adapters[i].model == fuzz_model && draw(2)) use_adapter(m, c, &adapters[i], error);
         for (int i = 0; i < 3; i++) tokens[i] = (uint32_t)draw(info->vocab_size + draw(2));
         if (!mkb_decode(c, tokens, 2, logits, error) && !mkb_decode(c, tokens + 2, 1, logits, error)) mkb_sample(c, logits);
         use_state(c, info, logits, error);
@@ -149,11 +210,16 @@ static unsigned char *read_file(const char *path, size_t *size) {
 
 int main(int argc, char **argv) {
     unsigned char *models[MOST_MODELS];
-    size_t sizes[MOST_MODELS], count = (size_t)argc - 3;
+    size_t sizes[MOST_MODELS], files = (size_t)argc - 3, count = 0;
     unsigned long inputs, accepted = 0;
-    if (argc < 4 || count > MOST_MODELS) return 2;
+    if (argc < 4 || files > MOST_MODELS) return 2;
     fuzz_state = strtoull(argv[1], NULL, 10), inputs = strtoul(argv[2], NULL, 10);
-    for (size_t i = 0; i < count; i++) models[i] = read_file(argv[i + 3], &sizes[i]);
+    for (size_t i = 0; i < files; i++) {
+        size_t size;
+        unsigned char *bytes = read_file(argv[i + 3], &size);
+        if (size > 3 && bytes[3] == 'A') adapters[num_adapters++] = (adapter_bytes){bytes, size, count - 1};
+        else models[count] = bytes, sizes[count++] = size;
+    }
     signal(SIGALRM, on_alarm);
     for (fuzz_number = 0; fuzz_number < inputs; fuzz_number++) {
         uint64_t which = draw(count);
@@ -166,11 +232,13 @@ int main(int argc, char **argv) {
             for (uint64_t i = 1 + draw(8) * draw(2); i; i--) change_model(file, size);
         }
         alarm(SECONDS);
+        fuzz_model = which;
         accepted += (unsigned long)use_file(file, size);
         alarm(0);
         free(file);
     }
     for (size_t i = 0; i < count; i++) free(models[i]);
-    printf("%lu inputs, %lu accepted\n", inputs, accepted);
+    for (size_t i = 0; i < num_adapters; i++) free(adapters[i].bytes);
+    printf("%lu inputs, %lu accepted, %lu adapters used\n", inputs, accepted, adapters_used);
     return 0;
 }

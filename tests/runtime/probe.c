@@ -1,6 +1,7 @@
 /* The runtime's program with one more command, for tests on other machines:
  *
- *     probe logits MODEL…     for each model lines of 24 greedy and of 24 drawn ids, and of hashes of logits and state
+ *     probe logits MODEL…     for each model lines of 24 greedy and of 24 drawn ids, and of hashes of logits and state;
+ *                             and the same with its adapters, MODEL.lora.mka and so on
  *
  * Compile with -I of the runtime's sources. */
 #define main mixkabrn_main
@@ -49,6 +50,21 @@ static int write_state(mkb_context *c, char *error) {
     return status;
 }
 
+static int use_all_adapters(const mkb_model *m, mkb_context *c, const char *path, char *error) {
+    static const char *const methods[3] = {"lora", "state", "ternary_lora"};
+    const float weights[3] = {0.5f, -2.0f, 1.0f};
+    mkb_adapter *opened[3] = {NULL, NULL, NULL};
+    char name[4096];
+    int status = MKB_OK;
+    for (int i = 0; i < 3 && !status; i++) {
+        snprintf(name, sizeof name, "%s.%s.mka", path, methods[i]);
+        status = mkb_adapter_open(m, name, &opened[i], error);
+    }
+    if (!status) status = mkb_context_set_adapters(c, opened, weights, 3, error);
+    for (int i = 0; i < 3; i++) mkb_adapter_close(opened[i]);
+    return status;
+}
+
 static int probe(const char *path) {
     char error[MKB_ERROR_BYTES] = "no memory";
     mkb_model *m = NULL;
@@ -60,6 +76,9 @@ static int probe(const char *path) {
         mkb_model_info(m, &info);
         float *logits = malloc(info.vocab_size * sizeof *logits);
         status = logits ? write_tokens(c, &info, logits, error) : MKB_ERROR_MEMORY;
+        if (!status) status = write_state(c, error);
+        if (!status) status = use_all_adapters(m, c, path, error);
+        if (!status) status = write_tokens(c, &info, logits, error);
         if (!status) status = write_state(c, error);
         free(logits);
     }

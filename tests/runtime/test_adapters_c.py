@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from kabrn_dist.adapters.adapter import Adapter
+from kabrn_dist.adapters.folder import read_adapter, write_adapter
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.model.adapter import set_initial_states, set_low_ranks
 from kabrn_dist.ops.low_rank import LowRank
+from kabrn_dist.runtime.adapter_cache import convert_adapter_options
 from kabrn_dist.runtime.adapter_file import encode_adapter, read_adapter_file, write_adapter_file
 from kabrn_dist.runtime.model_file import ModelFile, read_model_file, write_model_file
 from kabrn_dist.runtime.native import NativeAdapter, NativeContext, NativeModel
@@ -255,6 +257,23 @@ def folder(tmp_path: Path) -> Path:
     write_adapter_file(draw_low_ranks(file, size=0.5), file, tmp_path / "style.mka")
     write_adapter_file(patch_between(file, file), file, tmp_path / "flips.mka")
     return tmp_path
+
+
+def test_options_name_adapters_as_they_are_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    model, file = Path("base.mkb"), read_model_file("base.mkb")
+    write_adapter(draw_low_ranks(file), Path("poems=1"))
+    expected = encode_adapter(read_adapter(Path("poems=1")), file)
+    given = ["--adapter", "poems=1", "--tokens", "--adapter=poems=1=0.5", "--adapter", "style.mka=0.5", "--prompt=a=b"]
+    converted = convert_adapter_options(model, given)
+    name = converted[1]
+    assert Path(name).read_bytes() == expected and Path(name).is_relative_to(folder / "cache")
+    assert converted == ["--adapter", name, "--tokens", f"--adapter={name}=0.5", *given[4:]]
+    single = convert_adapter_options(model, ["--adapter", "poems=1/adapter_model.safetensors=2"])
+    assert single == ["--adapter", f"{name}=2"]
+    with pytest.raises(UserError):
+        convert_adapter_options(model, ["--adapter", str(folder)])
 
 
 def test_generate_with_adapters(native_program: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The runtime on emulated machines: the same sums, greedy tokens, logits and states, bit by bit, as on this one.
+"""The runtime on emulated machines: the same sums, tokens, logits and states, also with adapters, as on this one.
 
 What Debian calls gcc-i686-linux-gnu, gcc-arm-linux-gnueabihf, gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu,
 gcc-riscv64-linux-gnu and qemu-user is used if it is there; the Python package ziglang stands in for a compiler.
@@ -21,6 +21,7 @@ import pytest
 from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
 from kabrn_dist.runtime.build import CSRC
 from tests.support.models import write_model_kinds
+from tests.support.native_adapters import write_adapters
 
 PROBE = Path(__file__).with_name("probe.c")
 # Each stands for other code: functions, splines, caches, scales, fp32 and fp16 matrices.
@@ -80,7 +81,10 @@ def run_probe(command: list[str], *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return list(map(str, write_model_kinds(tmp_path_factory.mktemp("models"), KINDS)))
+    paths = write_model_kinds(tmp_path_factory.mktemp("models"), KINDS)
+    for path in paths:
+        write_adapters(path)
+    return list(map(str, paths))
 
 
 @pytest.fixture(scope="module")

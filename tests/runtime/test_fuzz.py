@@ -1,8 +1,9 @@
-"""Damaged model files and states, with AddressSanitizer and UBSan: refused or read, but no crash, leak or hang."""
+"""Damaged models, adapters and states, with AddressSanitizer and UBSan: refused or read, but no crash, leak or hang."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kabrn_dist.kernels.build import KernelUnavailable, find_compiler
 from kabrn_dist.runtime.build import CSRC
 from kabrn_dist.runtime.model_file import write_model_file
 from tests.support.models import MODEL_KINDS, make_model, make_model_config
+from tests.support.native_adapters import write_adapters
 
 DRIVER = Path(__file__).with_name("fuzz.c")
 KINDS = ("rational", "bspline", "swiglu", "hybrid", "scale groups", "router groups", "plain")
@@ -40,11 +42,14 @@ def test_damaged_files_and_states_do_no_harm(tmp_path: Path) -> None:
         config = make_model_config(*MODEL_KINDS[kind])
         model = make_model(config)
         write_model_file(model, config, Tokenizer.of_bytes(), 3, tmp_path / f"{kind}.mkb")
-    models = sorted(map(str, tmp_path.glob("*.mkb")))
+        write_adapters(tmp_path / f"{kind}.mkb")
+    # Each model, and then its adapters.
+    files = sorted(map(str, [*tmp_path.glob("*.mkb"), *tmp_path.glob("*.mka")]))
     environment = {**os.environ, "ASAN_OPTIONS": LIMITS}
-    command = [str(tmp_path / "fuzz"), "1", "3000", *models]
+    command = [str(tmp_path / "fuzz"), "1", "3000", *files]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace", check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.startswith("3000 inputs, ") and not done.stdout.startswith("3000 inputs, 0 accepted")
+    found = re.fullmatch(r"3000 inputs, (\d+) accepted, (\d+) adapters used\n", done.stdout)
+    assert found and int(found[1]) > 100 and int(found[2]) > 100, done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from kabrn_dist.inference.run import Run
 from kabrn_dist.runtime.model_file import ModelFile, read_model_file, write_model_file
 from tests.inference.test_export_codes import list_matrices
 from tests.runtime.test_model_file import role_of
-from tests.support.runs import ROOT, make_shards, run_command, write_small_config
+from tests.support.runs import ROOT, make_shards, run_training, write_small_config
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_small_config(
         folder / "run.yaml", make_shards(folder), folder / "run", **changes, **warmup, model__layers="RA"
     )
-    result = run_command([sys.executable, "launch/train.py", "--config", str(config)])
+    result = run_training(1, "--config", str(config))
     assert result.exit_code == 0, result.output
     return folder / "run"
 

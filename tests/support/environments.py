@@ -114,7 +114,7 @@ def _build(folder: Path, asked: Sequence[str], pinned: Sequence[str]) -> None:
         constraints.write_text("\n".join(pinned) + "\n")
         pip = [sys.executable, "-m", "pip", "--python", str(interpreter(draft)), "install", "--quiet"]
         result = subprocess.run(
-            [*pip, "--no-warn-script-location", "--constraint", str(constraints), *asked],
+            [*pip, "--no-compile", "--no-warn-script-location", "--constraint", str(constraints), *asked],
             capture_output=True,
             text=True,
             timeout=_INSTALL_SECONDS,

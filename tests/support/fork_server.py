@@ -30,6 +30,8 @@ from typing import Any, NoReturn
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
+# How long each session tries how fast the machine multiplies: no test depends on how exact that is.
+MATMUL_SECONDS = 0.02
 # Everything that a training process imports, at its start or later.
 PRELOADED = (
     "launch.train",
@@ -37,6 +39,11 @@ PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.module_inject.auto_ep_layer",
     "fairscale.nn.checkpoint",
+    "torch.utils.tensorboard",
+    "kabrn_dist.plots.experts",
+    "kabrn_dist.plots.functions",
+    "kabrn_dist.plots.weights",
+    "matplotlib.font_manager",
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -67,6 +74,8 @@ class RankGroup:
         common = {
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
+            # DeepSpeed would start `numactl` to count devices for each reduction of ZeRO 3; without it there is one.
+            "LOCAL_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -185,6 +194,7 @@ def _serve(channel: socket.socket) -> None:
     """Fork ranks and report exit codes until the client closes its end of `channel`."""
     for name in PRELOADED:
         importlib.import_module(name)
+    importlib.import_module("kabrn_dist.train.throughput").MATMUL_SECONDS = MATMUL_SECONDS  # type: ignore[attr-defined]
     # DeepSpeed runs compilers when this is first read.
     _ = importlib.import_module("deepspeed.ops").__compatible_ops__
     assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"

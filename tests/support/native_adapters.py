@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from kabrn_dist.adapters.adapter import Adapter, AdapterInfo, AdapterMethod, LowRankFactors, StateFactors
 from kabrn_dist.adapters.code_patch import make_patch
-from kabrn_dist.runtime.adapter_file import name_matrices
+from kabrn_dist.runtime.adapter_file import name_matrices, write_adapter_file
 from kabrn_dist.runtime.file_format import find_role
-from kabrn_dist.runtime.model_file import ModelFile
+from kabrn_dist.runtime.model_file import ModelFile, read_model_file
 
 
 def make_native_info(model: ModelFile, method: AdapterMethod, rank: int = 3) -> AdapterInfo:
@@ -66,3 +68,22 @@ def patch_between(model: ModelFile, other: ModelFile) -> Adapter:
             assert before.scales is not None and after.scales is not None
             patches[name] = make_patch(before.codes, before.scales, after.codes, after.scales)
     return Adapter(make_native_info(model, "ternary_lora"), patches=patches)
+
+
+def flip_codes(model: ModelFile, seed: int = 0, share: float = 0.05) -> Adapter:
+    """Return a patch of a share of all ternary codes of a model file, with other scales; empty for a plain model."""
+    random = np.random.default_rng(seed)
+    patch = patch_between(model, model)
+    for name, each in patch.patches.items():
+        places = np.flatnonzero(random.random(np.prod(each.shape)) < share)
+        steps = random.integers(1, 3, len(places)).astype(np.uint8)
+        scales = each.base_scales * np.float32(1.1)
+        patch.patches[name] = each._replace(places=places, steps=steps, scales=scales)
+    return patch
+
+
+def write_adapters(path: Path) -> None:
+    """Write an adapter of each method for a model file, with names that follow its own."""
+    model = read_model_file(path)
+    for adapter in (draw_low_ranks(model), draw_states(model), flip_codes(model)):
+        write_adapter_file(adapter, model, path.with_name(f"{path.name}.{adapter.info.method}.mka"))

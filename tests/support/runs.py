@@ -158,6 +158,22 @@ def run_sessions(world: int, jobs: list[list[object]], folder: Path, timeout: in
     run_worker(world, "tests.workers.sessions", str(folder / "jobs.json"), timeout=timeout, **variables)
 
 
+def run_training(world: int, *options: str, timeout: int = 300, **variables: str) -> CommandResult:
+    """Run `launch/train.py` with `options` in `world` processes, as `run_launch_script` does."""
+    return run_launch_script("train", *options, world=world, timeout=timeout, **variables)
+
+
+def run_launch_script(name: str, *options: str, world: int = 1, timeout: int = 300, **variables: str) -> CommandResult:
+    """Run a script of launch/ in processes that are forked from one that has imported what they need.
+
+    A launcher's own processes, and imports in each rank, cost seconds: tests that are not about these do without.
+    """
+    if torch.cuda.is_available():
+        return run_command(torchrun_command(world, f"launch/{name}.py", *options), timeout, **variables)
+    ended = fork_server.run_ranks(f"launch.{name}:main", [list(options)], world, timeout, **variables)
+    return CommandResult(ended.exit_code, ended.output)
+
+
 def run_worker(world: int, worker: str, *arguments: str, timeout: int = 300, **variables: str) -> None:
     """Run `main` of the module `worker` in `world` processes, all of which must succeed."""
     if torch.cuda.is_available():

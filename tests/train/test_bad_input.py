@@ -6,30 +6,25 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support import fork_server
 from tests.support.runs import (
     CommandResult,
-    deepspeed_command,
     run_command,
-    start_command,
-    wait_for_exit,
-    wait_for_steps,
+    run_training,
     write_small_config,
 )
-
-TRAIN = "launch/train.py"
 
 
 def train(world: int, config: Path, *options: str) -> CommandResult:
     arguments = ("--config", str(config), *options)
-    if world == 1:
-        return run_command([sys.executable, TRAIN, *arguments], timeout=120)
-    return run_command(deepspeed_command(world, TRAIN, *arguments), timeout=120)
+    return run_training(world, *arguments, timeout=120)
 
 
 def check(result: CommandResult, *words: str) -> None:
@@ -86,11 +81,14 @@ def test_a_shard_that_breaks_while_one_rank_reads_it_ends_all_ranks(shards: Path
     data = tmp_path / "shards"
     shutil.copytree(shards, data)
     config = write_small_config(tmp_path / "c.yaml", data, tmp_path / "run", training__steps=2000)
-    process = start_command(deepspeed_command(2, TRAIN, "--config", str(config)))
-    wait_for_steps(process, tmp_path / "run", 3)
-    shard = next(data.glob("*-train-*.tar"))
-    os.truncate(shard, shard.stat().st_size // 2)
-    check(wait_for_exit(process, timeout=120), shard.name, "block")
+    log, shard = tmp_path / "run" / "log.jsonl", next(data.glob("*-train-*.tar"))
+    with fork_server.start_ranks("launch.train:main", [["--config", str(config)]], 2) as group:
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert group.exit_codes() == [None, None], group.output()
+            time.sleep(0.02)
+        os.truncate(shard, shard.stat().st_size // 2)
+        ended = group.wait(120)
+    check(CommandResult(ended.exit_code, ended.output), shard.name, "block")
 
 
 def test_one_flipped_bit_in_a_shard_ends_all_ranks_before_a_checkpoint(shards: Path, tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
 
 def test_a_dry_run_starts_nothing(shards: Path, tmp_path: Path) -> None:
     config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", parallel__expert_parallel=2)
-    result = run_command([sys.executable, TRAIN, "--config", str(config), "--dry-run", "--world", "4"])
+    result = train(1, config, "--dry-run", "--world", "4")
     assert result.exit_code == 0, result.output
     for words in ("parameters", "active per token", "of one expert", "expert groups        [0, 1]; [2, 3]"):
         assert words in result.output

@@ -76,7 +76,8 @@ LAYOUTS = {
 
 
 def test_every_layout_writes_a_sample_and_trains_as_without(shards: Path, tmp_path: Path) -> None:
-    common = {"training__steps": 4, "validation__eval_interval": 2}
+    # Pictures of each layer are drawn with each validation.
+    common = {"training__steps": 4, "validation__eval_interval": 2, "model__layers": 1}
     texts = {}
     for world, layouts in LAYOUTS.items():
         jobs: list[list[object]] = []

@@ -21,10 +21,14 @@ PLACEMENTS: dict[int, list[tuple[int, int, list[int] | None]]] = {
 
 
 def layouts(world: int, quantized: bool) -> list[dict[str, Any]]:
-    """Every placement of a world with every ZeRO stage, in tiny buckets; quantised, with one stage each in turn."""
+    """Every placement of a world, in tiny buckets; quantised, with one ZeRO stage each in turn.
+
+    Otherwise with every stage, but four processes with stage 3 and another in turn: they take most of the time.
+    """
     found = []
     for number, (sequence, expert, counts) in enumerate(PLACEMENTS[world]):
-        for zero in (number % 4,) if quantized else (0, 1, 2, 3):
+        stages = (number % 3, 3) if world == 4 else (0, 1, 2, 3)
+        for zero in (number % 4,) if quantized else stages:
             layout = {
                 "parallel__sequence_parallel": sequence,
                 "parallel__expert_parallel": expert,
@@ -94,7 +98,7 @@ def losses_apart(runs: list[Path], steps: int = STEPS) -> dict[str, float]:
 
 def test_every_layout_has_the_same_losses_gradients_and_weights(shards: Path, tmp_path: Path) -> None:
     """After the first step the first moment is a tenth of the clipped gradient, gathered here from all ranks."""
-    steps = 6
+    steps = 5
     sizes = {
         "model__quantize": False,
         "training__steps": steps,
@@ -102,7 +106,7 @@ def test_every_layout_has_the_same_losses_gradients_and_weights(shards: Path, tm
         "checkpoint__keep_last": steps,
     }
     runs = [folder for world in PLACEMENTS for folder in train_all(world, sizes, shards, tmp_path / str(world))]
-    assert len(runs) == 4 + 20 + 28
+    assert len(runs) == 4 + 20 + 14
     losses = losses_apart(runs, steps)
     print(json.dumps(losses, indent=1))
     assert max(losses.values()) <= 1e-5, losses

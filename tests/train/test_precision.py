@@ -12,7 +12,7 @@ import yaml
 from kabrn_dist.config.file import load_config
 from kabrn_dist.grow.run import grow
 from kabrn_dist.train.precision import PrecisionChoice, agree, choose_precision
-from tests.support.runs import run_command, torchrun_command, write_small_config
+from tests.support.runs import run_training, write_small_config
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_processor_without_units_for_bf16_takes_fp32(shards: Path, tmp_path: P
 def test_the_choice_is_said_written_and_kept(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = write_small_config(tmp_path / "c.yaml", shards, run, training__precision="auto", training__steps=4)
-    result = run_command(torchrun_command(2, "launch/train.py", "--config", str(path), "--stop-after", "2"))
+    result = run_training(2, "--config", str(path), "--stop-after", "2")
     assert result.exit_code == 0, result.output
     said = [line for line in result.output.splitlines() if "training.precision auto: " in line]
     assert len(said) == 1 and ", because " in said[0]
@@ -57,7 +57,7 @@ def test_the_choice_is_said_written_and_kept(shards: Path, tmp_path: Path) -> No
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["training"]["precision"] = other
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
-    result = run_command(torchrun_command(1, "launch/train.py", "--config", str(path)))
+    result = run_training(1, "--config", str(path))
     assert result.exit_code == 0, result.output
     assert f"training.precision auto: {other}, because this run began with it" in result.output
     grown = load_config(path, [f"run.folder={tmp_path / 'grown'}"])

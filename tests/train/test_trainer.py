@@ -13,7 +13,9 @@ from tests.support.runs import (
     deepspeed_command,
     read_losses,
     run_command,
+    run_launch_script,
     run_sessions,
+    run_training,
     start_command,
     wait_for_exit,
     wait_for_steps,
@@ -74,22 +76,13 @@ def test_the_deepspeed_launcher_trains_and_generate_writes(shards: Path, tmp_pat
     assert "bits per byte (gzip -9" in result.output
     assert (tmp_path / "run" / "config.yaml").exists()
     _check_scalars(tmp_path / "run" / "tensorboard")
-    command = [
-        sys.executable,
-        "launch/generate.py",
-        "--run",
-        str(tmp_path / "run"),
-        "--prompt",
-        "def ",
-        "--tokens",
-        "20",
-    ]
-    written = run_command(command)
+    options = ["--run", str(tmp_path / "run"), "--prompt", "def ", "--tokens", "20"]
+    written = run_command([sys.executable, "launch/generate.py", *options])
     assert written.exit_code == 0, written.output
     assert written.output.startswith("def "), written.output
     text, _, last_line = written.output.rpartition("\n[")
     assert "step 10, " in last_line, written.output
-    assert run_command(command).output.rpartition("\n[")[0] == text, "the seed decides the text"
+    assert run_launch_script("generate", *options).output.rpartition("\n[")[0] == text, "the seed decides the text"
 
 
 def _check_scalars(folder: Path) -> None:
@@ -124,8 +117,7 @@ def _check_scalars(folder: Path) -> None:
 
 def test_a_plain_process_told_to_stop_saves_and_resumes_exactly(shards: Path, tmp_path: Path) -> None:
     config = write_small_config(tmp_path / "c.yaml", shards, tmp_path / "run", training__steps=400)
-    command = [sys.executable, TRAIN, "--config", str(config)]
-    process = start_command(command)
+    process = start_command([sys.executable, TRAIN, "--config", str(config)])
     wait_for_steps(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
     ended = wait_for_exit(process, timeout=60)
@@ -133,7 +125,7 @@ def test_a_plain_process_told_to_stop_saves_and_resumes_exactly(shards: Path, tm
     assert "stopped at step" in ended.output
     stopped = len(read_losses(tmp_path / "run"))
     assert 3 <= stopped < 400
-    again = run_command([*command, "--resume", "must", "--stop-after", "5"])
+    again = run_training(1, "--config", str(config), "--resume", "must", "--stop-after", "5")
     assert again.exit_code == 0, again.output
     assert f"at step {stopped}" in again.output
     assert len(read_losses(tmp_path / "run")) == stopped + 5
