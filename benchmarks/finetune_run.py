@@ -52,6 +52,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "smallest": Size(32, 1, 2, {"rational": 24, "swiglu": 16}, 300),
+    "mini": Size(64, 2, 4, {"rational": 96, "swiglu": 64}, 512),
     "tiny": Size(96, 3, 4, {"rational": 129, "swiglu": 86}, 1024),
     "small": Size(128, 4, 8, {"rational": 172, "swiglu": 115}, 2048),
 }
@@ -165,7 +166,7 @@ def prepare_domains(names: Sequence[str], size: str, documents: int, place: Plac
 def train_base(size: str, experts: str, seed: int, steps: int, place: Place) -> None:
     """Train a base, unless it is there."""
     folder = place.base_run(size, experts, seed, steps)
-    tree = _tree(folder, place.shards(size, "base"), seed, steps, BASE_RATE[experts])
+    tree = describe_run(folder, place.shards(size, "base"), seed, steps, BASE_RATE[experts])
     train_run(Config.model_validate(tree | {"model": describe_model(size, experts)}))
 
 
@@ -217,7 +218,7 @@ def configure_stage(
         finetune["base"] = str(before)
     elif before != base:
         finetune["init_adapter"] = str(before)
-    tree = _tree(folder, place.shards(sequence.size, name), sequence.seed, sequence.steps, sequence.rate)
+    tree = describe_run(folder, place.shards(sequence.size, name), sequence.seed, sequence.steps, sequence.rate)
     tree["optimizer"]["weight_decay"] = 0.0
     model = describe_model(sequence.size, sequence.experts)
     return Config.model_validate(tree | {"model": model, "finetune": finetune})
@@ -246,7 +247,8 @@ def describe_model(size: str, experts: str) -> dict[str, Any]:
     }
 
 
-def _tree(folder: Path, shards: Path, seed: int, steps: int, rate: float) -> dict[str, Any]:
+def describe_run(folder: Path, shards: Path, seed: int, steps: int, rate: float) -> dict[str, Any]:
+    """Return the configuration of a run but for its model."""
     return {
         "run": {"folder": str(folder), "seed": seed},
         "data": {"path": str(shards), "sequence_length": CONTEXT},
