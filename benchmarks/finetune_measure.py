@@ -28,12 +28,14 @@ class Measurement(NamedTuple):
 
     Attributes:
         bits: Per byte of what is learned there: texts, or the assistant's words.
-        accuracy: Share of answers that are right to their last token, which is what greedy decoding would write; of
-            texts, share of tokens that the model finds likeliest.
+        accuracy: Share of what is learned there that the model finds likeliest, in tokens.
+        answers: Share of answers that are right to their last token, which is what greedy decoding would write; of
+            texts 0.
     """
 
     bits: float
     accuracy: float
+    answers: float
 
 
 class HeldOut:
@@ -43,7 +45,7 @@ class HeldOut:
         folder: of the shard set.
         sequence_length: tokens of a row.
         rows: at most.
-        answers: whether it holds exercises, so that answers are counted; if not, tokens are.
+        answers: whether it holds exercises, so that answers are counted.
     """
 
     def __init__(self, folder: Path, sequence_length: int, rows: int, answers: bool) -> None:
@@ -61,7 +63,7 @@ class HeldOut:
     def measure(self, model: MixKABRN) -> Measurement:
         """Return what a model knows of it."""
         byte_counts = torch.from_numpy(self.tokenizer.bytes_per_token())
-        nats, text_bytes, right, counted = 0.0, 0, 0, 0
+        nats, text_bytes, hit, tokens, right, counted = 0.0, 0, 0, 0, 0, 0
         for batch in self.batches:
             hidden, _ = model.read(batch.tokens, batch.documents, batch.positions, None)
             logits = model.head(hidden).float()
@@ -69,9 +71,10 @@ class HeldOut:
             nats += float(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"))
             text_bytes += int(byte_counts[batch.targets[learned]].sum())
             hits = logits[..., : self.tokenizer.vocab_size].argmax(-1) == batch.targets
-            found = count_right_answers(batch, hits) if self.answers else (int(hits[learned].sum()), int(learned.sum()))
+            hit, tokens = hit + int(hits[learned].sum()), tokens + int(learned.sum())
+            found = count_right_answers(batch, hits) if self.answers else (0, 0)
             right, counted = right + found[0], counted + found[1]
-        return Measurement(nats / math.log(2) / max(1, text_bytes), right / max(1, counted))
+        return Measurement(nats / math.log(2) / max(1, text_bytes), hit / max(1, tokens), right / max(1, counted))
 
     def exercises(self) -> Iterator[tuple[list[int], list[int]]]:
         """Yield the tokens of each question, with the beginning of its answer, and those of the answer."""

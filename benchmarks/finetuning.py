@@ -163,10 +163,12 @@ def compare_losses(report: Report, workers: ProcessPoolExecutor, scale: Scale, p
         full = lessons["full"].domain[1].bits
         for method, one in lessons.items():
             here = f"{domain}, {method}, replay {share:g}"
-            before, after = one.domain
+            before, after, base = *one.domain, one.base
             report.compare(f"{here}: loss, rival: before", after.bits, before.bits, "bits/byte")
             report.compare(f"{here}: loss, rival: full", after.bits, full, "bits/byte")
-            report.compare(f"{here}: loss on the base's data, rival: before", one.base[1].bits, one.base[0].bits, "bits/byte")
+            report.compare(
+                f"{here}: loss on the base's data, rival: before", one.base[1].bits, one.base[0].bits, "bits/byte"
+            )
             if share:
                 report.at_most(f"{here}: rise of the base's bits per byte", one.base_rise, 0.03)
             print(

@@ -29,6 +29,7 @@ from benchmarks.finetune_measure import Measurement
 from benchmarks.finetune_run import (
     METHODS,
     RATES,
+    SIZES,
     DomainSequence,
     Outcome,
     Place,
@@ -40,7 +41,7 @@ from benchmarks.finetune_run import (
 from benchmarks.forgetting_matrix import Averages, Matrix, average_matrices, stack_measurements
 from benchmarks.report import Report
 
-SEEDS, STEPS, BASE_STEPS, DOCUMENTS, ROWS = 3, 100, 700, 4000, 16
+SEEDS, STEPS, BASE_STEPS, DOCUMENTS, ROWS = 3, 100, 700, 4000, 8
 QUICK_STEPS, QUICK_BASE_STEPS, QUICK_DOCUMENTS, QUICK_ROWS = 3, 3, 120, 2
 EXPERTS, REPLAYS = ("rational", "swiglu"), (0.0, 0.2)
 WITHOUT_DATA = ("addition", "dates", "transliteration", "roman", "sorting", "code")
@@ -77,7 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--replays", type=split_words, default=("0", "0.2"), metavar="X,Y", help="shares (default: 0,0.2)")
     add("--seeds", type=int, metavar="N", help=f"sequences of each way (default: {SEEDS})")
     add("--steps", type=int, metavar="N", help=f"of each domain, with 8 sequences of 256 tokens (default: {STEPS})")
-    add("--size", default="tiny", help="of the model: smallest, tiny or small (default: %(default)s)")
+    add("--size", default="tiny", choices=tuple(SIZES), help="of the model (default: %(default)s)")
+    add("--base-steps", type=int, metavar="N", help=f"of the base (default: {BASE_STEPS})")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes side by side (default: %(default)s)")
     add("--quick", action="store_true", help="a few steps: shows that everything runs, not what is learned")
     add("--work", type=Path, default=Path("runs/forgetting"), metavar="DIR", help="shards and bases (%(default)s)")
@@ -101,7 +103,9 @@ def plan(options: argparse.Namespace) -> list[DomainSequence]:
     quick = options.quick
     options.seeds = options.seeds if options.seeds is not None else 1 if quick else SEEDS
     steps = options.steps if options.steps is not None else QUICK_STEPS if quick else STEPS
-    for name, number in (("seeds", options.seeds), ("steps", steps), ("jobs", options.jobs)):
+    base_steps = options.base_steps if options.base_steps is not None else QUICK_BASE_STEPS if quick else BASE_STEPS
+    counts = ("seeds", options.seeds), ("steps", steps), ("base-steps", base_steps), ("jobs", options.jobs)
+    for name, number in counts:
         if number < 1:
             raise ValueError(f"--{name} {number}: use 1 or more")
     there = list_domains(options.data)
@@ -122,7 +126,7 @@ def plan(options: argparse.Namespace) -> list[DomainSequence]:
             domains=tuple(domains),
             size="smallest" if quick else options.size,
             steps=steps,
-            base_steps=QUICK_BASE_STEPS if quick else BASE_STEPS,
+            base_steps=base_steps,
             documents=QUICK_DOCUMENTS if quick else DOCUMENTS,
             rows=QUICK_ROWS if quick else ROWS,
             rate=RATES[method],
@@ -222,6 +226,7 @@ def fill(report: Report, ways: dict[Way, list[Outcome]]) -> None:
             ("learned_bits", "bits/byte"),
             ("bits", "bits/byte"),
             ("base_rise", "of bits/byte"),
+            ("answers", "right answers"),
         ):
             other = "missing: not run" if theirs is None else getattr(theirs, field)
             name = f"{method}, replay {replay:g}, {field.replace('_', ' ')}, rival: {EXPERTS[1]}"
@@ -233,20 +238,20 @@ def show(ways: dict[Way, list[Outcome]], columns: Sequence[str]) -> None:
     console = Console(width=None if os.isatty(1) else 160)
     table = Table(
         *("method", "experts", "replay", "learned", "at the end", "backward", "forward"),
-        *("bits learned", "bits at the end", "base rise", "parameters", "s a domain"),
+        *("bits learned", "bits at the end", "base rise", "answers", "parameters", "s a domain"),
         box=box.SIMPLE_HEAD,
     )
     for (method, experts, replay), outcomes in ways.items():
         one = average_way(outcomes)
         accuracies = f"{one.learned:.3f}", f"{one.accuracy:.3f}", f"{one.backward:+.3f}", f"{one.forward:+.3f}"
-        losses = f"{one.learned_bits:.3f}", f"{one.bits:.3f}", f"{one.base_rise:+.1%}"
+        losses = f"{one.learned_bits:.3f}", f"{one.bits:.3f}", f"{one.base_rise:+.1%}", f"{one.answers:.3f}"
         seconds = fmean(each for outcome in outcomes for each in outcome.seconds)
         table.add_row(
             method, experts, f"{replay:g}", *accuracies, *losses, f"{outcomes[0].trained:,}", f"{seconds:.0f}"
         )
     console.print(table)
     for way, outcomes in ways.items():
-        bits, accuracy = stack_measurements([one.measured for one in outcomes])
+        bits, accuracy, _ = stack_measurements([one.measured for one in outcomes])
         console.print(
             make_matrix_table(f"{' '.join(map(str, way))}: bits per byte | accuracy", columns, bits, accuracy)
         )
