@@ -166,9 +166,7 @@ def compare_losses(report: Report, workers: ProcessPoolExecutor, scale: Scale, p
             before, after, base = *one.domain, one.base
             report.compare(f"{here}: loss, rival: before", after.bits, before.bits, "bits/byte")
             report.compare(f"{here}: loss, rival: full", after.bits, full, "bits/byte")
-            report.compare(
-                f"{here}: loss on the base's data, rival: before", one.base[1].bits, one.base[0].bits, "bits/byte"
-            )
+            report.compare(f"{here}: loss on base's data, rival: before", base[1].bits, base[0].bits, "bits/byte")
             if share:
                 report.at_most(f"{here}: rise of the base's bits per byte", one.base_rise, 0.03)
             print(
