@@ -36,13 +36,15 @@ ALLOWED |= {
     "analysis": _BELOW_TRAINING,
     # Packs what inference reads; that, and no more, needs torch.
     "runtime": {"adapters", "utils", "config", "data", "ops", "model", "checkpoint", "inference", "kernels"},
+    # Trains adapters in a chat, on a finished run.
+    "online_learning": (_BELOW_TRAINING - {"plots"}) | {"runtime"},
     # Writes models for Hugging Face's libraries, and makes runs of theirs.
     "hub": (_BELOW_TRAINING - {"plots"}) | {"runtime"},
 }
 # Reads published data sets, with the readers of `data_prep` next to the package, and asks models; results name the
 # version of the package.
 ALLOWED["evaluation"] = (_BELOW_TRAINING - {"plots"}) | {"runtime", "kabrn_dist"}
-ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime", "hub"}
+ALLOWED["train"] = {*ALLOWED} - {"analysis", "runtime", "hub", "online_learning"}
 # The commands also print the version of the package.
 ALLOWED["cli"] = {*ALLOWED, "kabrn_dist"}
 # The API of the package and the tools next to it, by the first part of their names.
@@ -54,8 +56,9 @@ ALLOWED_OUTSIDE: dict[str, set[str]] = {
 }
 # Packages of the training backend. Importing one of these folders must not load them.
 HEAVY = {"deepspeed", "mpi4py", "fairscale"}
-LIGHT_FOLDERS = ("metrics", "analysis", "inference", "planner", "runtime")
+LIGHT_FOLDERS = ("metrics", "analysis", "inference", "planner", "runtime", "online_learning")
 
+DATA_PREP_USERS = ("cli", "launch", "data_prep", "evaluation", "online_learning")
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
 OBJECTS = {
@@ -122,8 +125,8 @@ def find_forbidden_imports(module: str, tree: ast.Module) -> set[str]:
     if module == "data_prep.__main__":
         allowed = {"cli"}
     outside = {name.split(".")[0] for name in list_imports(tree)} & {"launch", "data_prep", "benchmarks", "tests"}
-    # The commands start the preparation of data, which lies next to the package; evaluation uses its readers.
-    outside -= {"data_prep"} if folder in ("cli", "launch", "data_prep", "evaluation") else set()
+    # The commands start the preparation of data, which lies next to the package; others use its readers.
+    outside -= {"data_prep"} if folder in DATA_PREP_USERS else set()
     return (inside - {folder} - allowed) | (outside - {folder})
 
 

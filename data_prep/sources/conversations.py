@@ -150,7 +150,7 @@ def make_conversation(name: str, record: Any, rendering: Rendering) -> Document 
         turns = list_turns(record)
         if turns is None:
             return LayoutMismatch(name, describe_record(record))
-        _check_turns(turns)
+        check_turns(turns)
         return _render(name, turns, rendering)
     except MalformedConversation as error:
         size = len(json.dumps(record, ensure_ascii=False, default=str))
@@ -206,7 +206,7 @@ def _read_content(place: str, content: Any) -> str:
     return content
 
 
-def _check_turns(turns: list[Turn]) -> None:
+def check_turns(turns: list[Turn]) -> None:
     """Check that after at most one text of the system, user and assistant take turns, and the assistant is the last.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`mixkabrn chat`: talk to a model file in the terminal, by the runtime in C, without torch."""
+"""`mixkabrn chat`: talk to a model file by the runtime in C, without torch, or to a run that learns meanwhile."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import NoReturn
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path
 from kabrn_dist.utils.errors import UserError
 
-DESCRIPTION = """Compiles the runtime, one C file, into the cache folder if that has not been done, and starts its chat
-in place of this command. What was said is kept as a state of fixed size: no turn reads it again. Options after FILE are
-the runtime's: `mixkabrn chat FILE --help` shows them. The same program runs without Python:
+DESCRIPTION = """Of a model file: compiles the runtime, one C file, into the cache folder if that has not been done,
+and starts its chat in place of this command. What was said is kept as a state of fixed size: no turn reads it again.
+Options after FILE are the runtime's: `mixkabrn chat FILE --help` shows them. The same program runs without Python:
 
-  cc -O2 mixkabrn.c -o mixkabrn -lm -lpthread && ./mixkabrn chat FILE"""
+  cc -O2 mixkabrn.c -o mixkabrn -lm -lpthread && ./mixkabrn chat FILE
+
+Of a run or an export: chats in torch, and learns from corrections and notes; see `mixkabrn chat RUN --help`."""
 
 EXAMPLES = """  mixkabrn chat tiny.mkb
+  mixkabrn chat runs/tiny
   mixkabrn chat tiny.mkb --temperature 0.5 --threads 2
   mixkabrn chat tiny.mkb --adapter adapters/poems=0.5
 """
@@ -27,14 +30,20 @@ EXAMPLES = """  mixkabrn chat tiny.mkb
 def add_parser(subparsers: Subparsers) -> None:
     """Add `mixkabrn chat`."""
     parser = add_command(
-        subparsers, "chat", run, "talk to a model file in the terminal, without torch", DESCRIPTION, EXAMPLES
+        subparsers, "chat", run, "talk to a model in the terminal, and teach it", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument("model", type=given_path, metavar="FILE", help="file that `mixkabrn pack` wrote")
-    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="options of the runtime")
+    parser.add_argument(
+        "model", type=given_path, metavar="FILE|RUN|EXPORT", help="file that `mixkabrn pack` wrote, or a folder"
+    )
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="options of either")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Start the runtime in place of this process; return only if it cannot be started."""
+    """Start the runtime in place of this process, or for a folder a chat that learns; return the exit code."""
+    if options.model.is_dir():
+        from kabrn_dist.cli.chat_learn import run_folder
+
+        return run_folder(options.model, options.options)
     check_model_file(options.model)
     return start_runtime("chat", options.model, options.options)
 

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kabrn_dist.cli.adapter import parse_weighted_path
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, non_negative_int, number, positive_int
 from kabrn_dist.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from kabrn_dist.runtime.server.settings import ServerSettings
+    from kabrn_dist.runtime.server.settings import AdapterSource, ServerSettings
 
 DESCRIPTION = """Answers at / with a page to chat, and below /v1 as OpenAI's interface does: chat/completions,
 completions and models, with streaming. What was said is kept as states of fixed size, so a turn costs only its new
@@ -24,6 +25,7 @@ token. Ctrl-C and SIGTERM stop it, with exit code 0."""
 
 EXAMPLES = """  mixkabrn serve tiny.mkb
   mixkabrn serve tiny.mkb --host 0.0.0.0 --token-file token.txt --contexts 2
+  mixkabrn serve tiny.mkb --adapter poems=adapters/poems --adapter-folder adapters
 """
 
 TOKEN_BYTES_LIMIT = 4096
@@ -44,6 +46,16 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--token-file", type=given_path, metavar="F", help="file whose first line is the token")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="further name of this server; may be repeated"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH[=W]",
+        help="adapter that clients choose as the model NAME, times W (default 1); may be repeated",
+    )
+    parser.add_argument(
+        "--adapter-folder", type=given_path, metavar="DIR", help="clients may load and unload adapters that lie in it"
     )
     parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="for one answer (default 1)")
     parser.add_argument(
@@ -133,10 +145,27 @@ def make_server_settings(options: argparse.Namespace) -> ServerSettings:
         body_bytes=options.max_body * 1_000_000,
         cache_bytes=options.cache * 1_000_000,
         hosts=tuple(name.lower() for name in options.allow_host),
+        adapters=tuple(_parse_adapter(text) for text in options.adapter),
+        adapter_folder=options.adapter_folder,
     )
+    if options.adapter_folder is not None and not options.adapter_folder.is_dir():
+        raise UserError(f"--adapter-folder {options.adapter_folder}: no such folder; make it, or leave it out")
     if not settings.is_loopback and not settings.token:
         raise UserError(f"--host {options.host}: others can reach it; add --token-file FILE, or use 127.0.0.1")
     return settings
+
+
+def _parse_adapter(text: str) -> AdapterSource:
+    """Return what NAME=PATH or NAME=PATH=W asks for."""
+    from kabrn_dist.runtime.server.settings import AdapterSource
+
+    name, _, rest = text.partition("=")
+    if not name or not rest:
+        raise UserError(f"--adapter {text}: no name or no path; write it as NAME=PATH, such as poems=adapters/poems")
+    try:
+        return AdapterSource(name, *parse_weighted_path(rest))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--adapter {text}: {error}") from None
 
 
 def _read_token(token: str, file: Path | None) -> str:

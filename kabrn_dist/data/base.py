@@ -60,9 +60,7 @@ def check_base_model(base: Path, trained: ModelConfig, given: ModelConfig) -> No
         UserError: with the keys that differ.
     """
     if differences := describe_other_model(trained, given):
-        raise UserError(
-            f"finetune.base {base}: {differences}; leave these keys out, and they are those of the base"
-        )
+        raise UserError(f"finetune.base {base}: {differences}; leave these keys out, and they are those of the base")
 
 
 def check_base_tokenizer(config: Config, tokenizer: Tokenizer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,10 +19,15 @@ from kabrn_dist.model.adapter import (
     find_targets,
     freeze_base,
     merged_matrices,
+    set_initial_states,
+    set_low_ranks,
+    trained_low_ranks,
+    trained_states,
 )
 from kabrn_dist.model.fixed_codes import FixedCodes
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.weight_quant import TernaryModule
+from kabrn_dist.utils.errors import UserError
 
 TYPES = ["rational", "chebyshev", "hat", "bspline", "swiglu", "relu2"]
 EVERYTHING = ("mixer", "shared", "routed", "router", "head")

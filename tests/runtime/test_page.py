@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kabrn_dist.adapters.folder import write_adapter
+from kabrn_dist.runtime.model_file import read_model_file
 from tests.support.browser import CHROMIUM, Page, start_browser
+from tests.support.native_adapters import draw_low_ranks
 from tests.support.servers import ServerProcess, pack_small_model, start_server
 
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"), pytest.mark.slow]
@@ -294,3 +297,41 @@ def test_a_text_is_continued(page: Page, server: ServerProcess) -> None:
     page.wait_for(f"{COMPLETE} === 2")
     body["prompt"] += first
     assert server.request("POST", "/v1/completions", body)[2]["choices"][0]["text"] == page.evaluate(LAST_TEXT)
+
+
+def test_an_adapter_is_chosen_and_its_name_stands_below_its_answers(
+    page: Page, model: Path, server: ServerProcess
+) -> None:
+    assert page.evaluate("document.getElementById('model').hidden")
+    adapter = model.parent / "poems"
+    write_adapter(draw_low_ranks(read_model_file(model), size=1.0), adapter)
+    with start_server(model, "--adapter", f"poems={adapter}") as other:
+        page.open(other.url)
+        page.evaluate("localStorage.clear()")
+        set_settings(page, maxTokens=20, temperature=0)
+        assert page.evaluate("[...document.getElementById('model').options].map((one) => one.value)") == [
+            *("small", "poems")
+        ]
+        assert not page.evaluate("document.getElementById('model').hidden")
+        say(page, "Hello")
+        first = kept_turns(page)[1]["content"]
+        page.evaluate("""document.getElementById('model').value = 'poems';
+            document.getElementById('model').dispatchEvent(new Event('change'))""")
+        page.press("r", ALT)
+        page.wait_for(f"{COMPLETE} === 1 && document.querySelector('.numbers').textContent.startsWith('poems · ')")
+        second = kept_turns(page)[1]["content"]
+        expected = [other.chat("Hello", max_tokens=20, model=name) for name in ("small", "poems")]
+        assert [first, second] == [
+            answer["choices"][0]["message"]["content"] for answer in expected
+        ] and first != second
+        reload(page)
+        assert page.evaluate("document.getElementById('model').value") == "poems"
+        page.resize(360, 640, phone=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        # Room for some letters is left.
+        assert page.evaluate("document.getElementById('model').offsetWidth") >= 60
+    # A server that does not have it answers with its model.
+    page.open(server.url)
+    set_settings(page, model="poems", maxTokens=20, temperature=0)
+    say(page, "Hello")
+    assert kept_turns(page)[1]["content"] == first

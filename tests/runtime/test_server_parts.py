@@ -37,23 +37,34 @@ CHATML = (
 def test_the_longest_state_that_has_read_these_very_tokens_is_found() -> None:
     cache = StateCache(1000, 10)
     for ids in ([1, 2], [1, 2, 3, 4], [1, 3], [257, 2]):
-        cache.store(ids, bytes(ids[-1:]))
-    assert cache.find([1, 2, 3, 5]) == (2, b"\x02") and cache.find([1, 2, 3, 4, 5]) == (4, b"\x04")
-    assert cache.find([1]) == (0, b"") and cache.find([2, 1]) == (0, b"") and cache.find([]) == (0, b"")
+        cache.store(0, ids, bytes(ids[-1:]))
+    assert cache.find(0, [1, 2, 3, 5]) == (2, b"\x02") and cache.find(0, [1, 2, 3, 4, 5]) == (4, b"\x04")
+    assert cache.find(0, [1]) == cache.find(0, [2, 1]) == cache.find(0, []) == (0, b"")
+
+
+def test_a_state_is_found_by_its_owner_alone() -> None:
+    cache = StateCache(1000, 10)
+    for owner in (0, 1, 256):
+        cache.store(owner, [1, 2], bytes([owner % 251]))
+    assert [cache.find(owner, [1, 2, 3]) for owner in (0, 1, 2, 256)] == [
+        *((2, b"\0"), (2, b"\1"), (0, b""), (2, b"\5"))
+    ]
+    cache.forget(1)
+    assert cache.find(1, [1, 2, 3]) == (0, b"") and cache.find(0, [1, 2]) == (2, b"\0") and cache.usage()[0] == 2
 
 
 def test_the_states_least_recently_used_go_first_and_memory_has_an_end() -> None:
-    cache = StateCache(100, 3)
+    cache = StateCache(132, 3)
     for number in range(3):
-        cache.store([number], b"x" * 10)
-    cache.find([0])
-    cache.store([3], b"x" * 10)
-    assert [cache.find([number])[0] for number in range(4)] == [1, 0, 1, 1] and cache.usage() == (3, 42)
-    cache.store([4], b"x" * 90)
-    assert cache.usage() == (1, 94) and cache.find([4])[0] == 1
-    cache.store([5], b"x" * 97)
-    cache.store([4], b"y" * 10)
-    assert cache.usage() == (1, 14) and cache.find([4]) == (1, b"y" * 10)
+        cache.store(0, [number], b"x" * 10)
+    cache.find(0, [0])
+    cache.store(0, [3], b"x" * 10)
+    assert [cache.find(0, [number])[0] for number in range(4)] == [1, 0, 1, 1] and cache.usage() == (3, 66)
+    cache.store(0, [4], b"x" * 114)
+    assert cache.usage() == (1, 126) and cache.find(0, [4])[0] == 1
+    cache.store(0, [5], b"x" * 121)
+    cache.store(0, [4], b"y" * 10)
+    assert cache.usage() == (1, 22) and cache.find(0, [4]) == (1, b"y" * 10)
 
 
 @pytest.mark.parametrize("sizes", itertools.product([1, 2, 3], repeat=2))
@@ -129,7 +140,7 @@ def test_the_state_after_an_answer_is_kept_before_its_end_is_told(tmp_path: Path
             if isinstance(event, Finish):
                 # The client asks again at once, and the connection ends.
                 job.cancelled.set()
-                found.append(cache.find([*follow, 0])[0])
+                found.append(cache.find(0, [*follow, 0])[0])
 
         wanted = parse_generation({"temperature": 0, "max_tokens": 8}, 16, 100)
         prompt = Prompt(ids, follow=lambda text: follow)

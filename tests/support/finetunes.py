@@ -29,6 +29,7 @@ def write_finetune(path: Path, data: Path, base: Path, method: str, **changes: A
         "finetune": section,
         "model": None,
         "training__steps": STEPS,
-        "optimizer__learning_rate": 2e-2,
+        # All weights follow a larger rate so fast that a flipped code would show between layouts.
+        "optimizer__learning_rate": 3e-3 if method == "full" else 2e-2,
     }
     return write_small_config(path, data, path.with_suffix(""), **settings | changes)

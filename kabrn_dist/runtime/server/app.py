@@ -15,19 +15,28 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from kabrn_dist.runtime.native import NativeModel, native_kernels
+from kabrn_dist.runtime.server.adapters import AdapterSet, ServedAdapter
 from kabrn_dist.runtime.server.answer_response import AnswerChannel, AnswerResponse, error_response
 from kabrn_dist.runtime.server.chat_format import ChatFormat, Prompt, build_completion
 from kabrn_dist.runtime.server.errors import RequestError
 from kabrn_dist.runtime.server.generation import GenerationJob
 from kabrn_dist.runtime.server.guard import RequestGuard
-from kabrn_dist.runtime.server.request_fields import parse_body, parse_generation, parse_messages, parse_prompt
+from kabrn_dist.runtime.server.request_fields import (
+    parse_adapter,
+    parse_body,
+    parse_generation,
+    parse_messages,
+    parse_model,
+    parse_prompt,
+)
 from kabrn_dist.runtime.server.responses import AnswerShape
 from kabrn_dist.runtime.server.settings import ServerSettings
 from kabrn_dist.runtime.server.worker_pool import WorkerPool
+from kabrn_dist.utils.errors import UserError
 
 CHAT_PAGE = Path(__file__).parent.parent / "page" / "index.html"
 # As of the C program's `chat`, and of OpenAI's completions.
@@ -38,11 +47,12 @@ DRAIN_BYTES = 64 << 20
 
 
 class ModelServer:
-    """The endpoints of one model.
+    """The endpoints of one model and its adapters.
 
     Args:
         model: The model.
         name: What clients call it.
+        adapters: Its adapters.
         chat_format: How conversations become tokens.
         pool: Who answers.
         settings: Limits.
@@ -53,12 +63,13 @@ class ModelServer:
         self,
         model: NativeModel,
         name: str,
+        adapters: AdapterSet,
         chat_format: ChatFormat,
         pool: WorkerPool,
         settings: ServerSettings,
         check_file: Callable[[], None] = lambda: None,
     ) -> None:
-        self._check_file = check_file
+        self._check_file, self._adapters = check_file, adapters
         self._model, self._name, self._format, self._pool, self._settings = model, name, chat_format, pool, settings
         self._created = int(time.time())
         page = CHAT_PAGE.read_text(encoding="utf-8")
@@ -73,6 +84,8 @@ class ModelServer:
             Route("/v1/models/{name:path}", self._show_model),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/load_lora_adapter", self._load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self._unload_adapter, methods=["POST"]),
         ]
         return Starlette(
             routes=routes,
@@ -98,6 +111,7 @@ class ModelServer:
         self._check_file()
         default = CHAT_DEFAULT_TOKENS if chat else COMPLETION_DEFAULT_TOKENS
         wanted = parse_generation(body, default, self._settings.max_tokens)
+        adapter = self._adapters.find(parse_model(body))
         channel = AnswerChannel()
 
         def make_checked_prompt() -> Prompt:
@@ -106,9 +120,33 @@ class ModelServer:
             return make_prompt()
 
         # Texts become tokens in the worker's thread: a large one would keep all other clients waiting here.
-        job = GenerationJob(wanted, make_checked_prompt, channel.deliver, time.monotonic() + self._settings.timeout)
+        deadline = time.monotonic() + self._settings.timeout
+        job = GenerationJob(wanted, make_checked_prompt, channel.deliver, deadline, adapter)
         self._pool.submit(job)
-        return AnswerResponse(self._pool, job, channel, AnswerShape(chat, self._name, wanted.include_usage))
+        name = self._name if adapter is None else adapter.name
+        return AnswerResponse(self._pool, job, channel, AnswerShape(chat, name, wanted.include_usage))
+
+    async def _load_adapter(self, request: Request) -> Response:
+        self._check_file()
+        self._adapters.check_changes()
+        wanted = parse_adapter(await self._read_body(request), load=True)
+        path = self._adapters.resolve(wanted.path)
+        try:
+            replaced = await asyncio.to_thread(self._adapters.load, wanted.name, path, wanted.weight, wanted.replace)
+        except UserError as error:
+            raise RequestError(str(error)) from error
+        self._forget(replaced)
+        return PlainTextResponse(f"loaded {wanted.name}")
+
+    async def _unload_adapter(self, request: Request) -> Response:
+        self._adapters.check_changes()
+        wanted = parse_adapter(await self._read_body(request), load=False)
+        self._forget(self._adapters.unload(wanted.name))
+        return PlainTextResponse(f"unloaded {wanted.name}")
+
+    def _forget(self, adapter: ServedAdapter | None) -> None:
+        if adapter is not None:
+            self._pool.cache.forget(adapter.number)
 
     async def _read_body(self, request: Request) -> dict[str, Any]:
         try:
@@ -138,12 +176,19 @@ class ModelServer:
         return JSONResponse({"status": "ok", "running": running, "waiting": waiting})
 
     async def _list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._describe()]})
+        models = [self._describe(), *map(self._describe_adapter, self._adapters.list())]
+        return JSONResponse({"object": "list", "data": models})
 
     async def _show_model(self, request: Request) -> Response:
-        if request.path_params["name"] != self._name:
-            raise RequestError(f"there is no such model; there is {self._name}", "model", 404, "model_not_found")
-        return JSONResponse(self._describe())
+        name = request.path_params["name"]
+        if name == self._name:
+            return JSONResponse(self._describe())
+        adapters = self._adapters.list()
+        for adapter in adapters:
+            if adapter.name == name:
+                return JSONResponse(self._describe_adapter(adapter))
+        there = ", ".join([self._name, *(adapter.name for adapter in adapters)])
+        raise RequestError(f"there is no such model; there is {there}", "model", 404, "model_not_found")
 
     def _describe(self) -> dict[str, Any]:
         info, (states, size) = self._model.info, self._pool.cache.usage()
@@ -159,6 +204,13 @@ class ModelServer:
         }
         base = {"id": self._name, "object": "model", "created": self._created, "owned_by": "mixkabrn"}
         return {**base, "meta": about}
+
+    def _describe_adapter(self, adapter: ServedAdapter) -> dict[str, Any]:
+        info = adapter.info
+        about = {"method": info.method, "rank": info.rank, "steps": info.steps, "weight": adapter.weight}
+        base = {"id": adapter.name, "object": "model", "created": adapter.created, "owned_by": "mixkabrn"}
+        # As vLLM's servers name what an adapter is and what it belongs to.
+        return {**base, "root": info.name, "parent": self._name, "meta": about}
 
 
 def _content_policy(page: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kabrn_dist.runtime.native import NativeContext, NativeModel
+from kabrn_dist.runtime.server.adapters import BASE_NUMBER, ServedAdapter
 from kabrn_dist.runtime.server.answer_text import AnswerText
 from kabrn_dist.runtime.server.errors import RequestError
 from kabrn_dist.runtime.server.plain_format import CHECKPOINT_MIN_TOKENS, Prompt
@@ -63,6 +64,7 @@ class GenerationJob:
         make_prompt: Returns what to read; may raise RequestError.
         deliver: Gets each Delta, and then one Finish or RequestError; called by a worker.
         deadline: When it must be there, by time.monotonic().
+        adapter: Who answers; None: the model without adapters.
         cancelled: Set when nobody waits any more.
     """
 
@@ -70,6 +72,7 @@ class GenerationJob:
     make_prompt: Callable[[], Prompt]
     deliver: Callable[[Delta | Finish | RequestError], None]
     deadline: float
+    adapter: ServedAdapter | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
@@ -103,6 +106,7 @@ class Generator:
     def __init__(self, model: NativeModel, context: NativeContext, cache: StateCache, context_tokens: int) -> None:
         self._model, self._context, self._cache, self._room = model, context, cache, context_tokens
         self._ends: dict[int, bool] = {model.info.document_token: True}
+        self._adapter: ServedAdapter | None = None
 
     def run(self, job: GenerationJob) -> None:
         """Answer, and keep the states that the next turn may begin with.
@@ -114,6 +118,7 @@ class Generator:
         job.check()
         start = time.perf_counter()
         prompt = job.make_prompt()
+        self._use(job.adapter)
         self._check_room(prompt, job.request.max_tokens)
         logits, cached = self._read_prompt(prompt, job)
         middle = time.perf_counter()
@@ -130,6 +135,12 @@ class Generator:
         with contextlib.suppress(RequestError):
             self._keep_follow(wanted, known, job)
         job.deliver(finish)
+
+    def _use(self, adapter: ServedAdapter | None) -> None:
+        """Have the context answer with an adapter. Its state is that of another until it is restored."""
+        if adapter is not self._adapter:
+            self._context.set_adapters([] if adapter is None else [(adapter.native, adapter.weight)])
+            self._adapter = adapter
 
     def _check_room(self, prompt: Prompt, max_tokens: int) -> None:
         total = len(prompt.ids) + max_tokens
@@ -204,16 +215,21 @@ class Generator:
 
     def _restore(self, ids: Sequence[int]) -> int:
         """Go to the kept state that has read most of `ids`; return how many it has."""
-        cached, state = self._cache.find(ids)
+        cached, state = self._cache.find(self._owner, ids)
         if state:
             self._context.set_state(state)
         else:
             self._context.reset()
         return cached
 
+    @property
+    def _owner(self) -> int:
+        return BASE_NUMBER if self._adapter is None else self._adapter.number
+
     def _keep(self, ids: Sequence[int]) -> None:
-        if len(ids) >= CHECKPOINT_MIN_TOKENS:
-            self._cache.store(ids, self._context.state())
+        # Nobody can ask for the state of an adapter that has been unloaded.
+        if len(ids) >= CHECKPOINT_MIN_TOKENS and (self._adapter is None or self._adapter.loaded):
+            self._cache.store(self._owner, ids, self._context.state())
 
     def _read(self, ids: Sequence[int], job: GenerationJob) -> None:
         for start in range(0, len(ids), PREFILL_TOKENS):

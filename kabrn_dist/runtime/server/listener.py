@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kabrn_dist.runtime.native import NativeModel, native_kernels
+from kabrn_dist.runtime.server.adapters import AdapterReader, AdapterSet
 from kabrn_dist.runtime.server.app import ModelServer
 from kabrn_dist.runtime.server.chat_format import make_chat_format
 from kabrn_dist.runtime.server.file_watch import FileWatch
@@ -124,9 +125,10 @@ def serve_model(file: Path, settings: ServerSettings) -> None:
     watch = FileWatch(file)
     with listening, NativeModel(file) as model:
         chat_format = make_chat_format(model)
+        adapters = _load_adapters(model, file, settings)
         pool = WorkerPool(model, settings)
         try:
-            app = ModelServer(model, file.stem, chat_format, pool, settings, watch.check).app()
+            app = ModelServer(model, file.stem, adapters, chat_format, pool, settings, watch.check).app()
             _allow_connections()
             print(describe_server(file, model, settings, listening.getsockname()[1]), flush=True)
             # The server raises the signal again when it has ended; SIGTERM is then no reason to die of.
@@ -137,6 +139,16 @@ def serve_model(file: Path, settings: ServerSettings) -> None:
                 signal.signal(signal.SIGTERM, previous)
         finally:
             pool.close()
+
+
+def _load_adapters(model: NativeModel, file: Path, settings: ServerSettings) -> AdapterSet:
+    # A name that nothing has is then a mistake, and an answer of the base would hide it.
+    strict = bool(settings.adapters) or settings.adapter_folder is not None
+    reader = AdapterReader(model, file)
+    adapters = AdapterSet(file.stem, reader.open, settings.adapter_folder, strict)
+    for source in settings.adapters:
+        adapters.load(*source)
+    return adapters
 
 
 def describe_server(file: Path, model: NativeModel, settings: ServerSettings, port: int) -> str:
@@ -153,10 +165,17 @@ def describe_server(file: Path, model: NativeModel, settings: ServerSettings, po
             f"{_count(settings.threads, 'thread')} each",
             f"memory:  {info.file_bytes / 1e6:.1f} MB of the file; states of {each}; "
             f"at most {settings.cache_bytes / 1e6:,.0f} MB of them are kept",
+            *_describe_adapters(settings),
             f"chat:    http://{host}:{port}/",
             f"API:     http://{host}:{port}/v1  ({access}; Ctrl-C ends it)",
         ]
     )
+
+
+def _describe_adapters(settings: ServerSettings) -> list[str]:
+    names = ", ".join(source.name for source in settings.adapters)
+    more = "" if settings.adapter_folder is None else f"clients may load those below {settings.adapter_folder}"
+    return [f"adapters: {'; '.join(filter(None, (names, more)))}"] if names or more else []
 
 
 def _count(number: int, noun: str) -> str:

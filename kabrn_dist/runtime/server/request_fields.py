@@ -13,6 +13,7 @@ from kabrn_dist.runtime.server.errors import RequestError
 STOP_STRINGS_LIMIT, STOP_CHARACTERS_LIMIT = 16, 255
 MESSAGES_LIMIT = 10_000
 MIN_TEMPERATURE = 1e-4
+ADAPTER_WEIGHT_LIMIT = 100.0
 # Fields that change the answer, and that this server cannot obey, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -79,6 +80,50 @@ def parse_body(content: bytes) -> dict[str, Any]:
     return body
 
 
+def parse_model(body: dict[str, Any]) -> str:
+    """Return the name of the model that is asked for; "" for none.
+
+    Raises:
+        RequestError: for what is no text.
+    """
+    return str(_read(body, "model", str, ""))
+
+
+@dataclass(frozen=True)
+class AdapterRequest:
+    """An adapter that is to be loaded or unloaded, as vLLM's servers are told.
+
+    Attributes:
+        name: What clients call it.
+        path: Where it is; "" to unload it.
+        weight: Factor of what it adds.
+        replace: Whether it takes the place of one of the same name.
+    """
+
+    name: str
+    path: str = ""
+    weight: float = 1.0
+    replace: bool = False
+
+
+def parse_adapter(body: dict[str, Any], load: bool) -> AdapterRequest:
+    """Read which adapter is to be loaded or unloaded.
+
+    Args:
+        body: The object that the client sent.
+        load: Whether it is to be loaded.
+
+    Raises:
+        RequestError: for a field that is missing or of another type.
+    """
+    name = _read(body, "lora_name", str, None)
+    if not load:
+        return AdapterRequest(name)
+    path = _check_text(_read(body, "lora_path", str, None), "lora_path")
+    weight = _number(body, "weight", 1.0, -ADAPTER_WEIGHT_LIMIT, ADAPTER_WEIGHT_LIMIT)
+    return AdapterRequest(name, path, weight, _read(body, "load_inplace", bool, False))
+
+
 def parse_generation(body: dict[str, Any], default_tokens: int, most_tokens: int) -> GenerationRequest:
     """Read how to answer.
 
@@ -93,7 +138,6 @@ def parse_generation(body: dict[str, Any], default_tokens: int, most_tokens: int
     for name, harmless in _UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in harmless:
             _refuse(name, f"{_show(body[name])} is not supported here; leave it out")
-    _read(body, "model", str, "")
     limit_name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     stream_options = _read(body, "stream_options", dict, {})
     sampling = {

@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple
+
+
+class AdapterSource(NamedTuple):
+    """An adapter that a server has from its start.
+
+    Attributes:
+        name: What clients call it.
+        path: Its folder or file.
+        weight: Factor of what it adds.
+    """
+
+    name: str
+    path: Path
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,8 @@ class ServerSettings:
         cache_bytes: Memory for the states of conversations.
         cache_states: Largest number of these states.
         hosts: Further names under which a server on a loopback address may be asked for.
+        adapters: What it has besides the model.
+        adapter_folder: Clients may load adapters that lie below it; None: they may not load any.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +57,8 @@ class ServerSettings:
     cache_bytes: int = 256 << 20
     cache_states: int = 1000
     hosts: tuple[str, ...] = ()
+    adapters: tuple[AdapterSource, ...] = ()
+    adapter_folder: Path | None = None
 
     @property
     def is_loopback(self) -> bool:
