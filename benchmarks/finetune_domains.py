@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sysconfig
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 # Of a text of books, and of a file of source code.
 PASSAGE, SOURCE_CHARACTERS = 1000, 20_000
+# Of real text, in characters: with less than 256 tokens, so that a row holds at least the beginning of the answer.
+LONGEST_QUESTION = 200
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
@@ -168,22 +170,29 @@ def read_math(path: Path, random: Random) -> Iterator[Exercise]:
     """Problems and solutions of MATH's training part."""
     with tarfile.open(path) as archive:
         records = [json.load(file) for member in archive if (file := archive.extractfile(member))]
-    for record in random.sample(records, len(records)):
-        yield Exercise(record["problem"], record["solution"])
+    pairs = [(record["problem"], record["solution"]) for record in records]
+    yield from _choose_exercises(pairs, random)
 
 
 def read_gsm8k(path: Path, random: Random) -> Iterator[Exercise]:
     """Problems and solutions of GSM8K's training part."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for record in random.sample(records, len(records)):
-        yield Exercise(record["question"], record["answer"])
+    pairs = [(record["question"], record["answer"]) for record in records]
+    yield from _choose_exercises(pairs, random)
 
 
 def read_questions(path: Path, random: Random) -> Iterator[Exercise]:
     """Questions of NQ-open, each with the first of its answers."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for record in random.sample(records, len(records)):
-        yield Exercise(record["question"], record["answer"][0])
+    pairs = [(record["question"], record["answer"][0]) for record in records]
+    yield from _choose_exercises(pairs, random)
+
+
+def _choose_exercises(pairs: Sequence[tuple[str, str]], random: Random) -> Iterator[Exercise]:
+    """Those with questions that are not too long."""
+    for question, answer in random.sample(pairs, len(pairs)):
+        if len(question) <= LONGEST_QUESTION:
+            yield Exercise(question, answer)
 
 
 def _read_wikitext(folder: Path, random: Random) -> Iterator[str]:
