@@ -7,10 +7,12 @@ domain is a run of its own. Of `full`, the base is the run before; an adapter go
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -135,6 +137,18 @@ def begin(log: Path) -> None:
     keep_freed_memory()
     # Left open, as DeepSpeed keeps groups of the first one: the process ends when it has done its part.
     init_distributed(read_launch_env()).__enter__()
+
+
+def open_workers(jobs: int, log: Path, tasks: int | None) -> ProcessPoolExecutor:
+    """Return processes that `begin` has made ready.
+
+    Args:
+        jobs: how many.
+        log: for what they say.
+        tasks: after how many each is followed by a new one; None for never.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, spawn, initializer=begin, initargs=(log,), max_tasks_per_child=tasks)
 
 
 def train_run(config: Config) -> None:

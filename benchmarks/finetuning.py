@@ -11,7 +11,6 @@ The sizes are those of `benchmarks/finetune_run.py`.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,9 +26,9 @@ from benchmarks.finetune_run import (
     RATES,
     DomainSequence,
     Place,
-    begin,
     configure_stage,
     has_answers,
+    open_workers,
     prepare_domains,
     train_base,
     train_run,
@@ -115,13 +114,10 @@ def main() -> None:
 
 
 def measure(report: Report, parts: list[str], scale: Scale, place: Place, quick: bool) -> None:
-    """Fill the report, each run in a process of its own with one thread."""
+    """Fill the report, each run in a process of its own with one thread; if `quick`, all in one."""
     shutil.rmtree(place.work / "lessons", ignore_errors=True)
     shutil.rmtree(place.work / "costs", ignore_errors=True)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        1, spawn, initializer=begin, initargs=(place.work / "output.log",), max_tasks_per_child=1
-    ) as workers:
+    with open_workers(1, place.work / "output.log", None if quick else 1) as workers:
         if "costs" in parts:
             measure_costs(report, workers, CostPlace(place.work / "costs", quick))
         if "losses" in parts or "demonstration" in parts:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,8 +32,8 @@ from benchmarks.finetune_run import (
     DomainSequence,
     Outcome,
     Place,
-    begin,
     learn_sequence,
+    open_workers,
     prepare_domains,
     train_base,
 )
@@ -57,7 +56,10 @@ def main() -> None:
         sequences = plan(options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    outcomes = run_all(sequences, Place(options.work, options.data), options.jobs, options.log)
+    # One thread each, and each for one thing alone: what DeepSpeed keeps of an engine ends with its process.
+    tasks = None if options.quick else 1
+    with open_workers(options.jobs, options.work / "output.log", tasks) as workers:
+        outcomes = run_all(workers, sequences, Place(options.work, options.data), options.log)
     ways = group_ways(outcomes)
     report = Report(f"{len(sequences[0].domains)} domains of {sequences[0].steps} steps, {options.seeds} seed(s)")
     fill(report, ways)
@@ -138,7 +140,7 @@ def plan(options: argparse.Namespace) -> list[DomainSequence]:
 
 
 def run_all(
-    sequences: Sequence[DomainSequence], place: Place, jobs: int, log: Path | None
+    workers: ProcessPoolExecutor, sequences: Sequence[DomainSequence], place: Place, log: Path | None
 ) -> dict[DomainSequence, Outcome]:
     """Run all sequences that the log does not have; first the shards and the bases that they need."""
     done = read_sequences(log) if log is not None and log.exists() else {}
@@ -149,18 +151,13 @@ def run_all(
     first = left[0]
     names = dict.fromkeys(name for one in left for name in one.domains)
     prepare_domains(tuple(names), first.size, first.documents, place)
-    # One thread each, and each for one thing alone: what DeepSpeed keeps of an engine ends with its process.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs, spawn, initializer=begin, initargs=(place.work / "output.log",), max_tasks_per_child=1
-    ) as workers:
-        bases = dict.fromkeys((one.size, one.experts, one.seed, one.base_steps) for one in left)
-        for future in [workers.submit(train_base, *base, place) for base in bases]:
-            future.result()
-        for sequence, outcome in learn_all(workers, left, place):
-            outcomes[sequence] = outcome
-            if log is not None:
-                append_sequence(log, sequence, outcome)
+    bases = dict.fromkeys((one.size, one.experts, one.seed, one.base_steps) for one in left)
+    for future in [workers.submit(train_base, *base, place) for base in bases]:
+        future.result()
+    for sequence, outcome in learn_all(workers, left, place):
+        outcomes[sequence] = outcome
+        if log is not None:
+            append_sequence(log, sequence, outcome)
     return outcomes
 
 
