@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.forgetting_matrix import Measurement
 from kabrn_dist.config import DataConfig
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import Batch, TokenDataset
@@ -21,21 +21,6 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.model.mixkabrn import MixKABRN
 
 ROWS_AT_ONCE = 8
-
-
-class Measurement(NamedTuple):
-    """Of the held-out part of a shard set.
-
-    Attributes:
-        bits: Per byte of what is learned there: texts, or the assistant's words.
-        accuracy: Share of what is learned there that the model finds likeliest, in tokens.
-        answers: Share of answers that are right to their last token, which is what greedy decoding would write; of
-            texts 0.
-    """
-
-    bits: float
-    accuracy: float
-    answers: float
 
 
 class HeldOut:

@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.finetune_data import prepare_documents
 from benchmarks.finetune_domains import Domain, Exercise, find_base_texts, list_domains, take
-from benchmarks.finetune_measure import HeldOut, Measurement
+from benchmarks.finetune_measure import HeldOut
+from benchmarks.forgetting_matrix import Measurement
 from kabrn_dist.config import Config
 from kabrn_dist.distributed.launch_env import read_launch_env
 from kabrn_dist.distributed.mesh import make_mesh

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from benchmarks.finetune_costs import CostPlace, measure_costs
 from benchmarks.finetune_domains import list_domains
-from benchmarks.finetune_measure import HeldOut, Measurement, measure_greedy_accuracy
+from benchmarks.finetune_measure import HeldOut, measure_greedy_accuracy
 from benchmarks.finetune_run import (
     CONTEXT,
     METHODS,
@@ -33,6 +33,7 @@ from benchmarks.finetune_run import (
     train_base,
     train_run,
 )
+from benchmarks.forgetting_matrix import Measurement
 from benchmarks.report import Report
 from kabrn_dist.inference.run import Run
 

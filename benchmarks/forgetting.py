@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.finetune_domains import list_domains
-from benchmarks.finetune_measure import Measurement
 from benchmarks.finetune_run import (
     METHODS,
     RATES,
@@ -37,7 +36,7 @@ from benchmarks.finetune_run import (
     prepare_domains,
     train_base,
 )
-from benchmarks.forgetting_matrix import Averages, Matrix, average_matrices, stack_measurements
+from benchmarks.forgetting_matrix import Averages, Matrix, Measurement, average_matrices, stack_measurements
 from benchmarks.report import Report
 
 SEEDS, STEPS, BASE_STEPS, DOCUMENTS, ROWS = 3, 100, 700, 4000, 8

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.finetune_costs import QUICK_WAYS
 from benchmarks.finetune_domains import Exercise, list_domains, take
-from benchmarks.finetune_measure import Measurement, count_right_answers
+from benchmarks.finetune_measure import count_right_answers
 from benchmarks.finetune_run import METHODS, RATES, DomainSequence, Outcome
 from benchmarks.forgetting import append_sequence, average_way, fill, group_ways, read_sequences
-from benchmarks.forgetting_matrix import average_matrices, stack_measurements
+from benchmarks.forgetting_matrix import Measurement, average_matrices, stack_measurements
 from benchmarks.report import Report
 from kabrn_dist.data.dataset import Batch
 from tests.benchmarks.test_benchmarks import check_form
