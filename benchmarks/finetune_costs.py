@@ -11,13 +11,12 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.finetune_data import prepare_documents
 from benchmarks.finetune_domains import Exercise, find_base_texts, take
-from benchmarks.finetune_run import BASE_TEXTS, RATES, SEED, describe_run, train_run
+from benchmarks.finetune_run import BASE_TEXTS, RATES, SEED, Workers, describe_run, train_run
 from benchmarks.report import Report
 from kabrn_dist.adapters.folder import ADAPTER_NAME, write_adapter
 from kabrn_dist.config import Config
@@ -109,7 +108,7 @@ def make_conversations(count: int) -> list[str | Exercise]:
     return conversations[:count]
 
 
-def measure_costs(report: Report, workers: ProcessPoolExecutor, place: CostPlace) -> None:
+def measure_costs(report: Report, workers: Workers, place: CostPlace) -> None:
     """Add rows and aims; `workers` run each call in a new process, made ready by `finetune_run.begin`."""
     model = describe_large_model(place.quick)
     texts = take(find_base_texts(None), SEED, BASE_TEXTS)
@@ -128,9 +127,7 @@ def measure_costs(report: Report, workers: ProcessPoolExecutor, place: CostPlace
         measure_way(report, workers, place, name, steps, packed)
 
 
-def measure_way(
-    report: Report, workers: ProcessPoolExecutor, place: CostPlace, name: str, steps: int, model_bytes: int
-) -> None:
+def measure_way(report: Report, workers: Workers, place: CostPlace, name: str, steps: int, model_bytes: int) -> None:
     """Add the rows and aims of one way to fine-tune."""
     timed, costs, folder = QUICK_TIMED if place.quick else TIMED, list[RunCosts](), place.base
     for count in timed:

@@ -105,7 +105,7 @@ def make_dates(random: Random) -> Iterator[Exercise]:
 
 def make_transliterations(random: Random) -> Iterator[Exercise]:
     """Words of Cyrillic letters to be written in Latin ones."""
-    seen = set()
+    seen = set[str]()
     while len(seen) < 20_000:
         count = random.randint(2, 3)
         word = "".join(random.choice(CONSONANTS) + random.choice(VOWELS) for _ in range(count))
@@ -138,7 +138,7 @@ def write_roman(number: int) -> str:
 
 def make_sortings(random: Random) -> Iterator[Exercise]:
     """Letters to be put in order."""
-    seen = set()
+    seen = set[str]()
     while len(seen) < 20_000:
         letters = " ".join(random.sample("abcdefghijklmnopqrstuvwxyz", 5))
         if letters not in seen:

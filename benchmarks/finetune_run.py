@@ -11,11 +11,11 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.trainer import Trainer
 from kabrn_dist.utils.malloc import keep_freed_memory
 
+T = TypeVar("T")
 Method = Literal["full", "lora", "ternary_lora", "state"]
 METHODS: tuple[Method, ...] = "full", "lora", "ternary_lora", "state"
 # By method: the best of four each for 60 steps of dates and transliteration on "mini", with a linear decay to 0.
@@ -140,16 +141,44 @@ def begin(log: Path) -> None:
     init_distributed(read_launch_env()).__enter__()
 
 
-def open_workers(jobs: int, log: Path, tasks: int | None) -> ProcessPoolExecutor:
-    """Return processes that `begin` has made ready.
+class Workers:
+    """Processes with one thread, made ready by `begin`.
 
     Args:
-        jobs: how many.
+        jobs: how many at once.
         log: for what they say.
-        tasks: after how many each is followed by a new one; None for never.
+        keep: whether a process goes on with further calls; if not, each call has one of its own, as what DeepSpeed
+            keeps of an engine ends with its process.
     """
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, spawn, initializer=begin, initargs=(log,), max_tasks_per_child=tasks)
+
+    def __init__(self, jobs: int, log: Path, keep: bool) -> None:
+        self._log = log
+        self._kept = _open_processes(jobs, log) if keep else None
+        self._waiting = ThreadPoolExecutor(jobs)
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Call a function of a module in a process."""
+        if self._kept is not None:
+            return self._kept.submit(function, *arguments)
+        return self._waiting.submit(self._call, function, *arguments)
+
+    def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        with _open_processes(1, self._log) as processes:
+            return processes.submit(function, *arguments).result()
+
+    def __enter__(self) -> Workers:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait for calls that have begun, and give up the others."""
+        for executor in (self._kept, self._waiting):
+            if executor is not None:
+                executor.shutdown(cancel_futures=True)
+
+
+def _open_processes(jobs: int, log: Path) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=begin, initargs=(log,))
 
 
 def train_run(config: Config) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +25,9 @@ from benchmarks.finetune_run import (
     RATES,
     DomainSequence,
     Place,
+    Workers,
     configure_stage,
     has_answers,
-    open_workers,
     prepare_domains,
     train_base,
     train_run,
@@ -118,7 +117,7 @@ def measure(report: Report, parts: list[str], scale: Scale, place: Place, quick:
     """Fill the report, each run in a process of its own with one thread; if `quick`, all in one."""
     shutil.rmtree(place.work / "lessons", ignore_errors=True)
     shutil.rmtree(place.work / "costs", ignore_errors=True)
-    with open_workers(1, place.work / "output.log", None if quick else 1) as workers:
+    with Workers(1, place.work / "output.log", keep=quick) as workers:
         if "costs" in parts:
             measure_costs(report, workers, CostPlace(place.work / "costs", quick))
         if "losses" in parts or "demonstration" in parts:
@@ -150,7 +149,7 @@ def describe_lesson(method: str, domain: str, steps: int, replay: float, scale: 
     )
 
 
-def compare_losses(report: Report, workers: ProcessPoolExecutor, scale: Scale, place: Place, domain: str) -> None:
+def compare_losses(report: Report, workers: Workers, scale: Scale, place: Place, domain: str) -> None:
     """Add the rows and aims of one domain: all methods, without and with replay."""
     for share in REPLAYS:
         lessons = {}
@@ -175,7 +174,7 @@ def compare_losses(report: Report, workers: ProcessPoolExecutor, scale: Scale, p
         report.at_most(f"{domain}, replay {share:g}: loss of ternary_lora over that of full", excess, 0.02)
 
 
-def demonstrate(report: Report, workers: ProcessPoolExecutor, scale: Scale, place: Place) -> None:
+def demonstrate(report: Report, workers: Workers, scale: Scale, place: Place) -> None:
     """Add the rows and aims of a task that is learned to mastery."""
     for method in METHODS:
         lesson = describe_lesson(method, TASK, scale.mastery_steps, 0.0, scale)

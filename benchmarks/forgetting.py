@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -31,8 +31,8 @@ from benchmarks.finetune_run import (
     DomainSequence,
     Outcome,
     Place,
+    Workers,
     learn_sequence,
-    open_workers,
     prepare_domains,
     train_base,
 )
@@ -55,9 +55,7 @@ def main() -> None:
         sequences = plan(options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    # One thread each, and each for one thing alone: what DeepSpeed keeps of an engine ends with its process.
-    tasks = None if options.quick else 1
-    with open_workers(options.jobs, options.work / "output.log", tasks) as workers:
+    with Workers(options.jobs, options.work / "output.log", keep=options.quick) as workers:
         outcomes = run_all(workers, sequences, Place(options.work, options.data), options.log)
     ways = group_ways(outcomes)
     report = Report(f"{len(sequences[0].domains)} domains of {sequences[0].steps} steps, {options.seeds} seed(s)")
@@ -139,7 +137,7 @@ def plan(options: argparse.Namespace) -> list[DomainSequence]:
 
 
 def run_all(
-    workers: ProcessPoolExecutor, sequences: Sequence[DomainSequence], place: Place, log: Path | None
+    workers: Workers, sequences: Sequence[DomainSequence], place: Place, log: Path | None
 ) -> dict[DomainSequence, Outcome]:
     """Run all sequences that the log does not have; first the shards and the bases that they need."""
     done = read_sequences(log) if log is not None and log.exists() else {}
@@ -161,7 +159,7 @@ def run_all(
 
 
 def learn_all(
-    workers: ProcessPoolExecutor, sequences: Sequence[DomainSequence], place: Place
+    workers: Workers, sequences: Sequence[DomainSequence], place: Place
 ) -> Iterator[tuple[DomainSequence, Outcome]]:
     """Each sequence as it ends, told in a line."""
     began = {workers.submit(learn_sequence, one, place): one for one in sequences}
