@@ -107,7 +107,7 @@ bench-evaluation: setup
 bench-finetuning: setup
 	$(BIN)/python -m benchmarks.finetuning $(FINETUNE_DATA) --json runs/bench-finetuning.json
 
-# Hours. What was run before is in the log, and is not run again.
+# About an hour on two cores. What was run before is in the log, and is not run again.
 bench-forgetting: setup
 	$(BIN)/python -m benchmarks.forgetting $(FINETUNE_DATA) --log runs/bench-forgetting.jsonl \
 		--json runs/bench-forgetting.json

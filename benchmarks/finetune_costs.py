@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.finetune_data import prepare_documents
 from benchmarks.finetune_domains import Exercise, find_base_texts, take
-from benchmarks.finetune_run import BASE_TEXTS, RATES, SEED, Workers, describe_run, train_run
+from benchmarks.finetune_run import BASE_TEXTS, RATES, SEED, describe_run
+from benchmarks.finetune_workers import Workers, train_run
 from benchmarks.report import Report
 from kabrn_dist.adapters.folder import ADAPTER_NAME, write_adapter
 from kabrn_dist.config import Config
@@ -109,7 +110,7 @@ def make_conversations(count: int) -> list[str | Exercise]:
 
 
 def measure_costs(report: Report, workers: Workers, place: CostPlace) -> None:
-    """Add rows and aims; `workers` run each call in a new process, made ready by `finetune_run.begin`."""
+    """Add rows and aims; `workers` run each call in a new process, made ready by `finetune_workers.begin`."""
     model = describe_large_model(place.quick)
     texts = take(find_base_texts(None), SEED, BASE_TEXTS)
     prepare_documents(texts, "help", place.texts, model["vocab_size"])

@@ -25,13 +25,12 @@ from benchmarks.finetune_run import (
     RATES,
     DomainSequence,
     Place,
-    Workers,
     configure_stage,
     has_answers,
     prepare_domains,
     train_base,
-    train_run,
 )
+from benchmarks.finetune_workers import Workers, train_run
 from benchmarks.forgetting_matrix import Measurement
 from benchmarks.report import Report
 from kabrn_dist.inference.run import Run
@@ -57,11 +56,11 @@ class Scale:
         exercises: that are answered token by token.
     """
 
-    size: str = "tiny"
-    base_steps: int = 700
+    size: str = "mini"
+    base_steps: int = 400
     steps: int = 200
-    mastery_steps: int = 400
-    documents: int = 8000
+    mastery_steps: int = 500
+    documents: int = 4000
     rows: int = 16
     exercises: int = EXERCISES
 

@@ -31,15 +31,15 @@ from benchmarks.finetune_run import (
     DomainSequence,
     Outcome,
     Place,
-    Workers,
     learn_sequence,
     prepare_domains,
     train_base,
 )
+from benchmarks.finetune_workers import Workers
 from benchmarks.forgetting_matrix import Averages, Matrix, Measurement, average_matrices, stack_measurements
 from benchmarks.report import Report
 
-SEEDS, STEPS, BASE_STEPS, DOCUMENTS, ROWS = 3, 100, 700, 4000, 8
+SEEDS, STEPS, BASE_STEPS, DOCUMENTS, ROWS = 3, 60, 400, 4000, 8
 QUICK_STEPS, QUICK_BASE_STEPS, QUICK_DOCUMENTS, QUICK_ROWS = 3, 3, 120, 2
 EXPERTS, REPLAYS = ("rational", "swiglu"), (0.0, 0.2)
 WITHOUT_DATA = ("addition", "dates", "transliteration", "roman", "sorting", "code")
@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--replays", type=split_words, default=("0", "0.2"), metavar="X,Y", help="shares (default: 0,0.2)")
     add("--seeds", type=int, metavar="N", help=f"sequences of each way (default: {SEEDS})")
     add("--steps", type=int, metavar="N", help=f"of each domain, with 8 sequences of 256 tokens (default: {STEPS})")
-    add("--size", default="tiny", choices=tuple(SIZES), help="of the model (default: %(default)s)")
+    add("--size", default="mini", choices=tuple(SIZES), help="of the model (default: %(default)s)")
     add("--base-steps", type=int, metavar="N", help=f"of the base (default: {BASE_STEPS})")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes side by side (default: %(default)s)")
     add("--quick", action="store_true", help="a few steps: shows that everything runs, not what is learned")
