@@ -70,9 +70,10 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: Literal["fp32", "fp16"]
     except ValueError as error:
         raise UserError(f"{folder}: no adapter that could be read again: {error}; change it") from None
     make_folder(folder)
-    write_tensors(folder / ADAPTER_NAME, tensors, metadata)
     content = json.dumps(_peft_config(adapter), indent=2) + "\n"
     atomic_write(folder / ADAPTER_CONFIG_NAME, content.encode())
+    # Last, since it is all that a reader needs: where the disk refuses, the adapter is the one before.
+    write_tensors(folder / ADAPTER_NAME, tensors, metadata)
 
 
 def _list_tensors(adapter: Adapter, kind: np.dtype[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
