@@ -281,8 +281,14 @@ def test_options_name_adapters_as_they_are_trained(folder: Path, monkeypatch: py
     assert converted == ["--adapter", name, "--tokens", f"--adapter={name}=0.5", *given[4:]]
     single = convert_adapter_options(model, ["--adapter", "poems=1/adapter_model.safetensors=2"])
     assert single == ["--adapter", f"{name}=2"]
-    with pytest.raises(UserError):
-        convert_adapter_options(model, ["--adapter", str(folder)])
+    # What is no weight is for the runtime to refuse; it is not a part of the name.
+    assert convert_adapter_options(model, ["--adapter", "poems=1=nan"]) == ["--adapter", f"{name}=nan"]
+    for wrong in (str(folder), "a" * 5000 + ".safetensors"):
+        with pytest.raises(UserError):
+            convert_adapter_options(model, ["--adapter", wrong])
+    for wrong in ("", "=0.5"):
+        with pytest.raises(UserError, match="names no adapter"):
+            convert_adapter_options(model, ["--adapter", wrong])
 
 
 def test_generate_with_adapters(native_program: Path, folder: Path) -> None:
