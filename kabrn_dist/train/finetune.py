@@ -9,6 +9,9 @@ from kabrn_dist.adapters.folder import write_adapter
 from kabrn_dist.checkpoint.manifest import read_manifest
 from kabrn_dist.checkpoint.state import BaseState
 from kabrn_dist.config import Config
+from kabrn_dist.data.default_template import find_chat_template
+from kabrn_dist.data.index import CHAT_TEMPLATE_NAME, TOKENIZER_NAME
+from kabrn_dist.data.tokenizer import Tokenizer, read_chat_template
 from kabrn_dist.distributed.collectives import broadcast_json, run_on_all, run_on_main
 from kabrn_dist.inference.adapters import hash_model_codes
 from kabrn_dist.inference.base import (
@@ -19,6 +22,7 @@ from kabrn_dist.inference.base import (
     check_same_base,
     open_base,
 )
+from kabrn_dist.inference.init_adapter import load_init_adapter
 from kabrn_dist.inference.make_adapter import collect_adapter
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.planner.count import count_parameters
@@ -63,7 +67,10 @@ def start_from_base(model: MixKABRN, config: Config, earlier: BaseState | None) 
     if finetune.trains_adapter:
         run_on_all(None, attach_new_adapter, model, config)
     state = earlier or BaseState(sha256=sha256, step=base.step)
-    return FinetuneStart(base, state, [_describe(model, config, state)])
+    lines = [_describe(model, config, state)]
+    if earlier is None and finetune.init_adapter is not None:
+        lines.append(load_init_adapter(model, config, sha256))
+    return FinetuneStart(base, state, lines)
 
 
 def describe_finished(config: Config, base: Base | None, checkpoint: Path) -> list[str]:
@@ -90,11 +97,21 @@ def describe_finished(config: Config, base: Base | None, checkpoint: Path) -> li
     size = sum(file.stat().st_size for file in folder.iterdir())
     flipped = sum(len(patch.places) for patch in adapter.patches.values())
     told = f", {flipped:,} flipped codes" if adapter.patches else ""
+    command = "chat" if (run / CHAT_TEMPLATE_NAME).exists() else "generate"
     return [
         f"adapter     {folder} ({size / 2**10:,.0f} KiB{told})",
-        f"next        mixkabrn generate {finetune.base} --adapter {folder}",
-        f"            mixkabrn adapter info {folder}",
+        f"next        mixkabrn {command} {finetune.base} --adapter {folder}",
+        f"            mixkabrn pack {finetune.base}{_name_template(run, base)} --out base.mkb",
+        f"            mixkabrn {command} base.mkb --adapter {folder}",
     ]
+
+
+def _name_template(run: Path, base: Base) -> str:
+    """Return the option of `mixkabrn pack` for a chat template that the base would not be packed with."""
+    own, tokenizer = run / CHAT_TEMPLATE_NAME, base.folder / TOKENIZER_NAME
+    if not own.exists() or not tokenizer.exists():
+        return ""
+    return "" if read_chat_template(own) == find_chat_template(Tokenizer.load(tokenizer)) else f" --template {own}"
 
 
 def _hash_base(base: Base) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from kabrn_dist.checkpoint.manifest import read_manifest
 from kabrn_dist.checkpoint.state import read_state
 from kabrn_dist.data.corpus import open_corpus
 from kabrn_dist.data.dataset import TokenDataset
+from kabrn_dist.data.run_config import load_run_config
 from kabrn_dist.hub.export import plan_hub_export
 from kabrn_dist.inference.adapters import hash_model_codes
+from kabrn_dist.inference.base import attach_new_adapter
 from kabrn_dist.inference.export import plan_export, write_export
-from kabrn_dist.inference.load import load_export
+from kabrn_dist.inference.init_adapter import load_init_adapter
+from kabrn_dist.inference.load import build_full_model, load_export
 from kabrn_dist.inference.run import Run
+from kabrn_dist.model.adapter import adapter_parameters
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.runtime.file_format import find_role
 from kabrn_dist.runtime.file_plan import Packing
@@ -214,3 +219,60 @@ def test_adapters_train_in_half_precision(base: Path, shards: Path, runs: dict[s
         # It is the adapter of the fp32 base, and flips codes of that one alone.
         adapter, same = (read_adapter(run / "adapter") for run in (tmp_path / method, runs[method]))
         assert adapter.info.base_sha256 == same.info.base_sha256
+
+
+def test_a_run_goes_on_with_the_adapter_of_an_earlier_one(
+    base: Path, shards: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    layouts: dict[str, dict[str, Any]] = {
+        "lora": {"expert_parallel": 2, "experts_per_rank": [1, 3], "zero_stage": 2},
+        "ternary_lora": {"zero_stage": 3},
+        "state": {"sequence_parallel": 2, "zero_stage": 0},
+    }
+    jobs = []
+    for method, layout in layouts.items():
+        changes = {f"parallel__{key}": value for key, value in layout.items()}
+        # A step that changes nothing, so that what is saved is what was loaded.
+        changes |= {"finetune__init_adapter": str(runs[method]), "training__steps": 1}
+        path = write_finetune(
+            tmp_path / f"{method}.yaml", shards, base, method, **changes, optimizer__learning_rate=1e-12
+        )
+        jobs.append([str(path), "never", None])
+    run_sessions(2, jobs, tmp_path)
+    for method in layouts:
+        found, expected = (Run.open(run).model() for run in (tmp_path / method, runs[method]))
+        earlier = {info.name: parameter for info, parameter in adapter_parameters(expected)}
+        assert earlier and any(parameter.count_nonzero() for parameter in earlier.values())
+        for info, parameter in adapter_parameters(found):
+            torch.testing.assert_close(parameter, earlier.pop(info.name), rtol=0, atol=1e-9, msg=info.name)
+        assert not earlier
+
+
+def test_adapters_that_a_run_cannot_go_on_with_are_refused(
+    base: Path, shards: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    sha256 = read_adapter(runs["lora"] / "adapter").info.base_sha256
+    for changes, other, message in (
+        ({"finetune__rank": 2}, "lora", "has rank 4, and finetune.rank is 2; set it to 4"),
+        ({"finetune__alpha": 8.0}, "lora", "has alpha 32.0, and finetune.alpha is 8.0"),
+        ({"finetune__targets": ["mixer"]}, "lora", "has targets"),
+        ({}, "state", "has method state, and finetune.method is lora"),
+        ({}, "full", "trained a whole model, no adapter; set finetune.base to it instead"),
+        ({}, "nowhere", "finetune.init_adapter: "),
+    ):
+        folder = runs.get(other, tmp_path / other)
+        path = write_finetune(
+            tmp_path / "lora.yaml", shards, base, "lora", finetune__init_adapter=str(folder), **changes
+        )
+        config = load_run_config(str(path))
+        model = build_full_model(config)
+        attach_new_adapter(model, config)
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_init_adapter(model, config, sha256)
+    path = write_finetune(tmp_path / "lora.yaml", shards, base, "lora", finetune__init_adapter=str(runs["lora"]))
+    with pytest.raises(UserError, match="is of another base"):
+        load_init_adapter(model, load_run_config(str(path)), "0" * 64)
+    with pytest.raises(UserError, match=re.escape("finetune.method full trains no adapter; leave it out")):
+        load_run_config(
+            str(write_finetune(tmp_path / "full.yaml", shards, base, "full", finetune__init_adapter=str(runs["lora"])))
+        )
