@@ -148,8 +148,8 @@ def _open_session(folder: Path, out: Path, options: argparse.Namespace) -> Learn
     from kabrn_dist.online_learning.base_text import read_base_text
     from kabrn_dist.online_learning.chat import Conversation, Sampling
     from kabrn_dist.online_learning.chat_writer import ChatWriter
+    from kabrn_dist.online_learning.course import LearningLimits
     from kabrn_dist.online_learning.history import AdapterHistory
-    from kabrn_dist.online_learning.learner import LearningLimits
     from kabrn_dist.online_learning.session import LearningSession
 
     history = AdapterHistory(out)
