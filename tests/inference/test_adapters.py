@@ -230,7 +230,7 @@ def test_factors_and_states_of_other_sizes_are_refused() -> None:
         ([(replace(state, states={1: state.states[0]}), 1.0)], "of layer 1"),
         ([(state, 1.0), (replace(state, states={0: small}), 1.0)], "of different sizes"),
         ([(lora, float("nan"))], "weight nan is no weight"),
-        ([(lora, 1e38)], "weight 1e.38 is no weight"),
+        ([(lora, 1e38)], "weight 1e+38 is no weight"),
     ):
         with pytest.raises(UserError) as error:
             set_adapters(base, given)
