@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kabrn_dist.online_learning.learner import LearningResult, Progress
+from kabrn_dist.online_learning.learner import LearningProgress, LearningResult
 from kabrn_dist.online_learning.samples import Notes
 from kabrn_dist.online_learning.session import LearningSession
 from kabrn_dist.utils.errors import UserError
@@ -78,6 +78,9 @@ class ChatTerminal:
                 self._obey(line)
             except UserError as error:
                 _say(str(error))
+            except KeyboardInterrupt:
+                # While something was read: an answer and steps of learning end by themselves.
+                _say("interrupted")
 
     def learn(self, path: Path) -> None:
         """Learn from notes or conversations, and tell what became of it.
@@ -85,11 +88,12 @@ class ChatTerminal:
         Raises:
             UserError: if there is nothing to learn from, or the disk refuses.
         """
+        notes = self._session.read(path)
+        _say(_describe_notes(path, notes))
         try:
-            notes, result = self._session.learn(path, self._show_bar)
+            result = self._session.learn(notes, self._show_bar)
         finally:
             self._end_bar()
-        _say(_describe_notes(path, notes))
         if result.passes < 1:
             _say(f"time or steps were up after {result.passes:.0%} of them; --minutes and --steps are the limits")
         self._tell(result)
@@ -145,7 +149,7 @@ class ChatTerminal:
             lines.append(f"saved in {self._session.history.folder}; /undo takes it back")
         _say("\n".join(lines))
 
-    def _show_bar(self, progress: Progress) -> None:
+    def _show_bar(self, progress: LearningProgress) -> None:
         """Draw the bar on a terminal, a few times a second."""
         now = time.monotonic()
         if not sys.stderr.isatty() or now - self._bar_at < BAR_SECONDS:

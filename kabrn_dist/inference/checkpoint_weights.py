@@ -98,10 +98,9 @@ def _refuse_adapter(run: Path, config: Config) -> None:
     finetune = config.finetune
     if finetune is None or not finetune.trains_adapter:
         return
-    merge = f", or a model that holds it: mixkabrn adapter merge {finetune.base} {run}/adapter --out FOLDER"
     raise UserError(
         f"{run}: trained an adapter ({finetune.method}) of {finetune.base}, and holds no model of its own; write the "
-        f"adapter: mixkabrn adapter export {run} --out FOLDER{merge if finetune.method == 'ternary_lora' else ''}"
+        f"adapter: mixkabrn adapter export {run} --out FOLDER, and use {finetune.base} with --adapter FOLDER"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,7 @@ class LearningResult(NamedTuple):
     interrupted: bool
 
 
-class Progress(NamedTuple):
+class LearningProgress(NamedTuple):
     """How far learning is.
 
     Attributes:
@@ -90,6 +91,9 @@ class Progress(NamedTuple):
     share: float
     loss: float
     seconds_left: float
+
+
+Report = Callable[[LearningProgress], None]
 
 
 class Learner:
@@ -123,7 +127,7 @@ class Learner:
         self.row_tokens = choose_row_tokens(measure_token_bytes(model), limits.memory_bytes)
         self._learned: list[Sample] = []
 
-    def learn(self, samples: Sequence[Sample], report: Callable[[Progress], None] = lambda _: None) -> LearningResult:
+    def learn(self, samples: Sequence[Sample], report: Report = lambda _: None) -> LearningResult:
         """Learn from notes and conversations, pass by pass, until the time or the steps are used up.
 
         The rate falls to zero with them. What is kept is the best of some evaluations on the way. Ctrl-C ends it early.
@@ -142,7 +146,7 @@ class Learner:
         course = _Course(self._limits, _count_steps(kept, self._limits.steps, self.row_tokens))
         return self._run(course, judged, held, lambda: self._note_steps(kept, course, report))
 
-    def correct(self, sample: Sample, report: Callable[[Progress], None] = lambda _: None) -> LearningResult:
+    def correct(self, sample: Sample, report: Report = lambda _: None) -> LearningResult:
         """Learn one answer until the model would give it, with some of those that it was taught before.
 
         Args:
@@ -190,17 +194,21 @@ class Learner:
                     break
         except KeyboardInterrupt:
             interrupted = True
-            if (loss := self._judge(judged)) < best:
-                best, best_steps, values = loss, taken, adapter.copy()
+            # Pressed again, it takes what was the best until then.
+            with contextlib.suppress(KeyboardInterrupt):
+                if (loss := self._judge(judged)) < best:
+                    best, best_steps, values = loss, taken, adapter.copy()
         adapter.restore(values)
-        seconds = time.monotonic() - course.begun
+        seconds, base_after = time.monotonic() - course.begun, None
+        try:
+            base_after = self._judge_base()
+        except KeyboardInterrupt:
+            interrupted = True
         return LearningResult(
-            best_steps, seconds, before, best, held, base_before, self._judge_base(), course.passes, interrupted
+            best_steps, seconds, before, best, held, base_before, base_after, course.passes, interrupted
         )
 
-    def _note_steps(
-        self, samples: Sequence[Sample], course: _Course, report: Callable[[Progress], None]
-    ) -> Iterator[bool]:
+    def _note_steps(self, samples: Sequence[Sample], course: _Course, report: Report) -> Iterator[bool]:
         optimizer = self._make_optimizer()
         order: list[Sample] = []
         milestone, targets = 1, 0
@@ -222,7 +230,7 @@ class Learner:
             milestone += is_milestone
             yield is_milestone
 
-    def _correction_steps(self, sample: Sample, course: _Course, report: Callable[[Progress], None]) -> Iterator[bool]:
+    def _correction_steps(self, sample: Sample, course: _Course, report: Report) -> Iterator[bool]:
         optimizer = self._make_optimizer()
         while not course.ended:
             rehearsed = self._draw(self._learned, REHEARSED_SAMPLES)
@@ -299,9 +307,9 @@ class _Course:
         """Falls linearly to a tenth."""
         return max(0.1, 1 - self.share)
 
-    def progress(self, loss: float) -> Progress:
+    def progress(self, loss: float) -> LearningProgress:
         left = self._seconds - (time.monotonic() - self.begun)
-        return Progress(min(1.0, self.share), loss, max(0.0, left))
+        return LearningProgress(min(1.0, self.share), loss, max(0.0, left))
 
 
 def _count_steps(samples: Sequence[Sample], most: int, row_tokens: int) -> int:

@@ -15,12 +15,10 @@ from kabrn_dist.online_learning.base_text import BaseText
 from kabrn_dist.online_learning.chat import Conversation
 from kabrn_dist.online_learning.chat_writer import ChatWriter
 from kabrn_dist.online_learning.history import AdapterHistory
-from kabrn_dist.online_learning.learner import Learner, LearningLimits, LearningResult, Progress
+from kabrn_dist.online_learning.learner import Learner, LearningLimits, LearningResult, Report
 from kabrn_dist.online_learning.samples import Notes, SampleReader
 from kabrn_dist.online_learning.trainable import TrainableAdapter
 from kabrn_dist.utils.errors import UserError
-
-Report = Callable[[Progress], None]
 
 
 class _Before(NamedTuple):
@@ -82,19 +80,29 @@ class LearningSession:
         """Steps that the adapter has been trained for; 0 without one."""
         return self._adapter.info.steps if self._adapter else 0
 
-    def learn(self, path: Path, report: Report = lambda _: None) -> tuple[Notes, LearningResult]:
-        """Learn from a file or a folder, and save what was learned.
+    def read(self, path: Path) -> Notes:
+        """Read what is to be learned: a file or a folder.
 
         Args:
             path: Text, or conversations as .jsonl.
+
+        Raises:
+            UserError: if there is nothing to learn from.
+        """
+        return self._prepare()[1].read(path)
+
+    def learn(self, notes: Notes, report: Report = lambda _: None) -> LearningResult:
+        """Learn what was read, and save what was learned.
+
+        Args:
+            notes: What `read` returned.
             report: Told of each step.
 
         Raises:
-            UserError: if there is nothing to learn from, or the disk refuses.
+            UserError: if the disk refuses, or losses are not finite.
         """
-        learner, reader = self._prepare()
-        notes = reader.read(path)
-        return notes, self._keep(lambda: learner.learn(notes.samples, report))
+        learner, _ = self._prepare()
+        return self._keep(lambda: learner.learn(notes.samples, report))
 
     def correct(self, text: str, report: Report = lambda _: None) -> LearningResult:
         """Take the last answer back, learn to give another one, and save what was learned.
@@ -142,12 +150,22 @@ class LearningSession:
         return found is not None
 
     def _keep(self, learn: Callable[[], LearningResult]) -> LearningResult:
+        """Learn, and save what was learned; what is not saved is not kept in memory either."""
         assert self._adapter is not None and self._learner is not None
+        # Before the work, which would be lost.
+        self.history.hold()
         messages = [dict(message) for message in self.conversation.messages]
-        before = _Before(self._adapter.copy(), self._learner.corrections, messages)
-        result = learn()
+        before, info = _Before(self._adapter.copy(), self._learner.corrections, messages), self._adapter.info
+        try:
+            result = learn()
+            if result.steps:
+                self.history.save(self._adapter.adapter(result.steps))
+        except BaseException:
+            self._adapter.restore(before.values)
+            self._adapter.info = info
+            self._learner.forget_corrections(before.corrections)
+            raise
         if result.steps:
-            self.history.save(self._adapter.adapter(result.steps))
             self._before.append(before)
             self.conversation.forget_states()
         return result

@@ -22,6 +22,7 @@ from kabrn_dist.inference.base import (
     check_same_base,
     open_base,
 )
+from kabrn_dist.inference.init_adapter import load_init_adapter
 from kabrn_dist.inference.make_adapter import collect_adapter
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.planner.count import count_parameters
@@ -66,7 +67,10 @@ def start_from_base(model: MixKABRN, config: Config, earlier: BaseState | None) 
     if finetune.trains_adapter:
         run_on_all(None, attach_new_adapter, model, config)
     state = earlier or BaseState(sha256=sha256, step=base.step)
-    return FinetuneStart(base, state, [_describe(model, config, state)])
+    lines = [_describe(model, config, state)]
+    if earlier is None and finetune.init_adapter is not None:
+        lines.append(load_init_adapter(model, config, sha256))
+    return FinetuneStart(base, state, lines)
 
 
 def describe_finished(config: Config, base: Base | None, checkpoint: Path) -> list[str]:

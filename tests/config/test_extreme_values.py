@@ -53,7 +53,7 @@ def numeric_keys(model: type[BaseModel], parent: str = "") -> Iterator[tuple[str
         else:
             shapes = {"int": "{}", "float": "{}", "dict": "{{one: {}}}", "tuple": "[{0}, {0}]"}
             text = str(annotation)
-            if "int" in text or "float" in text or "Annotated" in text:
+            if "int" in text or "float" in text:
                 shape = next((shapes[kind] for kind in ("dict", "tuple") if kind in text), "{}")
                 yield key, shape
 
