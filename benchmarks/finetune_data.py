@@ -14,7 +14,8 @@ from data_prep.prepare import prepare
 from data_prep.recipe import parse_recipe
 from data_prep.workers import WorkerGroup
 from data_prep.workspace import acquire_workspace, release_workspace
-from kabrn_dist.data.chat_template import DEFAULT_TEMPLATE, list_marks
+from kabrn_dist.data.chat_template import list_marks
+from kabrn_dist.data.default_template import DEFAULT_TEMPLATE
 
 VALIDATION_SHARE = 0.05
 
