@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-evaluation bench-kan bench-moe bench-quality bench-retention bench-runtime bench-step bench-zero tables wasm clean
+.PHONY: setup demo check test soak lint bench bench-bitlinear bench-checkpoint bench-data bench-evaluation bench-finetuning bench-forgetting bench-kan bench-moe bench-quality bench-retention bench-runtime bench-step bench-zero tables wasm clean
 
 setup: $(VENV)/.ready
 
@@ -52,6 +52,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.step --quick --json runs/bench-step.json
 	$(BIN)/python -m benchmarks.runtime --quick --json runs/bench-runtime.json
 	$(BIN)/python -m benchmarks.evaluation --quick --json runs/bench-evaluation.json
+	$(BIN)/python -m benchmarks.finetuning --quick --json runs/bench-finetuning.json
+	$(BIN)/python -m benchmarks.forgetting --quick --json runs/bench-forgetting.json
 	$(BIN)/python -m benchmarks.quality --quick --text $(QUALITY_TEXT) --json runs/bench-quality.json
 
 # Any UTF-8 text file; the source of Python's library is on every machine.
@@ -100,6 +102,15 @@ bench-runtime: setup
 
 bench-evaluation: setup
 	$(BIN)/python -m benchmarks.evaluation --json runs/bench-evaluation.json
+
+# FINETUNE_DATA="--data DIR" adds real text; benchmarks/finetune_domains.py says which.
+bench-finetuning: setup
+	$(BIN)/python -m benchmarks.finetuning $(FINETUNE_DATA) --json runs/bench-finetuning.json
+
+# About an hour on two cores. What was run before is in the log, and is not run again.
+bench-forgetting: setup
+	$(BIN)/python -m benchmarks.forgetting $(FINETUNE_DATA) --log runs/bench-forgetting.jsonl \
+		--json runs/bench-forgetting.json
 
 # The chat page that needs no server, in page/.
 wasm: setup

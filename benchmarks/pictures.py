@@ -1,6 +1,6 @@
 """Draw the pictures of the documents into docs/img.
 
-python -m benchmarks.pictures                  loss against bytes, from benchmarks/results/quality.jsonl
+python -m benchmarks.pictures                  from benchmarks/results: loss against bytes, forgetting
 python -m benchmarks.pictures --run runs/demo  and those of a run, after `mixkabrn report functions` and `… experts`
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.forgetting_results import draw_forgetting, read_ways
 from benchmarks.quality_recipes import MODELS
 from benchmarks.results import ModelQuality, Results
 from benchmarks.tables import ROOT
@@ -68,8 +69,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, metavar="RUN", help="a trained run with its reports")
     options = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
-    models = list(Results(ROOT / "benchmarks" / "results").quality.values())
-    (IMAGES / "quality.png").write_bytes(to_png(draw_quality(models)))
+    results = ROOT / "benchmarks" / "results"
+    (IMAGES / "quality.png").write_bytes(to_png(draw_quality(list(Results(results).quality.values()))))
+    (IMAGES / "forgetting.png").write_bytes(to_png(draw_forgetting(read_ways(results))))
     for name, source in OF_RUN.items() if options.run else ():
         # A palette is enough for lines, and a third of the bytes.
         picture = Image.open(options.run / "report" / source).convert("RGB").quantize(PALETTE)

@@ -44,13 +44,13 @@ class Results:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._reports: dict[str, dict[str, Any]] = {}
 
     def report(self, benchmark: str) -> dict[str, Any]:
         """Return the JSON of a benchmark, without rows where it was not run."""
         if benchmark not in self._reports:
-            path = self._folder / f"{benchmark}.json"
+            path = self.folder / f"{benchmark}.json"
             empty: dict[str, Any] = {"machine": {}, "rows": [], "aims": {}}
             self._reports[benchmark] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
         return self._reports[benchmark]
@@ -81,13 +81,13 @@ class Results:
 
     def text(self, name: str) -> str:
         """Return a file of text, such as the output of the demo; "not measured" where there is none."""
-        path = self._folder / name
+        path = self.folder / name
         return path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else NOT_MEASURED
 
     @cached_property
     def quality(self) -> dict[str, ModelQuality]:
         """The models of the quality benchmark by letter, each at its best rate."""
-        path = self._folder / "quality.jsonl"
+        path = self.folder / "quality.jsonl"
         runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         models = {}
         for model in sorted({run["model"] for run in runs}):

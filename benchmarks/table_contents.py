@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from benchmarks.forgetting_results import forgetting_table
 from benchmarks.quality_recipes import MODELS
 from benchmarks.results import NOT_MEASURED, Results, format_number
 
@@ -201,6 +202,14 @@ def quality_seeds(results: Results) -> str:
     return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
+def aims_table(benchmark: str, results: Results) -> str:
+    """Return what a benchmark aims at and what it measured, and the machine."""
+    lines = ["| | measured | bound |", "|---|---:|---:|"]
+    for what, aim in results.report(benchmark)["aims"].items():
+        lines.append(f"| {what} | {format_number(aim['measured'])} | {format_number(aim['aim'])} |")
+    return "\n".join([*lines, "", machine(benchmark, results)] if len(lines) > 2 else [machine(benchmark, results)])
+
+
 def figure(benchmark: str, row: str, field: str, results: Results) -> str:
     """Return one figure of a benchmark."""
     return format_number(results.figure(benchmark, row, field))
@@ -215,6 +224,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "front": front_table,
     "demo": demo,
     "quality": quality_table,
+    "finetuning": partial(aims_table, "finetuning"),
+    "forgetting": lambda results: forgetting_table(results.folder),
     **{
         name.replace("_", "-"): partial(compare_table, name, lines)
         for name, lines in {

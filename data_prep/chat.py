@@ -11,7 +11,8 @@ import tokenizers
 from data_prep.plan import load_recipe_tokenizer
 from data_prep.recipe import Recipe
 from data_prep.sources.conversations import Rendering
-from kabrn_dist.data.chat_template import DEFAULT_TEMPLATE, check_training_template, list_marks
+from kabrn_dist.data.chat_template import check_training_template, list_marks
+from kabrn_dist.data.default_template import DEFAULT_TEMPLATE
 from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN, Tokenizer, read_chat_template
 from kabrn_dist.utils.errors import UserError

@@ -20,7 +20,8 @@ from data_prep.sources.base import FileSource, SourceOptions, parse_json_file, r
 from data_prep.sources.decode import make_document
 from data_prep.sources.layout import LayoutMismatch, describe_record
 from data_prep.sources.parquet import Parquet
-from kabrn_dist.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, list_marks
+from kabrn_dist.data.chat_template import ChatTemplate, list_marks
+from kabrn_dist.data.default_template import DEFAULT_TEMPLATE
 from kabrn_dist.data.tokenizer import DOCUMENT_TOKEN
 
 CONVERSATION_KINDS = ("conversations", "conversations-parquet")

@@ -6,6 +6,7 @@ Shapes: as in adapter.py.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +38,9 @@ def read_adapter(path: Path | str) -> Adapter:
         UserError: for one that is missing or damaged, or says what no adapter can be.
     """
     path = Path(path)
-    file = path / ADAPTER_NAME if path.is_dir() else path
-    if not file.exists():
+    # Unlike `Path.exists`, these take names that no file can have.
+    file = path / ADAPTER_NAME if os.path.isdir(path) else path
+    if not os.path.exists(file):
         raise UserError(f"{file}: no such file; name the folder of an adapter, or its {ADAPTER_NAME}")
     tensors, metadata = read_tensors(file)
     try:
@@ -70,9 +72,10 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: Literal["fp32", "fp16"]
     except ValueError as error:
         raise UserError(f"{folder}: no adapter that could be read again: {error}; change it") from None
     make_folder(folder)
-    write_tensors(folder / ADAPTER_NAME, tensors, metadata)
     content = json.dumps(_peft_config(adapter), indent=2) + "\n"
     atomic_write(folder / ADAPTER_CONFIG_NAME, content.encode())
+    # Last, since it is all that a reader needs: where the disk refuses, the adapter is the one before.
+    write_tensors(folder / ADAPTER_NAME, tensors, metadata)
 
 
 def _list_tensors(adapter: Adapter, kind: np.dtype[Any]) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -70,6 +70,11 @@ def parse_info(metadata: Mapping[str, str]) -> AdapterInfo:
     )
 
 
+def clean_text(text: str) -> str:
+    """Return a name, such as that of a folder, as an adapter may say it: of bounded length, and printable."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[-LONGEST_TEXT:]
+
+
 def parse_tensors(info: AdapterInfo, tensors: Mapping[str, NDArray[Any]]) -> Adapter:
     """Return the adapter that the tensors of a file make.
 

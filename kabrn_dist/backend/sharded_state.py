@@ -35,7 +35,8 @@ def sharded_state(engine: Engine) -> ShardedState:
     """Return this rank's part of the training state, for a checkpoint to be written from or read into.
 
     Fragments are named `<parameter>/master`, `…/exp_avg`, `…/exp_avg_sq`, and as the routers' states, which all ranks
-    hold; of an adapter in training there are those of its own parameters alone. Experts are stacked by global number: a rank's experts are a contiguous range of the logical tensor [E, …].
+    hold; of an adapter in training there are those of its own parameters alone. Experts are stacked by global number: a
+    rank's experts are a contiguous range of the logical tensor [E, …].
     Without ZeRO all ranks hold copies and the first one owns them.
     """
     _create_moments(engine)

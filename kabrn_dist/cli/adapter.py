@@ -157,7 +157,8 @@ def apply_adapter(options: argparse.Namespace) -> int:
     from kabrn_dist.adapters.folder import read_adapter
     from kabrn_dist.runtime.patch_file import patch_model_file
 
-    check_new_file(options.out, options.force)
+    # The model file itself may be replaced: what is applied can be removed again.
+    check_new_file(options.out, options.force, *_files_of(options.adapter))
     adapter = read_adapter(options.adapter)
     patch_model_file(options.model, adapter, options.out)
     flips = sum(len(patch.places) for patch in adapter.patches.values())
@@ -172,7 +173,8 @@ def remove_adapter(options: argparse.Namespace) -> int:
     from kabrn_dist.runtime.patch_file import unpatch_model_file
     from kabrn_dist.utils.atomic_io import sha256_of
 
-    check_new_file(options.out, options.force)
+    # The model file itself may be replaced: what is applied can be removed again.
+    check_new_file(options.out, options.force, *_files_of(options.adapter))
     adapter = read_adapter(options.adapter)
     unpatch_model_file(options.model, adapter, options.out)
     print(f"{options.out}: {options.model} without adapter {adapter.info.name!r}, sha256 {sha256_of(options.out)}")
@@ -205,7 +207,7 @@ def pack_adapter(options: argparse.Namespace) -> int:
     from kabrn_dist.runtime.adapter_file import write_adapter_file
     from kabrn_dist.runtime.model_file import read_model_file
 
-    check_new_file(options.out, options.force)
+    check_new_file(options.out, options.force, *_files_of(options.adapter), options.model)
     adapter = read_adapter(options.adapter)
     write_adapter_file(adapter, read_model_file(options.model), options.out)
     print(f"{options.out}: adapter {adapter.info.name!r}, {options.out.stat().st_size:,} bytes")
@@ -220,6 +222,12 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 def _add_out_file(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--out", type=given_path, required=True, metavar="FILE", help=text)
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
+
+
+def _files_of(adapter: Path) -> tuple[Path, Path]:
+    from kabrn_dist.adapters.folder import ADAPTER_NAME
+
+    return adapter, adapter / ADAPTER_NAME
 
 
 def _describe(path: Path, adapter: Adapter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -114,19 +115,26 @@ def given_path(text: str) -> Path:
     """Return the path that `text` names.
 
     Raises:
-        argparse.ArgumentTypeError: if it is empty, as a variable of a script is that was never set.
+        argparse.ArgumentTypeError: if it is empty, as a variable of a script is that was never set, or longer than any
+            path can be.
     """
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; give one, such as . for the current folder")
+    try:
+        os.lstat(text)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(f"the path {text[:40]}… is too long; give another one") from error
     return Path(text)
 
 
-def check_new_file(out: Path, force: bool) -> None:
+def check_new_file(out: Path, force: bool, *kept: Path) -> None:
     """Check that a file can be written under a name.
 
     Args:
         out: The file.
         force: Whether one that exists may be replaced.
+        kept: What it is made of and may not take the place of.
 
     Raises:
         UserError: if something is there that may not be replaced.
@@ -138,3 +146,6 @@ def check_new_file(out: Path, force: bool) -> None:
             raise UserError(f"{out}: is a link, a device or a pipe, no file of its own; name another file")
         if not force:
             raise UserError(f"{out}: exists already; name another file, or replace it with --force")
+        for each in kept:
+            if os.path.exists(each) and os.path.samefile(out, each):
+                raise UserError(f"{out}: is what it would be made of, and would be lost; name another file")

@@ -31,7 +31,7 @@ EXAMPLES = """examples:
   mixkabrn chat runs/tiny --undo
 """
 
-DEFAULT_ALPHA_RATIO = 2.0
+DEFAULT_RANK, DEFAULT_ALPHA_RATIO = 8, 2.0
 # The head too: otherwise tokens that the base has hardly seen could not be said.
 DEFAULT_TARGETS = ("mixer", "shared", "routed", "head")
 NOTE_TOKENS = 256
@@ -84,7 +84,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", type=given_path, metavar="DIR", help="what is learned (default: adapters/NAME beside the run)"
     )
     parser.add_argument("--method", choices=("lora", "state"), help="what is trained (default: lora, or that of --out)")
-    parser.add_argument("--rank", type=positive_int, default=8, metavar="R", help="rank of a new adapter (default 8)")
+    parser.add_argument(
+        "--rank", type=positive_int, metavar="R", help=f"rank of a new adapter (default {DEFAULT_RANK})"
+    )
     parser.add_argument(
         "--minutes", type=number, default=2.0, metavar="M", help="longest time of a learning (default 2)"
     )
@@ -140,6 +142,7 @@ def _describe_left(steps: int | None) -> str:
 def _open_session(folder: Path, out: Path, options: argparse.Namespace) -> LearningSession:
     from kabrn_dist.adapters.adapter import AdapterInfo
     from kabrn_dist.adapters.identity import refuse_base
+    from kabrn_dist.adapters.parse import clean_text
     from kabrn_dist.inference.adapters import ModelAdapters
     from kabrn_dist.inference.frozen_codes import freeze_codes
     from kabrn_dist.online_learning.base_text import read_base_text
@@ -164,16 +167,22 @@ def _open_session(folder: Path, out: Path, options: argparse.Namespace) -> Learn
                 f"--method {options.method}: {out} holds an adapter of method {learned.info.method}; leave --method "
                 "out, or give another --out"
             )
+        if options.rank not in (None, learned.info.rank):
+            raise UserError(
+                f"--rank {options.rank}: {out} holds an adapter of rank {learned.info.rank}; leave --rank out, or give "
+                "another --out"
+            )
+    rank = options.rank or DEFAULT_RANK
     writer = ChatWriter(tokenizer)
     sampling = Sampling(options.temperature, options.top_k, options.tokens)
     info = AdapterInfo(
-        name=out.name,
+        name=clean_text(history.folder.name),
         method=options.method or "lora",
-        rank=options.rank,
-        alpha=DEFAULT_ALPHA_RATIO * options.rank,
+        rank=rank,
+        alpha=DEFAULT_ALPHA_RATIO * rank,
         targets=DEFAULT_TARGETS,
         base_sha256=attached.base_sha256,
-        base_name=str(folder),
+        base_name=clean_text(str(folder)),
     )
     return LearningSession(
         model,

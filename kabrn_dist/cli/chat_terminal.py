@@ -78,6 +78,9 @@ class ChatTerminal:
                 self._obey(line)
             except UserError as error:
                 _say(str(error))
+            except KeyboardInterrupt:
+                # While something was read: an answer and steps of learning end by themselves.
+                _say("interrupted")
 
     def learn(self, path: Path) -> None:
         """Learn from notes or conversations, and tell what became of it.

@@ -61,7 +61,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--template",
         type=given_path,
         metavar="FILE",
-        help="chat template (Jinja) to put into the file (default: that of the run)",
+        help="chat template (Jinja) to put into the file (default: that of the run, or ChatML if the tokenizer has its "
+        "marks)",
     )
     parser.add_argument(
         "--sources", action="store_true", help="also put mixkabrn.c and mixkabrn.h beside the file, for other machines"
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     # A mistake is reported before torch is imported.
     check_new_file(options.out, options.force)
     template_file = options.template or _find_own_template(options.folder)
-    template = "" if template_file is None else read_chat_template(template_file)
+    template = _default_template(options.folder) if template_file is None else read_chat_template(template_file)
     if template_file is not None:
         _check_template(template_file, template)
     if not is_export(options.folder):
@@ -104,6 +105,16 @@ def _find_own_template(folder: Path) -> Path | None:
 
     path = folder / CHAT_TEMPLATE_NAME
     return path if path.exists() else None
+
+
+def _default_template(folder: Path) -> str:
+    """Return ChatML for a base whose tokenizer has the marks of it; "" for others."""
+    from kabrn_dist.data.default_template import find_chat_template
+    from kabrn_dist.data.index import TOKENIZER_NAME
+    from kabrn_dist.data.tokenizer import Tokenizer
+
+    path = folder / TOKENIZER_NAME
+    return find_chat_template(Tokenizer.load(path)) if path.exists() else ""
 
 
 def _check_template(file: Path, template: str) -> None:

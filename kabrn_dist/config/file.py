@@ -37,6 +37,8 @@ def load_config(
         path: the file.
         overrides: values for keys of the current version, as `--set` gives them; the last one of a key counts.
         find_vocab_size: where `model.vocab_size` is left out, gives its value, such as that of the shards' tokenizer.
+        find_base_model: gives the section `model` of the run or export in a folder, `finetune.base`; what the file
+            leaves out of its own section is taken from there.
 
     Returns:
         The configuration, complete with defaults.

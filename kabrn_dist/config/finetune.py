@@ -40,6 +40,12 @@ class FinetuneConfig(ConfigSection):
         "that the base's configuration names, where they can be read.",
     )
 
+    init_adapter: Path | None = Field(
+        None,
+        description="Folder of a run on the same base whose adapter this run goes on with, such as on other data; with "
+        "the same method, rank, alpha and targets. Default: a new adapter. A run of `full` names that run as its base.",
+    )
+
     @property
     def trains_adapter(self) -> bool:
         """Whether an adapter is trained beside the base, which stays as it is."""

@@ -29,6 +29,10 @@ def check_finetune(config: Config) -> None:
             f"{model.quantize_warmup_steps}: the model of finetune.base is quantized already; leave both out"
         )
     if not finetune.trains_adapter:
+        if finetune.init_adapter is not None:
+            raise ValueError(
+                f"finetune.init_adapter {finetune.init_adapter}: finetune.method full trains no adapter; leave it out"
+            )
         return
     if parallel.shard_ternary:
         raise ValueError(

@@ -18,23 +18,6 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# ChatML, since the program in C and the page in the browser write it too.
-DEFAULT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{%- if message['role'] not in ('system', 'user', 'assistant') %}"
-    "{{ raise_exception('unknown role ' ~ message['role']) }}"
-    "{%- endif %}"
-    "{{- '<|im_start|>' ~ message['role'] ~ '\\n' }}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{%- generation %}{{ message['content'] ~ '<|im_end|>' }}{%- endgeneration %}"
-    "{%- else %}"
-    "{{- message['content'] ~ '<|im_end|>' }}"
-    "{%- endif %}"
-    "{{- '\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}\n"
-)
-
 _MARK = re.compile(r"<\|[^|\s<>]{1,60}\|>")
 _GENERATION_CALL = "_mark_generation"
 _ROLES = ("user", "assistant", "user")
@@ -188,6 +171,7 @@ def list_marks(text: str) -> tuple[str, ...]:
     """Return the marks `<|…|>` in a template, each once, which a tokenizer may have as special tokens.
 
     Example:
+        >>> from kabrn_dist.data.default_template import DEFAULT_TEMPLATE
         >>> list_marks(DEFAULT_TEMPLATE)
         ('<|im_start|>', '<|im_end|>')
     """

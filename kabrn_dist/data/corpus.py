@@ -181,11 +181,11 @@ def _check_tokenizers(sets: list[ShardSet], key: str) -> None:
                 "to write conversations in two ways; prepare all with the same (chat_template in a recipe)"
             )
         # The first set is compared with the tokenizer itself.
-        for key in ("vocabulary", "document_token"):
-            ours, theirs = getattr(other.index, key), getattr(first.index, key)
+        for field_name in ("vocabulary", "document_token"):
+            ours, theirs = getattr(other.index, field_name), getattr(first.index, field_name)
             if ours != theirs:
                 raise UserError(
-                    f"{key}: {other.location} has {key} {ours}, {first.location} has {theirs} with the same "
+                    f"{key}: {other.location} has {field_name} {ours}, {first.location} has {theirs} with the same "
                     "tokenizer, so one index is wrong; copy both again"
                 )
 

@@ -49,6 +49,8 @@ def init_distributed(env: LaunchEnv, timeout_s: float = DEFAULT_TIMEOUT_S) -> It
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         os.environ.setdefault("LOCAL_RANK", "0")
+    # As its own launcher does: without it, DeepSpeed on a CPU starts numactl in each reduction of ZeRO 3.
+    os.environ.setdefault("LOCAL_SIZE", str(env.local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(seconds=timeout_s))

@@ -13,6 +13,7 @@ from kabrn_dist.checkpoint.manifest import Manifest
 from kabrn_dist.checkpoint.reader import CheckpointReader, plan_reads, read_entries
 from kabrn_dist.checkpoint.state import BaseState, read_state
 from kabrn_dist.config import Config
+from kabrn_dist.config.finetune import FinetuneConfig
 from kabrn_dist.data.base import check_base_model, read_base_config
 from kabrn_dist.distributed.collectives import Group, run_on_all
 from kabrn_dist.inference.adapters import hash_model_codes
@@ -162,20 +163,35 @@ def load_adapted_model(
     """
     state = read_state(checkpoint, manifest)
     base = open_base(config, None if state.base is None else state.base.step)
-    model = base.model()
     if state.base is not None:
-        check_same_base(base, state.base, hash_model_codes(model))
+        check_same_base(base, state.base, hash_model_codes(base.model()))
+    return adapt_base(base, config, checkpoint, manifest).to(device)
+
+
+def adapt_base(base: Base, config: Config, checkpoint: Path, manifest: Manifest) -> GenerativeModel:
+    """Return the model of a base with the adapter of a fine-tuning's checkpoint. Not collective.
+
+    Args:
+        base: The base that the checkpoint says.
+        config: The configuration of the fine-tuning.
+        checkpoint: Folder of its checkpoint.
+        manifest: Its manifest.
+
+    Raises:
+        UserError: for a checkpoint that cannot be read.
+    """
+    model = base.model()
     attach_new_adapter(model, config)
     named = {f"{info.name}/master": parameter.detach() for info, parameter in adapter_parameters(model)}
     fragments = [Fragment(name, tuple(v.shape), 0, v.view(-1), owned=True) for name, v in named.items()]
     CheckpointReader(checkpoint).read(plan_reads(checkpoint, manifest, fragments))
     for name, values in named.items():
         check_finite(checkpoint, name, values)
-    return model.to(device)
+    return model
 
 
 def attach_new_adapter(model: MixKABRN, config: Config) -> None:
-    """Freeze a model and register the parameters that a fine-tuning trains beside it, as they are before its first step.
+    """Freeze a model, and register the parameters that are trained beside it, as they are before the first step.
 
     Args:
         model: A rank's part of the base, or all of it.
@@ -185,9 +201,15 @@ def attach_new_adapter(model: MixKABRN, config: Config) -> None:
         UserError: if the section `finetune` does not fit the model.
     """
     finetune = config.finetune
-    assert finetune is not None and finetune.method != "full"
+    assert finetune is not None
     freeze_base(model)
-    add_adapter(model, AdapterSpec(finetune.method, finetune.rank, finetune.alpha, finetune.targets), config.run.seed)
+    add_adapter(model, adapter_spec(finetune), config.run.seed)
+
+
+def adapter_spec(finetune: FinetuneConfig) -> AdapterSpec:
+    """Return what a fine-tuning of another method than `full` trains."""
+    assert finetune.method != "full"
+    return AdapterSpec(finetune.method, finetune.rank, finetune.alpha, finetune.targets)
 
 
 def check_same_base(base: Base, earlier: BaseState, sha256: str) -> None:

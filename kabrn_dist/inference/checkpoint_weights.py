@@ -18,6 +18,7 @@ from kabrn_dist.inference.working_copy import working_dtypes
 from kabrn_dist.kernels.ternary import PACK_BLOCK
 from kabrn_dist.ops.packing import pack
 from kabrn_dist.ops.weight_quant import TernaryMatrices, ternarize
+from kabrn_dist.utils.errors import UserError
 
 
 class CheckpointWeights:
@@ -32,9 +33,13 @@ class CheckpointWeights:
         shapes: Name → shape of every parameter and state.
         dtypes: Name → dtype in which training computes with it, of parameters.
         lam: How far matrices are quantized at the checkpoint's step.
+
+    Raises:
+        UserError: for the checkpoint of an adapter, which holds no model.
     """
 
     def __init__(self, path: Path, manifest: Manifest, config: Config) -> None:
+        _refuse_adapter(path.parent.parent, config)
         self._path, self._manifest, self._model = path, manifest, config.model
         self._reader = CheckpointReader(path)
         self.shapes = list_shapes(config)
@@ -87,6 +92,16 @@ class CheckpointWeights:
         """Return the scales [E,S] fp32 of a ternary parameter, each once."""
         group = self._model.scale_group_size
         return torch.cat([distinct_scales(matrix.gamma, group) for matrix in self.each_matrix(name)])
+
+
+def _refuse_adapter(run: Path, config: Config) -> None:
+    finetune = config.finetune
+    if finetune is None or not finetune.trains_adapter:
+        return
+    raise UserError(
+        f"{run}: trained an adapter ({finetune.method}) of {finetune.base}, and holds no model of its own; write the "
+        f"adapter: mixkabrn adapter export {run} --out FOLDER, and use {finetune.base} with --adapter FOLDER"
+    )
 
 
 def distinct_scales(gamma: Tensor | None, scale_group_size: int | None) -> Tensor:

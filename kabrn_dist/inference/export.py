@@ -7,6 +7,7 @@
 Tensors have the parameters' names; experts are stacked by their global index. Weights in another dtype than the trainer
 computes with have its codes and scales beside them (see stored_codes.py). There is no process group and no whole tensor
 in memory: each goes from the checkpoint's fragments to the file in chunks, codes matrix by matrix.
+Only a fine-tuning by `ternary_lora` is loaded whole: it is its base, with the codes that were trained.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from kabrn_dist.inference.checkpoint_weights import CheckpointWeights, name_in_c
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from kabrn_dist.inference.folder_writer import FileWriter, write_folder
 from kabrn_dist.inference.load import DATA_HASH
+from kabrn_dist.inference.loaded_weights import load_merged
 from kabrn_dist.inference.run import Run
 from kabrn_dist.inference.stored_codes import CODES_SUFFIX, SCALES_SUFFIX, code_shapes, is_code_tensor
 from kabrn_dist.inference.working_copy import empty_full_model
@@ -55,7 +57,7 @@ A Mixture of Kolmogorov-Arnold Bit Retentive Networks, exported by MixKABRN: {pa
 
 
 class ExportSource(Protocol):
-    """Where the tensors of an export come from: `CheckpointWeights`, `MergedWeights`.
+    """Where the tensors of an export come from: `CheckpointWeights`, `LoadedWeights`.
 
     Attributes:
         shapes: Name → shape of every parameter and state of the routers.
@@ -142,19 +144,26 @@ def plan_export(
         UserError: without a run, an intact checkpoint or its tokenizer, or if they do not fit each other.
     """
     opened = Run.open(run, step)
-    weights = CheckpointWeights(opened.checkpoint, opened.manifest, opened.config)
+    weights = load_merged(opened) if opened.is_merged else _open_checkpoint(opened)
+    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, dtype)
+    # What is written in another dtype than the trainer computes with would have other codes, and so would latents of
+    # codes that were merged.
+    ternary = list_ternary(opened.config, weights)
+    coded = [name for name in ternary if opened.is_merged or dtypes[name] != weights.dtypes[name]]
+    origin = opened.config, opened.checkpoint, opened.step, opened.tokenizer()
+    return lay_out_export(*origin, weights, dtypes, coded, file_bytes)
+
+
+def _open_checkpoint(run: Run) -> ExportSource:
+    weights = CheckpointWeights(run.checkpoint, run.manifest, run.config)
     for name, shape in weights.shapes.items():
-        record = opened.manifest.tensors.get(name_in_checkpoint(name))
+        record = run.manifest.tensors.get(name_in_checkpoint(name))
         if record is None or record.shape != shape:
             actual = "missing" if record is None else record.shape
             raise UserError(
-                f"{opened.checkpoint}: {name!r} is {actual}, {run}/config.yaml asks for {shape}; restore that file"
+                f"{run.checkpoint}: {name!r} is {actual}, {run.folder}/config.yaml asks for {shape}; restore that file"
             )
-    dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, dtype)
-    # What is written in another dtype than the trainer computes with would have other codes.
-    coded = [name for name in list_ternary(opened.config, weights) if dtypes[name] != weights.dtypes[name]]
-    origin = opened.config, opened.checkpoint, opened.step, opened.tokenizer()
-    return lay_out_export(*origin, weights, dtypes, coded, file_bytes)
+    return weights
 
 
 def list_ternary(config: Config, weights: ExportSource) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kabrn_dist.adapters.adapter import Adapter, AdapterInfo, CodePatch, LowRankFactors, StateFactors
 from kabrn_dist.adapters.code_patch import make_patch
-from kabrn_dist.adapters.parse import LONGEST_TEXT
+from kabrn_dist.adapters.parse import clean_text
 from kabrn_dist.inference.adapters import hash_matrices
 from kabrn_dist.inference.checkpoint_weights import distinct_scales
 from kabrn_dist.inference.code_patches import list_matrices
@@ -56,7 +56,7 @@ def collect_adapter(model: MixKABRN, spec: AdapterSpec, name: str, steps: int, b
     group, matrices = model.config.scale_group_size, list_matrices(model)
     bases = _list_bases(model, matrices)
     info = AdapterInfo(
-        name=_clean(name),
+        name=clean_text(name),
         method=spec.method,
         rank=spec.rank,
         alpha=spec.alpha,
@@ -64,7 +64,7 @@ def collect_adapter(model: MixKABRN, spec: AdapterSpec, name: str, steps: int, b
         base_sha256=hash_matrices(bases, group),
         result_sha256=hash_matrices(matrices, group) if spec.method == "ternary_lora" else "",
         steps=steps,
-        base_name=_clean(base_name),
+        base_name=clean_text(base_name),
     )
     patches = {name: _diff(base, matrices[name], group) for name, base in bases.items() if base is not matrices[name]}
     factors = {name: LowRankFactors(*_to_numpy(*each)) for name, each in trained_low_ranks(model).items()}
@@ -91,7 +91,3 @@ def _diff(base: TernaryMatrices, trained: TernaryMatrices, group: int | None) ->
 
 def _to_numpy(*parts: Tensor) -> list[NDArray[np.float32]]:
     return [part.cpu().numpy() for part in parts]
-
-
-def _clean(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[-LONGEST_TEXT:]

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kabrn_dist.adapters.adapter import Adapter
 from kabrn_dist.config.file import load_config
 from kabrn_dist.inference.adapters import set_adapters
-from kabrn_dist.inference.checkpoint_weights import distinct_scales
-from kabrn_dist.inference.code_patches import read_matrices
 from kabrn_dist.inference.export import Export, lay_out_export, list_ternary
 from kabrn_dist.inference.folder import is_export
 from kabrn_dist.inference.load import load_export
+from kabrn_dist.inference.loaded_weights import LoadedWeights, find_latents
 from kabrn_dist.inference.run import Run
 from kabrn_dist.model.mixkabrn import MixKABRN
-from kabrn_dist.ops.codes_latents import make_latents
 from kabrn_dist.utils.errors import UserError
-
-
-class LoadedWeights:
-    """The weights of a model in memory, in fp32; see `ExportSource`.
-
-    Args:
-        model: A full model in this process, whose ternary codes are those that are attached to it.
-        changed: Parameters whose values are others than the model's.
-    """
-
-    def __init__(self, model: MixKABRN, changed: Mapping[str, Tensor]) -> None:
-        self.lam = model.quant.lam if model.config.quantize else 0.0
-        self._group, self._model = model.config.scale_group_size, model
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.dtypes = dict.fromkeys(parameters, torch.float32)
-        self._values = {**parameters, **model.routers.named(), **changed}
-        self.shapes = {name: tuple(values.shape) for name, values in self._values.items()}
-
-    def read(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return elements [start, stop) of a flattened parameter, or state, in a dtype."""
-        return self._values[name].reshape(-1)[start:stop].to("cpu", dtype)
-
-    def packed_codes(self, name: str) -> Iterator[Tensor]:
-        """Yield the uint8 that `pack` makes of all codes of a ternary parameter."""
-        packed = read_matrices(self._model, name).packed
-        assert packed is not None
-        yield packed.cpu()
-
-    def scales(self, name: str) -> Tensor:
-        """Return the scales [E,S] fp32 of a ternary parameter."""
-        return distinct_scales(read_matrices(self._model, name).gamma, self._group).cpu()
 
 
 @torch.no_grad()
@@ -71,14 +36,8 @@ def merge_adapter(model: MixKABRN, adapter: Adapter) -> LoadedWeights:
         a, b = (torch.from_numpy(part).double() for part in factors)
         weight = model.get_parameter(name).detach().cpu()
         changed[name] = (weight.double() + (b @ a).view(weight.shape)).float()
-    for name in adapter.patches:
-        matrices = read_matrices(model, name)
-        group = model.config.scale_group_size
-        # Training goes on from what is rounded to the patched codes.
-        latents = make_latents(matrices.codes(torch.int8).cpu(), distinct_scales(matrices.gamma, group).cpu(), group)
-        if latents is not None:
-            changed[name] = latents.view(model.get_parameter(name).shape)
-    return LoadedWeights(model, changed)
+    # Training goes on from what is rounded to the patched codes.
+    return LoadedWeights(model, changed | find_latents(model, adapter.patches))
 
 
 def plan_merged_export(folder: Path, adapter: Adapter) -> Export:

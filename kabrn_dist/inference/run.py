@@ -62,6 +62,11 @@ class Run:
         """Number of optimizer steps before the checkpoint."""
         return self.manifest.step
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether its model is that of a base with flipped codes, of which the checkpoint holds the factors alone."""
+        return self.config.finetune is not None and self.config.finetune.method == "ternary_lora"
+
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the shard set that the run was trained on, which lies in the run's folder.
 

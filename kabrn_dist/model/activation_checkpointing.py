@@ -5,6 +5,7 @@ fairscale is imported only where it is switched on, so that inference and report
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ def checkpoint_module(module: nn.Module, offload: bool) -> None:
     """Make `module` keep only its inputs for backward, in host memory with `offload`. Changes it in place."""
     from fairscale.nn.checkpoint import checkpoint_wrapper
 
+    # Below the first adapter of a frozen base no input needs gradients. fairscale gives parameters theirs all the same.
+    warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
     checkpoint_wrapper(module, offload_to_cpu=offload)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kabrn_dist.data.chat_template import ChatTemplate, Piece
+from kabrn_dist.data.default_template import find_chat_template
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.utils.errors import UserError
 
@@ -53,9 +54,10 @@ class ChatWriter:
         self._template: ChatTemplate | None = None
         self.stops: tuple[str, ...] = (f"\n{USER_LABEL}",)
         self.trim = True
-        if tokenizer.chat_template:
+        text = find_chat_template(tokenizer)
+        if text:
             try:
-                template = ChatTemplate(tokenizer.chat_template, self._document, tuple(tokenizer.special_tokens))
+                template = ChatTemplate(text, self._document, tuple(tokenizer.special_tokens))
             except ValueError as error:
                 raise UserError(f"the chat template {error}; restore chat_template.jinja") from error
             self._template, self.trim = template, False

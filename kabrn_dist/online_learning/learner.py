@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -144,12 +145,18 @@ class Learner:
                         break
         except KeyboardInterrupt:
             interrupted = True
-            if (loss := self._judge(judged)) < best:
-                best, best_steps, values = loss, taken, adapter.copy()
+            # Pressed again, it takes what was the best until then.
+            with contextlib.suppress(KeyboardInterrupt):
+                if (loss := self._judge(judged)) < best:
+                    best, best_steps, values = loss, taken, adapter.copy()
         adapter.restore(values)
-        seconds = time.monotonic() - course.begun
+        seconds, base_after = time.monotonic() - course.begun, None
+        try:
+            base_after = self._judge_base()
+        except KeyboardInterrupt:
+            interrupted = True
         return LearningResult(
-            best_steps, seconds, before, best, held, base_before, self._judge_base(), course.passes, interrupted
+            best_steps, seconds, before, best, held, base_before, base_after, course.passes, interrupted
         )
 
     def _note_steps(self, samples: Sequence[Sample], course: Course, report: Report) -> Iterator[bool]:

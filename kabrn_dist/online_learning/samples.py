@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,11 +86,12 @@ class SampleReader:
             UserError: if there is nothing to learn from, or the file cannot be read.
         """
         notes = Notes()
-        files = _list_files(path) if path.is_dir() else [path]
+        in_folder = os.path.isdir(path)
+        files = _list_files(path) if in_folder else [path]
         total = 0
         for file in files[:FILES_LIMIT]:
             before = len(notes.samples)
-            total += self._read_file(file, path.is_dir(), notes)
+            total += self._read_file(file, in_folder, notes)
             notes.files += len(notes.samples) > before
             if total > TOTAL_BYTES_LIMIT:
                 break

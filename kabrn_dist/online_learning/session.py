@@ -151,12 +151,22 @@ class LearningSession:
         return found is not None
 
     def _keep(self, learn: Callable[[], LearningResult]) -> LearningResult:
+        """Learn, and save what was learned; what is not saved is not kept in memory either."""
         assert self._adapter is not None and self._learner is not None
+        # Before the work, which would be lost.
+        self.history.hold()
         messages = [dict(message) for message in self.conversation.messages]
-        before = _Before(self._adapter.copy(), self._learner.corrections, messages)
-        result = learn()
+        before, info = _Before(self._adapter.copy(), self._learner.corrections, messages), self._adapter.info
+        try:
+            result = learn()
+            if result.steps:
+                self.history.save(self._adapter.adapter(result.steps))
+        except BaseException:
+            self._adapter.restore(before.values)
+            self._adapter.info = info
+            self._learner.forget_corrections(before.corrections)
+            raise
         if result.steps:
-            self.history.save(self._adapter.adapter(result.steps))
             self._before.append(before)
             self.conversation.forget_states()
         return result

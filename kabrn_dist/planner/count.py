@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
-from kabrn_dist.config import ModelConfig
+from kabrn_dist.config import Config, ModelConfig
 from kabrn_dist.distributed.expert_placement import ExpertPlacement
 from kabrn_dist.distributed.mesh import single_process_mesh
+from kabrn_dist.inference.base import adapter_spec
+from kabrn_dist.inference.working_copy import empty_full_model
+from kabrn_dist.model.adapter import find_targets
 from kabrn_dist.model.mixkabrn import MixKABRN
 
 
@@ -55,6 +59,29 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     active = replicated - config.vocab_size * config.hidden_size + config.hidden_size
     active += per_expert * config.experts.top_k * layers
     return ParameterCounts(total, active, per_expert, replicated, ternary)
+
+
+def count_adapter_parameters(config: Config) -> int:
+    """Return the number of parameters that a fine-tuning trains beside its base, without allocating memory.
+
+    Args:
+        config: With a section `finetune` of another method than `full`.
+
+    Raises:
+        UserError: if its targets or its rank do not fit the model.
+    """
+    finetune, retention = config.finetune, config.model.retention
+    assert finetune is not None
+    model = empty_full_model(config)
+    sizes = [model.get_parameter(name).shape for name in find_targets(model, adapter_spec(finetune))]
+    if finetune.method == "state":
+        return (
+            config.model.layers.count("R")
+            * retention.num_heads
+            * finetune.rank
+            * (retention.key_dim + retention.value_dim)
+        )
+    return sum(finetune.rank * prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in sizes)
 
 
 def _build_layer(config: ModelConfig, mixer: str, has_mixture: bool) -> MixKABRN:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kabrn_dist.config import Config
 from kabrn_dist.distributed.expert_placement import plan_expert_counts
-from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.planner.count import count_adapter_parameters, count_parameters
 from kabrn_dist.planner.memory import estimate_memory, format_bytes
 
 
@@ -41,4 +41,10 @@ def describe_plan(config: Config, world_size: int) -> str:
         f"{config.gradient_accumulation_steps(world_size)} micro-batches × {training.micro_batch_size}",
         f"the run              {training.steps:,} steps = {training.steps * tokens:,} tokens, {training.precision}",
     ]
+    if config.finetune is not None and config.finetune.trains_adapter:
+        trained = count_adapter_parameters(config)
+        told = (
+            f"{trained:,} parameters are trained ({trained / counts.total:.1%}), beside those of {config.finetune.base}"
+        )
+        lines.insert(4, f"{config.finetune.method:<21}{told}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kabrn_dist.config import Config, ModelConfig
-from kabrn_dist.planner.count import count_parameters
+from kabrn_dist.planner.count import count_adapter_parameters, count_parameters
 from kabrn_dist.utils.errors import UserError
 
 # Beyond this many parameters a lower bound will do: torch cannot even describe tensors of some such sizes.
@@ -37,11 +37,16 @@ def bytes_per_parameter(config: Config, copies: int) -> float:
 
     ZeRO 1, 2 and 3 shard one after the other of them.
     """
-    working = 4 if config.training.precision == "fp32" else 2
+    working = working_bytes(config)
     return sum(
         part / max(1, copies) if config.parallel.zero_stage >= stage else part
         for stage, part in ((1, 12), (2, working), (3, working))
     )
+
+
+def working_bytes(config: Config) -> int:
+    """Return the bytes of a weight that is computed with."""
+    return 4 if config.training.precision == "fp32" else 2
 
 
 def estimate_memory(config: Config, world_size: int) -> MemoryNeed:
@@ -52,11 +57,18 @@ def estimate_memory(config: Config, world_size: int) -> MemoryNeed:
         world_size: number of processes.
     """
     model, training, parallel = config.model, config.training, config.parallel
-    dense, routed = _split_parameters(model)
-    state = dense * bytes_per_parameter(config, world_size)
-    state += routed / parallel.expert_parallel * bytes_per_parameter(config, world_size // parallel.expert_parallel)
+    dense, routed = map(float, _split_parameters(model))
+    holders = world_size // parallel.expert_parallel
+    routed /= parallel.expert_parallel
+    if config.finetune is not None and config.finetune.trains_adapter:
+        # Beside what is trained, the base needs its weights alone.
+        sharers = (world_size, holders) if parallel.zero_stage == 3 else (1, 1)
+        state = working_bytes(config) * (dense / sharers[0] + routed / max(1, sharers[1]))
+        state += count_adapter_parameters(config) * bytes_per_parameter(config, world_size)
+    else:
+        state = dense * bytes_per_parameter(config, world_size) + routed * bytes_per_parameter(config, holders)
     tokens = training.micro_batch_size * config.data.sequence_length / parallel.sequence_parallel
-    working = 4 if training.precision == "fp32" else 2
+    working = working_bytes(config)
     kept = len(model.layers) if model.activation_checkpointing == "keep" else 1
     activations = tokens * (model.hidden_size * kept * working + 4 * model.vocab_size)
     data_ranks = max(1, world_size // parallel.sequence_parallel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -44,10 +44,21 @@ def _convert(model: Path, options: Sequence[str]) -> Iterator[str]:
 
 def _convert_value(model: Path, value: str) -> str:
     path, equals, weight = value, "", ""
-    if not Path(value).exists() and re.fullmatch(r"[-+.\deE]+", value.rpartition("=")[2]):
+    if not os.path.exists(value) and _is_number(value.rpartition("=")[2]):
         path, equals, weight = value.rpartition("=")
-    is_trained = Path(path).is_dir() or path.endswith(".safetensors")
+    if not path:
+        raise UserError(f"{_OPTION} {value!r}: names no adapter; give a folder or a file")
+    is_trained = os.path.isdir(path) or path.endswith(".safetensors")
     return f"{_convert_file(model, Path(path))}{equals}{weight}" if is_trained else value
+
+
+def _is_number(text: str) -> bool:
+    """Also of what is no weight, such as nan, so that the runtime says so."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _convert_file(model: Path, adapter: Path) -> Path:

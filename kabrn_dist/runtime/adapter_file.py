@@ -27,7 +27,9 @@ from kabrn_dist.adapters.adapter import (
     StateFactors,
 )
 from kabrn_dist.adapters.code_patch import PackedPlaces, pack_places, unpack_places
+from kabrn_dist.adapters.folder import ADAPTER_FORMAT
 from kabrn_dist.adapters.identity import refuse_base
+from kabrn_dist.adapters.parse import parse_info
 from kabrn_dist.runtime.file_format import ALIGNMENT, DTYPE_BASE3, DTYPE_TILES, FileTensor, align, find_role
 from kabrn_dist.runtime.model_file import ModelFile
 from kabrn_dist.runtime.parameter_names import MATRIX_ROLES, parameter_name
@@ -108,7 +110,7 @@ def read_adapter_file(path: Path) -> Adapter:
     content = read_plain(path, _LARGEST_BYTES, follow_links=True, remedy=_REMEDY)
     try:
         return _decode_adapter(content)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}: not an adapter to trust: {error}; copy it again, or {_REMEDY}") from error
 
 
@@ -253,11 +255,21 @@ def _decode_adapter(content: bytes) -> Adapter:
 
     records = read(int(header["records_offset"]), "V64", int(header["records"])).view(ADAPTER_RECORD_DTYPE)
     text = json.loads(read(int(header["info_offset"]), "u1", int(header["info_bytes"])).tobytes())
-    adapter = Adapter(AdapterInfo(**{**text, "targets": tuple(text["targets"])}))
+    adapter = Adapter(_parse_description(text))
+    if ADAPTER_FILE_METHODS.index(adapter.info.method) != header["method"]:
+        raise ValueError(f"its description says {adapter.info.method}, its header another method")
     for row in records:
         fields = {str(name): int(row[name]) for name in ADAPTER_RECORD_DTYPE.names or ()}
         _read_record(adapter, fields, read)
     return adapter
+
+
+def _parse_description(text: Any) -> AdapterInfo:
+    """The description, which is checked as that of any other adapter of a stranger."""
+    if not isinstance(text, dict):
+        raise ValueError("its description is no JSON object")
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in text.items()}
+    return parse_info({**texts, "adapter_format": str(ADAPTER_FORMAT)})
 
 
 def _read_record(adapter: Adapter, row: dict[str, int], read: Callable[..., NDArray[Any]]) -> None:

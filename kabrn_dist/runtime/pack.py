@@ -13,7 +13,7 @@ from kabrn_dist.inference.run import Run
 from kabrn_dist.runtime.file_format import find_role
 from kabrn_dist.runtime.file_plan import FilePlan, Packing
 from kabrn_dist.runtime.tensor_plan import PlannedTensor
-from kabrn_dist.runtime.weights import ModelWeights
+from kabrn_dist.runtime.weights import ModelWeights, WeightSource
 from kabrn_dist.runtime.writer import pack_weights
 from kabrn_dist.utils.errors import UserError
 
@@ -54,7 +54,8 @@ def pack_folder(folder: Path, out: Path, packing: Packing, step: int | None = No
     """Write the model file of a run or of an export.
 
     Args:
-        folder: A run, of which parameters are read one at a time, or an export.
+        folder: A run, of which parameters are read one at a time, or an export. Of a fine-tuning by `ternary_lora`, its
+            base with the codes that were trained.
         out: The file, which appears complete or not at all.
         packing: How it is written.
         step: Step of the run's checkpoint; None takes the newest intact one.
@@ -71,9 +72,15 @@ def pack_folder(folder: Path, out: Path, packing: Packing, step: int | None = No
         plan = pack_weights(weights, config, tokenizer, step, out, packing)
         return PackedFolder(plan, step, weights.lam, tokenizer.vocab_size)
     run = Run.open(folder, step)
-    tokenizer, reader = run.tokenizer(), CheckpointWeights(run.checkpoint, run.manifest, run.config)
+    tokenizer, reader = run.tokenizer(), _open_weights(run)
     plan = pack_weights(reader, run.config, tokenizer, run.step, out, packing)
     return PackedFolder(plan, run.step, reader.lam, tokenizer.vocab_size)
+
+
+def _open_weights(run: Run) -> WeightSource:
+    if run.is_merged:
+        return ModelWeights(run.model())
+    return CheckpointWeights(run.checkpoint, run.manifest, run.config)
 
 
 def list_parts(plan: FilePlan) -> list[FilePart]:

@@ -111,7 +111,10 @@ def _open_base(config: Config, corpus: Corpus) -> tuple[Corpus | None, list[str]
     try:
         data = base_data_config(config)
         check_locations(data)
-        base = replace(open_corpus(data), files=corpus.files)
+        opened = open_corpus(data)
+        # Whatever its index says, what is replayed has no end.
+        endless = tuple(source._replace(epochs=None) for source in opened.sources)
+        base = replace(opened, sources=endless, files=corpus.files)
         if base.tokenizer_sha256 != corpus.tokenizer_sha256:
             raise UserError(f"{base.location} has another tokenizer than {corpus.location}")
         return base, []

@@ -15,6 +15,7 @@ from kabrn_dist.backend.engine import Engine
 from kabrn_dist.backend.losses import Losses
 from kabrn_dist.backend.sharded_state import sharded_state
 from kabrn_dist.backend.ternary_weights import current_codes
+from kabrn_dist.checkpoint.layout import checkpoint_path
 from kabrn_dist.checkpoint.store import CheckpointStore
 from kabrn_dist.config import Config
 from kabrn_dist.config.file import dump_config
@@ -36,7 +37,7 @@ from kabrn_dist.train.datasets import (
 )
 from kabrn_dist.train.expert_balance import resolve_placement
 from kabrn_dist.train.figures import TrainingFigures
-from kabrn_dist.train.finetune import start_from_base
+from kabrn_dist.train.finetune import FinetuneStart, describe_finished, start_from_base
 from kabrn_dist.train.forgetting import describe_forgetting, forgetting_values, measure_base_bits
 from kabrn_dist.train.guard import Decision, LossGuard, StepSync, sync_step
 from kabrn_dist.train.phase_timer import PhaseTimer
@@ -121,7 +122,8 @@ class Trainer:
         step: steps done, those that changed nothing included.
         skipped_data_steps: steps' worth of data that rollbacks have skipped.
         guard: decides whether steps are applied.
-        base: the model that is fine-tuned; None in training from the start.
+        finetune_start: how a fine-tuning has started in this session; None in training from the start.
+        base: what checkpoints say of the model that is fine-tuned; None in training from the start.
         stopping: True once the ranks have agreed to stop.
         timer: seconds of each phase of a step.
         metrics: console, log.jsonl and TensorBoard; within the `with` block only.
@@ -145,6 +147,7 @@ class Trainer:
         progress: Progress = START,
         resumed_from: Path | None = None,
         start_lines: Sequence[str] = (),
+        finetune_start: FinetuneStart | None = None,
     ) -> None:
         self.config, self.mesh, self.datasets, self.engine, self.store = config, mesh, datasets, engine, store
         self.stop_requests, self.watchdog, self.resumed_from = stop_requests, watchdog, resumed_from
@@ -154,7 +157,8 @@ class Trainer:
         self.skipped_data_steps = progress.skipped_data_steps
         self.guard = LossGuard(config.guard)
         self.guard.restore(progress.guard)
-        self.base = progress.base
+        self.finetune_start = finetune_start
+        self.base = None if finetune_start is None else finetune_start.state
         self.stopping = False
         self.timer = PhaseTimer()
         self._target_share = TargetShare()
@@ -196,13 +200,11 @@ class Trainer:
             elif config.run.init_from is not None:
                 checkpoint = grow(config.run.init_from, config)
                 start_lines = [f"grown from the run in {config.run.init_from}, as step 0 of this run"]
-            model, base = build_model(config, mesh), None
+            model, start = build_model(config, mesh), None
             if config.finetune is not None:
-                base, lines = start_from_base(model, config, run_on_all(None, read_earlier_base, checkpoint))
-                start_lines += lines
+                start = start_from_base(model, config, run_on_all(None, read_earlier_base, checkpoint))
             engine = Engine(model, config, mesh)
             progress = restore(store, checkpoint, engine, datasets, config) if checkpoint else START
-            progress = progress._replace(base=base)
             return cls(
                 config,
                 mesh,
@@ -215,6 +217,7 @@ class Trainer:
                 progress,
                 checkpoint,
                 start_lines,
+                start,
             )
         raise AssertionError("ExitStack suppresses nothing")
 
@@ -241,7 +244,9 @@ class Trainer:
         self._resources.callback(self.metrics.close)
         self.metrics.write_text(0, "config", dump_config(config))
         speed = measure_speed(config, mesh)
-        for line in [*describe_run(config, mesh, speed, self.step), *self.start_lines, *(log_lines or ())]:
+        finetune_lines = () if self.finetune_start is None else self.finetune_start.lines
+        shown = *describe_run(config, mesh, speed, self.step), *self.start_lines, *finetune_lines, *(log_lines or ())
+        for line in shown:
             self.metrics.print_line(line)
         if warning := describe_repetition(config, self.datasets.train):
             self.metrics.print_line(warning)
@@ -377,6 +382,10 @@ class Trainer:
                 f"optimizer.learning_rate {self.config.optimizer.learning_rate:g}, or check the data"
             )
         self.metrics.print_line(f"{outcome} at step {self.step}{cause}")
+        if finished and self.finetune_start is not None:
+            checkpoint = checkpoint_path(self.store.folder, self.step)
+            for line in run_on_main(None, describe_finished, self.config, self.finetune_start.base, checkpoint) or ():
+                self.metrics.print_line(line)
         return finished
 
     def _find_stop_cause(self) -> str:

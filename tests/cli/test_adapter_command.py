@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kabrn_dist.adapters.folder import read_adapter
+from kabrn_dist.adapters.folder import read_adapter, write_adapter
 from kabrn_dist.cli.adapter import parse_weighted_path
 from kabrn_dist.cli.main import main
 from kabrn_dist.inference.adapters import hash_model_codes
@@ -14,7 +14,10 @@ from kabrn_dist.inference.load import load_export
 from kabrn_dist.inference.run import Run
 from kabrn_dist.runtime.model_file import read_model_file
 from kabrn_dist.runtime.patch_file import hash_file_codes
+from kabrn_dist.utils.errors import UserError
 from tests.support.finetunes import train_base, write_finetune
+from tests.support.native_adapters import draw_states
+from tests.support.native_models import write_random_model
 from tests.support.runs import run_sessions
 
 METHODS = ("lora", "ternary_lora", "state")
@@ -109,3 +112,27 @@ def test_what_an_adapter_holds_is_shown(place: Path, capsys: pytest.CaptureFixtu
 def test_paths_with_weights() -> None:
     given = {"a": ("a", 1.0), "a=0.5": ("a", 0.5), "a=b": ("a=b", 1.0), "a=b=-2": ("a=b", -2.0)}
     assert {text: parse_weighted_path(text) for text in given} == {t: (Path(p), w) for t, (p, w) in given.items()}
+
+
+def test_no_file_that_is_needed_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "base.mkb"
+    write_random_model("rational", model)
+    write_adapter(draw_states(read_model_file(model)), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    content = file.read_bytes(), model.read_bytes()
+    for adapter in (file.parent, file):
+        for out in (file, model):
+            assert use("adapter", "pack", adapter, "--model", model, "--out", out, "--force") == 2
+        for command in ("apply", "remove"):
+            assert use("adapter", command, model, adapter, "--out", file, "--force") == 2
+    assert capsys.readouterr().err.count("would be lost") == 8
+    assert (file.read_bytes(), model.read_bytes()) == content
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a" * 300], ids=["path", "name"])
+def test_names_that_no_file_can_have(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert use("adapter", "info", tmp_path / name) == 2
+    error = capsys.readouterr().err
+    assert "is too long" in error and len(error) < 1000
+    with pytest.raises(UserError, match="no such file"):
+        read_adapter(tmp_path / name)

@@ -11,7 +11,8 @@ import yaml
 from data_prep.__main__ import main as prepare
 from data_prep.train_tokenizer import train_tokenizer
 from kabrn_dist.cli.main import main
-from kabrn_dist.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, check_chat_template, list_marks
+from kabrn_dist.data.chat_template import ChatTemplate, check_chat_template, list_marks
+from kabrn_dist.data.default_template import DEFAULT_TEMPLATE
 from kabrn_dist.data.index import CHAT_TEMPLATE_NAME
 from kabrn_dist.data.shard_set import open_shard_folder
 from kabrn_dist.data.token_stream import stream_naive

@@ -1,8 +1,8 @@
 """Commands in the documents work: every `bash` block runs, but for those that a comment exempts.
 
-A page's blocks run in order, in a folder with a corpus, `small.yaml`, `wide.yaml` and a short `configs/cpu.yaml`; on
-pages that do not prepare data themselves, with a trained run in `runs/small`. `<!-- needs: WHAT -->` on the line above
-a block exempts it.
+A page's blocks run in order, in a folder with a corpus, `small.yaml`, `wide.yaml`, and short copies of
+`configs/cpu.yaml` and `configs/finetune.yaml`; on pages that do not prepare data themselves, with a trained run in
+`runs/small`. `<!-- needs: WHAT -->` on the line above a block exempts it.
 """
 
 from __future__ import annotations
@@ -87,8 +87,15 @@ def make_workplace(folder: Path, script: str) -> None:
     cpu["data"]["sequence_length"] = 64
     cpu["optimizer"]["warmup_steps"] = 1
     cpu["validation"]["eval_sequences"] = 4
+    tune = yaml.safe_load((ROOT / "configs" / "finetune.yaml").read_text(encoding="utf-8"))
+    tune["data"]["sequence_length"] = 64
+    tune["finetune"]["rank"] = 2
+    tune["training"].update(steps=4, global_batch_size=4, micro_batch_size=4)
+    tune["optimizer"]["warmup_steps"] = 1
+    tune["validation"].update(eval_interval=4, eval_sequences=4)
     (folder / "configs").mkdir()
-    (folder / "configs" / "cpu.yaml").write_text(yaml.safe_dump(cpu), encoding="utf-8")
+    for name, config in (("cpu", cpu), ("finetune", tune)):
+        (folder / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = folder / "bin" / "mixkabrn"
     command.parent.mkdir()
     command.write_text(script, encoding="utf-8")
@@ -147,7 +154,7 @@ def test_commands_work(name: str, mixkabrn: str, tmp_path: Path, request: pytest
 
 # Examples of --help that need more than a small run: a network, minutes, several machines, files of one's own, or a
 # terminal, where they stay.
-TOO_LARGE = ("prepare", "train", "grow", "plan", "chat", "serve", "eval", "import", "publish", "adapter")
+TOO_LARGE = ("prepare", "train", "grow", "plan", "chat", "serve", "eval", "import", "publish")
 # Commands that need a package which a new machine does not have.
 PACKAGE_NEEDED = {"page": "ziglang"}
 
@@ -170,6 +177,11 @@ def test_examples_of_the_help_texts_work(
     Path("data/corpus").rename("data/python-stdlib")
     config = Path("runs/tiny/config.yaml")
     config.write_text(config.read_text().replace("data/corpus", "data/python-stdlib"))
+    # What the examples of adapters name: one of flipped codes, which all of them take, and its base under another name.
+    tuned = "--set finetune.method=ternary_lora --set data.path=data/python-stdlib"
+    run_commands(Path(), f"mixkabrn train configs/finetune.yaml {tuned}\nmixkabrn pack runs/tiny --out base.mkb")
+    shutil.copytree("runs/finetune", "runs/tuned")
+    shutil.copytree("runs/tiny", "runs/base")
     names = [module.__name__.rsplit(".", 1)[-1].rstrip("_") for module in COMMANDS]
     # Others generate from what it writes.
     names.sort(key=lambda name: name != "export")

@@ -11,8 +11,9 @@ from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.adapters import hash_model_codes, set_adapters
 from kabrn_dist.inference.export import lay_out_export, list_ternary, write_export
 from kabrn_dist.inference.load import load_export
+from kabrn_dist.inference.loaded_weights import LoadedWeights
 from kabrn_dist.inference.make_adapter import collect_adapter
-from kabrn_dist.inference.merged_export import LoadedWeights, plan_merged_export
+from kabrn_dist.inference.merged_export import plan_merged_export
 from kabrn_dist.model.adapter import AdapterSpec
 from kabrn_dist.ops.weight_quant import TernaryModule
 from kabrn_dist.runtime.file_plan import Packing

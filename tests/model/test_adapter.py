@@ -177,13 +177,14 @@ def test_fixed_factors_compute_what_trained_ones_do(kind: str) -> None:
 
 @pytest.mark.parametrize("kept", ["recompute", "offload"])
 @pytest.mark.parametrize("method", ["lora", "ternary_lora", "state"])
-def test_activation_checkpointing_changes_no_gradient(kept: str, method: str) -> None:
+def test_activation_checkpointing_changes_no_gradient(kept: str, method: str, recwarn: pytest.WarningsRecorder) -> None:
     batch, gradients = make_batch(), []
     for way in ("keep", kept):
         model = adapted(method, make_model(layers="RAR", activation_checkpointing=way))
         model(batch).language.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert not [each for each in recwarn if "requires_grad" in str(each.message)]
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
 

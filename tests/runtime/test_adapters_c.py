@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,14 @@ from kabrn_dist.inference.generate import GenerativeModel
 from kabrn_dist.model.adapter import set_initial_states, set_low_ranks
 from kabrn_dist.ops.low_rank import LowRank
 from kabrn_dist.runtime.adapter_cache import convert_adapter_options
-from kabrn_dist.runtime.adapter_file import encode_adapter, read_adapter_file, write_adapter_file
+from kabrn_dist.runtime.adapter_file import (
+    ADAPTER_FILE_MAGIC,
+    ADAPTER_FILE_METHODS,
+    ADAPTER_HEADER_DTYPE,
+    encode_adapter,
+    read_adapter_file,
+    write_adapter_file,
+)
 from kabrn_dist.runtime.model_file import ModelFile, read_model_file, write_model_file
 from kabrn_dist.runtime.native import NativeAdapter, NativeContext, NativeModel
 from kabrn_dist.utils.errors import UserError
@@ -272,8 +281,14 @@ def test_options_name_adapters_as_they_are_trained(folder: Path, monkeypatch: py
     assert converted == ["--adapter", name, "--tokens", f"--adapter={name}=0.5", *given[4:]]
     single = convert_adapter_options(model, ["--adapter", "poems=1/adapter_model.safetensors=2"])
     assert single == ["--adapter", f"{name}=2"]
-    with pytest.raises(UserError):
-        convert_adapter_options(model, ["--adapter", str(folder)])
+    # What is no weight is for the runtime to refuse; it is not a part of the name.
+    assert convert_adapter_options(model, ["--adapter", "poems=1=nan"]) == ["--adapter", f"{name}=nan"]
+    for wrong in (str(folder), "a" * 5000 + ".safetensors"):
+        with pytest.raises(UserError):
+            convert_adapter_options(model, ["--adapter", wrong])
+    for wrong in ("", "=0.5"):
+        with pytest.raises(UserError, match="names no adapter"):
+            convert_adapter_options(model, ["--adapter", wrong])
 
 
 def test_generate_with_adapters(native_program: Path, folder: Path) -> None:
@@ -317,3 +332,40 @@ def test_a_chat_that_continues_a_state_begins_anew_under_another_adapter(native_
     assert "the chat begins anew" in done.stderr and done.stderr.count("tokens read again") == 1
     refused = run_program(native_program, folder, *greedy, "--state-in", "talk.mks", "--adapter", "style.mka")
     assert refused.returncode == 1 and "made without the adapters in use" in refused.stderr
+
+
+def test_the_description_in_a_file_is_checked_too(tmp_path: Path) -> None:
+    _, native, file = open_kind("rational", tmp_path)
+    native.close()
+    info = draw_states(file).info
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"name": "\ud800"}, "cannot be printed"),
+        ({"name": "\x1b[2J"}, "cannot be printed"),
+        ({"rank": float("nan")}, "rank is"),
+        ({"steps": -1}, "steps is"),
+        ({"targets": "mixer"}, "targets is"),
+        ({"method": "lora"}, "its header another method"),
+        ({"base_sha256": "x"}, "no sha256"),
+    ]
+    path = tmp_path / "a.mka"
+    for change, words in cases:
+        write_described(path, {**vars(info), **change})
+        with pytest.raises(UserError, match=words):
+            read_adapter_file(path)
+    for description in ([], "x", None):
+        write_described(path, description)
+        with pytest.raises(UserError, match="no JSON object"):
+            read_adapter_file(path)
+    write_described(path, {**vars(info)})
+    assert read_adapter_file(path).info == info
+
+
+def write_described(path: Path, description: object) -> None:
+    """Write an adapter of method state without records, with a sha256 that is right."""
+    text = json.dumps(description).encode()
+    header = np.zeros((), ADAPTER_HEADER_DTYPE)
+    header["magic"], header["version"], header["header_bytes"] = np.void(ADAPTER_FILE_MAGIC), 1, 256
+    header["file_bytes"], header["method"] = 256 + len(text), ADAPTER_FILE_METHODS.index("state")
+    header["records_offset"], header["info_offset"], header["info_bytes"] = 256, 256, len(text)
+    header["sha256"] = np.void(hashlib.sha256(header.tobytes() + text).digest())
+    path.write_bytes(header.tobytes() + text)

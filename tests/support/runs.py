@@ -123,7 +123,7 @@ def make_shards(folder: Path, *options: str) -> Path:
 
 
 def write_small_config(path: Path, shards: Path, folder: Path, **changes: Any) -> Path:
-    """Write SMALL_CONFIG with `changes` as YAML; `training__steps=3` sets the key training.steps; None leaves a section out."""
+    """Write SMALL_CONFIG with `changes` as YAML; `training__steps=3` sets training.steps, None leaves a key out."""
     tree = json.loads(json.dumps(SMALL_CONFIG)) | {"run": {"folder": str(folder), "seed": 3}}
     tree["data"]["path"] = str(shards)
     for key, value in changes.items():

@@ -3793,7 +3793,7 @@ int mkb_adapter_open(const mkb_model *model, const char *path, mkb_adapter **ada
     unsigned char *bytes = NULL;
     size_t size = 0;
     *adapter = NULL;
-    int status = read_sized_file(path, "an adapter", &bytes, &size, error);
+    int status = read_sized_file(path, "a file that `mixkabrn adapter pack` wrote", &bytes, &size, error);
     if (!status) status = open_adapter(model, bytes, size, path, adapter, error);
     free(bytes);
     return status;
@@ -6713,6 +6713,7 @@ static int open_chat(chat *c) {
     if (c->chatml) fprintf(stderr, "Turns in ChatML, as its chat template has them.");
     else fprintf(stderr, "Turns as \"%s\" and \"%s\".", o->user, o->assistant);
     fprintf(stderr, " /help lists commands.\n");
+    if (s->context->num_adapters) chat_adapters(c, "");
     if (!c->chatml && s->model->template_bytes)
         remark("the model's chat template is not used here, as it is not ChatML; `mixkabrn serve` uses it");
     return MKB_OK;
