@@ -10,7 +10,7 @@ import torch
 
 from kabrn_dist.adapters.adapter import AdapterInfo, AdapterMethod
 from kabrn_dist.adapters.folder import ADAPTER_NAME, read_adapter, write_adapter
-from kabrn_dist.data.chat_template import DEFAULT_TEMPLATE
+from kabrn_dist.data.default_template import DEFAULT_TEMPLATE
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.inference.adapters import hash_model_codes, set_adapters
 from kabrn_dist.inference.generate import GenerativeModel
@@ -199,7 +199,8 @@ def test_a_turn_reads_its_new_tokens_and_says_what_reading_all_again_says(model:
         fresh.forget_states()
         read.clear()
         answers = ["".join(kept.answer())]
-        assert text == "Hello" or max(read) < len(writer.write(kept.messages[:-1], ask=True).ids) / 2
+        # Bytes that are no text are kept as U+FFFD, so the answer is read again; what was read before it is not.
+        assert text == "Hello" or max(read) < len(writer.write(kept.messages[:-1], ask=True).ids) - 20
         answers.append("".join(fresh.answer()))
         assert answers[0] == answers[1] == kept.messages[-1]["content"]
     kept.take_answer_back()
