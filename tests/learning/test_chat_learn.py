@@ -218,7 +218,6 @@ def test_mistakes_are_one_line(
         (("--out", str(tmp_path / "full")), "holds something else"),
         (("--out", str(tmp_path / "flipped")), "flipped codes"),
         (("--minutes", "0"), "is no time to learn in"),
-        (("--learn", str(ROOT / "README.md"), "--memory", "1"), "--memory 1: learning with this model needs"),
         (("--learn", str(ROOT / "README.md"), "--rank", "4000"), "rank"),
         (("--method", "magic"), "magic"),
         (("--temperature", "-1"), "temperature"),
