@@ -84,7 +84,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", type=given_path, metavar="DIR", help="what is learned (default: adapters/NAME beside the run)"
     )
     parser.add_argument("--method", choices=("lora", "state"), help="what is trained (default: lora, or that of --out)")
-    parser.add_argument("--rank", type=positive_int, metavar="R", help=f"rank of a new adapter (default {DEFAULT_RANK})")
+    parser.add_argument(
+        "--rank", type=positive_int, metavar="R", help=f"rank of a new adapter (default {DEFAULT_RANK})"
+    )
     parser.add_argument(
         "--minutes", type=number, default=2.0, metavar="M", help="longest time of a learning (default 2)"
     )
@@ -146,8 +148,8 @@ def _open_session(folder: Path, out: Path, options: argparse.Namespace) -> Learn
     from kabrn_dist.online_learning.base_text import read_base_text
     from kabrn_dist.online_learning.chat import Conversation, Sampling
     from kabrn_dist.online_learning.chat_writer import ChatWriter
+    from kabrn_dist.online_learning.course import LearningLimits
     from kabrn_dist.online_learning.history import AdapterHistory
-    from kabrn_dist.online_learning.learner import LearningLimits
     from kabrn_dist.online_learning.session import LearningSession
 
     history = AdapterHistory(out)

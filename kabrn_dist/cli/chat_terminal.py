@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kabrn_dist.online_learning.learner import LearningProgress, LearningResult
+from kabrn_dist.online_learning.course import LearningProgress, LearningResult
 from kabrn_dist.online_learning.samples import Notes
 from kabrn_dist.online_learning.session import LearningSession
 from kabrn_dist.utils.errors import UserError

@@ -20,6 +20,7 @@ writes, is read by the runtime in C, without torch: its options are those of `mi
 EXAMPLES = """  mixkabrn generate runs/tiny --prompt "def "
   mixkabrn generate runs/tiny --prompt "import os" --tokens 1000 --temperature 0
   mixkabrn generate exports/tiny --prompt "def " --seed 1
+  mixkabrn generate runs/tiny --adapter runs/finetune/adapter --prompt "def "
 """
 
 

@@ -28,6 +28,7 @@ EXAMPLES = """  mixkabrn train configs/tiny.yaml
   mixkabrn train configs/tiny.yaml --processes 2
   mixkabrn train configs/tiny.yaml --set training.steps=50 --set run.folder=runs/short
   mixkabrn train configs/tiny.yaml --stop-after 100
+  mixkabrn train configs/finetune.yaml --set finetune.base=runs/tiny
   deepspeed --num_gpus 2 --module kabrn_dist train configs/tiny.yaml
   torchrun --nproc_per_node 2 -m kabrn_dist train configs/tiny.yaml
   mpirun -n 2 mixkabrn train configs/tiny.yaml

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +18,9 @@ from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.ops.low_rank import LowRank, join_low_ranks
 from kabrn_dist.ops.weight_quant import TernaryMatrices
 from kabrn_dist.utils.errors import UserError
+
+# As in the runtime in C; what is beyond gives numbers that are not finite.
+LARGEST_WEIGHT = 1e6
 
 
 @torch.no_grad()
@@ -87,8 +89,8 @@ class ModelAdapters:
 
     def _check(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         for adapter, weight in adapters:
-            if not math.isfinite(weight):
-                raise UserError(f"adapter {adapter.info.name!r}: weight {weight} is no number; use one such as 0.5")
+            if not abs(weight) <= LARGEST_WEIGHT:
+                raise UserError(f"adapter {adapter.info.name!r}: weight {weight:g} is no weight; use one such as 0.5")
             if adapter.info.base_sha256 != self.base_sha256:
                 raise refuse_base("this model", adapter.info, self.base_sha256)
         patched = [(adapter, weight) for adapter, weight in adapters if adapter.info.method == "ternary_lora"]

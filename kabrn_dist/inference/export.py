@@ -148,11 +148,8 @@ def plan_export(
     dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, dtype)
     # What is written in another dtype than the trainer computes with would have other codes, and so would latents of
     # codes that were merged.
-    coded = [
-        name
-        for name in list_ternary(opened.config, weights)
-        if opened.is_merged or dtypes[name] != weights.dtypes[name]
-    ]
+    ternary = list_ternary(opened.config, weights)
+    coded = [name for name in ternary if opened.is_merged or dtypes[name] != weights.dtypes[name]]
     origin = opened.config, opened.checkpoint, opened.step, opened.tokenizer()
     return lay_out_export(*origin, weights, dtypes, coded, file_bytes)
 

@@ -6,14 +6,15 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kabrn_dist.model.mixkabrn import MixKABRN
+from kabrn_dist.online_learning.course import Course, LearningLimits, LearningProgress, LearningResult
 from kabrn_dist.online_learning.rows import (
     choose_row_tokens,
+    largest_loss,
     make_row,
     mean_loss,
     measure_token_bytes,
@@ -23,9 +24,10 @@ from kabrn_dist.online_learning.samples import Sample
 from kabrn_dist.online_learning.trainable import TrainableAdapter
 from kabrn_dist.utils.errors import UserError
 
-# An answer whose probability is above e^−0.5 = 0.61 is the one that greedy decoding gives, token by token.
-KNOWN_NATS = 0.5
-NEARLY_KNOWN_NATS = 3 * KNOWN_NATS
+# An answer is known when each of its tokens has a probability of e^−0.35 = 0.7: greedy decoding then gives it.
+KNOWN_NATS = 0.35
+# A correction ends where so many steps have not lowered its loss by so much.
+PATIENCE_STEPS, PATIENCE_SHARE = 40, 0.03
 GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.95)
 STEP_TOKENS = 1024
@@ -37,60 +39,6 @@ REHEARSED_SAMPLES = 2
 REPLAYED_TOKENS = 64
 # Samples of the base's own text for each sample of notes.
 REPLAY_SHARE = 0.25
-
-
-class LearningLimits(NamedTuple):
-    """How much learning may take.
-
-    Attributes:
-        seconds: Time for the steps.
-        steps: Largest number of steps.
-        memory_bytes: Memory for what the passes keep, beside the model.
-    """
-
-    seconds: float = 120.0
-    steps: int = 1000
-    memory_bytes: int = 1_000_000_000
-
-
-class LearningResult(NamedTuple):
-    """What became of it.
-
-    Attributes:
-        steps: Number of steps that what is kept has taken.
-        seconds: Time that it took.
-        before: Mean loss of the targets in nats before, of what was not learned from if there was enough.
-        after: The same after.
-        held_out: Whether these losses are of samples that were not learned from.
-        base_before: Loss of the base's text in nats before; None if there is none at hand.
-        base_after: The same after.
-        passes: How often the samples were read, on the average.
-        interrupted: Whether Ctrl-C ended it.
-    """
-
-    steps: int
-    seconds: float
-    before: float
-    after: float
-    held_out: bool
-    base_before: float | None
-    base_after: float | None
-    passes: float
-    interrupted: bool
-
-
-class LearningProgress(NamedTuple):
-    """How far learning is.
-
-    Attributes:
-        share: Part of the time or the steps that is used, 0 to 1.
-        loss: Mean loss of the targets of the last step, in nats.
-        seconds_left: Time that is left at most.
-    """
-
-    share: float
-    loss: float
-    seconds_left: float
 
 
 Report = Callable[[LearningProgress], None]
@@ -143,7 +91,7 @@ class Learner:
         kept = [sample for number, sample in enumerate(samples) if not held or number % HELD_OUT_STEP]
         judged = [*samples[::HELD_OUT_STEP]] if held else [*samples]
         judged = judged[:EVALUATED_SAMPLES]
-        course = _Course(self._limits, _count_steps(kept, self._limits.steps, self.row_tokens))
+        course = Course(self._limits, _count_steps(kept, self._limits.steps, self.row_tokens))
         return self._run(course, judged, held, lambda: self._note_steps(kept, course, report))
 
     def correct(self, sample: Sample, report: Report = lambda _: None) -> LearningResult:
@@ -156,9 +104,12 @@ class Learner:
         Raises:
             UserError: if losses are not finite.
         """
-        course = _Course(self._limits, self._limits.steps)
-        enough = KNOWN_NATS / max(1, sample.targets)
-        result = self._run(course, [sample], False, lambda: self._correction_steps(sample, course, report), enough)
+        course = Course(self._limits, self._limits.steps)
+
+        def is_known() -> bool:
+            return largest_loss(self._model, sample) <= KNOWN_NATS
+
+        result = self._run(course, [sample], False, lambda: self._correction_steps(sample, course, report), is_known)
         self._learned.append(sample)
         return result
 
@@ -173,11 +124,11 @@ class Learner:
 
     def _run(
         self,
-        course: _Course,
+        course: Course,
         judged: list[Sample],
         held: bool,
         steps: Callable[[], Iterator[bool]],
-        enough: float = 0.0,
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> LearningResult:
         """Take steps, of which some are followed by an evaluation, and keep the best; end where one is good enough."""
         adapter = self._adapter
@@ -186,12 +137,12 @@ class Learner:
         interrupted, taken = False, 0
         course.start()
         try:
-            for is_milestone in steps():
+            for is_milestone in [] if is_enough() else steps():
                 taken += 1
                 if is_milestone and (loss := self._judge(judged)) < best:
                     best, best_steps, values = loss, taken, adapter.copy()
-                if best <= enough:
-                    break
+                    if is_enough():
+                        break
         except KeyboardInterrupt:
             interrupted = True
             # Pressed again, it takes what was the best until then.
@@ -208,7 +159,7 @@ class Learner:
             best_steps, seconds, before, best, held, base_before, base_after, course.passes, interrupted
         )
 
-    def _note_steps(self, samples: Sequence[Sample], course: _Course, report: Report) -> Iterator[bool]:
+    def _note_steps(self, samples: Sequence[Sample], course: Course, report: Report) -> Iterator[bool]:
         optimizer = self._make_optimizer()
         order: list[Sample] = []
         milestone, targets = 1, 0
@@ -230,8 +181,8 @@ class Learner:
             milestone += is_milestone
             yield is_milestone
 
-    def _correction_steps(self, sample: Sample, course: _Course, report: Report) -> Iterator[bool]:
-        optimizer = self._make_optimizer()
+    def _correction_steps(self, sample: Sample, course: Course, report: Report) -> Iterator[bool]:
+        optimizer, best, waited = self._make_optimizer(), float("inf"), 0
         while not course.ended:
             rehearsed = self._draw(self._learned, REHEARSED_SAMPLES)
             replayed = [self._crop(each) for each in self._draw(self._replay, 1)]
@@ -239,8 +190,13 @@ class Learner:
             course.count()
             course.passes += 1
             report(course.progress(loss))
-            # Of the parameters before the step, so that an evaluation is worth its time only near the end.
-            yield loss * sample.targets <= NEARLY_KNOWN_NATS or course.ended
+            waited = 0 if loss < (1 - PATIENCE_SHARE) * best else waited + 1
+            best = best if waited else loss
+            is_last = course.ended or waited == PATIENCE_STEPS
+            # The loss is that before the step, so that an evaluation is worth its time only near the end.
+            yield loss <= KNOWN_NATS or is_last
+            if is_last:
+                return
 
     def _step(self, optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Sample]], rate: float) -> float:
         """Take one step on the sum of the groups' mean losses; return that of the first group."""
@@ -278,38 +234,6 @@ class Learner:
 
     def _judge_base(self) -> float | None:
         return self._judge(self._forgetting) if self._forgetting else None
-
-
-class _Course:
-    """Steps and time of one learning."""
-
-    def __init__(self, limits: LearningLimits, steps: int) -> None:
-        self._seconds, self._steps = limits.seconds, max(1, steps)
-        self._taken = 0
-        self.begun, self.passes = time.monotonic(), 0.0
-
-    def start(self) -> None:
-        self.begun = time.monotonic()
-
-    def count(self) -> None:
-        self._taken += 1
-
-    @property
-    def share(self) -> float:
-        return max(self._taken / self._steps, (time.monotonic() - self.begun) / self._seconds)
-
-    @property
-    def ended(self) -> bool:
-        return self.share >= 1
-
-    @property
-    def rate(self) -> float:
-        """Falls linearly to a tenth."""
-        return max(0.1, 1 - self.share)
-
-    def progress(self, loss: float) -> LearningProgress:
-        left = self._seconds - (time.monotonic() - self.begun)
-        return LearningProgress(min(1.0, self.share), loss, max(0.0, left))
 
 
 def _count_steps(samples: Sequence[Sample], most: int, row_tokens: int) -> int:

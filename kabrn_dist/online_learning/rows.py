@@ -14,7 +14,7 @@ from torch import Tensor
 from kabrn_dist.data.dataset import Batch
 from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.online_learning.samples import Sample
-from kabrn_dist.ops.cross_entropy import IGNORED
+from kabrn_dist.ops.cross_entropy import IGNORED, cross_entropy
 from kabrn_dist.utils.errors import UserError
 
 PROBE_TOKENS = 64
@@ -59,6 +59,14 @@ def mean_loss(model: MixKABRN, samples: Sequence[Sample], row_tokens: int) -> fl
     """Return the mean loss of the samples' targets in nats; 0 without any."""
     total = sum(float(model(make_row(row)).language) for row in pack_rows(samples, row_tokens))
     return total / max(1, sum(sample.targets for sample in samples))
+
+
+@torch.no_grad()
+def largest_loss(model: MixKABRN, sample: Sample) -> float:
+    """Return the largest loss of a target of a sample in nats; 0 without any."""
+    row = make_row([sample])
+    hidden, _ = model.read(row.tokens, row.documents, row.positions, None)
+    return float(cross_entropy(model.head(hidden[0]), row.targets[0]).max())
 
 
 def measure_token_bytes(model: MixKABRN) -> float:

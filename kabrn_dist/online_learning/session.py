@@ -14,8 +14,9 @@ from kabrn_dist.model.mixkabrn import MixKABRN
 from kabrn_dist.online_learning.base_text import BaseText
 from kabrn_dist.online_learning.chat import Conversation
 from kabrn_dist.online_learning.chat_writer import ChatWriter
+from kabrn_dist.online_learning.course import LearningLimits, LearningResult
 from kabrn_dist.online_learning.history import AdapterHistory
-from kabrn_dist.online_learning.learner import Learner, LearningLimits, LearningResult, Report
+from kabrn_dist.online_learning.learner import Learner, Report
 from kabrn_dist.online_learning.samples import Notes, SampleReader
 from kabrn_dist.online_learning.trainable import TrainableAdapter
 from kabrn_dist.utils.errors import UserError

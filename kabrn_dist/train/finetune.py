@@ -88,8 +88,9 @@ def describe_finished(config: Config, base: Base | None, checkpoint: Path) -> li
     """
     finetune, run = config.finetune, config.run.folder
     assert finetune is not None
+    command = "chat" if (run / CHAT_TEMPLATE_NAME).exists() else "generate"
     if not finetune.trains_adapter or base is None:
-        return [f"next        mixkabrn generate {run}", f"            mixkabrn export {run} --out FOLDER"]
+        return [f"next        mixkabrn {command} {run}", f"            mixkabrn export {run} FOLDER"]
     manifest, folder = read_manifest(checkpoint), run / "adapter"
     model = adapt_base(base, config, checkpoint, manifest)
     adapter = collect_adapter(model, adapter_spec(finetune), run.resolve().name, manifest.step, str(finetune.base))
@@ -97,7 +98,6 @@ def describe_finished(config: Config, base: Base | None, checkpoint: Path) -> li
     size = sum(file.stat().st_size for file in folder.iterdir())
     flipped = sum(len(patch.places) for patch in adapter.patches.values())
     told = f", {flipped:,} flipped codes" if adapter.patches else ""
-    command = "chat" if (run / CHAT_TEMPLATE_NAME).exists() else "generate"
     return [
         f"adapter     {folder} ({size / 2**10:,.0f} KiB{told})",
         f"next        mixkabrn {command} {finetune.base} --adapter {folder}",

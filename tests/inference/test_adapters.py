@@ -229,7 +229,8 @@ def test_factors_and_states_of_other_sizes_are_refused() -> None:
         ([(lora, 1.0), (replace(state, states={0: small}), 1.0)], "use the adapter of this model"),
         ([(replace(state, states={1: state.states[0]}), 1.0)], "of layer 1"),
         ([(state, 1.0), (replace(state, states={0: small}), 1.0)], "of different sizes"),
-        ([(lora, float("nan"))], "weight nan is no number"),
+        ([(lora, float("nan"))], "weight nan is no weight"),
+        ([(lora, 1e38)], "weight 1e+38 is no weight"),
     ):
         with pytest.raises(UserError) as error:
             set_adapters(base, given)
