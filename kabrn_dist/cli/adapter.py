@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kabrn_dist.cli.arguments import Subparsers, add_command, add_run_folder, check_new_file, given_path
+from kabrn_dist.utils.errors import UserError
 
 if TYPE_CHECKING:
     from kabrn_dist.adapters.adapter import Adapter
+    from kabrn_dist.config.finetune import FinetuneConfig
 
 DESCRIPTION = """An adapter holds what fine-tuning changed and the hash of the model that it was trained on, its base:
 low-rank factors (finetune.method lora), flipped ternary codes (ternary_lora), or states that documents begin with
@@ -124,6 +126,24 @@ def read_weighted(given: list[tuple[Path, float]]) -> list[tuple[Adapter, float]
     from kabrn_dist.adapters.folder import read_adapter
 
     return [(read_adapter(path), weight) for path, weight in given]
+
+
+def refuse_adapter_run(folder: Path, finetune: FinetuneConfig | None, command: str) -> None:
+    """Refuse the run of an adapter where other adapters are put beside a base.
+
+    Args:
+        folder: Folder of the run.
+        finetune: How it was fine-tuned, if it was.
+        command: What is right for its base, such as "mixkabrn chat".
+
+    Raises:
+        UserError: unless the run is a model of its own.
+    """
+    if finetune is not None and finetune.method != "full":
+        raise UserError(
+            f"{folder}: is an adapter that was trained beside {finetune.base}; use: {command} {finetune.base} "
+            f"--adapter {folder / 'adapter'}"
+        )
 
 
 def export_adapter(options: argparse.Namespace) -> int:

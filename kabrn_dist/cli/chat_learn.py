@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kabrn_dist.cli.adapter import add_adapter_option, read_weighted
+from kabrn_dist.cli.adapter import add_adapter_option, read_weighted, refuse_adapter_run
 from kabrn_dist.cli.arguments import given_path, number, positive_int, whole_number
 from kabrn_dist.utils.errors import UserError
 
@@ -209,10 +209,5 @@ def _load(folder: Path) -> tuple[GenerativeModel, Tokenizer, Config]:
     if is_export(folder):
         return *load_export(folder), load_config(folder / "config.yaml")
     run = Run.open(folder)
-    finetune = run.config.finetune
-    if finetune is not None and finetune.method != "full":
-        raise UserError(
-            f"{folder}: is an adapter that was trained beside {finetune.base}; use: mixkabrn chat {finetune.base} "
-            f"--adapter {folder / 'adapter'}"
-        )
+    refuse_adapter_run(folder, run.config.finetune, "mixkabrn chat")
     return run.model(), run.tokenizer(), run.config

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kabrn_dist.cli.adapter import add_adapter_option, read_weighted
+from kabrn_dist.cli.adapter import add_adapter_option, read_weighted, refuse_adapter_run
 from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, number, positive_int, whole_number
 from kabrn_dist.utils.errors import UserError
 
@@ -69,6 +69,11 @@ def run(options: argparse.Namespace) -> int:
     # A file or a program gets the text as it is; a terminal would obey some of it.
     show: Callable[[str], str] = escape_controls if sys.stdout.isatty() else str
     adapters = read_weighted(options.adapter)
+    if adapters and not is_export(options.folder):
+        from kabrn_dist.config.file import load_config
+
+        # A run of an adapter has it already: it would be there twice.
+        refuse_adapter_run(options.folder, load_config(options.folder / "config.yaml").finetune, "mixkabrn generate")
     model, tokenizer = load_model(options.folder)
     if adapters:
         from kabrn_dist.inference.adapters import set_adapters

@@ -96,8 +96,16 @@ def test_generation_with_an_adapter_is_that_of_its_run(place: Path, capsys: pyte
     assert use("export", place / "base", place / "export") == 0
     adapter = place / "adapters" / "ternary_lora"
     assert generate(place / "export", "--adapter", adapter) == generate(place / "ternary_lora")
-    assert use("generate", place / "lora", "--adapter", f"{adapter}=0.5") == 2
+    assert use("generate", place / "base", "--adapter", f"{adapter}=0.5") == 2
     assert "with weight 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_is_never_put_beside_itself(method: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / method
+    assert use("generate", run, "--adapter", run / "adapter", "--tokens", 2) == 2
+    assert f"mixkabrn generate {place / 'base'} --adapter {run / 'adapter'}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
