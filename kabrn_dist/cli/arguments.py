@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.util
 import os
 import stat
 from collections.abc import Callable
@@ -149,3 +150,11 @@ def check_new_file(out: Path, force: bool, *kept: Path) -> None:
         for each in kept:
             if os.path.exists(each) and os.path.samefile(out, each):
                 raise UserError(f"{out}: is what it would be made of, and would be lost; name another file")
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False

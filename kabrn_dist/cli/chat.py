@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from kabrn_dist.cli.arguments import Subparsers, add_command, given_path
+from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, is_installed
 from kabrn_dist.utils.errors import UserError
 
 DESCRIPTION = """Of a model file: compiles the runtime, one C file, into the cache folder if that has not been done,
@@ -40,7 +40,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Start the runtime in place of this process, or for a folder a chat that learns; return the exit code."""
-    if options.model.is_dir():
+    # A machine that only runs model files has no torch: it is told to pack the folder.
+    if options.model.is_dir() and is_installed("torch"):
         from kabrn_dist.cli.chat_learn import run_folder
 
         return run_folder(options.model, options.options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import os
 import sys
@@ -12,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kabrn_dist.cli.adapter import parse_weighted_path
-from kabrn_dist.cli.arguments import Subparsers, add_command, given_path, non_negative_int, number, positive_int
+from kabrn_dist.cli.arguments import (
+    Subparsers,
+    add_command,
+    given_path,
+    is_installed,
+    non_negative_int,
+    number,
+    positive_int,
+)
 from kabrn_dist.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     check_model_file(options.model)
     settings = make_server_settings(options)
     for name in ("starlette", "uvicorn"):
-        if not _is_installed(name):
+        if not is_installed(name):
             raise UserError(
                 f"serve needs {name}, which is not installed; use: pip install numpy starlette uvicorn jinja2"
             )
@@ -106,13 +113,6 @@ def run(options: argparse.Namespace) -> int:
         serve_model(options.model, settings)
     print("stopped", file=sys.stderr)
     return 0
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ImportError:
-        return False
 
 
 def make_server_settings(options: argparse.Namespace) -> ServerSettings:

@@ -174,6 +174,6 @@ def test_the_command_chats_without_torch(tmp_path: Path) -> None:
         command, cwd=ROOT, env=environment, input=b"Hello\n", capture_output=True, check=False, timeout=120
     )
     assert done.returncode == 0 and done.stdout, done.stderr
-    for name, words in ((tmp_path, "name the folder of a run"), (tmp_path / "no", "no such file")):
+    for name, words in ((tmp_path, "pack it first"), (tmp_path / "no", "no such file")):
         refused = subprocess.run([*command[:-1], str(name)], cwd=ROOT, capture_output=True, text=True, check=False)
         assert refused.returncode == 2 and words in refused.stderr and refused.stderr.count("\n") == 1
