@@ -60,11 +60,14 @@ def run_folder(folder: Path, arguments: Sequence[str]) -> int:
     from kabrn_dist.cli.chat_terminal import ChatTerminal
 
     session = _open_session(folder, out, options)
-    terminal = ChatTerminal(session)
-    terminal.greet(str(folder))
-    for path in options.learn:
-        terminal.learn(path)
-    return terminal.talk()
+    try:
+        terminal = ChatTerminal(session)
+        terminal.greet(str(folder))
+        for path in options.learn:
+            terminal.learn(path)
+        return terminal.talk()
+    finally:
+        session.history.close()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -130,7 +133,11 @@ def _default_out(folder: Path) -> Path:
 def _undo(out: Path) -> int:
     from kabrn_dist.online_learning.history import AdapterHistory
 
-    left = AdapterHistory(out).undo()
+    history = AdapterHistory(out)
+    try:
+        left = history.undo()
+    finally:
+        history.close()
     print(f"{out}: {_describe_left(left.info.steps if left else None)}", file=sys.stderr)
     return 0
 

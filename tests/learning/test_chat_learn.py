@@ -162,6 +162,8 @@ def test_an_interruption_keeps_what_was_learned(base_run: Path, tmp_path: Path) 
     (tmp_path / "long.txt").write_text("The heron stands in the pond and waits for fish.\n" * 400)
     options = ("--learn", str(tmp_path / "long.txt"), "--steps", "100000", "--minutes", "100")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # What a shell starts in the background has it ignored, and so would the chat.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         chat_command(base_run, tmp_path / "out", *options),
         stdin=subprocess.DEVNULL,
@@ -170,6 +172,7 @@ def test_an_interruption_keeps_what_was_learned(base_run: Path, tmp_path: Path) 
         cwd=ROOT,
         env=environment,
     )
+    signal.signal(signal.SIGINT, handler)
     assert process.stderr is not None
     while "tokens to learn" not in (line := process.stderr.readline()):
         assert line, "it ended before it learned"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from kabrn_dist.data.index_io import write_index
 from kabrn_dist.data.run_config import load_run_config
@@ -71,7 +72,12 @@ def refuse(config: Path, *overrides: str) -> str:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variables that a process without a launcher sets for itself are gone after the test."""
+    """Variables that a process without a launcher sets for itself are gone after the test.
+
+    So are groups that an earlier test in this process has left, as ranks do that end with an error.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1"), ("MASTER_PORT", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -157,6 +157,7 @@ OWN_FILES = {
     "kabrn_dist/utils/launch_time.py": "files of the system",
     "kabrn_dist/utils/strict_yaml.py": "streams that a shell gives in place of a file, which are pipes",
     "data_prep/clean/config.py": "lists of the package",
+    "kabrn_dist/online_learning/history.py": "a lock, which follows no link and is never read",
     "data_prep/encode.py": "files of the work folder",
     "data_prep/finalize.py": "files of the work folder",
     "data_prep/pieces.py": "files of the work folder",
