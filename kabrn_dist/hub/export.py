@@ -25,10 +25,10 @@ from kabrn_dist.config import Config
 from kabrn_dist.data.tokenizer import Tokenizer
 from kabrn_dist.hub.model_card import CardFacts, write_card
 from kabrn_dist.hub.model_config import make_generation_config, make_hub_config
-from kabrn_dist.hub.tensors import Flavor, HubTensor, TensorSource, list_hub_tensors, read_hub_tensor
+from kabrn_dist.hub.tensors import Flavor, HubTensor, list_hub_tensors, read_hub_tensor
 from kabrn_dist.hub.tokenizer_files import make_tokenizer_files
 from kabrn_dist.hub.training_record import TrainingRecord, read_training_record
-from kabrn_dist.inference.export import FILE_BYTES, plan_export
+from kabrn_dist.inference.export import FILE_BYTES, ExportSource, plan_export
 from kabrn_dist.inference.folder import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from kabrn_dist.inference.folder_writer import FileWriter, write_folder
 from kabrn_dist.inference.load import DATA_HASH
@@ -60,7 +60,7 @@ class HubExport(NamedTuple):
 
     config: Config
     step: int
-    source: TensorSource
+    source: ExportSource
     tokenizer: Tokenizer
     tokenizer_files: dict[str, bytes]
     flavor: Flavor
@@ -121,7 +121,7 @@ def plan_hub_export(
 def prepare_hub_export(
     config: Config,
     step: int,
-    source: TensorSource,
+    source: ExportSource,
     tokenizer: Tokenizer,
     flavor: Flavor,
     template: tuple[str, str] | None,

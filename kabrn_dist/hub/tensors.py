@@ -9,42 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from math import prod
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kabrn_dist.config import Config
 from kabrn_dist.inference.checkpoint_weights import is_router_state
-from kabrn_dist.inference.export import CHUNK_ELEMENTS
+from kabrn_dist.inference.export import CHUNK_ELEMENTS, ExportSource
 from kabrn_dist.inference.stored_codes import CODES_SUFFIX, SCALES_SUFFIX, code_shapes
 from kabrn_dist.inference.working_copy import empty_full_model
 
 Flavor = Literal["latent", "ternary"]
 ROUTER_BIAS = "router/bias"
-
-
-class TensorSource(Protocol):
-    """Where the values come from; `CheckpointWeights` is one.
-
-    Attributes:
-        shapes: Name → shape of every parameter and state of the routers.
-        dtypes: Name → dtype in which training computes with a parameter.
-        lam: How far matrices are quantized.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
-    lam: float
-
-    def read(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return elements [start, stop) of a flattened tensor."""
-
-    def packed_codes(self, name: str) -> Iterator[Tensor]:
-        """Yield pieces of a parameter's packed codes."""
-
-    def scales(self, name: str) -> Tensor:
-        """Return a parameter's scales [E,S] fp32."""
 
 
 class HubTensor(NamedTuple):
@@ -128,7 +105,7 @@ def hub_name(name: str, is_matrix: bool) -> str:
     return name if name.endswith(".weight") or not is_matrix else f"{name}.weight"
 
 
-def read_hub_tensor(tensor: HubTensor, source: TensorSource) -> Iterator[Tensor]:
+def read_hub_tensor(tensor: HubTensor, source: ExportSource) -> Iterator[Tensor]:
     """Yield the flattened values of a tensor, piece by piece."""
     if tensor.kind == "codes":
         yield from source.packed_codes(tensor.source)

@@ -27,7 +27,7 @@ TOKENS = 70
 
 
 class ModelSource:
-    """The weights of a model in this process; see `TensorSource`."""
+    """The weights of a model in this process; see `ExportSource`."""
 
     def __init__(self, model: GenerativeModel, config: Config) -> None:
         named = dict(model.named_parameters())
